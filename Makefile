@@ -1,0 +1,58 @@
+# Two commands on a fresh machine: `make book` and `make test`. `make help` lists the others.
+# All need only make and Python 3.11 or newer; PYTHON=/path/to/python chooses one.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SITE := _build/html
+
+help:  ## list what make can do
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+book: setup fetch  ## render the book into _build/html, from the stored outputs; a warning is an error
+	@$(BIN)/python tools/build_book.py
+
+test: setup fetch  ## everything: lint, unit and parity tests, every notebook, the rendered book in a browser
+	@$(BIN)/ruff check .
+	@$(BIN)/python -m pytest tests -m "not gpu"
+
+check: setup fetch  ## lint and unit tests, under two minutes
+	@$(BIN)/ruff check .
+	@$(BIN)/python -m pytest tests/unit tests/notebooks/test_rules.py tests/notebooks/test_style.py -m "not gpu and not slow"
+
+test-gpu: setup fetch  ## the tests that need a CUDA device
+	@$(BIN)/python -m pytest tests -m gpu
+
+lab: $(VENV)/.lab fetch  ## JupyterLab on the book
+	@$(BIN)/jupyter lab book
+
+refresh: setup fetch  ## run a chapter anew and store its outputs: make refresh CH=02
+	@test -n "$(CH)" || { echo "refresh: which chapter? For example: make refresh CH=02" >&2; exit 2; }
+	@$(BIN)/python tools/refresh.py $(CH)
+
+fetch: setup  ## bring the models and data sets, verified (nothing is downloaded twice)
+	@$(BIN)/peftlab fetch
+
+screenshot: book  ## draw the README's picture from the rendered LoRA chapter (needs Chromium)
+	@$(BIN)/python tools/screenshot.py
+
+constraints:  ## renew constraints.txt from a fresh environment, with today's releases
+	@sh tools/constraints.sh
+
+clean:  ## remove the environment and everything built; fetched models and data stay
+	rm -rf $(VENV) _build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+setup: $(INSTALLED)
+
+# The stamps are younger than what they were made from as long as nothing has changed.
+$(INSTALLED): pyproject.toml constraints.txt tools/setup.sh
+	@sh tools/setup.sh test
+	@touch $@
+
+$(VENV)/.lab: $(INSTALLED)
+	@sh tools/setup.sh test,lab
+	@touch $@
+
+.PHONY: help book test check test-gpu lab refresh fetch screenshot constraints clean setup

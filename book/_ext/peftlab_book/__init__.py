@@ -1,0 +1,23 @@
+"""Sphinx extension of the book: tables and lists that are made from book/facts/*.toml and peftlab/results/*.json.
+
+Directives, none of which takes a body:
+    {chapter-table}   chapters with their questions and measured run times
+    {claims-table}    claims in circulation: verdict, what is so, the section that shows it
+    {facts-glossary}  the terms of all chapters; {term}`LoRA` refers to one
+    {questions}       interview questions with folded answers
+    {measurements}    every results file with its provenance and the command that repeats it
+
+A fault in a facts or results file is a warning with the file's name, so a build with -W fails. Links to sections are
+ordinary references, which Sphinx checks.
+"""
+
+from .directives import ChapterTable, ClaimsTable, FactsGlossary, Measurements, Questions
+
+
+def setup(app):
+    app.add_directive("chapter-table", ChapterTable)
+    app.add_directive("claims-table", ClaimsTable)
+    app.add_directive("facts-glossary", FactsGlossary)
+    app.add_directive("questions", Questions)
+    app.add_directive("measurements", Measurements)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

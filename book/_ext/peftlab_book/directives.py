@@ -1,0 +1,165 @@
+"""The directives. Each builds document nodes; texts from the facts files are parsed as MyST on the way."""
+
+import html
+import json
+from pathlib import Path
+
+from docutils import nodes
+from docutils.statemachine import StringList
+from sphinx import addnodes
+from sphinx.domains.std import make_glossary_term
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective
+
+from peftlab import measurements, tables
+
+from .facts import load
+
+log = logging.getLogger(__name__)
+FACTS = "book/facts"  # below the source folder, as is the next
+RESULTS = "peftlab/results"
+
+
+class FactsDirective(SphinxDirective):
+    """What the directives share: reading the facts, parsing their texts, making tables and sections."""
+
+    def facts(self):
+        """All chapters' facts. The page is read again at each build, since a new file may have come."""
+        folder = Path(self.env.srcdir, FACTS)
+        self.env.note_reread()
+        for path in folder.glob("*.toml"):
+            self.env.note_dependency(str(path))
+        found, faults = load(folder)
+        for fault in faults:
+            self.warn(f"{FACTS}/{fault}")
+        return found
+
+    def warn(self, text):
+        log.warning(text, location=self.get_location(), type="peftlab_book")
+
+    def parsed(self, text):
+        """Nodes of a MyST text."""
+        holder = nodes.container()
+        self.state.nested_parse(StringList(text.splitlines(), source=self.get_source_info()[0]), 0, holder)
+        return holder.children
+
+    def section(self, title, name):
+        section = nodes.section(ids=[nodes.make_id(name)], names=[name])
+        section += nodes.title(title, title)
+        return section
+
+    def table(self, headings, widths, rows):
+        """A table of MyST texts. ``widths`` are shares of the line in percent."""
+        group = nodes.tgroup(cols=len(headings))
+        group += [nodes.colspec(colwidth=width) for width in widths]
+        group += nodes.thead("", self._row(headings))
+        group += nodes.tbody("", *[self._row(row) for row in rows])
+        return nodes.table("", group, classes=["facts-table", "colwidths-given"])
+
+    def _row(self, texts):
+        return nodes.row("", *[nodes.entry("", *self.parsed(text)) for text in texts])
+
+
+def _references(labels):
+    return ", ".join(f"{{ref}}`{label}`" for label in labels)
+
+
+class ChapterTable(FactsDirective):
+    def run(self):
+        rows = []
+        for facts in self.facts():
+            run = facts.run or {}
+            # the page is looked up by Sphinx: a facts file without a chapter is a warning
+            link = f"{{doc}}`{facts.chapter['title']} </book/{facts.page}>`"
+            rows.append([str(facts.chapter["number"]), f"{link}: {facts.chapter['question']}",
+                         _seconds(run.get("seconds_cpu"), run.get("cpu")),
+                         _seconds(run.get("seconds_gpu"), run.get("gpu")),
+                         f"{run['memory_gb']:.1f} GB" if "memory_gb" in run else "not measured"])
+        if not rows:
+            return []
+        headings = ["No.", "Chapter", "Time on a CPU", "Time on a GPU", "Peak memory"]
+        return [self.table(headings, [6, 44, 18, 18, 14], rows)]
+
+
+def _seconds(seconds, machine):
+    return f"{seconds:.0f} s ({machine})" if seconds and machine else "not measured"
+
+
+class ClaimsTable(FactsDirective):
+    def run(self):
+        made = []
+        for facts in self.facts():
+            if facts.claims:
+                section = self.section(facts.chapter["title"], f"claims-{facts.page}")
+                # two columns, so that the table can be read on a telephone
+                rows = [[claim["claim"], f"**{claim['verdict'].capitalize()}.** {claim['truth'].strip()}\n\n"
+                         f"Shown in {_references(claim['shown'])}."] for claim in facts.claims]
+                section += self.table(["Claim", "Verdict, and what is so"], [38, 62], rows)
+                made.append(section)
+        return made
+
+
+class FactsGlossary(FactsDirective):
+    def run(self):
+        entries = []
+        for facts in self.facts():
+            for term in facts.terms:
+                names = [self._term(name) for name in [term["term"], *term.get("also", [])]]
+                body = nodes.definition("", *self.parsed(term["text"]))
+                entries.append((term["term"].lower(), nodes.definition_list_item("", *names, body)))
+        if not entries:
+            return []
+        entries.sort(key=lambda entry: entry[0])
+        listed = nodes.definition_list("", *[item for _, item in entries], classes=["glossary"])
+        return [addnodes.glossary("", listed, sorted=False)]
+
+    def _term(self, name):
+        source, line = self.get_source_info()
+        return make_glossary_term(self.env, [nodes.Text(name)], None, source, line, node_id=None,
+                                  document=self.state.document)
+
+
+class Questions(FactsDirective):
+    def run(self):
+        made = []
+        for facts in self.facts():
+            if facts.questions:
+                section = self.section(facts.chapter["title"], f"questions-{facts.page}")
+                for entry in facts.questions:
+                    shown = entry.get("shown")
+                    seen = f"\n\nShown in {_references(shown)}." if shown else ""
+                    text = f"`````{{dropdown}} {entry['question']}\n{entry['answer'].strip()}{seen}\n`````"
+                    section += self.parsed(text)
+                made.append(section)
+        return made
+
+
+class Measurements(FactsDirective):
+    def run(self):
+        folder = Path(self.env.srcdir, RESULTS)
+        self.env.note_reread()
+        made = []
+        for path in sorted(folder.glob("*.json")):
+            self.env.note_dependency(str(path))
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+                measurements.validate(content, f"{RESULTS}/{path.name}")
+            except ValueError as error:  # also what json raises
+                self.warn(f"{RESULTS}/{path.name}: {error}" if path.name not in str(error) else str(error))
+                continue
+            made.append(self._topic(path, measurements.Results(content["topic"], content["provenance"],
+                                                               content["rows"])))
+        return made or self.parsed("There are no measurements yet.")
+
+    def _topic(self, path, results):
+        given = results.provenance
+        section = self.section(results.topic, f"measurements-{path.stem}")
+        versions = ", ".join(f"{name} {version}" for name, version in sorted(given["versions"].items()))
+        facts = [("GPU", given.get("gpu")), ("CPU", given.get("cpu")), ("Versions", versions), ("Date", given["date"]),
+                 ("Rows", f"{len(results)}, in {{download}}`{path.name} </{RESULTS}/{path.name}>`")]
+        section += self.parsed("\n".join(f"- {name}: {value}" for name, value in facts if value)
+                               + f"\n\nTo repeat it:\n\n```shell\n{given['command']}\n```")
+        shown = tables.as_html(*tables.lay_out(results), caption=f"{results.topic}: all rows")
+        folded = f"<details><summary>All rows of {html.escape(results.topic)}</summary>\n{shown}\n</details>"
+        section += nodes.raw("", folded, format="html")
+        return section

@@ -1,0 +1,153 @@
+"""Reads book/facts/*.toml: what the appendices say about each chapter, one file a chapter.
+
+    [chapter]
+    number = 2
+    title = "LoRA"
+    question = "Why does a low-rank update suffice?"
+    know = ["matrix products"]            # what the reader needs to know first
+
+    [run]                                 # measured; may be missing while a chapter is being written
+    cpu = "two cores"
+    seconds_cpu = 150
+    gpu = "NVIDIA H100 80GB HBM3"
+    seconds_gpu = 60
+    memory_gb = 3.1                       # greatest resident memory of the run on the CPU, 1 GB = 1e9 bytes
+    date = 2026-11-22
+
+    [[claim]]                             # a claim in circulation that the chapter checks
+    id = "H18"                            # unique in the book
+    claim = "..."
+    verdict = "wrong"                     # right, half right, wrong
+    truth = "..."                         # what is so
+    shown = ["sec-lora-merge"]            # labels of the sections that show it
+
+    [[term]]                              # an entry of the glossary; refer to it with {term}`LoRA`
+    term = "LoRA"
+    also = ["low-rank adaptation"]        # further names for the same entry
+    text = "..."
+
+    [[question]]                          # an interview question
+    question = "..."
+    answer = "..."
+    shown = ["sec-lora-merge"]
+
+The texts are MyST: mathematics, citations and references work in them.
+"""
+
+import datetime
+import re
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+NUMBER, TEXT, TEXTS, DATE = (int, float), (str,), (list,), (datetime.date,)
+VERDICTS = ("right", "half right", "wrong")
+# What each table may hold: {key: types}; the keys in the second part may be missing.
+TABLES = {
+    "chapter": ({"number": (int,), "title": TEXT, "question": TEXT}, {"know": TEXTS}),
+    "run": ({"cpu": TEXT, "seconds_cpu": NUMBER, "memory_gb": NUMBER, "date": DATE},
+            {"gpu": TEXT, "seconds_gpu": NUMBER}),
+    "claim": ({"id": TEXT, "claim": TEXT, "verdict": TEXT, "truth": TEXT, "shown": TEXTS}, {}),
+    "term": ({"term": TEXT, "text": TEXT}, {"also": TEXTS}),
+    "question": ({"question": TEXT, "answer": TEXT}, {"shown": TEXTS}),
+}
+LISTS = ("claim", "term", "question")
+
+
+@dataclass
+class Facts:
+    """One chapter's facts. ``page`` is the name of the notebook without its ending, such as "02_lora"."""
+
+    page: str
+    chapter: dict
+    run: dict | None = None
+    claims: list[dict] = field(default_factory=list)
+    terms: list[dict] = field(default_factory=list)
+    questions: list[dict] = field(default_factory=list)
+
+
+def load(folder):
+    """Read all facts.
+
+    Returns:
+        (list of Facts in the order of the chapters, list of faults): a fault is a sentence that begins with the file's
+        name. A chapter whose file has a fault in its head is left out.
+    """
+    found, faults = [], []
+    for path in sorted(Path(folder).glob("*.toml")):
+        facts, own = _read(path)
+        faults += [f"{path.name}: {fault}" for fault in own]
+        if facts:
+            found.append(facts)
+    found.sort(key=lambda facts: facts.chapter["number"])
+    faults += _twice("chapter number", [(facts.page, str(facts.chapter["number"])) for facts in found])
+    faults += _twice("claim id", [(facts.page, claim["id"]) for facts in found for claim in facts.claims])
+    faults += _twice("term", [(facts.page, name.lower()) for facts in found for term in facts.terms
+                              for name in [term["term"], *term.get("also", [])]])
+    return found, faults
+
+
+def _read(path):
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return None, [f"no valid TOML: {error}"]
+    faults = [f"unknown table [{name}]; there are: {', '.join(TABLES)}" for name in content if name not in TABLES]
+    if not isinstance(content.get("chapter"), dict):
+        return None, [*faults, "the table [chapter] is missing"]
+    head = _faults("chapter", content["chapter"], "[chapter]")
+    if head:
+        return None, faults + head
+    run = content.get("run")
+    if run is not None:
+        faults += _faults("run", run, "[run]")
+    kept = {}
+    for name in LISTS:
+        entries = content.get(name, [])
+        if not isinstance(entries, list):
+            faults.append(f"write [[{name}]] with two brackets: there may be several")
+            entries = []
+        kept[name] = []
+        for place, entry in enumerate(entries, 1):
+            own = _faults(name, entry, f"[[{name}]] {place}")
+            faults += own
+            kept[name] += [entry] if not own else []
+    return Facts(path.stem, content["chapter"], run, kept["claim"], kept["term"], kept["question"]), faults
+
+
+def _faults(name, entry, where):
+    required, optional = TABLES[name]
+    known = required | optional
+    faults = [f"{where}: unknown key {key!r}; there are: {', '.join(known)}" for key in entry if key not in known]
+    faults += [f"{where}: {key!r} is missing" for key in required if key not in entry]
+    for key, value in entry.items():
+        types = known.get(key)
+        if types and (not isinstance(value, types) or isinstance(value, bool)):
+            faults.append(f"{where}: {key!r} is to be {_words(types)}, found {value!r}")
+        elif isinstance(value, str) and not value.strip():
+            faults.append(f"{where}: {key!r} is empty")
+        elif isinstance(value, list) and not all(isinstance(item, str) and item.strip() for item in value):
+            faults.append(f"{where}: {key!r} is to be a list of texts, found {value!r}")
+        elif isinstance(value, (int, float)) and value <= 0:
+            faults.append(f"{where}: {key!r} is to be above zero, found {value!r}")
+    if name == "claim" and isinstance(entry.get("verdict"), str) and entry["verdict"] not in VERDICTS:
+        faults.append(f"{where}: verdict {entry['verdict']!r} is none of: {', '.join(VERDICTS)}")
+    if name == "claim" and isinstance(entry.get("id"), str) and not re.fullmatch(r"[A-Z]\d+[a-z]?", entry["id"]):
+        faults.append(f"{where}: id {entry['id']!r} is no letter and number such as H18 or H19a")
+    if name == "claim" and entry.get("shown") == []:
+        faults.append(f"{where}: 'shown' names no section: a claim is checked by a cell")
+    return faults
+
+
+def _words(types):
+    words = {NUMBER: "a number", TEXT: "a text", TEXTS: "a list of texts", DATE: "a date"}
+    return words.get(types, "a whole number")
+
+
+def _twice(what, names):
+    seen, faults = {}, []
+    for page, name in names:
+        if name in seen:
+            faults.append(f"{page}.toml: the {what} {name!r} is also in {seen[name]}.toml")
+        seen.setdefault(name, page)
+    return faults

@@ -1,0 +1,73 @@
+"""What the rendered site needs beyond Jupyter Book: chapter numbers, and repairs of the theme's pages.
+
+Written for Sphinx 7.4 and sphinx-book-theme 1.3, the versions of constraints.txt; tests/book opens every page and finds
+out when a later version needs none of it, or something else. Repairs that need a running page are in _static/book.js.
+"""
+
+import re
+
+from docutils import nodes
+from sphinx.environment.collectors.toctree import TocTreeCollector
+
+# (what a page holds, what it should hold, why)
+REPAIRS = [
+    # ARIA 1.3 deprecates this role, and its list then has no item that counts as one
+    ('role="doc-biblioentry"', 'role="listitem"'),
+    # pandas leaves the corner of a table empty: a header that names nothing
+    ("<th></th>", "<td></td>"),
+    # a folded cell's name must contain the words that are seen, such as "Show the solution"
+    ('<summary aria-label="Toggle hidden content">', "<summary>"),
+]
+
+
+def chapter_number(docname: str) -> int | None:
+    """The number in a chapter's file name, book/02_lora -> 2; None for a page that is no chapter."""
+    found = re.fullmatch(r"book/(\d\d)_\w+", docname)
+    return int(found[1]) if found else None
+
+
+def renumber(env) -> None:
+    """Put the chapter's own number first in every section number: in contents, at titles, for references."""
+    for docname, numbers in env.toc_secnumbers.items():
+        chapter = chapter_number(docname)
+        if chapter is None:
+            continue
+        for anchor, number in numbers.items():
+            if number:
+                numbers[anchor] = (chapter, *number[1:])
+        # what the table of contents and the title show are copies, kept in the nodes
+        shown = env.tocs[docname].findall(lambda node: isinstance(node, nodes.Element))
+        for node in [env.titles[docname], *shown]:
+            if node.get("secnumber"):
+                node["secnumber"] = [chapter, *node["secnumber"][1:]]
+
+
+def number_chapters() -> None:
+    """Number sections by the chapter's file name, not by its place in the table of contents.
+
+    Chapters are written in no particular order, and chapter 2 must be chapter 2 before there is a chapter 1. Figures
+    and equations take their numbers from the sections', so the change comes just before those are given.
+    """
+    assign = TocTreeCollector.assign_figure_numbers
+
+    def assign_after_renumbering(self, env):
+        renumber(env)
+        return assign(self, env)
+
+    TocTreeCollector.assign_figure_numbers = assign_after_renumbering
+
+
+def repair_page(app, pagename, templatename, context, doctree) -> None:
+    """Mend the HTML of one page before it is written."""
+    for fault, repair in REPAIRS:
+        if "body" in context:
+            context["body"] = context["body"].replace(fault, repair)
+    # Running cells in the page (thebe) is not offered; its set-up arrives twice and then fails in every page.
+    if "script_files" in context:
+        context["script_files"] = [s for s in context["script_files"] if "thebe" not in str(s.filename or s.attributes)]
+
+
+def setup(app):
+    number_chapters()
+    app.connect("html-page-context", repair_page, priority=900)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

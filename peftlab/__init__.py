@@ -1,0 +1,53 @@
+"""PEFT Lab: the small, exact package behind an executable book on parameter-efficient fine-tuning.
+
+These are the public names. Each is loaded when it is first used, so that `import peftlab`, the command line and
+`peftlab.memory` start without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "assets.fetch": "fetch",
+    "assets.models": "load_model",
+    "assets.data": "load_data",
+    "injection": "attach detach activate disabled attached count_parameters ParameterCount",
+    "methods": "LoRAConfig METHODS",
+    "merging": "merge unmerge MergeReport",
+    "checkpoint": "save_adapter load_adapter",
+    "encoding": "encode_completion encode_text encode_classification Collator",
+    "training": "train History TrainingError",
+    "generation": "generate_text",
+    "metrics": "accuracy macro_f1 exact_match perplexity mean_loss predict_labels",
+    "measurements": "results",
+    "notebook": "show_source glue table",
+    "exercises": "check",
+    "trainer_callback": "AdapterCallback",
+    "errors": "PeftLabError",
+}
+_MODULES = {"support_desk": "assets.support_desk"}
+_WHERE = {name: module for module, names in _PLACES.items() for name in names.split()}
+
+__all__ = sorted([*_WHERE, *_MODULES])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(import_module(f"peftlab.{_WHERE[name]}"), name)
+    module = f"peftlab.{_MODULES.get(name, name)}"
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+    from peftlab.errors import did_you_mean
+
+    raise AttributeError(f"module 'peftlab' has no attribute {name!r}.{did_you_mean(name, _WHERE)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

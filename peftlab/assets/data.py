@@ -1,0 +1,185 @@
+"""Load data: the sets of this book, split once and for all, or anything that `datasets` can load."""
+
+import bz2
+import contextlib
+import csv
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from peftlab.errors import PeftLabError, did_you_mean
+
+from . import support_desk
+from .fetch import ensure
+
+NAMES = ("reviews", "news", "support-desk")
+SPLITS = ("train", "validation", "test")
+HELD_OUT = 0.1  # of each class, once for validation and once for test
+BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+
+
+def load_data(
+    name: str, *, sizes: Sequence[int] | None = None, difficulty: float | None = None, subset: str | None = None
+) -> DatasetDict:
+    """Load a data set in splits.
+
+    Args:
+        name: one of
+            `"reviews"`: 12,808 sentences about films; columns `text`, `label` (0 rotten, 1 fresh);
+            `"news"`: 2,225 BBC articles; columns `text`, `label` (0 business, 1 entertainment, 2 politics, 3 sport,
+            4 tech);
+            `"support-desk"`: generated messages of customers; columns `message`, `ticket` (canonical JSON), `intent`,
+            `product`, `urgency`, and `prompt` (the instruction with the message); see `support_desk`;
+            the path of a file (csv, tsv, json, jsonl, parquet, txt) or a folder of such files, or one that
+            `save_to_disk` wrote; or a hub id such as `"org/data"`.
+        sizes: at most so many rows in train, validation and test; for the names above only.
+        difficulty: of the support desk, from 0 to 1; for that one only.
+        subset: the configuration of a hub data set that has several.
+
+    Returns a `DatasetDict`; for the names above with `train`, `validation` and `test`. These splits are the same on
+    every machine: 80, 10 and 10% of each class, in a fixed random order, and texts that differ only in case, spaces
+    or punctuation (for news also articles under one headline) never lie in different splits.
+    Raises PeftLabError for an unknown name, AssetError when the data cannot be fetched.
+    """
+    name = str(name)
+    if sizes is not None and (len(sizes) != 3 or not all(isinstance(n, int) and n >= 0 for n in sizes)):
+        raise PeftLabError(f"sizes must be three whole numbers (train, validation, test), not {sizes!r}.")
+    if difficulty is not None and name != "support-desk":
+        raise PeftLabError(f"difficulty is a dial of support-desk; {name!r} has none.")
+    if name == "support-desk":
+        return _desk(sizes, difficulty)
+    if name in ("reviews", "news"):
+        return _classified(*(_reviews() if name == "reviews" else _news()), sizes)
+    if sizes is not None:
+        raise PeftLabError(f"sizes is for {', '.join(NAMES)} only; of {name!r} take `.select(range(n))` of a split.")
+    return _elsewhere(name, subset)
+
+
+def _desk(sizes: Sequence[int] | None, difficulty: float | None) -> DatasetDict:
+    options = {} if difficulty is None else {"difficulty": difficulty}
+    splits = {}
+    for split, size in zip(SPLITS, sizes or (None, None, None), strict=True):
+        rows = support_desk.generate(split, size, **options)
+        splits[split] = Dataset.from_list([row | {"prompt": support_desk.prompt(row["message"])} for row in rows])
+    return DatasetDict(splits)
+
+
+def _reviews() -> tuple[list[dict], list[str]]:
+    """Sentences with their labels; rows of category `plot` are summaries, not opinions, and are dropped."""
+    labels = ["rotten", "fresh"]
+    with bz2.open(
+        ensure("reviews") / "rotten_tomatoes_corpus_full.csv.bz2", "rt", encoding="utf-8", newline=""
+    ) as file:
+        rows = [row for row in csv.DictReader(file) if row["category"] in labels]
+    return [{"text": row["text"].strip(), "label": labels.index(row["category"])} for row in rows], labels
+
+
+def _news() -> tuple[list[dict], list[str]]:
+    """Articles with their topics; the folder's `sports` is called `sport`, as at the BBC."""
+    folders = ["business", "entertainment", "politics", "sports", "tech"]
+    lines = (ensure("news") / "news.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    labels = [folder.replace("sports", "sport") for folder in folders]
+    return [{"text": row["text"], "label": folders.index(row["label"])} for row in rows], labels
+
+
+def _classified(rows: list[dict], labels: list[str], sizes: Sequence[int] | None) -> DatasetDict:
+    """Split rows {text, label} by class and by groups of like texts; each split in a fixed random order."""
+    groups = _groups([row["text"] for row in rows])
+    by_class = defaultdict(list)
+    for group in sorted(groups, key=lambda group: _rank(rows[group[0]]["text"])):
+        by_class[rows[group[0]]["label"]].append(group)
+    chosen = {split: [] for split in SPLITS}
+    for found in by_class.values():
+        share = HELD_OUT * sum(len(group) for group in found)
+        room = {"test": share, "validation": share, "train": float("inf")}
+        for group in found:
+            split = next(split for split in room if room[split] >= len(group))
+            room[split] -= len(group)
+            chosen[split] += group
+    features = Features({"text": Value("string"), "label": ClassLabel(names=labels)})
+    result = {}
+    for split, limit in zip(SPLITS, sizes or (None, None, None), strict=True):
+        # Another order than that of the split: there, where validation ends, one class begins before the other.
+        order = sorted(chosen[split], key=lambda i: (_rank(rows[i]["text"], split), i))[:limit]
+        result[split] = Dataset.from_list([rows[i] for i in order], features=features)
+    return DatasetDict(result)
+
+
+def _groups(texts: list[str]) -> list[list[int]]:
+    """Indices of texts, those together that are alike but for case, spaces and punctuation, or share a headline."""
+    root = list(range(len(texts)))
+
+    def find(i: int) -> int:
+        while root[i] != i:
+            i = root[i]
+        return i
+
+    first = {}
+    for i, text in enumerate(texts):
+        # The first of several lines is a headline. Of a single line it is the text itself.
+        for key in {_plain(text), _plain(text.split("\n", 1)[0])}:
+            root[find(i)] = find(first.setdefault(key, i))
+    groups = defaultdict(list)
+    for i in range(len(texts)):
+        groups[find(i)].append(i)
+    return list(groups.values())
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\W+", " ", text.lower()).strip()
+
+
+def _rank(text: str, order: str = "") -> bytes:
+    """A place in a random order that depends on the text alone, so it is the same everywhere and for ever."""
+    return hashlib.sha256(f"{order}{_plain(text)}".encode()).digest()
+
+
+def _elsewhere(name: str, subset: str | None) -> DatasetDict:
+    """A local file or folder, or a hub data set; as `datasets.load_dataset` gives it, always with splits."""
+    path = Path(name).expanduser()
+    try:
+        with quiet():
+            if path.is_file():
+                suffix = path.suffix.lower()
+                if suffix not in BUILDERS:
+                    raise PeftLabError(
+                        f"{path}: a {suffix or 'nameless'} file is not known; use {', '.join(BUILDERS)}."
+                    )
+                options = {"sep": "\t"} if suffix == ".tsv" else {}
+                loaded = datasets.load_dataset(BUILDERS[suffix], data_files=str(path), **options)
+            elif path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
+                loaded = datasets.load_from_disk(str(path))
+            elif path.is_dir() or "/" in name:
+                loaded = datasets.load_dataset(str(path) if path.is_dir() else name, subset)
+            else:
+                raise PeftLabError(
+                    f"There is no data set {name!r}.{did_you_mean(name, NAMES)} Known: {', '.join(NAMES)}; "
+                    'else give the path of a file or folder, or a hub id such as "org/data".'
+                )
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, PeftLabError):
+            raise
+        reason = error.__cause__ or error  # a broken file hides behind "an error occurred while generating"
+        raise PeftLabError(f"{name!r} cannot be loaded: {' '.join(str(reason).split())[:400]}") from error
+    return loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
+
+
+@contextlib.contextmanager
+def quiet():
+    """No bars and no chatter from `datasets` inside; the user's own settings again after it."""
+    verbosity, bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if bars:
+            datasets.enable_progress_bars()

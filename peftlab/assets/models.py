@@ -1,0 +1,173 @@
+"""Load a model and its tokenizer: by a name of this book, from a local folder, or by a hub id."""
+
+import contextlib
+import warnings
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from transformers.utils import logging
+
+from peftlab.errors import PeftLabError, did_you_mean, near_matches
+
+from .catalogue import catalogue
+from .fetch import ensure
+
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def load_model(
+    name: str,
+    *,
+    num_labels: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
+    """Load a pre-trained model, in eval mode, and its tokenizer.
+
+    Args:
+        name: `"smollm2-135m"` or `"minilm"` (fetched at the first use, then read from the cache without a network),
+            the path of a folder that `save_pretrained` wrote, or a hub id such as `"org/model"`.
+        num_labels: put a new classification head with this many outputs on the model, as transformers does.
+        dtype: of the weights, for example `torch.bfloat16` or `"bfloat16"`; by default that of the stored weights
+            (float32 for the names above).
+        device: where to put the model, for example `"cuda"`; by default the CPU.
+
+    The class is the one that fits: with `num_labels` the model for sequence classification; else an encoder-decoder for
+    sequence-to-sequence, a decoder for causal language modelling with its output head, and an encoder without any head.
+
+    Only safetensors are read, and no code from a repository is ever run. Raises PeftLabError for a name that is not
+    known, weights that cannot be read, or a device that is not there.
+    """
+    dtype, device = _dtype(dtype), _device(device)
+    source = _source(name)
+    options = {} if dtype is None else {"dtype": dtype}
+    if num_labels is not None:
+        if not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 1:
+            raise PeftLabError(f"num_labels must be a positive whole number, not {num_labels!r}.")
+        options["num_labels"] = num_labels
+    with quiet():
+        try:
+            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+            kind = _model_class(config, num_labels)
+            model, report = kind.from_pretrained(
+                source, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **options
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise PeftLabError(_load_fault(name, error)) from error
+    _warn_about_missing(name, model, report)
+    return model.eval() if device is None else model.eval().to(device), tokenizer
+
+
+@contextlib.contextmanager
+def quiet():
+    """No bars and no load report from transformers inside; the user's own settings again after it.
+
+    The hub's download bars stay as the user has them: whoever waits for gigabytes wants to see them move.
+    """
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub_bars = not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if hub_bars:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+        if not hub_bars:
+            disable_progress_bars()
+
+
+def _source(name: str) -> str:
+    """What `from_pretrained` is to be given for `name`: a folder or a hub id."""
+    name = str(name)
+    known = catalogue()
+    models = [known_name for known_name, found in known.items() if found["kind"] != "dataset"]
+    if name in models:
+        return str(ensure(name))
+    if name in known or name == "support-desk":
+        raise PeftLabError(f"{name!r} is a data set: use load_data({name!r}). Models: {', '.join(models)}.")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+            raise PeftLabError(f"{folder} holds an adapter: load its base model, then use load_adapter on that.")
+        return str(folder)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        raise PeftLabError(f"There is no folder {name!r}.")
+    # A bare word may be an old hub id ("gpt2"), unless it looks like a slip of the pen.
+    if "/" not in name and (near_matches(name, models) or not _on_hub(name)):
+        raise PeftLabError(
+            f"There is no model {name!r}.{did_you_mean(name, models)} Known: {', '.join(models)}; "
+            'else give the path of a folder, or a hub id such as "org/model".'
+        )
+    return name
+
+
+def _on_hub(name: str) -> bool:
+    """Whether the hub, or its local cache, has a model of this name; asked once, and not for long."""
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return True
+    try:
+        HfApi().model_info(name, timeout=5)
+    except Exception:  # not found, no network, offline mode, an odd name: for the caller all the same
+        return False
+    return True
+
+
+def _model_class(config: transformers.PretrainedConfig, num_labels: int | None) -> type:
+    """The auto class that fits a config."""
+    architecture = (config.architectures or [""])[0]
+    if num_labels is not None or architecture.endswith("ForSequenceClassification"):
+        return transformers.AutoModelForSequenceClassification
+    if config.is_encoder_decoder:
+        return transformers.AutoModelForSeq2SeqLM
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModel
+
+
+def _warn_about_missing(name: str, model: transformers.PreTrainedModel, report: dict) -> None:
+    """Weights that the checkpoint lacks are random now. For a new head that is meant; for the rest it is a fault."""
+    prefix = model.base_model_prefix + "."
+    headless = model.base_model is model
+    lost = sorted(key for key in report["missing_keys"] if headless or key.startswith(prefix))
+    if lost:
+        more = "" if len(lost) == 1 else f" and {len(lost) - 1} more"
+        warnings.warn(f"{name}: the checkpoint has no {lost[0]}{more}; random values were put there.", stacklevel=3)
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
+    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, SHORT.get(dtype, dtype), None) if isinstance(dtype, str) else None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise PeftLabError(f'dtype must be "float32", "bfloat16", "float16", "auto" or a torch dtype, not {dtype!r}.')
+    return found
+
+
+def _device(device: torch.device | str | None) -> torch.device | None:
+    if device is None:
+        return None
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise PeftLabError(f'{device!r} is no device: use "cpu", "cuda", "cuda:1" or "mps".') from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise PeftLabError(f"There is no device {device} here: torch sees {torch.cuda.device_count()} CUDA devices.")
+    return device
+
+
+def _load_fault(name: str, error: Exception) -> str:
+    """One line for a person from what transformers raised."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return f"{name!r} needs Python code from its repository, and peftlab never runs such code."
+    if "safetensors" in text and Path(name).expanduser().is_dir():
+        return f"{name} has no weights as safetensors, and peftlab reads no pickled ones ({text[:200]})."
+    return f"{name!r} cannot be loaded: {text[:400]}"

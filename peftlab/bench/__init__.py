@@ -1,0 +1,167 @@
+"""Measurements that take too long for a notebook: `peftlab bench TOPIC --out FILE`.
+
+A topic is a module here with `points() -> list[dict]` (what to measure, in order) and `measure(point) -> list[dict]`
+(rows). A point that is done is kept in FILE.partial, so a run that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import peftlab
+from peftlab import measurements
+from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.progress import Bar
+
+TOPICS = ("lora",)
+LIBRARIES = ("torch", "transformers", "peft", "peftlab", "bitsandbytes", "triton")
+
+
+def run(topic: str, out: str | os.PathLike, *, only: Iterable[str] | None = None, jobs: int = 1) -> Path:
+    """Measures a topic on this machine and writes its results file, with provenance.
+
+    Args:
+        topic: what to measure.
+        out: the file to write; FILE.partial beside it keeps finished points until all are done.
+        only: sections of the topic to measure; `None` for all.
+        jobs: processes at once for points that are not timed. Timed points always run alone, after the others.
+
+    Raises:
+        PeftLabError: an unknown topic or section (with near matches), a folder that is not there, or a FILE.partial
+            from another machine or other versions.
+    """
+    if topic not in TOPICS:
+        raise PeftLabError(f"There is no bench {topic!r}; there is {', '.join(TOPICS)}.{did_you_mean(topic, TOPICS)}")
+    out = Path(out)
+    if not out.parent.is_dir():
+        raise PeftLabError(f"The folder {str(out.parent)!r} is not there; make it first.")
+    module = import_module(f"peftlab.bench.{topic}")
+    points = module.points()
+    sections = list(dict.fromkeys(point["section"] for point in points))
+    only = tuple(only or ())  # it is read more than once
+    for section in only:
+        if section not in sections:
+            hint = did_you_mean(section, sections)
+            raise PeftLabError(f"bench {topic} has no section {section!r}; it has {', '.join(sections)}.{hint}")
+    points = [point for point in points if not only or point["section"] in only]
+
+    here = provenance()
+    partial = Partial(out.with_name(out.name + ".partial"), here)
+    todo = [point for point in points if key(point) not in partial.done]
+    with Bar(len(points), f"bench {topic}", unit="point", initial=len(points) - len(todo)) as bar:
+        for point, rows in measured(module, todo, jobs):
+            partial.add(point, rows)
+            bar.update(note=point["section"])
+    rows = [row for point in points for row in partial.done[key(point)]]
+    measurements.write(out, topic, here, rows)
+    partial.file.unlink(missing_ok=True)
+    return out
+
+
+def measured(module: Any, points: list[dict], jobs: int) -> Iterator[tuple[dict, list[dict]]]:
+    """Yields (point, rows): first those that may share the machine, then the timed ones, alone."""
+    shared = [point for point in points if not point.get("timed")] if jobs > 1 else []
+    if shared:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+            futures = {pool.submit(module.measure, point): point for point in shared}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+    for point in points:
+        if point not in shared:
+            yield point, module.measure(point)
+
+
+def key(point: dict) -> str:
+    """A point as text, by which a later run knows it again."""
+    return json.dumps(point, sort_keys=True)
+
+
+class Partial:
+    """FILE.partial: a first line that says where it was measured, then `[key, rows]` for each finished point."""
+
+    def __init__(self, file: Path, here: dict[str, Any]) -> None:
+        """Reads what an earlier run finished; a line that a kill cut short is left out.
+
+        Raises:
+            PeftLabError: the points in it were measured on another machine or with other versions than `here`.
+        """
+        self.file, self.done = file, {}
+        self.head = {name: here[name] for name in ("gpu", "cpu", "versions")}
+        first, *lines = list(self._lines()) or [None]
+        if first is None:
+            file.unlink(missing_ok=True)  # killed before its first line was whole
+            return
+        before = first if isinstance(first, dict) else {}
+        changed = [name for name in self.head if before.get(name) != self.head[name]]
+        if changed:
+            told = "; ".join(f"{name} was {before.get(name)}, is now {self.head[name]}" for name in changed)
+            raise PeftLabError(
+                f"{file} holds points that were measured elsewhere or with other versions ({told}). "
+                "Delete it to start again, or use another --out."
+            )
+        self.done = dict(lines)
+
+    def add(self, point: dict, rows: list[dict]) -> None:
+        """Keeps a finished point, on the disk before it returns."""
+        self.done[key(point)] = rows
+        content = self.file.read_bytes() if self.file.is_file() else b""
+        lines = [[key(point), rows]] if content else [self.head, [key(point), rows]]
+        # Without a line break of its own, this point would be lost with the line that a kill cut short.
+        broken = "\n" if content and not content.endswith(b"\n") else ""
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.write(broken + "".join(json.dumps(line) + "\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _lines(self) -> Iterator[Any]:
+        if self.file.is_file():
+            for line in self.file.read_text(encoding="utf-8").splitlines():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+
+
+def provenance() -> dict[str, Any]:
+    """Machine, versions, date and the command as it was typed."""
+    import torch
+
+    versions = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            versions[library] = version(library)
+        except PackageNotFoundError:
+            if library == "peftlab":  # run from a checkout
+                versions[library] = peftlab.__version__
+    if torch.version.cuda:
+        versions["cuda"] = torch.version.cuda
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu": processor(),
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(["peftlab", *sys.argv[1:]]),
+    }
+
+
+def processor() -> str:
+    """The processor's name and number of cores."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else name
+    return f"{name}, {os.cpu_count()} cores"

@@ -1,0 +1,143 @@
+"""One training step, and one forward pass, of the Llama-2-7B shape with random weights: memory and time on a GPU."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import torch
+from torch import nn
+
+import peftlab as pl
+from peftlab.errors import PeftLabError
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def points() -> Iterator[dict[str, Any]]:
+    """Training: full, LoRA in peft and here side by side, ranks, 16-bit adapters. Forward: base, attached, merged."""
+    for batch in (1, 4):
+        yield train("full", "transformers", batch, True)
+    for (batch, checkpointing), library in product(((1, True), (1, False), (4, True), (4, False)), ("peft", "peftlab")):
+        yield train("lora", library, batch, checkpointing, r=16, adapter_dtype="float32")
+    yield train("lora", "peftlab", 4, True, r=16, adapter_dtype="bfloat16")
+    yield train("lora", "peftlab", 4, True, r=256, adapter_dtype="float32")
+    yield {"section": "latency", "timed": True, "shape": "llama-2-7b"}
+
+
+def train(method: str, library: str, batch: int, checkpointing: bool, **lora: Any) -> dict[str, Any]:
+    """One training step to measure."""
+    return {
+        "section": "fullsize", "timed": True, "shape": "llama-2-7b", "method": method, "library": library,
+        "batch": batch, "sequence": 512, "checkpointing": checkpointing, **lora,
+    }  # fmt: skip
+
+
+def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
+    """Measures one point; returns its rows."""
+    if not torch.cuda.is_available():
+        raise PeftLabError(f"Section {point['section']!r} measures a 7B model and needs a CUDA GPU.")
+    try:
+        rows = list((training_step if point["section"] == "fullsize" else forward_passes)(point))
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+    told = {name: value for name, value in point.items() if name != "timed"}
+    return [{**told, **row} for row in rows]
+
+
+def llama_7b() -> nn.Module:
+    """The Llama-2-7B architecture with random bf16 weights, on the GPU."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-5, tie_word_embeddings=False,
+        use_cache=False,
+    )  # fmt: skip
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            return LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def training_step(point: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Peak memory and time of a step: median of five after two; bf16 weights and autocast; fused AdamW."""
+    torch.manual_seed(0)
+    model = llama_7b()
+    wrapped = with_adapter(model, point)
+    wrapped.train()
+    if point["checkpointing"]:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    trainable = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=True)
+    tokens = torch.randint(32000, (point["batch"], point["sequence"]), device="cuda")
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = wrapped(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    times = timed(step, repeats=5, warm_up=2)
+    yield {
+        "trainable": sum(parameter.numel() for parameter in trainable),
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "seconds": statistics.median(times),
+        "seconds_spread": max(times) - min(times),
+        "tokens_per_second": point["batch"] * point["sequence"] / statistics.median(times),
+    }
+
+
+def with_adapter(model: nn.Module, point: dict[str, Any]) -> nn.Module:
+    """The model as the point's library prepares it: LoRA on all seven linear layers, or nothing."""
+    if point["method"] == "full":
+        return model
+    if point["library"] == "peft":
+        from peft import LoraConfig, get_peft_model
+
+        return get_peft_model(model, LoraConfig(r=point["r"], lora_alpha=32, target_modules=list(ALL_LINEAR)))
+    config = pl.LoRAConfig(r=point["r"], alpha=32, target_modules=ALL_LINEAR)
+    return pl.attach(model, config, adapter_dtype=getattr(torch, point["adapter_dtype"]))
+
+
+@torch.no_grad()
+def forward_passes(point: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Time of one forward pass, batch 1: the base, with LoRA attached, and merged. Median of 20 after 5."""
+    torch.manual_seed(0)
+    model = llama_7b().eval()
+    for state in ("base", "attached", "merged"):
+        if state == "attached":
+            config = pl.LoRAConfig(r=16, alpha=32, target_modules=ALL_LINEAR)
+            pl.attach(model, config, adapter_dtype=torch.bfloat16)
+        elif state == "merged":
+            pl.merge(model, unload=True)
+        for count in (1, 512):
+            tokens = torch.randint(32000, (1, count), device="cuda")
+            times = timed(lambda tokens=tokens: model(input_ids=tokens), repeats=20, warm_up=5)
+            spread = max(times) - min(times)
+            yield {"state": state, "tokens": count, "seconds": statistics.median(times), "seconds_spread": spread}
+
+
+def timed(step: Callable[[], Any], repeats: int, warm_up: int) -> list[float]:
+    """Seconds of each of some repeats, after a warm-up; the peak of memory is counted from its start."""
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(warm_up):
+        step()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return times

@@ -1,0 +1,305 @@
+"""The command line: `peftlab COMMAND ...`.
+
+Every command prints a table for a person, or with `--json` one JSON value for a program, on stdout; progress and
+errors go to stderr. A person's mistake is one line and exit status 2. Nothing heavy is imported before a command that
+needs it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from peftlab import __version__
+from peftlab.errors import PeftLabError, did_you_mean
+
+INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 (it failed), 2 (a mistake of the person's), 130 (Ctrl-C)."""
+    try:
+        try:
+            arguments = parse(argv)
+            return arguments.run(arguments)
+        finally:
+            sys.stdout.flush()  # here and not at Python's exit, so that a reader who has gone is noticed in time
+    except PeftLabError as error:
+        return _say(error, 2)
+    except KeyboardInterrupt as error:
+        return _say(str(error) or "interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read the output has gone (`| head`). Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except OSError as error:
+        return _say(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, with ``run``: the function of the chosen command."""
+    parser, commands = build_parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        chosen = commands[arguments.command]
+        known = [option for action in chosen._actions for option in action.option_strings]
+        chosen.error(f"unknown argument {unknown[0]!r}.{did_you_mean(unknown[0].split('=')[0], known)}")
+    return arguments
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line, and near matches for a choice that does not exist."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"argument (\S+): invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if wrong:
+            known = re.findall(r"[\w.-]+", wrong[3])
+            message = f"{wrong[1]} {wrong[2]!r} is none of {', '.join(known)}.{did_you_mean(wrong[2], known)}"
+        full_stop = "" if message.endswith((".", "?")) else "."
+        self.exit(2, f"{self.prog}: {message}{full_stop} See {self.prog} --help.\n")
+
+
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of the whole command line, and those of its commands by name."""
+    parser = Parser(
+        prog="peftlab",
+        description="Parameter-efficient fine-tuning, from the book PEFT Lab.",
+        epilog="Each command has examples: peftlab count --help",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"peftlab {__version__}")
+    places = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands: dict[str, Parser] = {}
+    for name, summary, examples, options, run in COMMANDS:
+        commands[name] = command = places.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog="examples:\n" + "\n".join(f"  peftlab {line}" for line in examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        options(command)
+        command.add_argument("--json", action="store_true", help="print JSON for programs")
+        command.set_defaults(run=run)
+    return parser, commands
+
+
+def _fetch_options(command: Parser) -> None:
+    command.add_argument("names", nargs="*", metavar="NAME", help="models and data by name (default: all of them)")
+
+
+def _fetch(arguments: argparse.Namespace) -> int:
+    from peftlab.assets.cache import cache_folder
+    from peftlab.assets.catalogue import catalogue
+    from peftlab.assets.fetch import fetch
+    from peftlab.memory.units import format_bytes
+
+    folders = fetch(arguments.names or None, say=lambda line: print(line, file=sys.stderr, flush=True))
+    if arguments.json:
+        return _print_json({"cache": str(cache_folder()), "assets": {n: str(f) for n, f in folders.items()}})
+    sizes = {name: sum(file["bytes"] for file in catalogue()[name]["files"].values()) for name in folders}
+    print_table([(name, f"{format_bytes(sizes[name])}, verified, in {folder}") for name, folder in folders.items()])
+    return 0
+
+
+def _doctor_options(command: Parser) -> None:
+    command.add_argument("--verify", action="store_true", help="hash every file of the cache again")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from peftlab import doctor
+
+    report = doctor.examine(verify=arguments.verify)
+    if arguments.json:
+        _print_json(report)
+    else:
+        print(doctor.render(report))
+    return 1 if report["problems"] else 0
+
+
+def _method_options(command: Parser, methods: str) -> None:
+    """What describes a method, in `count` and in `train`."""
+    command.add_argument("--method", default="lora", metavar="M", help=f"{methods} (default: lora)")
+    command.add_argument("--r", type=int, default=8, metavar="N", help="rank of a low-rank update (default: 8)")
+    command.add_argument(
+        "--targets",
+        metavar="T",
+        help="modules to adapt: a comma-separated list of names, a regular expression for whole paths, "
+        "or all-linear (default: the query and value projections)",
+    )
+    command.add_argument(
+        "--bias", choices=("none", "all", "lora_only"), default="none", help="biases to train as well (default: none)"
+    )
+
+
+def _count_options(command: Parser) -> None:
+    from peftlab.memory.builtin import BUILT_IN
+
+    command.add_argument("shape", metavar="SHAPE", help=f"{', '.join(BUILT_IN)}; or the path of a config.json")
+    _method_options(command, "full, lora or qlora")
+    command.add_argument("--labels", type=int, metavar="N", help="classes of an encoder's head (default: 2)")
+
+
+def _count(arguments: argparse.Namespace) -> int:
+    from peftlab.memory import count, format_both, format_count, format_percent
+
+    result = count(
+        arguments.shape,
+        arguments.method,
+        r=arguments.r,
+        targets=parse_targets(arguments.targets),
+        bias=arguments.bias,
+        labels=arguments.labels,
+    )
+    if arguments.json:
+        return _print_json(result.as_dict())
+    names = list(dict.fromkeys(module.path.rsplit(".", 1)[-1] for module in result.adapted))
+    rows = [
+        ("shape", result.shape),
+        ("method", result.method + (f", r = {arguments.r}" if result.adapted else "")),
+        ("adapted modules", f"{len(result.adapted)} ({', '.join(names)})" if names else "none"),
+        ("trainable", format_count(result.trainable)),
+        ("  of these in a new head", format_count(result.head) if result.head else ""),
+        ("total", format_count(result.total)),
+        ("percent", format_percent(result.percent)),
+        ("trainable in float32", format_both(4 * result.trainable)),
+    ]
+    print_table([row for row in rows if row[1]])
+    return 0
+
+
+def parse_targets(text: str | None) -> str | list[str] | None:
+    """``--targets`` as the library takes it: None, ``"all-linear"``, a regular expression or a list of names."""
+    if text is None or text == "all-linear":
+        return text
+    if re.search(r"[\\^$*+?()\[\]{}|]", text):  # what no module's name holds
+        return text
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _train_options(command: Parser) -> None:
+    from peftlab import finetune
+
+    finetune.add_options(command)
+    _method_options(command, "full or lora")
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from peftlab import finetune
+
+    result = finetune.run(arguments, parse_targets(arguments.targets))
+    if arguments.json:
+        return _print_json(result)
+    print_table(finetune.summary(result))
+    return 0
+
+
+def _bench_options(command: Parser) -> None:
+    command.add_argument("topic", metavar="TOPIC", help="what to measure, for example lora")
+    command.add_argument("--out", required=True, metavar="FILE", help="the results file to write")
+    command.add_argument("--only", metavar="S", help="sections of the topic, comma-separated (default: all)")
+    command.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="processes for what is not timed (default: 1)"
+    )
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from peftlab import bench
+
+    only = arguments.only.split(",") if arguments.only else None
+    bench.run(arguments.topic, arguments.out, only=only, jobs=arguments.jobs)
+    if arguments.json:
+        with open(arguments.out, encoding="utf-8") as file:
+            return _print_json(json.load(file))
+    print(f"Results are in {arguments.out}.")
+    return 0
+
+
+COMMANDS = (
+    (
+        "fetch",
+        "bring models and data into the cache, each file verified",
+        ("fetch", "fetch smollm2-135m reviews"),
+        _fetch_options,
+        _fetch,
+    ),
+    (
+        "doctor",
+        "say what this machine can run, chapter by chapter",
+        ("doctor", "doctor --verify", "doctor --json"),
+        _doctor_options,
+        _doctor,
+    ),
+    (
+        "count",
+        "count the parameters that a method trains",
+        (
+            "count llama-2-7b --method lora --r 16",
+            "count gpt2 --method lora --targets c_attn,c_proj",
+            "count llama-3.1-8b --method qlora --r 64 --targets all-linear --json",
+            "count path/to/config.json --method full",
+        ),
+        _count_options,
+        _count,
+    ),
+    (
+        "train",
+        "fine-tune a model; the same command goes on after an interruption",
+        (
+            "train --model smollm2-135m --data support-desk --alpha 32 --steps 70 --lr 5e-3 --warmup 0.1 --out desk",
+            "train --model minilm --data reviews --method lora --epochs 1 --out reviews",
+            "train --model path/to/model --data my.jsonl --targets all-linear --r 16 --out run1",
+        ),
+        _train_options,
+        _train,
+    ),
+    (
+        "bench",
+        "measure on this machine, with provenance",
+        ("bench lora --out lora.json",),
+        _bench_options,
+        _bench,
+    ),
+)
+
+
+def print_table(rows: Sequence[tuple[str, str]]) -> None:
+    """Two columns of text."""
+    width = max(len(label) for label, _ in rows)
+    for label, value in rows:
+        print(f"{label:<{width}}  {value}")
+
+
+def _print_json(value: Any) -> int:
+    print(json.dumps(_finite(value), indent=2))
+    return 0
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _say(message: object, status: int) -> int:
+    text = " ".join(str(message).split())
+    try:
+        print(f"peftlab: {text}", file=sys.stderr, flush=True)
+    except OSError:  # nobody listens there either
+        pass
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

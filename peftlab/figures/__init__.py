@@ -1,0 +1,12 @@
+"""The figures of the book: one style (``style``), charts that chapters share (``charts``), pictures of methods.
+
+Every function returns a ``matplotlib.figure.Figure``. As the last line of a cell it is shown once, as a PNG; its
+caption and alternative text stand in the cell's metadata.
+"""
+
+from peftlab.figures.charts import bars, curves, heatmap, histogram, spectrum, stacked_bars, sweep
+from peftlab.figures.lora import lora_dataflow
+from peftlab.figures.style import BLACK, COLOURS, HATCHES, LINES, MARKERS, WIDTH, label, new, styled, use_style
+
+__all__ = ["BLACK", "COLOURS", "HATCHES", "LINES", "MARKERS", "WIDTH", "bars", "curves", "heatmap", "histogram",
+           "label", "lora_dataflow", "new", "spectrum", "stacked_bars", "styled", "sweep", "use_style"]

@@ -1,0 +1,135 @@
+"""One style for every figure: readable in grey, by the colour-blind, and on a telephone.
+
+A figure is 6.4 inches wide. A telephone shows it 350 pixels wide, 55 pixels an inch, and there 12 points are 9 pixels:
+the smallest type in use. Colours differ in lightness as well as in hue, and no line or bar is told by its colour alone:
+lines have markers and dashes, bars have hatches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+WIDTH = 6.4  # inches
+SMALLEST = 12  # points
+BLACK = "#1a1a1a"
+GREY = "#767676"  # 4.5:1 on white
+# Neighbours are 20 or more apart in lightness (CIE L*: 29, 55, 35, 57, 18, 55). Each has 3:1 or more against white.
+COLOURS = ("#004488", "#cc6a1f", "#0b5d45", "#a8861a", "#551133", "#858585")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+HATCHES = ("", "//", "..", "xx", "\\\\", "--")
+
+RC = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib, so that every machine draws the same
+    "font.size": 13,
+    "axes.titlesize": 13,
+    "axes.labelsize": 13,
+    "xtick.labelsize": SMALLEST,
+    "ytick.labelsize": SMALLEST,
+    "legend.fontsize": SMALLEST,
+    "figure.figsize": (WIDTH, 3.8),
+    "figure.dpi": 140,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "savefig.dpi": 140,
+    "text.color": BLACK,
+    "axes.labelcolor": BLACK,
+    "axes.edgecolor": BLACK,
+    "xtick.color": BLACK,
+    "ytick.color": BLACK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "axes.axisbelow": True,
+    "lines.linewidth": 2.0,
+    "lines.markersize": 7,
+    "hatch.linewidth": 0.8,
+    "legend.frameon": False,
+    "axes.titlelocation": "left",
+    "mathtext.fontset": "dejavusans",
+}
+
+
+def use_style() -> None:
+    """Switch matplotlib to the book's style for this process and, in a notebook, to PNGs without metadata."""
+    matplotlib.rcParams.update(RC)
+    _use_png()
+
+
+@contextlib.contextmanager
+def styled() -> Iterator[None]:
+    """The book's style inside a ``with`` block or a function decorated with ``@styled()``, and only there."""
+    with matplotlib.rc_context(RC):
+        yield
+
+
+def _use_png() -> None:
+    """In a notebook: figures become PNGs. matplotlib would write its version into each; then every upgrade changes
+    every figure of the book."""
+    try:
+        from IPython import get_ipython
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+    except ImportError:
+        return
+    if get_ipython() is not None:
+        set_matplotlib_formats("png", metadata={"Software": None})
+
+
+def new(
+    width: float = WIDTH, height: float = 3.8, rows: int = 1, columns: int = 1, **layout: Any
+) -> tuple[Figure, Any]:
+    """A new figure and its axes, in the book's style.
+
+    Args:
+        width, height: inches.
+        rows, columns: number of axes; with one of each the axes come alone, otherwise as an array.
+        layout: ``sharex``, ``sharey``, ``width_ratios`` or ``height_ratios`` of ``Figure.subplots``.
+
+    Returns:
+        (Figure, Axes or array of Axes). The figure belongs to the caller alone: pyplot does not know it, so nothing is
+        drawn twice and nothing stays in memory.
+    """
+    _use_png()
+    with styled():
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, figure.subplots(rows, columns, **layout)
+
+
+def label(
+    axes: Axes,
+    x: str | None = None,
+    y: str | None = None,
+    x_unit: str | None = None,
+    y_unit: str | None = None,
+    title: str | None = None,
+) -> Axes:
+    """Name the axes, with units in brackets: ``label(axes, "batch size", "peak memory", y_unit="GB")``."""
+    if x is not None:
+        axes.set_xlabel(f"{x} ({x_unit})" if x_unit else x)
+    if y is not None:
+        axes.set_ylabel(f"{y} ({y_unit})" if y_unit else y)
+    if title is not None:
+        axes.set_title(title)
+    return axes
+
+
+def look(number: int) -> dict[str, Any]:
+    """Colour, marker and dashes of the line with this number, a dict to pass to ``Axes.plot``."""
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)],
+            "linestyle": LINES[number % len(LINES)]}
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as PNG bytes, without metadata."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=figure.dpi, metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,0 +1,193 @@
+"""How an adapter meets a module: one child and two module-level hooks.
+
+Around a module's call something happens *before* (its inputs change) and *after* (its output changes). Both are
+forward hooks that find their parts in the module's child `peftlab`. Nothing is wrapped, so classes, the module tree
+and the base's parameter names stay as they were, and removing the child and the hooks is all of detaching. The hooks
+are plain functions of the module they stand on: `deepcopy` of a model gives hooks that look into the copy's child.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from peftlab.errors import PeftLabError
+
+CHILD = "peftlab"
+
+
+class Activity:
+    """Which adapters of one model run. All its hosts share this object, so that one assignment switches all.
+
+    Attributes:
+        weights: {adapter name: weight} of the mixture in use; empty means the base model alone.
+        rows: one adapter name (or None, the base) for each row of the batch; replaces `weights` when set.
+        enabled: False within `disabled`.
+        merged: whether the base's weights already hold the mixture.
+    """
+
+    def __init__(self) -> None:
+        self.weights: dict[str, float] = {}
+        self.rows: tuple[str | None, ...] | None = None
+        self.enabled = True
+        self.merged = False
+
+
+class Adapters(nn.ModuleDict):
+    """The child of a host: {adapter name: {part name: part}}."""
+
+    def __init__(self, activity: Activity) -> None:
+        super().__init__()
+        self.activity = activity
+
+    def forward(self, x: Any) -> Any:
+        """Passes its input on: an `nn.Sequential` calls all its children, this one too."""
+        return x
+
+
+def place(host: nn.Module, activity: Activity, adapter: str, part_name: str, part: nn.Module) -> None:
+    """Puts a part on a host, with the hooks that it needs."""
+    if CHILD not in host._modules:
+        host.add_module(CHILD, Adapters(activity))
+    parts = host._modules[CHILD]
+    if adapter not in parts:
+        parts[adapter] = nn.ModuleDict()
+    parts[adapter][part_name] = part
+    # A host without, say, a `before` pays for none.
+    if hasattr(part, "before") and _before not in host._forward_pre_hooks.values():
+        host.register_forward_pre_hook(_before, with_kwargs=True)
+    if hasattr(part, "after") and _after not in host._forward_hooks.values():
+        host.register_forward_hook(_after, with_kwargs=True)
+
+
+def remove(host: nn.Module, adapter: str | None = None) -> None:
+    """Takes one adapter (or all) off a host; with the last one go the child and the hooks."""
+    parts = host._modules.get(CHILD)
+    if parts is None:
+        return
+    if adapter is None:
+        parts.clear()
+    elif adapter in parts:
+        del parts[adapter]
+    if not parts:
+        del host._modules[CHILD]
+        for table, flags, hook in (
+            (host._forward_pre_hooks, host._forward_pre_hooks_with_kwargs, _before),
+            (host._forward_hooks, host._forward_hooks_with_kwargs, _after),
+        ):
+            for key in [key for key, value in table.items() if value is hook]:
+                del table[key]
+                flags.pop(key, None)
+
+
+def _before(host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def change(parts: nn.ModuleDict, inputs: tuple, base: tuple) -> tuple:
+        for part in parts.values():
+            if hasattr(part, "before"):
+                inputs = part.before(host, *inputs)
+        return inputs
+
+    return _apply(host, (args, kwargs), (args, kwargs), change)
+
+
+def _after(host: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    def change(parts: nn.ModuleDict, inputs: tuple, output: Any) -> Any:
+        result = output
+        for part in parts.values():
+            if hasattr(part, "after"):
+                result = part.after(host, *inputs, result, output)
+        return result
+
+    return _apply(host, (args, kwargs), output, change)
+
+
+def _apply(host: nn.Module, inputs: tuple, base: Any, change: Callable[[nn.ModuleDict, tuple, Any], Any]) -> Any:
+    """Runs the active adapters of a host on `base` (its inputs, or its output) and mixes what they make of it.
+
+    Returns None, which leaves `base` as it is, when no adapter is active here.
+    """
+    parts = host._modules[CHILD]
+    activity = parts.activity
+    if not activity.enabled or activity.merged:
+        return None
+    if activity.rows is not None:
+        return _by_rows(parts, activity.rows, inputs, base, change)
+    here = [(name, weight) for name, weight in activity.weights.items() if name in parts]
+    if not here:
+        return None
+    if len(here) == 1 and here[0][1] == 1:
+        return change(parts[here[0][0]], inputs, base)
+    # y = y0 + sum over adapters of weight (y_adapter - y0): a mixture adds the weighted changes
+    changed = [(weight, change(parts[name], inputs, base)) for name, weight in here]
+    return _combine(base, changed, lambda y0, ys: sum((w * (y - y0) for w, y in ys), start=y0).to(y0.dtype))
+
+
+def _by_rows(parts: Adapters, rows: tuple[str | None, ...], inputs: tuple, base: Any, change: Callable) -> Any:
+    """Gives each row of the batch the adapter named for it: y[i] = y_{adapter of i}[i]."""
+    batch = next(t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)).shape[0]
+    if batch % len(rows):
+        raise PeftLabError(
+            f"activate was given {len(rows)} names, one a row, but the batch has {batch} rows. "
+            "Give as many names as the batch has rows."
+        )
+    # Beams, returned sequences and flattened tokens repeat each row in place.
+    repeat = batch // len(rows)
+    result = base
+    for name in dict.fromkeys(rows):
+        if name is None or name not in parts:
+            continue
+        chosen = [i * repeat + k for i, row in enumerate(rows) if row == name for k in range(repeat)]
+
+        def take(value: Any, chosen: list[int] = chosen) -> Any:
+            whole = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
+            return value[torch.tensor(chosen, device=value.device)] if whole else value
+
+        def put(y0: Tensor, ys: list[tuple[float, Tensor]], chosen: list[int] = chosen) -> Tensor:
+            if y0.dim() == 0 or y0.shape[0] != batch:
+                return y0
+            return y0.index_copy(0, torch.tensor(chosen, device=y0.device), ys[0][1].to(y0.dtype))
+
+        part = change(parts[name], tree_map(take, inputs), tree_map(take, base))
+        result = _combine(result, [(1.0, part)], put)
+    return result
+
+
+def _combine(base: Any, changed: list[tuple[float, Any]], how: Callable[[Tensor, list], Tensor]) -> Any:
+    """Combines results of the same structure tensor by tensor; whatever is no floating tensor stays the base's."""
+    leaves, spec = tree_flatten(base)
+    columns = [(weight, tree_flatten(result)[0]) for weight, result in changed]
+    return tree_unflatten(
+        [
+            how(leaf, [(weight, column[i]) for weight, column in columns])
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+            else leaf
+            for i, leaf in enumerate(leaves)
+        ],
+        spec,
+    )
+
+
+def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the modules that carry parts, with their paths."""
+    for path, module in model.named_modules():
+        if CHILD in module._modules:
+            yield plain(path), module
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's own modules by path, without what adapters added; the model itself has the path ""."""
+    return {plain(path): module for path, module in model.named_modules() if not is_adapter_name(path)}
+
+
+def plain(path: str) -> str:
+    """A path without what `torch.compile` puts into it; `get_submodule` finds the same module by it."""
+    return ".".join(name for name in path.split(".") if name != "_orig_mod")
+
+
+def is_adapter_name(parameter_name: str) -> bool:
+    """Says whether a parameter's name lies in a child of ours."""
+    return CHILD in parameter_name.split(".")

@@ -1,0 +1,115 @@
+"""Whether an adapter's files are whole, belong together and belong to this base: sums, samples, atomic writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from peftlab.errors import PeftLabError
+from peftlab.files import write_atomically
+from peftlab.hooks import base_modules
+from peftlab.records import record_of
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads all tensors and the metadata of a safetensors file."""
+    try:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise PeftLabError(f"{file} is damaged or cut short ({error}); fetch or save it again.") from None
+
+
+def check_integrity(
+    config_file: Path, file: Path, fields: Mapping, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Compares with the sums that were saved, where there are any, and refuses values that are not finite."""
+    if "peftlab_tensors" in metadata and metadata["peftlab_tensors"] != digest(tensors):
+        raise PeftLabError(f"{file} was changed after it was saved: its SHA-256 sum differs.")
+    if "peftlab_config" in metadata and metadata["peftlab_config"] != config_digest(fields):
+        raise PeftLabError(
+            f"{config_file} and {file.name} were not saved together: a save was interrupted, or the config edited. "
+            "Save the adapter again."
+        )
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise PeftLabError(f"{key} in {file} holds values that are not finite.")
+
+
+def base_sample(root: nn.Module, paths: Iterable[str]) -> dict[str, list[float]]:
+    """A few of the base's weights, to know it again by: 8 numbers of each of 8 adapted modules."""
+    sample = {}
+    for path in sorted(set(paths))[:8]:
+        weight = base_tensor(root, path, "weight")
+        # A quantised weight holds packed codes, which say nothing about another dtype's copy of the same model.
+        if weight is not None and weight.is_floating_point() and weight.device.type != "meta":
+            sample[path] = weight.detach().flatten()[:8].float().tolist()
+    return sample
+
+
+def base_tensor(root: nn.Module, path: str, name: str) -> Tensor | None:
+    """A parameter of the base as it is without adapters, also while the model is merged."""
+    record = record_of(root)
+    kept = record.backup.get(path, {}) if record else {}
+    value = kept[name] if name in kept else getattr(root.get_submodule(path), name, None)
+    return value if isinstance(value, Tensor) else None
+
+
+def check_base(root: nn.Module, folder: Path, metadata: Mapping[str, str], model_name: str) -> None:
+    """Compares the base with the sample saved beside the adapter, up to the rounding of 16-bit dtypes."""
+    try:
+        saved = {path: torch.tensor(values) for path, values in json.loads(metadata.get("peftlab_base", "{}")).items()}
+    except (ValueError, TypeError, AttributeError):
+        raise PeftLabError(
+            f"The sample of the base's weights in {folder} is damaged; save the adapter again."
+        ) from None
+    modules = base_modules(root)
+    for path, values in base_sample(root, (path for path in saved if path in modules)).items():
+        expected, found = saved[path], torch.tensor(values)
+        # bf16 keeps 8 bits: two roundings of one number differ by less than 1%
+        if expected.shape == found.shape and not torch.allclose(expected, found, rtol=0.01, atol=1e-6):
+            raise PeftLabError(
+                f"The adapter in {folder} was trained on another base: the weights of {path} differ. "
+                f"This model is {model_name!r}."
+            )
+
+
+def serialised(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a safetensors file. Equal contents give equal bytes: the library itself shuffles the metadata."""
+    raw = to_bytes(tensors, dict(metadata))
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format's alignment
+    return len(text).to_bytes(8, "little") + text + raw[start:]
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes."""
+    total = hashlib.sha256()
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        total.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def config_digest(fields: Mapping[str, Any]) -> str:
+    """SHA-256 of the fields that decide what the adapter computes; where its base lies may be edited."""
+    free = ("base_model_name_or_path", "inference_mode", "revision", "peft_version")
+    decisive = {name: value for name, value in fields.items() if name not in free}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def write(file: Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    write_atomically(file, content)

@@ -1,0 +1,6 @@
+"""The methods, one file each. A new one is a file and a line in `METHODS`; DESIGN.md shows how each fits."""
+
+from peftlab.methods.lora import LoRAConfig
+
+# The method's name on the command line, and its config; `config.peft_type` is its name in Hugging Face's files.
+METHODS = {config.method: config for config in (LoRAConfig,)}

@@ -1,0 +1,264 @@
+"""LoRA: a frozen weight and, beside it, a trained product of two thin matrices.
+
+Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, 2021, arXiv:2106.09685, section 4.1; rank-stabilised
+scaling from Kalajdzievski, 2023, arXiv:2312.03732.
+
+    y = W x + b + s B A x,    A: (r, in),  B: (out, r),  s = alpha / r
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.methods.parts import BIAS_MODES, Part, first_input, trained_biases, trained_copies, widened
+from peftlab.targets import Targets, by_pattern, check_regex, find, in_any_order, is_conv1d, linear_shape
+
+INITS = ("kaiming", "gaussian", "orthogonal", "random")
+# Values of peft's `init_lora_weights` (in lower case) that leave the base's weights alone.
+BASE_KEPT = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig(Targets):
+    """What LoRA trains, and how it starts.
+
+    Attributes:
+        r: rank of the update; a positive whole number.
+        alpha: numerator of the scaling s = alpha / r.
+        dropout: probability of dropping an entry of the adapter's input while training; in [0, 1).
+        bias: which biases of the base train too: `"none"`, `"lora_only"` (of the adapted modules) or `"all"`.
+        use_rslora: scale by alpha / sqrt(r) instead, so that the update keeps its size as r grows.
+        init: how A starts (B is zero): `"kaiming"` (uniform within 1 / sqrt(in), as Hugging Face peft), `"gaussian"`
+            (normal, standard deviation 1 / r), `"orthogonal"`, or `"random"` (B random too: for tests, since the
+            model's output then changes before the first step).
+        lora_bias: give B a bias of its own, started at zero.
+        fan_in_fan_out: whether the layers store their weight as (in, out). It is known of Linear and Conv1D, whatever
+            is said here; say it for layers of your own.
+        rank_pattern, alpha_pattern: another r or alpha for paths whose end matches a key, e.g. `{"layers.0.*": 4}`.
+
+    Raises:
+        PeftLabError: a value that is out of range, with what was found.
+    """
+
+    r: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    bias: str = "none"
+    use_rslora: bool = False
+    init: str = "kaiming"
+    lora_bias: bool = False
+    fan_in_fan_out: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    method: ClassVar[str] = "lora"
+    peft_type: ClassVar[str] = "LORA"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in (*self.rank_pattern, *self.alpha_pattern):
+            check_regex(key)
+        for where, r in (("r", self.r), *((f"rank_pattern[{key!r}]", r) for key, r in self.rank_pattern.items())):
+            if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+                raise PeftLabError(f"{where} is {r!r}; a rank is a positive whole number, usually 4 to 64.")
+        for where, a in (("alpha", self.alpha), *((f"alpha_pattern[{k!r}]", a) for k, a in self.alpha_pattern.items())):
+            if isinstance(a, bool) or not isinstance(a, (int, float)) or not math.isfinite(a) or a <= 0:
+                raise PeftLabError(f"{where} is {a!r}; it is a positive number, usually r to 4 r.")
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise PeftLabError(f"dropout is {self.dropout!r}; it is a probability from 0 up to, not including, 1.")
+        for name, known in (("bias", BIAS_MODES), ("init", INITS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise PeftLabError(
+                    f"{name} is {value!r}; it is one of {', '.join(map(repr, known))}.{did_you_mean(str(value), known)}"
+                )
+
+    def scaling(self, path: str = "") -> float:
+        """The factor s in front of BA: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
+        r, alpha = by_pattern(self.rank_pattern, path, self.r), by_pattern(self.alpha_pattern, path, self.alpha)
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+    def parts(self, model: nn.Module) -> Iterator[Part]:
+        """Yields what this config places on a model: one low-rank update for each target, trained biases and copies."""
+        targets = find(model, self)
+        for table in (self.rank_pattern, self.alpha_pattern):
+            for key in table:
+                if not any(by_pattern({key: True}, path, False) for path in targets):
+                    raise PeftLabError(f"The pattern {key!r} matches none of the {len(targets)} target modules.")
+        for path, host in targets.items():
+            layer = LoRAEmbedding if isinstance(host, nn.Embedding) else LoRALinear
+            yield Part(path, "lora", layer(host, by_pattern(self.rank_pattern, path, self.r), self.scaling(path), self))
+        copies = list(trained_copies(model, self))
+        yield from trained_biases(model, self.bias, targets, copied=[part.path for part in copies])
+        yield from copies
+
+    def to_peft(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:
+        """The fields of Hugging Face's `adapter_config.json` that only LoRA has."""
+        return {
+            "r": self.r,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "bias": self.bias,
+            "use_rslora": self.use_rslora,
+            "lora_bias": self.lora_bias,
+            "fan_in_fan_out": self.fan_in_fan_out or any(is_conv1d(host) for host in hosts.values()),
+            # peft starts from it before it loads, and its "orthogonal" refuses odd ranks
+            "init_lora_weights": {"random": False, "gaussian": "gaussian"}.get(self.init, True),
+            "rank_pattern": in_any_order(self.rank_pattern, hosts),
+            "alpha_pattern": in_any_order(self.alpha_pattern, hosts),
+        }
+
+    @staticmethod
+    def from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The reverse of `to_peft`: the keyword arguments for this class.
+
+        `init_lora_weights` says how a training run began. Where it only chose A and B it is not needed, for weights
+        are about to be loaded; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA also took s B A out of the base's weights.
+
+        Raises:
+            PeftLabError: such an adapter: beside the base as published it would be another function.
+        """
+        init = fields.get("init_lora_weights", True)
+        if str(init).lower() not in BASE_KEPT:
+            raise PeftLabError(
+                f"The adapter was trained with init_lora_weights={init!r}, which may change the base's weights at the "
+                "start, so it does not fit the base as published. Where it was trained, convert it with Hugging Face "
+                "peft: model.save_pretrained(folder, path_initial_model_for_weight_conversion=...). If this model "
+                "already holds the changed weights, set init_lora_weights to true in adapter_config.json."
+            )
+        return {
+            "r": fields.get("r", 8),
+            "alpha": fields.get("lora_alpha", 8),
+            "dropout": fields.get("lora_dropout", 0.0),
+            "bias": fields.get("bias", "none"),
+            "use_rslora": fields.get("use_rslora", False),
+            "lora_bias": fields.get("lora_bias", False),
+            "fan_in_fan_out": bool(fields.get("fan_in_fan_out", False)),
+            "rank_pattern": fields.get("rank_pattern") or {},
+            "alpha_pattern": fields.get("alpha_pattern") or {},
+        }
+
+    # What Hugging Face's LoRA can also do and this file does not: such an adapter must not load as something else.
+    unsupported: ClassVar[tuple[str, ...]] = (
+        "use_dora", "use_qalora", "layer_replication", "alora_invocation_tokens", "trainable_token_indices",
+        "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
+    )  # fmt: skip
+
+
+class LoRALinear(nn.Module):
+    """The update of one linear layer (Linear, Conv1D, or a quantised linear).
+
+    Attributes:
+        lora_A: (r, in). lora_B: (out, r). lora_B_bias: (out,) or None. scaling: s.
+    """
+
+    keys: ClassVar[dict[str, str]] = {
+        "lora_A": "{path}.lora_A.weight",
+        "lora_B": "{path}.lora_B.weight",
+        "lora_B_bias": "{path}.lora_B.bias",
+    }
+
+    def __init__(self, host: nn.Module, r: int, scaling: float, config: LoRAConfig) -> None:
+        super().__init__()
+        inside, outside = linear_shape(host)
+        self.scaling, self.dropout = scaling, config.dropout
+        # Conv1D stores its weight (in, out)
+        self.transposed = is_conv1d(host) or (config.fan_in_fan_out and not isinstance(host, nn.Linear))
+        self.lora_A = nn.Parameter(torch.empty(r, inside))
+        self.lora_B = nn.Parameter(torch.zeros(outside, r))
+        self.lora_B_bias = nn.Parameter(torch.zeros(outside)) if config.lora_bias else None
+        start(self.lora_A, self.lora_B, config.init)
+
+    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
+        """Adds the update. x: (..., in), output: (..., out)."""
+        x = first_input(args, kwargs)
+        # Autocast picks the dtype of both products itself; otherwise the adapter's own dtype is used.
+        x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.lora_A.dtype)
+        x = F.dropout(x, self.dropout, self.training)
+        # y = W x + b + s B (A x): two thin products instead of one with the (out, in) matrix BA
+        update = F.linear(F.linear(x, self.lora_A), self.lora_B, self.lora_B_bias) * self.scaling
+        return (output + update).to(output.dtype)
+
+    def delta(self) -> Tensor:
+        """The update of the weight as a matrix, (out, in), in the adapter's dtype and with gradients."""
+        # dW = s B A
+        return (self.lora_B @ self.lora_A) * self.scaling
+
+    def merged(self, host: nn.Module) -> dict[str, Tensor]:
+        """The host's parameters with the update folded in, not yet rounded to the host's dtype."""
+        # not delta(): a product of 16-bit factors would be rounded before it is added
+        delta = (widened(self.lora_B) @ widened(self.lora_A)) * self.scaling
+        delta = delta.T if self.transposed else delta
+        parameters = {"weight": widened(host.weight) + delta}
+        if self.lora_B_bias is not None:
+            if host.bias is None:
+                raise PeftLabError("lora_bias cannot be merged into a layer without a bias.")
+            parameters["bias"] = widened(host.bias) + widened(self.lora_B_bias) * self.scaling
+        return parameters
+
+
+class LoRAEmbedding(nn.Module):
+    """The update of an embedding: rows of A picked by token, then B.
+
+    Attributes:
+        lora_A: (r, vocabulary), zero at the start. lora_B: (width, r), normal at the start.
+    """
+
+    keys: ClassVar[dict[str, str]] = {"lora_A": "{path}.lora_embedding_A", "lora_B": "{path}.lora_embedding_B"}
+
+    def __init__(self, host: nn.Embedding, r: int, scaling: float, config: LoRAConfig) -> None:
+        super().__init__()
+        if config.lora_bias:
+            raise PeftLabError("lora_bias has no meaning on an embedding; leave it out, or leave the embedding out.")
+        vocabulary, width = linear_shape(host)
+        self.scaling = scaling
+        # The looked-up factor is the zero one here (as in loralib and peft): only rows that occur then ever move.
+        self.lora_A = nn.Parameter(torch.zeros(r, vocabulary))
+        self.lora_B = nn.Parameter(torch.randn(width, r))
+        if config.init == "random":
+            nn.init.normal_(self.lora_A)
+
+    def after(self, host: nn.Embedding, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
+        """Adds the update. tokens: (...), output: (..., width)."""
+        rows = F.embedding(
+            first_input(args, kwargs), self.lora_A.T, host.padding_idx, host.max_norm, host.norm_type,
+            host.scale_grad_by_freq, host.sparse,
+        )  # fmt: skip
+        # Gemma's embeddings scale what they look up; the update is part of the weight, so it is scaled alike.
+        scaling = self.scaling * getattr(host, "embed_scale", 1.0)
+        return (output + F.linear(rows, self.lora_B) * scaling).to(output.dtype)
+
+    def delta(self) -> Tensor:
+        """The update of the weight as a matrix, (vocabulary, width), in the adapter's dtype and with gradients."""
+        return (self.lora_B @ self.lora_A).T * self.scaling
+
+    def merged(self, host: nn.Embedding) -> dict[str, Tensor]:
+        """The host's weight with the update folded in, not yet rounded to the host's dtype."""
+        delta = (widened(self.lora_B) @ widened(self.lora_A)).T * self.scaling
+        return {"weight": widened(host.weight) + delta}
+
+
+def start(lora_A: Tensor, lora_B: Tensor, init: str) -> None:
+    """Draws A (and, for `"random"`, B). A: (r, in), B: (out, r).
+
+    A must not be zero, or no gradient reaches B; B must be zero, or the model starts from another function.
+    """
+    r = lora_A.shape[0]
+    if init == "orthogonal":
+        # rows of A orthonormal: the r directions that the adapter reads do not overlap
+        nn.init.orthogonal_(lora_A)
+    elif init == "gaussian":
+        nn.init.normal_(lora_A, std=1 / r)
+    else:
+        # U(-1/sqrt(in), 1/sqrt(in)): Kaiming's bound sqrt(6 / ((1 + a^2) in)) at a = sqrt(5)
+        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+    if init == "random":
+        nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))

@@ -1,0 +1,152 @@
+"""What the methods share: the part that stands on one module, and two parts that any method may use.
+
+A part is an `nn.Module` on a host module. It may have
+
+    before(host, args, kwargs) -> (args, kwargs)             what the host is called with
+    after(host, args, kwargs, output, base) -> output        what the host returns; `base` is what it returned itself
+    merged(host) -> {parameter name: tensor}                 the host's parameters with the part folded in
+    keys: {own parameter: "{path}..."}                       its name (or names) in Hugging Face's adapter file
+    stands_in = True                                         its parameters replace some of the base's own in counts
+
+and nothing else: which parts are active, at what weight and for which rows of a batch is `injection`'s business.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peftlab.errors import PeftLabError
+from peftlab.hooks import CHILD, base_modules, remove
+from peftlab.targets import Targets, heads
+
+BIAS_MODES = ("none", "lora_only", "all")
+
+
+class Part(NamedTuple):
+    """One module to be placed: on which host (path in the model, "" for the model itself), under which name."""
+
+    path: str
+    name: str
+    layer: nn.Module
+
+
+class TrainedBias(nn.Module):
+    """A bias of the base, trained as a copy: y + (bias - host.bias). The base's own bias never moves.
+
+    Holds the whole bias and not its change, so that it is saved, loaded and decayed as the base's own would be.
+    """
+
+    stands_in = True
+
+    def __init__(self, host: nn.Module, keys: tuple[str, ...]) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(host.bias.detach().clone())
+        self.keys = {"bias": keys}
+
+    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
+        """Replaces the bias. output: (..., out); convolutions and batch norms have their channels further left."""
+        change = self.bias - host.bias.detach().to(self.bias.dtype)
+        right_of_channels = 0
+        if hasattr(host, "kernel_size"):
+            right_of_channels = len(host.kernel_size)
+        elif isinstance(host, (nn.modules.batchnorm._NormBase, nn.GroupNorm)):
+            right_of_channels = output.dim() - 2
+        return (output + change.view(-1, *(1,) * right_of_channels)).to(output.dtype)
+
+    def merged(self, host: nn.Module) -> dict[str, Tensor]:
+        """The bias itself."""
+        return {"bias": self.bias}
+
+
+class TrainedCopy(nn.Module):
+    """A module trained in full beside an adapter: its copy answers in its place (`modules_to_save`).
+
+    The base's module still runs first, so that rows, mixtures and `disabled` work as for any part; a head is cheap.
+    """
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(host)
+        for module in self.module.modules():
+            remove(module)  # another adapter's parts are not the base's
+        self.keys = {f"module.{name}": "{path}." + name for name in self.module.state_dict()}
+
+    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Any, base: Any) -> Any:
+        """Returns the copy's answer, in the base's dtype."""
+        parameter = next(self.module.parameters())
+
+        def cast(value: Any, dtype: torch.dtype) -> Any:
+            floating = isinstance(value, Tensor) and value.is_floating_point()
+            return value.to(dtype) if floating else value
+
+        args = tuple(cast(value, parameter.dtype) for value in args)
+        answer = self.module(*args, **{name: cast(value, parameter.dtype) for name, value in kwargs.items()})
+        return cast(answer, base.dtype) if isinstance(base, Tensor) else answer
+
+    def merged(self, host: nn.Module) -> dict[str, Tensor]:
+        """The copy's parameters and buffers."""
+        return self.module.state_dict()
+
+
+def trained_biases(
+    model: nn.Module, mode: str, targets: Mapping[str, nn.Module], copied: Iterable[str] = ()
+) -> Iterator[Part]:
+    """Yields a trained bias for each target that has one (`"lora_only"`) or for every module that has one (`"all"`).
+
+    Modules in `copied` are trained in full already, bias and all. A bias that several modules share is one parameter
+    under several keys; where one of them only hands it down to another (BERT's language head), that other uses it.
+
+    Raises:
+        PeftLabError: a bias that its module does not simply add, so that no copy can answer for it.
+    """
+    if mode == "none":
+        return
+    sharing: dict[int, list[str]] = {}
+    modules = base_modules(model) if mode == "all" else targets
+    for path, host in modules.items():
+        if isinstance(getattr(host, "bias", None), nn.Parameter):
+            if not any(path == whole or path.startswith(whole + ".") for whole in copied):
+                sharing.setdefault(id(host.bias), []).append(path)
+    for paths in sharing.values():
+        # Hugging Face's names differ: a wrapped module's bias is called `base_layer.bias` there.
+        names = [f"{path}.base_layer.bias" if path in targets else f"{path}.bias".lstrip(".") for path in paths]
+        users = [path for path in paths if set(modules[path]._modules) <= {CHILD}]
+        parents = [model.get_submodule(path.rpartition(".")[0]) for path in users]
+        unread = any(isinstance(parent, nn.MultiheadAttention) for parent in parents)
+        if not users or unread or modules[users[0]].bias.dim() != 1:
+            raise PeftLabError(
+                f"bias={mode!r} means {names[0]} of {type(modules[paths[0]]).__name__}, which is not simply added to "
+                "what that module returns, so it cannot be trained beside it. Use bias='lora_only' or 'none'."
+            )
+        layer = TrainedBias(modules[users[0]], tuple("{root}" + name for name in names))
+        yield from (Part(path, "bias", layer) for path in users)
+
+
+def trained_copies(model: nn.Module, config: Targets) -> Iterator[Part]:
+    """Yields a trained copy for each module that `modules_to_save` names (and for the head that a task implies)."""
+    for path, host in heads(model, config).items():
+        if not any(True for _ in host.parameters()):
+            raise PeftLabError(f"modules_to_save names {path}, a {type(host).__name__} without parameters.")
+        if type(host).forward is nn.Module.forward:  # ModuleList, ModuleDict: nothing calls them, nothing would train
+            within = ", ".join(f"{path}.{name}" for name, _ in list(host.named_children())[:4])
+            raise PeftLabError(
+                f"modules_to_save names {path}, a {type(host).__name__}, which is a list. Name {within}."
+            )
+        if any(not p.is_floating_point() for p in host.parameters()):
+            raise PeftLabError(f"modules_to_save names {path}, which is quantised and cannot train.")
+        yield Part(path, "copy", TrainedCopy(host))
+
+
+def first_input(args: tuple, kwargs: dict) -> Tensor:
+    """The tensor a layer was called with, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def widened(weight: Tensor) -> Tensor:
+    """A stored weight in float64 (float32 where a device has none), so that a merged sum is rounded once."""
+    return weight.detach().to(torch.float32 if weight.device.type == "mps" else torch.float64)

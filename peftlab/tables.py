@@ -1,0 +1,80 @@
+"""Rows of results as tables, in HTML and in plain text, the same to the letter each time they are made."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+from typing import Any
+
+from peftlab.errors import PeftLabError, did_you_mean
+
+Columns = dict[str, Any]  # {column: heading} or {column: (heading, format)}
+
+
+def lay_out(
+    rows: Iterable[dict[str, Any]], columns: Columns | None = None
+) -> tuple[list[str], list[list[str]], list[bool]]:
+    """The texts of a table.
+
+    Args:
+        rows: dicts.
+        columns: {column: heading} or {column: (heading, format)}, in order; None takes all columns as they are.
+
+    Returns:
+        (headings, cells, numeric): list of str; list of lists of str; list of bool, which columns hold numbers only.
+
+    Raises:
+        PeftLabError: no row has a column of that name.
+    """
+    listed = list(rows)
+    names = list(dict.fromkeys(name for row in listed for name in row))
+    columns = {name: name for name in names} if columns is None else columns
+    for name in columns:
+        if name not in names:
+            raise PeftLabError(f"no row has a column {name!r}; there are: {', '.join(names)}."
+                               + did_you_mean(name, names))
+    headings, cells = [], [[] for _ in listed]
+    for name, wish in columns.items():
+        heading, fmt = wish if isinstance(wish, tuple) else (wish, "")
+        headings.append(str(heading))
+        for row, line in zip(listed, cells, strict=True):
+            line.append(_text(row.get(name), fmt))
+    numeric = [all(isinstance(row.get(name), (int, float, type(None))) for row in listed) for name in columns]
+    return headings, cells, numeric
+
+
+def _text(value: Any, fmt: Any) -> str:
+    if value is None:
+        return ""
+    return str(fmt(value)) if callable(fmt) else format(value, fmt)
+
+
+def as_html(
+    headings: list[str],
+    cells: list[list[str]],
+    numeric: list[bool],
+    caption: str | None = None,
+    source: str | None = None,
+) -> str:
+    """A table element in a region that scrolls by itself on a narrow screen, also from the keyboard."""
+    sides = [' style="text-align: right"' if right else ' style="text-align: left"' for right in numeric]
+    head = "".join(f'<th scope="col"{side}>{html.escape(h)}</th>' for h, side in zip(headings, sides, strict=True))
+    body = "\n".join("<tr>" + "".join(f"<td{side}>{html.escape(c)}</td>" for c, side in zip(line, sides, strict=True))
+                     + "</tr>" for line in cells)
+    label = html.escape(caption or ", ".join(headings), quote=True)
+    parts = [f'<div role="region" tabindex="0" aria-label="{label}" style="overflow-x: auto">']
+    parts += ['<table class="dataframe table">']  # the class of pandas: themes know it in light and dark
+    parts += [f'<caption style="caption-side: top; color: inherit">{html.escape(caption)}</caption>'] if caption else []
+    parts += [f"<thead><tr>{head}</tr></thead>", f"<tbody>\n{body}\n</tbody>", "</table>", "</div>"]
+    parts += [f"<p><small>{html.escape(source)}</small></p>"] if source else []
+    return "\n".join(parts)
+
+
+def as_text(
+    headings: list[str], cells: list[list[str]], caption: str | None = None, source: str | None = None
+) -> str:
+    """The same in columns of plain text."""
+    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+             for line in [headings, *cells]]
+    return "\n".join(([caption] if caption else []) + lines + ([source] if source else []))

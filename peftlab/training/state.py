@@ -1,0 +1,154 @@
+"""A run's state as tensors and plain values, and the folder that takes it up again."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PeftLabError
+from . import files
+from .identity import differences, run_identity
+
+if TYPE_CHECKING:
+    from .run import Run
+
+# Settings that do not change a result, and the numbers of examples, which the data's own digests hold
+NO_IDENTITY = ("save_every", "examples", "evaluation_examples")
+SMALL_BUFFER = 65_536  # elements; a larger buffer is stored only when torch saw it written to
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> tuple[dict[str, Tensor], dict]:
+    """The optimiser's states by parameter name: tensors as ``optimizer/<parameter>/<state>``, the rest as plain values.
+
+    Args:
+        names: the parameter's name by the ``id`` of the parameter.
+    """
+    tensors, scalars = {}, {}
+    for parameter, states in optimizer.state.items():
+        name = names[id(parameter)]
+        for key, value in states.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{name}/{key}"] = value
+            else:
+                scalars.setdefault(name, {})[key] = value
+    return tensors, scalars
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, names: dict[int, str], tensors: dict[str, Tensor], scalars: dict
+) -> None:
+    """The inverse of ``optimizer_state``."""
+    states: dict[str, dict] = {name: dict(values) for name, values in scalars.items()}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer/"):
+            name, _, state = key.removeprefix("optimizer/").rpartition("/")
+            states.setdefault(name, {})[state] = tensor
+    whole = optimizer.state_dict()
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    whole["state"] = {
+        index: states[names[id(parameter)]] for index, parameter in enumerate(order) if names[id(parameter)] in states
+    }
+    optimizer.load_state_dict(whole)
+
+
+class Buffers:
+    """A model's persistent buffers: what training changes without a gradient, such as running statistics."""
+
+    def __init__(self, model: nn.Module):
+        self._all: dict[str, Tensor] = {}
+        for prefix, module in model.named_modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    self._all[f"{prefix}.{name}" if prefix else name] = buffer
+        self._versions = {name: _version(buffer) for name, buffer in self._all.items()}
+
+    def hold(self) -> dict[str, Tensor]:
+        """Copies of the small ones, to put back when a step fails."""
+        return {name: buffer.clone() for name, buffer in self._all.items() if buffer.numel() <= SMALL_BUFFER}
+
+    def put_back(self, values: dict[str, Tensor]) -> None:
+        """Copy values into the buffers of these names."""
+        with torch.no_grad():
+            for name, value in values.items():
+                self._all[name].copy_(value)
+
+    def to_store(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold: the small ones, and of the large ones (a 4-bit base, say) those written to."""
+        return {
+            name: buffer
+            for name, buffer in self._all.items()
+            if buffer.numel() <= SMALL_BUFFER or _version(buffer) != self._versions[name]
+        }
+
+
+def save(run: Run, folder: Path) -> None:
+    """Write the run's state into its folder (the first process does; the others wait)."""
+    if run.ranks.first:
+        tensors, scalars = optimizer_state(run.optimizer, {id(p): name for name, p in run.trainable.items()})
+        tensors |= {f"trainable/{name}": p for name, p in run.trainable.items()}
+        tensors |= {f"best/{name}": value for name, value in run.best_values.items()}
+        tensors |= {f"buffer/{name}": buffer for name, buffer in run.buffers.to_store().items()}
+        record = {
+            "finished": run.finished,
+            "history": dataclasses.asdict(run.history),
+            "optimizer": scalars,
+            "scaler": run.scaler.state_dict(),
+            "identity": run.identity,
+        }
+        files.write(folder, run.step, tensors, record)
+    run.ranks.wait()
+
+
+def take_up(run: Run, folder: Path, resume: bool) -> None:
+    """Put the run where the one in the folder stopped, or begin it there; nothing is loaded before all is checked.
+
+    Raises:
+        PeftLabError: ``resume`` is False and there is one; or it is another run; or it cannot be read.
+    """
+    settings = {key: value for key, value in dataclasses.asdict(run.settings).items() if key not in NO_IDENTITY}
+    run.identity = run_identity(settings, run.core, run.train_data, run.evaluation_data)
+    if run.ranks.first:
+        files.clean(folder)
+    checkpoint = files.newest(folder)
+    run.ranks.wait()
+    if checkpoint is None:
+        save(run, folder)  # the values it starts from: a new adapter need not be drawn the same again
+        return
+    if not resume:
+        raise PeftLabError(
+            f"{folder} holds a run ({checkpoint.name}). Pass resume=True to go on with it, choose another folder, or "
+            "delete this one."
+        )
+    record, tensors = files.read(checkpoint)
+    changed = differences(record["identity"], run.identity)
+    if changed:
+        raise PeftLabError(
+            f"{folder} holds another run: {'; '.join(changed)}. Make them the same to go on with it, or choose another "
+            "folder."
+        )
+    names = {id(p): name for name, p in run.trainable.items()}
+    load_optimizer_state(run.optimizer, names, tensors, record["optimizer"])
+    with torch.no_grad():
+        for name, parameter in run.trainable.items():
+            parameter.copy_(tensors[f"trainable/{name}"])
+    run.buffers.put_back(_part(tensors, "buffer"))
+    run.best_values = {name: value.to(run.device) for name, value in _part(tensors, "best").items()}
+    if run.scaler.is_enabled():
+        run.scaler.load_state_dict(record["scaler"])
+    run.step, run.finished = record["step"], record["finished"]
+    run.history = type(run.history)(**record["history"])
+    run.ranks.wait()
+
+
+def _part(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """The tensors called ``kind/...``, without that beginning."""
+    return {key.removeprefix(f"{kind}/"): value for key, value in tensors.items() if key.startswith(f"{kind}/")}
+
+
+def _version(tensor: Tensor) -> int:
+    """How often torch saw the tensor written to in place (batch norm's own kernel does not say)."""
+    return -1 if tensor.is_inference() else tensor._version

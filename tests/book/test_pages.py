@@ -1,0 +1,116 @@
+"""The rendered book, as a reader's browser sees it. One test a page for each thing that must hold."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+AXE = Path(__file__).parent / "vendor" / "axe-core" / "axe.min.js"
+
+# WCAG 2.1, levels A and AA, and axe's own good practice; a violation is listed with the element and what to do
+RUN_AXE = """
+axe.run(document, {runOnly: {type: "tag", values: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "best-practice"]}})
+  .then(result => result.violations.map(v =>
+    v.id + " (" + v.impact + "): " + v.nodes.map(n => n.html.slice(0, 160) + " -> " + n.failureSummary).join("; ")))
+"""
+# everything folded is opened, so that nothing escapes the scan
+UNFOLD = """
+document.querySelectorAll("details").forEach(d => d.open = true);
+document.querySelectorAll(".toggle-hidden").forEach(d => d.querySelector("button, .toggle-button")?.click());
+"""
+IMAGES = """
+Promise.all([...document.images].map(i => { i.loading = "eager"; return i.decode().catch(() => null); })).then(() =>
+  [...document.images].map(i => ({src: i.currentSrc || i.src, width: i.naturalWidth, alt: i.alt,
+                                  shown: !!i.closest("article")})))
+"""
+
+
+def page_names() -> list[str]:
+    """The pages to open: those of the table of contents, and those that Sphinx adds."""
+    import yaml
+
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    files = [toc["root"]] + [chapter["file"] for part in toc["parts"] for chapter in part["chapters"]]
+    return [f"{name}.html" for name in files] + ["genindex.html", "search.html"]
+
+
+@pytest.fixture(scope="module", params=page_names())
+def loaded(request, browser, address, pages):
+    """A page opened on a wide screen in light colours, and what its source holds."""
+    page = browser.page()
+    page.open(address + request.param)
+    yield request.param, page, pages[request.param]
+    page.close()
+
+
+def violations(page) -> list[str]:
+    page.evaluate(UNFOLD + "true")
+    page.evaluate(AXE.read_text(encoding="utf-8") + "; true")
+    return page.evaluate(RUN_AXE)
+
+
+def test_loads_without_a_complaint(loaded):
+    _, page, _ = loaded
+    assert page.problems == []
+    assert page.evaluate("document.title")
+
+
+def test_asks_no_other_host(loaded, address):
+    _, page, _ = loaded
+    assert [url for url in page.requests if not url.startswith(address)] == []
+
+
+def test_mathematics_is_typeset(loaded):
+    _, page, source = loaded
+    typeset = page.evaluate("document.querySelectorAll('.math mjx-container').length")
+    assert typeset >= source.formulas, f"{source.formulas} formulas, {typeset} typeset"
+    assert page.evaluate("[...document.querySelectorAll('mjx-merror, [data-mjx-error]')].map(e => e.textContent)") == []
+    left = page.evaluate(r"(document.querySelector('article')?.innerText || '').match(/\\\(|\\\[|\\frac|\\mathbb/g)")
+    assert not left, f"mathematics left as source: {left}"
+
+
+def test_images_are_there_and_described(loaded):
+    _, page, _ = loaded
+    for image in page.evaluate(IMAGES):
+        assert image["width"] > 0, f"{image['src']} is not there"
+        # the logo stands beside its name, which says the same
+        assert len(image["alt"]) >= 20 or not image["shown"], f"{image['src']} has no description"
+
+
+def test_accessible_in_light_colours(loaded):
+    _, page, _ = loaded
+    assert violations(page) == []
+
+
+@pytest.mark.parametrize("width, dark", [(1280, True), (390, False)], ids=["dark", "phone"])
+@pytest.mark.parametrize("name", page_names())
+def test_accessible_in_dark_colours_and_on_a_phone(browser, address, name, width, dark):
+    page = browser.page(width=width, dark=dark)
+    page.open(address + name)
+    assert violations(page) == []
+    assert page.problems == []
+    page.close()
+
+
+@pytest.mark.parametrize("name", page_names())
+def test_nothing_scrolls_sideways_on_a_phone(browser, address, name):
+    page = browser.page(width=390, height=844)
+    page.open(address + name)
+    page.evaluate(UNFOLD + "true")
+    wide = page.evaluate(
+        "[...document.querySelectorAll('article *')].filter(e => e.getBoundingClientRect().right > 391 && "
+        "!e.closest('pre, mjx-container, .table-scroll, .output, mjx-assistive-mml'))"
+        ".slice(0, 5).map(e => e.outerHTML.slice(0, 120))"
+    )
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390, f"these reach past the edge: {wide}"
+    assert page.evaluate("window.innerWidth") <= 390, f"the page was zoomed out to fit: {wide}"
+    page.close()
+
+
+def test_search_finds_a_word(browser, address):
+    page = browser.page()
+    page.open(address + "search.html?q=LoRA")
+    page.browser.pump(1.0)
+    found = page.evaluate("document.querySelectorAll('#search-results li a').length")
+    assert found > 0 and page.problems == []
+    page.close()

@@ -1,0 +1,63 @@
+"""The package as a reader gets it: built into a wheel and installed in a place of its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("peftlab", "pyproject.toml", "README.md", "LICENSE")
+LIMIT_SECONDS = 180  # on two CPU cores that do nothing else; only reported, so that a busy machine fails no test
+
+
+def run(*command: str, cwd: Path) -> None:
+    done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        pytest.fail(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory) -> Path:
+    """A folder that holds the installed wheel and nothing else.
+
+    The wheel is built from a copy: setuptools would leave a build folder in the checkout, and take stale files from it.
+    """
+    work = tmp_path_factory.mktemp("wheel")
+    source, target = work / "source", work / "installed"
+    source.mkdir()
+    for name in SOURCES:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
+        extra = {"ignore": shutil.ignore_patterns("__pycache__")} if (ROOT / name).is_dir() else {}
+        copy(ROOT / name, source / name, **extra)
+    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(work), str(source), cwd=work)
+    run(*pip, "install", "--no-deps", "--target", str(target), str(next(work.glob("peftlab-*.whl"))), cwd=work)
+    return target
+
+
+@pytest.fixture(scope="session")
+def reader_environment(installed) -> dict[str, str]:
+    """Environment variables under which `import peftlab` finds the wheel, and no hub can be asked.
+
+    PYTHONPATH comes before an editable install of the checkout; test_the_wheel_is_what_runs makes sure of it.
+    """
+    # the kernel chooses its own way of drawing, as it does for a reader
+    ours = ("PYTEST_", "COV_", "MPLBACKEND")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+    return environment | {"PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How long each notebook took, and whether it keeps the limit of a chapter."""
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)]
+    measured = [dict(report.user_properties) for report in reports]
+    times = [(properties["notebook"], properties["seconds"]) for properties in measured if "notebook" in properties]
+    if times:
+        terminalreporter.section("notebooks")
+        for title, seconds in times:
+            over = f"  over the limit of {LIMIT_SECONDS} s" if seconds > LIMIT_SECONDS else ""
+            terminalreporter.write_line(f"{title:<32} {seconds:6.1f} s{over}")
+        terminalreporter.write_line(f"{'all':<32} {sum(seconds for _, seconds in times):6.1f} s")

@@ -1,0 +1,205 @@
+"""The rules of a chapter that a program can hold. Each takes a notebook and yields what breaks the rule, in words.
+
+tests/notebooks/test_style.py applies them to every notebook of the book; test_rules.py sees each of them find a fault.
+CONTRIBUTING.md says why each is there.
+"""
+
+import re
+import statistics
+
+import nbformat
+
+SETUP = """try:
+    import peftlab as pl
+except ImportError:
+    %pip install -q "peftlab[notebooks] @ git+{repository}"
+    import peftlab as pl"""
+
+MAX_CODE_LINES = 25
+MEDIAN_CODE_LINES = 8
+MEDIAN_PROSE_WORDS = 45
+MIN_ALT_CHARACTERS = 20
+
+# folders at the root of some system: /home/..., /content/... (Colab), C:\..., but not </p> or 1/2 or https://x/tmp
+ABSOLUTE_PATH = re.compile(
+    r"(?<![\w:/.<])/(?:home|root|tmp|work|Users|usr|opt|content|mnt|private|var|etc)/|\b[A-Z]:\\\\?\w|file://"
+)
+ADDRESS = re.compile(r"\b0x[0-9a-f]{8,}\b")
+REMOTE_IMAGE = re.compile(
+    r"!\[[^\]]*\]\(\s*https?:|<img[^>]+src\s*=\s*[\"']?https?:|(?:```|:::)\{(?:image|figure)\}\s*https?:"
+)
+BANNED_WORDS = re.compile(r"\b(simply|obviously|trivially|revolutionary|game-chang\w+|blazing\w*)\b", re.IGNORECASE)
+BANNED_TAGS = ("nbval-skip", "skip-execution", "nbval-raises-exception", "raises-exception")
+BANNED_COMMENTS = re.compile(r"#\s*(?:NBVAL_|PYTEST_VALIDATE_)\w+")
+
+
+def code_cells(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def prose_cells(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "markdown"]
+
+
+def tags(cell) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def name(cell) -> str:
+    """How a message calls a cell: its first line."""
+    lines = cell.source.strip().splitlines()
+    return repr(lines[0][:60]) if lines else "an empty cell"
+
+
+def output_texts(cell):
+    """Every text a cell's outputs hold: streams, plain text, HTML, Markdown."""
+    for output in cell.outputs:
+        if output.output_type == "stream":
+            yield output.text
+        for kind, value in output.get("data", {}).items():
+            if kind.startswith("text/") and isinstance(value, str):
+                yield value
+
+
+def plain_prose(source: str) -> str:
+    """Prose without code, mathematics, links' targets, comments and directive options."""
+    blocks = (r"(```|~~~)(?!\{).*?\1", r"\$\$.*?\$\$", r"```\{(?:math|code-block)\}.*?```", r"<!--.*?-->")
+    for pattern in blocks:
+        source = re.sub(pattern, " ", source, flags=re.DOTALL)
+    for pattern in (r"`[^`]*`", r"\$[^$]*\$", r"!?\[([^\]]*)\]\([^)]*\)", r"^:\w[\w-]*:.*$", r"<[^>]+>"):
+        source = re.sub(pattern, lambda m: m[1] if m.re.groups else " ", source, flags=re.MULTILINE)
+    return source
+
+
+def valid_format(notebook):
+    """The file is a valid notebook of format 4.5, and GitHub and Colab agree (widget metadata without state is not)."""
+    try:
+        nbformat.validate(notebook)
+    except nbformat.ValidationError as error:
+        yield f"not a valid notebook: {error.message}"
+    if (notebook.nbformat, notebook.nbformat_minor) < (4, 5):
+        yield f"format {notebook.nbformat}.{notebook.nbformat_minor} has no cell ids: 4.5 is needed"
+    if "widgets" in notebook.metadata:
+        yield "metadata.widgets is stored: outputs of widgets need a kernel, a static figure does not"
+
+
+def executed_in_order(notebook):
+    """Execution counts run 1..n and no cell is unexecuted or empty."""
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    if counts != list(range(1, len(counts) + 1)):
+        yield f"execution counts are {counts}, not 1..{len(counts)}: make refresh"
+    yield from (f"{name(cell)} (a {cell.cell_type} cell)" for cell in notebook.cells if not cell.source.strip())
+
+
+def clean_outputs(notebook):
+    """No error, no stderr, no absolute path, no memory address in any output."""
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            if output.output_type == "error":
+                yield f"{name(cell)} ended in {output.ename}"
+            if output.get("name") == "stderr":
+                yield f"{name(cell)} wrote to stderr: {output.text[:80]!r}"
+            if "application/vnd.jupyter.widget-view+json" in output.get("data", {}) and len(output.data) == 1:
+                yield f"{name(cell)} shows a widget and nothing beside it"
+        for text in output_texts(cell):
+            for what, pattern in (("an absolute path", ABSOLUTE_PATH), ("a memory address", ADDRESS)):
+                if found := pattern.search(text):
+                    yield f"{name(cell)} printed {what}: {text[max(0, found.start() - 20) : found.end() + 20]!r}"
+
+
+def short_cells(notebook):
+    """No code cell is over 25 lines, and half of the code and prose cells are short."""
+    lengths = {id(cell): len(cell.source.strip().splitlines()) for cell in code_cells(notebook)}
+    for cell in code_cells(notebook):
+        if lengths[id(cell)] > MAX_CODE_LINES:
+            yield f"{name(cell)} has {lengths[id(cell)]} lines, at most {MAX_CODE_LINES}"
+    if lengths and statistics.median(lengths.values()) > MEDIAN_CODE_LINES:
+        yield f"the median code cell has {statistics.median(lengths.values()):g} lines, at most {MEDIAN_CODE_LINES}"
+    words = [len(plain_prose(cell.source).split()) for cell in prose_cells(notebook)]
+    if words and statistics.median(words) > MEDIAN_PROSE_WORDS:
+        yield f"the median prose cell has {statistics.median(words):g} words, at most {MEDIAN_PROSE_WORDS}"
+
+
+def described_figures(notebook):
+    """Every figure is numbered, captioned, and described for who cannot see it; none is SVG (it carries a date)."""
+    names = []
+    for cell in code_cells(notebook):
+        kinds = {kind for output in cell.outputs for kind in output.get("data", {})}
+        if "image/svg+xml" in kinds:
+            yield f"{name(cell)} stores SVG: use PNG"
+        if not kinds & {"image/png", "image/jpeg"}:
+            continue
+        settings = cell.metadata.get("mystnb", {})
+        figure, image = settings.get("figure", {}), settings.get("image", {})
+        if not figure.get("caption"):
+            yield f"{name(cell)} draws a figure without a caption (mystnb.figure.caption)"
+        if not str(figure.get("name", "")).startswith("fig-"):
+            yield f"{name(cell)} draws a figure without a name fig-x (mystnb.figure.name): it gets no number"
+        if len(image.get("alt", "")) < MIN_ALT_CHARACTERS:
+            yield f"{name(cell)} draws a figure without a description (mystnb.image.alt) of what is seen"
+        names.append(figure.get("name"))
+    yield from (f"two figures are named {n}" for n in sorted({n for n in names if n and names.count(n) > 1}))
+
+
+def nothing_remote(notebook):
+    """No image from another host, in prose or in outputs."""
+    for cell in notebook.cells:
+        texts = [cell.source] if cell.cell_type == "markdown" else list(output_texts(cell))
+        yield from (f"{name(cell)} shows a remote image" for text in texts if REMOTE_IMAGE.search(text))
+
+
+def nothing_skipped(notebook):
+    """nbval compares every cell; one that cannot be compared is followed by one that checks its claim and prints."""
+    cells = code_cells(notebook)
+    for cell, following in zip(cells, [*cells[1:], None], strict=False):
+        for tag in set(tags(cell)) & set(BANNED_TAGS):
+            yield f"{name(cell)} is tagged {tag}"
+        if found := BANNED_COMMENTS.search(cell.source):
+            yield f"{name(cell)} holds {found[0]}: use a tag"
+        if "nbval-ignore-output" in tags(cell):
+            if following is None or "nbval-ignore-output" in tags(following):
+                yield f"{name(cell)} is not compared, and the next code cell does not check it"
+            elif not "".join(output_texts(following)).strip():
+                yield f"{name(cell)} is not compared, and the check after it prints nothing"
+
+
+def comparable_code(notebook):
+    """No trailing `;` (nbval compares the output all the same), no clear_output, no In or Out."""
+    for cell in code_cells(notebook):
+        lines = cell.source.strip().splitlines()
+        if lines and lines[-1].rstrip().endswith(";"):
+            yield f"{name(cell)} ends in `;`: assign to _ instead"
+        if re.search(r"\bclear_output\b|\b(?:In|Out)\[", cell.source):
+            yield f"{name(cell)} uses clear_output, In or Out"
+
+
+def plain_voice(notebook):
+    """No exclamation marks and no hype in prose."""
+    for cell in prose_cells(notebook):
+        prose = plain_prose(cell.source)
+        if "!" in prose:
+            at = prose.index("!")
+            yield f"an exclamation mark: {prose[max(0, at - 40) : at + 1]!r}"
+        yield from (f"the word {word!r} in {name(cell)}" for word in BANNED_WORDS.findall(prose))
+
+
+def setup_cell(notebook, repository: str):
+    """The first code cell is the set-up cell, word for word."""
+    cells = code_cells(notebook)
+    if not cells or cells[0].source.strip() != SETUP.format(repository=repository):
+        yield "the first code cell is not the set-up cell: " + SETUP.format(repository=repository)
+
+
+def whole_chapter(notebook):
+    """A chapter starts with its title and has a summary and exercises."""
+    if not notebook.cells or not re.match(r"# \S", notebook.cells[0].source):
+        yield "the first cell is not a title"
+    prose = "\n".join(cell.source for cell in prose_cells(notebook))
+    headings = "\n".join(re.findall(r"^##+ .*$", prose, re.MULTILINE)).lower()
+    yield from (f"no section on {part}" for part in ("summary", "exercises") if part not in headings)
+
+
+EVERY_NOTEBOOK = (
+    valid_format, executed_in_order, clean_outputs, short_cells, described_figures, nothing_remote, nothing_skipped,
+    comparable_code, plain_voice,
+)  # fmt: skip

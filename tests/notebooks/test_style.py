@@ -1,0 +1,49 @@
+"""Every notebook of the book keeps the rules of rules.py and lies in its stored form."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import normalise
+import pytest
+import rules
+
+ROOT = Path(__file__).resolve().parents[2]
+BOOK = ROOT / "book"
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
+NOTEBOOKS = sorted(BOOK.glob("*.ipynb")) + sorted(BOOK.glob("solutions/*.ipynb"))
+CHAPTERS = [path for path in NOTEBOOKS if path.parent == BOOK and re.match(r"\d\d_", path.name)]
+
+
+def title(path: Path) -> str:
+    return path.relative_to(BOOK).with_suffix("").as_posix()
+
+
+@pytest.fixture(scope="module", params=NOTEBOOKS, ids=title)
+def notebook(request):
+    return normalise.read(request.param)
+
+
+@pytest.mark.parametrize("rule", rules.EVERY_NOTEBOOK, ids=lambda rule: rule.__name__)
+def test_keeps_the_rule(notebook, rule):
+    assert list(rule(notebook)) == [], rule.__doc__
+
+
+def test_starts_with_the_set_up_cell(notebook):
+    if rules.code_cells(notebook):  # a page of prose alone needs no package
+        assert list(rules.setup_cell(notebook, REPOSITORY)) == []
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=title)
+def test_chapter_is_whole(path):
+    assert list(rules.whole_chapter(normalise.read(path))) == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=title)
+def test_lies_in_its_stored_form(path):
+    expected = normalise.normalise(normalise.read(path))
+    assert path.read_text(encoding="utf-8") == expected, f"run: python tools/normalise.py book/{title(path)}.ipynb"
+
+
+def test_there_are_chapters():
+    assert CHAPTERS, "no chapter in book/"

@@ -1,0 +1,38 @@
+"""The real model: smollm2-135m in float32, forward and gradient within 1e-5 of Hugging Face peft."""
+
+import copy
+
+import pytest
+import torch
+from pairs import give, our_state, peft_model, relative
+from test_lora_parity import gradients, live
+
+import peftlab as pl
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [
+    dict(r=8, alpha=20, target_modules=TARGETS),
+    dict(r=4, alpha=10, use_rslora=True, target_modules=["q_proj", "v_proj", "embed_tokens"]),
+])  # fmt: skip
+def test_forward_and_gradient(settings):
+    model, tokenizer = pl.load_model("smollm2-135m")
+    inputs = tokenizer("The capital of France is Paris, and the capital of Italy is Rome.", return_tensors="pt")
+    inputs["labels"] = inputs["input_ids"]
+    theirs = peft_model(copy.deepcopy(model), **settings)
+    pl.attach(model, pl.LoRAConfig(**settings))
+    assert pl.count_parameters(model)[:2] == theirs.get_nb_trainable_parameters()
+    give(theirs, model, scramble=False)
+    with torch.no_grad():  # updates of a size that training makes, so that errors would show
+        for key, parameter in our_state(model).items():
+            parameter.copy_(torch.randn(parameter.shape) * 0.02)
+            live(theirs)[key].copy_(parameter)
+    found, expected = model(**inputs), theirs(**inputs)
+    assert relative(found.logits, expected.logits) < 1e-5
+    found.loss.backward()
+    expected.loss.backward()
+    mine, other = gradients(our_state(model)), gradients(live(theirs))
+    for key in mine:
+        assert relative(mine[key], other[key]) < 1e-5, key

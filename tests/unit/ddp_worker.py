@@ -1,0 +1,38 @@
+"""One of two processes that train one model together: ``ddp_worker.py RANK RENDEZVOUS-FILE RUN-FOLDER OUT``."""
+
+import sys
+
+import tiny
+import torch
+from safetensors.torch import save_file
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from peftlab.training import train
+
+SETTINGS = {"epochs": 1, "batch_size": 4, "accumulation": 2, "learning_rate": 0.05, "optimizer": "sgd", "save_every": 1}
+EXAMPLES = 21  # the last batch leaves one process without an example of its own
+
+
+def main():
+    rank, rendezvous, folder, out = int(sys.argv[1]), *sys.argv[2:]
+    distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    model = tiny.llama()
+    model.requires_grad_(False)
+    model.model.layers.requires_grad_(True)
+    wrapped = DistributedDataParallel(model)
+    history = train(
+        wrapped,
+        tiny.examples(EXAMPLES),
+        evaluation_data=tiny.examples(3, seed=1),
+        evaluate_every=2,
+        folder=folder,
+        **SETTINGS,
+    )
+    losses = torch.tensor([row["loss"] for row in history.steps], dtype=torch.float64)
+    save_file({**{n: p.detach() for n, p in model.named_parameters()}, "losses": losses}, f"{out}-{rank}")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

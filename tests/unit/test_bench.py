@@ -1,0 +1,149 @@
+"""`peftlab bench`: points in order, rows with provenance, and a run that was killed goes on where it stopped."""
+
+import json
+import sys
+from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
+
+import pytest
+
+import peftlab
+from peftlab import bench, measurements
+from peftlab.errors import PeftLabError
+
+HERE = {"gpu": None, "cpu": "a processor, 2 cores", "versions": {"python": "3.12.0", "torch": "2.11.0"},
+        "date": "2026-11-22", "command": "peftlab bench fake --out out.json"}  # fmt: skip
+POINTS = [
+    {"section": "first", "n": 1},
+    {"section": "first", "n": 2},
+    {"section": "second", "n": 3, "timed": True},
+    {"section": "second", "n": 4},
+]
+
+
+@pytest.fixture
+def topic(monkeypatch, tmp_path):
+    """A topic whose points are a number each; `stop` is the point at which it dies."""
+    fake = SimpleNamespace(measured=[], stop=None, points=lambda: list(POINTS), out=tmp_path / "out.json")
+
+    def measure(point):
+        if point["n"] == fake.stop:
+            raise KeyboardInterrupt
+        fake.measured.append(point["n"])
+        return [{"n": point["n"], "part": part} for part in ("a", "b")]
+
+    fake.measure, fake.partial = measure, tmp_path / "out.json.partial"
+    monkeypatch.setitem(sys.modules, "peftlab.bench.fake", fake)
+    monkeypatch.setattr(bench, "TOPICS", ("lora", "fake"))
+    monkeypatch.setattr(bench, "provenance", lambda: dict(HERE))
+    return fake
+
+
+def interrupted(topic, at):
+    topic.stop = at
+    with pytest.raises(KeyboardInterrupt):
+        bench.run("fake", topic.out)
+    topic.stop, done, topic.measured = None, topic.measured, []
+    return done
+
+
+def test_rows_are_written_in_order_and_with_provenance(topic):
+    assert bench.run("fake", topic.out) == topic.out
+    found = measurements.results(topic.out)
+    assert found.topic == "fake" and found.provenance == HERE
+    assert [(row["n"], row["part"]) for row in found] == [(n, part) for n in (1, 2, 3, 4) for part in "ab"]
+    assert not topic.partial.exists()
+
+
+def test_sections_may_come_from_a_generator(topic):
+    bench.run("fake", topic.out, only=(name for name in ["second"]))
+    assert topic.measured == [3, 4]
+
+
+def test_a_killed_run_goes_on_where_it_stopped(topic):
+    assert interrupted(topic, at=3) == [1, 2]
+    assert json.loads(topic.partial.read_text().splitlines()[0]) == {k: HERE[k] for k in ("gpu", "cpu", "versions")}
+    bench.run("fake", topic.out)
+    assert topic.measured == [3, 4]
+    assert measurements.results(topic.out).column("n") == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_a_cut_last_line_costs_its_point_and_not_the_next(topic):
+    interrupted(topic, at=3)
+    topic.partial.write_bytes(topic.partial.read_bytes()[:-9])
+    assert interrupted(topic, at=3) == [2]  # kept on a line of its own
+    bench.run("fake", topic.out)
+    assert topic.measured == [3, 4]
+    assert measurements.results(topic.out).column("n") == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_a_cut_first_line_is_a_fresh_start(topic):
+    interrupted(topic, at=1)
+    topic.partial.write_text('{"gpu": nu')
+    assert interrupted(topic, at=2) == [1]
+    bench.run("fake", topic.out)
+    assert topic.measured == [2, 3, 4]
+
+
+def test_rows_come_in_the_order_of_points_not_of_finishing(topic):
+    bench.Partial(topic.partial, HERE).add(POINTS[3], [{"n": 4, "part": "kept"}])
+    bench.run("fake", topic.out)
+    assert topic.measured == [1, 2, 3]
+    assert measurements.results(topic.out).column("n") == [1, 1, 2, 2, 3, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"gpu": "another GPU"}, {"cpu": "another"}, {"versions": {"python": "3.12.0", "torch": "2.12.0"}}],
+    ids=lambda change: next(iter(change)),
+)
+def test_points_from_elsewhere_are_refused_and_kept(topic, monkeypatch, change):
+    interrupted(topic, at=3)
+    before = topic.partial.read_bytes()
+    monkeypatch.setattr(bench, "provenance", lambda: {**HERE, **change})
+    with pytest.raises(PeftLabError, match=f"{next(iter(change))} was .*Delete it to start again, or use another"):
+        bench.run("fake", topic.out)
+    assert topic.partial.read_bytes() == before and not topic.out.exists()
+
+
+def test_another_date_or_command_goes_on(topic, monkeypatch):
+    interrupted(topic, at=3)
+    monkeypatch.setattr(bench, "provenance", lambda: {**HERE, "date": "2026-11-23", "command": "peftlab bench fake"})
+    bench.run("fake", topic.out)
+    assert topic.measured == [3, 4]
+
+
+def test_points_without_provenance_are_refused(topic):
+    topic.partial.write_text(json.dumps([bench.key(POINTS[0]), [{"n": 1}]]) + "\n")
+    with pytest.raises(PeftLabError, match="measured elsewhere"):
+        bench.run("fake", topic.out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("fakee", "out.json"), "no bench 'fakee'; there is lora, fake. Did you mean 'fake'"),
+        (("fake", "nowhere/out.json"), "folder '.*nowhere' is not there; make it first"),
+        (("fake", "out.json", "secnod"), "no section 'secnod'; it has first, second. Did you mean 'second'"),
+    ],
+    ids=["topic", "folder", "section"],
+)
+def test_mistakes_are_told_before_anything_is_measured(topic, tmp_path, arguments, message):
+    name, out, *only = arguments
+    with pytest.raises(PeftLabError, match=message):
+        bench.run(name, tmp_path / out, only=only or None)
+    assert not topic.measured and not list(tmp_path.iterdir())
+
+
+def test_provenance_names_machine_and_versions_also_without_an_installation(monkeypatch):
+    def version(name):
+        if name == "peftlab":
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(bench, "version", version)
+    monkeypatch.setattr(sys, "argv", ["/a/path/peftlab", "bench", "lora", "--out", "my file.json"])
+    found = bench.provenance()
+    assert found["versions"]["peftlab"] == peftlab.__version__ and found["versions"]["torch"] == "1.0"
+    assert found["cpu"] and found["command"] == "peftlab bench lora --out 'my file.json'"
+    measurements.validate({"topic": "x", "provenance": found, "rows": [{"n": 1}]}, "x")

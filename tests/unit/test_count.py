@@ -1,0 +1,178 @@
+"""Parameter counts by arithmetic: published totals, the LoRA formula, and what a mistake gets to hear."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peftlab.errors import PeftLabError, near_matches
+from peftlab.memory import BUILT_IN, METHODS, count, format_both, format_bytes, format_percent, load_shape
+
+# Published parameter counts (models' cards and papers), encoders with their two-label head.
+PUBLISHED = {
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "mistral-7b": 7_241_732_096,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-7b": 7_615_616_512,
+    "gpt2": 124_439_808,
+    "bert-base": 109_482_240 + 2 * 769,
+    "roberta-base": 124_055_040 + 768 * 769 + 2 * 769,
+    "roberta-large": 354_310_144 + 1024 * 1025 + 2 * 1025,
+    "t5-base": 222_903_552,
+    "smollm2-135m": 134_515_008,
+    "minilm": 22_713_216 + 2 * 385,
+}
+
+
+def test_every_built_in_shape_has_its_published_size():
+    assert {name: load_shape(name).parameters for name in BUILT_IN} == PUBLISHED
+
+
+def test_lora_numbers_that_circulate():
+    assert count("llama-2-7b", "lora", r=8).trainable == 4_194_304
+    assert count("llama-3.2-3b", "lora", r=32).trainable == 9_175_040  # peft's own method comparison
+    assert count("llama-2-7b", "lora", r=16, targets="all-linear").trainable == 39_976_960
+    one = count("llama-2-7b", "lora", r=16, targets=["layers.0.self_attn.q_proj"])
+    assert one.trainable == 131_072 and one.adapted[0].parameters == 16_777_216
+
+
+@settings(max_examples=40, deadline=None)
+@given(name=st.sampled_from(sorted(BUILT_IN)), r=st.integers(1, 512), everywhere=st.booleans())
+def test_lora_is_linear_in_r_and_the_total_adds_up(name, r, everywhere):
+    targets = "all-linear" if everywhere else None
+    one, many = count(name, "lora", r=1, targets=targets), count(name, "lora", r=r, targets=targets)
+    assert many.added == r * one.added > 0
+    assert many.trainable == many.added + many.head
+    assert many.total == load_shape(name).parameters + many.trainable
+    assert not any(module.role == "output" for module in many.adapted)
+
+
+def test_the_classification_head_trains_beside_an_adapter():
+    shape = load_shape("bert-base")
+    assert count(shape, "lora").head == 2 * 768 + 2
+    assert count(shape, "full").total == shape.parameters
+    five = load_shape("roberta-base", labels=5)
+    assert count(five, "lora").head == count("roberta-base", "lora", labels=5).head == 768 * 769 + 5 * 769
+    assert count("gpt2", "lora").head == count("t5-base", "lora").head == 0
+
+
+def test_a_config_may_be_a_file_a_folder_a_dict_or_a_shape(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(BUILT_IN["minilm"]))
+    counts = {count(given, "lora").total for given in ("minilm", "MiniLM", str(file), file, tmp_path, str(tmp_path))}
+    counts |= {count(BUILT_IN["minilm"], "lora").total, count(load_shape("minilm"), "lora").total}
+    assert len(counts) == 1
+
+
+MISTAKES = [
+    ({"shape": "lama-2-7b"}, "Unknown shape 'lama-2-7b'", "'llama-2-7b'"),
+    ({"shape": "meta-llama/Llama-2-7b-hf"}, "Unknown shape", "'llama-2-7b'"),
+    ({"shape": "zzz"}, "Unknown shape 'zzz'", "Known: llama-2-7b"),
+    ({"shape": "nowhere/config.json"}, "No file 'nowhere/config.json'", "built-in name"),
+    ({"shape": "gpt2", "method": "lroa"}, "Unknown method 'lroa'", "'lora'"),
+    ({"shape": "gpt2", "method": "x"}, "Unknown method 'x'", "Known: full, lora, qlora"),
+    ({"shape": "gpt2", "r": 0}, "r must be a positive whole number, found 0", ""),
+    ({"shape": "gpt2", "r": -4}, "found -4", ""),
+    ({"shape": "gpt2", "r": 2.0}, "found 2.0", ""),
+    ({"shape": "gpt2", "r": True}, "found True", ""),
+    ({"shape": "llama-2-7b", "targets": ["q_prj"]}, "Target 'q_prj' matches no module of llama-2-7b", "'q_proj'"),
+    ({"shape": "llama-2-7b", "targets": ["q_proj", "vproj"]}, "Target 'vproj' matches no module", "'v_proj'"),
+    ({"shape": "gpt2", "targets": ["q_proj"]}, "Its linear layers are c_attn, c_proj, c_fc", ""),
+    ({"shape": "gpt2", "targets": []}, "No targets are named", "c_attn"),
+    ({"shape": "gpt2", "targets": "c_attn"}, "The expression 'c_attn' matches no module", "c_attn, c_proj"),
+    ({"shape": "gpt2", "targets": "(c_attn"}, "no valid regular expression", "("),
+    ({"shape": "gpt2", "targets": ["ln_1"]}, "is a norm, not a linear layer", "c_attn"),
+    ({"shape": "bert-base", "targets": ["classifier"]}, "classification head", "trains whole"),
+    ({"shape": "gpt2", "bias": "everything"}, "bias is one of none, all, lora_only", "everything"),
+    ({"shape": "bert-base", "labels": 0}, "labels must be a positive whole number", "0"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message", "hint"), MISTAKES)
+def test_a_mistake_is_named_with_what_was_found_and_the_near_matches(arguments, message, hint):
+    with pytest.raises(PeftLabError) as caught:
+        count(**{"method": "lora", **arguments})
+    text = str(caught.value)
+    assert message in text and hint in text and "\n" not in text
+    assert isinstance(caught.value, ValueError)
+
+
+LLAMA = BUILT_IN["llama-3.2-1b"]
+BROKEN = [
+    ("{", "is no valid JSON"),
+    ("[1, 2]", "holds a list"),
+    ("{}", "model_type is missing"),
+    (json.dumps({"hidden_size": 8}), "model_type is missing"),
+    (json.dumps({"model_type": "llma"}), "model_type 'llma' is not known. Did you mean 'llama'?"),
+    (json.dumps({"model_type": "mamba"}), "Known: llama, mistral"),
+    (json.dumps({"model_type": "llama"}), "vocab_size is missing"),
+    (json.dumps({**LLAMA, "hidden_size": "2048"}), "hidden_size must be a positive whole number, found '2048'"),
+    (json.dumps({**LLAMA, "num_hidden_layers": 0}), "num_hidden_layers must be a positive whole number, found 0"),
+    (json.dumps({**LLAMA, "vocab_size": True}), "found True"),
+    (json.dumps({**LLAMA, "tie_word_embeddings": "yes"}), "tie_word_embeddings must be true or false"),
+    (json.dumps({**LLAMA, "num_key_value_heads": 7}), "32 attention heads cannot share 7 key/value heads"),
+    (json.dumps({**LLAMA, "hidden_size": 2050, "head_dim": None}), "no multiple of the 32 attention heads"),
+    (json.dumps({**BUILT_IN["gpt2"], "n_embd": 770}), "no multiple of the 12 attention heads"),
+    (json.dumps({**BUILT_IN["minilm"], "hidden_size": 385}), "no multiple of the 12 attention heads"),
+    (json.dumps({**BUILT_IN["gpt2"], "add_cross_attention": True}), "add_cross_attention is set"),
+    (json.dumps({**BUILT_IN["t5-base"], "feed_forward_proj": 3}), "feed_forward_proj must be a text"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BROKEN)
+def test_a_broken_config_is_refused_with_the_file_named(text, message, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    with pytest.raises(PeftLabError) as caught:
+        load_shape(file)
+    assert message in str(caught.value) and str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_config_and_a_file_that_is_no_text(tmp_path):
+    with pytest.raises(PeftLabError, match="holds no config.json"):
+        load_shape(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PeftLabError, match="cannot be read"):
+        load_shape(tmp_path)
+
+
+def test_counting_loads_neither_torch_nor_transformers():
+    code = (
+        "import sys; from peftlab.memory import count; count('llama-2-70b', 'lora', targets='all-linear'); "
+        "print([m for m in ('torch', 'transformers', 'numpy', 'datasets', 'peft') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_every_method_of_the_table_counts_every_built_in_shape():
+    for method in METHODS:
+        for name in BUILT_IN:
+            result = count(name, method)
+            assert 0 < result.trainable <= result.total
+            assert result.percent == pytest.approx(100 * result.trainable / result.total)
+
+
+def test_gigabytes_and_gibibytes_are_told_apart():
+    assert format_bytes(14.4e9) == "14.40 GB"
+    assert format_bytes(14.4e9, binary=True) == "13.41 GiB"
+    assert format_both(1e9) == "1.00 GB (953.67 MiB)"
+    assert format_bytes(999) == format_bytes(999, binary=True) == "999 bytes"
+    assert format_bytes(2**30, binary=True) == "1.00 GiB"
+    assert [format_percent(p) for p in (100, 1.0694, 0.0622, 0.00001, 0)] == [
+        "100 %", "1.07 %", "0.0622 %", "1.0e-05 %", "0 %",
+    ]  # fmt: skip
+
+
+def test_near_matches_are_spellings_and_parts():
+    assert near_matches("lroa", ["lora", "qlora", "full"])[0] == "lora"
+    assert near_matches("llama", ["llama-2-7b", "gpt2"]) == ["llama-2-7b"]
+    assert near_matches("zzzz", ["lora"]) == []

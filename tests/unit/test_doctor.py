@@ -1,0 +1,173 @@
+"""What `peftlab doctor` says of machines that lack something; each lack is made up, one at a time."""
+
+import json
+import tomllib
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from peftlab import cli, doctor, machine
+from peftlab.assets.catalogue import catalogue
+
+
+def status_of(capsys, *arguments):
+    status = cli.main(["doctor", *arguments])
+    return status, capsys.readouterr().out
+
+
+def test_this_machine_runs_and_both_forms_say_the_same(capsys):
+    status, out = status_of(capsys, "--json")
+    report = json.loads(out)
+    assert status == 0 and report["problems"] == []
+    assert report["devices"][0]["name"] == "cpu" and report["system"]["memory"] > 1e9
+    assert set(report["assets"]) == set(catalogue())
+    assert [chapter["title"] for chapter in report["chapters"]] == [chapter.title for chapter in doctor.CHAPTERS]
+    status, page = status_of(capsys)
+    assert status == 0 and "Nothing essential is missing." in page
+    for word in (*doctor.ESSENTIAL, *catalogue(), "Start here", "2 LoRA", "GB (", "4-bit"):
+        assert word in page
+
+
+def test_the_lower_bounds_are_those_of_the_package():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    essential = dict(line.split(">=") for line in project["dependencies"])
+    assert {name: essential[name] for name in doctor.ESSENTIAL} == doctor.ESSENTIAL
+    for name, (least, _, extra) in doctor.OPTIONAL.items():
+        assert f"{name}>={least}" in project["optional-dependencies"][extra]
+    assert project["requires-python"] == ">={}.{}".format(*doctor.PYTHON)
+
+
+def test_chapters_ask_for_things_that_exist():
+    for chapter in doctor.CHAPTERS:
+        assert set(chapter.assets) <= set(catalogue()) and set(chapter.packages) <= set(doctor.OPTIONAL)
+
+
+def versions(monkeypatch, **changed):
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: changed[name] if name in changed else real(name))
+
+
+@pytest.mark.parametrize(
+    ("version", "told"),
+    [(None, "torch is not installed: pip install 'torch>=2.6'."), ("2.5.1", "torch 2.5.1 is too old")],
+)
+def test_without_torch_or_with_an_old_one_nothing_works(version, told, capsys, monkeypatch):
+    versions(monkeypatch, torch=version)
+    status, page = status_of(capsys)
+    assert status == 1 and told in page and "Nothing essential is missing" not in page
+    assert "2 LoRA        is missing what is named under problems" in page
+
+
+def test_a_nightly_build_of_the_least_version_is_new_enough():
+    assert not doctor._older("2.6.0.dev20250101+cu124", "2.6")
+    assert doctor._older("2.5.9", "2.6") and not doctor._older("unheard-of", "2.6")
+
+
+def test_an_old_python_is_told(monkeypatch):
+    monkeypatch.setattr(doctor, "PYTHON", (9, 0))
+    assert "peftlab needs 9.0 or newer" in doctor.examine()["problems"][0]
+
+
+def test_a_torch_that_does_not_import_is_a_problem_and_no_traceback(monkeypatch):
+    def broken():
+        raise OSError("libcudart.so.12: cannot open\nin line two")
+
+    monkeypatch.setattr(machine, "devices", broken)
+    report = doctor.examine()
+    assert report["devices"] == []
+    told = "torch is installed but cannot be imported (OSError: libcudart.so.12: cannot open in line two)."
+    assert report["problems"] == [told]
+    assert doctor.render(report)
+
+
+def test_what_is_optional_is_a_note_with_the_command_that_helps(monkeypatch):
+    versions(monkeypatch, bitsandbytes=None, peft="0.1")
+    report = doctor.examine()
+    assert report["problems"] == [] and report["four_bit"] == {"bitsandbytes": None, "devices": []}
+    notes = " ".join(report["notes"])
+    assert "pip install 'peftlab[gpu]'" in notes and "peft 0.1 is older than 0.18" in notes
+    assert "no: bitsandbytes is missing or too old" in doctor.render(report)
+
+
+def test_an_empty_cache_is_no_problem_and_a_full_disk_or_little_memory_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("PEFTLAB_CACHE", str(tmp_path / "not" / "yet"))
+    report = doctor.examine()
+    lora = report["chapters"][1]
+    assert report["problems"] == [] and report["assets"]["news"]["state"] == "not fetched"
+    assert lora["runs"] and lora["fetches"] == list(doctor.CHAPTERS[1].assets) and lora["download"] > 9e7
+    assert "it first brings smollm2-135m" in doctor.render(report)
+    monkeypatch.setattr(machine, "disk_free", lambda folder: 1000)
+    assert "of disk space" in doctor.examine()["chapters"][1]["missing"][0]
+    monkeypatch.setattr(machine, "memory", lambda: (2_000_000_000, 1))
+    assert "4.00 GB of memory (here: 2.00 GB)" in doctor.examine()["chapters"][1]["missing"][1]
+
+
+def test_a_damaged_file_and_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "fault", lambda *_, **__: "model.safetensors is missing")
+    report = doctor.examine()
+    assert report["assets"]["minilm"]["state"] == "damaged"
+    assert "minilm in the cache is damaged (model.safetensors is missing): peftlab fetch minilm." in report["notes"]
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PEFTLAB_CACHE", str(tmp_path / "file" / "cache"))
+    report = doctor.examine()
+    assert not report["cache"]["writable"] and "set PEFTLAB_CACHE" in report["problems"][0]
+
+
+def test_verify_hashes_again(monkeypatch):
+    asked = []
+    monkeypatch.setattr(doctor, "fault", lambda folder, entry, thorough: asked.append(thorough))
+    doctor.examine(verify=True)
+    assert asked == [True] * len(catalogue())
+
+
+def test_a_gpu_that_only_emulates_bf16_is_said_to_be_slow_at_it():
+    asked = []
+
+    def supported(including_emulation=True):
+        asked.append(including_emulation)
+        return including_emulation
+
+    cuda = SimpleNamespace(
+        get_device_properties=lambda index: SimpleNamespace(name="Tesla T4", total_memory=15_800_000_000),
+        mem_get_info=lambda index: (15_000_000_000, 15_800_000_000),
+        device=lambda index: nullcontext(),
+        is_bf16_supported=supported,
+    )
+    found = machine._cuda(SimpleNamespace(cuda=cuda), 1)
+    assert found["name"] == "cuda:1" and found["free"] == 15_000_000_000 and asked == [False]
+    assert found["dtypes"] == {"float32": "native", "bfloat16": "slow", "float16": "native"}
+
+
+def test_a_gpu_that_torch_does_not_see_is_noted(monkeypatch):
+    monkeypatch.setattr(machine, "unused_gpu", lambda: True)
+    cpu = {"name": "cpu", "model": "x", "memory": None, "free": None, "dtypes": {"float32": "native", "float16": "no"}}
+    monkeypatch.setattr(machine, "devices", lambda: [cpu])
+    versions(monkeypatch, torch="2.13.0+cpu")
+    report = doctor.examine()
+    assert "torch 2.13.0+cpu is built for the CPU only" in report["notes"][-1]
+    assert "unknown: float32\n" in doctor.render(report)
+
+
+def test_memory_and_cores_respect_a_container(monkeypatch):
+    files = {
+        "/proc/meminfo": "MemTotal:       16000000 kB\nMemAvailable:    9000000 kB\n",
+        "/sys/fs/cgroup/memory.max": "2000000000\n",
+        "/sys/fs/cgroup/memory.current": "500000000\n",
+        "/sys/fs/cgroup/cpu.max": "100000 100000\n",
+    }
+    monkeypatch.setattr(machine, "_text", lambda path: files.get(path, ""))
+    assert machine.memory() == (2_000_000_000, 1_500_000_000) and machine.cores() == 1
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert machine.memory() == (16_000_000 * 1024, 9_000_000 * 1024)
+
+
+def test_every_chapter_of_the_book_has_its_line():
+    """A chapter brings a file of facts; its needs belong into the table of the doctor."""
+    known = {chapter.number: chapter for chapter in doctor.CHAPTERS}
+    for file in (Path(__file__).parents[2] / "book" / "facts").glob("*.toml"):
+        facts = tomllib.loads(file.read_text(encoding="utf-8"))
+        line = known.get(facts["chapter"]["number"])
+        assert line is not None and line.title == facts["chapter"]["title"], file.name
+        assert line.memory >= 1e9 * facts.get("run", {}).get("memory_gb", 0), file.name

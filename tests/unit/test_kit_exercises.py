@@ -1,0 +1,125 @@
+"""Exercises: right answers pass, the usual mistakes get their remark, and no message gives the answer away."""
+
+import math
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+
+from peftlab import exercises
+from peftlab.errors import PeftLabError
+from peftlab.exercises import grading
+
+BOOK = Path(__file__).resolve().parents[2] / "book"
+TOPICS = exercises._topics()
+EVERY = [exercise for topic in TOPICS for exercise in exercises.exercises(topic)]
+
+
+def energy_rank(values, share):
+    return int(((values**2).cumsum(0) < share * (values**2).sum()).sum()) + 1
+
+
+# Answers worked out apart from the code that grades: (right, nearly right, wrong)
+ANSWERS = {
+    "lora.count": (1_843_200, 61_440, 7),
+    "lora.first_step": ("b", None, "A"),
+    "lora.forward": (lambda x, W, A, B, alpha, r: x @ (W + alpha / r * B @ A).T,
+                     lambda x, W, A, B, alpha, r: x @ (W + B @ A).T,
+                     lambda x, W, A, B, alpha, r: 2 * x @ W.T),
+    "lora.merge": (lambda W, A, B, alpha, r: torch.add(W, B @ A, alpha=alpha / r),
+                   lambda W, A, B, alpha, r: W + alpha * B @ A, lambda W, A, B, alpha, r: W),
+    "lora.alpha": (16 * math.sqrt(64), 2.0, 3),
+    "lora.rank": (energy_rank, lambda s, share: energy_rank(s.sqrt(), share), lambda s, share: len(s) + 1),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_answers(name):
+    right, nearly, wrong = ANSWERS[name]
+    assert exercises.grade(name, right).right
+    assert exercises.grade(name, right).message.startswith("right")
+    verdict = exercises.grade(name, wrong)
+    assert not verdict.right and verdict.message.startswith("not yet")
+    if nearly is not None:
+        verdict = exercises.grade(name, nearly)
+        assert not verdict.right and verdict.message.startswith("nearly")
+
+
+def test_every_exercise_is_tried():
+    assert {exercise.name for exercise in EVERY if exercise.name.startswith("lora.")} == set(ANSWERS)
+    for topic in TOPICS:
+        for exercise in exercises.exercises(topic):
+            assert exercise.name.startswith(f"{topic}.")
+            assert exercise.difficulty in ("easy", "medium", "hard") and 1 <= exercise.minutes <= 60
+
+
+@pytest.mark.parametrize("name", [n for n, (right, *_) in ANSWERS.items() if isinstance(right, (int, float))])
+def test_no_message_holds_the_number(name, capsys):
+    right = ANSWERS[name][0]
+    for answer in (None, 0, 10**9, right * 2, right + 1, "text", [1], True):
+        exercises.check(name, answer)
+    told = capsys.readouterr().out
+    assert f"{right:g}" not in told and f"{right:,.0f}" not in told and f"{right:.0f}" not in told
+
+
+def test_answers_of_the_wrong_kind(capsys):
+    for name in ANSWERS:
+        exercises.check(name, None)
+        exercises.check(name, ...)
+    told = capsys.readouterr().out.replace("\n", " ")
+    assert told.count("no answer yet") == 2 * len(ANSWERS)
+    assert exercises.grade("lora.count", "12").message == "a number is wanted here, and this is of type str."
+    assert "one of these words" in exercises.grade("lora.first_step", "C").message
+    assert "a function is wanted" in exercises.grade("lora.forward", 3).message
+    assert "raised ZeroDivisionError" in exercises.grade("lora.rank", lambda s, share: 1 / 0).message
+    shape = exercises.grade("lora.merge", lambda W, A, B, alpha, r: W.T).message
+    assert "a tensor of shape (6, 10) where a tensor of shape (10, 6) is wanted" in shape
+    assert exercises.grade("lora.count", torch.tensor(1_843_200)).right
+
+
+def test_an_answer_that_changes_its_arguments_spoils_nothing():
+    def greedy(W, A, B, alpha, r):
+        W += alpha / r * B @ A
+        return W
+
+    assert exercises.grade("lora.merge", greedy).right
+    assert exercises.grade("lora.merge", greedy).right
+
+
+def test_an_unknown_exercise_names_near_ones():
+    with pytest.raises(PeftLabError, match="no exercise is called 'lora.cuont'.*Did you mean 'lora.count'"):
+        exercises.check("lora.cuont", 1)
+    with pytest.raises(PeftLabError, match="lora.count"):
+        exercises.check("nonsense", 1)
+
+
+def test_graders():
+    graded = grading.number(2.0, tolerance=0.01, near={4.0: "Twice."}, hint="Think.", then="Good.")
+    assert graded(2.01).message == "right. Good." and graded(2.1).message == "not yet, it is too large. Think."
+    assert graded(4.0).message == "nearly. Twice." and not graded(float("nan")).right
+    graded = grading.function(lambda x: x + 1.0, cases=lambda: [(1.0,), (2.0,)], hint="Add.")
+    assert graded(lambda x: 1.0 + x).right and not graded(lambda x: 2.0).right
+
+
+CHAPTERS = sorted(BOOK.glob("[0-9][0-9]_*.ipynb"))
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_chapter_poses_and_solves_every_exercise(path):
+    """Each exercise of a chapter's topic is there twice: unanswered, and in a folded solution that nbval executes."""
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    posed, solved = {}, {}
+    for cell in cells:
+        for name in re.findall(r"pl\.check\(\s*[\"']([\w.]+)[\"']", cell.source):
+            text = "".join(output.get("text", "") for output in cell.outputs).replace("\n", " ")
+            (solved if "solution" in cell.metadata.get("tags", []) else posed)[name] = (cell, text)
+    topics = {name.partition(".")[0] for name in posed}
+    expected = {exercise.name for topic in topics for exercise in exercises.exercises(topic)}
+    assert set(posed) == expected == set(solved)
+    for name, (_, text) in posed.items():
+        assert text.startswith(f"{name}: no answer yet."), name
+    for name, (cell, text) in solved.items():
+        assert f"{name}: right" in text, name
+        assert "hide-cell" in cell.metadata.tags, f"the solution of {name} is folded on the page"

@@ -1,0 +1,255 @@
+"""A run killed at any moment goes on to the same result, to the bit; and only as the run that it was."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from peftlab.errors import PeftLabError
+from peftlab.training import files, train
+
+posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes, which only POSIX systems have")
+
+
+class Worker:
+    def __init__(self):
+        here = Path(__file__).parent
+        path = os.pathsep.join([str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
+        self.process = subprocess.Popen(
+            [sys.executable, str(here / "resume_worker.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        )
+
+    def run(self, folder, out, kill_after=None, die_in=None):
+        """The exit status of one run: 0, or -9 when it was killed; and how long it took, in seconds."""
+        task = {"folder": str(folder), "out": str(out), "die_in": die_in}
+        self.process.stdin.write(json.dumps(task) + "\n")
+        self.process.stdin.flush()
+        child = json.loads(self.process.stdout.readline())["pid"]
+        began = time.monotonic()
+        if kill_after is not None:
+            time.sleep(kill_after)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        status = json.loads(self.process.stdout.readline())["status"]
+        return status, time.monotonic() - began
+
+
+@pytest.fixture(scope="module")
+def worker():
+    worker = Worker()
+    yield worker
+    worker.process.stdin.close()
+    worker.process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(worker, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    for name in ("warm", "run"):  # the first run is slower than those that follow
+        status, seconds = worker.run(folder / name, folder / "result.json")
+        assert status == 0
+    return json.loads((folder / "result.json").read_text()), seconds
+
+
+@posix
+@pytest.mark.parametrize("trial", range(10))
+def test_killed_at_a_random_moment(worker, uninterrupted, tmp_path, trial):
+    expected, seconds = uninterrupted
+    draw = random.Random(trial)
+    # A child that ended before the signal came proves nothing: draw again, sooner.
+    for attempt in range(20):
+        folder, out = tmp_path / f"run-{attempt}", tmp_path / f"result-{attempt}.json"
+        status, _ = worker.run(folder, out, kill_after=draw.uniform(0.05, 0.95) * seconds * 0.8**attempt)
+        if status == -signal.SIGKILL:
+            break
+    assert status == -signal.SIGKILL and not out.exists()
+    assert worker.run(folder, out)[0] == 0
+    assert json.loads(out.read_text()) == expected
+
+
+@posix
+@pytest.mark.parametrize("trial", range(10))
+def test_killed_while_saving(worker, uninterrupted, tmp_path, trial):
+    """Killed before a random call that changes the disk: twice in a row, for a resumed run saves too."""
+    expected, _ = uninterrupted
+    draw = random.Random(100 + trial)
+    folder, out = tmp_path / "run", tmp_path / "result.json"
+    for _ in range(2):
+        assert worker.run(folder, out, die_in=draw.randrange(1, 45))[0] == -signal.SIGKILL
+        assert not out.exists()
+    assert worker.run(folder, out)[0] == 0
+    assert json.loads(out.read_text()) == expected
+    assert [path.name for path in folder.iterdir()] == ["step-00000024"], "nothing half-written stays"
+
+
+# -- what a folder accepts and refuses ---------------------------------------------------------------------------------
+
+
+def begin(folder, model=None, data=None, **settings):
+    values = {"steps": 6, "batch_size": 4, "learning_rate": 0.01, "save_every": 2, **settings}
+    model = tiny.llama() if model is None else model
+    return train(model, data or tiny.examples(), folder=folder, **values), model
+
+
+def interrupted(folder, at=4, **settings):
+    """A run whose process ended right after step ``at``."""
+
+    def stop(model, row):
+        if row["step"] == at + 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        begin(folder, callback=stop, **settings)
+
+
+def test_a_finished_run_comes_back_at_once(tmp_path):
+    history, model = begin(tmp_path)
+    again, other = begin(tmp_path, callback=lambda *_: pytest.fail("it trained"))
+    assert again == history
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "sgd"},
+        {"group_by_length": True, "epochs": 1, "steps": None},
+        {"evaluation_data": tiny.examples(3, seed=2), "evaluate_every": 1, "restore_best": True, "learning_rate": 0.1},
+    ],
+)
+def test_resume_in_one_process(tmp_path, settings):
+    expected, model = begin(None, **settings)
+    interrupted(tmp_path, **settings)
+    found, other = begin(tmp_path, **settings)
+    assert found.best is None or found.best["step"] <= 4, "the best values must come from before the interruption"
+    assert found == expected
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_running_statistics_are_part_of_the_state(tmp_path):
+    def model():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+
+    def loss(model, batch):
+        return (model(batch["x"]).squeeze(1) - batch["y"]).square().sum(), len(batch["y"])
+
+    data = [{"x": [float(i), 1.0], "y": float(i % 3)} for i in range(12)]
+    _, expected = begin(None, model=model(), data=data, loss=loss)
+    interrupted(tmp_path, model=model(), data=data, loss=loss)
+    _, found = begin(tmp_path, model=model(), data=data, loss=loss)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(value, found.state_dict()[name]), name
+
+
+def test_a_run_killed_before_its_first_save_starts_from_the_same_values(tmp_path):
+    """What was drawn for a new adapter is on disk from the start, so nobody has to draw it the same again."""
+    expected, model = begin(None)
+    interrupted(tmp_path, at=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000000"]
+    found, other = begin(tmp_path, model=tiny.llama(seed=99), save_every=5)
+    assert found == expected
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def other_model():
+    model = tiny.llama()
+    model.model.embed_tokens.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 0.02}, r"learning_rate was 0.01 and is 0.02"),
+        ({"steps": 8}, "steps was 6 and is 8"),
+        ({"seed": 1, "batch_size": 2}, "batch_size was 4 and is 2; seed was 0 and is 1"),
+        ({"metrics": {"a": len}}, r"metrics was \[\] and is \['a'\]"),
+        ({"data": tiny.examples(25)}, r"the training data is other data \(24 examples then, 25 now\)"),
+        ({"data": tiny.examples(seed=5)}, "the training data is other data"),
+        ({"evaluation_data": tiny.examples(2)}, r"the evaluation data is other data \(0 examples then, 2 now\)"),
+        ({"model": other_model()}, r"1 trainable parameters differ, the first being model.embed_tokens.weight \(float"),
+    ],
+)
+def test_another_run_is_refused_by_name(tmp_path, change, message):
+    interrupted(tmp_path)
+    model = change.pop("model", None) or tiny.llama()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(PeftLabError, match=f"holds another run: .*{message}"):
+        begin(tmp_path, model=model, **change)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_another_base_is_refused(tmp_path):
+    def model(seed):
+        model = tiny.llama(seed=seed).requires_grad_(False)
+        model.lm_head.weight.requires_grad_(True)
+        return model
+
+    interrupted(tmp_path, model=model(0))
+    with pytest.raises(PeftLabError, match="the frozen base model is another one"):
+        begin(tmp_path, model=model(1))
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    interrupted(tmp_path)
+    with pytest.raises(PeftLabError, match=r"holds a run \(step-00000004\).*resume=True"):
+        begin(tmp_path, resume=False)
+    begin(tmp_path / "new", resume=False)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / files.TENSORS).write_bytes(b"x" * 50), "damaged: its SHA-256"),
+        (lambda folder: (folder / files.TENSORS).unlink(), "cannot be read"),
+        (lambda folder: (folder / files.RECORD).write_text('{"format": 1'), "cannot be read"),
+        (lambda folder: (folder / files.RECORD).write_text('{"format": 99}'), "not of format 1"),
+        (lambda folder: (folder / files.RECORD).write_text("[]"), "not of format 1"),
+    ],
+)
+def test_damaged_checkpoints_are_named(tmp_path, damage, message):
+    interrupted(tmp_path)
+    damage(tmp_path / "step-00000004")
+    with pytest.raises(PeftLabError, match=f"step-00000004.*{message}|{message}.*step-00000004"):
+        begin(tmp_path)
+
+
+def test_a_failed_save_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    real = files.save_file
+
+    def full_disk(tensors, path):
+        if (tmp_path / "run" / "step-00000002").exists():
+            raise OSError(28, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(files, "save_file", full_disk)
+    with pytest.raises(PeftLabError, match="step 4 cannot be written into .*No space left"):
+        begin(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000002"]
+
+
+def test_a_checkpoint_holds_trained_values_alone(tmp_path):
+    model = tiny.llama().requires_grad_(False)
+    model.lm_head.weight.requires_grad_(True)
+    begin(tmp_path, model=model)
+    assert sorted(load_file(tmp_path / "step-00000006" / files.TENSORS)) == [
+        "optimizer/lm_head.weight/exp_avg",
+        "optimizer/lm_head.weight/exp_avg_sq",
+        "optimizer/lm_head.weight/step",
+        "trainable/lm_head.weight",
+    ]

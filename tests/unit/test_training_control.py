@@ -1,0 +1,328 @@
+"""Settings, schedules, precision, evaluation, early stop, and what happens when numbers stop being finite."""
+
+import dataclasses
+import inspect
+import math
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from peftlab.encoding import Collator
+from peftlab.errors import PeftLabError
+from peftlab.losses import causal_lm_loss
+from peftlab.training import TrainingError, train
+from peftlab.training.precision import choose_precision
+from peftlab.training.ranks import Ranks
+from peftlab.training.run import Run
+from peftlab.training.schedule import DataOrder, derived_seed, learning_rate_at, warmup_steps
+from peftlab.training.settings import Settings
+
+
+def state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+# -- schedule ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_learning_rates_are_those_of_transformers(name, warmup):
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    name_there = "constant_with_warmup" if name == "constant" else name
+    scheduler = get_scheduler(name_there, optimizer, num_warmup_steps=warmup, num_training_steps=17)
+    for step in range(17):
+        found = learning_rate_at(step, 17, 0.5, warmup, name)
+        assert found == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12, abs=1e-15)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_warmup_is_a_share_or_a_number():
+    assert [warmup_steps(value, 50) for value in (0, 0.0, 0.05, 0.5, 1, 7)] == [0, 0, 3, 25, 1, 7]
+
+
+@given(st.integers(1, 50), st.integers(1, 20), st.integers(1, 200), st.integers(0, 9), st.booleans())
+def test_every_epoch_shows_every_example_once(examples, batch, total, seed, grouped):
+    lengths = [derived_seed(index) % 30 for index in range(examples)] if grouped else None
+    order = DataOrder(examples, batch, total, seed, lengths)
+    shown = [index for step in range(len(order)) for index in order.at(step)]
+    assert len(shown) == total
+    for start in range(0, total - examples + 1, examples):
+        assert sorted(shown[start : start + examples]) == list(range(examples))
+    again = DataOrder(examples, batch, total, seed, lengths)
+    assert again.at(len(again) - 1) == order.at(len(order) - 1), "the last step needs none of the others"
+
+
+def test_epochs_and_seeds_differ_and_grouping_brings_lengths_together():
+    order = DataOrder(100, 10, 300, seed=0)
+    assert order.at(0) != order.at(10) and order.at(0) != DataOrder(100, 10, 300, seed=1).at(0)
+    lengths = [derived_seed(index) % 50 for index in range(640)]
+    spread = []
+    for chosen in (None, lengths):
+        order = DataOrder(640, 8, 640, 0, chosen)
+        batches = [[lengths[index] for index in order.at(step)] for step in range(80)]
+        spread.append(sum(max(batch) - min(batch) for batch in batches) / 80)
+    assert spread[0] > 30 and spread[1] < 5
+
+
+# -- precision ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "real_bf16", "chosen"), [("cpu", False, "fp32"), ("cuda", True, "bf16"), ("cuda", False, "fp16")]
+)
+def test_auto_asks_the_device(monkeypatch, device, real_bf16, chosen):
+    def supported(including_emulation=True):
+        return real_bf16 or including_emulation  # a T4 says yes unless emulation is left out
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert choose_precision("auto", torch.device(device)) == chosen
+    if chosen == "fp16":
+        with pytest.raises(PeftLabError, match="Tesla T4 only emulates bf16"):
+            choose_precision("bf16", torch.device(device))
+
+
+def test_precision_refuses():
+    with pytest.raises(PeftLabError, match="not 'float16'"):
+        choose_precision("float16", torch.device("cpu"))
+    with pytest.raises(PeftLabError, match="needs a CUDA GPU"):
+        train(tiny.llama(), tiny.examples(), steps=1, precision="fp16")
+
+
+def test_bf16_autocast_keeps_parameters_in_float32():
+    model, dtypes = tiny.llama(), set()
+    model.lm_head.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
+    history = train(model, tiny.examples(), steps=20, learning_rate=0.01, precision="bf16")
+    assert dtypes == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert history.steps[-1]["loss"] < history.steps[0]["loss"]
+
+
+def test_half_precision_parameters():
+    model = tiny.llama(dtype=torch.float16)
+    with pytest.raises(PeftLabError, match=r"trainable parameters are float16 \(first: .*adapter_dtype=torch.float32"):
+        train(model, tiny.examples(), steps=1)
+    model = tiny.llama(dtype=torch.bfloat16)
+    history = train(model, tiny.examples(), steps=20, learning_rate=0.01)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert history.steps[-1]["loss"] < history.steps[0]["loss"]
+
+
+def fp16_run(loss=None):
+    """A run under fp16 with a loss scale, on the CPU, which ``train`` itself refuses for its slowness."""
+    names = inspect.signature(train).parameters
+    values = {name: names[name].default for name in names if name in {f.name for f in dataclasses.fields(Settings)}}
+    values |= {"examples": 24, "evaluation_examples": None, "steps": 40, "learning_rate": 0.02, "precision": "fp16"}
+    model = tiny.llama()
+    return Run(
+        model,
+        Settings(**{**values, "loss": None, "metrics": [], "processes": 1}),
+        device=torch.device("cpu"),
+        ranks=Ranks(model),
+        train_data=tiny.examples(),
+        evaluation_data=None,
+        collate=Collator(),
+        loss=loss,
+        metrics={},
+    )
+
+
+def test_fp16_scales_the_loss_and_skips_what_overflows():
+    run, rows = fp16_run(), []
+    assert run.scaler.is_enabled()
+    for _ in range(40):
+        before = state(run.model)
+        rows.append(run.update())
+        assert same(before, state(run.model)) == (rows[-1]["grad_norm"] is None or rows[-1]["lr"] == 0)
+        run.clear()
+        if len(rows) == 20:
+            run.scaler._scale.fill_(2.0**26)  # far too much: the gradients overflow until it has come down
+    skipped = [row["step"] for row in rows if row["grad_norm"] is None]
+    assert 21 in skipped and 40 not in skipped
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
+    assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
+
+
+def test_fp16_gives_up_when_no_scale_is_small_enough():
+    def loss(model, batch):
+        total, count = causal_lm_loss(model, batch)
+        return total + (total - total.detach()).abs().sqrt(), count  # an infinite slope, whatever the scale
+
+    run = fp16_run(loss)
+    with pytest.raises(TrainingError, match="Step 18 of 40: the gradient's norm is"):
+        for _ in range(40):
+            run.update()
+            run.clear()
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------------
+
+
+def test_evaluations_metrics_and_best():
+    model, modes = tiny.llama(), []
+
+    def weight(model):
+        modes.append((model.training, torch.is_grad_enabled()))
+        return model.lm_head.weight.mean()
+
+    history = train(
+        model,
+        tiny.examples(),
+        steps=7,
+        learning_rate=0.02,
+        evaluation_data=tiny.examples(5, seed=1),
+        evaluate_every=3,
+        metrics={"weight": weight},
+    )
+    assert [row["step"] for row in history.evaluations] == [3, 6, 7]
+    assert modes == [(False, False)] * 3 and model.training
+    assert history.best == min(history.evaluations, key=lambda row: row["loss"])
+    assert set(history.evaluations[0]) == {"step", "loss", "weight"}
+
+
+def test_evaluating_more_often_changes_nothing_in_the_training():
+    runs = []
+    for every in (1, None):
+        model = tiny.llama(attention_dropout=0.3)
+        train(model, tiny.examples(), steps=4, evaluation_data=tiny.examples(3), evaluate_every=every)
+        runs.append(state(model))
+    assert same(*runs)
+
+
+def test_patience_stops_and_the_best_is_restored():
+    scores, seen = iter([1, 3, 2, 2, 9]), []
+    model = tiny.llama()
+
+    def score(model):
+        seen.append(state(model))
+        return next(scores)
+
+    history = train(
+        model,
+        tiny.examples(),
+        steps=50,
+        learning_rate=0.01,
+        metrics={"score": score},
+        evaluate_every=2,
+        patience=2,
+        monitor="score",
+        restore_best=True,
+    )
+    assert history.stopped_early and len(history.steps) == 8
+    assert history.best == {"step": 4, "score": 3.0}
+    assert same(state(model), seen[1]) and not same(state(model), seen[3])
+    assert repr(history).endswith("; best of 4 evaluations after step 4: score 3.000; stopped early>")
+    assert repr(history).startswith("<History: 8 steps, loss 3.") and "\n" not in repr(history)
+
+
+# -- numbers that are not finite ---------------------------------------------------------------------------------------
+
+
+def poisoned(at, kind):
+    """A loss that goes wrong in its call number ``at``, in its value or only in its gradient."""
+    calls = []
+
+    def loss(model, batch):
+        total, count = causal_lm_loss(model, batch)
+        calls.append(1)
+        if len(calls) != at:
+            return total, count
+        if kind == "loss":
+            return total * math.nan, count
+        zero = (total - total.detach()).abs()
+        return total + zero.sqrt(), count  # the value is fine, the slope of the root at zero is infinite
+
+    return loss
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_the_last_good_state_is_kept(kind, tmp_path):
+    good, bad = tiny.llama(), tiny.llama()
+    data, settings = (
+        tiny.examples(),
+        {"batch_size": 2, "accumulation": 2, "learning_rate": 0.01, "schedule": "constant"},
+    )
+    train(good, data, steps=3, **settings)
+    order = DataOrder(len(data), 4, 40, 0).at(3)
+    culprits = order[2:] if kind == "loss" else order
+    words = "the loss is nan" if kind == "loss" else "the gradient's norm is (nan|inf)"
+    with pytest.raises(
+        TrainingError, match=rf"Step 4 of 10: {words}, with examples {', '.join(map(str, culprits))} of"
+    ):
+        train(bad, data, steps=10, loss=poisoned(8, kind), folder=tmp_path, save_every=1, **settings)
+    assert same(state(good), state(bad)), "the parameters are those after step 3"
+    assert all(parameter.grad is None for parameter in bad.parameters()) and bad.training
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"], "no bad state was written"
+
+
+def test_running_statistics_are_put_back_too():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
+    data = [{"x": [1.0, 2.0, float(i)]} for i in range(6)] + [{"x": [math.nan] * 3}]
+    before = state(model)
+
+    def loss(model, batch):
+        return model(batch["x"]).sum(), len(batch["x"])
+
+    with pytest.raises(TrainingError, match="Step 1"):
+        train(model, data, steps=1, batch_size=7, loss=loss)
+    assert same(state(model), before)
+
+
+def test_too_high_a_learning_rate_stops_with_finite_parameters():
+    model = tiny.llama()
+    with pytest.raises(TrainingError, match="lower the learning rate"):
+        train(model, tiny.examples(), steps=200, learning_rate=900.0, optimizer="sgd", max_grad_norm=None)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps is a positive whole number, not 0"),
+        ({"steps": 2.5}, "steps is a positive whole number"),
+        ({"steps": 1, "epochs": 1}, "not both"),
+        ({"batch_size": True}, "batch_size is a positive whole number, not True"),
+        ({"accumulation": None}, "accumulation is a positive whole number"),
+        ({"learning_rate": float("nan")}, "learning_rate is a positive number, not nan"),
+        ({"learning_rate": 1e30}, "no learning rate"),
+        ({"weight_decay": -0.1}, "weight_decay is a number from 0 on"),
+        ({"max_grad_norm": 0}, "max_grad_norm is a positive number"),
+        ({"schedule": "cosin"}, "Did you mean 'cosine'"),
+        ({"optimizer": "adamW8"}, "optimizer is one of .*Did you mean 'adamw'"),
+        ({"checkpointing": "yes"}, "checkpointing is True, False or 'reentrant'"),
+        ({"seed": "a"}, "seed is a whole number"),
+        ({"evaluate_every": 5}, "needs something to evaluate"),
+        ({"patience": 2, "metrics": {"a": len}}, "say how often with evaluate_every"),
+        ({"metrics": {"loss": len}}, "cannot be called 'loss'"),
+        ({"metrics": {"accuracy": len}, "monitor": "acuracy"}, "Did you mean 'accuracy'"),
+        ({"restore_best": True, "metrics": {"a": len}}, "monitor='loss' needs evaluation_data"),
+        ({"evaluation_data": []}, "evaluation data holds no example"),
+        ({"save_every": 0}, "save_every is a positive whole number"),
+    ],
+)
+def test_wrong_settings_are_named_before_anything_happens(settings, message):
+    model = tiny.llama()
+    before = state(model)
+    with pytest.raises(PeftLabError, match=message):
+        train(model, tiny.examples(), **settings)
+    assert same(before, state(model))
+
+
+def test_no_data():
+    with pytest.raises(PeftLabError, match="training data holds no example"):
+        train(tiny.llama(), [], steps=1)

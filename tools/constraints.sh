@@ -1,0 +1,18 @@
+#!/bin/sh
+# Renew constraints.txt: install everything into a fresh environment with today's releases, and write down what came.
+# Three things are held by hand: Jupyter Book stays at 1.x, soupsieve at 2.x (3 refuses the Python 3.11.2 of Debian 12), and
+# local builds of torch lose the mark +cpu.
+set -eu
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+"${PYTHON:-python3}" -m venv "$work/venv"
+pip="$work/venv/bin/python -m pip --quiet --disable-pip-version-check"
+echo "constraints: installing the newest of everything into a fresh environment"
+$pip install --upgrade pip setuptools wheel
+$pip install -e ".[test,lab]" "jupyter-book>=1.0.4,<2" "soupsieve<3"
+{
+    sed '/^[^#]/,$d' constraints.txt
+    $pip freeze --all --exclude-editable | sed 's/+[a-z0-9.]*$//' | grep -v '^peftlab' | sort -f
+} >"$work/constraints.txt"
+mv "$work/constraints.txt" constraints.txt
+echo "constraints: written; now make test"
