@@ -1,8 +1,8 @@
 """What runs a model in another way: torch.compile and DistributedDataParallel."""
 
 import copy
+import faulthandler
 import os
-import socket
 import subprocess
 import sys
 import textwrap
@@ -21,6 +21,7 @@ from peftlab.records import unwrap
 
 CONFIG = dict(r=3, alpha=5, target_modules=["up", "down", "head", "embed"], init="random")
 HERE = Path(__file__).parent
+DDP_SECONDS = 100
 
 
 def attach(model, name="default", seed=1, **settings):
@@ -118,10 +119,11 @@ def test_distributed_data_parallel_in_one_process():
         torch.distributed.destroy_process_group()
 
 
-def ddp_step(rank, world, port, results):
-    """One backward under DistributedDataParallel; rank 0 writes its gradients."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+def ddp_step(rank, world, folder):
+    """Two backwards under DistributedDataParallel; rank 0 writes its gradients. Ends the process."""
+    faulthandler.dump_traceback_later(DDP_SECONDS, exit=True)  # should it hang, say where
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo"}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     torch.set_num_threads(1)
     model = attach(Net(), modules_to_save=["blocks.0.norm"])
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
@@ -131,34 +133,37 @@ def ddp_step(rank, world, port, results):
         model.zero_grad()
         wrapped(rows).square().mean().backward()
     if rank == 0:
-        pl.save_adapter(wrapped, results)
-        torch.save({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, results / "grads.pt")
-    torch.distributed.destroy_process_group()
+        pl.save_adapter(wrapped, folder)
+        torch.save({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, folder / "grads.pt")
+    print("done", flush=True)
+    sys.stdin.read()  # neither leaves before the other is done,
+    os._exit(0)  # and neither winds down beside gloo's threads: that hung once, and is no part of what is tested
 
 
 @pytest.mark.slow
 def test_distributed_data_parallel_on_two_processes(tmp_path, world=2):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     code = """
         import sys; sys.path[:0] = [{here!r}, {root!r}]
         from pathlib import Path
         from test_injection_runtime import ddp_step
-        ddp_step({rank}, {world}, {port}, Path({folder!r}))
+        ddp_step({rank}, {world}, Path({folder!r}))
     """
     runs = [
         subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(code.format(
-                here=str(HERE), root=str(HERE.parent.parent), rank=rank, world=world, port=port, folder=str(tmp_path)
+                here=str(HERE), root=str(HERE.parent.parent), rank=rank, world=world, folder=str(tmp_path)
             ))],
-            stderr=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(world)
     ]  # fmt: skip
-    for run in runs:
-        _, said = run.communicate(timeout=100)
-        assert run.returncode == 0, said
+    try:
+        arrived = [run.stdout.readline().strip() for run in runs]
+        said = [run.communicate(timeout=DDP_SECONDS)[1] for run in runs]
+        assert arrived == ["done"] * world, "\n".join(said)
+    finally:
+        for run in runs:
+            run.kill()
     alone = attach(Net(), modules_to_save=["blocks.0.norm"])
     alone(tokens(4)).square().mean().backward()
     expected = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
