@@ -59,6 +59,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
         default=False,
         help="recompute activations in the backward pass (default: no)",
     )
+    add(
+        "--group-by-length",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="put examples of similar length into a batch, for less padding (default: no)",
+    )
     add("--device", metavar="D", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     add("--limit", type=int, metavar="N", help="use the first N training examples")
     add("--max-length", type=int, metavar="N", help="tokens of an example (default: 512, or what the model can take)")
@@ -167,6 +173,7 @@ def _train(arguments: argparse.Namespace, targets: Any, folder: Path) -> dict[st
         schedule=arguments.schedule,
         precision=arguments.precision,
         checkpointing=arguments.checkpointing,
+        group_by_length=arguments.group_by_length,
         seed=arguments.seed,
         evaluate_every=arguments.eval_every,
         folder=folder / STATE,

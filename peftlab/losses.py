@@ -11,6 +11,7 @@ batch with few labels more weight than one in a batch with many.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,12 +29,21 @@ Loss = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]]
 def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Next-token negative log-likelihood: ``batch`` has input_ids (b, t), labels (b, t) with -100 where not learned."""
     labels = batch["labels"]
-    logits = _logits(model, batch)  # (b, n + t, V): a prompt method may put n virtual tokens in front
-    # Virtual tokens are never learned, but the last of them predicts the first real token. The labels are shifted
-    # rather than the logits, of which a slice would cost a copy as large as they are in the backward pass.
-    following = F.pad(labels, (logits.shape[1] - labels.shape[1], 1), value=IGNORE)[:, 1:]
+    logits = _logits(model, {**batch, **_only_needed(model, labels)})  # (b, k, V), or (b, n + t, V): see below
+    # A prompt method may put n virtual tokens in front. They are never learned, but the last of them predicts the first
+    # real token. The labels are shifted rather than the logits, of which a slice would cost a copy in the backward.
+    following = F.pad(labels, (max(0, logits.shape[1] - labels.shape[1]), 1), value=IGNORE)[:, -logits.shape[1] :]
     # nll = - sum over i of log p(x_{i+1} | x_1 .. x_i), over the labelled x_{i+1} alone
     return _cross_entropy(logits, following)
+
+
+def _only_needed(model: nn.Module, labels: Tensor) -> dict[str, int]:
+    """The argument that spares a model the logits before the first learned token: of a prompt, nobody reads them."""
+    learned = (labels != IGNORE).any(0).nonzero()
+    first = int(learned[0]) if len(learned) else 0
+    if not first or "logits_to_keep" not in inspect.signature(unwrap(model).forward).parameters:
+        return {}
+    return {"logits_to_keep": labels.shape[1] - first + 1}  # counted from the end, whatever stands in front
 
 
 def seq2seq_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

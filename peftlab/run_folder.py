@@ -74,14 +74,24 @@ def save(model: Any, tokenizer: Any, folder: Path, adapter: bool) -> int:
             model.save_pretrained(draft)
             tokenizer.save_pretrained(draft)
         os.chmod(draft, 0o755)
-        old = folder / MODEL
-        if old.exists():
-            old.rename(draft.with_name(draft.name + "-old"))
-        draft.rename(old)
+        replace_folder(draft, folder / MODEL)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-        shutil.rmtree(draft.with_name(draft.name + "-old"), ignore_errors=True)
     return sum(file.stat().st_size for file in (folder / MODEL).glob("*.safetensors"))
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Put a folder in another's place; if that fails, the other is there as before."""
+    aside = new.with_name(new.name + "-old")
+    if old.exists():
+        old.rename(aside)
+    try:
+        new.rename(old)
+    except BaseException:
+        if aside.exists():
+            aside.rename(old)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -1,6 +1,6 @@
 """Run a chapter anew and store its outputs: what `make refresh CH=02` calls.
 
-    python tools/refresh.py 02              book/02_*.ipynb and book/solutions/02_*.ipynb
+    python tools/refresh.py 02              book/02_*.ipynb
     python tools/refresh.py start_here      one page by its name
 
 Each notebook runs in a fresh kernel and an empty folder, with this checkout's package. Its outputs are stored only if
@@ -26,7 +26,7 @@ CELL_SECONDS = 600
 
 def chosen(chapter: str) -> list[Path]:
     """The notebooks of a chapter: its number, or the name of a file without its ending."""
-    patterns = [f"{chapter}_*.ipynb", f"{chapter}.ipynb", f"solutions/{chapter}_*.ipynb", f"solutions/{chapter}.ipynb"]
+    patterns = [f"{chapter}_*.ipynb", f"{chapter}.ipynb"]
     found = sorted({path for pattern in patterns for path in BOOK.glob(pattern)})
     if not found:
         known = ", ".join(sorted(p.stem for p in BOOK.glob("*.ipynb"))) or "none yet"

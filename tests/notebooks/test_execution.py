@@ -13,7 +13,7 @@ import rules
 
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
-EVERY = sorted(BOOK.glob("*.ipynb")) + sorted(BOOK.glob("solutions/*.ipynb"))
+EVERY = sorted(BOOK.glob("*.ipynb"))
 NOTEBOOKS = [path for path in EVERY if rules.code_cells(normalise.read(path))]
 KILL_SECONDS = 600
 

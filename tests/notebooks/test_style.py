@@ -11,7 +11,7 @@ import rules
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
-NOTEBOOKS = sorted(BOOK.glob("*.ipynb")) + sorted(BOOK.glob("solutions/*.ipynb"))
+NOTEBOOKS = sorted(BOOK.glob("*.ipynb"))
 CHAPTERS = [path for path in NOTEBOOKS if path.parent == BOOK and re.match(r"\d\d_", path.name)]
 
 

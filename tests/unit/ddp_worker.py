@@ -3,6 +3,7 @@
 import sys
 
 import tiny
+import together
 import torch
 from safetensors.torch import save_file
 from torch import distributed
@@ -15,6 +16,7 @@ EXAMPLES = 21  # the last batch leaves one process without an example of its own
 
 
 def main():
+    together.arrive()
     rank, rendezvous, folder, out = int(sys.argv[1]), *sys.argv[2:]
     distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     model = tiny.llama()
@@ -31,7 +33,7 @@ def main():
     )
     losses = torch.tensor([row["loss"] for row in history.steps], dtype=torch.float64)
     save_file({**{n: p.detach() for n, p in model.named_parameters()}, "losses": losses}, f"{out}-{rank}")
-    distributed.destroy_process_group()
+    together.leave()
 
 
 if __name__ == "__main__":

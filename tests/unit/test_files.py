@@ -1,9 +1,11 @@
 """Atomic writes: a new file of ordinary mode, or the old one untouched and nothing beside it."""
 
 import os
+from pathlib import Path
 
 import pytest
 
+from peftlab import run_folder
 from peftlab.files import write_atomically
 
 
@@ -36,3 +38,25 @@ def test_the_content_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypat
     monkeypatch.setattr(os, "replace", lambda a, b: (order.append("replace"), replace(a, b)))
     write_atomically(tmp_path / "file", b"new")
     assert order == ["fsync", "replace"]
+
+
+def test_a_folder_takes_the_place_of_another_or_leaves_it(tmp_path, monkeypatch):
+    old, new = tmp_path / "model", tmp_path / "draft"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "who").write_text(folder.name)
+    rename = Path.rename
+
+    def failing(self, target):
+        if self == new:
+            raise OSError("no space left")
+        return rename(self, target)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "rename", failing)
+        with pytest.raises(OSError, match="no space"):
+            run_folder.replace_folder(new, old)
+    assert (old / "who").read_text() == "model"
+    run_folder.replace_folder(new, old)
+    assert (old / "who").read_text() == "draft"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]

@@ -1,14 +1,9 @@
 """What runs a model in another way: torch.compile and DistributedDataParallel."""
 
 import copy
-import faulthandler
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
+import together
 import torch
 import torch._dynamo.testing
 from nets import Net, tokens
@@ -20,8 +15,6 @@ from peftlab.checkpoint import redundant
 from peftlab.records import unwrap
 
 CONFIG = dict(r=3, alpha=5, target_modules=["up", "down", "head", "embed"], init="random")
-HERE = Path(__file__).parent
-DDP_SECONDS = 100
 
 
 def attach(model, name="default", seed=1, **settings):
@@ -120,11 +113,9 @@ def test_distributed_data_parallel_in_one_process():
 
 
 def ddp_step(rank, world, folder):
-    """Two backwards under DistributedDataParallel; rank 0 writes its gradients. Ends the process."""
-    faulthandler.dump_traceback_later(DDP_SECONDS, exit=True)  # should it hang, say where
-    os.environ |= {"GLOO_SOCKET_IFNAME": "lo"}
+    """Two backwards under DistributedDataParallel; rank 0 writes its gradients. The end of its process."""
+    together.arrive()
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    torch.set_num_threads(1)
     model = attach(Net(), modules_to_save=["blocks.0.norm"])
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     assert pl.count_parameters(wrapped) == pl.count_parameters(model)
@@ -135,35 +126,13 @@ def ddp_step(rank, world, folder):
     if rank == 0:
         pl.save_adapter(wrapped, folder)
         torch.save({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, folder / "grads.pt")
-    print("done", flush=True)
-    sys.stdin.read()  # neither leaves before the other is done,
-    os._exit(0)  # and neither winds down beside gloo's threads: that hung once, and is no part of what is tested
+    together.leave()
 
 
 @pytest.mark.slow
 def test_distributed_data_parallel_on_two_processes(tmp_path, world=2):
-    code = """
-        import sys; sys.path[:0] = [{here!r}, {root!r}]
-        from pathlib import Path
-        from test_injection_runtime import ddp_step
-        ddp_step({rank}, {world}, Path({folder!r}))
-    """
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(code.format(
-                here=str(HERE), root=str(HERE.parent.parent), rank=rank, world=world, folder=str(tmp_path)
-            ))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        arrived = [run.stdout.readline().strip() for run in runs]
-        said = [run.communicate(timeout=DDP_SECONDS)[1] for run in runs]
-        assert arrived == ["done"] * world, "\n".join(said)
-    finally:
-        for run in runs:
-            run.kill()
+    code = "from pathlib import Path; from test_injection_runtime import ddp_step; ddp_step({}, {}, Path({!r}))"
+    together.run(*(["-c", code.format(rank, world, str(tmp_path))] for rank in range(world)))
     alone = attach(Net(), modules_to_save=["blocks.0.norm"])
     alone(tokens(4)).square().mean().backward()
     expected = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}

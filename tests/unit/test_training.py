@@ -3,6 +3,7 @@
 import copy
 import random
 import warnings
+from unittest import mock
 
 import numpy
 import pytest
@@ -252,3 +253,30 @@ def test_token_loss_of_a_step_is_what_the_model_says():
     history = train(model, rows, steps=1, batch_size=4, learning_rate=1e-9)
     assert history.steps[0]["loss"] == pytest.approx((total / count).item(), rel=1e-6)
     assert history.steps[0]["tokens"] == count.item()
+
+
+@pytest.mark.parametrize("virtual", [0, 3])
+def test_logits_that_nobody_reads_are_not_computed(virtual):
+    """The loss and its gradients are those of all logits, with virtual tokens in front or without."""
+    model = tiny.llama().double()
+    batch = Collator()([row for row in tiny.examples(12) if row["labels"][1] == -100])
+    embedded = model.model.embed_tokens(batch.pop("input_ids"))
+    inputs = {**batch, "inputs_embeds": embedded}
+    if virtual:
+        front = torch.randn(len(inputs["labels"]), virtual, 16, dtype=torch.float64)
+        inputs["inputs_embeds"] = torch.cat([front, inputs["inputs_embeds"]], dim=1)
+        ones = torch.ones(len(front), virtual, dtype=inputs["attention_mask"].dtype)
+        inputs["attention_mask"] = torch.cat([ones, inputs["attention_mask"]], dim=1)
+    labels = inputs["labels"]
+    total, count = causal_lm_loss(model, inputs)
+    (gradient,) = torch.autograd.grad(total, model.lm_head.weight)
+
+    logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits[:, virtual:-1]
+    every = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="sum")
+    (expected,) = torch.autograd.grad(every, model.lm_head.weight)
+    torch.testing.assert_close(total, every)
+    torch.testing.assert_close(gradient, expected)
+    assert count == (labels[:, 1:] != -100).sum()
+    with mock.patch.object(model.lm_head, "forward", wraps=model.lm_head.forward) as head:
+        causal_lm_loss(model, inputs)
+    assert head.call_args.args[0].shape[1] < labels.shape[1] + virtual

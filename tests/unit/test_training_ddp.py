@@ -1,13 +1,11 @@
 """Two processes under DistributedDataParallel train as one does: every label counts the same, whoever saw it."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import ddp_worker
 import pytest
 import tiny
+import together
 import torch
 from safetensors.torch import load_file
 from torch import distributed
@@ -18,23 +16,8 @@ from peftlab.training import train
 @pytest.mark.slow
 @pytest.mark.skipif(not distributed.is_available() or not distributed.is_gloo_available(), reason="torch without gloo")
 def test_two_processes_train_as_one(tmp_path):
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
-    workers = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                str(here / "ddp_worker.py"),
-                str(rank),
-                str(tmp_path / "meet"),
-                tmp_path / "run",
-                tmp_path / "o",
-            ],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        )
-        for rank in range(2)
-    ]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    worker = Path(__file__).with_name("ddp_worker.py")
+    together.run(*([worker, rank, tmp_path / "meet", tmp_path / "run", tmp_path / "o"] for rank in range(2)))
     first, second = load_file(tmp_path / "o-0"), load_file(tmp_path / "o-1")
     alone = tiny.llama().requires_grad_(False)
     alone.model.layers.requires_grad_(True)
