@@ -125,15 +125,15 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 1 if report["problems"] else 0
 
 
-def _method_options(command: Parser, methods: str) -> None:
-    """What describes a method, in `count` and in `train`."""
+def _method_options(command: Parser, methods: str, r: int | None = 8, ranks: str = "8", targets: str = "") -> None:
+    """What describes a method, in `count` and in `train`. `ranks` and `targets` say what the defaults are."""
     command.add_argument("--method", default="lora", metavar="M", help=f"{methods} (default: lora)")
-    command.add_argument("--r", type=int, default=8, metavar="N", help="rank of a low-rank update (default: 8)")
+    command.add_argument("--r", type=int, default=r, metavar="N", help=f"rank of a low-rank update (default: {ranks})")
     command.add_argument(
         "--targets",
         metavar="T",
         help="modules to adapt: a comma-separated list of names, a regular expression for whole paths, "
-        "or all-linear (default: the query and value projections)",
+        f"or all-linear (default: the query and value projections{targets})",
     )
     command.add_argument(
         "--bias", choices=("none", "all", "lora_only"), default="none", help="biases to train as well (default: none)"
@@ -142,14 +142,28 @@ def _method_options(command: Parser, methods: str) -> None:
 
 def _count_options(command: Parser) -> None:
     from peftlab.memory.builtin import BUILT_IN
+    from peftlab.memory.methods import DEFAULT_R, METHODS
 
     command.add_argument("shape", metavar="SHAPE", help=f"{', '.join(BUILT_IN)}; or the path of a config.json")
-    _method_options(command, "full, lora or qlora")
+    named = {r: "/".join(name for name in DEFAULT_R if DEFAULT_R[name] == r) for r in DEFAULT_R.values()}
+    ranks = ", ".join(f"{r} for {names}" for r, names in named.items())
+    _method_options(command, ", ".join(METHODS), None, ranks, "; for ia3 those of peft, mostly k, v and down")
+    command.add_argument(
+        "--virtual-tokens", type=int, default=20, metavar="N", help="length of a prompt or prefix (default: 20)"
+    )
+    command.add_argument(
+        "--reduction-factor",
+        type=int,
+        default=16,
+        metavar="N",
+        help="hidden width / bottleneck of an adapter: houlsby, pfeiffer, parallel (default: 16)",
+    )
     command.add_argument("--labels", type=int, metavar="N", help="classes of an encoder's head (default: 2)")
 
 
 def _count(arguments: argparse.Namespace) -> int:
     from peftlab.memory import count, format_both, format_count, format_percent
+    from peftlab.memory.methods import DEFAULT_R
 
     result = count(
         arguments.shape,
@@ -157,14 +171,17 @@ def _count(arguments: argparse.Namespace) -> int:
         r=arguments.r,
         targets=parse_targets(arguments.targets),
         bias=arguments.bias,
+        virtual_tokens=arguments.virtual_tokens,
+        reduction_factor=arguments.reduction_factor,
         labels=arguments.labels,
     )
     if arguments.json:
         return _print_json(result.as_dict())
+    rank = arguments.r or DEFAULT_R.get(result.method)
     names = list(dict.fromkeys(module.path.rsplit(".", 1)[-1] for module in result.adapted))
     rows = [
         ("shape", result.shape),
-        ("method", result.method + (f", r = {arguments.r}" if result.adapted else "")),
+        ("method", result.method + (f", r = {rank}" if result.method in DEFAULT_R else "")),
         ("adapted modules", f"{len(result.adapted)} ({', '.join(names)})" if names else "none"),
         ("trainable", format_count(result.trainable)),
         ("  of these in a new head", format_count(result.head) if result.head else ""),
@@ -245,6 +262,7 @@ COMMANDS = (
             "count llama-2-7b --method lora --r 16",
             "count gpt2 --method lora --targets c_attn,c_proj",
             "count llama-3.1-8b --method qlora --r 64 --targets all-linear --json",
+            "count gpt2 --method prefix --virtual-tokens 30",
             "count path/to/config.json --method full",
         ),
         _count_options,

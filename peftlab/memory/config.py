@@ -36,6 +36,15 @@ class Config:
             raise PeftLabError(f"{self.source}: {name} must be true or false, found {value!r}.")
         return value
 
+    def share(self, name: str, default: float) -> float:
+        """A number from 0 up to 1, as a dropout's probability."""
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            raise PeftLabError(f"{self.source}: {name} must lie between 0 and 1, found {value!r}.")
+        return float(value)
+
     def text(self, name: str, default: str) -> str:
         """A string under ``name``."""
         value = self.values.get(name, default)

@@ -1,4 +1,4 @@
-"""How many parameters a method trains, by arithmetic on a shape's table.
+"""How many parameters a method trains, by arithmetic on a shape's table and the method's tensors.
 
     >>> count("llama-2-7b", "lora", r=8).trainable
     4194304
@@ -9,31 +9,13 @@ method adds, as ``print_trainable_parameters`` of Hugging Face peft does, and te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.families import Module
+from peftlab.memory.methods import METHODS, method_name
+from peftlab.memory.options import Options
 from peftlab.memory.shapes import Shape, load_shape
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the methods can be told; each reads the fields that concern it."""
-
-    r: int = 8
-    targets: str | tuple[str, ...] | None = None
-    bias: str = "none"
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a method trains, apart from a classification head."""
-
-    added: int = 0  # parameters that the method adds to the model
-    own: int = 0  # parameters that the model had before, and that the method unfreezes
-    adapted: tuple[Module, ...] = ()  # the modules that it adapts
-    whole: bool = False  # everything trains, the head in its place, so no copy of the head is added
 
 
 @dataclass(frozen=True)
@@ -59,84 +41,64 @@ class Count:
         return {"trainable": self.trainable, "total": self.total, "percent": self.percent}
 
 
-def _full(shape: Shape, options: Options) -> Trained:
-    """Full fine-tuning: every parameter trains and none is added."""
-    return Trained(own=shape.parameters, whole=True)
-
-
-def _lora(shape: Shape, options: Options) -> Trained:
-    """LoRA: A is (r, d_in) and B is (d_out, r), so each module adds r (d_in + d_out).
-
-    An embedding counts its rows as d_in. ``bias="lora_only"`` unfreezes the biases of the adapted modules,
-    ``bias="all"`` every bias of the model outside a classification head, which trains anyway.
-    """
-    _whole_number("r", options.r)
-    adapted = shape.match(options.targets)
-    added = sum(options.r * (module.inputs + module.outputs) for module in adapted)
-    unfrozen: dict[str, Iterable[Module]] = {
-        "none": (),
-        "lora_only": adapted,
-        "all": (module for module in shape.modules if module.role != "head"),
-    }
-    if options.bias not in unfrozen:
-        hint = did_you_mean(str(options.bias), unfrozen)
-        raise PeftLabError(f"bias is one of none, all, lora_only; found {options.bias!r}.{hint}")
-    own = sum(module.outputs for module in unfrozen[options.bias] if module.bias)
-    return Trained(added, own, adapted)
-
-
-# A method is one function and one line here. QLoRA trains what LoRA trains: only the base is held otherwise.
-METHODS: dict[str, Callable[[Shape, Options], Trained]] = {
-    "full": _full,
-    "lora": _lora,
-    "qlora": _lora,
-}
-
-
 def count(
     shape: str | Shape,
     method: str = "lora",
     *,
-    r: int = 8,
+    r: int | None = None,
     targets: str | Iterable[str] | None = None,
     bias: str = "none",
+    virtual_tokens: int = 20,
+    reduction_factor: int = 16,
+    projection: bool = False,
+    encoder: str = "mlp",
+    encoder_hidden: int | None = None,
+    encoder_layers: int = 2,
     labels: int | None = None,
 ) -> Count:
     """Count the parameters that ``method`` trains on ``shape``.
 
+    A method takes the options that concern it; the others change nothing.
+
     Args:
         shape: a built-in name, the path of a ``config.json`` or of its folder, or a ``Shape``.
         method: a name in ``METHODS``.
-        r: the rank of a low-rank update.
-        targets: names, ``"all-linear"`` or a regular expression (see ``Shape.match``); None: query and value.
-        bias: ``"none"``, ``"all"`` or ``"lora_only"``.
+        r: the rank of a low-rank update; None: the method's own in peft (8, AdaLoRA 12, VeRA 256).
+        targets: names, ``"all-linear"`` or a regular expression (see ``Shape.match``), for the LoRA family and IA3;
+            None: query and value, for IA3 peft's own (mostly keys, values and down projection; see ``methods.ia3``).
+        bias: ``"none"``, ``"all"`` or ``"lora_only"``, for the LoRA family.
+        virtual_tokens: the length of a prompt or prefix.
+        reduction_factor: hidden width / width of a bottleneck adapter.
+        projection: prefix tuning with the MLP that makes the prefix during training.
+        encoder: what makes P-tuning's prompt, ``"mlp"`` or ``"lstm"``.
+        encoder_hidden: the inner width of that encoder, or of the prefix MLP; None: as wide as what it makes.
+        encoder_layers: layers of the LSTM.
         labels: classes of an encoder's head; None: the configuration's own number, or two.
 
     Raises:
-        PeftLabError: an unknown shape or method, a rank that is no positive whole number, a target without a match.
+        PeftLabError: an unknown shape or method, a number that is not positive and whole, a target without a match, or
+            a method that this model or target has no place for.
     """
     shape = load_shape(shape, labels)
-    name = str(method).lower()
-    if name not in METHODS:
-        hint = did_you_mean(name, METHODS)
-        raise PeftLabError(f"Unknown method {method!r}.{hint} Known: {', '.join(METHODS)}.")
+    name = method_name(method)
     if targets is not None and not isinstance(targets, str):
         targets = tuple(targets)
-    trained = METHODS[name](shape, Options(r, targets, bias))
+    options = Options(
+        r, targets, bias, virtual_tokens, reduction_factor, projection, encoder, encoder_hidden, encoder_layers
+    )
+    trained = METHODS[name](shape, options)
     # peft trains a copy of the classification head and keeps the original beside it: both are in the total.
     head = 0 if trained.whole else sum(module.parameters for module in shape.head)
+    parameters = [tensor for tensor in trained.added if not tensor.buffer]
+    added = sum(tensor.elements for tensor in parameters)
+    own = sum(module.weight if part == "weight" else module.outputs for module, part in trained.own)
     return Count(
         shape=shape.name,
         method=name,
-        trainable=trained.added + trained.own + head,
-        total=shape.parameters + trained.added + head,
+        trainable=sum(tensor.elements for tensor in parameters if tensor.trains) + own + head,
+        total=shape.parameters + added + head,
         base=shape.parameters,
-        added=trained.added,
+        added=added,
         head=head,
         adapted=trained.adapted,
     )
-
-
-def _whole_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise PeftLabError(f"{name} must be a positive whole number, found {value!r}.")

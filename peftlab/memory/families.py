@@ -193,20 +193,31 @@ def _t5(c: Config, feed_forward: str = "relu") -> Iterator[Module]:
 
 @dataclass(frozen=True)
 class Family:
-    """What an architecture is: how its table is made, what kind of model it is, its query and value projections."""
+    """What an architecture is: how its table is made, what kind of model it is, and where the methods go by default."""
 
     table: Callable[..., Iterator[Module]]
     options: dict[str, Any]
     kind: str  # "decoder", "encoder" or "encoder-decoder"
     query_value: tuple[str, ...]  # the modules that LoRA adapts when no targets are named
+    ia3: tuple[str, ...]  # those that IA3 scales: keys, values, the down projection
+    ia3_inputs: tuple[str, ...]  # IA3 scales the inputs of these, the outputs of all others
+    outputs: tuple[str, str]  # in a block, by regular expression: the last projection of attention and of feed-forward
 
 
 def _decoder(**options: Any) -> Family:
-    return Family(_gated_decoder, options, "decoder", ("q_proj", "v_proj"))
+    query_value, ia3 = ("q_proj", "v_proj"), ("k_proj", "v_proj", "down_proj")
+    outputs = (r"self_attn\.o_proj", r"mlp\.down_proj")
+    return Family(_gated_decoder, options, "decoder", query_value, ia3, ("down_proj",), outputs)
 
 
 def _encoder(prefix: str) -> Family:
-    return Family(_bert, {"prefix": prefix}, "encoder", ("query", "value"))
+    ia3, outputs = ("key", "value", "output.dense"), (r"attention\.output\.dense", r"output\.dense")
+    return Family(_bert, {"prefix": prefix}, "encoder", ("query", "value"), ia3, ("output.dense",), outputs)
+
+
+def _encoder_decoder(ia3: str, ia3_inputs: tuple[str, ...], **options: Any) -> Family:
+    outputs = (r"layer\.0\.SelfAttention\.o", r"layer\.\d\.DenseReluDense\.wo")
+    return Family(_t5, options, "encoder-decoder", ("q", "v"), ("k", "v", ia3), ia3_inputs, outputs)
 
 
 FAMILIES: dict[str, Family] = {
@@ -217,11 +228,13 @@ FAMILIES: dict[str, Family] = {
     "gemma": _decoder(kv_default=16, head_dim=256, tied=True),
     "gemma2": _decoder(kv_default=4, head_dim=256, tied=True, sandwich=True),
     "gemma3_text": _decoder(kv_default=4, head_dim=256, tied=True, head_norms=True, sandwich=True),
-    "gpt2": Family(_gpt2, {}, "decoder", ("c_attn",)),
+    "gpt2": Family(
+        _gpt2, {}, "decoder", ("c_attn",), ("c_attn", "mlp.c_proj"), ("mlp.c_proj",), (r"attn\.c_proj", r"mlp\.c_proj")
+    ),
     "bert": _encoder("bert"),
     "roberta": _encoder("roberta"),
     "xlm-roberta": _encoder("roberta"),
     "camembert": _encoder("roberta"),
-    "t5": Family(_t5, {}, "encoder-decoder", ("q", "v")),
-    "mt5": Family(_t5, {"feed_forward": "gated-gelu"}, "encoder-decoder", ("q", "v")),
+    "t5": _encoder_decoder("wo", ("wo",)),
+    "mt5": _encoder_decoder("wi_1", (), feed_forward="gated-gelu"),
 }

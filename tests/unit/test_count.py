@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peftlab import cli
 from peftlab.errors import PeftLabError, near_matches
 from peftlab.memory import BUILT_IN, METHODS, count, format_both, format_bytes, format_percent, load_shape
+from peftlab.memory.options import Options
 
 # Published parameter counts (models' cards and papers), encoders with their two-label head.
 PUBLISHED = {
@@ -42,6 +44,68 @@ def test_lora_numbers_that_circulate():
     assert count("llama-2-7b", "lora", r=16, targets="all-linear").trainable == 39_976_960
     one = count("llama-2-7b", "lora", r=16, targets=["layers.0.self_attn.q_proj"])
     assert one.trainable == 131_072 and one.adapted[0].parameters == 16_777_216
+
+
+def test_the_formulas_of_the_papers():
+    """Worked by hand: 12 layers of width 768 for BERT, 32 of 4096 for Llama 2, 32 of 4096 and 1024 for Llama 3.1."""
+    bert = {method: count("bert-base", method).trainable - 1538 for method in METHODS}
+    assert bert["houlsby"] == 2 * bert["pfeiffer"] == 2 * bert["parallel"] == 24 * (2 * 768 * 48 + 48 + 768)
+    assert bert["bitfit"] == 12 * (7 * 768 + 3072) + 768 + 768  # the embeddings' norm, the pooler
+    assert bert["ia3"] == 12 * (3 * 768 + 3072)  # keys, values, what goes into both layers named output.dense
+    assert count("llama-2-7b", "prompt").trainable == 20 * 4096
+    assert count("llama-2-7b", "p-tuning").trainable == 20 * 4096 + 3 * (4096**2 + 4096)
+    assert count("llama-2-7b", "prefix").trainable == 20 * 32 * 2 * 4096 == 5_242_880
+    assert count("llama-3.1-8b", "prefix", virtual_tokens=10).trainable == 10 * 32 * 2 * 1024
+    # The MLP that makes the prefix during training is larger than everything else: millions, not thousands.
+    made = count("llama-2-7b", "prefix", projection=True).trainable
+    assert made == 20 * 4096 + 4096 * 4097 + 32 * 2 * 4096 * 4097 == 1_090_867_200
+    assert count("llama-2-7b", "ia3").trainable == 32 * (2 * 4096 + 11008)  # the paper's k, v and feed-forward
+    assert count("llama-2-7b", "dora").trainable == 4_194_304 + 64 * 4096
+    assert count("llama-2-7b", "adalora").trainable == 64 * 12 * (2 * 4096 + 1)
+    assert count("llama-2-7b", "vera").trainable == 64 * (4096 + 256)
+    assert count("t5-base", "prompt").trainable == 2 * 20 * 768  # one for the encoder and one for the decoder
+    assert count("gpt2", "houlsby", reduction_factor=1000).added == 24 * (2 * 768 + 1 + 768)  # a bottleneck of one
+
+
+def test_what_is_added_is_a_list_of_tensors_and_a_frozen_pair_is_not_counted():
+    shape = load_shape("llama-3.1-8b")
+    trained = METHODS["vera"](shape, Options(r=16))
+    assert [(t.path, t.name, t.size, t.elements) for t in trained.added if t.buffer] == [
+        ("", "vera_A", (16, 4096), 65_536),
+        ("", "vera_B", (4096, 16), 65_536),
+    ]
+    assert sum(t.elements for t in trained.added if not t.buffer) == count(shape, "vera", r=16).added
+    # peft keeps AdaLoRA's current ranks as parameters: in the total, and never trained
+    adalora = count(shape, "adalora")
+    assert adalora.added == adalora.trainable + 64 and adalora.total == shape.parameters + adalora.added
+    full = METHODS["full"](load_shape("gpt2"), Options())
+    assert full.whole and not full.added and "lm_head" not in {module.path for module, _ in full.own}  # tied
+
+
+def test_count_takes_the_methods_options_on_the_command_line(capsys):
+    for line, wanted in (
+        ("--method vera", count("gpt2", "vera", r=256)),
+        ("--method adalora --r 4", count("gpt2", "adalora", r=4)),
+        ("--method prefix --virtual-tokens 7", count("gpt2", "prefix", virtual_tokens=7)),
+        ("--method pfeiffer --reduction-factor 2", count("gpt2", "pfeiffer", reduction_factor=2)),
+        ("--method IA3 --targets c_fc", count("gpt2", "ia3", targets=["c_fc"])),
+    ):
+        assert cli.main(["count", "gpt2", *line.split(), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == wanted.as_dict()
+    assert cli.main(["count", "gpt2", "--method", "vera"]) == cli.main(["count", "gpt2", "--method", "prompt"]) == 0
+    out = capsys.readouterr().out
+    assert "vera, r = 256\n" in out and out.count("r = ") == 1
+    for line, message in (
+        ("gpt2 --method prompt --virtual-tokens 0", "virtual_tokens must be a positive whole number, found 0"),
+        ("llama-2-7b --method bitfit", "llama-2-7b has no biases, so bitfit has nothing to train. Use ia3"),
+    ):
+        assert cli.main(["count", *line.split()]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and message in err and err.count("\n") == 1
+    with pytest.raises(SystemExit):
+        cli.main(["count", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert ", ".join(METHODS) in out and "8 for lora/qlora/dora, 12 for adalora, 256 for vera" in out
 
 
 @settings(max_examples=40, deadline=None)
@@ -92,6 +156,18 @@ MISTAKES = [
     ({"shape": "gpt2", "targets": ["ln_1"]}, "is a norm, not a linear layer", "c_attn"),
     ({"shape": "bert-base", "targets": ["classifier"]}, "classification head", "trains whole"),
     ({"shape": "gpt2", "bias": "everything"}, "bias is one of none, all, lora_only", "everything"),
+    ({"shape": "gpt2", "bias": "lora"}, "found 'lora'. Did you mean 'lora_only'", ""),
+    ({"shape": "gpt2", "method": "bit-fit"}, "Unknown method 'bit-fit'", "'bitfit'"),
+    ({"shape": "gpt2", "method": "prefix_tuning"}, "Unknown method 'prefix_tuning'", "'prefix'"),
+    ({"shape": "gpt2", "method": "prompt", "virtual_tokens": 0}, "virtual_tokens must be a positive", "found 0"),
+    ({"shape": "gpt2", "method": "prefix", "virtual_tokens": 2.5}, "virtual_tokens must be a positive", "found 2.5"),
+    ({"shape": "gpt2", "method": "houlsby", "reduction_factor": -1}, "reduction_factor must be a positive", "-1"),
+    ({"shape": "gpt2", "method": "p-tuning", "encoder": "lsmt"}, "encoder is one of mlp, lstm", "Did you mean 'lstm'"),
+    ({"shape": "gpt2", "method": "p-tuning", "encoder_hidden": 0}, "encoder_hidden must be a positive", "found 0"),
+    ({"shape": "gpt2", "method": "ia3", "targets": ["wte"]}, "target transformer.wte of gpt2 is an embedding", "lora"),
+    ({"shape": "gpt2", "method": "vera", "targets": ["c_fcc"]}, "Target 'c_fcc' matches no module", "'c_fc'"),
+    ({"shape": "gpt2", "method": "ia3", "bias": "all"}, "ia3 trains no biases", "bitfit"),
+    ({"shape": "llama-2-7b", "method": "bitfit"}, "llama-2-7b has no biases", "Use ia3"),
     ({"shape": "bert-base", "labels": 0}, "labels must be a positive whole number", "0"),
 ]
 
@@ -146,7 +222,8 @@ def test_a_folder_without_a_config_and_a_file_that_is_no_text(tmp_path):
 
 def test_counting_loads_neither_torch_nor_transformers():
     code = (
-        "import sys; from peftlab.memory import count; count('llama-2-70b', 'lora', targets='all-linear'); "
+        "import sys; from peftlab.memory import METHODS, count; "
+        "[count('gpt2', method) for method in METHODS]; count('llama-2-70b', 'lora', targets='all-linear'); "
         "print([m for m in ('torch', 'transformers', 'numpy', 'datasets', 'peft') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -156,6 +233,10 @@ def test_counting_loads_neither_torch_nor_transformers():
 def test_every_method_of_the_table_counts_every_built_in_shape():
     for method in METHODS:
         for name in BUILT_IN:
+            if method == "bitfit" and not any(module.bias for module in load_shape(name).modules):
+                with pytest.raises(PeftLabError, match=f"{name} has no biases.*Use ia3"):
+                    count(name, method)
+                continue
             result = count(name, method)
             assert 0 < result.trainable <= result.total
             assert result.percent == pytest.approx(100 * result.trainable / result.total)

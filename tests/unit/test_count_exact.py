@@ -7,7 +7,8 @@ import warnings
 import pytest
 import torch
 
-from peftlab.memory import BUILT_IN, count, load_shape
+from peftlab.errors import PeftLabError
+from peftlab.memory import BUILT_IN, count, families, load_shape, methods
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 transformers = pytest.importorskip("transformers")
@@ -125,12 +126,19 @@ def test_a_config_that_transformers_saved_and_one_that_omits_what_has_a_default(
     same_table(bare)
 
 
+def wrap(model, config):
+    """The model with Hugging Face peft's adapter on it."""
+    peft = pytest.importorskip("peft")
+    # VeRA draws its random pair with a generator of the CPU, so that one is really made.
+    place = torch.device("cpu" if isinstance(config, peft.VeraConfig) else "meta")
+    with place, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.get_peft_model(model, config)
+
+
 def peft_count(model, **options):
     peft = pytest.importorskip("peft")
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        wrapped = peft.get_peft_model(model, peft.LoraConfig(**options))
-    return wrapped.get_nb_trainable_parameters()
+    return wrap(model, peft.LoraConfig(**options)).get_nb_trainable_parameters()
 
 
 CASES = [
@@ -204,3 +212,185 @@ def test_this_package_counts_the_same_on_the_live_model(family):
             pl.attach(model, config)
         ours = count(shape, "lora", r=3, **case)
         assert pl.count_parameters(model) == (ours.trainable, ours.total, ours.percent)
+
+
+# ------------------------------------------------------------------------------------------------------ every method
+
+OF_PEFT = ("lora", "dora", "adalora", "vera", "ia3", "prompt", "p-tuning", "prefix")
+WITHOUT_DEFAULTS = {"ia3": ("xlm-roberta", "camembert"), "vera": ("camembert",), "lora": ("camembert",)}
+
+
+def peft_config(method, shape, r=None, targets=None, bias="none", virtual_tokens=20, **more):
+    """peft's config of a method. What is not named here is left to peft's own defaults."""
+    peft = pytest.importorskip("peft")
+    options = {"task_type": TASK[shape.kind]}
+    if method in ("prompt", "p-tuning", "prefix"):
+        options["num_virtual_tokens"] = virtual_tokens
+        if "encoder_hidden" in more:
+            options["encoder_hidden_size"] = more["encoder_hidden"]
+        if method == "prompt":
+            return peft.PromptTuningConfig(**options)
+        if method == "prefix":
+            return peft.PrefixTuningConfig(**options, prefix_projection=more.get("projection", False))
+        encoder, layers = more.get("encoder", "mlp").upper(), more.get("encoder_layers", 2)
+        return peft.PromptEncoderConfig(**options, encoder_reparameterization_type=encoder, encoder_num_layers=layers)
+    if method == "adalora" and targets is None:
+        targets = shape.query_value  # peft's table for AdaLoRA names more modules for RoBERTa and T5, and no Mistral
+    elif targets is None and shape.family in WITHOUT_DEFAULTS.get("lora" if method == "dora" else method, ()):
+        targets = families.FAMILIES[shape.family].ia3 if method == "ia3" else shape.query_value
+    if targets is not None:
+        options["target_modules"] = targets if isinstance(targets, str) else list(targets)
+    if method == "ia3":
+        if shape.family in WITHOUT_DEFAULTS["ia3"]:
+            options["feedforward_modules"] = ["output.dense"]
+        return peft.IA3Config(**options)
+    if r is not None:
+        options["init_r" if method == "adalora" else "r"] = r
+    options["bias"] = bias
+    if method == "adalora":
+        return peft.AdaLoraConfig(**options, total_step=10)
+    if method == "vera":
+        return peft.VeraConfig(**options)
+    return peft.LoraConfig(**options, use_dora=method == "dora")
+
+
+def same_count(config, method, **options):
+    """Ours equals peft's: both numbers, and every trained tensor by name and size. Returns peft's model."""
+    shape = load_shape(config)
+    model = wrap(live(config), peft_config(method, shape, **options))
+    ours = count(shape, method, **options)
+    assert (ours.trainable, ours.total) == model.get_nb_trainable_parameters(), (method, options)
+
+    def plain(name):
+        name = name.removesuffix(".default.weight").replace("base_model.model.", "").replace(".base_layer", "")
+        return name.replace("prompt_encoder.default.", "").replace(".default", "")
+
+    theirs = [(name, p) for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in name]
+    if isinstance(options.get("targets"), (list, tuple)):
+        options = {**options, "targets": tuple(options["targets"])}
+    trained = methods.METHODS[method](shape, methods.Options(**options))
+    added = {f"{t.path}.{t.name}".removeprefix("."): t.size for t in trained.added if t.trains and not t.buffer}
+    own = {f"{m.path}.{part}": (m.outputs,) for m, part in trained.own}
+    assert added | own == {plain(name): tuple(p.shape) for name, p in theirs}
+    return model
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-3.1-8b", "qwen2.5-0.5b", "mistral-7b", "gpt2", "bert-base", "roberta-base", "t5-base"]
+)
+@pytest.mark.parametrize("method", OF_PEFT)
+def test_every_method_counts_what_peft_prints_for_real_shapes(name, method):
+    same_count(BUILT_IN[name], method)
+
+
+VARIANTS = {
+    "lora": [{"r": 3, "targets": "all-linear", "bias": "all"}],
+    "dora": [{}, {"r": 3, "targets": "all-linear"}, {"r": 2, "bias": "lora_only"}, {"r": 5, "bias": "all"}],
+    "adalora": [{}, {"r": 3, "targets": "all-linear"}, {"r": 2, "bias": "lora_only"}, {"r": 5, "bias": "all"}],
+    "vera": [{"r": 4}, {"r": 3, "targets": "all-linear"}, {"r": 2, "bias": "lora_only"}, {"r": 5, "bias": "all"}],
+    "ia3": [{}, {"targets": "all-linear"}],
+    "prompt": [{}, {"virtual_tokens": 1}],
+    "p-tuning": [
+        {},
+        {"virtual_tokens": 3, "encoder_hidden": 10},
+        {"virtual_tokens": 4, "encoder": "lstm"},
+        {"encoder": "lstm", "encoder_hidden": 7, "encoder_layers": 3},
+    ],
+    "prefix": [{}, {"virtual_tokens": 7}, {"projection": True}, {"projection": True, "encoder_hidden": 9}],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", OF_PEFT)
+def test_every_method_on_every_family_in_its_variants(family, method):
+    for seed, options in enumerate(VARIANTS[method]):
+        same_count(small(family, seed), method, **options)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "targets"),
+    [
+        ("llama", "ia3", ["k_proj", "v_proj", "down_proj"]),
+        ("qwen2", "ia3", ["k_proj", "v_proj", "down_proj"]),  # keys, where peft's default names the queries
+        ("gemma", "ia3", ["k_proj", "v_proj", "down_proj"]),
+        ("bert", "ia3", r".*(key|value|layer\.\d+\.output\.dense)"),  # without the attention's output.dense
+        ("roberta", "ia3", ["query", "intermediate.dense"]),
+        ("t5", "ia3", ["k", "o", "wi"]),
+        ("gpt2", "ia3", ["c_proj"]),
+        ("gemma", "dora", ["embed_tokens", "q_proj"]),
+        ("gpt2", "dora", ["mlp.c_proj", "wpe"]),
+        ("bert", "vera", ["key", "intermediate.dense"]),
+        ("gpt2", "vera", ["c_fc", "c_attn"]),
+        ("t5", "vera", r"decoder\..*\.(q|wo)"),
+        ("llama", "adalora", ["lm_head", "gate_proj"]),
+        ("t5", "adalora", ["q", "k", "v", "o", "wi", "wo"]),
+    ],
+)
+def test_every_method_matches_named_targets_as_peft_does(family, method, targets):
+    same_count(small(family, 2 if family == "t5" else 1), method, targets=targets)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
+def test_veras_random_pair_is_as_large_as_peft_makes_it(family):
+    values = small(family, 1)
+    model = same_count(values, "vera", r=6, targets="all-linear")
+    pair = {
+        t.name: t.size for t in methods.vera(load_shape(values), methods.Options(6, "all-linear")).added if t.buffer
+    }
+    assert pair == {n: tuple(getattr(model.base_model, n)["default"].shape) for n in ("vera_A", "vera_B")}
+
+
+def test_the_defaults_are_those_of_peft():
+    peft = pytest.importorskip("peft")
+    from peft.utils import constants
+
+    assert methods.DEFAULT_R["lora"] == methods.DEFAULT_R["dora"] == methods.DEFAULT_R["qlora"] == peft.LoraConfig().r
+    assert methods.DEFAULT_R["adalora"] == peft.AdaLoraConfig(total_step=1).init_r
+    assert methods.DEFAULT_R["vera"] == peft.VeraConfig().r
+    for name, family in families.FAMILIES.items():
+        known = "roberta" if name in ("xlm-roberta", "camembert") else name
+        assert list(family.ia3) == constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING[known]
+        assert list(family.ia3_inputs) == constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[known]
+
+
+@pytest.mark.parametrize("method", ["adalora", "vera", "ia3"])
+def test_what_peft_refuses_to_adapt_is_refused(method):
+    values = small("llama", 1)
+    with pytest.raises((ValueError, TypeError), match="not supported|No layers types compatible"):
+        wrap(live(values), peft_config(method, load_shape(values), targets=["embed_tokens"]))
+    with pytest.raises(PeftLabError, match="target model.embed_tokens of llama is an embedding"):
+        count(values, method, targets=["embed_tokens"])
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "bert", "roberta"])
+def test_bitfit_is_every_bias_of_the_live_models_body(family):
+    values = small(family, 1)
+    head = {module.path for module in load_shape(values).head}
+    named = live(values).named_parameters()
+    biases = {name: p.numel() for name, p in named if name.endswith(".bias") and name[: -len(".bias")] not in head}
+    ours = count(values, "bitfit")
+    assert ours.trainable - ours.head == sum(biases.values())
+    assert {module.path + ".bias" for module in ours.adapted} == biases.keys()
+    assert ours.total == load_shape(values).parameters + ours.head
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bottleneck_adapters_follow_the_last_projections_of_every_block(family):
+    """The places are found in the live model, and the adapter that stands there is built from torch's own layers."""
+    values = small(family, 1)
+    model = live(values)
+    attention = ("self_attn.o_proj", "attn.c_proj", "attention.output.dense", "SelfAttention.o")
+    forward = ("mlp.down_proj", "mlp.c_proj", "DenseReluDense.wo", "output.dense")
+    after = [path for path, _ in model.named_modules() if path.endswith(attention)]
+    last = [path for path, _ in model.named_modules() if path.endswith(forward) and path not in after]
+    stacks = model.config.num_hidden_layers, model.config.num_decoder_layers if model.config.is_encoder_decoder else 0
+    assert len(after) == len(last) == sum(stacks)
+    d = model.get_input_embeddings().embedding_dim
+    with torch.device("meta"):
+        adapter = torch.nn.Sequential(torch.nn.Linear(d, d // 5), torch.nn.ReLU(), torch.nn.Linear(d // 5, d))
+    one = sum(p.numel() for p in adapter.parameters())
+    for method, places in (("houlsby", after + last), ("pfeiffer", last), ("parallel", last)):
+        ours = count(values, method, reduction_factor=5)
+        assert {module.path for module in ours.adapted} == set(places)
+        assert ours.added == one * len(places)
+        assert ours.trainable == ours.added + ours.head

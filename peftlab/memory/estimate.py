@@ -1,0 +1,145 @@
+"""What a training step takes, before it is started: `estimate(...)`.
+
+    >>> estimate("llama-2-7b", "lora", r=16, targets="all-linear", checkpointing=True).peak_bytes  # doctest: +SKIP
+
+The answer is found by living through two steps (see `step` and `replay`), not by a fitted formula. It is what
+``torch.cuda.max_memory_allocated`` reports for transformers' model under Hugging Face peft: float32 adapters, SDPA,
+``torch.optim.AdamW(foreach=False)``, ``loss = model(input_ids, labels=labels).loss``, cuBLAS' workspace included.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.memory.counting import count
+from peftlab.memory.methods import METHODS, method_name
+from peftlab.memory.options import Options
+from peftlab.memory.replay import KINDS
+from peftlab.memory.shapes import Shape, load_shape
+from peftlab.memory.step import FORWARD, Recipe, Run
+
+PRECISIONS = {"bf16": 2, "fp32": 4, "mixed": 4}  # bytes of a weight, and so of its gradient and states
+OPTIMIZERS = ("adamw", "adamw8bit", "paged-adamw8bit", "sgd")
+ATTENTIONS = ("sdpa", "eager")
+ADAPTER_PRECISIONS = {"fp32": 4, "bf16": 2}
+# PyTorch gives cuBLAS 32 MiB on Hopper (8 MiB before) for each thread that multiplies matrices: the forward's and the
+# backward's. See CUBLAS_WORKSPACE_CONFIG in its documentation.
+CUBLAS_WORKSPACE = 2 * 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes at the moment of a step at which most are allocated."""
+
+    shape: str
+    method: str
+    peak_bytes: int
+    weights: int  # the model's own, packed where they are in four bits
+    adapter: int  # what the method adds
+    gradients: int
+    optimizer: int
+    activations: int  # kept for the backward pass
+    logits: int  # and the float32 copies of the loss
+    workspace: int  # alive at this moment only; cuBLAS' workspace
+    moment: str  # where in the step it is
+    trainable: int
+    total: int
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The parts by name; their sum is ``peak_bytes``."""
+        return {kind: getattr(self, kind) for kind in KINDS}
+
+    def as_dict(self) -> dict[str, int | str]:
+        """As ``peftlab memory --json`` prints it."""
+        return asdict(self)
+
+
+def estimate(
+    shape: str | os.PathLike[str] | dict | Shape,
+    method: str = "lora",
+    *,
+    r: int | None = None,
+    targets: str | Iterable[str] | None = None,
+    bias: str = "none",
+    virtual_tokens: int = 20,
+    reduction_factor: int = 16,
+    projection: bool = False,
+    batch: int = 1,
+    sequence: int = 512,
+    precision: str = "bf16",
+    optimizer: str = "adamw",
+    checkpointing: bool = False,
+    autocast: bool | None = None,
+    adapter_precision: str = "fp32",
+    attention: str = "sdpa",
+    labels: int | None = None,
+) -> Estimate:
+    """The peak of a training step on one GPU, and what makes it.
+
+    Args:
+        shape: a built-in name, the path of a ``config.json`` or of its folder, its dict, or a ``Shape``.
+        method: a name in ``METHODS``; ``r`` to ``projection`` are what ``count`` takes.
+        batch: examples at once. sequence: tokens of each, padding included.
+        precision: ``"bf16"`` (weights, gradients and states follow), ``"fp32"``, or ``"mixed"`` (float32 weights and
+            bf16 autocast). A 4-bit base keeps embeddings, norms and the output head in this precision.
+        optimizer: ``"adamw"``, ``"adamw8bit"``, ``"paged-adamw8bit"`` or ``"sgd"`` (without momentum).
+        checkpointing: whether each block's activations are computed again in the backward pass.
+        autocast: None switches it on for mixed precision and for ``qlora``.
+        adapter_precision: of what the method adds; ``"fp32"`` as in peft, or ``"bf16"``.
+        attention: ``"sdpa"`` (fused) or ``"eager"``.
+        labels: classes of an encoder's head.
+
+    Raises:
+        PeftLabError: an unknown name (with near matches), a number that is not positive, a target without a match, a
+            method that this model cannot have, an architecture whose activations are not known.
+    """
+    shape, method = load_shape(shape, labels), method_name(method)
+    for name, value in (("batch", batch), ("sequence", sequence)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise PeftLabError(f"{name} must be a positive whole number, found {value!r}.")
+    _one_of("precision", precision, PRECISIONS)
+    _one_of("optimizer", optimizer, OPTIMIZERS)
+    _one_of("adapter_precision", adapter_precision, ADAPTER_PRECISIONS)
+    _one_of("attention", attention, ATTENTIONS)
+    if shape.family not in FORWARD:
+        raise PeftLabError(
+            f"The activations of {shape.family} models are not known yet; known: {', '.join(FORWARD)}. "
+            f"Its parameters are: peftlab count {shape.name}."
+        )
+    if method == "prefix" and checkpointing:
+        raise PeftLabError("Prefix tuning needs the cache of keys and values, which checkpointing switches off.")
+    if targets is not None and not isinstance(targets, str):
+        targets = tuple(targets)
+    options = Options(r, targets, bias, virtual_tokens, reduction_factor, projection)
+    trained = METHODS[method](shape, options)
+    recipe = Recipe(
+        batch=batch,
+        sequence=sequence,
+        weight_bytes=PRECISIONS[precision],
+        adapter_bytes=ADAPTER_PRECISIONS[adapter_precision],
+        autocast=precision == "mixed" or method == "qlora" if autocast is None else autocast,
+        checkpointing=checkpointing,
+        optimizer=optimizer,
+        four_bit=method == "qlora",
+        fused_attention=attention == "sdpa",
+    )
+    run = Run(shape, method, trained, recipe)
+    run.step()
+    run.step()
+    memory = run.memory
+    parts = {**memory.at_peak, "workspace": memory.at_peak["workspace"] + CUBLAS_WORKSPACE}
+    counted = count(shape, method, r=r, targets=targets, bias=bias, virtual_tokens=virtual_tokens,
+                    reduction_factor=reduction_factor, projection=projection)  # fmt: skip
+    return Estimate(
+        shape.name, method, memory.peak + CUBLAS_WORKSPACE, **parts,
+        moment=memory.peak_moment, trainable=counted.trainable, total=counted.total,
+    )  # fmt: skip
+
+
+def _one_of(name: str, value: object, known: Iterable[str]) -> None:
+    if value not in known:
+        raise PeftLabError(f"{name} is one of {', '.join(known)}; found {value!r}.{did_you_mean(str(value), known)}")

@@ -1,0 +1,232 @@
+"""A model for the replay: its parameters, and how its layers, norms and attention are called.
+
+The architectures themselves, in `decoders` and `encoders`, follow the model files of transformers line by line where a
+line allocates; local variables live as long here as there. What a method adds to a layer is in `layers`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from peftlab.memory import attention, ops
+from peftlab.memory.config import Config
+from peftlab.memory.replay import Memory, Parameter, Tensor, checkpoint
+from peftlab.memory.shapes import Shape
+
+BLOCK = re.compile(r"\.\d+\.")  # ends the path of a block: "model.layers.3."
+
+
+class Net:
+    """A model's parameters, and the way its layers are called.
+
+    What a method changes stands in `layers` (the call of a linear layer by its path), `front` (what the word embeddings
+    go through before the first block) and `extend` (what a block's keys and values go through).
+    """
+
+    def __init__(self, memory: Memory, shape: Shape, bytes: int, trains: Callable[[str, str], bool], four_bit: bool):
+        self.memory, self.shape, self.config = memory, shape, Config(shape.config, shape.name)
+        self.bytes, self.autocast, self.checkpointing, self.fused, self.compute = bytes, False, False, True, 2
+        self.layers: dict[str, Callable[[Tensor], Tensor]] = {}
+        self.front: Callable[[Tensor], Tensor] = lambda x: x
+        self.extend: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] = unchanged
+        self.beside: dict[str, Callable[[Tensor, Callable], Tensor]] = {}
+        self.weights: dict[str, Parameter] = {}
+        self.biases: dict[str, Parameter] = {}
+        self.added: list[tuple[str, Parameter]] = []
+        self.quantised: dict[str, tuple[Tensor, ...]] = {}
+        self.modules = {module.path: module for module in shape.modules}
+        self.casts: dict[Parameter, Tensor] = {}
+        self.held: list[Tensor] = []  # what the variables of a model's forward hold until it has the loss
+        self.trained_blocks: set[str] | None = None
+        for module in shape.modules:
+            size = (module.outputs,) if module.kind == "norm" else (module.outputs, module.inputs)
+            if module.kind == "embedding":
+                size = (module.inputs, module.outputs)
+            if four_bit and module.kind in ("linear", "conv1d") and module.role == "body":
+                self.quantised[module.path] = packed(memory, module.inputs * module.outputs)
+            elif not module.tied:
+                self.weights[module.path] = Parameter(memory, size, bytes, trains=trains(module.path, "weight"))
+            if module.bias:
+                bias = Parameter(memory, (module.outputs,), bytes, trains=trains(module.path, "bias"))
+                self.biases[module.path] = bias
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """The trained ones, in the order of the model."""
+        return [one for _, one in self.everything() if one.needs_grad]
+
+    @contextmanager
+    def under_autocast(self) -> Iterator[None]:
+        """As torch.autocast; the copies of weights go when the outermost is left. Nothing where the run has none."""
+        before, self.autocast = self.autocast, self.autocasts
+        try:
+            yield
+        finally:
+            self.autocast = before
+            if not before:
+                self.casts.clear()
+
+    def weight_size(self, path: str) -> tuple[int, int]:
+        """(outputs, inputs) of the layer at a path."""
+        return self.modules[path].outputs, self.modules[path].inputs
+
+    def linear(self, path: str, x: Tensor) -> Tensor:
+        """The layer at a path, with what the method adds to it."""
+        if path in self.layers:
+            return self.layers[path](x)
+        return self.plain(path, x)
+
+    def plain(self, path: str, x: Tensor) -> Tensor:
+        """The layer at a path, without what a method adds."""
+        if path in self.quantised:
+            return ops.quantised_linear(x, *self.weight_size(path), self.compute)
+        return self.product(x, self.weights[path], self.biases.get(path))
+
+    def around(self, path: str, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """A feed-forward, with what a parallel adapter at its last layer adds."""
+        return self.beside[path](x, function) if path in self.beside else function(x)
+
+    def frozen_product(self, x: Tensor, outputs: int) -> Tensor:
+        """x times a matrix that is no parameter, of which autocast makes a copy that is kept."""
+        if self.autocast:
+            x = self.half(x)
+            return ops.linear(x, self.half(x.new((outputs, x.shape[-1]), ops.FLOAT32)))
+        return ops.frozen_linear(x, outputs)
+
+    def product(self, x: Tensor, weight: Parameter, bias: Parameter | None = None) -> Tensor:
+        """x W^T + b, under autocast in 16 bits."""
+        if self.autocast:
+            x, weight = self.half(x), self.half(weight)
+            bias = None if bias is None else self.half(bias)
+        return ops.linear(x, weight, bias)
+
+    def half(self, x: Tensor) -> Tensor:
+        """Autocast to 16 bits. It casts a trained leaf once and keeps the copy until it is left."""
+        if x.bytes != ops.FLOAT32:
+            return x
+        if isinstance(x, Parameter) and x.needs_grad:
+            if x not in self.casts:
+                self.casts[x] = ops.cast(x, 2)
+            return self.casts[x]
+        return ops.cast(x, 2)
+
+    def trains(self, prefix: str) -> bool:
+        """Whether any parameter of a block is trained."""
+        if self.trained_blocks is None:
+            trained = {path for path, one in self.everything() if one.needs_grad}
+            self.trained_blocks = {f"{path[: number.end()]}" for path in trained if (number := BLOCK.search(path))}
+        return prefix in self.trained_blocks
+
+    def everything(self):
+        """(path, parameter) of the model and of what a method added."""
+        yield from self.weights.items()
+        yield from self.biases.items()
+        yield from self.added
+
+    def output(self, path: str, tied: str, x: Tensor) -> Tensor:
+        """The language-model head, whose weight may be the embedding's."""
+        self.held.append(x)
+        if path in self.layers or path in self.weights:
+            return self.linear(path, x)
+        return self.product(x, self.weights[tied])
+
+    def places(self, count: int) -> Tensor:
+        """The numbers of `count` places, which choose the rows of a table."""
+        return Tensor(self.memory, (1, count), ops.INT64)
+
+    def virtual(self, x: Tensor, count: int, table: Parameter) -> Tensor:
+        """The first `count` rows of a table, for each example of x."""
+        return ops.embedding(self.places(count).view(x.shape[0], count), table)
+
+    def block(self, prefix: str, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """One block, with or without gradient checkpointing; what runs again runs under autocast again."""
+        if not self.checkpointing:
+            return function(*inputs)
+
+        def again(*inputs: Tensor) -> Tensor:
+            with self.under_autocast():
+                return function(*inputs)
+
+        return checkpoint(again, inputs, self.trains(prefix))
+
+    def words(self, path: str, ids: Tensor, then: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The word embeddings, with what the model does to them first and what a method puts in front of them."""
+        x = self.layers[path](ids) if path in self.layers else ops.embedding(ids, self.weights[path])
+        if then is not None:
+            x = then(x)
+        return self.front(x)
+
+    def rms_norm(self, path: str, x: Tensor) -> Tensor:
+        """w * (x / sqrt(mean x^2 + eps)), computed in float32."""
+        wide = ops.cast(x, ops.FLOAT32)
+        root = ops.from_result(ops.mean_last(ops.square(wide)))
+        wide = ops.mul_broadcast(wide, root)
+        del root
+        return ops.mul_vector(ops.cast(wide, x.bytes), self.weights[path])
+
+    def gemma_norm(self, path: str, x: Tensor) -> Tensor:
+        """(1 + w) * (x / sqrt(mean x^2 + eps)), all of it in float32."""
+        wide = ops.cast(x, ops.FLOAT32)
+        root = ops.from_result(ops.mean_last(ops.square(wide)))
+        wide = ops.mul_broadcast(wide, root)
+        del root
+        weight = ops.shift(ops.cast(self.weights[path], ops.FLOAT32))
+        return ops.cast(ops.mul_vector(wide, weight), x.bytes)
+
+    def t5_norm(self, path: str, x: Tensor) -> Tensor:
+        """RMS norm of T5: the float32 copy serves the mean alone; x times float32 is float32, then cast."""
+        root = ops.from_result(ops.mean_last(ops.square(ops.cast(x, ops.FLOAT32))))
+        wide = ops.mul_broadcast(x, root)
+        del root
+        weight = self.weights[path]
+        return ops.mul_vector(ops.cast(wide, min(weight.bytes, wide.bytes)), weight)
+
+    def layer_norm(self, path: str, x: Tensor) -> Tensor:
+        """LayerNorm; autocast computes it in float32."""
+        if self.autocast:
+            x = ops.cast(x, ops.FLOAT32)
+        return ops.layer_norm(x, self.weights[path], self.biases[path])
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Attention of (b, heads, s, d), under autocast in 16 bits; returns (b, s, heads d).
+
+        A prefix makes more keys than queries, and T5 adds a bias: then the kernel is given a mask, and every head its
+        own keys and values.
+        """
+        if self.autocast:
+            q, k, v = self.half(q), self.half(k), self.half(v)
+        if not self.fused:
+            mixed = attention.eager_attention(q, k, v, bias)
+        elif bias is None and q.shape[2] == k.shape[2]:
+            mixed = attention.flash_attention(q, k, v)
+        else:
+            if bias is None:
+                bias = q.new((q.shape[0], 1, q.shape[2], k.shape[2]))
+            k, v = (x if x.shape[1] == q.shape[1] else attention.repeat(x, q.shape[1]) for x in (k, v))
+            mixed = attention.flash_attention(q, k, v, bias)
+        return mixed.view(q.shape[0], q.shape[2], q.shape[1] * q.shape[3])
+
+    def attend_packed(self, i: int, qkv: Tensor, heads: int) -> Tensor:
+        """Attention of queries, keys and values that are views of one tensor (b, s, 3 h)."""
+        batch, length, three = qkv.shape
+        if self.fused and self.extend is unchanged:
+            return attention.packed_attention(self.half(qkv) if self.autocast else qkv, heads)
+        q, k, v = attention.split(qkv, (batch, heads, length, three // 3 // heads))
+        return self.attend(q, *self.extend(i, k, v))
+
+
+def unchanged(i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """A block's keys and values as they are."""
+    return k, v
+
+
+def packed(memory: Memory, elements: int) -> tuple[Tensor, ...]:
+    """An NF4 weight with double quantisation: two codes a byte, a byte of scale a block of 64, float32 a 256 of those.
+
+    Each weight also holds its two tables of codes, 16 and 256 float32, and the mean of its scales.
+    """
+    blocks = -(-elements // 64)
+    sizes = ((-(-elements // 2), 1), (blocks, 1), (-(-blocks // 256), 4), (16, 4), (256, 4), (1, 4))
+    return tuple(Tensor(memory, (count,), bytes, "weights") for count, bytes in sizes)

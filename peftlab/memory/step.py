@@ -1,0 +1,149 @@
+"""A training run of two steps, replayed: the model and what a method adds, forward, loss, backward, optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from peftlab.memory import ops
+from peftlab.memory.decoders import gated_decoder, gpt2
+from peftlab.memory.encoders import bert, t5
+from peftlab.memory.layers import FRONTS, LAYERS, parallel
+from peftlab.memory.nets import Net
+from peftlab.memory.options import Trained
+from peftlab.memory.replay import Memory, Parameter, Tensor, backward, leaf
+from peftlab.memory.shapes import Shape
+
+# The forward pass of each architecture
+FORWARD: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "llama": gated_decoder,
+    "mistral": gated_decoder,
+    "qwen2": gated_decoder,
+    "gemma": gated_decoder,
+    "gpt2": gpt2,
+    "bert": bert,
+    "t5": t5,
+    "mt5": t5,
+    "roberta": lambda net, ids: bert(net, ids, "roberta"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run is like, apart from its model and its method."""
+
+    batch: int
+    sequence: int
+    weight_bytes: int  # of the weights, their gradients and states
+    adapter_bytes: int
+    autocast: bool
+    checkpointing: bool
+    optimizer: str
+    four_bit: bool
+    fused_attention: bool
+
+
+class Run:
+    """A model under a method; `step` lives through one step of its training."""
+
+    def __init__(self, shape: Shape, method: str, trained: Trained, recipe: Recipe):
+        self.memory, self.shape, self.recipe = Memory(), shape, recipe
+        heads = {module.path for module in shape.head}
+        own = {(module.path, kind) for module, kind in trained.own}
+        self.net = net = Net(
+            self.memory, shape, recipe.weight_bytes,
+            lambda path, kind: (path, kind) in own or (not trained.whole and path in heads), recipe.four_bit,
+        )  # fmt: skip
+        net.autocasts, net.checkpointing, net.fused = recipe.autocast, recipe.checkpointing, recipe.fused_attention
+        net.compute = 2 if recipe.autocast else recipe.weight_bytes
+        self.states: list[tuple[Tensor, ...]] | None = None
+        self.loss: Tensor | None = None
+        self.held: list[Tensor] = []  # alive for the whole run
+        if not trained.whole:  # peft trains a copy of the classification head and keeps the original
+            for module in shape.head:
+                self.held.append(Tensor(self.memory, (module.parameters,), recipe.weight_bytes, "weights"))
+        grouped: dict[str, dict[str, Parameter]] = {}
+        for added in trained.added:
+            if added.buffer:
+                self.held.append(Tensor(self.memory, added.size, recipe.adapter_bytes, "adapter"))
+                continue
+            tensor = Parameter(self.memory, added.size, recipe.adapter_bytes, "adapter", added.trains)
+            net.added.append((added.path, tensor))
+            grouped.setdefault(added.path, {})[added.name] = tensor
+        for path, tensors in grouped.items():
+            if method == "parallel":
+                parallel(net, path, tensors)
+            elif path:
+                net.layers[path] = LAYERS[method](net, path, tensors)
+            else:
+                FRONTS[method](net, tensors)
+        if recipe.checkpointing and not trained.whole:
+            front = net.front
+            net.front = lambda x: leaf(front(x))  # peft's enable_input_require_grads
+        self.ids = Tensor(self.memory, (recipe.batch, recipe.sequence), ops.INT64)
+
+    def step(self) -> None:
+        """Forward, loss, backward, optimiser, and the gradients go."""
+        with self.net.under_autocast():
+            loss = self.forward()
+        self.memory.moment = "backward"
+        self.loss = loss  # the last one, and what its graph still holds, goes only now
+        backward(loss.node, [loss.new()])
+        self.memory.moment = "optimiser"
+        self.optimize()
+        for parameter in self.net.parameters:
+            parameter.grad = None
+
+    def peaks_of_a_step(self, start: int) -> list[int]:
+        """The most bytes above `start` in the forward, and in the backward pass, of one more step."""
+        self.memory.reset_peak()
+        with self.net.under_autocast():
+            loss = self.forward()
+        forward = self.memory.peak
+        self.loss = loss
+        self.memory.reset_peak()
+        backward(loss.node, [loss.new()])
+        return [forward - start, self.memory.peak - start]
+
+    def forward(self) -> Tensor:
+        """The loss, as transformers computes it: a language model's logits are cast to float32 first."""
+        logits = FORWARD[self.shape.family](self.net, self.ids)
+        self.memory.moment = "loss"
+        with self.memory.kind("logits"):
+            wide = ops.cast(logits, ops.FLOAT32) if self.shape.kind == "decoder" or self.recipe.autocast else logits
+            loss = ops.cross_entropy(wide)
+        self.net.held.clear()
+        return loss
+
+    def optimize(self) -> None:
+        """torch.optim.AdamW(foreach=False) or SGD, or bitsandbytes' 8-bit AdamW."""
+        parameters = [one for one in self.net.parameters if one.grad is not None]
+        if self.states is None:
+            with self.memory.kind("optimizer"):
+                self.states = [self.state(parameter) for parameter in parameters]
+        if self.recipe.optimizer == "adamw":
+            for parameter in parameters:
+                # denom = (v.sqrt() / c).add_(eps): two of the size of v at once
+                root = parameter.new()
+                denominator = parameter.new()
+                del root, denominator
+
+    def state(self, parameter: Parameter) -> tuple[Tensor, ...]:
+        """What the optimiser keeps of one parameter."""
+        optimizer, count = self.recipe.optimizer, parameter.elements
+        if optimizer == "sgd":
+            return ()
+        if optimizer == "adamw":  # two moments in the parameter's own dtype
+            return parameter.new(), parameter.new()
+        # 8 bits: small tensors stay in float32; a block of 256 has a scale in float32; two moments
+        bytes = ops.FLOAT32 if count < SMALL_8BIT else 1
+        paged = optimizer.startswith("paged") and count >= PAGED  # in unified memory, which torch does not count
+        moments = () if paged else (parameter.new(bytes=bytes), parameter.new(bytes=bytes))
+        blocks = -(-count // BLOCK_8BIT)
+        scales = [parameter.new((blocks,), ops.FLOAT32) for _ in range(2 if bytes == 1 else 0)]
+        return (*moments, *scales)
+
+
+# bitsandbytes' 8-bit AdamW: states of tensors below this many elements are float32, the others have a scale for each
+# block; a paged optimiser pages the states of tensors from this many elements on.
+SMALL_8BIT, BLOCK_8BIT, PAGED = 4096, 256, 100_000

@@ -1,0 +1,119 @@
+"""What transformers and peft really allocate, tensor by tensor: every storage of a step, from its birth to its end.
+
+Runs on the meta device, so real shapes cost nothing; autocast exists on real devices only, so there on the CPU. Two
+things are put in the place of what a CPU has not: a fused attention that allocates what the CUDA kernels do, and
+dropout as one kernel with a mask of bytes.
+"""
+
+import weakref
+
+import peft
+import torch
+import transformers.masking_utils as masks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers.integrations.sdpa_attention import create_position_bias_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+BLOCK = 512
+AUTO = {
+    "decoder": AutoModelForCausalLM,
+    "encoder": AutoModelForSequenceClassification,
+    "encoder-decoder": AutoModelForSeq2SeqLM,
+}
+
+
+class Tracker(TorchDispatchMode):
+    """Bytes of all storages that are alive, and the most there ever were."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = set(), 0, 0
+
+    def see(self, tensor):
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.alive:
+            return
+        size = -(-storage.nbytes() // BLOCK) * BLOCK
+        self.alive.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.gone, key, size)
+
+    def gone(self, key, size):
+        self.alive.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor):
+                self.see(leaf)
+        return output
+
+
+class Fused(torch.autograd.Function):
+    """Attention in one kernel: keeps q, k, v, the output, and a number in float32 for each row."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask):
+        batch, heads, length, width = q.shape
+        output = q.new_empty(batch, length, heads, width).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, mask, output, q.new_empty(batch, heads, length, dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        kept = ctx.saved_tensors[:4]
+        return tuple(torch.empty_like(x) if n else None for x, n in zip(kept, ctx.needs_input_grad, strict=True))
+
+
+def fused(module, q, k, v, mask, position_bias=None, **options):
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
+    if position_bias is not None:
+        mask = create_position_bias_mask(position_bias, mask, module.is_causal, q, k)
+    return Fused.apply(q, k, v, mask).transpose(1, 2).contiguous(), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("fused_stand_in", fused)
+masks.ALL_MASK_ATTENTION_FUNCTIONS.register("fused_stand_in", lambda *args, **options: None)
+
+
+def dropout(x, p=0.5, training=True, inplace=False):
+    return torch.native_dropout(x, p, True)[0] if p and training else x
+
+
+def measure(config, kind, adapter=None, *, batch, sequence, dtype, checkpointing=False, autocast=False, monkeypatch):
+    """Bytes above the parameters, at the most, of forward and of backward, in the second of two steps."""
+    monkeypatch.setattr(masks, "find_packed_sequence_indices", lambda *args, **options: None)
+    monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
+    config = AutoConfig.for_model(**{**config, "use_cache": False})
+    config.decoder_start_token_id = 0  # asked for by T5
+    config._attn_implementation = "fused_stand_in"
+    device = "cpu" if autocast else "meta"
+    with torch.device(device):
+        model = AUTO[kind].from_config(config, dtype=dtype)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if adapter is not None:
+        model = peft.get_peft_model(model, adapter)
+    model.train()
+    ids = torch.zeros(batch, sequence, dtype=torch.long, device=device)
+    labels = ids[:, 0].clone() if kind == "encoder" else ids
+    tracker, peaks = Tracker(), []
+    with tracker:
+        for tensor in [*model.parameters(), *model.buffers(), ids, labels]:
+            tracker.see(tensor.detach())
+        start, loss = tracker.now, None
+        for _ in range(2):
+            tracker.peak = tracker.now
+            with torch.autocast(device if autocast else "cpu", torch.bfloat16, enabled=autocast):
+                loss = model(input_ids=ids, labels=labels).loss
+            forward, tracker.peak = tracker.peak - start, tracker.now
+            loss.backward()
+            peaks = [forward, tracker.peak - start]
+            model.zero_grad(set_to_none=True)
+    return peaks

@@ -1,0 +1,92 @@
+"""The replayed step against the real one: transformers' models under Hugging Face peft, tensor by tensor."""
+
+import memory_oracle
+import peft
+import pytest
+import torch
+
+from peftlab.memory.methods import METHODS
+from peftlab.memory.options import Options
+from peftlab.memory.shapes import load_shape
+from peftlab.memory.step import Recipe, Run
+
+SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3, "num_attention_heads": 8}
+CONFIGS = {
+    "llama": {"model_type": "llama", "vocab_size": 1000, "num_key_value_heads": 2, **SMALL},
+    "qwen2": {"model_type": "qwen2", "vocab_size": 1000, "num_key_value_heads": 4, "tie_word_embeddings": True} | SMALL,
+    "gemma": {"model_type": "gemma", "vocab_size": 1000, "num_key_value_heads": 1, "head_dim": 64, **SMALL},
+    "gpt2": {"model_type": "gpt2", "vocab_size": 1000, "n_embd": 256, "n_layer": 3, "n_head": 8, "n_positions": 256},
+    "bert": {"model_type": "bert", "vocab_size": 1000, **SMALL},
+    "roberta": {"model_type": "roberta", "vocab_size": 1000, **SMALL},
+    "t5": dict(model_type="t5", vocab_size=1000, d_model=256, d_kv=32, d_ff=704, num_layers=3, num_heads=8),
+}
+TASKS = {"decoder": "CAUSAL_LM", "encoder": "SEQ_CLS", "encoder-decoder": "SEQ_2_SEQ_LM"}
+ALL = "all-linear"
+
+
+def adapter(method, shape, r, tokens):
+    """The same method in peft."""
+    task = TASKS[shape.kind]
+    low_rank = {"r": r, "target_modules": ALL, "task_type": task}
+    return {
+        "full": lambda: None,
+        "lora": lambda: peft.LoraConfig(**low_rank),
+        "dora": lambda: peft.LoraConfig(use_dora=True, **low_rank),
+        "vera": lambda: peft.VeraConfig(**low_rank),
+        "ia3": lambda: peft.IA3Config(task_type=task),
+        "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=tokens, task_type=task),
+        "p-tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=tokens, task_type=task),
+    }[method]()
+
+
+def replayed(shape, method, *, batch, sequence, bytes, checkpointing=False, autocast=False, r=8, tokens=20):
+    """Bytes above the parameters, at the most, of forward and of backward, in the second of two steps."""
+    targets = None if method == "ia3" else ALL
+    trained = METHODS[method](shape, Options(r=r, targets=targets, virtual_tokens=tokens))
+    run = Run(shape, method, trained, Recipe(
+        batch=batch, sequence=sequence, weight_bytes=bytes, adapter_bytes=4, autocast=autocast,
+        checkpointing=checkpointing, optimizer="sgd", four_bit=False, fused_attention=True,
+    ))  # fmt: skip
+    start = run.memory.total
+    run.step()
+    return run.peaks_of_a_step(start)
+
+
+CASES = [
+    (family, method, bytes, checkpointing)
+    for family in CONFIGS
+    for method in ("full", "lora")
+    for bytes in (2, 4)
+    for checkpointing in (False, True)
+] + [
+    (family, method, 2, False)
+    for family in ("llama", "gpt2", "bert")
+    for method in ("dora", "vera", "ia3", "prompt", "p-tuning")
+]
+
+
+@pytest.mark.parametrize(("family", "method", "bytes", "checkpointing"), CASES)
+def test_the_peak_is_that_of_the_real_step(family, method, bytes, checkpointing, monkeypatch):
+    """Activations, logits, gradients and what is alive for a moment, without the parameters: within 2%."""
+    shape = load_shape(CONFIGS[family])
+    size = {"batch": 3, "sequence": 160}
+    found = replayed(shape, method, bytes=bytes, checkpointing=checkpointing, **size)
+    expected = memory_oracle.measure(
+        CONFIGS[family], shape.kind, adapter(method, shape, 8, 20), dtype={2: torch.bfloat16, 4: torch.float32}[bytes],
+        checkpointing=checkpointing, monkeypatch=monkeypatch, **size,
+    )  # fmt: skip
+    assert max(found) == pytest.approx(max(expected), rel=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_peak_under_autocast(method, checkpointing, monkeypatch):
+    """float32 weights, computed in bf16: autocast keeps its copies of trained weights until the forward pass ends."""
+    size = {"batch": 3, "sequence": 96}
+    shape = load_shape(CONFIGS["llama"])
+    found = replayed(shape, method, bytes=4, checkpointing=checkpointing, autocast=True, **size)
+    expected = memory_oracle.measure(
+        CONFIGS["llama"], shape.kind, adapter(method, shape, 8, 20), dtype=torch.float32,
+        checkpointing=checkpointing, autocast=True, monkeypatch=monkeypatch, **size,
+    )  # fmt: skip
+    assert max(found) == pytest.approx(max(expected), rel=0.02)
