@@ -68,8 +68,9 @@ def vera(shape: Shape, options: Options) -> Trained:
 def ia3(shape: Shape, options: Options) -> Trained:
     """IA3 (Liu et al. 2022, section 3.3): a scale for each output of a module, for each input of a feed-forward one.
 
-    The default targets are peft's for the model type: for Gemma and Qwen queries in the place of keys, and for BERT and
-    RoBERTa ``output.dense``, which is the attention's too. XLM-RoBERTa and CamemBERT, which peft lacks, are as RoBERTa.
+    The default targets are the paper's: keys, values, and what enters the last layer of the feed-forward. They are also
+    peft's, but for Gemma and Qwen, where peft names the queries in the place of the keys. For BERT and RoBERTa
+    ``output.dense`` is the attention's too. XLM-RoBERTa and CamemBERT, which peft lacks, are as RoBERTa.
     """
     if options.bias != "none":
         raise PeftLabError(f"ia3 trains no biases; found bias={options.bias!r}. Leave it out, or use lora or bitfit.")

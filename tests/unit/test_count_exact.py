@@ -236,8 +236,10 @@ def peft_config(method, shape, r=None, targets=None, bias="none", virtual_tokens
         return peft.PromptEncoderConfig(**options, encoder_reparameterization_type=encoder, encoder_num_layers=layers)
     if method == "adalora" and targets is None:
         targets = shape.query_value  # peft's table for AdaLoRA names more modules for RoBERTa and T5, and no Mistral
+    elif targets is None and method == "ia3":
+        targets = families.FAMILIES[shape.family].ia3  # peft's table has other keys for Gemma and Qwen
     elif targets is None and shape.family in WITHOUT_DEFAULTS.get("lora" if method == "dora" else method, ()):
-        targets = families.FAMILIES[shape.family].ia3 if method == "ia3" else shape.query_value
+        targets = shape.query_value
     if targets is not None:
         options["target_modules"] = targets if isinstance(targets, str) else list(targets)
     if method == "ia3":
@@ -311,8 +313,8 @@ def test_every_method_on_every_family_in_its_variants(family, method):
     ("family", "method", "targets"),
     [
         ("llama", "ia3", ["k_proj", "v_proj", "down_proj"]),
-        ("qwen2", "ia3", ["k_proj", "v_proj", "down_proj"]),  # keys, where peft's default names the queries
-        ("gemma", "ia3", ["k_proj", "v_proj", "down_proj"]),
+        ("qwen2", "ia3", ["q_proj", "v_proj", "down_proj"]),  # peft's default
+        ("gemma", "ia3", ["q_proj", "v_proj", "down_proj"]),  # peft's default
         ("bert", "ia3", r".*(key|value|layer\.\d+\.output\.dense)"),  # without the attention's output.dense
         ("roberta", "ia3", ["query", "intermediate.dense"]),
         ("t5", "ia3", ["k", "o", "wi"]),
@@ -349,7 +351,9 @@ def test_the_defaults_are_those_of_peft():
     assert methods.DEFAULT_R["vera"] == peft.VeraConfig().r
     for name, family in families.FAMILIES.items():
         known = "roberta" if name in ("xlm-roberta", "camembert") else name
-        assert list(family.ia3) == constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING[known]
+        # peft scales the queries of Gemma and Qwen, where the paper, and this package, scale the keys
+        theirs = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING[known]
+        assert list(family.ia3) == ["k_proj" if target == "q_proj" else target for target in theirs]
         assert list(family.ia3_inputs) == constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[known]
 
 
