@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from peftlab import __version__
 from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.terminal import parse_targets, print_json, print_table
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -104,7 +104,7 @@ def _fetch(arguments: argparse.Namespace) -> int:
 
     folders = fetch(arguments.names or None, say=lambda line: print(line, file=sys.stderr, flush=True))
     if arguments.json:
-        return _print_json({"cache": str(cache_folder()), "assets": {n: str(f) for n, f in folders.items()}})
+        return print_json({"cache": str(cache_folder()), "assets": {n: str(f) for n, f in folders.items()}})
     sizes = {name: sum(file["bytes"] for file in catalogue()[name]["files"].values()) for name in folders}
     print_table([(name, f"{format_bytes(sizes[name])}, verified, in {folder}") for name, folder in folders.items()])
     return 0
@@ -119,94 +119,42 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     report = doctor.examine(verify=arguments.verify)
     if arguments.json:
-        _print_json(report)
+        print_json(report)
     else:
         print(doctor.render(report))
     return 1 if report["problems"] else 0
 
 
-def _method_options(command: Parser, methods: str, r: int | None = 8, ranks: str = "8", targets: str = "") -> None:
-    """What describes a method, in `count` and in `train`. `ranks` and `targets` say what the defaults are."""
-    command.add_argument("--method", default="lora", metavar="M", help=f"{methods} (default: lora)")
-    command.add_argument("--r", type=int, default=r, metavar="N", help=f"rank of a low-rank update (default: {ranks})")
-    command.add_argument(
-        "--targets",
-        metavar="T",
-        help="modules to adapt: a comma-separated list of names, a regular expression for whole paths, "
-        f"or all-linear (default: the query and value projections{targets})",
-    )
-    command.add_argument(
-        "--bias", choices=("none", "all", "lora_only"), default="none", help="biases to train as well (default: none)"
-    )
-
-
 def _count_options(command: Parser) -> None:
-    from peftlab.memory.builtin import BUILT_IN
-    from peftlab.memory.methods import DEFAULT_R, METHODS
+    from peftlab.memory import commands
 
-    command.add_argument("shape", metavar="SHAPE", help=f"{', '.join(BUILT_IN)}; or the path of a config.json")
-    named = {r: "/".join(name for name in DEFAULT_R if DEFAULT_R[name] == r) for r in DEFAULT_R.values()}
-    ranks = ", ".join(f"{r} for {names}" for r, names in named.items())
-    _method_options(command, ", ".join(METHODS), None, ranks, "; for ia3 those of peft, mostly k, v and down")
-    command.add_argument(
-        "--virtual-tokens", type=int, default=20, metavar="N", help="length of a prompt or prefix (default: 20)"
-    )
-    command.add_argument(
-        "--reduction-factor",
-        type=int,
-        default=16,
-        metavar="N",
-        help="hidden width / bottleneck of an adapter: houlsby, pfeiffer, parallel (default: 16)",
-    )
-    command.add_argument("--labels", type=int, metavar="N", help="classes of an encoder's head (default: 2)")
+    commands.add_count_options(command)
 
 
 def _count(arguments: argparse.Namespace) -> int:
-    from peftlab.memory import count, format_both, format_count, format_percent
-    from peftlab.memory.methods import DEFAULT_R
+    from peftlab.memory import commands
 
-    result = count(
-        arguments.shape,
-        arguments.method,
-        r=arguments.r,
-        targets=parse_targets(arguments.targets),
-        bias=arguments.bias,
-        virtual_tokens=arguments.virtual_tokens,
-        reduction_factor=arguments.reduction_factor,
-        labels=arguments.labels,
-    )
-    if arguments.json:
-        return _print_json(result.as_dict())
-    rank = arguments.r or DEFAULT_R.get(result.method)
-    names = list(dict.fromkeys(module.path.rsplit(".", 1)[-1] for module in result.adapted))
-    rows = [
-        ("shape", result.shape),
-        ("method", result.method + (f", r = {rank}" if result.method in DEFAULT_R else "")),
-        ("adapted modules", f"{len(result.adapted)} ({', '.join(names)})" if names else "none"),
-        ("trainable", format_count(result.trainable)),
-        ("  of these in a new head", format_count(result.head) if result.head else ""),
-        ("total", format_count(result.total)),
-        ("percent", format_percent(result.percent)),
-        ("trainable in float32", format_both(4 * result.trainable)),
-    ]
-    print_table([row for row in rows if row[1]])
-    return 0
+    return commands.count(arguments)
 
 
-def parse_targets(text: str | None) -> str | list[str] | None:
-    """``--targets`` as the library takes it: None, ``"all-linear"``, a regular expression or a list of names."""
-    if text is None or text == "all-linear":
-        return text
-    if re.search(r"[\\^$*+?()\[\]{}|]", text):  # what no module's name holds
-        return text
-    return [name.strip() for name in text.split(",") if name.strip()]
+def _memory_options(command: Parser) -> None:
+    from peftlab.memory import commands
+
+    commands.add_memory_options(command)
+
+
+def _memory(arguments: argparse.Namespace) -> int:
+    from peftlab.memory import commands
+
+    return commands.memory(arguments)
 
 
 def _train_options(command: Parser) -> None:
     from peftlab import finetune
+    from peftlab.memory import commands
 
     finetune.add_options(command)
-    _method_options(command, "full or lora")
+    commands.add_method_options(command, "full, or a method of the package, as lora", r=8, ranks="8")
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -214,7 +162,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     result = finetune.run(arguments, parse_targets(arguments.targets))
     if arguments.json:
-        return _print_json(result)
+        return print_json(result)
     print_table(finetune.summary(result))
     return 0
 
@@ -235,7 +183,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     bench.run(arguments.topic, arguments.out, only=only, jobs=arguments.jobs)
     if arguments.json:
         with open(arguments.out, encoding="utf-8") as file:
-            return _print_json(json.load(file))
+            return print_json(json.load(file))
     print(f"Results are in {arguments.out}.")
     return 0
 
@@ -269,6 +217,18 @@ COMMANDS = (
         _count,
     ),
     (
+        "memory",
+        "predict the GPU memory of a training step, before it is started",
+        (
+            "memory llama-2-7b --method lora --r 16 --targets all-linear --checkpointing",
+            "memory llama-3.1-8b --method qlora --r 64 --batch 4 --sequence 2048 --checkpointing",
+            "memory llama-2-7b --method full --precision mixed --optimizer adamw8bit --json",
+            "memory qwen2.5-7b --method qlora --sequence 1024 --checkpointing --card T4",
+        ),
+        _memory_options,
+        _memory,
+    ),
+    (
         "train",
         "fine-tune a model; the same command goes on after an interruption",
         (
@@ -287,27 +247,6 @@ COMMANDS = (
         _bench,
     ),
 )
-
-
-def print_table(rows: Sequence[tuple[str, str]]) -> None:
-    """Two columns of text."""
-    width = max(len(label) for label, _ in rows)
-    for label, value in rows:
-        print(f"{label:<{width}}  {value}")
-
-
-def _print_json(value: Any) -> int:
-    print(json.dumps(_finite(value), indent=2))
-    return 0
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _say(message: object, status: int) -> int:

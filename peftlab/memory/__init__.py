@@ -1,20 +1,28 @@
-"""What a run costs, by arithmetic alone: shapes and parameter counts. Imports neither torch nor transformers."""
+"""What a run costs, by arithmetic alone: shapes, parameter counts, memory. Imports neither torch nor transformers."""
 
+from peftlab.memory.cards import CARDS, fits, largest, what_fits
 from peftlab.memory.counting import METHODS, Count, count
+from peftlab.memory.estimate import Estimate, estimate
 from peftlab.memory.families import Module
 from peftlab.memory.shapes import BUILT_IN, Shape, load_shape
 from peftlab.memory.units import format_both, format_bytes, format_count, format_percent
 
 __all__ = [
     "BUILT_IN",
+    "CARDS",
     "METHODS",
     "Count",
+    "Estimate",
     "Module",
     "Shape",
     "count",
+    "estimate",
+    "fits",
     "format_both",
     "format_bytes",
     "format_count",
     "format_percent",
+    "largest",
     "load_shape",
+    "what_fits",
 ]

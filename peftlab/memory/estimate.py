@@ -45,6 +45,7 @@ class Estimate:
     logits: int  # and the float32 copies of the loss
     workspace: int  # alive at this moment only; cuBLAS' workspace
     moment: str  # where in the step it is
+    flops: int  # of the matrix products of one step, two for each multiplication and addition
     trainable: int
     total: int
 
@@ -129,6 +130,7 @@ def estimate(
     )
     run = Run(shape, method, trained, recipe)
     run.step()
+    before = run.memory.flops
     run.step()
     memory = run.memory
     parts = {**memory.at_peak, "workspace": memory.at_peak["workspace"] + CUBLAS_WORKSPACE}
@@ -136,7 +138,7 @@ def estimate(
                     reduction_factor=reduction_factor, projection=projection)  # fmt: skip
     return Estimate(
         shape.name, method, memory.peak + CUBLAS_WORKSPACE, **parts,
-        moment=memory.peak_moment, trainable=counted.trainable, total=counted.total,
+        moment=memory.peak_moment, flops=memory.flops - before, trainable=counted.trainable, total=counted.total,
     )  # fmt: skip
 
 

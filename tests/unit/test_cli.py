@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from peftlab import __version__, cli
+from peftlab import __version__, cli, terminal
 from peftlab.errors import PeftLabError
 from peftlab.memory import count
 
@@ -70,7 +70,7 @@ def test_the_module_and_the_version(capsys):
 
 
 def test_every_command_has_help_with_examples_that_parse(capsys):
-    assert [row[0] for row in cli.COMMANDS] == ["fetch", "doctor", "count", "train", "bench"]
+    assert [row[0] for row in cli.COMMANDS] == ["fetch", "doctor", "count", "memory", "train", "bench"]
     status, out, _ = run(capsys, "--help")
     assert status == 0 and all(name in out for name, *_ in cli.COMMANDS)
     for name, _, examples, _, _ in cli.COMMANDS:
@@ -122,7 +122,7 @@ def test_count_prints_a_table_for_a_person(capsys, tmp_path):
     ],
 )
 def test_targets_are_a_list_a_regular_expression_or_all_linear(text, targets):
-    assert cli.parse_targets(text) == targets
+    assert terminal.parse_targets(text) == targets
 
 
 MISTAKES = [
@@ -136,7 +136,7 @@ MISTAKES = [
     ("count gpt2 --bias lora", "--bias 'lora' is none of none, all, lora_only. Did you mean 'lora_only'?"),
     ("count", "the following arguments are required: SHAPE."),
     ("count gpt2 extra", "unknown argument 'extra'"),
-    ("cuont gpt2", "'cuont' is none of fetch, doctor, count, train, bench. Did you mean 'count'?"),
+    ("cuont gpt2", "'cuont' is none of fetch, doctor, count, memory, train, bench. Did you mean 'count'?"),
     ("", "COMMAND"),
     ("fetch minilmm", "Did you mean 'minilm'"),
     ("bench lorra --out x.json", "Did you mean 'lora'"),
@@ -174,7 +174,7 @@ def test_ctrl_c_and_a_failing_disk_are_one_line(capsys, monkeypatch):
         (KeyboardInterrupt("go on later"), (130, "peftlab: go on later\n")),
         (OSError(28, "No space left on device", "x"), (1, "peftlab: No space left on device: x\n")),
     ):
-        monkeypatch.setattr("peftlab.memory.count", raising(error))
+        monkeypatch.setattr("peftlab.memory.counting.count", raising(error))
         status, out, err = run(capsys, "count", "gpt2")
         assert (status, err) == expected and out == ""
 
@@ -416,7 +416,7 @@ def test_a_real_ctrl_c_is_one_line():
     code = "import signal, sys, time, peftlab.memory, peftlab.cli\n"
     # a shell starts background jobs with the signal ignored, and children inherit that
     code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code += "peftlab.memory.count = lambda *_, **__: (print('ready', flush=True), time.sleep(60))\n"
+    code += "peftlab.memory.counting.count = lambda *_, **__: (print('ready', flush=True), time.sleep(60))\n"
     code += "sys.exit(peftlab.cli.main(['count', 'gpt2']))"
     process = python("-c", code)
     assert process.stdout.readline() == "ready\n"

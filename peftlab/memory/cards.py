@@ -1,0 +1,70 @@
+"""What fits on which card: `fits`, `largest`, `what_fits`.
+
+A card's memory is the figure in its data sheet, in GB of 1e9 bytes; drivers show a little more. Of it `SPARE` is left
+to what torch's allocator does not count or cannot use: the CUDA context, the kernels' code, and gaps between blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.memory.estimate import estimate
+
+GB = 10**9
+CARDS = {
+    "T4": 16, "RTX 3060": 12, "RTX 4090": 24, "L4": 24, "A10G": 24, "RTX 5090": 32, "V100": 32, "A100 40GB": 40,
+    "L40S": 48, "RTX A6000": 48, "A100 80GB": 80, "H100": 80, "H200": 141, "B200": 180,
+}  # fmt: skip
+SPARE = 0.08  # a choice, not a measurement
+MOST = 2**20  # no batch and no sequence beyond this is looked for
+
+
+def card_bytes(card: str) -> int:
+    """What a step may take on a card. Raises PeftLabError, with near matches, for one that is not known."""
+    for name, size in CARDS.items():
+        if name.lower() == str(card).lower():
+            return int((1 - SPARE) * size * GB)
+    raise PeftLabError(f"Unknown card {card!r}.{did_you_mean(str(card), CARDS)} Known: {', '.join(CARDS)}.")
+
+
+def by_size() -> list[str]:
+    """The cards, the smallest first."""
+    return sorted(CARDS, key=lambda name: CARDS[name])
+
+
+def fits(card: str, shape: Any, method: str = "lora", **run: Any) -> bool:
+    """Whether a step fits on a card; `run` is what `estimate` takes."""
+    return estimate(shape, method, **run).peak_bytes <= card_bytes(card)
+
+
+def what_fits(shape: Any, method: str = "lora", **run: Any) -> list[str]:
+    """The cards on which a step fits, the smallest first."""
+    peak = estimate(shape, method, **run).peak_bytes
+    return [card for card in by_size() if peak <= card_bytes(card)]
+
+
+def largest(what: str, card: str, shape: Any, method: str = "lora", **run: Any) -> int:
+    """The largest batch, or the longest sequence, of a step that fits on a card; 0 if not even one does.
+
+    Args:
+        what: ``"batch"`` or ``"sequence"``; the other one is as `run` says.
+        card: a name in ``CARDS``.
+        run: what `estimate` takes.
+    """
+    if what not in ("batch", "sequence"):
+        raise PeftLabError(f"what is batch or sequence; found {what!r}.{did_you_mean(what, ('batch', 'sequence'))}")
+    room = card_bytes(card)
+    return _last(lambda size: estimate(shape, method, **{**run, what: size}).peak_bytes <= room)
+
+
+def _last(holds: Callable[[int], bool]) -> int:
+    """The last whole number for which a condition holds that is true up to it: doubling, then halving the gap."""
+    low, high = 0, 1
+    while high <= MOST and holds(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

@@ -1,0 +1,136 @@
+"""The commands that are arithmetic alone: `peftlab count` and `peftlab memory`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from peftlab.memory import cards, counting
+from peftlab.memory.builtin import BUILT_IN
+from peftlab.memory.estimate import ADAPTER_PRECISIONS, ATTENTIONS, OPTIMIZERS, PRECISIONS, estimate
+from peftlab.memory.methods import DEFAULT_R, METHODS
+from peftlab.memory.replay import KINDS
+from peftlab.memory.units import format_both, format_count, format_percent
+from peftlab.terminal import parse_targets, print_json, print_table
+
+LABELS = {
+    "weights": "weights", "adapter": "adapter", "gradients": "gradients", "optimizer": "optimiser states",
+    "activations": "activations", "logits": "logits and loss", "workspace": "alive for a moment",
+}  # fmt: skip
+
+
+def add_method_options(
+    command: argparse.ArgumentParser, methods: str, r: int | None, ranks: str, targets: str = ""
+) -> None:
+    """What describes a method. `ranks` and `targets` say what the defaults are."""
+    command.add_argument("--method", default="lora", metavar="M", help=f"{methods} (default: lora)")
+    command.add_argument("--r", type=int, default=r, metavar="N", help=f"rank of a low-rank update (default: {ranks})")
+    command.add_argument(
+        "--targets",
+        metavar="T",
+        help="modules to adapt: a comma-separated list of names, a regular expression for whole paths, "
+        f"or all-linear (default: the query and value projections{targets})",
+    )
+    command.add_argument(
+        "--bias", choices=("none", "all", "lora_only"), default="none", help="biases to train as well (default: none)"
+    )
+
+
+def add_count_options(command: argparse.ArgumentParser) -> None:
+    """SHAPE and what describes a method on it."""
+    command.add_argument("shape", metavar="SHAPE", help=f"{', '.join(BUILT_IN)}; or the path of a config.json")
+    named = {r: "/".join(name for name in DEFAULT_R if DEFAULT_R[name] == r) for r in DEFAULT_R.values()}
+    ranks = ", ".join(f"{r} for {names}" for r, names in named.items())
+    add_method_options(command, ", ".join(METHODS), None, ranks, "; for ia3 keys, values and the last of the MLP")
+    add = command.add_argument
+    add("--virtual-tokens", type=int, default=20, metavar="N", help="length of a prompt or prefix (default: 20)")
+    add(
+        "--reduction-factor",
+        type=int,
+        default=16,
+        metavar="N",
+        help="hidden width / bottleneck of an adapter: houlsby, pfeiffer, parallel (default: 16)",
+    )
+    add("--labels", type=int, metavar="N", help="classes of an encoder's head (default: 2)")
+
+
+def add_memory_options(command: argparse.ArgumentParser) -> None:
+    """Those of `count`, and what describes a run."""
+    add_count_options(command)
+    add = command.add_argument
+    add("--batch", type=int, default=1, metavar="N", help="examples at once (default: 1)")
+    add("--sequence", type=int, default=512, metavar="N", help="tokens of an example (default: 512)")
+    add("--precision", default="bf16", metavar="P", help=f"{', '.join(PRECISIONS)} (default: bf16)")
+    add("--optimizer", default="adamw", metavar="O", help=f"{', '.join(OPTIMIZERS)} (default: adamw)")
+    switch = {"action": argparse.BooleanOptionalAction}
+    add("--checkpointing", **switch, default=False, help="recompute activations in the backward pass (default: no)")
+    add("--autocast", **switch, help="compute in bf16 (default: for mixed precision and qlora)")
+    named = ", ".join(ADAPTER_PRECISIONS)
+    add("--adapter-precision", default="fp32", metavar="P", help=f"of what a method adds: {named} (default: fp32)")
+    add("--attention", default="sdpa", metavar="A", help=f"{', '.join(ATTENTIONS)} (default: sdpa)")
+    add("--card", metavar="C", help=f"the largest batch and sequence on one of {', '.join(cards.CARDS)}")
+
+
+def described(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `count` and `estimate` share, as keywords."""
+    names = ("shape", "method", "r", "bias", "virtual_tokens", "reduction_factor", "labels")
+    return {name: getattr(arguments, name) for name in names} | {"targets": parse_targets(arguments.targets)}
+
+
+def count(arguments: argparse.Namespace) -> int:
+    """`peftlab count`."""
+    result = counting.count(**described(arguments))
+    if arguments.json:
+        return print_json(result.as_dict())
+    rank = arguments.r or DEFAULT_R.get(result.method)
+    names = list(dict.fromkeys(module.path.rsplit(".", 1)[-1] for module in result.adapted))
+    rows = [
+        ("shape", result.shape),
+        ("method", result.method + (f", r = {rank}" if result.method in DEFAULT_R else "")),
+        ("adapted modules", f"{len(result.adapted)} ({', '.join(names)})" if names else "none"),
+        ("trainable", format_count(result.trainable)),
+        ("  of these in a new head", format_count(result.head) if result.head else ""),
+        ("total", format_count(result.total)),
+        ("percent", format_percent(result.percent)),
+        ("trainable in float32", format_both(4 * result.trainable)),
+    ]
+    print_table([row for row in rows if row[1]])
+    return 0
+
+
+def memory(arguments: argparse.Namespace) -> int:
+    """`peftlab memory`."""
+    names = (
+        "batch",
+        "sequence",
+        "precision",
+        "optimizer",
+        "checkpointing",
+        "autocast",
+        "adapter_precision",
+        "attention",
+    )
+    run = described(arguments) | {name: getattr(arguments, name) for name in names}
+    if arguments.card:
+        cards.card_bytes(arguments.card)  # an unknown card is said before anything is computed
+    result = estimate(**run)
+    more = {}
+    if arguments.card:
+        more = {f"largest_{what}": cards.largest(what, arguments.card, **run) for what in ("batch", "sequence")}
+    if arguments.json:
+        return print_json(result.as_dict() | more)
+    fitting = [card for card in cards.by_size() if result.peak_bytes <= cards.card_bytes(card)]
+    rows = [
+        ("shape", result.shape),
+        ("method", f"{result.method}, {format_count(result.trainable)} trainable"),
+        ("step", f"{arguments.batch} x {arguments.sequence} tokens, {arguments.precision}, {arguments.optimizer}"),
+        ("peak", format_both(result.peak_bytes)),
+        *((f"  {LABELS[kind]}", format_both(result.parts[kind])) for kind in KINDS),
+        ("reached in", result.moment),
+        ("fits on", ", ".join(fitting) or "none of the cards known"),
+    ]
+    if arguments.card:
+        rows.append((f"on {arguments.card}", f"batches up to {more['largest_batch']:,} of {arguments.sequence} tokens"))
+        rows.append(("", f"or sequences up to {more['largest_sequence']:,} tokens in batches of {arguments.batch}"))
+    print_table(rows)
+    return 0
