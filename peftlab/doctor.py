@@ -17,6 +17,8 @@ from typing import Any
 from peftlab import __version__, machine
 from peftlab.assets.cache import asset_folder, cache_folder, fault
 from peftlab.assets.catalogue import catalogue
+from peftlab.memory.cards import SPARE
+from peftlab.memory.estimate import estimate
 from peftlab.memory.units import format_both, format_bytes
 
 # Without these the package does nothing; the versions are the lower bounds of pyproject.toml, held together by a test.
@@ -52,8 +54,12 @@ class Chapter:
 
 CHAPTERS = (
     Chapter(0, "Start here", packages=("matplotlib",), memory=1_000_000_000),
+    Chapter(1, "What full fine-tuning costs", ("smollm2-135m",), ("matplotlib", "ipywidgets"), 5_000_000_000),
     Chapter(2, "LoRA", ("smollm2-135m", "news"), ("peft", "matplotlib", "ipywidgets"), 4_000_000_000),
 )
+
+SIZES = ("llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "llama-2-70b")
+WAYS = ("full", "lora", "qlora")
 
 
 def examine(verify: bool = False) -> dict[str, Any]:
@@ -63,8 +69,9 @@ def examine(verify: bool = False) -> dict[str, Any]:
         verify: hash every file of the cache again, and do not trust the note of an earlier check.
 
     Returns:
-        A dict with ``python``, ``system``, ``packages``, ``devices``, ``four_bit``, ``cache``, ``assets``,
-        ``chapters`` and two lists of sentences: ``problems`` (nothing works until they are mended) and ``notes``.
+        A dict with ``python``, ``system``, ``packages``, ``devices``, ``four_bit``, ``sizes`` (for each CUDA GPU and
+        model, the methods of which a step of 512 tokens fits), ``cache``, ``assets``, ``chapters`` and two lists of
+        sentences: ``problems`` (nothing works until they are mended) and ``notes``.
     """
     problems: list[str] = []
     notes: list[str] = []
@@ -104,6 +111,7 @@ def examine(verify: bool = False) -> dict[str, Any]:
         "packages": packages,
         "devices": devices,
         "four_bit": _four_bit(packages, devices),
+        "sizes": {device["name"]: _sizes(device["memory"]) for device in devices if _is_cuda(device)},
         "cache": cache,
         "assets": assets,
         "chapters": [_chapter(chapter, packages, assets, cache, total, problems) for chapter in CHAPTERS],
@@ -124,6 +132,19 @@ def _devices(packages: dict[str, str | None], problems: list[str], notes: list[s
         build = "is built for the CPU only" if "+cpu" in packages["torch"] else "does not see it"
         notes.append(f"There seems to be an NVIDIA GPU, but torch {packages['torch']} {build}: see pytorch.org.")
     return found
+
+
+def _is_cuda(device: dict[str, Any]) -> bool:
+    return device["name"].startswith("cuda") and device["memory"] is not None
+
+
+def _sizes(room: int) -> dict[str, list[str]]:
+    """Methods by model, of which a step fits into so many bytes: 1 x 512 tokens, bf16, r = 16 on all linear layers."""
+    run = {"r": 16, "targets": "all-linear", "checkpointing": True}
+    usable = (1 - SPARE) * room
+    return {
+        shape: [method for method in WAYS if estimate(shape, method, **run).peak_bytes <= usable] for shape in SIZES
+    }
 
 
 def _four_bit(packages: dict[str, str | None], devices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -229,6 +250,9 @@ def render(report: dict[str, Any]) -> str:
     lines.append(
         f"  {'4-bit bases':<14}{'on ' + ', '.join(places) if places else 'no: bitsandbytes is missing or too old'}"
     )
+    for device, sizes in report["sizes"].items():
+        lines += ["", f"A training step of 512 tokens with checkpointing that fits on {device}"]
+        lines += [f"  {shape:<14}{', '.join(methods) or 'none'}" for shape, methods in sizes.items()]
     cache = report["cache"]
     free = "" if cache["free"] is None else f", {format_bytes(cache['free'])} free on its disk"
     lines += ["", f"Models and data in {cache['folder']}{free}"]

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
+from html import escape
 from typing import Any
 
 from peftlab import figures, memory
+from peftlab.errors import PeftLabError
 from peftlab.figures.lora import STEPS
 from peftlab.figures.style import png
 from peftlab.tables import as_html
@@ -85,6 +87,52 @@ def lora_calculator(shape: str = "smollm2-135m", r: int = 8) -> None:
     figure = figures.sweep(rows, "r", "trainable", by="layers", x_label="rank r", y_label="trainable parameters",
                            log_y=True)
     _show(build, figure, f"Trainable parameters of LoRA on {shape} against r, for each choice of layers")
+
+
+def memory_calculator(shape: str = "llama-2-7b", r: int = 16) -> None:
+    """The predicted peak of a training step, for a model, a method, a length and a precision.
+
+    Without a kernel: what the peak is made of, for four methods at the settings given.
+    """
+
+    def build(widgets: Any) -> Any:
+        choices = {
+            "shape": widgets.Dropdown(options=list(memory.BUILT_IN), value=shape, description="model"),
+            "method": widgets.Dropdown(options=list(memory.METHODS), value="lora", description="method"),
+            "r": widgets.SelectionSlider(options=RANKS, value=r, description="r"),
+            "batch": widgets.SelectionSlider(options=(1, 2, 4, 8, 16, 32), value=1, description="batch"),
+            "sequence": widgets.SelectionSlider(options=[2**i for i in range(6, 15)], value=512, description="tokens"),
+            "precision": widgets.Dropdown(options=("bf16", "mixed", "fp32"), value="bf16", description="precision"),
+            "checkpointing": widgets.Checkbox(value=True, description="checkpointing"),
+        }
+        answer = widgets.HTML()
+
+        def renew(change: Any = None) -> None:
+            answer.value = _memory_answer({name: control.value for name, control in choices.items()})
+
+        for control in choices.values():
+            control.observe(renew, names="value")
+        renew()
+        return widgets.VBox([*choices.values(), answer])
+
+    bars = {}
+    for method in ("full", "lora", "qlora", "ia3"):
+        targets = None if method == "ia3" else "all-linear"
+        bars[method] = memory.estimate(shape, method, r=r, targets=targets, checkpointing=True)
+    text = f"Predicted peak of a step of {shape}, one sequence of 512 tokens, for {', '.join(bars)}"
+    _show(build, figures.memory_bars(bars), text)
+
+
+def _memory_answer(run: dict[str, Any]) -> str:
+    run = run | {"targets": None if run["method"] == "ia3" else "all-linear"}
+    try:
+        found = memory.estimate(**run)
+    except PeftLabError as error:
+        return escape(str(error))
+    rows = [[part, memory.format_bytes(size)] for part, size in found.parts.items()]
+    rows.append(["peak", memory.format_bytes(found.peak_bytes)])
+    rows.append(["fits on", ", ".join(memory.what_fits(**run)) or "no card known"])
+    return as_html([run["method"], run["shape"]], rows, [False, True])
 
 
 def _answer(shape: str, r: int, layers: str) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.counting import count
@@ -25,6 +25,7 @@ PRECISIONS = {"bf16": 2, "fp32": 4, "mixed": 4}  # bytes of a weight, and so of 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged-adamw8bit", "sgd")
 ATTENTIONS = ("sdpa", "eager")
 ADAPTER_PRECISIONS = {"fp32": 4, "bf16": 2}
+POINTS = 2000  # of a step's history that are kept
 # PyTorch gives cuBLAS 32 MiB on Hopper (8 MiB before) for each thread that multiplies matrices: the forward's and the
 # backward's. See CUBLAS_WORKSPACE_CONFIG in its documentation.
 CUBLAS_WORKSPACE = 2 * 32 * 2**20
@@ -48,6 +49,7 @@ class Estimate:
     flops: int  # of the matrix products of one step, two for each multiplication and addition
     trainable: int
     total: int
+    history: list[tuple[str, int]] = field(repr=False, compare=False)  # the second step: (where, bytes), some of it
 
     @property
     def parts(self) -> dict[str, int]:
@@ -56,7 +58,7 @@ class Estimate:
 
     def as_dict(self) -> dict[str, int | str]:
         """As ``peftlab memory --json`` prints it."""
-        return asdict(self)
+        return {name: value for name, value in vars(self).items() if name != "history"}
 
 
 def estimate(
@@ -131,6 +133,7 @@ def estimate(
     run = Run(shape, method, trained, recipe)
     run.step()
     before = run.memory.flops
+    run.memory.history = []
     run.step()
     memory = run.memory
     parts = {**memory.at_peak, "workspace": memory.at_peak["workspace"] + CUBLAS_WORKSPACE}
@@ -139,7 +142,14 @@ def estimate(
     return Estimate(
         shape.name, method, memory.peak + CUBLAS_WORKSPACE, **parts,
         moment=memory.peak_moment, flops=memory.flops - before, trainable=counted.trainable, total=counted.total,
+        history=_thinned(memory.history),
     )  # fmt: skip
+
+
+def _thinned(history: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """At most `POINTS` of them: the highest of each stretch, so that no peak is lost."""
+    width = -(-len(history) // POINTS)
+    return [max(history[i : i + width], key=lambda point: point[1]) for i in range(0, len(history), width)]
 
 
 def _one_of(name: str, value: object, known: Iterable[str]) -> None:

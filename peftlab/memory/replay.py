@@ -35,6 +35,7 @@ class Memory:
         self.flops = 0  # of matrix products, two for each multiplication and addition
         self.recording = True  # whether operations build the graph, as under torch.enable_grad
         self.order = itertools.count()
+        self.history: list[tuple[str, int]] | None = None  # (where in the step, bytes) after each allocation
 
     def change(self, kind: str, size: int) -> None:
         """Adds or takes away some bytes."""
@@ -42,6 +43,8 @@ class Memory:
         self.total += size
         if self.total > self.peak:
             self.peak, self.at_peak, self.peak_moment = self.total, dict(self.now), self.moment
+        if size > 0 and self.history is not None:
+            self.history.append((self.moment, self.total))
 
     def reset_peak(self) -> None:
         """As torch.cuda.reset_peak_memory_stats."""

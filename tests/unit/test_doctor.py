@@ -94,14 +94,15 @@ def test_what_is_optional_is_a_note_with_the_command_that_helps(monkeypatch):
 def test_an_empty_cache_is_no_problem_and_a_full_disk_or_little_memory_is(monkeypatch, tmp_path):
     monkeypatch.setenv("PEFTLAB_CACHE", str(tmp_path / "not" / "yet"))
     report = doctor.examine()
-    lora = report["chapters"][1]
+    place = [chapter.title for chapter in doctor.CHAPTERS].index("LoRA")
+    lora = report["chapters"][place]
     assert report["problems"] == [] and report["assets"]["news"]["state"] == "not fetched"
-    assert lora["runs"] and lora["fetches"] == list(doctor.CHAPTERS[1].assets) and lora["download"] > 9e7
+    assert lora["runs"] and lora["fetches"] == list(doctor.CHAPTERS[place].assets) and lora["download"] > 9e7
     assert "it first brings smollm2-135m" in doctor.render(report)
     monkeypatch.setattr(machine, "disk_free", lambda folder: 1000)
-    assert "of disk space" in doctor.examine()["chapters"][1]["missing"][0]
+    assert "of disk space" in doctor.examine()["chapters"][place]["missing"][0]
     monkeypatch.setattr(machine, "memory", lambda: (2_000_000_000, 1))
-    assert "4.00 GB of memory (here: 2.00 GB)" in doctor.examine()["chapters"][1]["missing"][1]
+    assert "4.00 GB of memory (here: 2.00 GB)" in doctor.examine()["chapters"][place]["missing"][1]
 
 
 def test_a_damaged_file_and_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
@@ -148,6 +149,20 @@ def test_a_gpu_that_torch_does_not_see_is_noted(monkeypatch):
     report = doctor.examine()
     assert "torch 2.13.0+cpu is built for the CPU only" in report["notes"][-1]
     assert "unknown: float32\n" in doctor.render(report)
+
+
+def test_sizes_that_a_gpu_can_train(monkeypatch):
+    """By the estimator: a card of 24 GB takes LoRA at 8B, one of 141 GB also 70B in four bits."""
+    cuda = {"name": "cuda:0", "model": "a card", "memory": 24_000_000_000, "free": 1, "dtypes": {"float32": "native"}}
+    monkeypatch.setattr(machine, "devices", lambda: [{**cuda, "name": "cpu"}, cuda, {**cuda, "name": "cuda:1"}])
+    report = doctor.examine()
+    assert list(report["sizes"]) == ["cuda:0", "cuda:1"]
+    sizes = report["sizes"]["cuda:0"]
+    assert sizes["llama-3.2-1b"] == ["full", "lora", "qlora"]
+    assert sizes["llama-3.1-8b"] == ["lora", "qlora"] and sizes["llama-2-70b"] == []
+    assert "llama-2-70b   none" in doctor.render(report)
+    monkeypatch.setattr(machine, "devices", lambda: [{**cuda, "memory": 141_000_000_000}])
+    assert doctor.examine()["sizes"]["cuda:0"]["llama-2-70b"] == ["qlora"]
 
 
 def test_memory_and_cores_respect_a_container(monkeypatch):
