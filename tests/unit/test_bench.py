@@ -6,10 +6,13 @@ from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import peftlab
 from peftlab import bench, measurements
+from peftlab.bench import memory as memory_grid
 from peftlab.errors import PeftLabError
+from peftlab.memory import estimate
 
 HERE = {"gpu": None, "cpu": "a processor, 2 cores", "versions": {"python": "3.12.0", "torch": "2.11.0"},
         "date": "2026-11-22", "command": "peftlab bench fake --out out.json"}  # fmt: skip
@@ -147,3 +150,39 @@ def test_provenance_names_machine_and_versions_also_without_an_installation(monk
     assert found["versions"]["peftlab"] == peftlab.__version__ and found["versions"]["torch"] == "1.0"
     assert found["cpu"] and found["command"] == "peftlab bench lora --out 'my file.json'"
     measurements.validate({"topic": "x", "provenance": found, "rows": [{"n": 1}]}, "x")
+
+
+def test_the_memory_grid_is_wide_and_predictable():
+    """At least 40 runs: 0.1B to 70B, lengths 128 to 4096, three precisions, optimisers; each has a prediction."""
+    grid = [point for point in memory_grid.points() if point["section"] == "grid"]
+    seen = {name: {point[name] for point in grid} for name in ("precision", "sequence", "method", "checkpointing")}
+    assert len(grid) >= 40 and len({bench.key(point) for point in grid}) == len(grid)
+    assert seen["precision"] == {"bf16", "fp32", "mixed"} and {128, 4096} <= seen["sequence"]
+    assert seen["checkpointing"] == {True, False} and {"full", "lora", "qlora", "dora", "ia3"} <= seen["method"]
+    assert len({point["optimizer"] for point in grid}) >= 3
+    for point in grid:
+        assert estimate(**{name: value for name, value in point.items() if name != "section"}).peak_bytes > 1e8
+    if not torch.cuda.is_available():
+        with pytest.raises(PeftLabError, match="needs a CUDA GPU"):
+            memory_grid.measure(grid[0])
+
+
+@pytest.mark.parametrize(
+    "method", ["full", "lora", "qlora", "dora", "adalora", "vera", "ia3", "prompt", "p-tuning", "prefix"]
+)
+def test_a_run_of_the_memory_grid_takes_its_two_steps(method, tmp_path):
+    """All but reading the GPU's counter, on a small shape: what trains is what the estimator counts, and it moves."""
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "llama", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    }))  # fmt: skip
+    optimizer = "adamw8bit" if method == "lora" else "adamw"
+    point = memory_grid.run(str(tmp_path), method, sequence=16, precision="fp32", optimizer=optimizer)
+    model, optimizer, batch = memory_grid.build(point, torch.device("cpu"))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = estimate(**{name: value for name, value in point.items() if name != "section"})
+    assert sum(parameter.numel() for parameter in trained) == found.trainable
+    before = [parameter.detach().clone() for parameter in trained]
+    memory_grid.two_steps(model, optimizer, batch, autocasts=False)
+    assert any(not torch.equal(a, b) for a, b in zip(before, trained, strict=True))
+    assert all(torch.isfinite(parameter).all() for parameter in trained)

@@ -1,0 +1,210 @@
+"""The grid that holds the estimator to real GPUs: `peftlab bench memory`.
+
+Each point is one run of two steps: transformers' model with random weights at its real shape, under Hugging Face peft.
+What is read is ``torch.cuda.max_memory_allocated``; beside it stands what `estimate` says, so that the file shows both.
+
+Sections:
+    grid       shapes, methods, lengths, checkpointing, precisions, optimisers
+    context    what the GPU holds beside torch's allocator: the CUDA context and the kernels' code
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftlab.errors import PeftLabError
+from peftlab.memory import estimate
+from peftlab.memory.shapes import load_shape
+
+ALL = "all-linear"
+RUN = {"r": 16, "targets": ALL, "batch": 1, "sequence": 512, "precision": "bf16", "optimizer": "adamw",
+       "checkpointing": False, "attention": "sdpa"}  # fmt: skip
+
+
+def points() -> list[dict[str, Any]]:
+    """Every run of the grid, the small shapes first."""
+    return [*_small(), *_decoders(), *_methods(), *_large(), {"section": "context"}]
+
+
+def run(shape: str, method: str, **changes: Any) -> dict[str, Any]:
+    """One run; prompt methods have no targets, IA3 its own."""
+    point = {"section": "grid", "shape": shape, "method": method, **RUN, **changes}
+    if method not in ("lora", "qlora", "dora", "adalora", "vera"):
+        point |= {"r": None, "targets": None}
+    return point
+
+
+def _small() -> Iterator[dict[str, Any]]:
+    for shape, method in product(("gpt2", "bert-base", "roberta-large", "t5-base"), ("full", "lora")):
+        yield run(shape, method, batch=8, sequence=256, precision="fp32")
+    for precision in ("bf16", "mixed"):
+        yield run("gpt2", "full", batch=8, sequence=512, precision=precision)
+        yield run("bert-base", "lora", batch=16, sequence=256, precision=precision)
+    yield run("gpt2", "lora", batch=8, sequence=512, checkpointing=True)
+    yield run("smollm2-135m", "full", batch=8, sequence=1024, optimizer="adamw8bit")
+
+
+def _decoders() -> Iterator[dict[str, Any]]:
+    for shape, checkpointing in product(("qwen2.5-0.5b", "llama-3.2-1b"), (False, True)):
+        yield run(shape, "lora", batch=4, sequence=1024, checkpointing=checkpointing)
+    for optimizer in ("adamw", "adamw8bit", "sgd"):
+        yield run("llama-3.2-1b", "full", batch=2, sequence=512, optimizer=optimizer)
+    yield run("llama-3.2-1b", "full", batch=2, sequence=512, precision="mixed")
+    yield run("llama-3.2-1b", "lora", batch=2, sequence=512, precision="fp32")
+    yield run("llama-3.2-1b", "lora", batch=1, sequence=2048, attention="eager")
+
+
+def _methods() -> Iterator[dict[str, Any]]:
+    for method in ("dora", "adalora", "vera", "ia3", "prompt", "p-tuning", "prefix"):
+        yield run("llama-3.2-3b", method, batch=2, sequence=512, **({"r": 256} if method == "vera" else {}))
+    yield run("llama-3.2-3b", "qlora", batch=2, sequence=512)
+
+
+def _large() -> Iterator[dict[str, Any]]:
+    for sequence, checkpointing in product((128, 1024, 4096), (False, True)):
+        yield run("llama-2-7b", "lora", sequence=sequence, checkpointing=checkpointing)
+    for sequence, checkpointing in product((512, 4096), (False, True)):
+        yield run("llama-3.1-8b", "qlora", sequence=sequence, checkpointing=checkpointing)
+    yield run("llama-2-7b", "full", checkpointing=True)
+    yield run("llama-2-7b", "full", checkpointing=True, optimizer="adamw8bit")
+    yield run("qwen2.5-7b", "qlora", batch=4, sequence=1024, checkpointing=True)
+    yield run("mistral-7b", "lora", batch=4, sequence=512, checkpointing=True, optimizer="paged-adamw8bit")
+    for optimizer in ("adamw", "paged-adamw8bit"):
+        yield run("llama-2-70b", "qlora", checkpointing=True, optimizer=optimizer)
+
+
+def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
+    """Measures one point; returns its row."""
+    if not torch.cuda.is_available():
+        raise PeftLabError("bench memory measures a GPU's memory and needs a CUDA GPU.")
+    try:
+        if point["section"] == "context":
+            torch.zeros(1, device="cuda")
+            free, total = torch.cuda.mem_get_info()
+            return [{**point, "bytes": total - free - torch.cuda.memory_reserved()}]
+        model, optimizer, batch = build(point, torch.device("cuda"))
+        torch.cuda.reset_peak_memory_stats()
+        two_steps(model, optimizer, batch, autocast(point))
+        peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        del model, optimizer, batch
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+    said = estimate(**{name: value for name, value in point.items() if name != "section"})
+    return [{**point, "peak_bytes": peak, "reserved_bytes": reserved, "predicted_bytes": said.peak_bytes}]
+
+
+def autocast(point: dict[str, Any]) -> bool:
+    """Mixed precision and a 4-bit base compute under autocast, as `estimate` takes it."""
+    return point["precision"] == "mixed" or point["method"] == "qlora"
+
+
+def build(point: dict[str, Any], device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Any]]:
+    """The model with random weights under its method, its optimiser, and a batch."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+    shape = load_shape(point["shape"])
+    kinds = {
+        "decoder": AutoModelForCausalLM,
+        "encoder": AutoModelForSequenceClassification,
+        "encoder-decoder": AutoModelForSeq2SeqLM,
+    }
+    config = AutoConfig.for_model(**shape.config)
+    config._attn_implementation, config.decoder_start_token_id = point["attention"], 0
+    dtype = torch.bfloat16 if point["precision"] == "bf16" else torch.float32
+    torch.manual_seed(0)
+    with torch.device("meta" if point["method"] == "qlora" else device):
+        model = kinds[shape.kind].from_config(config, dtype=dtype)
+    if point["method"] == "qlora":
+        four_bit(model, shape, device, torch.bfloat16 if autocast(point) else dtype)
+    if point["checkpointing"]:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    wrapped = with_method(model, point, shape.kind)
+    wrapped.train()
+    ids = torch.randint(shape.config["vocab_size"], (point["batch"], point["sequence"]), device=device)
+    labels = ids[:, 0] % 2 if shape.kind == "encoder" else ids
+    trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    return wrapped, optimizer_of(point["optimizer"], trained), {"input_ids": ids, "labels": labels}
+
+
+def four_bit(model: nn.Module, shape: Any, device: torch.device, compute: torch.dtype) -> None:
+    """Random NF4 weights, doubly quantised, in the place of the body's linear layers; the rest becomes real."""
+    import bitsandbytes as bnb
+
+    for module in shape.modules:
+        if module.kind != "linear" or module.role != "body":
+            continue
+        old = model.get_submodule(module.path)
+        new = bnb.nn.Linear4bit(
+            old.in_features, old.out_features, bias=old.bias is not None, compute_dtype=compute,
+            compress_statistics=True, quant_type="nf4", device="meta",
+        )  # fmt: skip
+        weight = torch.randn(old.out_features, old.in_features, dtype=compute, device=device) * 0.02
+        new.weight = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4").to(
+            device
+        )
+        if old.bias is not None:
+            new.bias = nn.Parameter(torch.zeros(old.out_features, dtype=old.bias.dtype, device=device))
+        parent, _, name = module.path.rpartition(".")
+        setattr(model.get_submodule(parent), name, new)
+    for module in model.modules():
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in own:
+            if tensor.device.type == "meta":
+                value = torch.randn(tensor.shape, dtype=tensor.dtype, device=device) * 0.02
+                is_parameter = isinstance(tensor, nn.Parameter)
+                setattr(module, name, nn.Parameter(value) if is_parameter else value)
+    model.tie_weights()
+    model.is_loaded_in_4bit = True  # by which peft knows its layers
+
+
+def with_method(model: nn.Module, point: dict[str, Any], kind: str) -> nn.Module:
+    """The model as Hugging Face peft prepares it for the point's method."""
+    import peft
+
+    method, task = point["method"], {"decoder": "CAUSAL_LM", "encoder": "SEQ_CLS", "encoder-decoder": "SEQ_2_SEQ_LM"}
+    common = {"task_type": task[kind]}
+    low_rank = {"r": point["r"], "target_modules": point["targets"], **common}
+    configs = {
+        "lora": lambda: peft.LoraConfig(lora_alpha=32, **low_rank),
+        "dora": lambda: peft.LoraConfig(lora_alpha=32, use_dora=True, **low_rank),
+        "adalora": lambda: peft.AdaLoraConfig(
+            init_r=point["r"], target_modules=point["targets"], total_step=100, **common
+        ),
+        "vera": lambda: peft.VeraConfig(**low_rank),
+        "ia3": lambda: peft.IA3Config(**common),
+        "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=20, **common),
+        "p-tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=20, **common),
+        "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=20, **common),
+    }
+    if method == "full":
+        return model
+    return peft.get_peft_model(model, configs["lora" if method == "qlora" else method]())
+
+
+def optimizer_of(name: str, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimiser by the estimator's name for it."""
+    if name == "sgd":
+        return torch.optim.SGD(trained, lr=1e-4)
+    if name == "adamw":
+        return torch.optim.AdamW(trained, lr=1e-5, foreach=False)
+    import bitsandbytes as bnb
+
+    return (bnb.optim.PagedAdamW8bit if name.startswith("paged") else bnb.optim.AdamW8bit)(trained, lr=1e-5)
+
+
+def two_steps(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Any], autocasts: bool) -> None:
+    """Forward, backward, optimiser, twice; the gradients go at the end of each."""
+    kind = batch["input_ids"].device.type
+    for _ in range(2):
+        with torch.autocast(kind, torch.bfloat16, enabled=autocasts):
+            loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
