@@ -117,6 +117,7 @@ def build(point: dict[str, Any], device: torch.device) -> tuple[nn.Module, torch
     }
     config = AutoConfig.for_model(**shape.config)
     config._attn_implementation, config.decoder_start_token_id = point["attention"], 0
+    config.use_cache = False
     dtype = torch.bfloat16 if point["precision"] == "bf16" else torch.float32
     torch.manual_seed(0)
     with torch.device("meta" if point["method"] == "qlora" else device):

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from peftlab.memory import ops
 from peftlab.memory.replay import Tensor, record
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a model's attention differs from another's where it is not fused."""
+
+    causal: bool = True
+    wide_softmax: bool = True  # in float32 whatever the dtype
+    dropout: float = 0.0
 
 
 def packed_attention(x: Tensor, heads: int) -> Tensor:
@@ -62,20 +73,25 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None)
     return record(output, inputs, apply, kept)
 
 
-def eager_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt d + mask) v in single operations: (b, heads, s, s) scores, in float32 for the softmax."""
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style: Style) -> Tensor:
+    """softmax(q k^T / sqrt d + mask) v in single operations: (b, heads, s, s) scores, several of them at once."""
     batch, heads, length, width = q.shape
-    groups = k.shape[1]
-    if groups != heads:
+    if k.shape[1] != heads:
         k, v = repeat(k, heads), repeat(v, heads)
     scores = ops.scale(matmul(q, k, (batch, heads, length, k.shape[2])))
-    scores = ops.shift(scores)  # a mask is added
     if bias is not None:
         scores = ops.add_broadcast(scores, bias)
-    wide = ops.cast(scores, ops.FLOAT32)
-    del scores
-    weights = ops.cast(ops.from_result(wide), q.bytes)
-    del wide
+    if style.causal:
+        scores = ops.shift(scores)  # a mask is added
+    if style.wide_softmax:
+        wide = ops.cast(scores, ops.FLOAT32)
+        del scores
+        weights = ops.cast(ops.from_result(wide), q.bytes)
+        del wide
+    else:
+        weights = ops.from_result(scores)
+        del scores
+    weights = ops.dropout(weights, style.dropout)
     return ops.copy(matmul(weights, v, (batch, heads, length, width)))
 
 
@@ -83,6 +99,18 @@ def repeat(x: Tensor, heads: int) -> Tensor:
     """repeat_kv: a copy with as many heads as the queries have; the gradient is summed back."""
     shape = x.shape
     return record(x.new((shape[0], heads, *shape[2:])), [x], lambda g: (g.new(shape),))
+
+
+def spread(x: Tensor, heads: int) -> Tensor:
+    """repeat_kv for the fused kernel: one group of heads is a view, several are copied."""
+    if x.shape[1] == heads:
+        return x
+    if x.shape[1] > 1:
+        return repeat(x, heads)
+    shape = x.shape
+    output = x.view(*shape)
+    output.node = None
+    return record(output, [x], lambda g: (g.new(shape),))
 
 
 def matmul(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:

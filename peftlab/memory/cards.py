@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.memory.estimate import estimate
+from peftlab.memory.estimate import MOST, estimate, longest
+from peftlab.memory.shapes import load_shape
 
 GB = 10**9
 CARDS = {
@@ -18,7 +19,6 @@ CARDS = {
     "L40S": 48, "RTX A6000": 48, "A100 80GB": 80, "H100": 80, "H200": 141, "B200": 180,
 }  # fmt: skip
 SPARE = 0.08  # a choice, not a measurement
-MOST = 2**20  # no batch and no sequence beyond this is looked for
 
 
 def card_bytes(card: str) -> int:
@@ -55,15 +55,33 @@ def largest(what: str, card: str, shape: Any, method: str = "lora", **run: Any) 
     """
     if what not in ("batch", "sequence"):
         raise PeftLabError(f"what is batch or sequence; found {what!r}.{did_you_mean(what, ('batch', 'sequence'))}")
-    room = card_bytes(card)
-    return _last(lambda size: estimate(shape, method, **{**run, what: size}).peak_bytes <= room)
+    room, shape = card_bytes(card), load_shape(shape, run.pop("labels", None))
+    most = MOST if what == "batch" else longest(shape) - run.get("virtual_tokens", 20)
+
+    def peak(size: int) -> int:
+        return estimate(shape, method, **{**run, what: size}).peak_bytes
+
+    one = peak(1)
+    if one > room:
+        return 0
+    # The peak is nearly linear in both, so a straight line through two points comes close.
+    far = min(1025, most)
+    slope = max(1, (peak(far) - one) // max(1, far - 1))
+    return _last(lambda size: peak(size) <= room, min(most, 1 + (room - one) // slope), most)
 
 
-def _last(holds: Callable[[int], bool]) -> int:
-    """The last whole number for which a condition holds that is true up to it: doubling, then halving the gap."""
-    low, high = 0, 1
-    while high <= MOST and holds(high):
-        low, high = high, 2 * high
+def _last(holds: Callable[[int], bool], guess: int, most: int) -> int:
+    """The last whole number up to `most` for which a condition holds: from a guess outwards, then halving the gap.
+
+    The condition is true for 1, and from some number on it is false.
+    """
+    low, high, step = 1, most + 1, max(1, guess // 64)
+    while low < guess < high:
+        if holds(guess):
+            low, guess = guess, guess + step
+        else:
+            high, guess = guess, guess - step
+        step *= 2
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if holds(middle) else (low, middle)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peftlab.memory import ops
+from peftlab.memory.attention import Style
 from peftlab.memory.nets import Net
 from peftlab.memory.replay import Tensor
 
@@ -13,6 +14,9 @@ def gated_decoder(net: Net, ids: Tensor) -> Tensor:
     """Llama, Mistral, Qwen2, Gemma: returns the logits (b, s, V)."""
     c = net.config
     gemma = net.shape.family == "gemma"
+    usual = "gelu_pytorch_tanh" if gemma else "silu"
+    activate = net.activation(c.text("hidden_activation", c.text("hidden_act", usual)))
+    style = Style(dropout=c.share("attention_dropout", 0.0))
     norm = net.gemma_norm if gemma else net.rms_norm
     heads = c.size("num_attention_heads")
     width = net.weight_size("model.layers.0.self_attn.q_proj")[0] // heads
@@ -33,13 +37,13 @@ def gated_decoder(net: Net, ids: Tensor) -> Tensor:
         q, k = rotated
         del rotated
         k, v = net.extend(i, k, v)
-        mixed = net.attend(q, k, v)
+        mixed = net.attend(q, k, v, style)
         del q, k, v
         return net.linear(at + "o_proj", mixed)
 
     def mlp(at: str, x: Tensor) -> Tensor:
         def run(x: Tensor) -> Tensor:
-            gate = ops.from_input(net.linear(at + "gate_proj", x))
+            gate = activate(net.linear(at + "gate_proj", x))
             inner = ops.mul(gate, net.linear(at + "up_proj", x))
             del gate
             return net.linear(at + "down_proj", inner)
@@ -60,7 +64,7 @@ def gated_decoder(net: Net, ids: Tensor) -> Tensor:
         x = net.block(f"model.layers.{i}.", layer(i), x)
     x = norm("model.norm", x)
     with net.memory.kind("logits"):
-        return net.output("lm_head", "model.embed_tokens", x)
+        return net.output("lm_head", x)
 
 
 def gpt2(net: Net, ids: Tensor) -> Tensor:
@@ -68,20 +72,22 @@ def gpt2(net: Net, ids: Tensor) -> Tensor:
     c = net.config
     heads = c.size("n_head", "num_attention_heads")
     drop = c.share("resid_pdrop", 0.1)
+    activate = net.activation(c.text("activation_function", "gelu_new"))
+    style = Style(wide_softmax=False, dropout=c.share("attn_pdrop", 0.1))
     x = net.words("transformer.wte", ids)
-    places = ops.embedding(net.places(x.shape[1]), net.weights["transformer.wpe"])
+    places = net.table("transformer.wpe", net.places(x.shape[1]))
     x = ops.dropout(ops.add_broadcast(x, places), c.share("embd_pdrop", 0.1))
     del places
 
     def attention(i: int, at: str, x: Tensor) -> Tensor:
         qkv = net.linear(at + "c_attn", x)
-        mixed = net.attend_packed(i, qkv, heads)
+        mixed = net.attend_packed(i, qkv, heads, style)
         del qkv
         return ops.dropout(net.linear(at + "c_proj", mixed), drop)
 
     def mlp(at: str, x: Tensor) -> Tensor:
         def run(x: Tensor) -> Tensor:
-            return net.linear(at + "c_proj", ops.gelu_new(net.linear(at + "c_fc", x)))
+            return net.linear(at + "c_proj", activate(net.linear(at + "c_fc", x)))
 
         return ops.dropout(net.around(at + "c_proj", x, run), drop)
 
@@ -99,4 +105,4 @@ def gpt2(net: Net, ids: Tensor) -> Tensor:
         x = net.block(f"transformer.h.{i}.", layer(i), x)
     x = net.layer_norm("transformer.ln_f", x)
     with net.memory.kind("logits"):
-        return net.output("lm_head", "transformer.wte", x)
+        return net.output("lm_head", x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peftlab.memory import ops
+from peftlab.memory.attention import Style
 from peftlab.memory.nets import Net
 from peftlab.memory.replay import Tensor, leaf
 
@@ -13,12 +14,14 @@ def bert(net: Net, ids: Tensor, prefix: str = "bert") -> Tensor:
     """BERT and RoBERTa with a classification head: returns the logits (b, labels)."""
     c = net.config
     heads, drop = c.size("num_attention_heads"), c.share("hidden_dropout_prob", 0.1)
+    activate = net.activation(c.text("hidden_act", "gelu"))
+    style = Style(causal=False, wide_softmax=False, dropout=c.share("attention_probs_dropout_prob", 0.1))
     at = f"{prefix}.embeddings."
     words = net.words(at + "word_embeddings", ids)
     batch, length = words.shape[:2]
-    types = ops.embedding(ids, net.weights[at + "token_type_embeddings"])
+    types = net.table(at + "token_type_embeddings", ids)
     x = ops.add(words, types)
-    places = ops.embedding(net.places(length), net.weights[at + "position_embeddings"])
+    places = net.table(at + "position_embeddings", net.places(length))
     x = ops.add_broadcast(x, places)
     x = ops.dropout(net.layer_norm(at + "LayerNorm", x), drop)
     net.held.append(x)
@@ -33,7 +36,7 @@ def bert(net: Net, ids: Tensor, prefix: str = "bert") -> Tensor:
                 net.linear(f"{at}attention.self.{name}", x).view(batch, heads, length, width)
                 for name in ("query", "key", "value")
             )
-            return net.attend(q, *net.extend(i, k, v))
+            return net.attend(q, *net.extend(i, k, v), style)
 
         def close(name: str, x: Tensor, before: Tensor) -> Tensor:
             return net.layer_norm(f"{at}{name}.LayerNorm", ops.add(ops.dropout(x, drop), before))
@@ -42,7 +45,7 @@ def bert(net: Net, ids: Tensor, prefix: str = "bert") -> Tensor:
             held = []  # transformers' layer holds the intermediate output until it returns
 
             def feed_forward(x: Tensor) -> Tensor:
-                held.append(ops.from_input(net.linear(at + "intermediate.dense", x)))
+                held.append(activate(net.linear(at + "intermediate.dense", x)))
                 return net.linear(at + "output.dense", held[0])
 
             x = close("attention.output", net.linear(at + "attention.output.dense", attention(x)), x)
@@ -72,6 +75,9 @@ def t5(net: Net, ids: Tensor) -> Tensor:
     depth = c.size("num_layers", "num_hidden_layers")
     depths = {"encoder": depth, "decoder": c.size("num_decoder_layers", default=depth)}
 
+    names = c.text("feed_forward_proj", "gated-gelu" if net.shape.family == "mt5" else "relu").rpartition("-")
+    activate = net.activation("gelu_new" if names[0] and names[2] == "gelu" else names[2])
+
     def attention(at: str, x: Tensor, source: Tensor, bias: Tensor, i: int | None = None) -> Tensor:
         batch, length = x.shape[:2]
         q = net.linear(at + "q", x).view(batch, heads, length, width)
@@ -79,15 +85,18 @@ def t5(net: Net, ids: Tensor) -> Tensor:
         v = net.linear(at + "v", source).view(batch, heads, source.shape[1], width)
         if i is not None:
             k, v = net.extend(i, k, v)
-        return net.linear(at + "o", net.attend(q, k, v, bias))
+            if k.shape[2] != bias.shape[3]:  # a prefix: a bias of its size, for each example
+                bias = ops.enlarge(bias, (batch, heads, length, k.shape[2]))
+        style = Style(causal=i is not None, wide_softmax=False, dropout=drop)
+        return net.linear(at + "o", net.attend(q, k, v, style, bias))
 
     def feed_forward(at: str, x: Tensor) -> Tensor:
         def run(x: Tensor) -> Tensor:
             if at + "wi" in net.modules:
-                x = ops.from_result(net.linear(at + "wi", x))
+                x = activate(net.linear(at + "wi", x))
             else:
-                x = ops.mul(ops.from_input(net.linear(at + "wi_0", x)), net.linear(at + "wi_1", x))
-            return net.linear(at + "wo", ops.cast(ops.dropout(x, drop), net.bytes))
+                x = ops.mul(activate(net.linear(at + "wi_0", x)), net.linear(at + "wi_1", x))
+            return net.linear(at + "wo", ops.cast(ops.dropout(x, drop), net.recipe.weight_bytes))
 
         return net.around(at + "wo", x, run)
 
@@ -110,15 +119,15 @@ def t5(net: Net, ids: Tensor) -> Tensor:
         def run(x: Tensor, bias: Tensor, encoded: Tensor, cross: Tensor) -> Tensor:
             bias = ops.copy(bias)  # made causal for each block
             x = residual(at + "0.", x, lambda x: attention(at + "0.SelfAttention.", x, x, bias, i))
-            x = residual(at + "1.", x, lambda x: attention(at + "1.EncDecAttention.", x, encoded, cross, i))
+            x = residual(at + "1.", x, lambda x: attention(at + "1.EncDecAttention.", x, encoded, cross))
             return residual(at + "2.", x, lambda x: feed_forward(at + "2.DenseReluDense.", x))
 
         return run
 
     def bias(name: str, x: Tensor) -> Tensor:
-        table = net.weights[f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias"]
         places = x.new((x.shape[1], x.shape[1]), ops.INT64)
-        return ops.embedding(places, table).view(1, heads, x.shape[1], x.shape[1])
+        rows = net.table(f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias", places)
+        return rows.view(1, heads, x.shape[1], x.shape[1])
 
     def stack(name: str, x: Tensor, block: Callable, *others: Tensor) -> Tensor:
         x = ops.dropout(x, drop)
@@ -129,10 +138,10 @@ def t5(net: Net, ids: Tensor) -> Tensor:
         return ops.dropout(net.t5_norm(f"{name}.final_layer_norm", x), drop)
 
     encoded = stack("encoder", net.words("shared", ids), encoder)
-    words = net.words("shared", ids)
+    words = net.words("shared", ids, front=False)
     cross = words.new((1, heads, words.shape[1], encoded.shape[1]))
-    if net.checkpointing:  # transformers then asks for its gradient
+    if net.recipe.checkpointing:  # transformers then asks for its gradient
         cross = leaf(cross)
     x = stack("decoder", words, decoder, encoded, cross)
     with net.memory.kind("logits"):
-        return net.output("lm_head", "shared", x)
+        return net.output("lm_head", x)

@@ -25,6 +25,7 @@ PRECISIONS = {"bf16": 2, "fp32": 4, "mixed": 4}  # bytes of a weight, and so of 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged-adamw8bit", "sgd")
 ATTENTIONS = ("sdpa", "eager")
 ADAPTER_PRECISIONS = {"fp32": 4, "bf16": 2}
+MOST = 2**24  # tokens, and examples
 POINTS = 2000  # of a step's history that are kept
 # PyTorch gives cuBLAS 32 MiB on Hopper (8 MiB before) for each thread that multiplies matrices: the forward's and the
 # backward's. See CUBLAS_WORKSPACE_CONFIG in its documentation.
@@ -81,7 +82,7 @@ def estimate(
     attention: str = "sdpa",
     labels: int | None = None,
 ) -> Estimate:
-    """The peak of a training step on one GPU, and what makes it.
+    """The peak of a training step on one GPU, and what makes it. The model keeps no cache of keys and values.
 
     Args:
         shape: a built-in name, the path of a ``config.json`` or of its folder, its dict, or a ``Shape``.
@@ -104,17 +105,27 @@ def estimate(
     for name, value in (("batch", batch), ("sequence", sequence)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise PeftLabError(f"{name} must be a positive whole number, found {value!r}.")
+        if value > MOST:
+            raise PeftLabError(f"{name} is at most {MOST:,}, found {value:,}.")
     _one_of("precision", precision, PRECISIONS)
     _one_of("optimizer", optimizer, OPTIMIZERS)
     _one_of("adapter_precision", adapter_precision, ADAPTER_PRECISIONS)
     _one_of("attention", attention, ATTENTIONS)
     if shape.family not in FORWARD:
         raise PeftLabError(
-            f"The activations of {shape.family} models are not known yet; known: {', '.join(FORWARD)}. "
-            f"Its parameters are: peftlab count {shape.name}."
+            f"The activations of {shape.family} models are not known yet; known: {', '.join(FORWARD)}."
+            f"{did_you_mean(shape.family, FORWARD)} Its parameters are: peftlab count {shape.name}."
         )
     if method == "prefix" and checkpointing:
         raise PeftLabError("Prefix tuning needs the cache of keys and values, which checkpointing switches off.")
+    virtual = virtual_tokens if method in ("prompt", "p-tuning") else 0
+    if sequence + virtual > longest(shape):
+        more = f" and {virtual} virtual tokens" if virtual else ""
+        raise PeftLabError(f"{shape.name} has {longest(shape):,} positions, too few for {sequence:,} tokens{more}.")
+    if method == "prefix" and shape.kind == "encoder-decoder" and not _prefix_runs(shape):
+        raise PeftLabError(
+            f"{shape.name}: peft's prefix has the encoder's depth and the model's width, and this decoder has another."
+        )
     if targets is not None and not isinstance(targets, str):
         targets = tuple(targets)
     options = Options(r, targets, bias, virtual_tokens, reduction_factor, projection)
@@ -135,6 +146,7 @@ def estimate(
     before = run.memory.flops
     run.memory.history = []
     run.step()
+    run.close()
     memory = run.memory
     parts = {**memory.at_peak, "workspace": memory.at_peak["workspace"] + CUBLAS_WORKSPACE}
     counted = count(shape, method, r=r, targets=targets, bias=bias, virtual_tokens=virtual_tokens,
@@ -144,6 +156,21 @@ def estimate(
         moment=memory.peak_moment, flops=memory.flops - before, trainable=counted.trainable, total=counted.total,
         history=_thinned(memory.history),
     )  # fmt: skip
+
+
+def longest(shape: Shape) -> int:
+    """The most tokens that a model takes: its learned positions, of which RoBERTa leaves two out; else `MOST`."""
+    rows = [m.inputs for m in shape.modules if m.path.endswith(("transformer.wpe", "embeddings.position_embeddings"))]
+    if not rows:
+        return MOST
+    return rows[0] - (2 if shape.kind == "encoder" and shape.family != "bert" else 0)
+
+
+def _prefix_runs(shape: Shape) -> bool:
+    """Whether T5's decoder is as deep as its encoder, and its attention as wide as the model."""
+    blocks = [{m.layer for m in shape.modules if m.path.startswith(f"{kind}.block")} for kind in ("encoder", "decoder")]
+    inner = next(m.outputs for m in shape.modules if m.path.endswith("SelfAttention.q"))
+    return blocks[0] == blocks[1] and inner == shape.modules[0].outputs
 
 
 def _thinned(history: list[tuple[str, int]]) -> list[tuple[str, int]]:

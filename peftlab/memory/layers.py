@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from peftlab.errors import PeftLabError
 from peftlab.memory import ops
 from peftlab.memory.nets import Net
 from peftlab.memory.replay import Parameter, Tensor
@@ -45,8 +46,8 @@ def _embedding_lora(net: Net, path: str, own: Own) -> Call:
     def call(ids: Tensor) -> Tensor:
         result = ops.embedding(ids, net.weights[path])
         bytes = result.bytes
-        chosen = ops.embedding_rows(ids, own["lora_A"])
-        return ops.cast(ops.add(result, ops.scale(net.product(chosen, own["lora_B"]))), bytes)
+        chosen = ops.embedding_rows(ids, own["lora_embedding_A"])
+        return ops.cast(ops.add(result, ops.scale(net.product(chosen, own["lora_embedding_B"]))), bytes)
 
     return call
 
@@ -57,12 +58,14 @@ def dora(net: Net, path: str, own: Own) -> Call:
     For that peft multiplies B A by an identity of d_in x d_in and casts W to the adapter's dtype; nothing of it is
     kept for the backward pass.
     """
+    if net.modules[path].kind == "embedding":
+        raise PeftLabError(f"DoRA on the embedding {path} is not replayed; name linear layers, or use lora.")
     weight = net.weights[path]
     outputs, inputs = own["lora_B"].shape[0], own["lora_A"].shape[1]
 
     def norms(x: Tensor) -> tuple:
         bytes = x.bytes
-        with net.memory.no_graph():
+        with net.memory.graph(False):
             eye = x.new((inputs, inputs), own["lora_A"].bytes)
             product = net.product(net.product(eye, own["lora_A"]), own["lora_B"])
             product = ops.cast(product, bytes)
@@ -81,7 +84,7 @@ def dora(net: Net, path: str, own: Own) -> Call:
         update = net.product(net.product(x, own["lora_A"]), own["lora_B"])
         base = result
         if path in net.biases:
-            base = ops.copy(result)
+            base = ops.copy(result, max(result.bytes, net.biases[path].bytes))
         first = ops.mul_vector(base, ops.shift(ratio))
         second = ops.scale(ops.mul_vector(update, ratio))
         total = ops.add(first, second)
@@ -92,15 +95,19 @@ def dora(net: Net, path: str, own: Own) -> Call:
 
 
 def adalora(net: Net, path: str, own: Own) -> Call:
-    """y += x (A * E)^T B^T s / rank, the sum in place."""
+    """y += x (A * E)^T B^T s / rank, the sum in place.
+
+    peft's rank numbers do not train on a CPU in float32; moved to another device or dtype, they have a gradient.
+    """
 
     def call(x: Tensor) -> Tensor:
         result = net.plain(path, x)
         x = ops.cast(x, own["lora_A"].bytes)
         scaled = ops.mul_rows(own["lora_A"], own["lora_E"])
-        update = net.product(net.product(x, scaled), own["lora_B"])
-        update = ops.scale(ops.scale(update))
-        return ops.add_in_place(result, update)
+        rank = ops.shift(own["ranknum"])
+        return ops.add_in_place(
+            result, ops.divide_by_trained(ops.scale(net.product(net.product(x, scaled), own["lora_B"])), rank)
+        )
 
     return call
 
@@ -109,6 +116,7 @@ def vera(net: Net, path: str, own: Own) -> Call:
     """y + b * B(d * A x), with A and B frozen and shared: the products with them keep nothing, the scalings do."""
 
     def call(x: Tensor) -> Tensor:
+        before = x.bytes
         result = net.plain(path, x)
         bytes = result.bytes
         x = ops.cast(x, own["vera_lambda_d"].bytes)
@@ -116,7 +124,7 @@ def vera(net: Net, path: str, own: Own) -> Call:
         inner = ops.mul_vector(net.frozen_product(x, r), own["vera_lambda_d"])
         update = ops.mul_vector(net.frozen_product(inner, outputs), own["vera_lambda_b"])
         del inner
-        return ops.cast(ops.add(result, update), bytes)
+        return ops.cast(ops.cast(ops.add(result, update), bytes), before)  # at last as wide as the input
 
     return call
 
@@ -150,36 +158,29 @@ def bottleneck(net: Net, path: str, own: Own) -> Call:
     return call
 
 
-def _virtual(net: Net, rows: Parameter) -> int:
-    """How many virtual tokens one stack of the model is given: of T5's, encoder and decoder get half each."""
-    return rows.shape[0] // (2 if net.shape.kind == "encoder-decoder" else 1)
-
-
 def prompt(net: Net, own: Own) -> None:
-    """n learned vectors before the word embeddings, of each example."""
-    rows = own["embedding.weight"]
-    count = _virtual(net, rows)
-
-    def front(x: Tensor) -> Tensor:
-        virtual = net.virtual(x, count, rows)
-        net.held.append(ops.cat(ops.cast(virtual, x.bytes), x, 1))
-        return net.held[-1]
-
-    net.front = front
+    """n learned vectors before the word embeddings of each example; for T5 there are 2 n, the first n are taken."""
+    _in_front(net, own, lambda virtual: virtual)
 
 
 def p_tuning(net: Net, own: Own) -> None:
-    """A prompt that an MLP of three layers makes of n learned vectors, for each example anew."""
+    """A prompt that an MLP of three layers makes of learned vectors, for each example anew."""
+
+    def encode(virtual: Tensor) -> Tensor:
+        for i in (0, 2, 4):
+            virtual = net.product(virtual, own[f"mlp_head.{i}.weight"], own[f"mlp_head.{i}.bias"])
+            virtual = ops.from_result(virtual) if i < 4 else virtual  # relu
+        return virtual
+
+    _in_front(net, own, encode)
+
+
+def _in_front(net: Net, own: Own, encode: Call) -> None:
     rows = own["embedding.weight"]
-    count = _virtual(net, rows)
-    layers = [(own[f"mlp_head.{i}.weight"], own[f"mlp_head.{i}.bias"]) for i in (0, 2, 4)]
+    count = rows.shape[0] // (2 if net.shape.kind == "encoder-decoder" else 1)
 
     def front(x: Tensor) -> Tensor:
-        virtual = net.virtual(x, count, rows)
-        for i, (weight, bias) in enumerate(layers):
-            virtual = net.product(virtual, weight, bias)
-            if i < len(layers) - 1:
-                virtual = ops.from_result(virtual)  # relu
+        virtual = ops.first_rows(encode(net.virtual(x, rows.shape[0], rows)), count)
         net.held.append(ops.cat(ops.cast(virtual, x.bytes), x, 1))
         return net.held[-1]
 

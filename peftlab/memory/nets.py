@@ -9,13 +9,36 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
+from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory import attention, ops
+from peftlab.memory.attention import Style
 from peftlab.memory.config import Config
-from peftlab.memory.replay import Memory, Parameter, Tensor, checkpoint
+from peftlab.memory.replay import Memory, Parameter, Tensor, checkpoint, leaf
 from peftlab.memory.shapes import Shape
 
+# One kernel each way: what it keeps is its input or its result.
+ACTIVATIONS = {
+    "silu": ops.from_input, "swish": ops.from_input, "gelu": ops.from_input, "gelu_pytorch_tanh": ops.from_input,
+    "relu": ops.from_result, "tanh": ops.from_result, "sigmoid": ops.from_result,
+}  # fmt: skip
 BLOCK = re.compile(r"\.\d+\.")  # ends the path of a block: "model.layers.3."
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run is like, apart from its model and its method."""
+
+    batch: int
+    sequence: int
+    weight_bytes: int  # of the weights, their gradients and states
+    adapter_bytes: int
+    autocast: bool
+    checkpointing: bool
+    optimizer: str
+    four_bit: bool
+    fused_attention: bool
 
 
 class Net:
@@ -25,9 +48,9 @@ class Net:
     go through before the first block) and `extend` (what a block's keys and values go through).
     """
 
-    def __init__(self, memory: Memory, shape: Shape, bytes: int, trains: Callable[[str, str], bool], four_bit: bool):
-        self.memory, self.shape, self.config = memory, shape, Config(shape.config, shape.name)
-        self.bytes, self.autocast, self.checkpointing, self.fused, self.compute = bytes, False, False, True, 2
+    def __init__(self, memory: Memory, shape: Shape, recipe: Recipe, trains: Callable[[str, str], bool]):
+        self.memory, self.shape, self.recipe, self.config = memory, shape, recipe, Config(shape.config, shape.name)
+        self.autocast, self.leaves = False, False  # leaves: peft's enable_input_require_grads
         self.layers: dict[str, Callable[[Tensor], Tensor]] = {}
         self.front: Callable[[Tensor], Tensor] = lambda x: x
         self.extend: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] = unchanged
@@ -44,13 +67,16 @@ class Net:
             size = (module.outputs,) if module.kind == "norm" else (module.outputs, module.inputs)
             if module.kind == "embedding":
                 size = (module.inputs, module.outputs)
-            if four_bit and module.kind in ("linear", "conv1d") and module.role == "body":
+            if recipe.four_bit and module.kind in ("linear", "conv1d") and module.role == "body":
                 self.quantised[module.path] = packed(memory, module.inputs * module.outputs)
-            elif not module.tied:
-                self.weights[module.path] = Parameter(memory, size, bytes, trains=trains(module.path, "weight"))
+            elif module.tied:  # to the word embedding, the first of every table
+                self.weights[module.path] = self.weights[shape.modules[0].path]
+            else:
+                train = trains(module.path, "weight")
+                self.weights[module.path] = Parameter(memory, size, recipe.weight_bytes, trains=train)
             if module.bias:
-                bias = Parameter(memory, (module.outputs,), bytes, trains=trains(module.path, "bias"))
-                self.biases[module.path] = bias
+                train = trains(module.path, "bias")
+                self.biases[module.path] = Parameter(memory, (module.outputs,), recipe.weight_bytes, trains=train)
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -60,7 +86,7 @@ class Net:
     @contextmanager
     def under_autocast(self) -> Iterator[None]:
         """As torch.autocast; the copies of weights go when the outermost is left. Nothing where the run has none."""
-        before, self.autocast = self.autocast, self.autocasts
+        before, self.autocast = self.autocast, self.recipe.autocast
         try:
             yield
         finally:
@@ -81,7 +107,8 @@ class Net:
     def plain(self, path: str, x: Tensor) -> Tensor:
         """The layer at a path, without what a method adds."""
         if path in self.quantised:
-            return ops.quantised_linear(x, *self.weight_size(path), self.compute)
+            compute = 2 if self.recipe.autocast else self.recipe.weight_bytes
+            return ops.quantised_linear(x, *self.weight_size(path), compute)
         return self.product(x, self.weights[path], self.biases.get(path))
 
     def around(self, path: str, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -92,7 +119,7 @@ class Net:
         """x times a matrix that is no parameter, of which autocast makes a copy that is kept."""
         if self.autocast:
             x = self.half(x)
-            return ops.linear(x, self.half(x.new((outputs, x.shape[-1]), ops.FLOAT32)))
+            return ops.linear(x, x.new((outputs, x.shape[-1]), 2))
         return ops.frozen_linear(x, outputs)
 
     def product(self, x: Tensor, weight: Parameter, bias: Parameter | None = None) -> Tensor:
@@ -108,7 +135,8 @@ class Net:
             return x
         if isinstance(x, Parameter) and x.needs_grad:
             if x not in self.casts:
-                self.casts[x] = ops.cast(x, 2)
+                with self.memory.graph(True):  # whoever asks first, the others have its gradient, too
+                    self.casts[x] = ops.cast(x, 2)
             return self.casts[x]
         return ops.cast(x, 2)
 
@@ -119,18 +147,33 @@ class Net:
             self.trained_blocks = {f"{path[: number.end()]}" for path in trained if (number := BLOCK.search(path))}
         return prefix in self.trained_blocks
 
-    def everything(self):
-        """(path, parameter) of the model and of what a method added."""
-        yield from self.weights.items()
-        yield from self.biases.items()
-        yield from self.added
+    def everything(self) -> Iterator[tuple[str, Parameter]]:
+        """(path, parameter) of the model, a tied one once, and of what a method added."""
+        seen: set[int] = set()
+        for path, one in (*self.weights.items(), *self.biases.items(), *self.added):
+            if id(one) not in seen:
+                seen.add(id(one))
+                yield path, one
 
-    def output(self, path: str, tied: str, x: Tensor) -> Tensor:
-        """The language-model head, whose weight may be the embedding's."""
+    def output(self, path: str, x: Tensor) -> Tensor:
+        """The language-model head."""
         self.held.append(x)
-        if path in self.layers or path in self.weights:
-            return self.linear(path, x)
-        return self.product(x, self.weights[tied])
+        return self.linear(path, x)
+
+    def table(self, path: str, ids: Tensor) -> Tensor:
+        """Rows of the embedding at a path, with what the method adds to them."""
+        return self.layers[path](ids) if path in self.layers else ops.embedding(ids, self.weights[path])
+
+    def words(
+        self, path: str, ids: Tensor, then: Callable[[Tensor], Tensor] | None = None, front: bool = True
+    ) -> Tensor:
+        """The word embeddings, with what the model does to them first and what a method puts in front of them."""
+        x = self.table(path, ids)
+        if then is not None:
+            x = then(x)
+        if self.leaves:
+            x = leaf(x)
+        return self.front(x) if front else x
 
     def places(self, count: int) -> Tensor:
         """The numbers of `count` places, which choose the rows of a table."""
@@ -142,7 +185,7 @@ class Net:
 
     def block(self, prefix: str, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """One block, with or without gradient checkpointing; what runs again runs under autocast again."""
-        if not self.checkpointing:
+        if not self.recipe.checkpointing:
             return function(*inputs)
 
         def again(*inputs: Tensor) -> Tensor:
@@ -151,12 +194,17 @@ class Net:
 
         return checkpoint(again, inputs, self.trains(prefix))
 
-    def words(self, path: str, ids: Tensor, then: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """The word embeddings, with what the model does to them first and what a method puts in front of them."""
-        x = self.layers[path](ids) if path in self.layers else ops.embedding(ids, self.weights[path])
-        if then is not None:
-            x = then(x)
-        return self.front(x)
+    def activation(self, name: str) -> Callable[[Tensor], Tensor]:
+        """An activation function by the name that a configuration gives it."""
+        if name == "gelu_new":
+            return lambda x: ops.gelu_new(x, self.autocast)
+        if name not in ACTIVATIONS:
+            known = (*ACTIVATIONS, "gelu_new")
+            raise PeftLabError(
+                f"{self.shape.name}: what the activation {name!r} keeps is not known.{did_you_mean(name, known)} "
+                f"Known: {', '.join(known)}."
+            )
+        return ACTIVATIONS[name]
 
     def rms_norm(self, path: str, x: Tensor) -> Tensor:
         """w * (x / sqrt(mean x^2 + eps)), computed in float32."""
@@ -189,32 +237,42 @@ class Net:
             x = ops.cast(x, ops.FLOAT32)
         return ops.layer_norm(x, self.weights[path], self.biases[path])
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, style: Style, bias: Tensor | None = None) -> Tensor:
         """Attention of (b, heads, s, d), under autocast in 16 bits; returns (b, s, heads d).
 
-        A prefix makes more keys than queries, and T5 adds a bias: then the kernel is given a mask, and every head its
-        own keys and values.
+        A causal model with a prefix or a sliding window needs a mask, and T5 adds a bias: then the kernel is given
+        it, and every head its own keys and values.
         """
         if self.autocast:
             q, k, v = self.half(q), self.half(k), self.half(v)
-        if not self.fused:
-            mixed = attention.eager_attention(q, k, v, bias)
-        elif bias is None and q.shape[2] == k.shape[2]:
+        batch, heads, length, width = q.shape
+        if bias is None and style.causal and (k.shape[2] != length or self.windowed(length)):
+            bias = q.new((batch, 1, length, k.shape[2]))
+        if not self.recipe.fused_attention:
+            if self.autocast:
+                style = replace(style, wide_softmax=True)
+            mixed = attention.eager_attention(q, k, v, bias, style)
+        elif bias is None:
             mixed = attention.flash_attention(q, k, v)
         else:
-            if bias is None:
-                bias = q.new((q.shape[0], 1, q.shape[2], k.shape[2]))
-            k, v = (x if x.shape[1] == q.shape[1] else attention.repeat(x, q.shape[1]) for x in (k, v))
-            mixed = attention.flash_attention(q, k, v, bias)
-        return mixed.view(q.shape[0], q.shape[2], q.shape[1] * q.shape[3])
+            mixed = attention.flash_attention(q, attention.spread(k, heads), attention.spread(v, heads), bias)
+        return mixed.view(batch, length, heads * width)
 
-    def attend_packed(self, i: int, qkv: Tensor, heads: int) -> Tensor:
+    def windowed(self, length: int) -> bool:
+        """Whether a sequence reaches the sliding window of its architecture."""
+        values, family = self.config.values, self.shape.family
+        window = values.get("sliding_window", 4096 if family == "mistral" else None)
+        if family != "mistral" and not values.get("use_sliding_window"):
+            return False
+        return window is not None and length >= window
+
+    def attend_packed(self, i: int, qkv: Tensor, heads: int, style: Style) -> Tensor:
         """Attention of queries, keys and values that are views of one tensor (b, s, 3 h)."""
         batch, length, three = qkv.shape
-        if self.fused and self.extend is unchanged:
+        if self.recipe.fused_attention and self.extend is unchanged:
             return attention.packed_attention(self.half(qkv) if self.autocast else qkv, heads)
         q, k, v = attention.split(qkv, (batch, heads, length, three // 3 // heads))
-        return self.attend(q, *self.extend(i, k, v))
+        return self.attend(q, *self.extend(i, k, v), style)
 
 
 def unchanged(i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,9 @@ def cast(x: Tensor, bytes: int) -> Tensor:
 
 
 def copy(x: Tensor, bytes: int | None = None) -> Tensor:
-    """x.contiguous() or reshape of what is not contiguous; its gradient passes as it is."""
-    return record(x.new(bytes=bytes), [x], lambda g: (g,))
+    """A new tensor whose gradient passes as it is: clone, contiguous, x minus a vector that may widen it."""
+    before = x.bytes
+    return record(x.new(bytes=bytes), [x], lambda g: (_fit(g, before),))
 
 
 def _fit(gradient: Tensor, bytes: int) -> Tensor:
@@ -113,6 +114,20 @@ def divide(a: Tensor, b: Tensor) -> Tensor:
     return record(a.new(), [a], apply, [b])
 
 
+def divide_by_trained(x: Tensor, b: Tensor) -> Tensor:
+    """x / b for a scalar b that has a gradient: x is kept, and its share of the gradient is computed at its size."""
+    shape = b.shape
+
+    def apply(g: Tensor, kept: Tensor = x):
+        of_x = g.new()
+        held = [g.new() for _ in range(3)]  # -g x / b^2
+        whole = g.new()
+        del held
+        return of_x, whole.new(shape)
+
+    return record(x.new(), [x, b], apply, [x])
+
+
 def mul_rows(x: Tensor, column: Tensor) -> Tensor:
     """x (r, n) times a column (r, 1): each gradient needs the other."""
 
@@ -183,10 +198,14 @@ def from_input(x: Tensor) -> Tensor:
     return record(x.new(), [x], apply, [x])
 
 
-def gelu_new(x: Tensor) -> Tensor:
-    """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), as GPT-2 writes it: four operations keep a tensor."""
+def gelu_new(x: Tensor, autocast: bool) -> Tensor:
+    """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), as GPT-2 writes it: four operations keep a tensor.
+
+    CUDA's autocast computes the power in float32, and what comes after it is as wide.
+    """
     half = scale(x)
-    return mul(half, shift(from_result(scale(add(x, scale(square(x)))))))
+    power = square(cast(x, FLOAT32) if autocast else x)
+    return mul(half, shift(from_result(scale(add(x, scale(power))))))
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -214,6 +233,16 @@ def layer_norm(x: Tensor, weight: Parameter, bias: Parameter) -> Tensor:
     return record(output, [x, weight, bias], apply, [x, *rows])
 
 
+def first_rows(x: Tensor, count: int) -> Tensor:
+    """x[:, :count] of (b, s, h), a view. Its gradient is spread over zeros of the whole size."""
+    shape = x.shape
+    if shape[1] == count:
+        return x
+    output = x.view(shape[0], count, shape[2])
+    output.node = None
+    return record(output, [x], lambda g: (g.new(shape),))
+
+
 def first_of(x: Tensor) -> Tensor:
     """x[:, 0], a view. Its gradient is spread over zeros of the whole size."""
     shape = x.shape
@@ -237,9 +266,7 @@ def linear(x: Tensor, weight: Parameter, bias: Parameter | None = None) -> Tenso
         of_weight = g.new(weight.shape, weight.bytes) if weight.needs_grad else None
         return of_x, of_weight, of_bias
 
-    inputs = [x, weight] + ([bias] if bias is not None else [])
-    edges = [x, weight, bias if bias is not None else x.detach()]
-    del inputs
+    edges = [x, weight, x.detach() if bias is None else bias]  # what is detached has no gradient
     return record(output, edges, apply, [x] if weight.needs_grad else [])
 
 
@@ -320,6 +347,12 @@ def split_halves_rotated(x: Tensor) -> Tensor:
         return (first,)
 
     return record(output, [x], apply)
+
+
+def enlarge(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """torch.where of a mask and a smaller x: a new tensor; its gradient is summed back."""
+    before = x.shape
+    return record(x.new(shape), [x], lambda g: (g.new(before),))
 
 
 def cat(a: Tensor, b: Tensor, axis: int) -> Tensor:

@@ -60,9 +60,9 @@ class Memory:
             self.default = before
 
     @contextmanager
-    def no_graph(self) -> Iterator[None]:
-        """As torch.no_grad."""
-        before, self.recording = self.recording, False
+    def graph(self, recording: bool) -> Iterator[None]:
+        """As torch.enable_grad or torch.no_grad."""
+        before, self.recording = self.recording, recording
         try:
             yield
         finally:
@@ -247,7 +247,7 @@ def checkpoint(function: Callable[..., Tensor], inputs: Sequence[Tensor], trains
     memory = inputs[0].memory
     if not memory.recording or not (trains or any(x.needs_grad for x in inputs)):
         return function(*inputs)
-    with memory.no_graph():
+    with memory.graph(False):
         output = function(*(x.detach() for x in inputs))
 
     def apply(gradient: Tensor) -> list[Tensor | None]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from peftlab.memory import ops
 from peftlab.memory.decoders import gated_decoder, gpt2
 from peftlab.memory.encoders import bert, t5
 from peftlab.memory.layers import FRONTS, LAYERS, parallel
-from peftlab.memory.nets import Net
+from peftlab.memory.nets import Net, Recipe
 from peftlab.memory.options import Trained
-from peftlab.memory.replay import Memory, Parameter, Tensor, backward, leaf
+from peftlab.memory.replay import Memory, Parameter, Tensor, backward
 from peftlab.memory.shapes import Shape
 
 # The forward pass of each architecture
@@ -24,23 +23,8 @@ FORWARD: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "bert": bert,
     "t5": t5,
     "mt5": t5,
-    "roberta": lambda net, ids: bert(net, ids, "roberta"),
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), lambda net, ids: bert(net, ids, "roberta")),
 }
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a run is like, apart from its model and its method."""
-
-    batch: int
-    sequence: int
-    weight_bytes: int  # of the weights, their gradients and states
-    adapter_bytes: int
-    autocast: bool
-    checkpointing: bool
-    optimizer: str
-    four_bit: bool
-    fused_attention: bool
 
 
 class Run:
@@ -51,11 +35,9 @@ class Run:
         heads = {module.path for module in shape.head}
         own = {(module.path, kind) for module, kind in trained.own}
         self.net = net = Net(
-            self.memory, shape, recipe.weight_bytes,
-            lambda path, kind: (path, kind) in own or (not trained.whole and path in heads), recipe.four_bit,
+            self.memory, shape, recipe,
+            lambda path, kind: (path, kind) in own or (not trained.whole and path in heads),
         )  # fmt: skip
-        net.autocasts, net.checkpointing, net.fused = recipe.autocast, recipe.checkpointing, recipe.fused_attention
-        net.compute = 2 if recipe.autocast else recipe.weight_bytes
         self.states: list[tuple[Tensor, ...]] | None = None
         self.loss: Tensor | None = None
         self.held: list[Tensor] = []  # alive for the whole run
@@ -67,7 +49,7 @@ class Run:
             if added.buffer:
                 self.held.append(Tensor(self.memory, added.size, recipe.adapter_bytes, "adapter"))
                 continue
-            tensor = Parameter(self.memory, added.size, recipe.adapter_bytes, "adapter", added.trains)
+            tensor = Parameter(self.memory, added.size, recipe.adapter_bytes, "adapter", trains=True)
             net.added.append((added.path, tensor))
             grouped.setdefault(added.path, {})[added.name] = tensor
         for path, tensors in grouped.items():
@@ -77,9 +59,7 @@ class Run:
                 net.layers[path] = LAYERS[method](net, path, tensors)
             else:
                 FRONTS[method](net, tensors)
-        if recipe.checkpointing and not trained.whole:
-            front = net.front
-            net.front = lambda x: leaf(front(x))  # peft's enable_input_require_grads
+        net.leaves = recipe.checkpointing and not trained.whole
         self.ids = Tensor(self.memory, (recipe.batch, recipe.sequence), ops.INT64)
 
     def step(self) -> None:
@@ -104,6 +84,12 @@ class Run:
         self.memory.reset_peak()
         backward(loss.node, [loss.new()])
         return [forward - start, self.memory.peak - start]
+
+    def close(self) -> None:
+        """Cuts the circles between the model and the calls of its layers, so that all goes at once."""
+        self.net.layers.clear()
+        self.net.beside.clear()
+        del self.net.front, self.net.extend
 
     def forward(self) -> Tensor:
         """The loss, as transformers computes it: a language model's logits are cast to float32 first."""

@@ -86,13 +86,25 @@ def dropout(x, p=0.5, training=True, inplace=False):
     return torch.native_dropout(x, p, True)[0] if p and training else x
 
 
-def measure(config, kind, adapter=None, *, batch, sequence, dtype, checkpointing=False, autocast=False, monkeypatch):
+def measure(
+    config,
+    kind,
+    adapter=None,
+    *,
+    batch,
+    sequence,
+    dtype,
+    checkpointing=False,
+    autocast=False,
+    attention="fused_stand_in",
+    monkeypatch,
+):
     """Bytes above the parameters, at the most, of forward and of backward, in the second of two steps."""
     monkeypatch.setattr(masks, "find_packed_sequence_indices", lambda *args, **options: None)
     monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
     config = AutoConfig.for_model(**{**config, "use_cache": False})
     config.decoder_start_token_id = 0  # asked for by T5
-    config._attn_implementation = "fused_stand_in"
+    config._attn_implementation = attention
     device = "cpu" if autocast else "meta"
     with torch.device(device):
         model = AUTO[kind].from_config(config, dtype=dtype)

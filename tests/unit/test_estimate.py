@@ -8,7 +8,8 @@ import pytest
 
 from peftlab import cli, measurements
 from peftlab.errors import PeftLabError
-from peftlab.memory import CARDS, METHODS, cards, count, estimate, fits, largest, load_shape, what_fits
+from peftlab.memory import CARDS, METHODS, cards, count, estimate, fits, largest, load_shape, ops, what_fits
+from peftlab.memory.replay import Memory, Parameter, backward
 
 BLOCK = 512  # the allocator's rounding, once a tensor
 
@@ -120,6 +121,10 @@ def test_the_largest_that_fits():
     assert fits("RTX 4090", "llama-3.1-8b", "qlora", batch=batch, **run)
     assert not fits("RTX 4090", "llama-3.1-8b", "qlora", batch=batch + 1, **run)
     assert largest("sequence", "T4", "llama-2-70b", "lora") == 0
+    assert largest("sequence", "H200", "gpt2", "lora") == 1024 - 20  # what it has positions for
+    for guess in (1, 2, 40, 999, 1000):
+        for last in (1, 2, 37, 999, 1000):
+            assert cards._last(lambda n, last=last: n <= last, guess, 1000) == last
     found = what_fits("llama-2-7b", "full", precision="mixed", checkpointing=True)
     assert found == ["H200", "B200"] and set(found) < set(CARDS)
     assert cards.card_bytes("h100") < 80e9
@@ -139,6 +144,10 @@ def test_the_largest_that_fits():
         ("llama-2-7b --attention flash", "attention is one of sdpa, eager"),
         ("llama-2-7b --card H1000", "Did you mean 'H100'"),
         ("gpt2 --method prefix --checkpointing", "checkpointing switches off"),
+        ("gpt2 --sequence 2000", "gpt2 has 1,024 positions, too few for 2,000 tokens"),
+        ("bert-base --method prompt --sequence 500", "512 positions, too few for 500 tokens and 20 virtual tokens"),
+        ("llama-2-7b --sequence 99999999999999", "sequence is at most 16,777,216"),
+        ("smollm2-135m --method dora --targets embed_tokens", "DoRA on the embedding model.embed_tokens"),
         ("gpt2 --method lora --r 0", "r must be a positive whole number"),
     ],
 )
@@ -159,6 +168,47 @@ def test_an_architecture_without_a_replay():
               "num_hidden_layers": 1, "num_attention_heads": 4}  # fmt: skip
     with pytest.raises(PeftLabError, match="activations of gemma2 models are not known yet; known: llama"):
         estimate(config)
+
+
+@pytest.mark.parametrize(
+    ("shape", "targets"),
+    [("gpt2", ["wte"]), ("gpt2", ["wpe"]), ("gpt2", ["c_attn", "lm_head"]), ("t5-base", ["lm_head"]),
+     ("bert-base", ["word_embeddings", "token_type_embeddings"]), ("t5-base", ["relative_attention_bias"])],
+)  # fmt: skip
+def test_adapters_on_embeddings_and_tied_heads_take_their_gradients(shape, targets):
+    """Every tensor of the adapter has states in the end, so each had a gradient."""
+    found = estimate(shape, "lora", targets=targets, sequence=64)
+    trained = count(shape, "lora", targets=targets)
+    assert found.optimizer == near(8 * trained.added + 4 * trained.head, 100)  # the head is as wide as the weights
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["bf16", "mixed"])
+@pytest.mark.parametrize("method", ["dora", "adalora", "vera", "ia3", "houlsby", "parallel", "p-tuning"])
+def test_everything_that_trains_has_a_gradient(method, precision, checkpointing):
+    """Two states of float32 for each trained parameter (and AdaLoRA's rank numbers, which train on a GPU)."""
+    found = estimate("llama-3.2-1b", method, precision=precision, checkpointing=checkpointing, sequence=16)
+    assert found.optimizer == near(8 * found.trainable, 1000)
+
+
+def test_a_second_gradient_is_added_in_place_where_nothing_else_holds_the_first():
+    """The replay counts references as PyTorch does; a Python that counts otherwise would be noticed here."""
+    allocations = []
+    for view in (False, True):
+        memory = Memory()
+        x = Parameter(memory, (128,), 4, trains=True)
+        middle = ops.scale(x)
+        a, b = ops.scale(middle), ops.scale(middle)
+        output = ops.add(a, b)
+        del a, b, middle
+        node, gradients = output.node, [output.new()]
+        if view:
+            first = node.edges[1].apply
+            node.edges[1].apply = lambda g, first=first: tuple(one.viewed() for one in first(g))
+        memory.history = []
+        backward(node, gradients)
+        allocations.append(len(memory.history))
+    assert allocations == [3, 4]  # of a, of b, of x; and where b's is held twice, their sum
 
 
 def test_the_table_and_the_json(capsys):
