@@ -3,9 +3,9 @@
 from peftlab.exercises.grading import Exercise, choice, function, number
 
 
-def _block(h, k, m, n, tokens):
-    """20 h + 4 k + 8 m + 4 n + 8 bytes a token."""
-    return tokens * (20 * h + 4 * k + 8 * m + 4 * n + 8)
+def _frozen(h, k, m, n, tokens):
+    """12 h + 4 k + 6 m + 4 n + 8 bytes a token: without the norms' normalised inputs and the projections' inputs."""
+    return tokens * (12 * h + 4 * k + 6 * m + 4 * n + 8)
 
 
 def _block_cases():
@@ -40,13 +40,17 @@ EXERCISES = (
               3 * 2 * 2 * 4096 * 128_256 / 1e9: "A float32 has four bytes, not two."},
         hint="Tokens times vocabulary times four bytes is one copy.",
         then="More than the weights of a small model.")),
-    Exercise("memory.block", "medium", 15, "your function", function(
-        _block, cases=_block_cases,
-        near={"Per token it is right; multiply by the tokens.": lambda h, k, m, n, tokens: _block(h, k, m, n, 1),
-              "Keys and values are two tensors of two bytes each: 4 k.":
-                  lambda h, k, m, n, tokens: tokens * (20 * h + 2 * k + 8 * m + 4 * n + 8)},
-        hint="Add the table's rows; each row is bytes a token.",
-        then="With grouped keys and values k is smaller than h, and so is what is kept.")),
+    Exercise("memory.frozen", "medium", 15, "your function", function(
+        _frozen, cases=_block_cases,
+        near={"Per token it is right; multiply by the tokens.": lambda h, k, m, n, tokens: _frozen(h, k, m, n, 1),
+              "That is the block with all weights trained.":
+                  lambda h, k, m, n, tokens: tokens * (20 * h + 4 * k + 8 * m + 4 * n + 8),
+              "down_proj has an input, too: the product of gate and up, 2 m.":
+                  lambda h, k, m, n, tokens: tokens * (12 * h + 4 * k + 8 * m + 4 * n + 8),
+              "Attention still needs its output, whatever o_proj needs.":
+                  lambda h, k, m, n, tokens: tokens * (10 * h + 4 * k + 6 * m + 4 * n + 8)},
+        hint="Ask of each row: is it there for the gradient of a weight, or for a gradient that passes through?",
+        then="Less than a third falls away.")),
     Exercise("memory.longest", "hard", 15, "your function", function(
         _longest, cases=_longest_cases,
         near={"Where the weights alone are too large, the answer is 0, not a negative number.":

@@ -2,7 +2,7 @@
 
 from peftlab.memory.cards import CARDS, fits, largest, what_fits
 from peftlab.memory.counting import METHODS, Count, count
-from peftlab.memory.estimate import Estimate, estimate
+from peftlab.memory.estimate import CUBLAS_WORKSPACE, Estimate, estimate
 from peftlab.memory.families import Module
 from peftlab.memory.shapes import BUILT_IN, Shape, load_shape
 from peftlab.memory.units import format_both, format_bytes, format_count, format_percent
@@ -10,6 +10,7 @@ from peftlab.memory.units import format_both, format_bytes, format_count, format
 __all__ = [
     "BUILT_IN",
     "CARDS",
+    "CUBLAS_WORKSPACE",
     "METHODS",
     "Count",
     "Estimate",
