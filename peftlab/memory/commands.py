@@ -17,6 +17,9 @@ LABELS = {
     "weights": "weights", "adapter": "adapter", "gradients": "gradients", "optimizer": "optimiser states",
     "activations": "activations", "logits": "logits and loss", "workspace": "alive for a moment",
 }  # fmt: skip
+OF_A_RUN = (
+    "batch", "sequence", "precision", "optimizer", "checkpointing", "autocast", "adapter_precision", "attention",
+)  # fmt: skip
 
 
 def add_method_options(
@@ -100,17 +103,7 @@ def count(arguments: argparse.Namespace) -> int:
 
 def memory(arguments: argparse.Namespace) -> int:
     """`peftlab memory`."""
-    names = (
-        "batch",
-        "sequence",
-        "precision",
-        "optimizer",
-        "checkpointing",
-        "autocast",
-        "adapter_precision",
-        "attention",
-    )
-    run = described(arguments) | {name: getattr(arguments, name) for name in names}
+    run = described(arguments) | {name: getattr(arguments, name) for name in OF_A_RUN}
     if arguments.card:
         cards.card_bytes(arguments.card)  # an unknown card is said before anything is computed
     result = estimate(**run)

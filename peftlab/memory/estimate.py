@@ -111,21 +111,7 @@ def estimate(
     _one_of("optimizer", optimizer, OPTIMIZERS)
     _one_of("adapter_precision", adapter_precision, ADAPTER_PRECISIONS)
     _one_of("attention", attention, ATTENTIONS)
-    if shape.family not in FORWARD:
-        raise PeftLabError(
-            f"The activations of {shape.family} models are not known yet; known: {', '.join(FORWARD)}."
-            f"{did_you_mean(shape.family, FORWARD)} Its parameters are: peftlab count {shape.name}."
-        )
-    if method == "prefix" and checkpointing:
-        raise PeftLabError("Prefix tuning needs the cache of keys and values, which checkpointing switches off.")
-    virtual = virtual_tokens if method in ("prompt", "p-tuning") else 0
-    if sequence + virtual > longest(shape):
-        more = f" and {virtual} virtual tokens" if virtual else ""
-        raise PeftLabError(f"{shape.name} has {longest(shape):,} positions, too few for {sequence:,} tokens{more}.")
-    if method == "prefix" and shape.kind == "encoder-decoder" and not _prefix_runs(shape):
-        raise PeftLabError(
-            f"{shape.name}: peft's prefix has the encoder's depth and the model's width, and this decoder has another."
-        )
+    _refuse_what_cannot_run(shape, method, sequence, virtual_tokens, checkpointing)
     if targets is not None and not isinstance(targets, str):
         targets = tuple(targets)
     options = Options(r, targets, bias, virtual_tokens, reduction_factor, projection)
@@ -156,6 +142,25 @@ def estimate(
         moment=memory.peak_moment, flops=memory.flops - before, trainable=counted.trainable, total=counted.total,
         history=_thinned(memory.history),
     )  # fmt: skip
+
+
+def _refuse_what_cannot_run(shape: Shape, method: str, sequence: int, virtual_tokens: int, checkpointing: bool) -> None:
+    """What transformers or peft would stop at, and what is not known here."""
+    if shape.family not in FORWARD:
+        raise PeftLabError(
+            f"The activations of {shape.family} models are not known yet; known: {', '.join(FORWARD)}."
+            f"{did_you_mean(shape.family, FORWARD)} Its parameters are: peftlab count {shape.name}."
+        )
+    if method == "prefix" and checkpointing:
+        raise PeftLabError("Prefix tuning needs the cache of keys and values, which checkpointing switches off.")
+    virtual = virtual_tokens if method in ("prompt", "p-tuning") else 0
+    if sequence + virtual > longest(shape):
+        more = f" and {virtual} virtual tokens" if virtual else ""
+        raise PeftLabError(f"{shape.name} has {longest(shape):,} positions, too few for {sequence:,} tokens{more}.")
+    if method == "prefix" and shape.kind == "encoder-decoder" and not _prefix_runs(shape):
+        raise PeftLabError(
+            f"{shape.name}: peft's prefix has the encoder's depth and the model's width, and this decoder has another."
+        )
 
 
 def longest(shape: Shape) -> int:

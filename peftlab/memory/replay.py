@@ -46,10 +46,6 @@ class Memory:
         if size > 0 and self.history is not None:
             self.history.append((self.moment, self.total))
 
-    def reset_peak(self) -> None:
-        """As torch.cuda.reset_peak_memory_stats."""
-        self.peak, self.at_peak, self.peak_moment = self.total, dict(self.now), self.moment
-
     @contextmanager
     def kind(self, kind: str) -> Iterator[None]:
         """What is allocated meanwhile is of this kind."""

@@ -74,17 +74,6 @@ class Run:
         for parameter in self.net.parameters:
             parameter.grad = None
 
-    def peaks_of_a_step(self, start: int) -> list[int]:
-        """The most bytes above `start` in the forward, and in the backward pass, of one more step."""
-        self.memory.reset_peak()
-        with self.net.under_autocast():
-            loss = self.forward()
-        forward = self.memory.peak
-        self.loss = loss
-        self.memory.reset_peak()
-        backward(loss.node, [loss.new()])
-        return [forward - start, self.memory.peak - start]
-
     def close(self) -> None:
         """Cuts the circles between the model and the calls of its layers, so that all goes at once."""
         self.net.layers.clear()

@@ -9,6 +9,7 @@ from peftlab.errors import PeftLabError
 from peftlab.memory.methods import METHODS
 from peftlab.memory.nets import Recipe
 from peftlab.memory.options import Options
+from peftlab.memory.replay import backward
 from peftlab.memory.shapes import load_shape
 from peftlab.memory.step import Run
 
@@ -52,7 +53,14 @@ def replayed(shape, method, *, batch, sequence, bytes, checkpointing=False, auto
     ))  # fmt: skip
     start = run.memory.total
     run.step()
-    return run.peaks_of_a_step(start)
+    memory, peaks = run.memory, []
+    memory.peak = memory.total
+    with run.net.under_autocast():
+        run.loss = run.forward()
+    peaks.append(memory.peak - start)
+    memory.peak = memory.total
+    backward(run.loss.node, [run.loss.new()])
+    return [*peaks, memory.peak - start]
 
 
 CASES = [
