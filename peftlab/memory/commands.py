@@ -120,6 +120,8 @@ def memory(arguments: argparse.Namespace) -> int:
         ("peak", format_both(result.peak_bytes)),
         *((f"  {LABELS[kind]}", format_both(result.parts[kind])) for kind in KINDS),
         ("reached in", result.moment),
+        ("arithmetic", f"{result.flops / 1e12:.3g} TFLOP a step"),
+        ("file", format_both(result.file_bytes)),
         ("fits on", ", ".join(fitting) or "none of the cards known"),
     ]
     if arguments.card:

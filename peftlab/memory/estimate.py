@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.counting import count
 from peftlab.memory.methods import METHODS, method_name
-from peftlab.memory.options import Options
+from peftlab.memory.options import Options, Trained
 from peftlab.memory.replay import KINDS
 from peftlab.memory.shapes import Shape, load_shape
 from peftlab.memory.step import FORWARD, Recipe, Run
@@ -48,6 +48,7 @@ class Estimate:
     workspace: int  # alive at this moment only; cuBLAS' workspace
     moment: str  # where in the step it is
     flops: int  # of the matrix products of one step, two for each multiplication and addition
+    file_bytes: int  # the tensors of the checkpoint: the model's, or the adapter's alone
     trainable: int
     total: int
     history: list[tuple[str, int]] = field(repr=False, compare=False)  # the second step: (where, bytes), some of it
@@ -56,6 +57,15 @@ class Estimate:
     def parts(self) -> dict[str, int]:
         """The parts by name; their sum is ``peak_bytes``."""
         return {kind: getattr(self, kind) for kind in KINDS}
+
+    def seconds(self, peak_flops: float, efficiency: float) -> float:
+        """Time of a step on a device of `peak_flops` operations a second, of which a share `efficiency` is reached.
+
+        Arithmetic alone: a step of many small kernels waits for launches, and takes longer whatever the efficiency.
+        """
+        if peak_flops <= 0 or not 0 < efficiency <= 1:
+            raise PeftLabError(f"peak_flops is above 0, efficiency up to 1; found {peak_flops!r} and {efficiency!r}.")
+        return self.flops / (efficiency * peak_flops)
 
     def as_dict(self) -> dict[str, int | str]:
         """As ``peftlab memory --json`` prints it."""
@@ -139,7 +149,8 @@ def estimate(
                     reduction_factor=reduction_factor, projection=projection)  # fmt: skip
     return Estimate(
         shape.name, method, memory.peak + CUBLAS_WORKSPACE, **parts,
-        moment=memory.peak_moment, flops=memory.flops - before, trainable=counted.trainable, total=counted.total,
+        moment=memory.peak_moment, flops=memory.flops - before,
+        file_bytes=_file_bytes(shape, method, trained, recipe), trainable=counted.trainable, total=counted.total,
         history=_thinned(memory.history),
     )  # fmt: skip
 
@@ -176,6 +187,20 @@ def _prefix_runs(shape: Shape) -> bool:
     blocks = [{m.layer for m in shape.modules if m.path.startswith(f"{kind}.block")} for kind in ("encoder", "decoder")]
     inner = next(m.outputs for m in shape.modules if m.path.endswith("SelfAttention.q"))
     return blocks[0] == blocks[1] and inner == shape.modules[0].outputs
+
+
+def _file_bytes(shape: Shape, method: str, trained: Trained, recipe: Recipe) -> int:
+    """What is saved: all weights, or what trains; of prompts and prefixes what their encoder makes, not the encoder."""
+    if trained.whole:
+        return recipe.weight_bytes * shape.parameters
+    added = [tensor for tensor in trained.added if tensor.trains and not tensor.buffer]
+    elements = sum(tensor.elements for tensor in added)
+    if method in ("p-tuning", "prefix"):
+        rows, width = added[0].size
+        elements = rows * (added[-1].size[0] if method == "prefix" and len(added) > 1 else width)
+    own = sum(m.outputs if kind == "bias" else m.weight for m, kind in trained.own)
+    head = sum(module.parameters for module in shape.head)
+    return recipe.adapter_bytes * elements + recipe.weight_bytes * (own + head)
 
 
 def _thinned(history: list[tuple[str, int]]) -> list[tuple[str, int]]:

@@ -114,6 +114,41 @@ def test_arithmetic_of_a_step():
     assert again == pytest.approx(8 * parameters, rel=0.03)  # but for the head, which is not computed again
 
 
+def test_seconds_at_a_stated_efficiency():
+    found = estimate("gpt2", "lora", sequence=64)
+    assert found.seconds(1e12, 0.5) == pytest.approx(2 * found.flops / 1e12)
+    for peak, share in ((0, 0.5), (1e12, 0), (1e12, 1.5)):
+        with pytest.raises(PeftLabError, match="efficiency up to 1"):
+            found.seconds(peak, share)
+
+
+@pytest.mark.parametrize("shape", ["bert", "llama"])
+@pytest.mark.parametrize(
+    ("method", "make"),
+    [
+        ("lora", lambda peft, task: peft.LoraConfig(r=4, bias="lora_only", task_type=task)),
+        ("dora", lambda peft, task: peft.LoraConfig(r=4, use_dora=True, task_type=task)),
+        ("ia3", lambda peft, task: peft.IA3Config(task_type=task)),
+        ("p-tuning", lambda peft, task: peft.PromptEncoderConfig(num_virtual_tokens=6, task_type=task)),
+        ("prefix", lambda peft, task: peft.PrefixTuningConfig(num_virtual_tokens=6, task_type=task)),
+    ],
+)
+def test_the_size_of_the_file(shape, method, make):
+    """The tensors that Hugging Face peft would save."""
+    peft = pytest.importorskip("peft")
+    import transformers
+
+    config = {"model_type": shape, "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96,
+              "num_hidden_layers": 2, "num_attention_heads": 4}  # fmt: skip
+    auto = transformers.AutoModelForSequenceClassification if shape == "bert" else transformers.AutoModelForCausalLM
+    model = auto.from_config(transformers.AutoConfig.for_model(**config))
+    model = peft.get_peft_model(model, make(peft, "SEQ_CLS" if shape == "bert" else "CAUSAL_LM"))
+    saved = peft.get_peft_model_state_dict(model)
+    options = {"bias": "lora_only"} if method == "lora" else {}
+    found = estimate(config, method, r=4, virtual_tokens=6, precision="fp32", sequence=8, **options)
+    assert found.file_bytes == sum(tensor.numel() * tensor.element_size() for tensor in saved.values())
+
+
 def test_the_largest_that_fits():
     run = {"r": 16, "targets": "all-linear", "checkpointing": True}
     batch = largest("batch", "rtx 4090", "llama-3.1-8b", "qlora", **run)
