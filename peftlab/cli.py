@@ -154,7 +154,7 @@ def _train_options(command: Parser) -> None:
     from peftlab.memory import commands
 
     finetune.add_options(command)
-    commands.add_method_options(command, "full, or a method of the package, as lora", r=8, ranks="8")
+    commands.add_method_options(command, "full, or a method that the package has: lora", r=8, ranks="8")
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -260,12 +260,13 @@ def render(report: dict[str, Any]) -> str:
         more = f" (download {format_bytes(asset['download'])})" if asset["state"] == "not fetched" else ""
         lines.append(f"  {name:<14}{asset['fault'] or asset['state']}, {format_bytes(asset['bytes'])}{more}")
     lines += ["", "Chapters"]
-    for chapter in report["chapters"]:
-        name = f"{chapter['number']} {chapter['title']}" if chapter["number"] else chapter["title"]
+    titles = [f"{c['number']} {c['title']}" if c["number"] else c["title"] for c in report["chapters"]]
+    width = max(map(len, titles)) + 2
+    for name, chapter in zip(titles, report["chapters"], strict=True):
         told = "runs here" if chapter["runs"] else "is missing " + "; ".join(chapter["missing"])
         if chapter["runs"] and chapter["fetches"]:
             told += f"; it first brings {', '.join(chapter['fetches'])} ({format_bytes(chapter['download'])})"
-        lines.append(f"  {name:<14}{told}")
+        lines.append(f"  {name:<{width}}{told}")
     for title, sentences in (("Problems", report["problems"]), ("Notes", report["notes"])):
         if sentences:
             lines += ["", title, *(f"  {sentence}" for sentence in sentences)]

@@ -20,14 +20,17 @@ SETTINGS, METRICS, STATE, MODEL = "settings.json", "metrics.json", "run", "model
 def claim(folder: Path, settings: dict[str, Any], resume: bool) -> None:
     """Note the settings in the folder, or compare them with those of the run that is there."""
     file = folder / SETTINGS
-    if file.exists() and resume:
+    begun = (folder / METRICS).exists() or any((folder / STATE).glob("step-*"))
+    if file.exists() and resume and begun:  # a run that never came to a state leaves nothing to go on with
         try:
             before = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise PeftLabError(f"{file} cannot be read ({error}); use --no-resume to start again.") from None
         changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
         if changed:
-            told = ", ".join(f"--{k.replace('_', '-')} was {before.get(k)}, now {settings.get(k)}" for k in changed)
+            told = ", ".join(
+                f"--{k.replace('_', '-')} was {_told(before.get(k))}, now {_told(settings.get(k))}" for k in changed
+            )
             raise PeftLabError(
                 f"{folder} holds another run ({told}). Use another --out, or --no-resume to start again."
             )
@@ -38,6 +41,10 @@ def claim(folder: Path, settings: dict[str, Any], resume: bool) -> None:
     for leftover in (STATE, MODEL):
         shutil.rmtree(folder / leftover, ignore_errors=True)
     write_json(file, settings)
+
+
+def _told(value: Any) -> Any:
+    return "not given" if value is None else value
 
 
 @contextlib.contextmanager

@@ -67,7 +67,7 @@ def add_memory_options(command: argparse.ArgumentParser) -> None:
     add("--optimizer", default="adamw", metavar="O", help=f"{', '.join(OPTIMIZERS)} (default: adamw)")
     switch = {"action": argparse.BooleanOptionalAction}
     add("--checkpointing", **switch, default=False, help="recompute activations in the backward pass (default: no)")
-    add("--autocast", **switch, help="compute in bf16 (default: for mixed precision and qlora)")
+    add("--autocast", **switch, help="compute in bf16, as Trainer(bf16=True) does (default: for mixed and qlora)")
     named = ", ".join(ADAPTER_PRECISIONS)
     add("--adapter-precision", default="fp32", metavar="P", help=f"of what a method adds: {named} (default: fp32)")
     add("--attention", default="sdpa", metavar="A", help=f"{', '.join(ATTENTIONS)} (default: sdpa)")
@@ -116,7 +116,7 @@ def memory(arguments: argparse.Namespace) -> int:
     rows = [
         ("shape", result.shape),
         ("method", f"{result.method}, {format_count(result.trainable)} trainable"),
-        ("step", f"{arguments.batch} x {arguments.sequence} tokens, {arguments.precision}, {arguments.optimizer}"),
+        ("step", f"{arguments.batch:,} x {arguments.sequence:,} tokens, {arguments.precision}, {arguments.optimizer}"),
         ("peak", format_both(result.peak_bytes)),
         *((f"  {LABELS[kind]}", format_both(result.parts[kind])) for kind in KINDS),
         ("reached in", result.moment),
@@ -125,7 +125,10 @@ def memory(arguments: argparse.Namespace) -> int:
         ("fits on", ", ".join(fitting) or "none of the cards known"),
     ]
     if arguments.card:
-        rows.append((f"on {arguments.card}", f"batches up to {more['largest_batch']:,} of {arguments.sequence} tokens"))
-        rows.append(("", f"or sequences up to {more['largest_sequence']:,} tokens in batches of {arguments.batch}"))
+        batch, sequence = more["largest_batch"], more["largest_sequence"]
+        usable = f"of {format_both(cards.card_bytes(arguments.card))}, {cards.SPARE:.0%} of the card being left aside, "
+        told = f"batches up to {batch:,} of {arguments.sequence:,} tokens" if batch else "no batch of this length"
+        rows.append((f"on {arguments.card}", usable + told))
+        rows.append(("", f"or sequences up to {sequence:,} tokens in batches of {arguments.batch:,}"))
     print_table(rows)
     return 0

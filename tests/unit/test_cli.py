@@ -179,6 +179,19 @@ def test_ctrl_c_and_a_failing_disk_are_one_line(capsys, monkeypatch):
         assert (status, err) == expected and out == ""
 
 
+def test_a_run_that_never_began_does_not_hold_its_folder(tmp_path):
+    """A typo leaves settings behind and no state: the corrected command is not told that another run is there."""
+    from peftlab import run_folder
+
+    run_folder.claim(tmp_path, {"targets": "qproj", "limit": None}, True)
+    run_folder.claim(tmp_path, {"targets": "q_proj", "limit": 8}, True)
+    assert json.loads((tmp_path / run_folder.SETTINGS).read_text())["targets"] == "q_proj"
+    (tmp_path / run_folder.STATE / "step-00000002").mkdir(parents=True)
+    with pytest.raises(PeftLabError, match="--limit was 8, now not given"):
+        run_folder.claim(tmp_path, {"targets": "q_proj", "limit": None}, True)
+
+
+
 @pytest.mark.parametrize("command", ["count gpt2", "--help"])
 def test_a_reader_who_has_gone_is_no_reason_to_complain(command):
     read, write = os.pipe()

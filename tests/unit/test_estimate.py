@@ -249,7 +249,7 @@ def test_a_second_gradient_is_added_in_place_where_nothing_else_holds_the_first(
 def test_the_table_and_the_json(capsys):
     assert cli.main("memory gpt2 --method lora --r 4 --batch 2 --card T4".split()) == 0
     table = capsys.readouterr().out
-    for word in ("peak", "activations", "optimiser states", "GiB", "fits on", "batches up to"):
+    for word in ("peak", "activations", "optimiser states", "GiB", "fits on", "batches up to", "left aside"):
         assert word in table
     assert cli.main("memory gpt2 --method lora --r 4 --batch 2 --card T4 --json".split()) == 0
     found = json.loads(capsys.readouterr().out)
