@@ -56,7 +56,7 @@ def largest(what: str, card: str, shape: Any, method: str = "lora", **run: Any) 
     if what not in ("batch", "sequence"):
         raise PeftLabError(f"what is batch or sequence; found {what!r}.{did_you_mean(what, ('batch', 'sequence'))}")
     room, shape = card_bytes(card), load_shape(shape, run.pop("labels", None))
-    most = MOST if what == "batch" else longest(shape) - run.get("virtual_tokens", 20)
+    most = MOST if what == "batch" else longest(shape, method, run.get("virtual_tokens", 20))
 
     def peak(size: int) -> int:
         return estimate(shape, method, **{**run, what: size}).peak_bytes

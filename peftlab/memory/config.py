@@ -47,7 +47,9 @@ class Config:
 
     def text(self, name: str, default: str) -> str:
         """A string under ``name``."""
-        value = self.values.get(name, default)
+        value = self.values.get(name)
+        if value is None:
+            return default
         if not isinstance(value, str):
             raise PeftLabError(f"{self.source}: {name} must be a text, found {value!r}.")
         return value

@@ -25,6 +25,7 @@ PRECISIONS = {"bf16": 2, "fp32": 4, "mixed": 4}  # bytes of a weight, and so of 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged-adamw8bit", "sgd")
 ATTENTIONS = ("sdpa", "eager")
 ADAPTER_PRECISIONS = {"fp32": 4, "bf16": 2}
+VIRTUAL = ("prompt", "p-tuning", "prefix")  # methods with virtual tokens
 MOST = 2**24  # tokens, and examples
 POINTS = 2000  # of a step's history that are kept
 # PyTorch gives cuBLAS 32 MiB on Hopper (8 MiB before) for each thread that multiplies matrices: the forward's and the
@@ -164,22 +165,26 @@ def _refuse_what_cannot_run(shape: Shape, method: str, sequence: int, virtual_to
         )
     if method == "prefix" and checkpointing:
         raise PeftLabError("Prefix tuning needs the cache of keys and values, which checkpointing switches off.")
-    virtual = virtual_tokens if method in ("prompt", "p-tuning") else 0
-    if sequence + virtual > longest(shape):
-        more = f" and {virtual} virtual tokens" if virtual else ""
-        raise PeftLabError(f"{shape.name} has {longest(shape):,} positions, too few for {sequence:,} tokens{more}.")
+    most = longest(shape, method, virtual_tokens)
+    if sequence > most:
+        taken = f" beside {virtual_tokens} virtual ones" if method in VIRTUAL else ""
+        raise PeftLabError(f"{shape.name} has positions for {most:,} tokens{taken}, too few for {sequence:,}.")
     if method == "prefix" and shape.kind == "encoder-decoder" and not _prefix_runs(shape):
         raise PeftLabError(
             f"{shape.name}: peft's prefix has the encoder's depth and the model's width, and this decoder has another."
         )
 
 
-def longest(shape: Shape) -> int:
-    """The most tokens that a model takes: its learned positions, of which RoBERTa leaves two out; else `MOST`."""
+def longest(shape: Shape, method: str, virtual_tokens: int) -> int:
+    """The most tokens that a model takes: its learned positions, of which RoBERTa leaves two out; else `MOST`.
+
+    Virtual tokens, of a prompt or of a prefix, take positions, too.
+    """
     rows = [m.inputs for m in shape.modules if m.path.endswith(("transformer.wpe", "embeddings.position_embeddings"))]
     if not rows:
         return MOST
-    return rows[0] - (2 if shape.kind == "encoder" and shape.family != "bert" else 0)
+    taken = virtual_tokens if method in VIRTUAL else 0
+    return rows[0] - taken - (2 if shape.kind == "encoder" and shape.family != "bert" else 0)
 
 
 def _prefix_runs(shape: Shape) -> bool:

@@ -156,7 +156,8 @@ def test_the_largest_that_fits():
     assert fits("RTX 4090", "llama-3.1-8b", "qlora", batch=batch, **run)
     assert not fits("RTX 4090", "llama-3.1-8b", "qlora", batch=batch + 1, **run)
     assert largest("sequence", "T4", "llama-2-70b", "lora") == 0
-    assert largest("sequence", "H200", "gpt2", "lora") == 1024 - 20  # what it has positions for
+    assert largest("sequence", "H200", "gpt2", "lora") == 1024  # what it has positions for
+    assert largest("sequence", "H200", "gpt2", "prefix", virtual_tokens=8) == 1024 - 8
     for guess in (1, 2, 40, 999, 1000):
         for last in (1, 2, 37, 999, 1000):
             assert cards._last(lambda n, last=last: n <= last, guess, 1000) == last
@@ -179,8 +180,8 @@ def test_the_largest_that_fits():
         ("llama-2-7b --attention flash", "attention is one of sdpa, eager"),
         ("llama-2-7b --card H1000", "Did you mean 'H100'"),
         ("gpt2 --method prefix --checkpointing", "checkpointing switches off"),
-        ("gpt2 --sequence 2000", "gpt2 has 1,024 positions, too few for 2,000 tokens"),
-        ("bert-base --method prompt --sequence 500", "512 positions, too few for 500 tokens and 20 virtual tokens"),
+        ("gpt2 --sequence 2000", "gpt2 has positions for 1,024 tokens, too few for 2,000"),
+        ("bert-base --method prompt --sequence 500", "492 tokens beside 20 virtual ones, too few for 500"),
         ("llama-2-7b --sequence 99999999999999", "sequence is at most 16,777,216"),
         ("smollm2-135m --method dora --targets embed_tokens", "DoRA on the embedding model.embed_tokens"),
         ("gpt2 --method lora --r 0", "r must be a positive whole number"),
@@ -196,6 +197,12 @@ def test_a_broken_config(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 10')
     assert cli.main(["memory", str(tmp_path)]) == 2
     assert "no valid JSON" in capsys.readouterr().err
+
+
+def test_a_null_in_the_config_means_the_default():
+    config = {"model_type": "gemma", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96,
+              "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16}  # fmt: skip
+    assert estimate({**config, "hidden_activation": None}) == estimate(config)
 
 
 def test_an_architecture_without_a_replay():

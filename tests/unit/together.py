@@ -21,7 +21,9 @@ def run(*workers: list, **environment: str) -> None:
     processes = [subprocess.Popen([sys.executable, *map(str, worker)], env=env, **pipe) for worker in workers]
     try:
         assert [process.stdout.readline() for process in processes] == ["done\n"] * len(processes)
-        assert [process.communicate(timeout=SECONDS) and process.returncode for process in processes] == [0, 0]
+        assert [process.communicate(timeout=SECONDS) and process.returncode for process in processes] == [0] * len(
+            processes
+        )
     finally:
         for process in processes:
             process.kill()
