@@ -131,7 +131,7 @@ def _memory_answer(run: dict[str, Any]) -> str:
         return escape(str(error))
     rows = [[part, memory.format_bytes(size)] for part, size in found.parts.items()]
     rows.append(["peak", memory.format_bytes(found.peak_bytes)])
-    rows.append(["fits on", ", ".join(memory.what_fits(**run)) or "no card known"])
+    rows.append(["fits on", ", ".join(memory.cards.that_hold(found.peak_bytes)) or "no card known"])
     return as_html([run["method"], run["shape"]], rows, [False, True])
 
 

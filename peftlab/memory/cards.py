@@ -29,9 +29,9 @@ def card_bytes(card: str) -> int:
     raise PeftLabError(f"Unknown card {card!r}.{did_you_mean(str(card), CARDS)} Known: {', '.join(CARDS)}.")
 
 
-def by_size() -> list[str]:
-    """The cards, the smallest first."""
-    return sorted(CARDS, key=lambda name: CARDS[name])
+def that_hold(peak: int) -> list[str]:
+    """The cards that hold a peak of so many bytes, the smallest first."""
+    return [card for card in sorted(CARDS, key=CARDS.__getitem__) if peak <= card_bytes(card)]
 
 
 def fits(card: str, shape: Any, method: str = "lora", **run: Any) -> bool:
@@ -41,8 +41,7 @@ def fits(card: str, shape: Any, method: str = "lora", **run: Any) -> bool:
 
 def what_fits(shape: Any, method: str = "lora", **run: Any) -> list[str]:
     """The cards on which a step fits, the smallest first."""
-    peak = estimate(shape, method, **run).peak_bytes
-    return [card for card in by_size() if peak <= card_bytes(card)]
+    return that_hold(estimate(shape, method, **run).peak_bytes)
 
 
 def largest(what: str, card: str, shape: Any, method: str = "lora", **run: Any) -> int:

@@ -112,7 +112,6 @@ def memory(arguments: argparse.Namespace) -> int:
         more = {f"largest_{what}": cards.largest(what, arguments.card, **run) for what in ("batch", "sequence")}
     if arguments.json:
         return print_json(result.as_dict() | more)
-    fitting = [card for card in cards.by_size() if result.peak_bytes <= cards.card_bytes(card)]
     rows = [
         ("shape", result.shape),
         ("method", f"{result.method}, {format_count(result.trainable)} trainable"),
@@ -122,7 +121,7 @@ def memory(arguments: argparse.Namespace) -> int:
         ("reached in", result.moment),
         ("arithmetic", f"{result.flops / 1e12:.3g} TFLOP a step"),
         ("file", format_both(result.file_bytes)),
-        ("fits on", ", ".join(fitting) or "none of the cards known"),
+        ("fits on", ", ".join(cards.that_hold(result.peak_bytes)) or "none of the cards known"),
     ]
     if arguments.card:
         batch, sequence = more["largest_batch"], more["largest_sequence"]

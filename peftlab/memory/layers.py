@@ -1,8 +1,8 @@
 """A layer under each method: what Hugging Face peft's forward passes allocate around the frozen layer.
 
-`wrap(net, path, tensors)` returns the layer's call, x -> output. `tensors` are the method's own, by name. The adapters
-are float32 by default, as in peft, also on a base of 16 bits; each call then casts its input and, at the end, its
-output back.
+Each function takes the model, a path and the method's own tensors by name, and returns the layer's call, x -> output.
+The adapters are float32 by default, as in peft, also on a base of 16 bits; a call then casts its input and, at the end,
+its output back. Three tables say where a method stands: around a layer, beside a feed-forward, or in front of it all.
 """
 
 from __future__ import annotations
@@ -145,17 +145,27 @@ def ia3(net: Net, path: str, own: Own) -> Call:
 
 
 def bottleneck(net: Net, path: str, own: Own) -> Call:
-    """y + up(relu(down y)): a bottleneck after the layer, in the adapter's dtype."""
+    """y + up(relu(down y)): a bottleneck after the layer."""
 
     def call(x: Tensor) -> Tensor:
         result = net.plain(path, x)
-        bytes = result.bytes
-        wide = ops.cast(result, own["down.weight"].bytes)
-        inner = ops.from_result(net.product(wide, own["down.weight"], own["down.bias"]))
-        update = net.product(inner, own["up.weight"], own["up.bias"])
-        return ops.cast(ops.add(result, update), bytes)
+        return _through_bottleneck(net, own, result, result)
 
     return call
+
+
+def parallel(net: Net, own: Own) -> Callable[[Tensor, Call], Tensor]:
+    """f(x) + up(relu(down x)): a bottleneck beside a feed-forward f, from its input to its output."""
+    return lambda x, function: _through_bottleneck(net, own, x, function(x))
+
+
+def _through_bottleneck(net: Net, own: Own, x: Tensor, result: Tensor) -> Tensor:
+    """result + up(relu(down x)), in the adapter's dtype."""
+    bytes = result.bytes
+    wide = ops.cast(x, own["down.weight"].bytes)
+    inner = ops.from_result(net.product(wide, own["down.weight"], own["down.bias"]))
+    update = net.product(inner, own["up.weight"], own["up.bias"])
+    return ops.cast(ops.add(result, update), bytes)
 
 
 def prompt(net: Net, own: Own) -> None:
@@ -208,23 +218,6 @@ def prefix(net: Net, own: Own) -> None:
     net.front, net.extend = front, extend
 
 
-FRONTS: dict[str, Callable[[Net, Own], None]] = {"prompt": prompt, "p-tuning": p_tuning, "prefix": prefix}
-
-
-def parallel(net: Net, path: str, own: Own) -> None:
-    """f(x) + up(relu(down x)): a bottleneck beside a feed-forward f, from its input to its output."""
-
-    def call(x: Tensor, function: Call) -> Tensor:
-        result = function(x)
-        bytes = result.bytes
-        wide = ops.cast(x, own["down.weight"].bytes)
-        inner = ops.from_result(net.product(wide, own["down.weight"], own["down.bias"]))
-        update = net.product(inner, own["up.weight"], own["up.bias"])
-        return ops.cast(ops.add(result, update), bytes)
-
-    net.beside[path] = call
-
-
 LAYERS: dict[str, Callable[[Net, str, Own], Call]] = {
     "lora": lora,
     "qlora": lora,
@@ -235,3 +228,5 @@ LAYERS: dict[str, Callable[[Net, str, Own], Call]] = {
     "houlsby": bottleneck,
     "pfeiffer": bottleneck,
 }
+BESIDE: dict[str, Callable[[Net, Own], Callable[[Tensor, Call], Tensor]]] = {"parallel": parallel}
+FRONTS: dict[str, Callable[[Net, Own], None]] = {"prompt": prompt, "p-tuning": p_tuning, "prefix": prefix}

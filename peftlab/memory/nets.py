@@ -208,18 +208,11 @@ class Net:
 
     def rms_norm(self, path: str, x: Tensor) -> Tensor:
         """w * (x / sqrt(mean x^2 + eps)), computed in float32."""
-        wide = ops.cast(x, ops.FLOAT32)
-        root = ops.from_result(ops.mean_last(ops.square(wide)))
-        wide = ops.mul_broadcast(wide, root)
-        del root
-        return ops.mul_vector(ops.cast(wide, x.bytes), self.weights[path])
+        return ops.mul_vector(ops.cast(ops.over_its_size(ops.cast(x, ops.FLOAT32)), x.bytes), self.weights[path])
 
     def gemma_norm(self, path: str, x: Tensor) -> Tensor:
         """(1 + w) * (x / sqrt(mean x^2 + eps)), all of it in float32."""
-        wide = ops.cast(x, ops.FLOAT32)
-        root = ops.from_result(ops.mean_last(ops.square(wide)))
-        wide = ops.mul_broadcast(wide, root)
-        del root
+        wide = ops.over_its_size(ops.cast(x, ops.FLOAT32))
         weight = ops.shift(ops.cast(self.weights[path], ops.FLOAT32))
         return ops.cast(ops.mul_vector(wide, weight), x.bytes)
 

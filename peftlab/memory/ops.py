@@ -1,7 +1,7 @@
 """What PyTorch's operations do to memory: the output, what is kept for the backward pass, the gradients.
 
-Each function bears the name of its counterpart in torch. A comment says where PyTorch allocates more than one would
-think. b is the batch, s the length, h the width.
+A function bears the name of its counterpart in torch, where there is one. A comment says where PyTorch allocates more
+than one would think. b is the batch, s the length, h the width.
 """
 
 from __future__ import annotations
@@ -187,6 +187,11 @@ def from_result(x: Tensor) -> Tensor:
         return (g.new(),)
 
     return record(output, [x], apply, [output])
+
+
+def over_its_size(x: Tensor) -> Tensor:
+    """x / sqrt(mean x^2 + eps), as an RMS norm writes it: a square, a mean, a root, a product."""
+    return mul_broadcast(x, from_result(mean_last(square(x))))
 
 
 def from_input(x: Tensor) -> Tensor:

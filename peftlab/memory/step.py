@@ -7,7 +7,7 @@ from collections.abc import Callable
 from peftlab.memory import ops
 from peftlab.memory.decoders import gated_decoder, gpt2
 from peftlab.memory.encoders import bert, t5
-from peftlab.memory.layers import FRONTS, LAYERS, parallel
+from peftlab.memory.layers import BESIDE, FRONTS, LAYERS
 from peftlab.memory.nets import Net, Recipe
 from peftlab.memory.options import Trained
 from peftlab.memory.replay import Memory, Parameter, Tensor, backward
@@ -25,6 +25,10 @@ FORWARD: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "mt5": t5,
     **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), lambda net, ids: bert(net, ids, "roberta")),
 }
+
+# bitsandbytes' 8-bit AdamW: states of tensors below this many elements are float32, the others have a scale for each
+# block; a paged optimiser pages the states of tensors from this many elements on.
+SMALL_8BIT, BLOCK_8BIT, PAGED = 4096, 256, 100_000
 
 
 class Run:
@@ -53,12 +57,12 @@ class Run:
             net.added.append((added.path, tensor))
             grouped.setdefault(added.path, {})[added.name] = tensor
         for path, tensors in grouped.items():
-            if method == "parallel":
-                parallel(net, path, tensors)
-            elif path:
-                net.layers[path] = LAYERS[method](net, path, tensors)
-            else:
+            if method in FRONTS:
                 FRONTS[method](net, tensors)
+            elif method in BESIDE:
+                net.beside[path] = BESIDE[method](net, tensors)
+            else:
+                net.layers[path] = LAYERS[method](net, path, tensors)
         net.leaves = recipe.checkpointing and not trained.whole
         self.ids = Tensor(self.memory, (recipe.batch, recipe.sequence), ops.INT64)
 
@@ -117,8 +121,3 @@ class Run:
         blocks = -(-count // BLOCK_8BIT)
         scales = [parameter.new((blocks,), ops.FLOAT32) for _ in range(2 if bytes == 1 else 0)]
         return (*moments, *scales)
-
-
-# bitsandbytes' 8-bit AdamW: states of tensors below this many elements are float32, the others have a scale for each
-# block; a paged optimiser pages the states of tensors from this many elements on.
-SMALL_8BIT, BLOCK_8BIT, PAGED = 4096, 256, 100_000
