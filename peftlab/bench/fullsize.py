@@ -15,13 +15,14 @@ from torch import nn
 import peftlab as pl
 from peftlab.errors import PeftLabError
 
+Adapt = Callable[[nn.Module, dict[str, Any]], nn.Module]
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def points() -> Iterator[dict[str, Any]]:
     """Training: full, LoRA in peft and here side by side, ranks, 16-bit adapters. Forward: base, attached, merged."""
-    for batch in (1, 4):
-        yield train("full", "transformers", batch, True)
+    for batch, checkpointing in ((1, True), (1, False), (4, True), (4, False)):
+        yield train("full", "transformers", batch, checkpointing)
     for (batch, checkpointing), library in product(((1, True), (1, False), (4, True), (4, False)), ("peft", "peftlab")):
         yield train("lora", library, batch, checkpointing, r=16, adapter_dtype="float32")
     yield train("lora", "peftlab", 4, True, r=16, adapter_dtype="bfloat16")
@@ -37,12 +38,15 @@ def train(method: str, library: str, batch: int, checkpointing: bool, **lora: An
     }  # fmt: skip
 
 
-def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measures one point; returns its rows."""
+def measure(point: dict[str, Any], adapt: Adapt | None = None) -> list[dict[str, Any]]:
+    """Measures one point; returns its rows. `adapt(model, point)` prepares the model; `with_adapter` by default."""
     if not torch.cuda.is_available():
         raise PeftLabError(f"Section {point['section']!r} measures a 7B model and needs a CUDA GPU.")
     try:
-        rows = list((training_step if point["section"] == "fullsize" else forward_passes)(point))
+        if point["section"] == "fullsize":
+            rows = list(training_step(point, adapt or with_adapter))
+        else:
+            rows = list(forward_passes(point))
     finally:
         gc.collect()
         torch.cuda.empty_cache()
@@ -68,11 +72,11 @@ def llama_7b() -> nn.Module:
         torch.set_default_dtype(before)
 
 
-def training_step(point: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def training_step(point: dict[str, Any], adapt: Adapt) -> Iterator[dict[str, Any]]:
     """Peak memory and time of a step: median of five after two; bf16 weights and autocast; fused AdamW."""
     torch.manual_seed(0)
     model = llama_7b()
-    wrapped = with_adapter(model, point)
+    wrapped = adapt(model, point)
     wrapped.train()
     if point["checkpointing"]:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
