@@ -24,6 +24,7 @@ from peftlab.memory.step import FORWARD, Recipe, Run
 
 PRECISIONS = {"bf16": 2, "fp32": 4, "mixed": 4}  # bytes of a weight, and so of its gradient and states
 OPTIMIZERS = ("adamw", "adamw8bit", "paged-adamw8bit", "sgd")
+PARALLEL = ("ddp", "fsdp")
 ATTENTIONS = ("sdpa", "eager")
 ADAPTER_PRECISIONS = {"fp32": 4, "bf16": 2}
 VIRTUAL = ("prompt", "p-tuning", "prefix")  # methods with virtual tokens
@@ -95,8 +96,12 @@ def estimate(
     attention: str = "sdpa",
     labels: int | None = None,
     transformers: str | None = None,
+    gpus: int = 1,
+    parallel: str = "ddp",
 ) -> Estimate:
-    """The peak of a training step on one GPU, and what makes it. The model keeps no cache of keys and values.
+    """The peak of a training step on one GPU, or on each of several, and what makes it.
+
+    The model keeps no cache of keys and values.
 
     Args:
         shape: a built-in name, the path of a ``config.json`` or of its folder, its dict, or a ``Shape``.
@@ -112,6 +117,8 @@ def estimate(
         labels: classes of an encoder's head.
         transformers: the version whose forward pass is replayed; None takes the one that is installed, else the newest.
             It matters to T5 alone, whose self-attention is not fused before 5.20.
+        gpus: how many train together; `batch` is that of each.
+        parallel: how: ``"ddp"`` (each holds everything) or ``"fsdp"`` (full shards of each block and of the rest).
 
     Raises:
         PeftLabError: an unknown name (with near matches), a number that is not positive, a target without a match, a
@@ -123,6 +130,9 @@ def estimate(
             raise PeftLabError(f"{name} must be a positive whole number, found {value!r}.")
         if value > MOST:
             raise PeftLabError(f"{name} is at most {MOST:,}, found {value:,}.")
+    if isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 1:
+        raise PeftLabError(f"gpus must be a positive whole number, found {gpus!r}.")
+    _one_of("parallel", parallel, PARALLEL)
     _one_of("precision", precision, PRECISIONS)
     _one_of("optimizer", optimizer, OPTIMIZERS)
     _one_of("adapter_precision", adapter_precision, ADAPTER_PRECISIONS)
@@ -143,6 +153,8 @@ def estimate(
         four_bit=method == "qlora",
         fused_attention=attention == "sdpa",
         contiguous_bias=shape.kind != "encoder-decoder" or _contiguous_bias(transformers),
+        gpus=gpus,
+        sharded=parallel == "fsdp",
     )
     run = Run(shape, method, trained, recipe)
     run.step()

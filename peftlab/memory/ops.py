@@ -50,14 +50,6 @@ def add_broadcast(x: Tensor, b: Tensor) -> Tensor:
     )
 
 
-def add_in_place(x: Tensor, b: Tensor) -> Tensor:
-    """x.add_(b), where b has a batch of one: no new tensor; the gradient of b is summed over the batch."""
-    shape, needs = b.shape, (x.needs_grad, b.needs_grad)
-    output = x.view(*x.shape)
-    output.node = None
-    return record(output, [x, b], lambda g: (g if needs[0] else None, g.new(shape) if needs[1] else None))
-
-
 def scale(x: Tensor) -> Tensor:
     """x times a Python number, -x, x plus a number's multiple: nothing is kept."""
     return record(x.new(), [x], lambda g: (g.new(),))
@@ -148,12 +140,17 @@ def mul_rows(x: Tensor, column: Tensor) -> Tensor:
 
 
 def add_in_place(x: Tensor, b: Tensor) -> Tensor:
-    """x += b: no new tensor, x keeps its dtype."""
-    bytes = b.bytes
+    """x += b: no new tensor, x keeps its dtype. The gradient of a smaller b is summed to its shape."""
+    shape, bytes = b.shape, b.bytes
     output = x.view(*x.shape)
     output.node = None
     needs = x.needs_grad, b.needs_grad
-    return record(output, [x, b], lambda g: (g if needs[0] else None, _fit(g, bytes) if needs[1] else None))
+
+    def apply(g: Tensor):
+        of_b = (g if g.shape == shape else g.new(shape)) if needs[1] else None
+        return g if needs[0] else None, of_b if of_b is None else _fit(of_b, bytes)
+
+    return record(output, [x, b], apply)
 
 
 def mul_constant(x: Tensor, constant: Tensor) -> Tensor:

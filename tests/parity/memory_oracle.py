@@ -47,7 +47,7 @@ class Tracker(TorchDispatchMode):
         self.now -= size
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._safe_softmax.default:  # the softmax and the mask inside it are not seen from here
+        if function is torch.ops.aten._safe_softmax.default:  # the softmax and the mask inside it are not seen here
             hidden = [args[0].new_empty(args[0].shape, dtype=dtype) for dtype in (args[0].dtype, torch.bool)]
             for one in hidden:
                 self.see(one)
