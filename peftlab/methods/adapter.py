@@ -281,7 +281,7 @@ def check_host(model: nn.Module, path: str, host: nn.Module) -> None:
 
 
 def start(down: nn.Linear, up: nn.Linear, init: str) -> None:
-    """Draws the weights of a bottleneck. With `up` zero the adapter adds nothing, and `up` alone has a first gradient."""
+    """Draws the weights of a bottleneck. With `up` zero the adapter adds nothing; only `up` has a first gradient."""
     if init == "houlsby":
         for layer in (down, up):
             nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)

@@ -32,6 +32,7 @@ CASES = {
     "bert classifier": ("bert", dict(task_type="SEQ_CLS")),
     "bert queries and the middle": ("bert", dict(target_modules=["query", "intermediate.dense"],
                                                  feedforward_modules=["intermediate.dense"])),
+    "bert an end within a name": ("bert", dict(target_modules=r".*(query|dense)", feedforward_modules=["t.dense"])),
     "roberta classifier of two layers": ("roberta", dict(task_type="SEQ_CLS")),
 }  # fmt: skip
 
