@@ -305,7 +305,7 @@ def redundant(root: nn.Module, key: str, tensors: Mapping[str, Tensor]) -> bool:
 def embedding_copies(root: nn.Module, fields: Mapping[str, Any], parts: list[Part]) -> dict[str, Tensor]:
     """The base's weights that Hugging Face peft saves beside adapted embeddings, by its rule: the targets name
     `embed_tokens` or `lm_head`. A vocabulary that was lengthened before training then travels with the adapter."""
-    targets, names = fields["target_modules"], ("embed_tokens", "lm_head")
+    targets, names = fields["target_modules"] or (), ("embed_tokens", "lm_head")
     if isinstance(targets, str):
         paths = (path for path in base_modules(root) if path.rpartition(".")[2] in names)
         named = any(re.fullmatch(targets, path) for path in paths)

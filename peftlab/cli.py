@@ -19,6 +19,7 @@ from peftlab import __version__
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.terminal import parse_targets, print_json, print_table
 
+METHODS = "full, lora, ia3, bitfit, selective, houlsby, pfeiffer, parallel"  # of `train`, without importing torch
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
@@ -154,7 +155,7 @@ def _train_options(command: Parser) -> None:
     from peftlab.memory import commands
 
     finetune.add_options(command)
-    commands.add_method_options(command, "full, or a method that the package has: lora", r=8, ranks="8")
+    commands.add_method_options(command, METHODS, r=8, ranks="8")
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -234,6 +235,7 @@ COMMANDS = (
         (
             "train --model smollm2-135m --data support-desk --alpha 32 --steps 70 --lr 5e-3 --warmup 0.1 --out desk",
             "train --model minilm --data reviews --method lora --epochs 1 --out reviews",
+            "train --model minilm --data news --method pfeiffer --reduction-factor 8 --lr 1e-3 --out news",
             "train --model path/to/model --data my.jsonl --targets all-linear --r 16 --out run1",
         ),
         _train_options,

@@ -20,7 +20,10 @@ from peftlab.run_folder import METRICS, STATE, claim, locked, save, write_json
 
 # Arguments that change nothing about what is learned: a run goes on although they differ.
 INCIDENTAL = ("command", "run", "json", "out", "resume", "save_every", "device", "test_limit", "max_new_tokens")
-OF_ADAPTERS = ("r", "alpha", "dropout", "targets", "bias")  # without a meaning in full fine-tuning
+# What describes an adapter, and has no meaning in full fine-tuning
+OF_ADAPTERS = ("r", "alpha", "dropout", "targets", "bias", "reduction_factor", "last_layers")
+# Where a usual rate would hardly move the few parameters that these train (IA3: Liu et al. 2022, appendix D)
+RATES = {"full": 2e-5, "ia3": 3e-3, "bitfit": 1e-3}
 LOG_SECONDS = 30.0
 TEST_LIMIT = {"completion": 64, "classification": 1000, "text": 200}
 
@@ -38,12 +41,20 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     add("--out", required=True, metavar="FOLDER", help="where the adapter and metrics.json go")
     add("--alpha", type=float, default=16.0, metavar="A", help="the update is scaled by alpha / r (default: 16)")
-    add("--dropout", type=float, default=0.0, metavar="P", help="on the adapter's input (default: 0)")
+    add("--dropout", type=float, default=0.0, metavar="P", help="within the adapter (default: 0)")
+    add(
+        "--reduction-factor",
+        type=int,
+        default=16,
+        metavar="N",
+        help="hidden width / bottleneck of houlsby, pfeiffer and parallel adapters (default: 16)",
+    )
+    add("--last-layers", type=int, default=0, metavar="N", help="of selective: how many last blocks train (default: 0)")
     add("--steps", type=int, metavar="N", help="optimiser steps; or give --epochs")
     add("--epochs", type=float, metavar="N", help="times through the training data (default: 1)")
     add("--batch-size", type=int, default=8, metavar="N", help="examples at once (default: 8)")
     add("--accumulation", type=int, default=1, metavar="N", help="batches a step (default: 1)")
-    add("--lr", type=float, metavar="X", help="peak learning rate (default: 2e-4 for adapters, 2e-5 for full)")
+    add("--lr", type=float, metavar="X", help="peak learning rate (default: 2e-4; ia3 3e-3, bitfit 1e-3, full 2e-5)")
     add("--warmup", type=float, default=0.0, metavar="X", help="share of the steps, or a number of them (default: 0)")
     add("--schedule", choices=("linear", "cosine", "constant"), default="linear", help="(default: linear)")
     add("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
@@ -119,7 +130,9 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.steps is not None and arguments.epochs is not None:
         raise PeftLabError("Give --steps or --epochs, not both.")
     if arguments.lr is None:
-        arguments.lr = 2e-5 if method == "full" else 2e-4
+        arguments.lr = RATES.get(method, 2e-4)
+    if method != "full" and arguments.bias != "none" and not hasattr(METHODS[method], "bias"):
+        raise PeftLabError(f"--bias {arguments.bias} has no meaning for {method}; use lora, or --method bitfit.")
     for name in ("steps", "batch_size", "accumulation", "limit", "max_length", "eval_every", "test_limit",
                  "max_new_tokens", "save_every"):  # fmt: skip
         value = getattr(arguments, name)
@@ -205,7 +218,7 @@ def _config(arguments: argparse.Namespace, targets: Any, **more: Any) -> Any:
     from peftlab.methods import METHODS
 
     config = METHODS[arguments.method]
-    given = {**vars(arguments), "target_modules": targets, **more}
+    given = {**vars(arguments), "target_modules": targets, "placement": arguments.method, **more}
     return config(**{field.name: given[field.name] for field in fields(config) if field.init and field.name in given})
 
 

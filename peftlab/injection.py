@@ -74,7 +74,7 @@ def prepare(root: nn.Module, name: str, config: Any, adapter_dtype: torch.dtype 
     if not isinstance(root, nn.Module):
         raise PeftLabError(f"The model is a {type(root).__name__}; attach takes an nn.Module.")
     if not hasattr(config, "parts") or isinstance(config, type):
-        known = ", ".join(f"{kind.__name__}" for kind in METHODS.values())
+        known = ", ".join(dict.fromkeys(kind.__name__ for kind in METHODS.values()))
         raise PeftLabError(f"The config is {config!r}; make one of {known}.")
     if adapter_dtype is not None and not (isinstance(adapter_dtype, torch.dtype) and adapter_dtype.is_floating_point):
         raise PeftLabError(f"adapter_dtype is {adapter_dtype!r}; give a floating dtype such as torch.float32.")

@@ -104,24 +104,40 @@ def trained_biases(
     Raises:
         PeftLabError: a bias that its module does not simply add, so that no copy can answer for it.
     """
-    if mode == "none":
-        return
+    if mode != "none":
+        modules = base_modules(model) if mode == "all" else targets
+        instead = f"bias={mode!r} means it; use bias='lora_only' or 'none'."
+        yield from bias_copies(model, modules, instead, copied, wrapped=targets)
+
+
+def bias_copies(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    instead: str,
+    copied: Iterable[str] = (),
+    wrapped: Iterable[str] = (),
+) -> Iterator[Part]:
+    """Yields a trained bias for each of these modules that has one; `trained_biases` says how.
+
+    Args:
+        instead: what to do about a bias that cannot be trained, for the error.
+        wrapped: paths of modules that Hugging Face peft would have wrapped, which changes their bias's name.
+    """
     sharing: dict[int, list[str]] = {}
-    modules = base_modules(model) if mode == "all" else targets
     for path, host in modules.items():
         if isinstance(getattr(host, "bias", None), nn.Parameter):
             if not any(path == whole or path.startswith(whole + ".") for whole in copied):
                 sharing.setdefault(id(host.bias), []).append(path)
     for paths in sharing.values():
         # Hugging Face's names differ: a wrapped module's bias is called `base_layer.bias` there.
-        names = [f"{path}.base_layer.bias" if path in targets else f"{path}.bias".lstrip(".") for path in paths]
+        names = [f"{path}.base_layer.bias" if path in wrapped else f"{path}.bias".lstrip(".") for path in paths]
         users = [path for path in paths if set(modules[path]._modules) <= {CHILD}]
         parents = [model.get_submodule(path.rpartition(".")[0]) for path in users]
         unread = any(isinstance(parent, nn.MultiheadAttention) for parent in parents)
         if not users or unread or modules[users[0]].bias.dim() != 1:
             raise PeftLabError(
-                f"bias={mode!r} means {names[0]} of {type(modules[paths[0]]).__name__}, which is not simply added to "
-                "what that module returns, so it cannot be trained beside it. Use bias='lora_only' or 'none'."
+                f"{names[0]} of {type(modules[paths[0]]).__name__} is not simply added to what that module returns, "
+                f"so it cannot be trained beside it. {instead}"
             )
         layer = TrainedBias(modules[users[0]], tuple("{root}" + name for name in names))
         yield from (Part(path, "bias", layer) for path in users)
@@ -145,6 +161,12 @@ def trained_copies(model: nn.Module, config: Targets) -> Iterator[Part]:
 def first_input(args: tuple, kwargs: dict) -> Tensor:
     """The tensor a layer was called with, by position or by name."""
     return args[0] if args else next(iter(kwargs.values()))
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An input in the adapter's dtype; as it is under autocast, which picks the dtype of each product itself."""
+    kind = x.device.type  # "meta" holds no numbers, and has no autocast to ask for
+    return x if kind != "meta" and torch.is_autocast_enabled(kind) else x.to(dtype)
 
 
 def widened(weight: Tensor) -> Tensor:

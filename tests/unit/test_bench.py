@@ -216,3 +216,35 @@ def test_a_run_of_the_memory_grid_takes_its_two_steps(method, tmp_path):
     memory_grid.steps(memory_grid.phases(model, optimizer, batch, autocasts=False), 2)
     assert any(not torch.equal(a, b) for a, b in zip(before, trained, strict=True))
     assert all(torch.isfinite(parameter).all() for parameter in trained)
+
+
+def test_every_point_of_the_adapters_bench_has_a_config():
+    from peftlab.bench import adapters
+
+    points = adapters.points()
+    assert len({bench.key(point) for point in points}) == len(points)
+    sections = dict.fromkeys(point["section"] for point in points)
+    assert list(sections) == ["reviews", "news", "desk", "fullsize", "biases", "latency"]
+    for point in points:
+        if point["section"] != "latency":
+            config = adapters.config_of(point, "SEQ_CLS" if "variant" in point else None)
+            assert (config is None) == (point["method"] == "full")
+            assert config is None or config.method == {"head": "selective", "last block": "selective"}.get(
+                point["method"], point["method"]
+            )
+    assert {point.get("timed", False) for point in points if point["section"] in ("fullsize", "biases")} == {True}
+    with pytest.raises(PeftLabError, match="needs a CUDA GPU"):
+        adapters.measure({"section": "latency"})
+
+
+def test_a_rate_is_chosen_on_the_validation_split(monkeypatch):
+    from peftlab.bench import adapters
+
+    def classify(point, rate, seed):
+        return {"validation": -abs(rate - 2), "accuracy": 10 * rate + seed}
+
+    monkeypatch.setattr(adapters, "classify", classify)
+    rows = adapters.measure({"section": "reviews", "variant": "x", "rates": [1, 2, 3]})
+    assert [(row["learning_rate"], row["seed"], row["chosen"]) for row in rows] == [
+        (1, 0, False), (2, 0, True), (3, 0, False), (2, 1, True), (2, 2, True),
+    ]  # fmt: skip
