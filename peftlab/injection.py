@@ -107,8 +107,9 @@ def add(root: nn.Module, name: str, config: Any, parts: list[Part], trainable: b
     repaired = sum(unpack(module) for module in root.modules())
     if repaired:
         warnings.warn(
-            f"bitsandbytes had repacked {repaired} 4-bit weights for inference on this CPU and rounded their scales to bf16. They "
-            "are unpacked again, but the rounding stays. To have them exact, attach before the first forward pass in eval mode.",
+            f"bitsandbytes had repacked {repaired} 4-bit weights for inference on this CPU and rounded their scales "
+            "to bf16. They are unpacked again, but the rounding stays. To have them exact, attach before the first "
+            "forward pass in eval mode.",
             stacklevel=3,
         )
     record = record_of(root)

@@ -6,8 +6,8 @@
 computed in float64 (float32 on mps, which has none) and rounded once to the base's dtype. In bf16 that rounding is not
 small beside a small update; the report says how much of it is lost.
 
-Into a 4-bit weight an update is merged only when asked for: there it is rounded to one of sixteen values a block of 64, and an
-update much smaller than the distance between two of them is lost, or becomes noise of its own size.
+Into a 4-bit weight an update is merged only when asked for: there it is rounded to one of sixteen values a block of
+64, and an update much smaller than the distance between two of them is lost, or becomes noise of its own size.
 """
 
 from __future__ import annotations
@@ -160,12 +160,13 @@ def check(root: nn.Module, record: Record, requantize: bool) -> None:
                 if is_quantized(parameter) and not requantize:
                     raise PeftLabError(
                         f"{path}.{parameter_name} is held in four bits, where much of a small update is lost. Call "
-                        "dequantize_model(model) first and merge into whole weights; or merge(model, requantize=True), and read its error."
+                        "dequantize_model(model) first and merge into whole weights; or merge(model, "
+                        "requantize=True), and read its error."
                     )
                 if not is_quantized(parameter) and not parameter.is_floating_point():
                     raise PeftLabError(
-                        f"{path}.{parameter_name} is quantised to {parameter.dtype}, into which nothing can be merged here; "
-                        "load the base in 16 or 32 bits."
+                        f"{path}.{parameter_name} is quantised to {parameter.dtype}, into which nothing can be merged "
+                        "here; load the base in 16 or 32 bits."
                     )
 
 

@@ -78,8 +78,8 @@ def tell_transformers(root: nn.Module, record: Record) -> None:
     `_keys_to_ignore_on_save`: `save_pretrained` of the model, or of one inside it, then holds no adapter keys.
     `is_quantized`: `Trainer` refuses "purely quantized models"; with an adapter the model is none, but the mark by
     which it would know (`_hf_peft_config_loaded`) also makes `save_pretrained` look for peft's own layers.
-    `support_avx512bf16_for_cpu`: a 4-bit layer that has it repacks its weight at the first forward pass in eval mode, after
-    which nothing passes a gradient through it and nothing can be merged into it.
+    `support_avx512bf16_for_cpu`: a 4-bit layer that has it repacks its weight at the first forward pass in eval mode,
+    after which nothing passes a gradient through it and nothing can be merged into it.
     """
     untell_transformers(root, record)
     for path, layer in spared(root):

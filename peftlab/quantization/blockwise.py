@@ -6,8 +6,9 @@ Dettmers et al., *QLoRA: Efficient Finetuning of Quantized LLMs*, 2023, arXiv:23
     i = the code whose value q_i is nearest to w / c    four bits a weight, two of them in a byte
     w ~ q_i c
 
-Codes, scales and dequantised values are equal to bitsandbytes 0.50 in every bit on a CPU. On CUDA its kernels are built
-with fast mathematics and differ from its own CPU code for a few float32 weights in ten million, and not for bf16 or fp16.
+Codes, scales and dequantised values are equal to bitsandbytes 0.50 in every bit on a CPU. On CUDA its kernels are
+built with fast mathematics and differ from its own CPU code for a few float32 weights in ten million, and not for bf16
+or fp16.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from peftlab.quantization.codebooks import (
     BINS,
     boundaries,
     check_format,
-    code_book,
     dynamic_bins,
     dynamic_book,
     pairs,
@@ -141,7 +141,8 @@ def quantize(
     if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 2 or block_size.bit_count() > 1:
         raise PeftLabError(f"block_size is {block_size!r}; it is a power of two, 32 to 4096 in bitsandbytes.")
     if not weight.is_floating_point() or weight.numel() == 0:
-        raise PeftLabError(f"{name} is {tuple(weight.shape)} of {weight.dtype}; only floating weights can be quantised.")
+        kind = f"{tuple(weight.shape)} of {weight.dtype}"
+        raise PeftLabError(f"{name} is {kind}; only floating weights can be quantised.")
     flat = weight.detach().reshape(-1)
     packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(flat.numel() // -block_size), dtype=torch.float32, device=flat.device)
@@ -162,7 +163,9 @@ def quantize(
     state = QuantState(absmax, weight.shape, weight.dtype, block_size, format)
     state = quantize_scales(state) if double_quant else state
     if state.nested and not torch.isfinite(state.offset):
-        raise PeftLabError(f"{name} holds values so large that the mean of its scales overflows. Quantise it with double_quant=False.")
+        raise PeftLabError(
+            f"{name} holds values so large that the mean of its scales overflows. Quantise it with double_quant=False."
+        )
     return Quantized(packed, state)
 
 
@@ -177,7 +180,7 @@ def _absmax(values: Tensor, block_size: int) -> Tensor:
 
 
 def _codes(values: Tensor, absmax: Tensor, block_size: int, format: str) -> Tensor:
-    """The nearest code of each value over its block's scale, uint8; an odd number of them is filled up with a zero's."""
+    """The nearest code of each value over its block's scale, uint8; an odd number of them ends in a zero's."""
     bounds, order = boundaries(format, values.device)
     whole = values.numel() // block_size * block_size
     # the reciprocal and then a product, not a quotient: the two differ in the last bit, and codes follow

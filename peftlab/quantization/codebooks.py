@@ -16,6 +16,7 @@ from torch import Tensor
 from peftlab.errors import PeftLabError, did_you_mean
 
 BINS = 65_536
+CPU = torch.device("cpu")
 
 
 def made_once(make: Callable) -> Callable:
@@ -58,15 +59,15 @@ def quantile(p: Tensor) -> Tensor:
 def four_bit_floats() -> Tensor:
     """FP4: a sign, two bits of exponent, one of mantissa, (16,) float32 in the order of their bit patterns.
 
-    The seven magnitudes above zero are 2, 3, 4, 6, 8, 12 and one subnormal, 1/16, over 12: finer near zero, but not as a
-    normal distribution would have it. Zero occurs twice, with either sign, so fifteen values are distinct.
+    The seven magnitudes above zero are 2, 3, 4, 6, 8, 12 and one subnormal, 1/16, over 12: finer near zero, but not
+    as a normal distribution would have it. Zero occurs twice, with either sign, so fifteen values are distinct.
     """
     magnitudes = torch.tensor([0, 1 / 16, 8, 12, 4, 6, 2, 3])
     return torch.cat([magnitudes, -magnitudes]) / 12
 
 
 def four_bit_integers() -> Tensor:
-    """INT4: the whole numbers -7 to 7 over 7, evenly spaced, (16,) float32 ascending; the sixteenth repeats the largest."""
+    """INT4: the whole numbers -7 to 7 over 7, (16,) float32 ascending and evenly spaced; the last occurs twice."""
     return torch.cat([torch.arange(-7, 8), torch.tensor([7])]) / 7
 
 
@@ -74,7 +75,8 @@ def dynamic_map() -> Tensor:
     """The 8-bit dynamic map, (256,) float32 ascending in [-1, 1]: for the scales in double quantisation.
 
     Each value is a power of ten, 10^0 to 10^-6, times a fraction in (0.1, 1): the smaller the power, the fewer bits are
-    left for the fraction, from six down to none. It covers seven orders of magnitude with a relative step below 2% at the top.
+    left for the fraction, from six down to none. It covers seven orders of magnitude with a relative step below 2% at
+    the top.
     """
     values = [0.0, 1.0]
     for power in range(7):
@@ -90,18 +92,19 @@ FORMATS = {"nf4": normal_quantiles, "fp4": four_bit_floats, "int4": four_bit_int
 def check_format(name: str) -> None:
     """Refuses a name that is no format, with near matches."""
     if name not in FORMATS:
-        raise PeftLabError(f"The format is one of {', '.join(FORMATS)}, not {name!r}.{did_you_mean(str(name), FORMATS)}")
+        near = did_you_mean(str(name), FORMATS)
+        raise PeftLabError(f"The format is one of {', '.join(FORMATS)}, not {name!r}.{near}")
 
 
 @made_once
-def code_book(name: str, device: torch.device = torch.device("cpu")) -> Tensor:
+def code_book(name: str, device: torch.device = CPU) -> Tensor:
     """The values of a format, (16,) float32, by code: code i stands for the i-th value times its block's scale."""
     check_format(name)
     return FORMATS[name]().to(device)
 
 
 @made_once
-def pairs(name: str, device: torch.device = torch.device("cpu")) -> Tensor:
+def pairs(name: str, device: torch.device = CPU) -> Tensor:
     """The two values that each byte stands for, (256, 2) float32: the first element lies in the high four bits."""
     book = code_book(name, device)
     byte = torch.arange(256, device=device)
@@ -109,8 +112,8 @@ def pairs(name: str, device: torch.device = torch.device("cpu")) -> Tensor:
 
 
 @made_once
-def boundaries(name: str, device: torch.device = torch.device("cpu")) -> tuple[Tensor, Tensor]:
-    """Where one code ends and the next begins, (15,) float32, and the codes in ascending order of value, (16,) uint8."""
+def boundaries(name: str, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
+    """Where one code ends and the next begins, (15,) float32, and the codes by ascending value, (16,) uint8."""
     order = torch.argsort(code_book(name), stable=True)
     ascending = code_book(name)[order]
     # half-way between two neighbours; a value on the boundary gets the lower one
@@ -118,14 +121,15 @@ def boundaries(name: str, device: torch.device = torch.device("cpu")) -> tuple[T
 
 
 @made_once
-def dynamic_book(device: torch.device = torch.device("cpu")) -> Tensor:
+def dynamic_book(device: torch.device = CPU) -> Tensor:
     """`dynamic_map` on a device."""
     return dynamic_map().to(device)
 
 
 @made_once
-def dynamic_bins(device: torch.device = torch.device("cpu")) -> Tensor:
-    """The code of each of 65,536 bins of [-1, 1], (65536,) uint8: bitsandbytes' CPU kernel looks codes up in such a table.
+def dynamic_bins(device: torch.device = CPU) -> Tensor:
+    """The code of each of 65,536 bins of [-1, 1], (65536,) uint8: bitsandbytes' CPU kernel looks codes up in such a
+    table.
 
     A bin's code is the one nearest to the bin's middle, so within a bin the nearest code is not always the one given.
     """

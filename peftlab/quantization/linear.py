@@ -3,9 +3,9 @@
     y = x W^T + b,    W = q_i c    dequantised for this product, and thrown away after it
     dL/dx = dL/dy W                dequantised once more
 
-(Dettmers et al., 2023, arXiv:2305.14314, section 3.) Nothing else has a gradient: W is frozen. Left to autograd, the product
-would keep the dequantised W until the backward pass, and with that every layer's 16-bit weights at the same time; here
-the codes are kept, which are there anyway.
+(Dettmers et al., 2023, arXiv:2305.14314, section 3.) Nothing else has a gradient: W is frozen. Left to autograd, the
+product would keep the dequantised W until the backward pass, and with that every layer's 16-bit weights at the same
+time; here the codes are kept, which are there anyway.
 """
 
 from __future__ import annotations
@@ -60,14 +60,15 @@ class Linear4bit(nn.Linear):
     def extra_repr(self) -> str:
         state = self.quant_state
         scales = "8-bit" if state.nested else "float32"
-        return f"{super().extra_repr()}, {state.format} in blocks of {state.block_size}, {scales} scales, {self.backend}"
+        held = f"{state.format} in blocks of {state.block_size}, {scales} scales"
+        return f"{super().extra_repr()}, {held}, {self.backend}"
 
     def _link(self) -> None:
         # count_parameters and merging ask the parameter itself, whoever made the layer
         self.weight.quant_state = self.quant_state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Moves the scales with the layer; a cast does not reach them, for the codes mean nothing with rounded scales."""
+        """Moves the scales with the layer. A cast does not reach them: the codes mean little with rounded scales."""
         super()._apply(fn, recurse)
         moved = {name: (fn(tensor), tensor) for name, tensor in self.quant_state.tensors().items()}
         kept = {name: new if new.dtype == old.dtype else old.to(new.device) for name, (new, old) in moved.items()}

@@ -30,9 +30,10 @@ def quantize_model(
 ) -> nn.Module:
     """Turns a model's linear layers into frozen 4-bit ones, in place; then `attach` works as on any model.
 
-    The output head, the heads of tasks (`classifier`, `score`, ...), tied weights, embeddings and norms stay as they are, and so
-    does `nn.MultiheadAttention`, which reads its weight past its layer. Each layer's old weight is let go before the next is
-    touched, so that the peak is the model so far plus one layer. GPT-2's Conv1D becomes a linear layer of the transposed weight.
+    The output head, the heads of tasks (`classifier`, `score`, ...), tied weights, embeddings and norms stay as they
+    are, and so does `nn.MultiheadAttention`, which reads its weight past its layer. Each layer's old weight is let go
+    before the next is touched, so that the peak is the model so far plus one layer. GPT-2's Conv1D becomes a linear
+    layer of the transposed weight.
 
     Args:
         backend: `"auto"` (bitsandbytes' kernels where they can be used, the reference elsewhere), or either by name.
@@ -42,12 +43,12 @@ def quantize_model(
             its 4-bit form and one layer. What is not quantised follows at the end.
 
     Returns:
-        The same model. A transformers model's config also says how it is quantised, so that what its `save_pretrained` writes
-        loads again with bitsandbytes.
+        The same model. A transformers model's config also says how it is quantised, so that what its
+        `save_pretrained` writes loads again with bitsandbytes.
 
     Raises:
-        PeftLabError: adapters are attached; a name in `skip` or a setting that is not there; a weight that holds NaN or infinity
-            (named); nothing to quantise. The model is then as it was.
+        PeftLabError: adapters are attached; a name in `skip` or a setting that is not there; a weight that holds NaN
+            or infinity (named); nothing to quantise. The model is then as it was.
     """
     root = unwrap(model)
     if record_of(root) is not None:
@@ -108,8 +109,8 @@ def candidates(root: nn.Module, skip: Iterable[str]) -> Iterator[str]:
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Turns 4-bit layers, this package's or bitsandbytes', into plain `nn.Linear`, in place; adapters stay attached.
 
-    What quantisation lost does not come back: the weights are what the codes stand for. The way to ship a QLoRA adapter in one
-    piece: dequantise, then `merge`.
+    What quantisation lost does not come back: the weights are what the codes stand for. The way to ship a QLoRA
+    adapter in one piece: dequantise, then `merge`.
 
     Args:
         dtype: of the new weights; by default the one that was quantised.

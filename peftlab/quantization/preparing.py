@@ -1,9 +1,9 @@
 """What one may do to a model before it is trained under adapters: four steps, each by choice, each with its cost.
 
-Hugging Face's `prepare_model_for_kbit_training` does them all at once, and casts *every* 16-bit parameter that is not quantised to
-float32: the norms, which cost nothing, and the embedding and the output head, which at a vocabulary of 128,256 and a width of
-4,096 cost 2.1 GB each instead of 1.05. Here `attach` freezes and `train` checkpoints anyway; this module is for loops of
-one's own, and to see what each step does.
+Hugging Face's `prepare_model_for_kbit_training` does them all at once, and casts *every* 16-bit parameter that is not
+quantised to float32: the norms, which cost nothing, and the embedding and the output head, which at a vocabulary of
+128,256 and a width of 4,096 cost 2.1 GB each instead of 1.05. Here `attach` freezes and `train` checkpoints anyway;
+this module is for loops of one's own, and to see what each step does.
 """
 
 from __future__ import annotations
@@ -49,11 +49,12 @@ def prepare_for_training(
 
     Args:
         freeze: nothing of the base requires gradients. `attach` does that too.
-        norms: hold the weights of the norms in float32, all of them or those whose names (or endings of paths) are given. Llama's
-            norms compute in float32 in any case, and a weight that came from 16 bits is the same number in 32.
-        input_gradients: let the embedding's output require gradients. Only checkpointing of the reentrant kind needs it.
-        checkpointing: recompute each block in the backward pass; True, or `"reentrant"` for the older kind, which brings
-            `input_gradients` with it. `train(checkpointing=...)` does that for the time of a run.
+        norms: hold the weights of the norms in float32, all of them or those whose names (or endings of paths) are
+            given. Llama's norms compute in float32 in any case, and a weight that came from 16 bits is the same
+            number in 32.
+        input_gradients: let the embedding's output require gradients. Only reentrant checkpointing needs it.
+        checkpointing: recompute each block in the backward pass; True, or `"reentrant"` for the older kind, which
+            brings `input_gradients` with it. `train(checkpointing=...)` does that for the time of a run.
 
     Returns:
         The steps, in the order done.
@@ -105,7 +106,7 @@ def find_norms(root: nn.Module, wanted: bool | Iterable[str]) -> dict[str, nn.Mo
 
 
 def norms_to_float32(norms: dict[str, nn.Module]) -> Step:
-    """Holds norms in float32. Each still answers in the dtype of its input, so that nothing after it changes its dtype."""
+    """Holds norms in float32. Each still answers in the dtype of its input, so that nothing after it changes."""
     grown = 0
     for module in norms.values():
         for parameter in module.parameters(recurse=False):
@@ -135,7 +136,7 @@ def enable_checkpointing(root: nn.Module, reentrant: bool) -> Step:
 
 
 def require_input_gradients(root: nn.Module) -> Step:
-    """Lets the embedding's output require gradients, so that reentrant checkpointing sees something to differentiate."""
+    """Lets the embedding's output require gradients, so that reentrant checkpointing passes gradients on."""
     if not hasattr(root, "enable_input_require_grads"):
         raise PeftLabError(f"{type(root).__name__} has no enable_input_require_grads; it is no transformers model.")
     if not getattr(root, "_require_grads_hooks", None) and not getattr(root, "_require_grads_hook", None):

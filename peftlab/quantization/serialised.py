@@ -1,7 +1,8 @@
 """How 4-bit weights are called in a file: bitsandbytes' keys, so that transformers opens such a file too.
 
 Beside `...weight` (the codes) lie `weight.absmax`, `weight.quant_map` (the code book), with double quantisation
-`weight.nested_absmax` and `weight.nested_quant_map`, and `weight.quant_state.bitsandbytes__nf4`: the rest as JSON in bytes.
+`weight.nested_absmax` and `weight.nested_quant_map`, and `weight.quant_state.bitsandbytes__nf4`: the rest as JSON in
+bytes.
 """
 
 from __future__ import annotations

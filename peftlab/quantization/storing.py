@@ -1,7 +1,7 @@
 """A 4-bit base on disk: one safetensors file with bitsandbytes' keys, and the model's config. Adapters lie apart.
 
-`load_quantized` needs no bitsandbytes; transformers' `from_pretrained` opens the same folder with it. Saved are the codes, not
-the weights they stand for: a quarter of the 16-bit file, and no rounding on the way.
+`load_quantized` needs no bitsandbytes; transformers' `from_pretrained` opens the same folder with it. Saved are the
+codes, not the weights they stand for: a quarter of the 16-bit file, and no rounding on the way.
 """
 
 from __future__ import annotations

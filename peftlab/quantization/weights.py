@@ -1,8 +1,9 @@
 """A quantised parameter, whoever made it: this package or bitsandbytes. What it stands for; and writing to it in place.
 
-Both mark it by an attribute `quant_state`. bitsandbytes' own layers have one trap: on a CPU with AVX512-BF16, a forward pass
-in eval mode and without gradients rearranges the codes in place and rounds the scales to bf16. From then on the weight cannot
-be read as what it was, and nothing passes a gradient through it. `spared` and `unpack` are about that.
+Both mark it by an attribute `quant_state`. bitsandbytes' own layers have one trap: on a CPU with AVX512-BF16, a
+forward pass in eval mode and without gradients rearranges the codes in place and rounds the scales to bf16. From then
+on the weight cannot be read as what it was, and nothing passes a gradient through it. `spared` and `unpack` are about
+that.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def quantized(parameter: Tensor) -> Quantized:
     state = parameter.quant_state
     if is_repacked(parameter):
         raise PeftLabError(
-            "bitsandbytes has repacked this 4-bit weight for inference on this CPU, with scales rounded to bf16. Attach "
-            "adapters, merge or dequantise before the first forward pass in eval mode, or load the model again."
+            "bitsandbytes has repacked this 4-bit weight for inference on this CPU, with scales rounded to bf16. "
+            "Attach adapters, merge or dequantise before the first forward pass in eval mode, or load the model again."
         )
     ours = state if isinstance(state, QuantState) else from_bitsandbytes(state)
     return Quantized(parameter.detach().view(torch.uint8).reshape(-1, 1), ours)
@@ -101,8 +102,8 @@ def spared(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def unpack(module: nn.Module) -> bool:
     """Undoes bitsandbytes' repacking of a layer's weight, in place; says whether there was anything to undo.
 
-    The codes come back exactly. The scales were rounded to bf16 and stay so, up to 0.4% off: load the model again to have
-    them exact. (bitsandbytes' own inverse leaves scales that are not doubly quantised in the wrong order.)
+    The codes come back exactly. The scales were rounded to bf16 and stay so, up to 0.4% off: load the model again to
+    have them exact. (bitsandbytes' own inverse leaves scales that are not doubly quantised in the wrong order.)
     """
     parameter = getattr(module, "weight", None)
     if parameter is None or not is_repacked(parameter):
@@ -113,7 +114,8 @@ def unpack(module: nn.Module) -> bool:
     packed = parameter.detach().reshape(-1, ROWS)
     codes = torch.cat([packed & 15, packed >> 4], dim=1)
     codes = codes.view(rows // ROWS, columns // 2, ROWS, 2).transpose(1, 2).reshape(-1, 2)
-    state = QuantState(theirs.absmax.T.reshape(-1).float(), theirs.shape, theirs.original_dtype, theirs.blocksize, theirs.quant_type)
+    scales = theirs.absmax.T.reshape(-1).float()
+    state = QuantState(scales, theirs.shape, theirs.original_dtype, theirs.blocksize, theirs.quant_type)
     parameter.data = ((codes[:, 0] << 4) | codes[:, 1]).view(theirs.original_qshape)
     storage = getattr(theirs, "original_storage_type", None)
     if storage is not None:

@@ -25,7 +25,8 @@ def sgd(groups: Groups, lr: float, device: torch.device) -> torch.optim.Optimize
 
 
 def adamw8bit(groups: Groups, lr: float, device: torch.device) -> torch.optim.Optimizer:
-    """bitsandbytes' AdamW with its two states in 8 bits, a scale for each 256: 2 bytes a trained parameter instead of 8.
+    """bitsandbytes' AdamW with its two states in 8 bits, a scale for each 256: 2 bytes a trained parameter instead of
+    8.
 
     Dettmers et al., 2021, arXiv:2110.02861. Tensors below 4,096 elements keep states of 32 bits. Where bitsandbytes is
     missing or has no such kernel, `adamw` runs and a warning says so.
@@ -36,8 +37,8 @@ def adamw8bit(groups: Groups, lr: float, device: torch.device) -> torch.optim.Op
 def paged_adamw8bit(groups: Groups, lr: float, device: torch.device) -> torch.optim.Optimizer:
     """`adamw8bit` whose states lie in unified memory: where the GPU is full, the driver moves them to main memory.
 
-    Dettmers et al., 2023, arXiv:2305.14314, section 3. It guards against a peak and saves nothing else. Without CUDA there
-    is no such memory: `adamw8bit` runs, and a warning says so.
+    Dettmers et al., 2023, arXiv:2305.14314, section 3. It guards against a peak and saves nothing else. Without CUDA
+    there is no such memory: `adamw8bit` runs, and a warning says so.
     """
     if device.type == "cuda":
         return _eight_bit("PagedAdamW8bit", groups, lr, device)
@@ -63,7 +64,8 @@ def _eight_bit(kind: str, groups: Groups, lr: float, device: torch.device) -> to
         except Exception as error:  # whatever a missing kernel raises
             reason = f"bitsandbytes {library.__version__} has no 8-bit AdamW for {device} ({type(error).__name__})"
     if reason:
-        warnings.warn(f"{reason}; adamw runs instead, whose states take 8 bytes a trained parameter, not 2.", stacklevel=6)
+        states = "adamw runs instead, whose states take 8 bytes a trained parameter, not 2"
+        warnings.warn(f"{reason}; {states}.", stacklevel=6)
         return adamw(groups, lr, device)
     return getattr(library.optim, kind)(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8)
 

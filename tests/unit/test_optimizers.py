@@ -1,4 +1,4 @@
-"""The optimisers by name: 8-bit states, what they hold, how they fall back, and that a run with them resumes to the bit."""
+"""The optimisers by name: 8-bit states, what they hold, how they fall back, and a run that resumes to the bit."""
 
 import warnings
 

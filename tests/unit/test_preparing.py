@@ -1,4 +1,4 @@
-"""Preparing a model step by step: what each step does, what it costs, and what Hugging Face's function casts besides."""
+"""Preparing a model step by step: what each step does and costs, and what Hugging Face's function casts besides."""
 
 import copy
 
@@ -33,7 +33,9 @@ def test_adapters_keep_training():
     assert pl.count_parameters(model).trainable == trainable > 0
 
 
-@pytest.mark.parametrize("norms, count", [(True, 5), (["input_layernorm"], 2), (["model.norm", "post_attention_layernorm"], 3)])
+@pytest.mark.parametrize(
+    "norms, count", [(True, 5), (["input_layernorm"], 2), (["model.norm", "post_attention_layernorm"], 3)]
+)
 def test_norms_in_float32_change_no_dtype_after_them(norms, count):
     model, twin = half(), half()
     expected = twin(IDS).logits

@@ -1,4 +1,4 @@
-"""A whole model into four bits and back: in place, layer by layer, whole or not at all; stored; merged; bitsandbytes' layers too."""
+"""A whole model into four bits and back: layer by layer, stored, merged; and the same for bitsandbytes' layers."""
 
 import copy
 import json
@@ -291,7 +291,9 @@ def test_a_plain_network_and_biases():
 # ---------------------------------------------------------------------------------------------------------- storing
 
 
-@pytest.mark.parametrize("settings", [{}, dict(format="fp4", double_quant=False), dict(format="int4", skip=["q_proj"])])
+@pytest.mark.parametrize(
+    "settings", [{}, dict(format="fp4", double_quant=False), dict(format="int4", skip=["q_proj"])]
+)
 def test_saved_and_loaded_bit_for_bit_without_the_adapter(tmp_path, settings):
     model = pl.attach(four_bit(**settings).eval(), pl.LoRAConfig(**LORA))
     pl.save_adapter(model, tmp_path / "adapter")
@@ -316,7 +318,8 @@ def test_transformers_opens_it_with_bitsandbytes(tmp_path, way):
     model.save_pretrained(tmp_path) if way == "save_pretrained" else pl.save_quantized(model, tmp_path)
     opened, report = LlamaForCausalLM.from_pretrained(tmp_path, device_map="cpu", output_loading_info=True)
     assert not report["unexpected_keys"] and not report["missing_keys"]
-    assert type(opened.model.layers[0].mlp.up_proj) is bitsandbytes().nn.Linear4bit and type(opened.lm_head) is nn.Linear
+    assert type(opened.model.layers[0].mlp.up_proj) is bitsandbytes().nn.Linear4bit
+    assert type(opened.lm_head) is nn.Linear
     with pl.disabled(model):
         torch.testing.assert_close(opened.train()(IDS).logits, model(IDS).logits)
     assert torch.equal(opened.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight)
@@ -364,11 +367,11 @@ def test_mistakes_of_storing(tmp_path):
         pl.load_quantized(tmp_path / "cut")
 
 
-# ----------------------------------------------------------------------------------- bitsandbytes' layers and their trap
+# ------------------------------------------------------------------------------------------- bitsandbytes' layers
 
 
 def repacking(folder, **settings):
-    """A model whose layers were repacked by one forward pass in eval mode; skips where the processor has no reason to."""
+    """A model repacked by one forward pass in eval mode; skips where the processor gives no reason to."""
     model = theirs(folder, **settings).eval()
     layer = model.model.layers[0].mlp.up_proj
     if not getattr(layer, REPACKS, False):
