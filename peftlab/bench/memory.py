@@ -5,13 +5,14 @@ What is read is ``torch.cuda.max_memory_allocated``; beside it stands what `esti
 
 Sections:
     grid       shapes, methods, lengths, checkpointing, precisions, optimisers
+    timeline   bytes allocated through one step, as torch's allocator noted them
     context    what the GPU holds beside torch's allocator: the CUDA context and the kernels' code
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
@@ -23,13 +24,14 @@ from peftlab.memory import estimate
 from peftlab.memory.shapes import load_shape
 
 ALL = "all-linear"
+STRETCHES = 250  # of a timeline
 RUN = {"r": 16, "targets": ALL, "batch": 1, "sequence": 512, "precision": "bf16", "optimizer": "adamw",
        "checkpointing": False, "attention": "sdpa"}  # fmt: skip
 
 
 def points() -> list[dict[str, Any]]:
     """Every run of the grid, the small shapes first."""
-    return [*_small(), *_decoders(), *_methods(), *_large(), {"section": "context"}]
+    return [{"section": "context"}, *_small(), *_decoders(), *_methods(), *_large(), *_timelines()]
 
 
 def run(shape: str, method: str, **changes: Any) -> dict[str, Any]:
@@ -64,6 +66,8 @@ def _methods() -> Iterator[dict[str, Any]]:
     for method in ("dora", "adalora", "vera", "ia3", "prompt", "p-tuning", "prefix"):
         yield run("llama-3.2-3b", method, batch=2, sequence=512, **({"r": 256} if method == "vera" else {}))
     yield run("llama-3.2-3b", "qlora", batch=2, sequence=512)
+    for method in ("ia3", "prompt", "prefix"):
+        yield run("llama-2-7b", method)
 
 
 def _large() -> Iterator[dict[str, Any]]:
@@ -79,6 +83,11 @@ def _large() -> Iterator[dict[str, Any]]:
         yield run("llama-2-70b", "qlora", checkpointing=True, optimizer=optimizer)
 
 
+def _timelines() -> Iterator[dict[str, Any]]:
+    for method, checkpointing in (("full", False), ("lora", False), ("qlora", False), ("qlora", True)):
+        yield {**run("llama-2-7b", method, batch=4, checkpointing=checkpointing), "section": "timeline"}
+
+
 def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
     """Measures one point; returns its row."""
     if not torch.cuda.is_available():
@@ -90,9 +99,12 @@ def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
             return [{**point, "bytes": total - free - torch.cuda.memory_reserved()}]
         model, optimizer, batch = build(point, torch.device("cuda"))
         torch.cuda.reset_peak_memory_stats()
-        two_steps(model, optimizer, batch, autocast(point))
+        run_step = phases(model, optimizer, batch, autocast(point))
+        steps(run_step, 1 if point["section"] == "timeline" else 2)
+        if point["section"] == "timeline":
+            return [{**point, **row} for row in timeline(run_step)]
         peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        del model, optimizer, batch
+        del model, optimizer, batch, run_step
     finally:
         gc.collect()
         torch.cuda.empty_cache()
@@ -200,12 +212,49 @@ def optimizer_of(name: str, trained: list[nn.Parameter]) -> torch.optim.Optimize
     return (bnb.optim.PagedAdamW8bit if name.startswith("paged") else bnb.optim.AdamW8bit)(trained, lr=1e-5)
 
 
-def two_steps(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Any], autocasts: bool) -> None:
-    """Forward, backward, optimiser, twice; the gradients go at the end of each."""
-    kind = batch["input_ids"].device.type
-    for _ in range(2):
-        with torch.autocast(kind, torch.bfloat16, enabled=autocasts):
-            loss = model(**batch).loss
-        loss.backward()
+def phases(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Any], autocasts: bool
+) -> dict[str, Callable[[], None]]:
+    """The parts of a step, in order. The loss lives until the next one is there, as in a plain loop."""
+    held = {}
+
+    def forward() -> None:
+        with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=autocasts):
+            held["loss"] = model(**batch).loss
+
+    def optimize() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+    return {"forward": forward, "backward": lambda: held["loss"].backward(), "optimiser": optimize}
+
+
+def steps(parts: dict[str, Callable[[], None]], times: int) -> None:
+    """Takes some steps."""
+    for _ in range(times):
+        for part in parts.values():
+            part()
+
+
+def timeline(parts: dict[str, Callable[[], None]]) -> Iterator[dict[str, Any]]:
+    """Bytes allocated after each allocation of a step: of each stretch of the step its highest."""
+    now, points = torch.cuda.memory_allocated(), []
+    for name, part in parts.items():
+        torch.cuda.memory._record_memory_history(context=None, max_entries=10_000_000)
+        part()
+        torch.cuda.synchronize()
+        events = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
+        torch.cuda.memory._record_memory_history(enabled=None)
+        for event in events:
+            now += {"alloc": event["size"], "free_completed": -event["size"]}.get(event["action"], 0)
+            if event["action"] == "alloc":
+                points.append((name, now))
+    for share, (name, size) in thinned(points, STRETCHES):
+        yield {"phase": name, "share": share, "bytes": size}
+
+
+def thinned(points: list[tuple[str, int]], most: int) -> Iterator[tuple[float, tuple[str, int]]]:
+    """(share of the step, highest point) of at most so many stretches."""
+    width = -(-len(points) // most)
+    for i in range(0, len(points), width):
+        yield i / len(points), max(points[i : i + width], key=lambda point: point[1])

@@ -39,6 +39,7 @@ class Recipe:
     optimizer: str
     four_bit: bool
     fused_attention: bool
+    contiguous_bias: bool = True  # T5's, which a fused kernel takes only so
 
 
 class Net:
@@ -245,6 +246,9 @@ class Net:
             if self.autocast:
                 style = replace(style, wide_softmax=True)
             mixed = attention.eager_attention(q, k, v, bias, style)
+        elif not style.fusible or (bias is None and q.bytes == ops.FLOAT32 and k.shape[1] != heads):
+            # in float32 the one fused kernel that there is wants as many heads of keys as of queries
+            mixed = attention.math_attention(q, k, v, bias, style)
         elif bias is None:
             mixed = attention.flash_attention(q, k, v)
         else:

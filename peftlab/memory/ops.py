@@ -50,6 +50,14 @@ def add_broadcast(x: Tensor, b: Tensor) -> Tensor:
     )
 
 
+def add_in_place(x: Tensor, b: Tensor) -> Tensor:
+    """x.add_(b), where b has a batch of one: no new tensor; the gradient of b is summed over the batch."""
+    shape, needs = b.shape, (x.needs_grad, b.needs_grad)
+    output = x.view(*x.shape)
+    output.node = None
+    return record(output, [x, b], lambda g: (g if needs[0] else None, g.new(shape) if needs[1] else None))
+
+
 def scale(x: Tensor) -> Tensor:
     """x times a Python number, -x, x plus a number's multiple: nothing is kept."""
     return record(x.new(), [x], lambda g: (g.new(),))
@@ -187,6 +195,15 @@ def from_result(x: Tensor) -> Tensor:
         return (g.new(),)
 
     return record(output, [x], apply, [output])
+
+
+def safe_softmax(x: Tensor) -> Tensor:
+    """Softmax that gives zeros to a row of nothing but -inf: a softmax, a mask of bytes, and a choice of the two."""
+    plain = x.new()
+    rows = x.new(bytes=BOOL)
+    output = from_result(x)
+    del plain, rows
+    return output
 
 
 def over_its_size(x: Tensor) -> Tensor:

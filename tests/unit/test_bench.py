@@ -116,6 +116,36 @@ def test_another_date_or_command_goes_on(topic, monkeypatch):
     assert topic.measured == [3, 4]
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_point_that_fails_does_not_cost_the_others(topic, monkeypatch, jobs):
+    if jobs == 2:  # the pool's processes cannot see the fake module: run its points in threads
+        from concurrent.futures import ThreadPoolExecutor
+
+        monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(jobs))
+    measure = topic.measure
+
+    def fails(point):
+        if point["n"] in (2, 3):
+            raise RuntimeError(f"out of memory in {point['n']}")
+        return measure(point)
+
+    topic.measure = fails
+    with pytest.raises(PeftLabError, match="2 of 4 points failed; .*partial keeps the others") as found:
+        bench.run("fake", topic.out, jobs=jobs)
+    assert "RuntimeError: out of memory in 2" in str(found.value) and "in 3" in str(found.value)
+    assert not topic.out.exists() and sorted(topic.measured) == [1, 4]
+    topic.measure = measure
+    bench.run("fake", topic.out, jobs=jobs)
+    assert sorted(topic.measured) == [1, 2, 3, 4]
+    assert measurements.results(topic.out).column("n") == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_a_timeline_keeps_its_highest_points():
+    points = [("forward", n) for n in (1, 5, 2, 2, 9)] + [("backward", n) for n in (3, 8, 1)]
+    found = list(memory_grid.thinned(points, most=4))
+    assert found == [(0, ("forward", 5)), (0.25, ("forward", 2)), (0.5, ("forward", 9)), (0.75, ("backward", 8))]
+
+
 def test_points_without_provenance_are_refused(topic):
     topic.partial.write_text(json.dumps([bench.key(POINTS[0]), [{"n": 1}]]) + "\n")
     with pytest.raises(PeftLabError, match="measured elsewhere"):
@@ -183,6 +213,6 @@ def test_a_run_of_the_memory_grid_takes_its_two_steps(method, tmp_path):
     found = estimate(**{name: value for name, value in point.items() if name != "section"})
     assert sum(parameter.numel() for parameter in trained) == found.trainable
     before = [parameter.detach().clone() for parameter in trained]
-    memory_grid.two_steps(model, optimizer, batch, autocasts=False)
+    memory_grid.steps(memory_grid.phases(model, optimizer, batch, autocasts=False), 2)
     assert any(not torch.equal(a, b) for a, b in zip(before, trained, strict=True))
     assert all(torch.isfinite(parameter).all() for parameter in trained)
