@@ -7,7 +7,13 @@ caption and alternative text stand in the cell's metadata.
 from peftlab.figures.charts import bars, curves, heatmap, histogram, spectrum, stacked_bars, sweep
 from peftlab.figures.lora import lora_dataflow
 from peftlab.figures.memory import agreement, memory_bars, timelines
+from peftlab.figures.quantization import code_books
 from peftlab.figures.style import BLACK, COLOURS, HATCHES, LINES, MARKERS, WIDTH, label, new, styled, use_style
 
-__all__ = ["BLACK", "COLOURS", "HATCHES", "LINES", "MARKERS", "WIDTH", "agreement", "bars", "curves", "heatmap", "histogram",
-           "label", "lora_dataflow", "memory_bars", "new", "spectrum", "stacked_bars", "styled", "sweep", "timelines", "use_style"]
+__all__ = [
+    *("bars", "curves", "heatmap", "histogram", "spectrum", "stacked_bars", "sweep"),
+    "lora_dataflow",
+    *("agreement", "memory_bars", "timelines"),
+    "code_books",
+    *("BLACK", "COLOURS", "HATCHES", "LINES", "MARKERS", "WIDTH", "label", "new", "styled", "use_style"),
+]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from peftlab.errors import PeftLabError
 from peftlab.hooks import CHILD, base_modules, remove
+from peftlab.quantization.weights import dense, is_quantized
 from peftlab.targets import Targets, heads
 
 BIAS_MODES = ("none", "lora_only", "all")
@@ -170,5 +171,10 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def widened(weight: Tensor) -> Tensor:
-    """A stored weight in float64 (float32 where a device has none), so that a merged sum is rounded once."""
+    """A stored weight in float64 (float32 where a device has none), so that a merged sum is rounded once.
+
+    Of a quantised weight: what its codes stand for, computed in float32.
+    """
+    if is_quantized(weight):
+        weight = dense(weight, torch.float32)
     return weight.detach().to(torch.float32 if weight.device.type == "mps" else torch.float64)

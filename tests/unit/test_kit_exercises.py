@@ -31,6 +31,20 @@ ANSWERS = {
     "lora.merge": (lambda W, A, B, alpha, r: torch.add(W, B @ A, alpha=alpha / r),
                    lambda W, A, B, alpha, r: W + alpha * B @ A, lambda W, A, B, alpha, r: W),
     "lora.alpha": (16 * math.sqrt(64), 2.0, 3),
+    "qlora.bits": (4 + 8 / 128 + 32 / 32_768, 4.25, 9.0),
+    "qlora.memory": (36.36, 35.58, 140.0),
+    "qlora.states": (0.24, 0.08, 12.0),
+    "qlora.codes": (
+        lambda block, book: torch.tensor([(value / block.abs().max() - book).abs().argmin() for value in block]),
+        lambda block, book: ((block / block.std())[:, None] - book).abs().argmin(1),
+        lambda block, book: torch.zeros(len(block), dtype=torch.long),
+    ),
+    "qlora.backward": (
+        lambda gradient, codes, book, scales: (gradient * scales) @ book[codes],
+        lambda gradient, codes, book, scales: gradient @ book[codes],
+        lambda gradient, codes, book, scales: 2 * gradient @ book[codes],
+    ),
+    "qlora.merge": ("Dequantize", None, "merge"),
     "lora.rank": (energy_rank, lambda s, share: energy_rank(s.sqrt(), share), lambda s, share: len(s) + 1),
 }
 
@@ -48,7 +62,7 @@ def test_answers(name):
 
 
 def test_every_exercise_is_tried():
-    assert {exercise.name for exercise in EVERY if exercise.name.startswith("lora.")} == set(ANSWERS)
+    assert {exercise.name for exercise in EVERY if exercise.name.split(".")[0] in ("lora", "qlora")} == set(ANSWERS)
     for topic in TOPICS:
         for exercise in exercises.exercises(topic):
             assert exercise.name.startswith(f"{topic}.")
