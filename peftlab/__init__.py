@@ -16,7 +16,7 @@ _PLACES = {
     "assets.models": "load_model",
     "assets.data": "load_data",
     "injection": "attach detach activate disabled attached count_parameters ParameterCount",
-    "methods": "LoRAConfig METHODS",
+    "methods": "LoRAConfig PromptTuningConfig PTuningConfig PrefixTuningConfig METHODS",
     "merging": "merge unmerge MergeReport",
     "checkpoint": "save_adapter load_adapter",
     "encoding": "encode_completion encode_text encode_classification Collator",

@@ -1,6 +1,11 @@
 """The methods, one file each. A new one is a file and a line in `METHODS`; DESIGN.md shows how each fits."""
 
 from peftlab.methods.lora import LoRAConfig
+from peftlab.methods.p_tuning import PTuningConfig
+from peftlab.methods.prefix_tuning import PrefixTuningConfig
+from peftlab.methods.prompt_tuning import PromptTuningConfig
 
 # The method's name on the command line, and its config; `config.peft_type` is its name in Hugging Face's files.
-METHODS = {config.method: config for config in (LoRAConfig,)}
+METHODS = {
+    config.method: config for config in (LoRAConfig, PromptTuningConfig, PTuningConfig, PrefixTuningConfig)
+}
