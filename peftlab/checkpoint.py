@@ -216,9 +216,7 @@ def key_table(parts: Iterable[Part]) -> dict[str, Tensor]:
 def beside_table(parts: Iterable[Part]) -> dict[str, nn.Parameter]:
     """{name in the file beside: our parameter}, for what Hugging Face's format leaves out."""
     return {
-        name: part.layer.get_parameter(own)
-        for part in parts
-        for own, name in getattr(part.layer, "beside", {}).items()
+        name: part.layer.get_parameter(own) for part in parts for own, name in getattr(part.layer, "beside", {}).items()
     }
 
 
@@ -227,9 +225,10 @@ def to_fields(root: nn.Module, config: Any, parts: list[Part]) -> dict[str, Any]
     places = {part.path: root.get_submodule(part.path) for part in parts}
     fields = {name: getattr(config, name, None) for name in TARGET_FIELDS}
     targets = fields["target_modules"]
+    found_here = isinstance(targets, str) and (targets.lower() == ALL_LINEAR or config.layers_to_transform)
     if not hasattr(config, "target_modules"):  # it stands on the model itself
         fields = {name: fields[name] for name in ("modules_to_save", "task_type")}
-    elif targets is None or (isinstance(targets, str) and (targets.lower() == ALL_LINEAR or config.layers_to_transform)):
+    elif targets is None or found_here:
         # The names that were found, so that no library has to guess them again; and Hugging Face peft takes
         # layers_to_transform only beside a list.
         fields["target_modules"] = sorted({part.path for part in parts if part.name not in ("bias", "copy")})

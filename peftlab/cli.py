@@ -154,7 +154,7 @@ def _train_options(command: Parser) -> None:
     from peftlab.memory import commands
 
     finetune.add_options(command)
-    commands.add_method_options(command, "full, or a method that the package has: lora", r=8, ranks="8")
+    commands.add_method_options(command, "full, lora, prompt, p-tuning or prefix", r=8, ranks="8")
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -234,6 +234,7 @@ COMMANDS = (
         (
             "train --model smollm2-135m --data support-desk --alpha 32 --steps 70 --lr 5e-3 --warmup 0.1 --out desk",
             "train --model minilm --data reviews --method lora --epochs 1 --out reviews",
+            "train --model minilm --data reviews --method prefix --virtual-tokens 10 --out prefix",
             "train --model path/to/model --data my.jsonl --targets all-linear --r 16 --out run1",
         ),
         _train_options,

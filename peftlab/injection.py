@@ -212,9 +212,7 @@ def check_together(root: nn.Module, weights: dict[str, float], rows: tuple[str |
         if rows is not None and here:
             here |= {str(name): "none" for name in rows if name not in here}
         if len(set(here.values())) > 1:
-            (one, what), (other, else_) = next(
-                (a, b) for a in here.items() for b in here.items() if a[1] != b[1]
-            )
+            (one, what), (other, else_) = next((a, b) for a in here.items() for b in here.items() if a[1] != b[1])
             raise PeftLabError(
                 f"{one!r} has {what} and {other!r} has {else_}, so they cannot run "
                 f"{'in one batch' if rows is not None else 'at once'}: inputs and caches would differ in length. "

@@ -7,5 +7,11 @@ from peftlab.methods.prompt_tuning import PromptTuningConfig
 
 # The method's name on the command line, and its config; `config.peft_type` is its name in Hugging Face's files.
 METHODS = {
-    config.method: config for config in (LoRAConfig, PromptTuningConfig, PTuningConfig, PrefixTuningConfig)
+    config.method: config
+    for config in (
+        LoRAConfig,
+        PromptTuningConfig,
+        PTuningConfig,
+        PrefixTuningConfig,
+    )
 }

@@ -110,14 +110,10 @@ class PromptEncoder(nn.Module):
         self.lstm_head = None
         if config.encoder == "lstm":
             dropout = config.encoder_dropout if config.encoder_layers > 1 else 0.0  # there is no layer after the last
-            self.lstm_head = nn.LSTM(
-                d, h, config.encoder_layers, dropout=dropout, bidirectional=True, batch_first=True
-            )
+            self.lstm_head = nn.LSTM(d, h, config.encoder_layers, dropout=dropout, bidirectional=True, batch_first=True)
             self.mlp_head = nn.Sequential(nn.Linear(2 * h, 2 * h), nn.ReLU(), nn.Linear(2 * h, d))
         else:
-            self.mlp_head = nn.Sequential(
-                nn.Linear(d, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, d)
-            )
+            self.mlp_head = nn.Sequential(nn.Linear(d, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, d))
 
     def forward(self) -> Tensor:
         """P = MLP(E), or MLP(LSTM(E))."""

@@ -14,7 +14,7 @@ A part that changes how long an input is cannot be mixed by its results. It brin
     before(host, args, kwargs, brought) -> (args, kwargs)    `brought()` is that of all active adapters: their weighted
                                                              sum, or (rows, ...) with an adapter for each row
     likeness: str                                            only parts of equal likeness can run together
-    beside: {own parameter: name}                            what makes that tensor, where the file holds only the tensor
+    beside: {own parameter: name}                            what makes the tensor, where the file holds that alone
 
 and nothing else: which parts are active, at what weight and for which rows of a batch is `injection`'s business.
 """

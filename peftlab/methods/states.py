@@ -72,7 +72,8 @@ def attentions(stack: nn.Module) -> dict[int, str]:
     found: dict[int, str] = {}
     for path, module in base_modules(stack).items():
         index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and takes_cache(module) and not any(True for m in module.children() if takes_cache(m)):
+        innermost = takes_cache(module) and not any(takes_cache(child) for child in module.children())
+        if isinstance(index, int) and innermost:
             found.setdefault(index, path)
     return found
 
@@ -103,7 +104,7 @@ def keys_and_values(model: nn.Module, tokens: Tensor) -> Tensor:
 
     An encoder-decoder's decoder has them as its own beginning, and reads them through its encoder as well.
     """
-    cache = new_cache(model)
+    cache = new_cache(model, whole=True)
     inputs: dict[str, Any] = {"input_ids": tokens[None], "past_key_values": cache}
     if is_encoder_decoder(model):
         inputs["decoder_input_ids"] = tokens[None]
@@ -115,15 +116,15 @@ def keys_and_values(model: nn.Module, tokens: Tensor) -> Tensor:
     return torch.stack(pairs).permute(2, 0, 1, 3).flatten(1).detach().clone()
 
 
-def new_cache(model: nn.Module) -> Any:
-    """An empty cache of the kind that the model's decoder takes."""
+def new_cache(model: nn.Module, whole: bool = False) -> Any:
+    """An empty cache of the kind that the model's decoder takes; a whole one keeps what has left a sliding window."""
     from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
     if is_encoder_decoder(model):
         return EncoderDecoderCache(DynamicCache(), DynamicCache())
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     # the config tells which layers see only a window; an encoder's cache has no such layers
-    return DynamicCache(config=config) if getattr(config, "sliding_window", None) else DynamicCache()
+    return DynamicCache(config=config) if getattr(config, "sliding_window", None) and not whole else DynamicCache()
 
 
 def own_cache(cache: Any) -> Any:

@@ -115,7 +115,7 @@ def check_start(config: Any, known: tuple[str, ...]) -> None:
     if config.init != "text" and config.init_text is not None:
         raise PeftLabError(f"init_text was given, but init is {config.init!r}; say init='text' to start from it.")
     if config.init == "text" and isinstance(config.init_text, str) and config.tokenizer is None:
-        raise PeftLabError("init_text needs a tokenizer: give the model's, or its name, or give token ids as init_text.")
+        raise PeftLabError("init_text needs a tokenizer: give the model's, or its name; or give token ids.")
 
 
 def positive(config: Any, name: str, optional: bool = False) -> None:
