@@ -22,7 +22,7 @@ _PLACES = {
     "encoding": "encode_completion encode_text encode_classification Collator",
     "training": "train History TrainingError",
     "generation": "generate_text",
-    "metrics": "accuracy macro_f1 exact_match perplexity mean_loss predict_labels",
+    "metrics": "accuracy macro_f1 exact_match token_f1 perplexity mean_loss predict_labels",
     "measurements": "results",
     "notebook": "show_source glue table",
     "exercises": "check",

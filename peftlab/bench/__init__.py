@@ -25,7 +25,7 @@ from peftlab import measurements
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.progress import Bar
 
-TOPICS = ("lora", "memory")
+TOPICS = ("lora", "memory", "prompts")
 LIBRARIES = ("torch", "transformers", "peft", "peftlab", "bitsandbytes", "triton")
 
 
