@@ -1,6 +1,7 @@
 """The measurements of the chapter on prompts and prefixes.
 
 Sections, in the chapter's order:
+    live                    runs of fifty steps, which a notebook can repeat
     rate, start, length     the support desk learned by smollm2-135m through virtual tokens, one setting at a time
     reviews                 minilm on reviews: a prompt, a prefix, LoRA, the head alone
     headlines               smollm2-135m writes the headline of a news article
@@ -48,7 +49,7 @@ HEADLINES = {"prompt": 2e-2, "prefix": 5e-3, "lora": 2e-3}
 
 def points() -> list[dict[str, Any]]:
     """Every point to measure."""
-    learned = [*rate(), *start(), *length(), *reviews(), *headlines()]
+    learned = [*live(), *rate(), *start(), *length(), *reviews(), *headlines()]
     return [*learned, *full_size(), {"section": "reading", "timed": True, "shape": "llama-2-7b"}, *seq2seq()]
 
 
@@ -62,6 +63,13 @@ def rate() -> Iterator[dict[str, Any]]:
     for (method, init), rates in RATES.items():
         for learning_rate in rates:
             yield desk("rate", method=method, init=init, learning_rate=learning_rate)
+
+
+def live() -> Iterator[dict[str, Any]]:
+    """Runs short enough to repeat in a notebook."""
+    for method, learning_rate in (("prompt", 3e-2), ("prompt", 1e-1), ("deep prompt", 3e-2), ("prefix", 1e-2),
+                                  ("prefix", 3e-2)):  # fmt: skip
+        yield desk("live", method=method, learning_rate=learning_rate, steps=50)
 
 
 def start() -> Iterator[dict[str, Any]]:
