@@ -16,7 +16,8 @@ _PLACES = {
     "assets.models": "load_model",
     "assets.data": "load_data",
     "injection": "attach detach activate disabled attached count_parameters ParameterCount",
-    "methods": "LoRAConfig AdapterConfig IA3Config BitFitConfig SelectiveConfig METHODS",
+    "methods": "LoRAConfig PromptTuningConfig PTuningConfig PrefixTuningConfig AdapterConfig IA3Config BitFitConfig "
+    "SelectiveConfig METHODS",
     "merging": "merge unmerge MergeReport",
     "quantization.blockwise": "quantize quantize_nf4 Quantized",
     "quantization.model": "quantize_model dequantize_model",
@@ -26,7 +27,7 @@ _PLACES = {
     "encoding": "encode_completion encode_text encode_classification Collator",
     "training": "train History TrainingError",
     "generation": "generate_text",
-    "metrics": "accuracy macro_f1 exact_match perplexity mean_loss predict_labels",
+    "metrics": "accuracy macro_f1 exact_match token_f1 perplexity mean_loss predict_labels",
     "measurements": "results",
     "notebook": "show_source glue table",
     "exercises": "check",

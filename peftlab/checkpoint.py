@@ -2,7 +2,8 @@
 
 A folder holds `adapter_config.json` and `adapter_model.safetensors`; an adapter that is not called `default` lies in
 a subfolder of its name. Each part of an adapter says under which key each of its parameters is stored; saving reads
-that table forwards and loading reads it backwards, so the two cannot disagree.
+that table forwards and loading reads it backwards, so the two cannot disagree. Where Hugging Face's format holds only
+what a network made (a prompt, say), the network itself lies in a file beside, so that training can go on.
 
 The file's metadata (which Hugging Face peft ignores) also holds SHA-256 sums of the tensors and of the config, and a
 few numbers of the base's weights, so that damage, mixed-up files and another base model are noticed.
@@ -14,6 +15,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import fields as fields_of
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,9 +40,10 @@ from peftlab.integrity import (
 from peftlab.methods import METHODS
 from peftlab.methods.parts import Part
 from peftlab.records import known, unwrap
-from peftlab.targets import ALL_LINEAR, Targets, by_pattern, names_match
+from peftlab.targets import ALL_LINEAR, by_pattern, names_match
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BESIDE = "adapter_encoder.safetensors"  # ours alone; Hugging Face peft does not look at it
 PREFIX = "base_model.model."
 TARGET_FIELDS = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "task_type",
@@ -67,6 +70,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
         if not torch.isfinite(parameter).all():
             raise PeftLabError(f"{key} holds values that are not finite; the adapter was not saved.")
         tensors[key] = parameter.detach().cpu().contiguous().clone()  # shared biases have several keys
+    encoder = {key: value.detach().cpu().contiguous().clone() for key, value in beside_table(parts).items()}
 
     fields = to_fields(root, config, parts)
     tensors |= embedding_copies(root, fields, parts)
@@ -77,11 +81,17 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
         "peftlab_config": config_digest(fields),
         "peftlab_base": json.dumps(base_sample(root, (part.path for part in parts))),
     }
+    if encoder:
+        metadata["peftlab_encoder"] = digest(encoder)
     folder = Path(folder) if name == "default" else Path(folder) / name
     folder.mkdir(parents=True, exist_ok=True)
     # Each file appears whole or not at all; a folder caught between the two is told by `peftlab_config`.
+    if encoder:
+        write(folder / BESIDE, serialised(encoder, {"format": "pt"}))
     write(folder / CONFIG, text.encode())
     write(folder / WEIGHTS, serialised(tensors, metadata))
+    if not encoder:
+        (folder / BESIDE).unlink(missing_ok=True)  # of an adapter that was here before
     return folder
 
 
@@ -97,7 +107,8 @@ def load_adapter(
 
     Args:
         folder: the folder, or its parent when the adapter lies in a subfolder of its name.
-        trainable: whether it goes on training; by default a loaded adapter is frozen.
+        trainable: whether it goes on training; by default a loaded adapter is frozen. A prompt that a network made
+            goes on with that network, if this package saved it; else, and frozen, it is the prompt alone.
         adapter_dtype: as for `attach`.
 
     Raises:
@@ -107,6 +118,8 @@ def load_adapter(
     root = unwrap(model)
     saved = read_folder(Path(folder), name)
     config = from_fields(root, saved.fields)
+    if hasattr(config, "as_stored") and not (trainable and saved.encoder):
+        config = config.as_stored()
     parts = prepare(root, name, config, adapter_dtype)
     fill(root, parts, saved)
     add(root, name, config, parts, trainable=trainable)
@@ -114,12 +127,14 @@ def load_adapter(
 
 
 class Saved(NamedTuple):
-    """An adapter's folder, read: where it lies, its config's fields, its tensors and the file's metadata."""
+    """An adapter's folder, read: where it lies, its config's fields, its tensors, the file's metadata, and what made
+    those tensors, where that was saved beside."""
 
     folder: Path
     fields: dict[str, Any]
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
+    encoder: dict[str, Tensor] = {}  # noqa: RUF012
 
 
 def read_folder(folder: Path, name: str) -> Saved:
@@ -128,7 +143,15 @@ def read_folder(folder: Path, name: str) -> Saved:
     fields = read_config(folder)
     tensors, metadata = read_tensors(folder / WEIGHTS)
     check_integrity(folder / CONFIG, folder / WEIGHTS, fields, tensors, metadata)
-    return Saved(folder, fields, tensors, metadata)
+    encoder: dict[str, Tensor] = {}
+    if "peftlab_encoder" in metadata and (folder / BESIDE).is_file():
+        encoder, _ = read_tensors(folder / BESIDE)
+        if digest(encoder) != metadata["peftlab_encoder"]:
+            raise PeftLabError(
+                f"{folder / BESIDE} and {WEIGHTS} were not saved together, or one was changed. Save the adapter again, "
+                f"or delete {BESIDE}, which only further training needs."
+            )
+    return Saved(folder, fields, tensors, metadata, encoder)
 
 
 @torch.no_grad()
@@ -137,8 +160,19 @@ def fill(root: nn.Module, parts: Iterable[Part], saved: Saved) -> None:
     check_base(root, saved.folder, saved.metadata, base_name(root) or type(root).__name__)
     table = key_table(parts)
     check_keys(root, saved.folder, saved.fields, table, saved.tensors)
+    encoder = beside_table(parts)
+    if encoder and {key: tensor.shape for key, tensor in saved.encoder.items()} != {
+        key: parameter.shape for key, parameter in encoder.items()
+    }:
+        raise PeftLabError(
+            f"{saved.folder} holds what the adapter's encoder made, but no {BESIDE} with that encoder, so its training "
+            "cannot go on here. Save it with this package, or attach the adapter without an encoder."
+        )
     for key, parameter in table.items():
-        parameter.copy_(saved.tensors[key])
+        if isinstance(parameter, nn.Parameter):  # otherwise it is made, from what follows
+            parameter.copy_(saved.tensors[key])
+    for key, parameter in encoder.items():
+        parameter.copy_(saved.encoder[key])
 
 
 def check_config(root: nn.Module, name: str, parts: list[Part], saved: Saved) -> None:
@@ -166,8 +200,8 @@ def placed(root: nn.Module, name: str) -> list[Part]:
     ]
 
 
-def key_table(parts: Iterable[Part]) -> dict[str, nn.Parameter]:
-    """The one table: {key in Hugging Face's file: our parameter}."""
+def key_table(parts: Iterable[Part]) -> dict[str, Tensor]:
+    """The one table: {key in Hugging Face's file: our parameter, or what an encoder makes}."""
     table = {}
     for part in parts:
         for own, keys in part.layer.keys.items():
@@ -175,16 +209,26 @@ def key_table(parts: Iterable[Part]) -> dict[str, nn.Parameter]:
             parameter = getattr(part.layer.get_submodule(owner), parameter_name)
             for key in (keys,) if isinstance(keys, str) else keys:
                 if parameter is not None:
-                    table[key.format(path=PREFIX + part.path, root=PREFIX)] = parameter
+                    table[key.format(path=PREFIX + part.path, root=PREFIX, module=part.path)] = parameter
     return table
 
 
-def to_fields(root: nn.Module, config: Targets, parts: list[Part]) -> dict[str, Any]:
+def beside_table(parts: Iterable[Part]) -> dict[str, nn.Parameter]:
+    """{name in the file beside: our parameter}, for what Hugging Face's format leaves out."""
+    return {
+        name: part.layer.get_parameter(own) for part in parts for own, name in getattr(part.layer, "beside", {}).items()
+    }
+
+
+def to_fields(root: nn.Module, config: Any, parts: list[Part]) -> dict[str, Any]:
     """A config as the contents of `adapter_config.json`."""
     places = {part.path: root.get_submodule(part.path) for part in parts}
     fields = {name: getattr(config, name, None) for name in TARGET_FIELDS}
     targets = fields["target_modules"]
-    if targets is None or (isinstance(targets, str) and (targets.lower() == ALL_LINEAR or config.layers_to_transform)):
+    found_here = isinstance(targets, str) and (targets.lower() == ALL_LINEAR or config.layers_to_transform)
+    if not hasattr(config, "target_modules"):  # it stands on the model itself
+        fields = {name: fields[name] for name in ("modules_to_save", "task_type")}
+    elif targets is None or found_here:
         # The names that were found, so that no library has to guess them again; and Hugging Face peft takes
         # layers_to_transform only beside a list.
         fields["target_modules"] = sorted({part.path for part in parts if part.name not in ("bias", "copy")})
@@ -197,7 +241,7 @@ def to_fields(root: nn.Module, config: Targets, parts: list[Part]) -> dict[str, 
     }
 
 
-def from_fields(root: nn.Module, fields: Mapping[str, Any]) -> Targets:
+def from_fields(root: nn.Module, fields: Mapping[str, Any]) -> Any:
     """The contents of `adapter_config.json` as a config for this model."""
     kinds = {kind.peft_type: kind for kind in METHODS.values()}
     peft_type = fields.get("peft_type")
@@ -210,8 +254,10 @@ def from_fields(root: nn.Module, fields: Mapping[str, Any]) -> Targets:
     for name in kind.unsupported:
         if fields.get(name):
             raise PeftLabError(f"The adapter uses {name}={fields[name]!r}, which this package does not have.")
-    shared = {name: None if fields.get(name) in ([], "") else fields.get(name) for name in TARGET_FIELDS}
-    if shared["layers_to_transform"] is None:
+    takes = {field.name for field in fields_of(kind)}
+    given = {name: fields.get(name) for name in TARGET_FIELDS if name in takes}
+    shared = {name: None if value in ([], "") else value for name, value in given.items()}
+    if "layers_to_transform" in takes and shared["layers_to_transform"] is None:
         shared["layers_pattern"] = None  # without layers to count it says nothing
     try:
         return only_present(root, kind(**shared, **kind.from_peft(fields)))
@@ -219,13 +265,13 @@ def from_fields(root: nn.Module, fields: Mapping[str, Any]) -> Targets:
         raise PeftLabError(f"{CONFIG} holds a field of a wrong type: {error}.") from None
 
 
-def only_present(root: nn.Module, config: Targets) -> Targets:
+def only_present(root: nn.Module, config: Any) -> Any:
     """Leaves out names and patterns that this model does not have: Hugging Face peft saves them, and the keys of the
     file say what was trained."""
     paths = list(base_modules(root))
     changes: dict[str, Any] = {}
     for field in ("target_modules", "modules_to_save"):
-        names = getattr(config, field)
+        names = getattr(config, field, None)
         if names is not None and not isinstance(names, str):
             ends = names_match if field == "target_modules" else lambda spec, path: path.endswith(spec)
             there = tuple(name for name in names if any(ends((name,), path) for path in paths))
@@ -305,7 +351,7 @@ def redundant(root: nn.Module, key: str, tensors: Mapping[str, Tensor]) -> bool:
 def embedding_copies(root: nn.Module, fields: Mapping[str, Any], parts: list[Part]) -> dict[str, Tensor]:
     """The base's weights that Hugging Face peft saves beside adapted embeddings, by its rule: the targets name
     `embed_tokens` or `lm_head`. A vocabulary that was lengthened before training then travels with the adapter."""
-    targets, names = fields["target_modules"] or (), ("embed_tokens", "lm_head")
+    targets, names = fields.get("target_modules") or (), ("embed_tokens", "lm_head")
     if isinstance(targets, str):
         paths = (path for path in base_modules(root) if path.rpartition(".")[2] in names)
         named = any(re.fullmatch(targets, path) for path in paths)

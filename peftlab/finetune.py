@@ -20,10 +20,14 @@ from peftlab.run_folder import METRICS, STATE, claim, locked, save, write_json
 
 # Arguments that change nothing about what is learned: a run goes on although they differ.
 INCIDENTAL = ("command", "run", "json", "out", "resume", "save_every", "device", "test_limit", "max_new_tokens")
-# What describes an adapter, and has no meaning in full fine-tuning
-OF_ADAPTERS = ("r", "alpha", "dropout", "targets", "bias", "reduction_factor", "last_layers")
-# Where a usual rate would hardly move the few parameters that these train (IA3: Liu et al. 2022, appendix D)
-RATES = {"full": 2e-5, "ia3": 3e-3, "bitfit": 1e-3}
+# Options that a method takes or not, by the field of its config that they fill
+OF_METHODS = {
+    "r": "r", "alpha": "alpha", "dropout": "dropout", "targets": "target_modules", "bias": "bias", "init": "init",
+    "virtual_tokens": "num_virtual_tokens", "init_text": "init_text", "projection": "projection", "encoder": "encoder",
+    "reduction_factor": "reduction_factor", "last_layers": "last_layers",
+}  # fmt: skip
+# Where the usual rate, 2e-4, would hardly move what trains (IA3: Liu et al. 2022, appendix D)
+RATES = {"full": 2e-5, "prompt": 1e-1, "p-tuning": 1e-3, "prefix": 1e-2, "ia3": 3e-3, "bitfit": 1e-3}
 LOG_SECONDS = 30.0
 TEST_LIMIT = {"completion": 64, "classification": 1000, "text": 200}
 
@@ -31,6 +35,7 @@ TEST_LIMIT = {"completion": 64, "classification": 1000, "text": 200}
 def add_options(command: argparse.ArgumentParser) -> None:
     """The options of `peftlab train`, apart from those that describe the method."""
     add = command.add_argument
+    rates = ", ".join(f"{method} {rate:g}" for method, rate in RATES.items())
     add("--model", required=True, metavar="M", help="smollm2-135m, minilm, a local folder or a hub id")
     add(
         "--data",
@@ -50,11 +55,21 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="hidden width / bottleneck of houlsby, pfeiffer and parallel adapters (default: 16)",
     )
     add("--last-layers", type=int, default=0, metavar="N", help="of selective: how many last blocks train (default: 0)")
+    add("--virtual-tokens", type=int, default=20, metavar="N", help="length of a prompt or prefix (default: 20)")
+    add("--init", metavar="I", help="where the adapter starts; for a prompt or prefix vocabulary, text or random")
+    add("--init-text", metavar="TEXT", help="the words that a prompt or prefix starts from, for --init text")
+    add(
+        "--projection",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="an MLP makes the prefix while it trains (default: no)",
+    )
+    add("--encoder", default="mlp", metavar="E", help="what makes the prompt of p-tuning: mlp or lstm (default: mlp)")
     add("--steps", type=int, metavar="N", help="optimiser steps; or give --epochs")
     add("--epochs", type=float, metavar="N", help="times through the training data (default: 1)")
     add("--batch-size", type=int, default=8, metavar="N", help="examples at once (default: 8)")
     add("--accumulation", type=int, default=1, metavar="N", help="batches a step (default: 1)")
-    add("--lr", type=float, metavar="X", help="peak learning rate (default: 2e-4; ia3 3e-3, bitfit 1e-3, full 2e-5)")
+    add("--lr", type=float, metavar="X", help=f"peak learning rate (default: {rates}; others 2e-4)")
     add("--warmup", type=float, default=0.0, metavar="X", help="share of the steps, or a number of them (default: 0)")
     add("--schedule", choices=("linear", "cosine", "constant"), default="linear", help="(default: linear)")
     add("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
@@ -100,7 +115,7 @@ def run(arguments: argparse.Namespace, targets: Any) -> dict[str, Any]:
     check(arguments)
     folder = Path(arguments.out).expanduser()
     with locked(folder):
-        left_out = INCIDENTAL + (OF_ADAPTERS if arguments.method == "full" else ())
+        left_out = INCIDENTAL + meaningless(arguments.method)
         settings = {key: value for key, value in vars(arguments).items() if key not in left_out}
         claim(folder, settings, arguments.resume)
         import torch
@@ -134,7 +149,7 @@ def check(arguments: argparse.Namespace) -> None:
     if method != "full" and arguments.bias != "none" and not hasattr(METHODS[method], "bias"):
         raise PeftLabError(f"--bias {arguments.bias} has no meaning for {method}; use lora, or --method bitfit.")
     for name in ("steps", "batch_size", "accumulation", "limit", "max_length", "eval_every", "test_limit",
-                 "max_new_tokens", "save_every"):  # fmt: skip
+                 "max_new_tokens", "save_every", "virtual_tokens"):  # fmt: skip
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise PeftLabError(f"--{name.replace('_', '-')} must be at least 1, found {value}.")
@@ -142,6 +157,14 @@ def check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and not 0 < value < float("inf"):
             raise PeftLabError(f"--{name} must be above 0, found {value}.")
+
+
+def meaningless(method: str) -> tuple[str, ...]:
+    """The options that a method has no field for: they are no part of what a run is."""
+    from peftlab.methods import METHODS
+
+    has = {field.name for field in fields(METHODS[method])} if method in METHODS else set()
+    return tuple(option for option, name in OF_METHODS.items() if name not in has)
 
 
 def _train(arguments: argparse.Namespace, targets: Any, folder: Path) -> dict[str, Any]:
@@ -155,7 +178,8 @@ def _train(arguments: argparse.Namespace, targets: Any, folder: Path) -> dict[st
     from peftlab.training import train
 
     started = time.monotonic()
-    method_config = None if arguments.method == "full" else _config(arguments, targets)
+    if arguments.method != "full":
+        _config(arguments, targets, tokenizer=arguments.model)  # a mistake in it is said before anything is loaded
     task = tasks.task_of(load_data(arguments.data), arguments.data, arguments.seed, arguments.limit)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(arguments.seed)  # a new head and the adapter start from the seed
@@ -163,12 +187,11 @@ def _train(arguments: argparse.Namespace, targets: Any, folder: Path) -> dict[st
     tasks.check_model(task, model, arguments.model)
     if model.config.pad_token_id is None:  # a decoder that classifies looks for the last token before the padding
         model.config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    if method_config is not None:
-        if task.kind == "classification":
-            method_config = _config(arguments, targets, task_type="SEQ_CLS")
-        attach(model, method_config)
+    if arguments.method != "full":
+        task_type = "SEQ_CLS" if task.kind == "classification" else None
+        attach(model, _config(arguments, targets, tokenizer=tokenizer, task_type=task_type))
     counted = count_parameters(model)
-    max_length = _max_length(arguments.max_length, model, task)
+    max_length = _max_length(arguments, model)
     examples = tasks.encode(task, tokenizer, task.train, max_length)
     watched = tasks.encode(task, tokenizer, task.validation or task.test, max_length) if arguments.eval_every else None
     say(f"{arguments.model} on {device}, {len(examples):,} examples, {counted}")
@@ -194,7 +217,7 @@ def _train(arguments: argparse.Namespace, targets: Any, folder: Path) -> dict[st
         resume=arguments.resume,
         callback=None if sys.stderr.isatty() else _log(),
     )
-    size = save(model, tokenizer, folder, method_config is not None)
+    size = save(model, tokenizer, folder, arguments.method != "full")
     rows = task.test[: arguments.test_limit or TEST_LIMIT[task.kind]]
     scores = tasks.test(task, model, tokenizer, rows, max_length, 2 * arguments.batch_size, arguments.max_new_tokens)
     return {
@@ -218,14 +241,24 @@ def _config(arguments: argparse.Namespace, targets: Any, **more: Any) -> Any:
     from peftlab.methods import METHODS
 
     config = METHODS[arguments.method]
-    given = {**vars(arguments), "target_modules": targets, "placement": arguments.method, **more}
+    options = {OF_METHODS.get(option, option): value for option, value in vars(arguments).items()}
+    given = {**options, "target_modules": targets, "placement": arguments.method, **more}
+    if given.get("init") is None:  # the method's own default
+        given = {**given, "init": "text"} if given.get("init_text") else {k: v for k, v in given.items() if k != "init"}
     return config(**{field.name: given[field.name] for field in fields(config) if field.init and field.name in given})
 
 
-def _max_length(asked: int | None, model: Any, task: Any) -> int | None:
-    most = getattr(model.config, "max_position_embeddings", None)
+def _max_length(arguments: argparse.Namespace, model: Any) -> int | None:
+    """The most tokens of an example: virtual ones take positions too."""
+    asked, most = arguments.max_length, getattr(model.config, "max_position_embeddings", None)
+    virtual = 0 if "virtual_tokens" in meaningless(arguments.method) else arguments.virtual_tokens
+    if most is not None:
+        most -= virtual
+        if most < 1:
+            raise PeftLabError(f"--virtual-tokens is {virtual}, and the model has {most + virtual} positions.")
     if most is not None and asked is not None and asked > most:
-        raise PeftLabError(f"--max-length is {asked}, and the model takes {most} tokens at the most.")
+        beside = f" beside {virtual} virtual ones" if virtual else ""
+        raise PeftLabError(f"--max-length is {asked}, and the model takes {most} tokens{beside} at the most.")
     return asked or (512 if most is None else min(512, most))
 
 

@@ -9,6 +9,7 @@ are plain functions of the module they stand on: `deepcopy` of a model gives hoo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,6 +36,11 @@ class Activity:
         self.rows: tuple[str | None, ...] | None = None
         self.enabled = True
         self.merged = False
+
+    @property
+    def running(self) -> bool:
+        """Whether adapters act at all: neither disabled nor folded into the weights."""
+        return self.enabled and not self.merged
 
 
 class Adapters(nn.ModuleDict):
@@ -95,60 +101,86 @@ def move(host: nn.Module, new: nn.Module) -> None:
 
 
 def _before(host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    def change(parts: nn.ModuleDict, inputs: tuple, base: tuple) -> tuple:
-        for part in parts.values():
-            if hasattr(part, "before"):
-                inputs = part.before(host, *inputs)
+    inputs = args, kwargs
+    parts = host._modules[CHILD]
+    bringing = bringers(parts, parts.activity) if parts.activity.running else {}
+    if bringing:
+        one = next(iter(bringing.values()))
+        inputs = one.before(host, args, kwargs, lambda: _brought(host, bringing, (args, kwargs)))
+
+    def change(mine: list[nn.Module], inputs: tuple, base: tuple) -> tuple:
+        for part in mine:
+            inputs = part.before(host, *inputs)
         return inputs
 
-    return _apply(host, (args, kwargs), (args, kwargs), change)
+    changed = _apply(parts, inputs, inputs, change, lambda part: hasattr(part, "before") and not _brings(part))
+    return inputs if changed is None and bringing else changed
 
 
 def _after(host: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-    def change(parts: nn.ModuleDict, inputs: tuple, output: Any) -> Any:
+    def change(mine: list[nn.Module], inputs: tuple, output: Any) -> Any:
         result = output
-        for part in parts.values():
-            if hasattr(part, "after"):
-                result = part.after(host, *inputs, result, output)
+        for part in mine:
+            result = part.after(host, *inputs, result, output)
         return result
 
-    return _apply(host, (args, kwargs), output, change)
+    return _apply(host._modules[CHILD], (args, kwargs), output, change, lambda part: hasattr(part, "after"))
 
 
-def _apply(host: nn.Module, inputs: tuple, base: Any, change: Callable[[nn.ModuleDict, tuple, Any], Any]) -> Any:
+def _brings(part: nn.Module) -> bool:
+    return hasattr(part, "brings")
+
+
+def bringers(parts: Adapters, activity: Activity) -> dict[str, nn.Module]:
+    """The parts here that bring a tensor of their own (a prompt, say), by adapter, of those that `activity` names."""
+    names = activity.weights if activity.rows is None else [name for name in activity.rows if name is not None]
+    there = ((name, part) for name in dict.fromkeys(names) if name in parts for part in parts[name].values())
+    return {name: part for name, part in there if _brings(part)}
+
+
+def _brought(host: nn.Module, bringing: dict[str, nn.Module], inputs: tuple) -> Tensor | None:
+    """What the active adapters bring, as one tensor: their weighted sum or, with one more dimension, each row's."""
+    activity = host._modules[CHILD].activity
+    made = {name: part.brings(host) for name, part in bringing.items()}
+    if activity.rows is not None:
+        order, repeat = list(made), _repeat(activity.rows, inputs)
+        stacked = torch.stack(list(made.values()))
+        return stacked[[order.index(name) for name in activity.rows for _ in range(repeat)]]
+    # P = sum over adapters of weight P_adapter: there is no prompt of the base's that it would be a change of
+    first, *others = (tensor * activity.weights[name] for name, tensor in made.items())
+    return sum(others, start=first)
+
+
+def _apply(
+    parts: Adapters, inputs: tuple, base: Any, change: Callable[[list, tuple, Any], Any], acts: Callable[..., bool]
+) -> Any:
     """Runs the active adapters of a host on `base` (its inputs, or its output) and mixes what they make of it.
 
     Returns None, which leaves `base` as it is, when no adapter is active here.
     """
-    parts = host._modules[CHILD]
     activity = parts.activity
-    if not activity.enabled or activity.merged:
+    if not activity.running:
         return None
+    names = activity.weights if activity.rows is None else set(activity.rows)
+    mine = {name: [part for part in parts[name].values() if acts(part)] for name in names if name in parts}
     if activity.rows is not None:
-        return _by_rows(parts, activity.rows, inputs, base, change)
-    here = [(name, weight) for name, weight in activity.weights.items() if name in parts]
+        return _by_rows(mine, activity.rows, inputs, base, change)
+    here = [(name, weight) for name, weight in activity.weights.items() if mine.get(name)]
     if not here:
         return None
     if len(here) == 1 and here[0][1] == 1:
-        return change(parts[here[0][0]], inputs, base)
+        return change(mine[here[0][0]], inputs, base)
     # y = y0 + sum over adapters of weight (y_adapter - y0): a mixture adds the weighted changes
-    changed = [(weight, change(parts[name], inputs, base)) for name, weight in here]
+    changed = [(weight, change(mine[name], inputs, base)) for name, weight in here]
     return _combine(base, changed, lambda y0, ys: sum((w * (y - y0) for w, y in ys), start=y0).to(y0.dtype))
 
 
-def _by_rows(parts: Adapters, rows: tuple[str | None, ...], inputs: tuple, base: Any, change: Callable) -> Any:
+def _by_rows(mine: dict[str, list], rows: tuple[str | None, ...], inputs: tuple, base: Any, change: Callable) -> Any:
     """Gives each row of the batch the adapter named for it: y[i] = y_{adapter of i}[i]."""
-    batch = next(t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)).shape[0]
-    if batch % len(rows):
-        raise PeftLabError(
-            f"activate was given {len(rows)} names, one a row, but the batch has {batch} rows. "
-            "Give as many names as the batch has rows."
-        )
-    # Beams, returned sequences and flattened tokens repeat each row in place.
-    repeat = batch // len(rows)
-    result = base
+    repeat = _repeat(rows, inputs)
+    batch, result = repeat * len(rows), base
     for name in dict.fromkeys(rows):
-        if name is None or name not in parts:
+        if name is None or not mine.get(name):
             continue
         chosen = [i * repeat + k for i, row in enumerate(rows) if row == name for k in range(repeat)]
 
@@ -161,9 +193,20 @@ def _by_rows(parts: Adapters, rows: tuple[str | None, ...], inputs: tuple, base:
                 return y0
             return y0.index_copy(0, torch.tensor(chosen, device=y0.device), ys[0][1].to(y0.dtype))
 
-        part = change(parts[name], tree_map(take, inputs), tree_map(take, base))
+        part = change(mine[name], tree_map(take, inputs), tree_map(take, base))
         result = _combine(result, [(1.0, part)], put)
     return result
+
+
+def _repeat(rows: tuple[str | None, ...], inputs: tuple) -> int:
+    """How many rows of the batch stand for each name: beams, returned sequences and flattened tokens lie in place."""
+    batch = next(t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)).shape[0]
+    if batch % len(rows):
+        raise PeftLabError(
+            f"activate was given {len(rows)} names, one a row, but the batch has {batch} rows. "
+            "Give as many names as the batch has rows."
+        )
+    return batch // len(rows)
 
 
 def _combine(base: Any, changed: list[tuple[float, Any]], how: Callable[[Tensor, list], Tensor]) -> Any:
@@ -179,6 +222,20 @@ def _combine(base: Any, changed: list[tuple[float, Any]], how: Callable[[Tensor,
         ],
         spec,
     )
+
+
+@contextmanager
+def base_alone(model: nn.Module) -> Iterator[None]:
+    """Within the block no adapter of the model runs."""
+    running = {id(host._modules[CHILD].activity): host._modules[CHILD].activity for _, host in hosts(model)}
+    before = [(activity, activity.enabled) for activity in running.values()]
+    try:
+        for activity, _ in before:
+            activity.enabled = False
+        yield
+    finally:
+        for activity, enabled in before:
+            activity.enabled = enabled
 
 
 def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from peftlab.errors import PeftLabError
-from peftlab.hooks import CHILD, Activity, Adapters, hosts, place, plain, remove
+from peftlab.hooks import CHILD, Activity, Adapters, bringers, hosts, place, plain, remove
 from peftlab.methods import METHODS
 from peftlab.methods.parts import Part
 from peftlab.quantization.weights import give_back, unpack
@@ -176,6 +176,8 @@ def activate(
             A batch of k times as many rows repeats each name k times in place, as beams and returned sequences lie:
             rows 0 to k - 1 run the first. Layers that see tokens in another order than the batch's, such as the
             experts of a mixture behind their router, cannot be told apart by rows: activate one adapter there.
+            Prompts and prefixes are mixed by their vectors, 0.7 P_a + 0.3 P_b, and need equal lengths for that, and
+            in rows.
         trainable: whether the named adapters train; `None` leaves that as attached (yes) or loaded (no).
 
     Raises:
@@ -203,10 +205,29 @@ def activate(
         raise PeftLabError("No adapter is attached to this model; attach one first.")
     if record.activity.merged:
         raise PeftLabError("The model is merged; call unmerge(model) before switching adapters.")
+    check_together(root, weights, rows)
     record.activity.weights, record.activity.rows = weights, rows
     if trainable is not None:
         record.trainable.update(dict.fromkeys(names, trainable))
     refresh_requires_grad(root, record)
+
+
+def check_together(root: nn.Module, weights: dict[str, float], rows: tuple[str | None, ...] | None) -> None:
+    """Refuses adapters that cannot run at once, because they make inputs of different lengths."""
+    wanted = Activity()
+    wanted.weights, wanted.rows = weights, rows
+    for _, host in hosts(root):
+        parts = host._modules[CHILD]
+        here = {name: part.likeness for name, part in bringers(parts, wanted).items()}
+        if rows is not None and here:
+            here |= {str(name): "none" for name in rows if name not in here}
+        if len(set(here.values())) > 1:
+            (one, what), (other, else_) = next((a, b) for a in here.items() for b in here.items() if a[1] != b[1])
+            raise PeftLabError(
+                f"{one!r} has {what} and {other!r} has {else_}, so they cannot run "
+                f"{'in one batch' if rows is not None else 'at once'}: inputs and caches would differ in length. "
+                "Activate adapters of one kind and length, or one at a time."
+            )
 
 
 def refresh_requires_grad(root: nn.Module, record: Record) -> None:

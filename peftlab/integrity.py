@@ -45,9 +45,15 @@ def check_integrity(
 
 
 def base_sample(root: nn.Module, paths: Iterable[str]) -> dict[str, list[float]]:
-    """A few of the base's weights, to know it again by: 8 numbers of each of 8 adapted modules."""
+    """A few of the base's weights, to know it again by: 8 numbers of each of 8 adapted modules.
+
+    What stands on the whole model adapts all its modules.
+    """
+    paths = set(paths)
+    if "" in paths:
+        paths = {path for path, m in base_modules(root).items() if isinstance(getattr(m, "weight", None), Tensor)}
     sample = {}
-    for path in sorted(set(paths))[:8]:
+    for path in sorted(paths)[:8]:
         weight = base_tensor(root, path, "weight")
         # A quantised weight holds packed codes, which say nothing about another dtype's copy of the same model.
         if weight is not None and weight.is_floating_point() and weight.device.type != "meta":

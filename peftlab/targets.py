@@ -68,18 +68,7 @@ class Targets:
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
-            value = getattr(self, name)
-            if value is None or (isinstance(value, str) and name != "modules_to_save"):
-                continue
-            if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-                raise PeftLabError(f"{name} is {value!r}; give a list of module names, such as ['lm_head'].")
-            entries = tuple(dict.fromkeys(value))
-            wrong = [entry for entry in entries if not isinstance(entry, str) or not entry]
-            if wrong:
-                raise PeftLabError(f"{name} holds {wrong[0]!r}; its entries are module names, as strings.")
-            if name == "target_modules" and not entries:
-                raise PeftLabError("target_modules is empty; leave it out for the method's default, or name modules.")
-            object.__setattr__(self, name, entries)
+            check_names(self, name)
         layers = self.layers_to_transform
         if layers is not None:
             layers = (layers,) if isinstance(layers, int) else tuple(layers)
@@ -96,11 +85,32 @@ class Targets:
             for name in pattern:
                 check_regex(name)
             object.__setattr__(self, "layers_pattern", pattern or None)
-        if self.task_type is not None:
-            task = str(getattr(self.task_type, "value", self.task_type)).upper()
-            if task not in TASK_HEADS:
-                raise PeftLabError(f"task_type is {self.task_type!r}; it is one of {', '.join(TASK_HEADS)}.")
-            object.__setattr__(self, "task_type", task)
+        check_task(self)
+
+
+def check_names(config: Any, name: str) -> None:
+    """Brings a field that lists module names to one form: a tuple without repetitions, or None."""
+    value = getattr(config, name)
+    if value is None or (isinstance(value, str) and name != "modules_to_save"):
+        return
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise PeftLabError(f"{name} is {value!r}; give a list of module names, such as ['lm_head'].")
+    entries = tuple(dict.fromkeys(value))
+    wrong = [entry for entry in entries if not isinstance(entry, str) or not entry]
+    if wrong:
+        raise PeftLabError(f"{name} holds {wrong[0]!r}; its entries are module names, as strings.")
+    if name == "target_modules" and not entries:
+        raise PeftLabError("target_modules is empty; leave it out for the method's default, or name modules.")
+    object.__setattr__(config, name, entries)
+
+
+def check_task(config: Any) -> None:
+    """Brings `task_type` to Hugging Face's word for it."""
+    if config.task_type is not None:
+        task = str(getattr(config.task_type, "value", config.task_type)).upper()
+        if task not in TASK_HEADS:
+            raise PeftLabError(f"task_type is {config.task_type!r}; it is one of {', '.join(TASK_HEADS)}.")
+        object.__setattr__(config, "task_type", task)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -131,7 +141,7 @@ def names_match(spec: str | Iterable[str], path: str) -> bool:
     return any(path == name or path.endswith("." + name) for name in spec)
 
 
-def heads(model: nn.Module, config: Targets) -> dict[str, nn.Module]:
+def heads(model: nn.Module, config: Any) -> dict[str, nn.Module]:
     """The modules trained in full beside an adapter, by path: `modules_to_save`, and the head that a task implies.
 
     Raises:

@@ -11,9 +11,9 @@ from peftlab.figures.quantization import code_books
 from peftlab.figures.style import BLACK, COLOURS, HATCHES, LINES, MARKERS, WIDTH, label, new, styled, use_style
 
 __all__ = [
-    *("bars", "curves", "heatmap", "histogram", "spectrum", "stacked_bars", "sweep"),
+    "bars", "curves", "heatmap", "histogram", "spectrum", "stacked_bars", "sweep",
     "lora_dataflow",
-    *("agreement", "memory_bars", "timelines"),
+    "agreement", "memory_bars", "timelines",
     "code_books",
-    *("BLACK", "COLOURS", "HATCHES", "LINES", "MARKERS", "WIDTH", "label", "new", "styled", "use_style"),
-]
+    "BLACK", "COLOURS", "HATCHES", "LINES", "MARKERS", "WIDTH", "label", "new", "styled", "use_style",
+]  # fmt: skip

@@ -8,6 +8,14 @@ A part is an `nn.Module` on a host module. It may have
     keys: {own parameter: "{path}..."}                       its name (or names) in Hugging Face's adapter file
     stands_in = True                                         its parameters replace some of the base's own in counts
 
+A part that changes how long an input is cannot be mixed by its results. It brings a tensor of its own instead:
+
+    brings(host) -> tensor                                   what it would put in, the same for every input
+    before(host, args, kwargs, brought) -> (args, kwargs)    `brought()` is that of all active adapters: their weighted
+                                                             sum, or (rows, ...) with an adapter for each row
+    likeness: str                                            only parts of equal likeness can run together
+    beside: {own parameter: name}                            what makes the tensor, where the file holds that alone
+
 and nothing else: which parts are active, at what weight and for which rows of a batch is `injection`'s business.
 """
 
@@ -23,7 +31,7 @@ from torch import Tensor, nn
 from peftlab.errors import PeftLabError
 from peftlab.hooks import CHILD, base_modules, remove
 from peftlab.quantization.weights import dense, is_quantized
-from peftlab.targets import Targets, heads
+from peftlab.targets import heads
 
 BIAS_MODES = ("none", "lora_only", "all")
 
@@ -70,12 +78,12 @@ class TrainedCopy(nn.Module):
     The base's module still runs first, so that rows, mixtures and `disabled` work as for any part; a head is cheap.
     """
 
-    def __init__(self, host: nn.Module) -> None:
+    def __init__(self, host: nn.Module, key: str) -> None:
         super().__init__()
         self.module = copy.deepcopy(host)
         for module in self.module.modules():
             remove(module)  # another adapter's parts are not the base's
-        self.keys = {f"module.{name}": "{path}." + name for name in self.module.state_dict()}
+        self.keys = {f"module.{name}": f"{key}.{name}" for name in self.module.state_dict()}
 
     def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Any, base: Any) -> Any:
         """Returns the copy's answer, in the base's dtype."""
@@ -144,8 +152,11 @@ def bias_copies(
         yield from (Part(path, "bias", layer) for path in users)
 
 
-def trained_copies(model: nn.Module, config: Targets) -> Iterator[Part]:
-    """Yields a trained copy for each module that `modules_to_save` names (and for the head that a task implies)."""
+def trained_copies(model: nn.Module, config: Any, key: str = "{path}") -> Iterator[Part]:
+    """Yields a trained copy for each module that `modules_to_save` names (and for the head that a task implies).
+
+    `key` is how a module is called in Hugging Face's file.
+    """
     for path, host in heads(model, config).items():
         if not any(True for _ in host.parameters()):
             raise PeftLabError(f"modules_to_save names {path}, a {type(host).__name__} without parameters.")
@@ -156,7 +167,7 @@ def trained_copies(model: nn.Module, config: Targets) -> Iterator[Part]:
             )
         if any(not p.is_floating_point() for p in host.parameters()):
             raise PeftLabError(f"modules_to_save names {path}, which is quantised and cannot train.")
-        yield Part(path, "copy", TrainedCopy(host))
+        yield Part(path, "copy", TrainedCopy(host, key))
 
 
 def first_input(args: tuple, kwargs: dict) -> Tensor:

@@ -1,14 +1,17 @@
 """`peftlab bench`: points in order, rows with provenance, and a run that was killed goes on where it stopped."""
 
+import copy
 import json
 import sys
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 
 import peftlab
+import peftlab as pl
 from peftlab import bench, measurements
 from peftlab.bench import memory as memory_grid
 from peftlab.errors import PeftLabError
@@ -248,3 +251,37 @@ def test_a_rate_is_chosen_on_the_validation_split(monkeypatch):
     assert [(row["learning_rate"], row["seed"], row["chosen"]) for row in rows] == [
         (1, 0, False), (2, 0, True), (3, 0, False), (2, 1, True), (2, 2, True),
     ]  # fmt: skip
+
+
+def test_the_points_on_virtual_tokens_are_all_different_and_each_has_a_config(monkeypatch):
+    from peftlab.bench import fullsize, prompts, virtual_tokens
+
+    points = prompts.points()
+    assert len({bench.key(point) for point in points}) == len(points)
+    base = tiny.llama(max_position_embeddings=4096, use_cache=False).eval()
+    for point in points:
+        if point["section"] in ("rate", "start", "length", "fullsize") and point.get("init") != "text":
+            model = virtual_tokens.attached(copy.deepcopy(base), {"library": "peftlab", **point})
+            assert model(input_ids=torch.ones(1, 5, dtype=torch.long)).logits.isfinite().all()
+
+    monkeypatch.setattr(fullsize, "timed", lambda step, repeats, warm_up: [step() or 1.0])
+    rows = list(virtual_tokens.reading(base, (0, 7)))
+    assert [(row["method"], row["tokens"]) for row in rows] == [("base", 0), ("prefix", 7), ("prompt", 7)]
+    per_token = rows[0]["cache_bytes"] / 512
+    assert rows[1]["cache_bytes"] == rows[2]["cache_bytes"] == (512 + 7) * per_token
+    assert pl.attached(base) == {}
+
+
+@pytest.mark.parametrize("library", ["peft", "peftlab"])
+def test_a_step_of_an_encoder_decoder_is_measured(library, monkeypatch):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    from peftlab.bench import fullsize, prompts, virtual_tokens
+
+    monkeypatch.setattr(fullsize, "timed", lambda step, repeats, warm_up: [step() or 1.0])
+    for point in prompts.points():
+        if point["section"] == "seq2seq" and point["library"] == library:
+            config = T5Config(d_model=16, d_ff=32, d_kv=8, num_layers=2, num_heads=2, vocab_size=64,
+                              decoder_start_token_id=0, use_cache=False)  # fmt: skip
+            (row,) = virtual_tokens.seq2seq_step(T5ForConditionalGeneration(config), {**point, "sequence": 80})
+            assert row["trainable"] == 20 * {"prompt": 2 * 16, "prefix": 2 * 2 * 16}[point["method"]]

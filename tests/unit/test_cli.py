@@ -141,7 +141,7 @@ MISTAKES = [
     ("fetch minilmm", "Did you mean 'minilm'"),
     ("bench lorra --out x.json", "Did you mean 'lora'"),
     ("train --model m --data d", "--out"),
-    ("train --model m --data d --out o --method qlra", "train knows the methods full, lora, "),
+    ("train --model m --data d --out o --method qlra", "not 'qlra'. Did you mean 'lora'"),
     ("train --model m --data d --out o --steps 3 --epochs 1", "not both"),
     ("train --model m --data d --out o --steps 0", "--steps must be at least 1, found 0"),
     ("train --model m --data d --out o --batch-size -1", "--batch-size must be at least 1, found -1"),

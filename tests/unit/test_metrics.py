@@ -115,3 +115,13 @@ def test_predict_labels_keeps_order_and_mode():
     rows = [{"input_ids": ids, "labels": 0} for ids in ([1, 2, 3, 5], [2, 5], [4], [7, 7, 7], [8, 1, 1])]
     assert metrics.predict_labels(model, rows, batch_size=2) == [1, 1, 0, 1, 0]
     assert model.training
+
+
+def test_words_in_common():
+    # both say "air" and "back", of 3 and 6 words: 2 * 2 / (3 + 6)
+    assert metrics.token_f1(["Air fares back"], ["Air Jamaica back in state control"]) == pytest.approx(4 / 9)
+    assert metrics.token_f1(["a a b", ""], ["a b b", ""]) == pytest.approx((4 / 6 + 1) / 2)
+    assert metrics.token_f1(["Same: words!"], ["same words"]) == 1.0
+    assert metrics.token_f1(["nothing"], ["at all"]) == 0.0
+    with pytest.raises(PeftLabError, match="do not go with"):
+        metrics.token_f1(["a"], [])

@@ -1,0 +1,233 @@
+"""The measurements of the chapter on prompts and prefixes.
+
+Sections, in the chapter's order:
+    live                    runs of fifty steps, which a notebook can repeat
+    rate, start, length     the support desk learned by smollm2-135m through virtual tokens, one setting at a time
+    reviews                 minilm on reviews: a prompt, a prefix, LoRA, the head alone
+    headlines               smollm2-135m writes the headline of a news article
+    fullsize                a training step of the Llama-2-7B shape (random weights), beside peft
+    reading                 what a prefix and a prompt cost that shape when it reads and writes
+    seq2seq                 a training step of the t5-base shape, beside peft
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+import peftlab as pl
+from peftlab.bench import fullsize, virtual_tokens
+from peftlab.bench.virtual_tokens import config_of
+
+# The recipe of the chapter's live run; a point names what it changes.
+RECIPE = {"method": "prompt", "init": "vocabulary", "tokens": 20, "learning_rate": 3e-2, "steps": 100, "seed": 0}
+RATES = {
+    ("prompt", "vocabulary"): (1e-2, 3e-2, 1e-1, 3e-1),
+    ("prompt", "random"): (1e-2, 1e-1, 1.0),
+    ("prompt", "text"): (1e-2, 3e-2),
+    ("deep prompt", "vocabulary"): (1e-2, 3e-2),
+    ("prefix", "vocabulary"): (3e-3, 1e-2, 3e-2),
+    ("prefix", "random"): (1e-2, 1e-1),
+    ("prefix", "text"): (1e-2,),
+    ("prefix", "zero"): (1e-2,),
+    ("prefix projected", "random"): (1e-3, 3e-3),
+    ("p-tuning", "random"): (1e-3, 3e-3),
+    ("lora", "kaiming"): (5e-3,),
+}
+# The rates at which starts are repeated with other seeds, and lengths compared
+STARTS = {"random": 1e-1, "vocabulary": 3e-2, "text": 3e-2}
+LENGTHS = {"prompt": (3e-2, (1, 5, 80)), "prefix": (1e-2, (1, 80))}
+REVIEWS = (("prompt", 1e-1, (0, 1)), ("prefix", 1e-2, (0, 1)), ("lora", 2e-3, (0,)), ("head", 1e-2, (0,)))
+HEADLINES = {"prompt": 2e-2, "prefix": 5e-3, "lora": 2e-3}
+
+
+def points() -> list[dict[str, Any]]:
+    """Every point to measure."""
+    learned = [*live(), *rate(), *start(), *length(), *reviews(), *headlines()]
+    return [*learned, *full_size(), {"section": "reading", "timed": True, "shape": "llama-2-7b"}, *seq2seq()]
+
+
+def desk(section: str, **changes: Any) -> dict[str, Any]:
+    """One run on the support desk."""
+    return {"section": section, **RECIPE, **changes}
+
+
+def rate() -> Iterator[dict[str, Any]]:
+    """Learning rates, for each method and start."""
+    for (method, init), rates in RATES.items():
+        for learning_rate in rates:
+            yield desk("rate", method=method, init=init, learning_rate=learning_rate)
+
+
+def live() -> Iterator[dict[str, Any]]:
+    """Runs short enough to repeat in a notebook."""
+    for method, learning_rate in (("prompt", 3e-2), ("prompt", 1e-1), ("deep prompt", 3e-2), ("prefix", 1e-2),
+                                  ("prefix", 3e-2)):  # fmt: skip
+        yield desk("live", method=method, learning_rate=learning_rate, steps=50)
+
+
+def start() -> Iterator[dict[str, Any]]:
+    """Where a prompt starts: two more seeds."""
+    for init, learning_rate in STARTS.items():
+        for seed in (1, 2):
+            yield desk("start", init=init, seed=seed, learning_rate=learning_rate)
+
+
+def length() -> Iterator[dict[str, Any]]:
+    """How many virtual tokens; the recipe's own number is among the points above."""
+    for method, (learning_rate, lengths) in LENGTHS.items():
+        for tokens in lengths:
+            yield desk("length", method=method, tokens=tokens, learning_rate=learning_rate)
+
+
+def reviews() -> Iterator[dict[str, Any]]:
+    """A classifier: minilm tells fresh from rotten."""
+    for method, learning_rate, seeds in REVIEWS:
+        for seed in seeds:
+            yield {"section": "reviews", "method": method, "tokens": 20, "learning_rate": learning_rate, "steps": 200,
+                   "seed": seed}  # fmt: skip
+
+
+def headlines() -> Iterator[dict[str, Any]]:
+    """A headline for each article: as the model is, and learned."""
+    yield {"section": "headlines", "method": "none", "steps": 0, "seed": 0}
+    for method, learning_rate in HEADLINES.items():
+        yield {"section": "headlines", "method": method, "init": "vocabulary", "tokens": 20,
+               "learning_rate": learning_rate, "steps": 100, "seed": 0}  # fmt: skip
+
+
+def full_size() -> Iterator[dict[str, Any]]:
+    """Training steps at 7B; peft refuses a prefix with checkpointing, so that one is ours alone."""
+    for method, checkpointing, library in (
+        ("prompt", False, "peft"), ("prompt", False, "peftlab"), ("prompt", True, "peftlab"),
+        ("p-tuning", False, "peftlab"), ("prefix", False, "peft"), ("prefix", False, "peftlab"),
+        ("prefix", True, "peftlab"), ("prefix projected", False, "peftlab"),
+    ):  # fmt: skip
+        yield fullsize.train(method, library, 4, checkpointing, tokens=20)
+
+
+def seq2seq() -> Iterator[dict[str, Any]]:
+    """Training steps of t5-base."""
+    for method in ("prompt", "prefix"):
+        for library in ("peft", "peftlab"):
+            yield {"section": "seq2seq", "timed": True, "shape": "t5-base", "method": method, "library": library,
+                   "tokens": 20, "batch": 8, "sequence": 256}  # fmt: skip
+
+
+def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
+    """Measures one point; returns its rows."""
+    section = point["section"]
+    if section == "fullsize":
+        return fullsize.measure(point, virtual_tokens.attached)
+    if section in ("reading", "seq2seq"):
+        return virtual_tokens.measure(point)
+    return [{**point, **{"reviews": classify, "headlines": summarise}.get(section, learn)(point)}]
+
+
+def device() -> str | None:
+    """A GPU, where there is one."""
+    return "cuda" if torch.cuda.is_available() else None
+
+
+def learn(point: dict[str, Any]) -> dict[str, Any]:
+    """Teaches smollm2-135m the support desk as a point says, and measures what it learned."""
+    model, tokenizer = pl.load_model("smollm2-135m", device=device())
+    torch.manual_seed(point["seed"])
+    pl.attach(model, config_of(point, tokenizer))
+    train, test = desk_data()
+    encoded = [pl.encode_completion(tokenizer, row["prompt"], row["ticket"]) for row in train]
+    held_out = [pl.encode_completion(tokenizer, row["prompt"], row["ticket"]) for row in test]
+    measured = trained(model, encoded, tokenizer, point, batch_size=8)
+    answers = pl.generate_text(
+        model, tokenizer, [row["prompt"] for row in test], max_new_tokens=40, batch_size=64, progress=False
+    )
+    return {
+        **measured,
+        "test_loss": pl.mean_loss(model, held_out, pl.Collator(tokenizer), batch_size=32),
+        "exact": pl.support_desk.score(answers, [row["ticket"] for row in test])["exact"],
+    }
+
+
+def trained(
+    model: nn.Module, examples: list[dict], tokenizer: Any, point: dict[str, Any], batch_size: int
+) -> dict[str, Any]:
+    """Trains as the point says; the number of parameters, the seconds, and the mean loss of the last ten steps."""
+    started, losses = time.perf_counter(), []
+    try:
+        history = pl.train(
+            model, examples, tokenizer=tokenizer, steps=point["steps"], batch_size=batch_size,
+            learning_rate=point["learning_rate"], seed=point["seed"], precision="fp32", warmup=0.1, schedule="linear",
+            group_by_length=True, progress=False,
+        )  # fmt: skip
+        losses = [step["loss"] for step in history.steps]
+    except pl.TrainingError:  # divergence is a result, too; the model keeps its last finite state
+        pass
+    return {
+        "trainable": pl.count_parameters(model).trainable,
+        "first_loss": losses[0] if losses else None,
+        "train_loss": statistics.fmean(losses[-10:]) if losses else None,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+@cache
+def desk_data() -> tuple[list[dict], list[dict]]:
+    """Training messages, and 64 held-out ones."""
+    data = pl.load_data("support-desk")
+    return list(data["train"].select(range(2000))), list(data["test"].select(range(64)))
+
+
+def classify(point: dict[str, Any]) -> dict[str, Any]:
+    """Teaches minilm to tell reviews apart."""
+    torch.manual_seed(point["seed"])
+    model, tokenizer = pl.load_model("minilm", num_labels=2, device=device())
+    if point["method"] == "head":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith("classifier"))
+    else:
+        pl.attach(model, config_of(point, task_type="SEQ_CLS"))
+    data = pl.load_data("reviews")
+    train, test = ([pl.encode_classification(tokenizer, row["text"], row["label"], 64) for row in rows]
+                   for rows in (data["train"].select(range(6400)), data["test"].select(range(1000))))  # fmt: skip
+    measured = trained(model, train, tokenizer, point, batch_size=32)
+    found = pl.predict_labels(model, test, tokenizer, batch_size=100)
+    return {**measured, "accuracy": pl.accuracy(found, [example["labels"] for example in test])}
+
+
+def summarise(point: dict[str, Any]) -> dict[str, Any]:
+    """Teaches smollm2-135m to write headlines."""
+    model, tokenizer = pl.load_model("smollm2-135m", device=device())
+    torch.manual_seed(point["seed"])
+    measured: dict[str, Any] = {"trainable": 0}
+    train, test = articles()
+    if point["method"] != "none":
+        pl.attach(model, config_of(point, tokenizer))
+        encoded = [pl.encode_completion(tokenizer, row["prompt"], row["headline"], 256) for row in train]
+        measured = trained(model, encoded, tokenizer, point, batch_size=8)
+    answers = pl.generate_text(
+        model, tokenizer, [row["prompt"] for row in test], max_new_tokens=24, batch_size=32, progress=False
+    )
+    return {**measured, "token_f1": pl.token_f1(answers, [row["headline"] for row in test])}
+
+
+@cache
+def articles(characters: int = 600, tested: int = 100) -> tuple[list[dict], list[dict]]:
+    """News articles as {"prompt", "headline"}: the first line, asked of the beginning of the rest; none twice."""
+    data, seen = pl.load_data("news"), set()
+    splits = []
+    for split in ("test", "train"):
+        rows = []
+        for row in data[split]:
+            headline, _, body = row["text"].partition("\n")
+            if headline in seen or not body.strip():
+                continue
+            seen.add(headline)
+            rows.append({"prompt": f"Write a headline.\n\n{body.strip()[:characters]}", "headline": headline.strip()})
+        splits.append(rows)
+    return splits[1], splits[0][:tested]

@@ -1,0 +1,145 @@
+"""Virtual tokens at real sizes, on a GPU: training steps of 7B and t5-base beside peft's, reading and writing at 7B."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+import peftlab as pl
+from peftlab.bench import fullsize
+from peftlab.errors import PeftLabError
+
+INSTRUCTION = "Turn the customer's message into a JSON ticket with its intent, its product and its urgency."
+READ = (0, 20, 100, 500, 2000)
+
+
+def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
+    """Measures a point of the sections `reading` and `seq2seq`; returns its rows."""
+    if not torch.cuda.is_available():
+        raise PeftLabError(f"Section {point['section']!r} measures a whole {point['shape']} and needs a CUDA GPU.")
+    try:
+        if point["section"] == "reading":
+            rows = list(reading(fullsize.llama_7b().eval()))
+        else:
+            rows = list(seq2seq_step(t5_base(), point))
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+    return [{**{name: value for name, value in point.items() if name != "timed"}, **row} for row in rows]
+
+
+def config_of(point: dict[str, Any], tokenizer: Any = None, task_type: str | None = None) -> Any:
+    """The point's config: `method` and, where it has virtual tokens, their number and start."""
+    method, tokens = point["method"], point.get("tokens")
+    text = {"init_text": INSTRUCTION, "tokenizer": tokenizer} if point.get("init") == "text" else {}
+    shared = {"num_virtual_tokens": tokens, "task_type": task_type}
+    init = {"init": point["init"]} if "init" in point else {}
+    if method == "lora":
+        return pl.LoRAConfig(r=8, alpha=16, task_type=task_type)
+    if method == "p-tuning":
+        return pl.PTuningConfig(**shared)
+    if method == "prefix projected":
+        return pl.PrefixTuningConfig(projection=True, **shared)
+    if method == "prefix":
+        return pl.PrefixTuningConfig(**shared, **init, **text)
+    return pl.PromptTuningConfig(deep=method == "deep prompt", **shared, **init, **text)
+
+
+def attached(model: nn.Module, point: dict[str, Any]) -> nn.Module:
+    """The model as the point's library prepares it."""
+    if point["library"] == "peft":
+        return in_peft(model, point["method"], point["tokens"], "CAUSAL_LM")
+    # peft's own start, which needs no forward pass
+    init = {} if point["method"] == "p-tuning" else {"init": "random"}
+    return pl.attach(model, config_of({**point, **init}))
+
+
+def in_peft(model: nn.Module, method: str, tokens: int, task: str) -> nn.Module:
+    """The model in Hugging Face peft."""
+    import peft
+
+    shared = {"num_virtual_tokens": tokens, "task_type": task}
+    configs = {
+        "prompt": lambda: peft.PromptTuningConfig(**shared),
+        "p-tuning": lambda: peft.PromptEncoderConfig(**shared),
+        "prefix": lambda: peft.PrefixTuningConfig(**shared),
+    }
+    return peft.get_peft_model(model, configs[method]())
+
+
+@torch.no_grad()
+def reading(model: nn.Module, lengths: tuple[int, ...] = READ) -> Iterator[dict[str, Any]]:
+    """Batch 1: reading 512 tokens, and writing one more behind them; median of 20 after 5."""
+    torch.manual_seed(0)
+    text = torch.randint(model.config.vocab_size, (1, 512), device=model.device)
+    for method in ("prefix", "prompt"):
+        for tokens in lengths:
+            if tokens:
+                point = {"method": method, "tokens": tokens, "init": "random"}
+                pl.attach(model, config_of(point), adapter_dtype=torch.bfloat16)
+            elif method == "prompt":
+                continue  # the base was measured already
+            read = fullsize.timed(lambda: model(input_ids=text, use_cache=True), repeats=20, warm_up=5)
+            peak = torch.cuda.max_memory_allocated()
+
+            def write(cache: Any) -> None:
+                model(input_ids=text[:, :1], past_key_values=cache, use_cache=True)
+                cache.crop(-1)  # that token again, each time
+
+            cache = model(input_ids=text, use_cache=True).past_key_values
+            written = fullsize.timed(lambda cache=cache: write(cache), repeats=20, warm_up=5)
+            yield {
+                "method": method if tokens else "base",
+                "tokens": tokens,
+                "read_seconds": statistics.median(read),
+                "write_seconds": statistics.median(written),
+                "write_spread": max(written) - min(written),
+                "cache_bytes": sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values)),
+                "peak_bytes": peak,
+            }
+            if tokens:
+                pl.detach(model)
+
+
+def t5_base() -> nn.Module:
+    """The t5-base architecture with random float32 weights, on the GPU."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(d_model=768, d_ff=3072, d_kv=64, num_layers=12, num_heads=12, vocab_size=32128,
+                      decoder_start_token_id=0, use_cache=False)  # fmt: skip
+    with torch.device("cuda"):
+        return T5ForConditionalGeneration(config)
+
+
+def seq2seq_step(model: nn.Module, point: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Peak memory and time of a step: float32 weights, bf16 autocast, 64 tokens to write."""
+    if point["library"] == "peft":
+        wrapped = in_peft(model, point["method"], point["tokens"], "SEQ_2_SEQ_LM")
+    else:
+        wrapped = pl.attach(model, config_of({**point, "init": "random"}))
+    wrapped.train()
+    trainable = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=True)
+    ids = torch.randint(model.config.vocab_size, (point["batch"], point["sequence"]), device=model.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, :64].contiguous()}
+
+    def step() -> None:
+        with torch.autocast(ids.device.type, torch.bfloat16):
+            loss = wrapped(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    times = fullsize.timed(step, repeats=5, warm_up=2)
+    yield {
+        "trainable": sum(parameter.numel() for parameter in trainable),
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "seconds": statistics.median(times),
+        "seconds_spread": max(times) - min(times),
+    }

@@ -1,0 +1,125 @@
+"""A prompt in front of a model's input, whatever makes the prompt: the part that prompt tuning and P-tuning share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from peftlab.errors import PeftLabError
+from peftlab.methods.parts import Part
+from peftlab.methods.virtual import (
+    Brought,
+    Table,
+    by_name,
+    check_room,
+    is_encoder_decoder,
+    lengthened,
+    path_of,
+    pools_the_last,
+    position_limit,
+    usable_cache,
+    word_embeddings,
+)
+
+
+class InFront(nn.Module):
+    """A prompt on a model, or on the encoder of an encoder-decoder: X' = [P; X], with P (n, d) and X (t, d).
+
+    Attributes:
+        source: a module that makes the prompt: called, it gives (rows, d), of which the first n are taken. (For an
+            encoder-decoder Hugging Face peft counts and stores 2 n rows, and uses n.)
+    """
+
+    def __init__(self, source: nn.Module, count: int, limit: int | None = None) -> None:
+        super().__init__()
+        self.source, self.count, self.limit = source, count, limit
+        self.likeness = f"a prompt of {count} virtual tokens"
+        own = {f"source.{name}": name for name, _ in source.named_parameters()}
+        stored = isinstance(source, Table)
+        # Only what the encoder of a prompt makes is stored in Hugging Face's file; `beside` is for going on training.
+        self.keys = {"source.rows": "prompt_embeddings"} if stored else {"made": "prompt_embeddings"}
+        self.beside = {} if stored else own
+
+    @property
+    def made(self) -> Tensor:
+        """What the source makes, (rows, d)."""
+        return self.source()
+
+    def brings(self, host: nn.Module) -> Tensor:
+        """The prompt, (n, d)."""
+        return self.source()[: self.count]
+
+    def before(self, host: nn.Module, args: tuple, kwargs: dict, brought: Brought) -> tuple[tuple, dict]:
+        """Turns token ids (b, t) into embeddings (b, n + t, d) with the prompt in front.
+
+        The attention mask, and labels and token types where there is one for each token, are lengthened alike. Position
+        ids are left to the model, which counts virtual tokens and padding; in training yours would be lost, so that
+        they are an error.
+        """
+        kwargs = by_name(host, args, kwargs)
+        cache = usable_cache(kwargs.get("past_key_values"))
+        given = kwargs.get("position_ids")
+        if given is not None and host.training:
+            raise PeftLabError(
+                "position_ids were given, but a prompt takes the first positions. Leave them out; packed sequences "
+                "cannot be trained under a prompt."
+            )
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("position_ids", "cache_position")}
+        mask = kwargs["attention_mask"] = lengthened(kwargs.get("attention_mask"), self.count)
+        if cache is not None and cache.get_seq_length() > 0:  # it holds the prompt, and these tokens follow
+            return (), kwargs
+        embeddings = kwargs.pop("inputs_embeds", None)
+        if embeddings is None:
+            embeddings = word_embeddings(host)(kwargs["input_ids"])
+        kwargs.pop("input_ids", None)
+        batch, length = embeddings.shape[:2]
+        check_room(length, self.count, self.limit)
+        if pools_the_last(host) and mask is not None:
+            # It reads the last column, as it cannot look for padding among embeddings: the text must end there.
+            order = kwargs["attention_mask"][:, self.count :].bool().long().argsort(dim=1, stable=True)
+            embeddings = embeddings.gather(1, order[..., None].expand_as(embeddings))
+            kwargs["attention_mask"] = torch.cat([mask[:, : self.count], mask[:, self.count :].gather(1, order)], 1)
+            virtual = torch.arange(self.count, device=order.device).expand(batch, -1)
+            kwargs["position_ids"] = torch.cat([virtual, self.count + order], 1)
+        # X' = [P; X]; the rows' gradients are summed in the prompt's own dtype, so it is repeated before it is cast
+        prompt = brought().expand(batch, -1, -1).to(embeddings.device, embeddings.dtype)
+        kwargs["inputs_embeds"] = torch.cat([prompt, embeddings], dim=1)
+        for name, fill in (("labels", -100), ("token_type_ids", 0)):
+            value = kwargs.get(name)
+            # a label, or a vector of scores, for each example stays as it is
+            if value is not None and value.shape == (batch, length) and not value.is_floating_point():
+                kwargs[name] = torch.cat([value.new_full((batch, self.count), fill), value], dim=1)
+        return (), kwargs
+
+
+class LongerMemory(nn.Module):
+    """On a decoder whose encoder reads a prompt: the mask of what the encoder gives is longer by it."""
+
+    keys: Mapping[str, str] = {}
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count, self.likeness = count, f"a prompt of {count} virtual tokens"
+
+    def brings(self, host: nn.Module) -> None:
+        """Nothing of its own: the prompt is with the encoder."""
+
+    def before(self, host: nn.Module, args: tuple, kwargs: dict, brought: Brought) -> tuple[tuple, dict]:
+        """Lengthens `encoder_attention_mask` (b, t) to the length of the encoder's states."""
+        kwargs = by_name(host, args, kwargs)
+        mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
+        if mask is not None and states is not None and mask.shape[-1] == states.shape[1] - self.count:
+            kwargs["encoder_attention_mask"] = lengthened(mask, self.count)
+        return (), kwargs
+
+
+def prompt_parts(model: nn.Module, source: nn.Module, count: int) -> Iterator[Part]:
+    """Yields a prompt's part: on the model or, where there is an encoder apart, there and a longer mask behind it."""
+    if not is_encoder_decoder(model):
+        yield Part("", "prompt", InFront(source, count, position_limit(model)))
+        return
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    yield Part(path_of(model, encoder), "prompt", InFront(source, count, position_limit(encoder)))
+    yield Part(path_of(model, decoder), "prompt", LongerMemory(count))

@@ -1,0 +1,303 @@
+"""Prefix tuning: learned keys and values in front of each layer's own.
+
+Li and Liang, *Prefix-Tuning: Optimizing Continuous Prompts for Generation*, 2021, arXiv:2101.00190, section 4; an MLP
+makes the prefix during training in section 4.3.
+
+    head = softmax(q [P_k; K]^T / sqrt(w)) [P_v; V],    P_k, P_v: (n, w) in each head of each layer
+
+One table holds it all, (n, 2 L k): for each virtual token a key and a value of each of L layers, k = heads x w wide.
+Under grouped-query attention the heads are those of keys and values. For an encoder-decoder the prefix stands in the
+decoder's self-attention, and its layer i reads the pair 2 i mod L of the table, as in Hugging Face peft: for an even L
+two layers share each pair that is read, and every other pair is read by none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftlab.errors import PeftLabError
+from peftlab.methods.parts import Part
+from peftlab.methods.states import (
+    Attention,
+    attention_of,
+    attentions,
+    blocks,
+    keys_and_values,
+    new_cache,
+    own_cache,
+    takes_cache,
+)
+from peftlab.methods.virtual import (
+    Brought,
+    Table,
+    VirtualTokens,
+    by_name,
+    check_room,
+    check_start,
+    initial_tokens,
+    is_encoder_decoder,
+    lengthened,
+    path_of,
+    position_limit,
+    positive,
+    text_ids,
+    usable_cache,
+    word_embeddings,
+)
+
+INITS = ("vocabulary", "text", "random", "zero")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixTuningConfig(VirtualTokens):
+    """A prefix of learned keys and values.
+
+    Attributes:
+        num_virtual_tokens, modules_to_save, task_type: as for every method with virtual tokens.
+        init: where keys and values start: `"vocabulary"` (those that the model computes for tokens drawn at random),
+            `"text"` (those for `init_text`, repeated or cut to the length), `"random"` (standard normal, as in Hugging
+            Face peft), or `"zero"`. None is `"vocabulary"`; with a projection, and for an encoder-decoder, whose layers
+            share keys and values, it is `"random"`.
+        init_text, tokenizer: as for prompt tuning.
+        projection: during training an MLP, k -> h -> 2 L k with tanh between, makes the prefix.
+        encoder_hidden: its inner width h; None for k.
+
+    Raises:
+        PeftLabError: a value that is out of range, with what was found.
+    """
+
+    init: str | None = None
+    init_text: str | Iterable[int] | None = None
+    tokenizer: Any = field(default=None, repr=False, compare=False)
+    projection: bool = False
+    encoder_hidden: int | None = None
+
+    method: ClassVar[str] = "prefix"
+    peft_type: ClassVar[str] = "PREFIX_TUNING"
+    unsupported: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "encoder_hidden", optional=True)
+        if self.init is not None:
+            check_start(self, INITS)
+        if self.projection and self.init in ("vocabulary", "text"):
+            raise PeftLabError(
+                f"init={self.init!r} cannot be had with a projection, whose output is what its weights make of it. "
+                "Leave the projection out, or start from 'random' or 'zero'."
+            )
+
+    def parts(self, model: nn.Module) -> Iterator[Part]:
+        """Yields the prefix on the model, what gets it past gradient checkpointing, and the copies of heads."""
+        word_embeddings(model)  # or the error that says what kind of model is needed
+        body = model.get_decoder() if is_encoder_decoder(model) else model
+        if not any(takes_cache(module) for module in (model, *body.modules())):
+            raise PeftLabError(f"{type(model).__name__} takes no past keys and values, so no prefix. Use a prompt.")
+        sizes, n = attention_of(model), self.num_virtual_tokens
+        init = self.init or ("random" if self.projection or is_encoder_decoder(model) else "vocabulary")
+        if init in ("vocabulary", "text") and is_encoder_decoder(model):
+            raise PeftLabError(
+                f"init={init!r} gives each layer keys and values of its own, which a prefix of an encoder-decoder has "
+                "no room for in Hugging Face's layout. Start from 'random' or 'zero'."
+            )
+        total = 2 * sizes.layers * sizes.heads * sizes.width
+        if self.projection:
+            source = Projection(n, sizes, self.encoder_hidden, init)
+        elif init in ("vocabulary", "text"):
+            tokens = initial_tokens(model, n, None if init == "vocabulary" else text_ids(self))
+            source = Table(keys_and_values(model, tokens))
+        else:
+            source = Table(torch.zeros(n, total) if init == "zero" else torch.randn(n, total))
+        prefix = Prefix(source, sizes, n, position_limit(model), stride=2 if is_encoder_decoder(model) else 1)
+        yield Part("", "prefix", prefix)
+        for index, path in attentions(body).items():
+            at = ".".join(filter(None, (path_of(model, body), path)))
+            yield Part(at, "prefix", LayerPrefix(prefix, index))
+        for block in blocks(body):
+            yield Part(path_of(model, block), "prefix", WithoutCache(n))
+        yield from self.heads(model)
+
+    def as_stored(self) -> PrefixTuningConfig:
+        """The config of what an adapter folder holds: the prefix without its projection."""
+        return replace(self, projection=False)
+
+    def to_peft(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:
+        """The fields of Hugging Face's `adapter_config.json` for prefix tuning, sized by the key/value heads."""
+        sizes = attention_of(model)
+        return {
+            **self.shared_fields(model),
+            "num_layers": sizes.layers,
+            "num_attention_heads": sizes.heads,
+            "token_dim": sizes.heads * sizes.width,
+            "encoder_hidden_size": self.encoder_hidden or sizes.heads * sizes.width,
+            "prefix_projection": self.projection,
+        }
+
+    @staticmethod
+    def from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The reverse of `to_peft`: the keyword arguments for this class. How the prefix began no longer matters."""
+        return {
+            "num_virtual_tokens": fields.get("num_virtual_tokens"),
+            "init": "random",
+            "projection": bool(fields.get("prefix_projection", False)),
+            "encoder_hidden": fields.get("encoder_hidden_size"),
+        }
+
+
+class Prefix(nn.Module):
+    """A prefix on a model: keys and values of each layer, put into an empty cache.
+
+    Attributes:
+        source: makes the table (n, 2 L k): called, it gives all; `source.part(a, b)` its columns a to b.
+    """
+
+    def __init__(self, source: nn.Module, sizes: Attention, count: int, limit: int | None, stride: int) -> None:
+        super().__init__()
+        self.source, self.sizes, self.count, self.limit, self.stride = source, sizes, count, limit, stride
+        self.likeness = f"a prefix of {count} virtual tokens"
+        own = {f"source.{name}": name for name, _ in source.named_parameters()}
+        stored = isinstance(source, Table)
+        self.keys = {"source.rows": "prompt_embeddings"} if stored else {"made": "prompt_embeddings"}
+        self.beside = {} if stored else own
+
+    @property
+    def made(self) -> Tensor:
+        """What the source makes, (n, 2 L k)."""
+        return self.source()
+
+    def brings(self, host: nn.Module) -> Tensor:
+        """The whole table, (n, 2 L k)."""
+        return self.source()
+
+    def before(self, host: nn.Module, args: tuple, kwargs: dict, brought: Brought) -> tuple[tuple, dict]:
+        """Lengthens the mask and moves the positions on; fills an empty cache with the prefix, in the base's dtype."""
+        kwargs = by_name(host, args, kwargs)
+        kwargs.pop("cache_position", None)
+        whose = "decoder_" if is_encoder_decoder(host) else ""
+        kwargs[f"{whose}attention_mask"] = lengthened(kwargs.get(f"{whose}attention_mask"), self.count)
+        if kwargs.get(f"{whose}position_ids") is not None:
+            kwargs[f"{whose}position_ids"] = kwargs[f"{whose}position_ids"] + self.count
+        # Without a cache every step of a generation reads the whole text anew: what came back from the last is no use.
+        cache = None if kwargs.get("use_cache") is False else usable_cache(kwargs.get("past_key_values"))
+        if cache is None:
+            cache = kwargs["past_key_values"] = new_cache(host)
+        if cache.get_seq_length() > 0:
+            return (), kwargs
+        text = next(kwargs[name] for name in INPUTS[bool(whose)] if kwargs.get(name) is not None)
+        check_room(text.shape[1], self.count, self.limit)
+        table = brought()
+        pairs = self.laid_out(table, text.shape[0]).to(word_embeddings(host).weight.dtype)
+        for index in range(self.sizes.layers):
+            at = 2 * self.pair(index)
+            own_cache(cache).update(pairs[at], pairs[at + 1], index)
+        return (), kwargs
+
+    def pair(self, layer: int) -> int:
+        """Which pair of keys and values of the table a layer reads."""
+        return self.stride * layer % self.sizes.layers
+
+    def laid_out(self, table: Tensor, batch: int) -> Tensor:
+        """(n, l k) or (b, n, l k) as l keys and values in turn: (l, b, heads, n, width)."""
+        table = table.expand(batch, -1, -1)
+        return table.view(batch, self.count, -1, self.sizes.heads, self.sizes.width).permute(2, 0, 3, 1, 4)
+
+
+# What tells the batch's size, in the order of preference, without and with an encoder apart.
+INPUTS = (
+    ("input_ids", "inputs_embeds"),
+    ("decoder_input_ids", "decoder_inputs_embeds", "labels"),
+)
+
+
+class LayerPrefix(nn.Module):
+    """A layer's share of a prefix, for its attention module, where gradient checkpointing takes the cache away.
+
+    A checkpointed layer runs again in the backward pass. A cache would then be filled twice, so transformers drops it,
+    and a prefix in it would be lost (Hugging Face peft refuses to run). Here the attention puts its share in front of
+    its keys and values itself, made anew from the parameters each time it runs.
+    """
+
+    keys: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, prefix: Prefix, index: int) -> None:
+        super().__init__()
+        self.__dict__["prefix"] = prefix  # not a child: its parameters belong to the model's part
+        self.index, self.likeness = index, prefix.likeness
+
+    def brings(self, host: nn.Module) -> Tensor:
+        """This layer's keys and values, (n, 2 k)."""
+        width = 2 * self.prefix.sizes.heads * self.prefix.sizes.width
+        start = self.prefix.pair(self.index) * width
+        return self.prefix.source.part(start, start + width)
+
+    def before(self, host: nn.Module, args: tuple, kwargs: dict, brought: Brought) -> tuple[tuple, dict]:
+        """Gives the module a cache that only puts the share in front, if it got none while training."""
+        if not host.training or kwargs.get("past_key_values") is not None:
+            return args, kwargs
+        states = args[0] if args else kwargs["hidden_states"]
+        keys, values = self.prefix.laid_out(brought(), states.shape[0])
+        return args, {**kwargs, "past_key_values": Fixed(keys, values)}
+
+
+class Fixed:
+    """What attention takes for a cache: it holds the same keys and values (b, heads, n, width) whatever is added."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.keys.shape[2]
+
+    def update(self, keys: Tensor, values: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        # [P_k; K] and [P_v; V]
+        return torch.cat([self.keys.to(keys.dtype), keys], 2), torch.cat([self.values.to(values.dtype), values], 2)
+
+
+class WithoutCache(nn.Module):
+    """Takes the cache away from a checkpointed layer before transformers does, and warns that it is lost."""
+
+    keys: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.likeness = f"a prefix of {count} virtual tokens"
+
+    def brings(self, host: nn.Module) -> None:
+        """Nothing of its own."""
+
+    def before(self, host: nn.Module, args: tuple, kwargs: dict, brought: Brought) -> tuple[tuple, dict]:
+        """The layer's call without a cache, if it is checkpointed."""
+        if host.training and getattr(host, "gradient_checkpointing", False) and "past_key_values" in kwargs:
+            return args, {**kwargs, "past_key_values": None}
+        return args, kwargs
+
+
+class Projection(nn.Module):
+    """Makes the prefix, (n, 2 L k), from n learned vectors of width k: W2 tanh(W1 E).
+
+    Attributes:
+        embedding: (n, k). inner: k -> h. outer: h -> 2 L k.
+    """
+
+    def __init__(self, count: int, sizes: Attention, hidden: int | None, init: str) -> None:
+        super().__init__()
+        k = sizes.heads * sizes.width
+        self.embedding = nn.Parameter(torch.randn(count, k))
+        self.inner, self.outer = nn.Linear(k, hidden or k), nn.Linear(hidden or k, 2 * sizes.layers * k)
+        if init == "zero":
+            nn.init.zeros_(self.outer.weight)
+            nn.init.zeros_(self.outer.bias)
+
+    def forward(self) -> Tensor:
+        """The whole prefix."""
+        return self.outer(torch.tanh(self.inner(self.embedding)))
+
+    def part(self, start: int, end: int) -> Tensor:
+        """The columns from `start` to `end` alone."""
+        inner = torch.tanh(self.inner(self.embedding))
+        return nn.functional.linear(inner, self.outer.weight[start:end], self.outer.bias[start:end])

@@ -1,0 +1,217 @@
+"""What prompts and prefixes share: virtual tokens, which have no word, in front of what a model reads.
+
+A prompt stands in front of the input's embeddings, a prefix in front of each layer's keys and values. Both have as many
+virtual tokens as the config says, lengthen the attention mask by them, and enter a generation once: afterwards they
+are in the model's cache. Positions count them, and padding too, as in Hugging Face peft.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.methods.parts import Part, trained_copies
+from peftlab.targets import check_names, check_task
+
+Brought = Callable[[], Tensor]
+# The task's head has this name in the files of Hugging Face's prompt methods, whose wrapper holds the model itself.
+HEAD_KEY = "base_model.{module}"
+# Where positions are learned vectors
+POSITIONS = ("wpe", "position_embeddings", "embed_positions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VirtualTokens:
+    """The fields that prompts and prefixes share.
+
+    Attributes:
+        num_virtual_tokens: how many virtual tokens; a positive whole number.
+        modules_to_save: modules trained in full beside them, as for LoRA.
+        task_type: Hugging Face's word for the task; `"SEQ_CLS"` and its like also train the head for it.
+    """
+
+    num_virtual_tokens: int = 20
+    modules_to_save: Iterable[str] | None = None
+    task_type: str | None = None
+
+    def __post_init__(self) -> None:
+        positive(self, "num_virtual_tokens")
+        check_names(self, "modules_to_save")
+        check_task(self)
+
+    def heads(self, model: nn.Module) -> Iterator[Part]:
+        """Yields the trained copies of `modules_to_save` and of the task's head."""
+        return trained_copies(model, self, key=HEAD_KEY)
+
+    def shared_fields(self, model: nn.Module) -> dict[str, Any]:
+        """The fields of `adapter_config.json` that Hugging Face's prompt methods share."""
+        config = model.config
+        return {
+            "num_virtual_tokens": self.num_virtual_tokens,
+            "num_transformer_submodules": submodules(model),
+            "num_layers": getattr(config, "num_hidden_layers", None),
+            "num_attention_heads": getattr(config, "num_attention_heads", None),
+            "token_dim": word_embeddings(model).embedding_dim,
+        }
+
+
+class Table(nn.Module):
+    """A learned table of rows, which are used as they are."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(rows)
+
+    def forward(self) -> Tensor:
+        """All rows."""
+        return self.rows
+
+    def part(self, start: int, end: int) -> Tensor:
+        """The columns from `start` to `end` alone."""
+        return self.rows[:, start:end]
+
+
+def initial_tokens(model: nn.Module, count: int, text: list[int] | None) -> Tensor:
+    """The `count` token ids to start from: those of a text, cut or repeated; without one, drawn evenly at random."""
+    embeddings = word_embeddings(model)
+    if text is None:
+        return torch.randint(0, embeddings.num_embeddings, (count,)).to(embeddings.weight.device)
+    ids = (text * -(-count // len(text)))[:count]
+    if max(ids) >= embeddings.num_embeddings or min(ids) < 0:
+        raise PeftLabError(
+            f"init_text has the token {max(ids)}; the model's vocabulary has {embeddings.num_embeddings} tokens. "
+            "Give the tokenizer of this model."
+        )
+    return torch.tensor(ids, device=embeddings.weight.device)
+
+
+def text_ids(config: Any) -> list[int]:
+    """The token ids of `init_text`."""
+    text, tokenizer = config.init_text, config.tokenizer
+    if isinstance(text, str):
+        if isinstance(tokenizer, str):
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        text = list(tokenizer(text)["input_ids"])
+    if not text:
+        raise PeftLabError(f"init_text {config.init_text!r} has no tokens; give the text to start from.")
+    return list(text)
+
+
+def check_start(config: Any, known: tuple[str, ...]) -> None:
+    """Checks `init`, and that a text to start from comes with what turns it into tokens."""
+    if config.init not in known:
+        listed = ", ".join(map(repr, known))
+        raise PeftLabError(f"init is {config.init!r}; it is one of {listed}.{did_you_mean(str(config.init), known)}")
+    if config.init == "text" and config.init_text is None:
+        raise PeftLabError("init is 'text' but there is no init_text; give the text to start from.")
+    if config.init != "text" and config.init_text is not None:
+        raise PeftLabError(f"init_text was given, but init is {config.init!r}; say init='text' to start from it.")
+    if config.init == "text" and isinstance(config.init_text, str) and config.tokenizer is None:
+        raise PeftLabError("init_text needs a tokenizer: give the model's, or its name; or give token ids.")
+
+
+def positive(config: Any, name: str, optional: bool = False) -> None:
+    """Requires a positive whole number."""
+    value = getattr(config, name)
+    if (value is None and optional) or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return
+    raise PeftLabError(f"{name} is {value!r}; it is a positive whole number.")
+
+
+def word_embeddings(model: nn.Module) -> nn.Embedding:
+    """The embedding of a transformers model's input.
+
+    Raises:
+        PeftLabError: the model has none.
+    """
+    found = None
+    if hasattr(model, "get_input_embeddings") and hasattr(model, "config"):
+        try:
+            found = model.get_input_embeddings()
+        except NotImplementedError:
+            found = None
+    if not hasattr(found, "embedding_dim"):
+        raise PeftLabError(
+            f"{type(model).__name__} has no input embedding that virtual tokens could stand beside. Prompts and "
+            "prefixes need a transformers model; lora works on any."
+        )
+    return found
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a decoder reads what an encoder made."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def submodules(model: nn.Module) -> int:
+    """How many prompts Hugging Face peft counts: one for an encoder-decoder's encoder and one for its decoder."""
+    return 2 if is_encoder_decoder(model) else 1
+
+
+def path_of(model: nn.Module, module: nn.Module) -> str:
+    """The path of a module within a model."""
+    return next(path for path, other in model.named_modules() if other is module)
+
+
+def pools_the_last(host: nn.Module) -> bool:
+    """Whether this is a decoder that classifies by the last token of a text."""
+    return type(host).__name__.endswith("ForSequenceClassification") and hasattr(host, "score")
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """The number of positions, where they are learned and so have an end."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    named = (path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, nn.Embedding))
+    return limit if limit and any(name in POSITIONS for name in named) else None
+
+
+def check_room(length: int, count: int, limit: int | None) -> None:
+    """Refuses a text that would run past the last learned position."""
+    if limit is not None and length + count > limit:
+        raise PeftLabError(
+            f"{length} tokens and {count} virtual ones are more than the model's {limit} positions; cut the text to "
+            f"{limit - count} tokens."
+        )
+
+
+def lengthened(mask: Tensor | None, count: int) -> Tensor | None:
+    """An attention mask (b, t) with `count` ones in front; None stays None."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise PeftLabError(
+            f"The attention mask is {shape}; virtual tokens lengthen a mask (batch, tokens). Leave the model to make "
+            "its own of it, and generate with a dynamic cache."
+        )
+    return torch.cat([mask.new_ones(mask.shape[0], count), mask], dim=1)
+
+
+def usable_cache(cache: Any) -> Any:
+    """A cache that virtual tokens may enter.
+
+    Raises:
+        PeftLabError: its length is fixed, and was fixed without them.
+    """
+    if cache is not None and (not hasattr(cache, "get_seq_length") or getattr(cache, "is_compileable", False)):
+        raise PeftLabError(
+            f"The cache is a {type(cache).__name__}, which has no room for virtual tokens. Generate with a dynamic "
+            "cache (cache_implementation='dynamic', the default)."
+        )
+    return cache
+
+
+def by_name(host: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """All inputs of a module's call by their names, as a new dict."""
+    if not args:
+        return dict(kwargs)
+    names = [name for name in inspect.signature(type(host).forward).parameters if name != "self"]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
