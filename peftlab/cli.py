@@ -19,7 +19,8 @@ from peftlab import __version__
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.terminal import parse_targets, print_json, print_table
 
-METHODS = "full, lora, prompt, p-tuning, prefix, ia3, bitfit, selective, houlsby, pfeiffer, parallel"  # of `train`, without importing torch
+# of `train`, without importing torch
+METHODS = "full, lora, prompt, p-tuning, prefix, ia3, bitfit, selective, houlsby, pfeiffer, parallel"
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 

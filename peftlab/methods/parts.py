@@ -78,7 +78,7 @@ class TrainedCopy(nn.Module):
     The base's module still runs first, so that rows, mixtures and `disabled` work as for any part; a head is cheap.
     """
 
-    def __init__(self, host: nn.Module, key: str) -> None:
+    def __init__(self, host: nn.Module, key: str = "{path}") -> None:
         super().__init__()
         self.module = copy.deepcopy(host)
         for module in self.module.modules():
