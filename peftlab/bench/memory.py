@@ -78,6 +78,8 @@ def _methods() -> Iterator[dict[str, Any]]:
     yield run("llama-3.2-3b", "qlora", batch=2, sequence=512)
     for method in ("ia3", "prompt", "prefix"):
         yield run("llama-2-7b", method)
+    for method in ("lora", "qlora", "houlsby", "pfeiffer", "ia3", "prompt"):
+        yield run("llama-2-7b", method, checkpointing=True)
 
 
 def _large() -> Iterator[dict[str, Any]]:
@@ -211,8 +213,10 @@ def four_bit(model: nn.Module, shape: Any, device: torch.device, compute: torch.
 
 
 def with_method(model: nn.Module, point: dict[str, Any], kind: str) -> nn.Module:
-    """The model as Hugging Face peft prepares it for the point's method."""
+    """The model as Hugging Face peft prepares it for the point's method; bottleneck adapters it has not are our own."""
     import peft
+
+    import peftlab as pl
 
     method, task = point["method"], {"decoder": "CAUSAL_LM", "encoder": "SEQ_CLS", "encoder-decoder": "SEQ_2_SEQ_LM"}
     common = {"task_type": task[kind]}
@@ -231,6 +235,8 @@ def with_method(model: nn.Module, point: dict[str, Any], kind: str) -> nn.Module
     }
     if method == "full":
         return model
+    if method in ("houlsby", "pfeiffer", "parallel"):
+        return pl.attach(model, pl.AdapterConfig(placement=method))
     return peft.get_peft_model(model, configs["lora" if method == "qlora" else method]())
 
 
