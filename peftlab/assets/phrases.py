@@ -1,10 +1,9 @@
 """The phrases of the support desk: written for this project, in three sets that share no sentence.
 
-`{p}` is the product the message is about, `{o}` another one, which is `{g}`, and `{n}` a number. A sentence with a
-label's name above it decides that label; the others decide nothing. What is held out is whole sentences: none of
-validation or test occurs in training. Single words are not: the names of products and the words by which a label is
-known (refund, invoice, urgent, can wait) stand in all three splits. So a score says that known words are understood in
-new sentences, and no more.
+`{p}` is the product the message is about, `{o}` another one, `{n}` a number. A sentence with a label's name above it
+decides that label; the others decide nothing. What is held out is whole sentences: none of validation or test occurs in
+training. Single words are not: the names of products and the words by which a label is known (refund, invoice, urgent,
+can wait) stand in all three splits. So a score says that known words are understood in new sentences, and no more.
 """
 
 PRODUCTS = ("kettle", "lamp", "printer", "router", "camera", "blender", "heater", "keyboard")
@@ -177,7 +176,6 @@ INTENTS = {
             "Why is the bill for the {p} higher than the price?",
             "Please send me the invoice for the {p}.",
             "The payment for the {p} was taken two times.",
-            "I was billed two times for the {p}.",
         ),
         "validation": (
             "The bill for the {p} is not correct.",
@@ -339,28 +337,29 @@ URGENCY = {
     },
 }
 
-# Another product, which needs nothing: it is `{g}`, and the first of these words is the usual one.
-GOOD = ("fine", "perfect", "excellent", "very good")
+# Another product, which needs nothing.
+_GOOD = ("fine", "perfect", "excellent", "very good")
 OTHERS = {
     "train": (
-        "The {o} from the same order is {g}.",
-        "I also bought the {o}, which is {g}.",
-        "The {o} I bought last year is {g}.",
-        "We all find the {o} {g}.",
-        "My {o} is {g}.",
-        "By the way, the {o} is {g}.",
-        "With the {o} all is {g}.",
-        "My sister's {o} is {g}.",
-        "The {o} that came with it is {g}.",
-        "I think that the {o} is {g}.",
-        "Your {o} is {g}.",
-        "The {o} in the other box is {g}.",
-        "I must admit that the {o} is {g}.",
-        "The {o} that I have had since spring is {g}.",
-        "I can say that the {o} is {g}.",
+        *_each(("The {o} from the same order is {w}.", "I also bought the {o}, which is {w}."), _GOOD),
+        *_each(("The {o} I bought last year is {w}.", "We all find the {o} {w}.", "My {o} is {w}."), _GOOD),
+        *_each(("By the way, the {o} is {w}.", "With the {o} all is {w}.", "My sister's {o} is {w}."), _GOOD),
+        *_each(("The {o} that came with it is {w}.", "I think that the {o} is {w}.", "Your {o} is {w}."), _GOOD),
+        *_each(
+            (
+                "The {o} in the other box is {w}.",
+                "I must admit that the {o} is {w}.",
+                "The {o} that I have had since spring is {w}.",
+                "I can say that the {o} is {w}.",
+            ),
+            _GOOD,
+        ),
     ),
-    "validation": ("Everything about the {o} is {g}.", "Your {o} is {g}, I must say."),
-    "test": ("I also own the {o}, which is {g}.", "By the way, your {o} is {g}.", "My brother's {o} is {g}."),
+    "validation": _each(("Everything about the {o} is {w}.", "Your {o} is {w}, I must say."), _GOOD),
+    "test": _each(
+        ("I also own the {o}, which is {w}.", "By the way, your {o} is {w}.", "My brother's {o} is {w}."),
+        _GOOD,
+    ),
 }
 
 # Words that belong to another intent, said in passing.

@@ -45,10 +45,9 @@ def generate(split: str, size: int | None = None, *, difficulty: float = 0.15, s
         size: how many; by default 4,000 to train and 500 each for validation and test. A smaller size gives the first
             of a larger one's.
         difficulty: from 0 (the request and the urgency, nothing else) to 1. It raises how often another product,
-            feelings and dates come along (other products twice as often in training); above 0.25 urgency is more and
-            more often put in other words than the label's, and the other product in other words than "fine"; above 0.5
-            also words of other intents come along, products are described instead of named, and urgency is implied
-            instead of stated.
+            feelings and dates come along; above 0.25 urgency is more and more often put in other words than the
+            label's; above 0.5 also words of other intents come along, products are described instead of named, and
+            urgency is implied instead of stated.
         seed: another seed, other messages from the same phrases.
 
     Every 120 rows in a row hold each combination of intent, product and urgency once. Rows are dicts of `message`,
@@ -92,19 +91,15 @@ def message(split: str, intent: str, product: str, urgency: str, difficulty: flo
     body = [request.replace("{p}", named)]
     if soon:
         body.insert(draw.below(2), soon)  # before the request or after it
-    good = draw.one(phrases.GOOD) if draw.happens(2 * difficulty - 0.5) else phrases.GOOD[0]
-    # Whoever trains on few messages has to meet other products in some of them, so they are twice as frequent there.
-    others = min(1.0, 2 * difficulty) if split == "train" else difficulty
     asides = (
-        (phrases.OTHERS, others),
+        (phrases.OTHERS, difficulty),
         (phrases.PASSING, hard),
         (phrases.FEELINGS, difficulty),
         (phrases.TIMES, difficulty / 2),
     )
     for kind, share in asides:
         if draw.happens(share):
-            aside = draw.one(kind[split]).replace("{o}", other).replace("{g}", good)
-            aside = aside.replace("{n}", str(2 + draw.below(8)))
+            aside = draw.one(kind[split]).replace("{o}", other).replace("{n}", str(2 + draw.below(8)))
             body.insert(draw.below(len(body) + 1), aside)
     greeting = draw.one(phrases.OPENINGS[split])
     closing = draw.one(phrases.CLOSINGS[split])
