@@ -230,7 +230,7 @@ def test_every_point_of_the_adapters_bench_has_a_config():
     assert list(sections) == ["reviews", "news", "desk", "fullsize", "biases", "latency"]
     for point in points:
         if point["section"] != "latency":
-            config = adapters.config_of(point, "SEQ_CLS" if "variant" in point else None)
+            config = adapters.config_of(point, ["classifier"])
             assert (config is None) == (point["method"] == "full")
             assert config is None or config.method == {"head": "selective", "last block": "selective"}.get(
                 point["method"], point["method"]

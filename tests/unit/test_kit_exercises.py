@@ -45,6 +45,22 @@ ANSWERS = {
         lambda gradient, codes, book, scales: 2 * gradient @ book[codes],
     ),
     "qlora.merge": ("Dequantize", None, "merge"),
+    "adapters.count": (1_789_056, 894_528, 7),
+    "adapters.start": ("up", None, "down"),
+    "adapters.forward": (
+        lambda y, down, b_down, up, b_up, s: y + s * b_up + s * torch.relu(y @ down.T + b_down) @ up.T,
+        lambda y, down, b_down, up, b_up, s: s * (torch.relu(y @ down.T + b_down) @ up.T + b_up),
+        lambda y, down, b_down, up, b_up, s: 2 * y),
+    "adapters.merge": (lambda W, down, up: (torch.eye(len(W)).double() + up @ down) @ W,
+                       lambda W, down, up: W + up @ down, lambda W, down, up: W),
+    "adapters.flops": (0.0208333, 0.0104167, 0.5),
+    "ia3.count": (57_600, 1_920, 7),
+    "ia3.gradient": (lambda x, W, G: torch.einsum("no,oi,ni->o", G, W, x), lambda x, W, G: G.sum(0),
+                     lambda x, W, G: W.sum(1)),
+    "ia3.merge": (lambda W, scale: W @ torch.diag(scale), lambda W, scale: torch.diag(scale) @ W,
+                  lambda W, scale: W),
+    "ia3.bias": ("key", None, "query"),
+    "ia3.decay": (693, 500, 100),
     "lora.rank": (energy_rank, lambda s, share: energy_rank(s.sqrt(), share), lambda s, share: len(s) + 1),
 }
 
@@ -62,7 +78,7 @@ def test_answers(name):
 
 
 def test_every_exercise_is_tried():
-    assert {exercise.name for exercise in EVERY if exercise.name.split(".")[0] in ("lora", "qlora")} == set(ANSWERS)
+    assert {exercise.name for exercise in EVERY if not exercise.name.startswith("memory.")} == set(ANSWERS)
     for topic in TOPICS:
         for exercise in exercises.exercises(topic):
             assert exercise.name.startswith(f"{topic}.")
