@@ -79,7 +79,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
         "format": "pt",
         "peftlab_tensors": digest(tensors),
         "peftlab_config": config_digest(fields),
-        "peftlab_base": json.dumps(base_sample(root, (part.path for part in parts))),
+        "peftlab_base": json.dumps(base_sample(root, *sampled(parts))),
     }
     if encoder:
         metadata["peftlab_encoder"] = digest(encoder)
@@ -188,6 +188,12 @@ def check_config(root: nn.Module, name: str, parts: list[Part], saved: Saved) ->
                 f"The adapter in {saved.folder} has {field}={theirs.get(field)!r}; the attached {name!r} has "
                 f"{mine[field]!r}. Attach it with the config that was saved."
             )
+
+
+def sampled(parts: Iterable[Part]) -> tuple[list[str], list[str]]:
+    """(paths by whose weights the base is known again, paths that trained copies answer for)."""
+    copied = [part.path for part in parts if part.name == "copy"]
+    return [part.path for part in parts], copied
 
 
 def placed(root: nn.Module, name: str) -> list[Part]:

@@ -44,14 +44,21 @@ def check_integrity(
             raise PeftLabError(f"{key} in {file} holds values that are not finite.")
 
 
-def base_sample(root: nn.Module, paths: Iterable[str]) -> dict[str, list[float]]:
+def base_sample(root: nn.Module, paths: Iterable[str], copied: Iterable[str] = ()) -> dict[str, list[float]]:
     """A few of the base's weights, to know it again by: 8 numbers of each of 8 adapted modules.
 
-    What stands on the whole model adapts all its modules.
+    What stands on the whole model adapts all its modules; and where no adapted module holds a matrix (a whole block; a
+    norm, whose weights are often ones) any module serves. One that a trained copy answers for (`copied`) says nothing:
+    a head is drawn anew whenever the base is loaded.
     """
-    paths = set(paths)
-    if "" in paths:
-        paths = {path for path, m in base_modules(root).items() if isinstance(getattr(m, "weight", None), Tensor)}
+    copied = tuple(copied)
+    paths = {path for path in paths if not _within(path, copied)}
+    matrices = {path for path, module in base_modules(root).items() if _matrix(module) and not _within(path, copied)}
+    return weights_at(root, paths & matrices or matrices)
+
+
+def weights_at(root: nn.Module, paths: Iterable[str]) -> dict[str, list[float]]:
+    """The first 8 weights of the first 8 of these modules."""
     sample = {}
     for path in sorted(paths)[:8]:
         weight = base_tensor(root, path, "weight")
@@ -59,6 +66,15 @@ def base_sample(root: nn.Module, paths: Iterable[str]) -> dict[str, list[float]]
         if weight is not None and weight.is_floating_point() and weight.device.type != "meta":
             sample[path] = weight.detach().flatten()[:8].float().tolist()
     return sample
+
+
+def _matrix(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() > 1
+
+
+def _within(path: str, others: Iterable[str]) -> bool:
+    return any(path == other or path.startswith(other + ".") for other in others)
 
 
 def base_tensor(root: nn.Module, path: str, name: str) -> Tensor | None:
@@ -79,7 +95,7 @@ def check_base(root: nn.Module, folder: Path, metadata: Mapping[str, str], model
             f"The sample of the base's weights in {folder} is damaged; save the adapter again."
         ) from None
     modules = base_modules(root)
-    for path, values in base_sample(root, (path for path in saved if path in modules)).items():
+    for path, values in weights_at(root, (path for path in saved if path in modules)).items():
         expected, found = saved[path], torch.tensor(values)
         # bf16 keeps 8 bits: two roundings of one number differ by less than 1%
         if expected.shape == found.shape and not torch.allclose(expected, found, rtol=0.01, atol=1e-6):

@@ -168,6 +168,26 @@ def test_saved_and_loaded_with_a_head(kind, placement, tmp_path):
     assert not pl.attached(wrong)
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta", "llama-classifier"])
+@pytest.mark.parametrize("config", [
+    pl.AdapterConfig(width=4, task_type="SEQ_CLS"), pl.SelectiveConfig(task_type="SEQ_CLS"),
+    pl.SelectiveConfig(last_layers=1, task_type="SEQ_CLS"), pl.PromptTuningConfig(task_type="SEQ_CLS"),
+], ids=lambda config: config.method)  # fmt: skip
+def test_a_base_is_known_again_whatever_head_it_was_given(kind, config, tmp_path):
+    model, fresh = base(kind), base(kind)
+    head = [p for name, p in fresh.named_parameters() if name.startswith(("classifier", "score"))]
+    with torch.no_grad():
+        for parameter in head:
+            parameter.normal_()  # as loading the same base again would
+    pl.attach(model, config)
+    pl.save_adapter(model, tmp_path)
+    pl.load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh(**batch(kind)).logits, model(**batch(kind)).logits)
+    other = base(kind, seed=1)
+    with pytest.raises(pl.PeftLabError, match="was trained on another base"):
+        pl.load_adapter(other, tmp_path)
+
+
 def test_a_name_that_is_taken_is_refused_and_nothing_changes():
     model = base("bert")
     pl.attach(model, CONFIG, name="reviews")
