@@ -154,7 +154,8 @@ def _train_options(command: Parser) -> None:
     from peftlab.memory import commands
 
     finetune.add_options(command)
-    commands.add_method_options(command, "full, or a method that the package has: lora", r=8, ranks="8")
+    methods = "full, qlora (LoRA on a base in four bits), or a method that the package has: lora"
+    commands.add_method_options(command, methods, r=8, ranks="8")
 
 
 def _train(arguments: argparse.Namespace) -> int:

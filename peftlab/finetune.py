@@ -46,6 +46,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--lr", type=float, metavar="X", help="peak learning rate (default: 2e-4 for adapters, 2e-5 for full)")
     add("--warmup", type=float, default=0.0, metavar="X", help="share of the steps, or a number of them (default: 0)")
     add("--schedule", choices=("linear", "cosine", "constant"), default="linear", help="(default: linear)")
+    add(
+        "--optimizer",
+        choices=("adamw", "adamw8bit", "paged-adamw8bit", "sgd"),
+        default="adamw",
+        help="the 8-bit ones are bitsandbytes' (default: adamw)",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
     add(
         "--precision",
@@ -112,7 +118,7 @@ def check(arguments: argparse.Namespace) -> None:
     """Refuse, before anything is loaded, what cannot work."""
     from peftlab.methods import METHODS
 
-    known = ("full", *METHODS)
+    known = ("full", *(("qlora",) if "lora" in METHODS else ()), *METHODS)
     method = arguments.method = arguments.method.lower()
     if method not in known:
         raise PeftLabError(f"train knows the methods {', '.join(known)}, not {method!r}.{did_you_mean(method, known)}")
@@ -150,6 +156,10 @@ def _train(arguments: argparse.Namespace, targets: Any, folder: Path) -> dict[st
     tasks.check_model(task, model, arguments.model)
     if model.config.pad_token_id is None:  # a decoder that classifies looks for the last token before the padding
         model.config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if arguments.method == "qlora":
+        from peftlab.quantization.model import quantize_model
+
+        quantize_model(model)
     if method_config is not None:
         if task.kind == "classification":
             method_config = _config(arguments, targets, task_type="SEQ_CLS")
@@ -171,6 +181,7 @@ def _train(arguments: argparse.Namespace, targets: Any, folder: Path) -> dict[st
         learning_rate=arguments.lr,
         warmup=arguments.warmup,
         schedule=arguments.schedule,
+        optimizer=arguments.optimizer,
         precision=arguments.precision,
         checkpointing=arguments.checkpointing,
         group_by_length=arguments.group_by_length,
@@ -204,7 +215,7 @@ def _config(arguments: argparse.Namespace, targets: Any, **more: Any) -> Any:
     """The method's config, from those options that it has a field for."""
     from peftlab.methods import METHODS
 
-    config = METHODS[arguments.method]
+    config = METHODS["lora" if arguments.method == "qlora" else arguments.method]
     given = {**vars(arguments), "target_modules": targets, **more}
     return config(**{field.name: given[field.name] for field in fields(config) if field.init and field.name in given})
 

@@ -11,4 +11,5 @@ from peftlab.figures.quantization import code_books
 from peftlab.figures.style import BLACK, COLOURS, HATCHES, LINES, MARKERS, WIDTH, label, new, styled, use_style
 
 __all__ = ["BLACK", "COLOURS", "HATCHES", "LINES", "MARKERS", "WIDTH", "bars", "code_books", "curves", "heatmap",
-           "histogram", "label", "lora_dataflow", "memory_bars", "new", "spectrum", "stacked_bars", "styled", "sweep", "use_style"]
+           "histogram", "label",
+           "lora_dataflow", "memory_bars", "new", "spectrum", "stacked_bars", "styled", "sweep", "use_style"]

@@ -141,7 +141,10 @@ MISTAKES = [
     ("fetch minilmm", "Did you mean 'minilm'"),
     ("bench lorra --out x.json", "Did you mean 'lora'"),
     ("train --model m --data d", "--out"),
-    ("train --model m --data d --out o --method qlra", "train knows the methods full, lora, not 'qlra'"),
+    (
+        "train --model m --data d --out o --method qlra",
+        "train knows the methods full, qlora, lora, not 'qlra'. Did you mean 'qlora'",
+    ),
     ("train --model m --data d --out o --steps 3 --epochs 1", "not both"),
     ("train --model m --data d --out o --steps 0", "--steps must be at least 1, found 0"),
     ("train --model m --data d --out o --batch-size -1", "--batch-size must be at least 1, found -1"),
@@ -274,6 +277,16 @@ def tensors(folder):
     from safetensors.numpy import load_file
 
     return {name: value.tobytes() for name, value in load_file(folder / "adapter_model.safetensors").items()}
+
+
+def test_a_4_bit_base_from_the_shell(place, capsys):
+    command = train_command("ask.jsonl", "run", "--steps", 3, "--targets", "all-linear", "--method", "qlora")
+    status, out, err = run(capsys, *command, "--optimizer", "adamw8bit", "--json")
+    assert status == 0, err
+    metrics = json.loads(out)
+    counted = count("tiny", "qlora", targets="all-linear")
+    assert (metrics["trainable"], metrics["total"]) == (counted.trainable, counted.total)
+    assert metrics["settings"]["optimizer"] == "adamw8bit" and (place / "run" / "adapter_model.safetensors").is_file()
 
 
 def test_a_run_learns_saves_and_reports(place, capsys, monkeypatch):
