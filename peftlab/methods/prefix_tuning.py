@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from peftlab.errors import PeftLabError
 from peftlab.methods.parts import Part
 from peftlab.methods.states import (
+    CACHES,
     Attention,
     attention_of,
     attentions,
@@ -31,6 +32,7 @@ from peftlab.methods.states import (
     new_cache,
     own_cache,
     takes_cache,
+    windows,
 )
 from peftlab.methods.virtual import (
     Brought,
@@ -115,9 +117,10 @@ class PrefixTuningConfig(VirtualTokens):
             source = Table(torch.zeros(n, total) if init == "zero" else torch.randn(n, total))
         prefix = Prefix(source, sizes, n, position_limit(model), stride=2 if is_encoder_decoder(model) else 1)
         yield Part("", "prefix", prefix)
+        seen = windows(model)
         for index, path in attentions(body).items():
             at = ".".join(filter(None, (path_of(model, body), path)))
-            yield Part(at, "prefix", LayerPrefix(prefix, index))
+            yield Part(at, "prefix", LayerPrefix(prefix, index, seen.get(index)))
         for block in blocks(body):
             yield Part(path_of(model, block), "prefix", WithoutCache(n))
         yield from self.heads(model)
@@ -224,10 +227,10 @@ class LayerPrefix(nn.Module):
 
     keys: ClassVar[dict[str, str]] = {}
 
-    def __init__(self, prefix: Prefix, index: int) -> None:
+    def __init__(self, prefix: Prefix, index: int, window: int | None) -> None:
         super().__init__()
         self.__dict__["prefix"] = prefix  # not a child: its parameters belong to the model's part
-        self.index, self.likeness = index, prefix.likeness
+        self.index, self.window, self.likeness = index, window, prefix.likeness
 
     def brings(self, host: nn.Module) -> Tensor:
         """This layer's keys and values, (n, 2 k)."""
@@ -237,21 +240,25 @@ class LayerPrefix(nn.Module):
 
     def before(self, host: nn.Module, args: tuple, kwargs: dict, brought: Brought) -> tuple[tuple, dict]:
         """Gives the module a cache that only puts the share in front, if it got none while training."""
-        if not host.training or kwargs.get("past_key_values") is not None:
+        name = takes_cache(host)
+        if not host.training or kwargs.get(name) is not None:
             return args, kwargs
         states = args[0] if args else kwargs["hidden_states"]
         keys, values = self.prefix.laid_out(brought(), states.shape[0])
-        return args, {**kwargs, "past_key_values": Fixed(keys, values)}
+        if self.window is not None:  # as a cache of such a layer keeps it: one less than the window, before any word
+            start = max(0, self.prefix.count - self.window + 1)
+            keys, values = keys[:, :, start:], values[:, :, start:]
+        return args, {**kwargs, name: Fixed(keys, values, self.prefix.count)}
 
 
 class Fixed:
     """What attention takes for a cache: it holds the same keys and values (b, heads, n, width) whatever is added."""
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
+    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
+        self.keys, self.values, self.length = keys, values, length
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.keys.shape[2]
+        return self.length
 
     def update(self, keys: Tensor, values: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
         # [P_k; K] and [P_v; V]
@@ -272,8 +279,8 @@ class WithoutCache(nn.Module):
 
     def before(self, host: nn.Module, args: tuple, kwargs: dict, brought: Brought) -> tuple[tuple, dict]:
         """The layer's call without a cache, if it is checkpointed."""
-        if host.training and getattr(host, "gradient_checkpointing", False) and "past_key_values" in kwargs:
-            return args, {**kwargs, "past_key_values": None}
+        if host.training and getattr(host, "gradient_checkpointing", False):
+            kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
         return args, kwargs
 
 

@@ -9,12 +9,20 @@ import torch
 from safetensors.torch import load_file
 from test_transformers_trainer import trainer, weights
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     T5Config,
@@ -302,17 +310,53 @@ def test_positions_of_ones_own_are_an_error_in_training_and_move_on_with_a_prefi
     assert torch.equal(model(**batch, position_ids=positions).logits, model(**batch).logits)
 
 
+SIZES = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+             pad_token_id=0, eos_token_id=None)  # fmt: skip
+OTHERS = {
+    "a sliding window": lambda: MistralForCausalLM(MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=4)),
+    "layers of both kinds": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SIZES, num_key_value_heads=1, head_dim=6, sliding_window=4, layer_types=BOTH)
+    ),
+    "a cache by another name": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)),
+    "one head for all": lambda: FalconForCausalLM(
+        FalconConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, eos_token_id=None)
+    ),
+    "bart": lambda: BartForConditionalGeneration(
+        BartConfig(vocab_size=32, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+                   decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64,
+                   pad_token_id=0, bos_token_id=1, eos_token_id=None, forced_eos_token_id=None,
+                   decoder_start_token_id=2)
+    ),
+}  # fmt: skip
+BOTH = ["sliding_attention", "full_attention"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("kind", ["prompt", "deep", "prefix"])
-def test_a_sliding_window(kind):
+def test_other_models_write_and_train(name, kind):
     torch.manual_seed(0)
-    model = MistralForCausalLM(
-        MistralConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-                      num_key_value_heads=2, sliding_window=4, pad_token_id=0, eos_token_id=None)
-    ).double().eval()  # fmt: skip
+    model = OTHERS[name]().double().eval()
     pl.attach(model, CONFIGS[kind])
-    batch = inputs(length=3)
+    batch = inputs(length=7)
     settings = dict(max_new_tokens=8, pad_token_id=0)
     assert torch.equal(model.generate(**batch, **settings), model.generate(**batch, use_cache=False, **settings))
+    model.config.use_cache = False
+    model.train()
+    for module in model.modules():
+        for dropout in ("dropout", "attention_dropout", "activation_dropout"):
+            if isinstance(getattr(module, dropout, None), float):
+                setattr(module, dropout, 0.0)
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    found = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+    assert all((grad - found[1][n]).abs().max() < 1e-12 for n, grad in found[0].items())
+    assert all(grad.any() for grad in found[0].values())
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
