@@ -555,3 +555,33 @@ def test_a_model_that_cannot_is_told_and_left_alone(build, config, message):
 def test_a_prompt_cannot_be_merged():
     with pytest.raises(pl.PeftLabError, match="cannot be merged"):
         pl.merge(model_with(CONFIGS["prompt"]))
+
+
+# -- counts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape", ["gpt2", "bert-base", "minilm", "smollm2-135m", "llama-3.1-8b", "qwen2.5-0.5b", "t5-base"]
+)
+@pytest.mark.parametrize("method", ["prompt", "p-tuning", "prefix"])
+def test_counts_are_those_of_the_arithmetic(shape, method):
+    """Attached to the real shape, without numbers."""
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSequenceClassification,
+    )
+
+    from peftlab.memory.shapes import load_shape
+    from peftlab.methods import METHODS
+
+    known = load_shape(shape)
+    config = AutoConfig.for_model(**known.config)
+    kinds = {"decoder": AutoModelForCausalLM, "encoder": AutoModelForSequenceClassification}
+    with torch.device("meta"):
+        model = kinds.get(known.kind, AutoModelForSeq2SeqLM).from_config(config)
+    task = {"task_type": "SEQ_CLS"} if known.kind == "encoder" else {}
+    pl.attach(model, METHODS[method](num_virtual_tokens=7, **task))
+    counted = pl.memory.count(shape, method, virtual_tokens=7)
+    assert pl.count_parameters(model)[:2] == (counted.trainable, counted.total)
