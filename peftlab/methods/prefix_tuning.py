@@ -115,10 +115,11 @@ class PrefixTuningConfig(VirtualTokens):
             source = Table(keys_and_values(model, tokens))
         else:
             source = Table(torch.zeros(n, total) if init == "zero" else torch.randn(n, total))
+        carriers, seen = attentions(body), windows(model)
         prefix = Prefix(source, sizes, n, position_limit(model), stride=2 if is_encoder_decoder(model) else 1)
+        prefix.carried = len(carriers) == sizes.layers
         yield Part("", "prefix", prefix)
-        seen = windows(model)
-        for index, path in attentions(body).items():
+        for index, path in carriers.items():
             at = ".".join(filter(None, (path_of(model, body), path)))
             yield Part(at, "prefix", LayerPrefix(prefix, index, seen.get(index)))
         for block in blocks(body):
@@ -157,7 +158,10 @@ class Prefix(nn.Module):
 
     Attributes:
         source: makes the table (n, 2 L k): called, it gives all; `source.part(a, b)` its columns a to b.
+        carried: whether each layer's attention can put its share in front itself, when there is no cache.
     """
+
+    carried = True
 
     def __init__(self, source: nn.Module, sizes: Attention, count: int, limit: int | None, stride: int) -> None:
         super().__init__()
@@ -193,6 +197,12 @@ class Prefix(nn.Module):
             return (), kwargs
         text = next(kwargs[name] for name in INPUTS[bool(whose)] if kwargs.get(name) is not None)
         check_room(text.shape[1], self.count, self.limit)
+        uncarried = host.training and not self.carried
+        if uncarried and any(getattr(module, "gradient_checkpointing", False) for module in host.modules()):
+            raise PeftLabError(
+                f"Under gradient checkpointing {type(host).__name__} drops its cache, and the prefix with it, and its "
+                "attention modules cannot be told apart. Train without checkpointing, or use a prompt."
+            )
         table = brought()
         pairs = self.laid_out(table, text.shape[0]).to(word_embeddings(host).weight.dtype)
         for index in range(self.sizes.layers):

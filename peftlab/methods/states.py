@@ -59,16 +59,10 @@ def attention_of(model: nn.Module) -> Attention:
 
 
 def blocks(stack: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a stack: the outermost list of as many modules as its config has layers.
-
-    Raises:
-        PeftLabError: there is no such list.
-    """
+    """The transformer blocks of a stack: the outermost list of as many modules as its config has layers, if any."""
     layers = getattr(stack.config, "num_hidden_layers", None) or getattr(stack.config, "num_layers", None)
     lists = [path for path, m in base_modules(stack).items() if isinstance(m, nn.ModuleList) and len(m) == layers]
-    if not lists:
-        raise PeftLabError(f"{type(stack).__name__} has no list of {layers} blocks; use a shallow prompt (deep=False).")
-    return list(stack.get_submodule(min(lists, key=lambda path: path.count("."))))
+    return list(stack.get_submodule(min(lists, key=lambda path: path.count(".")))) if lists else []
 
 
 def attentions(stack: nn.Module) -> dict[int, str]:

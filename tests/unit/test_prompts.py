@@ -557,6 +557,17 @@ def test_a_model_that_cannot_is_told_and_left_alone(build, config, message):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_prefix_that_checkpointing_would_lose_is_refused():
+    model = tiny.llama()
+    for layer in model.model.layers:
+        del layer.self_attn.layer_idx  # as in models whose attention does not know its place
+    pl.attach(model, pl.PrefixTuningConfig(num_virtual_tokens=N, init="random"))
+    model.config.use_cache = False
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(pl.PeftLabError, match="drops its cache"):
+        model.train()(**inputs())
+
+
 def test_a_prompt_cannot_be_merged():
     with pytest.raises(pl.PeftLabError, match="cannot be merged"):
         pl.merge(model_with(CONFIGS["prompt"]))
