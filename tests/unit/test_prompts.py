@@ -448,6 +448,18 @@ def test_a_run_goes_on_to_the_bit(kind, checkpointing, tmp_path):
     assert all(torch.equal(value, start[name]) != ("peftlab" in name) for name, value in whole.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", ["prompt", "deep", "p-tuning", "prefix"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_encoder_decoder_learns(kind, checkpointing):
+    torch.manual_seed(8)
+    model = pl.attach(t5(), CONFIGS[kind])
+    data = [{"input_ids": [3 + i, 5, 7], "labels": [9, 11, 0]} for i in range(8)]
+    history = pl.train(model, data, steps=40, batch_size=4, learning_rate=0.3, precision="fp32", progress=False,
+                       checkpointing=checkpointing)  # fmt: skip
+    losses = [row["loss"] for row in history.steps]
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+
+
 class Halt(Exception):
     pass
 
