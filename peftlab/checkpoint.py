@@ -168,8 +168,9 @@ def fill(root: nn.Module, parts: Iterable[Part], saved: Saved) -> None:
             f"{saved.folder} holds what the adapter's encoder made, but no {BESIDE} with that encoder, so its training "
             "cannot go on here. Save it with this package, or attach the adapter without an encoder."
         )
+    made = key_table(part for part in parts if getattr(part.layer, "beside", None))
     for key, parameter in table.items():
-        if isinstance(parameter, nn.Parameter):  # otherwise it is made, from what follows
+        if key not in made:  # what is made is made from what follows
             parameter.copy_(saved.tensors[key])
     for key, parameter in encoder.items():
         parameter.copy_(saved.encoder[key])

@@ -20,7 +20,7 @@ from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.terminal import parse_targets, print_json, print_table
 
 # of `train`, without importing torch
-METHODS = "full, lora, prompt, p-tuning, prefix, ia3, bitfit, selective, houlsby, pfeiffer, parallel"
+METHODS = "full, lora, qlora, prompt, p-tuning, prefix, ia3, bitfit, selective, houlsby, pfeiffer, parallel"
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 

@@ -12,6 +12,7 @@ from torch import nn
 from .batching import batches
 from .encoding import Collator, Prompt, end_ids, prompt_ids
 from .errors import PeftLabError
+from .hooks import text_positions
 from .modes import device_of, mode, to_device
 from .progress import Bar
 from .records import unwrap
@@ -48,11 +49,13 @@ def generate_text(
         raise PeftLabError(f"{type(core).__name__} has no generate(); load a language model, e.g. 'smollm2-135m'.")
     encoded = [{"input_ids": prompt_ids(tokenizer, prompt)} for prompt in prompts]
     parts = batches(core, [len(example["input_ids"]) for example in encoded], batch_size)
-    collate = Collator(tokenizer, side="left")
+    # An encoder reads padding on the right as well, and what stands in front of the text stays close to it.
+    collate = Collator(tokenizer, side="right" if getattr(core.config, "is_encoder_decoder", False) else "left")
     stops = end_ids(tokenizer)
     answers = [""] * len(prompts)
     with (
         mode(core, False),
+        text_positions(core),
         _greedy(core, tokenizer, stops, max_new_tokens),
         Bar(len(prompts), "Generating", unit="answer", enabled=progress) as bar,
     ):

@@ -29,6 +29,8 @@ class Activity:
         rows: one adapter name (or None, the base) for each row of the batch; replaces `weights` when set.
         enabled: False within `disabled`.
         merged: whether the base's weights already hold the mixture.
+        text_positions: whether a prompt moves the positions on that a call gives, and which do not count padding. As
+            in Hugging Face peft it leaves them to the model, which counts it.
     """
 
     def __init__(self) -> None:
@@ -36,6 +38,7 @@ class Activity:
         self.rows: tuple[str | None, ...] | None = None
         self.enabled = True
         self.merged = False
+        self.text_positions = False
 
     @property
     def running(self) -> bool:
@@ -236,6 +239,19 @@ def base_alone(model: nn.Module) -> Iterator[None]:
     finally:
         for activity, enabled in before:
             activity.enabled = enabled
+
+
+@contextmanager
+def text_positions(model: nn.Module) -> Iterator[None]:
+    """Within the block a row that is padded on the left reads its prompt from where it would read it alone."""
+    active = {id(host._modules[CHILD].activity): host._modules[CHILD].activity for _, host in hosts(model)}
+    try:
+        for activity in active.values():
+            activity.text_positions = True
+        yield
+    finally:
+        for activity in active.values():
+            activity.text_positions = False
 
 
 def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -12,7 +12,7 @@ from peftlab.figures.style import COLOURS, GREY, SMALLEST, WIDTH, new, styled
 
 
 @styled()
-def code_books(books: dict[str, Any], *, deviation: float = 0.4, x_label: str = "weight / scale of its block") -> Figure:
+def code_books(books: dict[str, Any], *, deviation: float = 0.4, x_label: str = "weight / its block's scale") -> Figure:
     """Each code book's values as strokes on a line of its own, under the density of the weights that they are for.
 
     Args:
@@ -22,7 +22,8 @@ def code_books(books: dict[str, Any], *, deviation: float = 0.4, x_label: str = 
     figure, grid = new(width=WIDTH, height=0.6 + 1.05 * len(books), rows=len(books), sharex=True)
     xs = [-1.02 + 0.01 * i for i in range(205)]
     bell = [math.exp(-(x * x) / (2 * deviation * deviation)) for x in xs]
-    for number, (axes, (name, values)) in enumerate(zip(grid if len(books) > 1 else [grid], books.items(), strict=True)):
+    rows = zip(grid if len(books) > 1 else [grid], books.items(), strict=True)
+    for number, (axes, (name, values)) in enumerate(rows):
         axes.fill_between(xs, bell, color="#e4e4e4", linewidth=0)
         axes.vlines(_array(values), 0, 0.85, color=COLOURS[number % len(COLOURS)], linewidth=2)
         axes.axvline(0, color=GREY, linewidth=0.8, linestyle=":")

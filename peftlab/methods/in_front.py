@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.errors import PeftLabError
+from peftlab.hooks import CHILD
 from peftlab.methods.parts import Part
 from peftlab.methods.virtual import (
     Brought,
@@ -55,8 +56,8 @@ class InFront(nn.Module):
         """Turns token ids (b, t) into embeddings (b, n + t, d) with the prompt in front.
 
         The attention mask, and labels and token types where there is one for each token, are lengthened alike. Position
-        ids are left to the model, which counts virtual tokens and padding; in training yours would be lost, so that
-        they are an error.
+        ids are left to the model, which counts virtual tokens and padding (within `text_positions` they are kept, and
+        move on); in training yours would be lost, so that they are an error.
         """
         kwargs = by_name(host, args, kwargs)
         cache = usable_cache(kwargs.get("past_key_values"))
@@ -66,7 +67,11 @@ class InFront(nn.Module):
                 "position_ids were given, but a prompt takes the first positions. Leave them out; packed sequences "
                 "cannot be trained under a prompt."
             )
+        if not host._modules[CHILD].activity.text_positions:
+            given = None
         kwargs = {name: value for name, value in kwargs.items() if name not in ("position_ids", "cache_position")}
+        if given is not None:
+            kwargs["position_ids"] = given + self.count
         mask = kwargs["attention_mask"] = lengthened(kwargs.get("attention_mask"), self.count)
         if cache is not None and cache.get_seq_length() > 0:  # it holds the prompt, and these tokens follow
             return (), kwargs
@@ -81,8 +86,10 @@ class InFront(nn.Module):
             order = kwargs["attention_mask"][:, self.count :].bool().long().argsort(dim=1, stable=True)
             embeddings = embeddings.gather(1, order[..., None].expand_as(embeddings))
             kwargs["attention_mask"] = torch.cat([mask[:, : self.count], mask[:, self.count :].gather(1, order)], 1)
-            virtual = torch.arange(self.count, device=order.device).expand(batch, -1)
-            kwargs["position_ids"] = torch.cat([virtual, self.count + order], 1)
+            kwargs["position_ids"] = self.count + order
+        if kwargs.get("position_ids") is not None:
+            virtual = torch.arange(self.count, device=embeddings.device).expand(batch, -1)
+            kwargs["position_ids"] = torch.cat([virtual, kwargs["position_ids"].expand(batch, -1)], 1)
         # X' = [P; X]; the rows' gradients are summed in the prompt's own dtype, so it is repeated before it is cast
         prompt = brought().expand(batch, -1, -1).to(embeddings.device, embeddings.dtype)
         kwargs["inputs_embeds"] = torch.cat([prompt, embeddings], dim=1)

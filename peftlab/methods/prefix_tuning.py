@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.errors import PeftLabError
+from peftlab.methods.layer_prefix import LayerPrefix, WithoutCache
 from peftlab.methods.parts import Part
 from peftlab.methods.states import (
     Attention,
@@ -31,6 +32,7 @@ from peftlab.methods.states import (
     new_cache,
     own_cache,
     takes_cache,
+    windows,
 )
 from peftlab.methods.virtual import (
     Brought,
@@ -113,11 +115,13 @@ class PrefixTuningConfig(VirtualTokens):
             source = Table(keys_and_values(model, tokens))
         else:
             source = Table(torch.zeros(n, total) if init == "zero" else torch.randn(n, total))
+        carriers, seen = attentions(body), windows(model)
         prefix = Prefix(source, sizes, n, position_limit(model), stride=2 if is_encoder_decoder(model) else 1)
+        prefix.carried = len(carriers) == sizes.layers
         yield Part("", "prefix", prefix)
-        for index, path in attentions(body).items():
+        for index, path in carriers.items():
             at = ".".join(filter(None, (path_of(model, body), path)))
-            yield Part(at, "prefix", LayerPrefix(prefix, index))
+            yield Part(at, "prefix", LayerPrefix(prefix, index, seen.get(index)))
         for block in blocks(body):
             yield Part(path_of(model, block), "prefix", WithoutCache(n))
         yield from self.heads(model)
@@ -154,7 +158,10 @@ class Prefix(nn.Module):
 
     Attributes:
         source: makes the table (n, 2 L k): called, it gives all; `source.part(a, b)` its columns a to b.
+        carried: whether each layer's attention can put its share in front itself, when there is no cache.
     """
+
+    carried = True
 
     def __init__(self, source: nn.Module, sizes: Attention, count: int, limit: int | None, stride: int) -> None:
         super().__init__()
@@ -190,6 +197,12 @@ class Prefix(nn.Module):
             return (), kwargs
         text = next(kwargs[name] for name in INPUTS[bool(whose)] if kwargs.get(name) is not None)
         check_room(text.shape[1], self.count, self.limit)
+        uncarried = host.training and not self.carried
+        if uncarried and any(getattr(module, "gradient_checkpointing", False) for module in host.modules()):
+            raise PeftLabError(
+                f"Under gradient checkpointing {type(host).__name__} drops its cache, and the prefix with it, and its "
+                "attention modules cannot be told apart. Train without checkpointing, or use a prompt."
+            )
         table = brought()
         pairs = self.laid_out(table, text.shape[0]).to(word_embeddings(host).weight.dtype)
         for index in range(self.sizes.layers):
@@ -212,69 +225,6 @@ INPUTS = (
     ("input_ids", "inputs_embeds"),
     ("decoder_input_ids", "decoder_inputs_embeds", "labels"),
 )
-
-
-class LayerPrefix(nn.Module):
-    """A layer's share of a prefix, for its attention module, where gradient checkpointing takes the cache away.
-
-    A checkpointed layer runs again in the backward pass. A cache would then be filled twice, so transformers drops it,
-    and a prefix in it would be lost (Hugging Face peft refuses to run). Here the attention puts its share in front of
-    its keys and values itself, made anew from the parameters each time it runs.
-    """
-
-    keys: ClassVar[dict[str, str]] = {}
-
-    def __init__(self, prefix: Prefix, index: int) -> None:
-        super().__init__()
-        self.__dict__["prefix"] = prefix  # not a child: its parameters belong to the model's part
-        self.index, self.likeness = index, prefix.likeness
-
-    def brings(self, host: nn.Module) -> Tensor:
-        """This layer's keys and values, (n, 2 k)."""
-        width = 2 * self.prefix.sizes.heads * self.prefix.sizes.width
-        start = self.prefix.pair(self.index) * width
-        return self.prefix.source.part(start, start + width)
-
-    def before(self, host: nn.Module, args: tuple, kwargs: dict, brought: Brought) -> tuple[tuple, dict]:
-        """Gives the module a cache that only puts the share in front, if it got none while training."""
-        if not host.training or kwargs.get("past_key_values") is not None:
-            return args, kwargs
-        states = args[0] if args else kwargs["hidden_states"]
-        keys, values = self.prefix.laid_out(brought(), states.shape[0])
-        return args, {**kwargs, "past_key_values": Fixed(keys, values)}
-
-
-class Fixed:
-    """What attention takes for a cache: it holds the same keys and values (b, heads, n, width) whatever is added."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.keys.shape[2]
-
-    def update(self, keys: Tensor, values: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        # [P_k; K] and [P_v; V]
-        return torch.cat([self.keys.to(keys.dtype), keys], 2), torch.cat([self.values.to(values.dtype), values], 2)
-
-
-class WithoutCache(nn.Module):
-    """Takes the cache away from a checkpointed layer before transformers does, and warns that it is lost."""
-
-    keys: ClassVar[dict[str, str]] = {}
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.likeness = f"a prefix of {count} virtual tokens"
-
-    def brings(self, host: nn.Module) -> None:
-        """Nothing of its own."""
-
-    def before(self, host: nn.Module, args: tuple, kwargs: dict, brought: Brought) -> tuple[tuple, dict]:
-        """The layer's call without a cache, if it is checkpointed."""
-        if host.training and getattr(host, "gradient_checkpointing", False) and "past_key_values" in kwargs:
-            return args, {**kwargs, "past_key_values": None}
-        return args, kwargs
 
 
 class Projection(nn.Module):

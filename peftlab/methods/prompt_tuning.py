@@ -89,6 +89,8 @@ class PromptTuningConfig(VirtualTokens):
         """Yields a prompt for each block but the first."""
         stack = model.get_encoder() if is_encoder_decoder(model) else model
         found = blocks(stack)
+        if not found:
+            raise PeftLabError(f"{type(stack).__name__} has no list of blocks; use a shallow prompt (deep=False).")
         # what enters each block for those tokens, so that a prompt of real text computes at first what the text would
         states = None if tokens is None else states_of(model, stack, found, tokens)
         for index, block in enumerate(found[1:], 1):

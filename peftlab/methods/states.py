@@ -15,6 +15,8 @@ from peftlab.hooks import base_alone, base_modules
 from peftlab.methods.virtual import is_encoder_decoder
 from peftlab.modes import mode
 
+CACHES = ("past_key_values", "layer_past")
+
 
 class Attention(NamedTuple):
     """The sizes of a model's keys and values: blocks, key/value heads in each, and the width of a head."""
@@ -47,6 +49,8 @@ def attention_of(model: nn.Module) -> Attention:
     else:
         layers = first("num_hidden_layers")
         heads = first("num_key_value_heads", "num_attention_heads")
+        if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+            heads = 1
     queries, hidden = first("decoder_attention_heads", "num_attention_heads"), first("hidden_size", "d_model")
     width = first("head_dim", "d_kv") or (hidden // queries if hidden and queries else None)
     if not (layers and heads and width):
@@ -55,16 +59,10 @@ def attention_of(model: nn.Module) -> Attention:
 
 
 def blocks(stack: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a stack: the outermost list of as many modules as its config has layers.
-
-    Raises:
-        PeftLabError: there is no such list.
-    """
+    """The transformer blocks of a stack: the outermost list of as many modules as its config has layers, if any."""
     layers = getattr(stack.config, "num_hidden_layers", None) or getattr(stack.config, "num_layers", None)
     lists = [path for path, m in base_modules(stack).items() if isinstance(m, nn.ModuleList) and len(m) == layers]
-    if not lists:
-        raise PeftLabError(f"{type(stack).__name__} has no list of {layers} blocks; use a shallow prompt (deep=False).")
-    return list(stack.get_submodule(min(lists, key=lambda path: path.count("."))))
+    return list(stack.get_submodule(min(lists, key=lambda path: path.count(".")))) if lists else []
 
 
 def attentions(stack: nn.Module) -> dict[int, str]:
@@ -78,9 +76,10 @@ def attentions(stack: nn.Module) -> dict[int, str]:
     return found
 
 
-def takes_cache(module: nn.Module) -> bool:
-    """Whether a module's forward has an argument for past keys and values."""
-    return "past_key_values" in inspect.signature(type(module).forward).parameters
+def takes_cache(module: nn.Module) -> str | None:
+    """How a module's forward calls its argument for past keys and values; None where it has none."""
+    parameters = inspect.signature(type(module).forward).parameters
+    return next((name for name in CACHES if name in parameters), None)
 
 
 def states_of(model: nn.Module, stack: nn.Module, found: list[nn.Module], tokens: Tensor) -> list[Tensor]:
@@ -125,6 +124,12 @@ def new_cache(model: nn.Module, whole: bool = False) -> Any:
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     # the config tells which layers see only a window; an encoder's cache has no such layers
     return DynamicCache(config=config) if getattr(config, "sliding_window", None) and not whole else DynamicCache()
+
+
+def windows(model: nn.Module) -> dict[int, int]:
+    """The layers that see only a window of the text, and how wide it is."""
+    layers = own_cache(new_cache(model)).layers
+    return {index: layer.sliding_window for index, layer in enumerate(layers) if getattr(layer, "is_sliding", False)}
 
 
 def own_cache(cache: Any) -> Any:

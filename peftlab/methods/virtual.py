@@ -50,9 +50,15 @@ class VirtualTokens:
         return trained_copies(model, self, key=HEAD_KEY)
 
     def shared_fields(self, model: nn.Module) -> dict[str, Any]:
-        """The fields of `adapter_config.json` that Hugging Face's prompt methods share."""
-        config = model.config
+        """The fields of `adapter_config.json` that Hugging Face's prompt methods share.
+
+        A task is always said where it can be told: without one, peft wraps the model in a class that ignores prompts.
+        """
+        config, task = model.config, self.task_type
+        if task is None and hasattr(model, "prepare_inputs_for_generation"):
+            task = "SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM"
         return {
+            "task_type": task,
             "num_virtual_tokens": self.num_virtual_tokens,
             "num_transformer_submodules": submodules(model),
             "num_layers": getattr(config, "num_hidden_layers", None),

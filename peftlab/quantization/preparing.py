@@ -131,7 +131,8 @@ def enable_checkpointing(root: nn.Module, reentrant: bool) -> Step:
         root.disable_input_require_grads()  # transformers asks for them in both kinds; only one needs them
     if getattr(getattr(root, "config", None), "use_cache", None):
         root.config.use_cache = False
-    blocks = sum(bool(getattr(module, "gradient_checkpointing", False)) for module in root.modules())
+    on = [path for path, module in root.named_modules() if getattr(module, "gradient_checkpointing", False)]
+    blocks = sum(not any(other.startswith(f"{path}.") for other in on) for path in on if path)
     return Step("checkpoint the blocks", blocks, 0, "one more forward pass; activations shrink to a block's input each")
 
 

@@ -134,3 +134,14 @@ def test_a_named_prompt_lies_in_a_subfolder(tmp_path):
     expected = answer(model, "llama")
     assert relative(answer(pl.load_adapter(model_of("llama"), tmp_path, name="french"), "llama"), expected) < 1e-12
     assert relative(answer(peft_open("llama", tmp_path / "french"), "llama"), expected) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("config", [pl.PromptTuningConfig(num_virtual_tokens=5), pl.PrefixTuningConfig()])
+def test_the_task_is_told_to_peft(kind, config, tmp_path):
+    """Without a task_type peft opens a folder of prompts and ignores them."""
+    model = pl.attach(model_of(kind), config)
+    pl.save_adapter(model, tmp_path)
+    assert relative(answer(peft_open(kind, tmp_path), kind), answer(model, kind)) < 1e-6
+    back = pl.load_adapter(model_of(kind), tmp_path)
+    assert torch.equal(answer(back, kind), answer(model, kind))

@@ -141,7 +141,7 @@ MISTAKES = [
     ("fetch minilmm", "Did you mean 'minilm'"),
     ("bench lorra --out x.json", "Did you mean 'lora'"),
     ("train --model m --data d", "--out"),
-    ("train --model m --data d --out o --method qlra", "not 'qlra'. Did you mean 'lora'"),
+    ("train --model m --data d --out o --method qlra", "not 'qlra'. Did you mean 'qlora'"),
     ("train --model m --data d --out o --steps 3 --epochs 1", "not both"),
     ("train --model m --data d --out o --steps 0", "--steps must be at least 1, found 0"),
     ("train --model m --data d --out o --batch-size -1", "--batch-size must be at least 1, found -1"),
@@ -276,6 +276,16 @@ def tensors(folder):
     return {name: value.tobytes() for name, value in load_file(folder / "adapter_model.safetensors").items()}
 
 
+def test_a_4_bit_base_from_the_shell(place, capsys):
+    command = train_command("ask.jsonl", "run", "--steps", 3, "--targets", "all-linear", "--method", "qlora")
+    status, out, err = run(capsys, *command, "--optimizer", "adamw8bit", "--json")
+    assert status == 0, err
+    metrics = json.loads(out)
+    counted = count("tiny", "qlora", targets="all-linear")
+    assert (metrics["trainable"], metrics["total"]) == (counted.trainable, counted.total)
+    assert metrics["settings"]["optimizer"] == "adamw8bit" and (place / "run" / "adapter_model.safetensors").is_file()
+
+
 def test_a_run_learns_saves_and_reports(place, capsys, monkeypatch):
     monkeypatch.setattr("peftlab.finetune.LOG_SECONDS", 0.0)
     command = train_command("ask.jsonl", "run", "--steps", 120, "--targets", "all-linear", "--eval-every", 60)
@@ -367,9 +377,9 @@ def test_every_method_trains_from_the_shell_and_its_folder_loads(place, capsys, 
 
 
 def test_the_help_names_every_method():
-    from peftlab.methods import METHODS
+    from peftlab.finetune import configs
 
-    assert cli.METHODS.split(", ") == ["full", *METHODS]
+    assert cli.METHODS.split(", ") == ["full", *configs()]
 
 
 def test_a_method_that_this_model_has_no_place_for_is_one_line(place, capsys):

@@ -21,6 +21,10 @@ def energy_rank(values, share):
     return int(((values**2).cumsum(0) < share * (values**2).sum()).sum()) + 1
 
 
+def gate_as_a_sigmoid(q, P, K):
+    return torch.sigmoid((P @ q / len(q) ** 0.5).logsumexp(0) - (K @ q / len(q) ** 0.5).logsumexp(0))
+
+
 # Answers worked out apart from the code that grades: (right, nearly right, wrong)
 ANSWERS = {
     "lora.count": (1_843_200, 61_440, 7),
@@ -61,6 +65,17 @@ ANSWERS = {
                   lambda W, scale: W),
     "ia3.bias": ("key", None, "query"),
     "ia3.decay": (693, 500, 100),
+    "prompts.prefix": (1_966_080, 7_864_320, 7),
+    "prompts.kept": ("none", None, "prefix"),
+    "prompts.projection": (lambda n, k, h, L: k * (n + h + 2 * L * h + 2 * L) + h,
+                           lambda n, k, h, L: k * (n + h + 2 * L * h), lambda n, k, h, L: n * k),
+    "prompts.gate": (gate_as_a_sigmoid,
+                     lambda q, P, K: torch.cat([P, K]).matmul(q).softmax(0)[: len(P)].sum(),
+                     lambda q, P, K: torch.ones((), dtype=torch.float64)),
+    "prompts.cache": (52.4288, 26.2144, 7),
+    "prompts.position": (lambda n, lengths: torch.tensor([n + max(lengths) - i for i in lengths]),
+                         lambda n, lengths: torch.full((len(lengths),), n),
+                         lambda n, lengths: torch.zeros(len(lengths), dtype=torch.long)),
     "lora.rank": (energy_rank, lambda s, share: energy_rank(s.sqrt(), share), lambda s, share: len(s) + 1),
 }
 

@@ -61,7 +61,7 @@ def test_checkpointing_reaches_every_adapter(kind):
     model.config.use_cache = True
     steps = pl.prepare_for_training(model, checkpointing=kind)
     names = [step.step for step in steps]
-    assert names[:2] == ["freeze the base", "checkpoint the blocks"] and steps[1].modules >= 2
+    assert names[:2] == ["freeze the base", "checkpoint the blocks"] and steps[1].modules == 2
     assert ("let inputs require gradients" in names) == (kind == "reentrant") == bool(model._require_grads_hooks)
     assert model.config.use_cache is False
     model.train()(input_ids=IDS, labels=IDS).loss.backward()

@@ -9,12 +9,20 @@ import torch
 from safetensors.torch import load_file
 from test_transformers_trainer import trainer, weights
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     T5Config,
@@ -267,14 +275,19 @@ def test_a_cache_changes_nothing(name, kind):
             assert torch.equal(logits.argmax(-1), fast[:, -1])
 
 
-def test_answers_to_several_prompts_of_one_length_are_those_of_each_alone():
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_answers_to_several_prompts_are_those_of_each_alone(name, kind):
+    """Also where rows are padded, though positions that a call leaves to the model count padding."""
     tokenizer = tiny.tokenizer()
-    model = model_with(CONFIGS["prefix"], seed=4)
-    prompts = ["the cat runs", "a red dog"]
+    model = model_with(CONFIGS[kind], MODELS[name], seed=4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)  # so that positions matter to what is written
+    prompts = ["the cat runs", "a", "dog runs red ?", "a red dog", "the blue cat sleeps the dog runs"]
     together = pl.generate_text(model, tokenizer, prompts, max_new_tokens=5, progress=False)
-    assert together == [
-        pl.generate_text(model, tokenizer, prompt, max_new_tokens=5, progress=False)[0] for prompt in prompts
-    ]
+    alone = [pl.generate_text(model, tokenizer, prompt, max_new_tokens=5, progress=False)[0] for prompt in prompts]
+    assert together == alone and (name == "t5" or len(set(alone)) > 1)
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
@@ -302,17 +315,53 @@ def test_positions_of_ones_own_are_an_error_in_training_and_move_on_with_a_prefi
     assert torch.equal(model(**batch, position_ids=positions).logits, model(**batch).logits)
 
 
+SIZES = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+             pad_token_id=0, eos_token_id=None)  # fmt: skip
+OTHERS = {
+    "a sliding window": lambda: MistralForCausalLM(MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=4)),
+    "layers of both kinds": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SIZES, num_key_value_heads=1, head_dim=6, sliding_window=4, layer_types=BOTH)
+    ),
+    "a cache by another name": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)),
+    "one head for all": lambda: FalconForCausalLM(
+        FalconConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, eos_token_id=None)
+    ),
+    "bart": lambda: BartForConditionalGeneration(
+        BartConfig(vocab_size=32, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+                   decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64,
+                   pad_token_id=0, bos_token_id=1, eos_token_id=None, forced_eos_token_id=None,
+                   decoder_start_token_id=2)
+    ),
+}  # fmt: skip
+BOTH = ["sliding_attention", "full_attention"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("kind", ["prompt", "deep", "prefix"])
-def test_a_sliding_window(kind):
+def test_other_models_write_and_train(name, kind):
     torch.manual_seed(0)
-    model = MistralForCausalLM(
-        MistralConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-                      num_key_value_heads=2, sliding_window=4, pad_token_id=0, eos_token_id=None)
-    ).double().eval()  # fmt: skip
+    model = OTHERS[name]().double().eval()
     pl.attach(model, CONFIGS[kind])
-    batch = inputs(length=3)
+    batch = inputs(length=7)
     settings = dict(max_new_tokens=8, pad_token_id=0)
     assert torch.equal(model.generate(**batch, **settings), model.generate(**batch, use_cache=False, **settings))
+    model.config.use_cache = False
+    model.train()
+    for module in model.modules():
+        for dropout in ("dropout", "attention_dropout", "activation_dropout"):
+            if isinstance(getattr(module, dropout, None), float):
+                setattr(module, dropout, 0.0)
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    found = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+    assert all((grad - found[1][n]).abs().max() < 1e-12 for n, grad in found[0].items())
+    assert all(grad.any() for grad in found[0].values())
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -397,6 +446,18 @@ def test_a_run_goes_on_to_the_bit(kind, checkpointing, tmp_path):
         assert torch.equal(value, other), name
     start = fresh().state_dict()
     assert all(torch.equal(value, start[name]) != ("peftlab" in name) for name, value in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["prompt", "deep", "p-tuning", "prefix"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_encoder_decoder_learns(kind, checkpointing):
+    torch.manual_seed(8)
+    model = pl.attach(t5(), CONFIGS[kind])
+    data = [{"input_ids": [3 + i, 5, 7], "labels": [9, 11, 0]} for i in range(8)]
+    history = pl.train(model, data, steps=40, batch_size=4, learning_rate=0.3, precision="fp32", progress=False,
+                       checkpointing=checkpointing)  # fmt: skip
+    losses = [row["loss"] for row in history.steps]
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
 
 
 class Halt(Exception):
@@ -508,6 +569,47 @@ def test_a_model_that_cannot_is_told_and_left_alone(build, config, message):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_prefix_that_checkpointing_would_lose_is_refused():
+    model = tiny.llama()
+    for layer in model.model.layers:
+        del layer.self_attn.layer_idx  # as in models whose attention does not know its place
+    pl.attach(model, pl.PrefixTuningConfig(num_virtual_tokens=N, init="random"))
+    model.config.use_cache = False
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(pl.PeftLabError, match="drops its cache"):
+        model.train()(**inputs())
+
+
 def test_a_prompt_cannot_be_merged():
     with pytest.raises(pl.PeftLabError, match="cannot be merged"):
         pl.merge(model_with(CONFIGS["prompt"]))
+
+
+# -- counts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape", ["gpt2", "bert-base", "minilm", "smollm2-135m", "llama-3.1-8b", "qwen2.5-0.5b", "t5-base"]
+)
+@pytest.mark.parametrize("method", ["prompt", "p-tuning", "prefix"])
+def test_counts_are_those_of_the_arithmetic(shape, method):
+    """Attached to the real shape, without numbers."""
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSequenceClassification,
+    )
+
+    from peftlab.memory.shapes import load_shape
+    from peftlab.methods import METHODS
+
+    known = load_shape(shape)
+    config = AutoConfig.for_model(**known.config)
+    kinds = {"decoder": AutoModelForCausalLM, "encoder": AutoModelForSequenceClassification}
+    with torch.device("meta"):
+        model = kinds.get(known.kind, AutoModelForSeq2SeqLM).from_config(config)
+    task = {"task_type": "SEQ_CLS"} if known.kind == "encoder" else {}
+    pl.attach(model, METHODS[method](num_virtual_tokens=7, **task))
+    counted = pl.memory.count(shape, method, virtual_tokens=7)
+    assert pl.count_parameters(model)[:2] == (counted.trainable, counted.total)

@@ -1,0 +1,82 @@
+"""A prefix where gradient checkpointing takes the cache away.
+
+A checkpointed layer runs again in the backward pass. A cache would then be filled twice, so transformers drops it, and
+a prefix in it would be lost; Hugging Face peft refuses to run. Here each attention puts its share in front of its keys
+and values itself, made anew from the parameters each time it runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftlab.methods.states import CACHES, takes_cache
+from peftlab.methods.virtual import Brought
+
+
+class LayerPrefix(nn.Module):
+    """A layer's share of a prefix, for its attention module.
+
+    Attributes:
+        prefix: the model's part, which owns the parameters. index: the layer. window: how far it sees, or None.
+    """
+
+    keys: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, prefix: nn.Module, index: int, window: int | None) -> None:
+        super().__init__()
+        self.__dict__["prefix"] = prefix  # not a child: its parameters belong to the model's part
+        self.index, self.window, self.likeness = index, window, prefix.likeness
+
+    def brings(self, host: nn.Module) -> Tensor:
+        """This layer's keys and values, (n, 2 k)."""
+        width = 2 * self.prefix.sizes.heads * self.prefix.sizes.width
+        start = self.prefix.pair(self.index) * width
+        return self.prefix.source.part(start, start + width)
+
+    def before(self, host: nn.Module, args: tuple, kwargs: dict, brought: Brought) -> tuple[tuple, dict]:
+        """Gives the module a cache that only puts the share in front, if it got none while training."""
+        name = takes_cache(host)
+        if not host.training or kwargs.get(name) is not None:
+            return args, kwargs
+        states = args[0] if args else kwargs["hidden_states"]
+        keys, values = self.prefix.laid_out(brought(), states.shape[0])
+        if self.window is not None:  # as a cache of such a layer keeps it: one less than the window, before any word
+            start = max(0, self.prefix.count - self.window + 1)
+            keys, values = keys[:, :, start:], values[:, :, start:]
+        return args, {**kwargs, name: Fixed(keys, values, self.prefix.count)}
+
+
+class Fixed:
+    """What attention takes for a cache: it holds the same keys and values (b, heads, n, width) whatever is added."""
+
+    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
+        self.keys, self.values, self.length = keys, values, length
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def update(self, keys: Tensor, values: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        # [P_k; K] and [P_v; V]
+        return torch.cat([self.keys.to(keys.dtype), keys], 2), torch.cat([self.values.to(values.dtype), values], 2)
+
+
+class WithoutCache(nn.Module):
+    """Takes the cache away from a checkpointed layer before transformers does, and warns that it is lost."""
+
+    keys: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.likeness = f"a prefix of {count} virtual tokens"
+
+    def brings(self, host: nn.Module) -> None:
+        """Nothing of its own."""
+
+    def before(self, host: nn.Module, args: tuple, kwargs: dict, brought: Brought) -> tuple[tuple, dict]:
+        """The layer's call without a cache, if it is checkpointed."""
+        if host.training and getattr(host, "gradient_checkpointing", False):
+            kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
+        return args, kwargs
