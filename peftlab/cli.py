@@ -19,6 +19,8 @@ from peftlab import __version__
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.terminal import parse_targets, print_json, print_table
 
+# of `train`, without importing torch
+METHODS = "full, lora, qlora, prompt, p-tuning, prefix, ia3, bitfit, selective, houlsby, pfeiffer, parallel"
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
@@ -154,7 +156,7 @@ def _train_options(command: Parser) -> None:
     from peftlab.memory import commands
 
     finetune.add_options(command)
-    commands.add_method_options(command, "full, lora, prompt, p-tuning or prefix", r=8, ranks="8")
+    commands.add_method_options(command, METHODS, r=8, ranks="8")
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -234,6 +236,7 @@ COMMANDS = (
         (
             "train --model smollm2-135m --data support-desk --alpha 32 --steps 70 --lr 5e-3 --warmup 0.1 --out desk",
             "train --model minilm --data reviews --method lora --epochs 1 --out reviews",
+            "train --model minilm --data news --method pfeiffer --reduction-factor 8 --lr 1e-3 --out news",
             "train --model minilm --data reviews --method prefix --virtual-tokens 10 --out prefix",
             "train --model path/to/model --data my.jsonl --targets all-linear --r 16 --out run1",
         ),

@@ -24,8 +24,10 @@ INCIDENTAL = ("command", "run", "json", "out", "resume", "save_every", "device",
 OF_METHODS = {
     "r": "r", "alpha": "alpha", "dropout": "dropout", "targets": "target_modules", "bias": "bias", "init": "init",
     "virtual_tokens": "num_virtual_tokens", "init_text": "init_text", "projection": "projection", "encoder": "encoder",
+    "reduction_factor": "reduction_factor", "last_layers": "last_layers",
 }  # fmt: skip
-RATES = {"full": 2e-5, "prompt": 1e-1, "p-tuning": 1e-3, "prefix": 1e-2}  # other adapters: 2e-4
+# Where the usual rate, 2e-4, would hardly move what trains (IA3: Liu et al. 2022, appendix D)
+RATES = {"full": 2e-5, "prompt": 1e-1, "p-tuning": 1e-3, "prefix": 1e-2, "ia3": 3e-3, "bitfit": 1e-3}
 LOG_SECONDS = 30.0
 TEST_LIMIT = {"completion": 64, "classification": 1000, "text": 200}
 
@@ -44,7 +46,15 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     add("--out", required=True, metavar="FOLDER", help="where the adapter and metrics.json go")
     add("--alpha", type=float, default=16.0, metavar="A", help="the update is scaled by alpha / r (default: 16)")
-    add("--dropout", type=float, default=0.0, metavar="P", help="on the adapter's input (default: 0)")
+    add("--dropout", type=float, default=0.0, metavar="P", help="within the adapter (default: 0)")
+    add(
+        "--reduction-factor",
+        type=int,
+        default=16,
+        metavar="N",
+        help="hidden width / bottleneck of houlsby, pfeiffer and parallel adapters (default: 16)",
+    )
+    add("--last-layers", type=int, default=0, metavar="N", help="of selective: how many last blocks train (default: 0)")
     add("--virtual-tokens", type=int, default=20, metavar="N", help="length of a prompt or prefix (default: 20)")
     add("--init", metavar="I", help="where the adapter starts; for a prompt or prefix vocabulary, text or random")
     add("--init-text", metavar="TEXT", help="the words that a prompt or prefix starts from, for --init text")
@@ -62,6 +72,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--lr", type=float, metavar="X", help=f"peak learning rate (default: {rates}; others 2e-4)")
     add("--warmup", type=float, default=0.0, metavar="X", help="share of the steps, or a number of them (default: 0)")
     add("--schedule", choices=("linear", "cosine", "constant"), default="linear", help="(default: linear)")
+    add(
+        "--optimizer",
+        choices=("adamw", "adamw8bit", "paged-adamw8bit", "sgd"),
+        default="adamw",
+        help="the 8-bit ones are bitsandbytes' (default: adamw)",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
     add(
         "--precision",
@@ -126,9 +142,7 @@ def run(arguments: argparse.Namespace, targets: Any) -> dict[str, Any]:
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuse, before anything is loaded, what cannot work."""
-    from peftlab.methods import METHODS
-
-    known = ("full", *METHODS)
+    known = ("full", *configs())
     method = arguments.method = arguments.method.lower()
     if method not in known:
         raise PeftLabError(f"train knows the methods {', '.join(known)}, not {method!r}.{did_you_mean(method, known)}")
@@ -136,6 +150,8 @@ def check(arguments: argparse.Namespace) -> None:
         raise PeftLabError("Give --steps or --epochs, not both.")
     if arguments.lr is None:
         arguments.lr = RATES.get(method, 2e-4)
+    if method != "full" and arguments.bias != "none" and not hasattr(configs()[method], "bias"):
+        raise PeftLabError(f"--bias {arguments.bias} has no meaning for {method}; use lora, or --method bitfit.")
     for name in ("steps", "batch_size", "accumulation", "limit", "max_length", "eval_every", "test_limit",
                  "max_new_tokens", "save_every", "virtual_tokens"):  # fmt: skip
         value = getattr(arguments, name)
@@ -147,11 +163,16 @@ def check(arguments: argparse.Namespace) -> None:
             raise PeftLabError(f"--{name} must be above 0, found {value}.")
 
 
-def meaningless(method: str) -> tuple[str, ...]:
-    """The options that a method has no field for: they are no part of what a run is."""
+def configs() -> dict[str, Any]:
+    """The config of each method by its name here; qlora is LoRA on a base in four bits."""
     from peftlab.methods import METHODS
 
-    has = {field.name for field in fields(METHODS[method])} if method in METHODS else set()
+    return {"lora": METHODS["lora"], "qlora": METHODS["lora"], **METHODS}
+
+
+def meaningless(method: str) -> tuple[str, ...]:
+    """The options that a method has no field for: they are no part of what a run is."""
+    has = {field.name for field in fields(configs()[method])} if method in configs() else set()
     return tuple(option for option, name in OF_METHODS.items() if name not in has)
 
 
@@ -175,6 +196,10 @@ def _train(arguments: argparse.Namespace, targets: Any, folder: Path) -> dict[st
     tasks.check_model(task, model, arguments.model)
     if model.config.pad_token_id is None:  # a decoder that classifies looks for the last token before the padding
         model.config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if arguments.method == "qlora":
+        from peftlab.quantization.model import quantize_model
+
+        quantize_model(model)
     if arguments.method != "full":
         task_type = "SEQ_CLS" if task.kind == "classification" else None
         attach(model, _config(arguments, targets, tokenizer=tokenizer, task_type=task_type))
@@ -195,6 +220,7 @@ def _train(arguments: argparse.Namespace, targets: Any, folder: Path) -> dict[st
         learning_rate=arguments.lr,
         warmup=arguments.warmup,
         schedule=arguments.schedule,
+        optimizer=arguments.optimizer,
         precision=arguments.precision,
         checkpointing=arguments.checkpointing,
         group_by_length=arguments.group_by_length,
@@ -226,11 +252,9 @@ def _train(arguments: argparse.Namespace, targets: Any, folder: Path) -> dict[st
 
 def _config(arguments: argparse.Namespace, targets: Any, **more: Any) -> Any:
     """The method's config, from those options that it has a field for."""
-    from peftlab.methods import METHODS
-
-    config = METHODS[arguments.method]
+    config = configs()[arguments.method]
     options = {OF_METHODS.get(option, option): value for option, value in vars(arguments).items()}
-    given = {**options, "target_modules": targets, **more}
+    given = {**options, "target_modules": targets, "placement": arguments.method, **more}
     if given.get("init") is None:  # the method's own default
         given = {**given, "init": "text"} if given.get("init_text") else {k: v for k, v in given.items() if k != "init"}
     return config(**{field.name: given[field.name] for field in fields(config) if field.init and field.name in given})

@@ -93,6 +93,16 @@ def remove(host: nn.Module, adapter: str | None = None) -> None:
                 flags.pop(key, None)
 
 
+def move(host: nn.Module, new: nn.Module) -> None:
+    """Puts all parts of a host, and nothing else of it, onto the module that takes its place."""
+    parts = host._modules.get(CHILD)
+    if parts is None:
+        return
+    for adapter, mine in parts.items():
+        for part_name, part in mine.items():
+            place(new, parts.activity, adapter, part_name, part)
+
+
 def _before(host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     inputs = args, kwargs
     parts = host._modules[CHILD]

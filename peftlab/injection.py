@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from peftlab.errors import PeftLabError
 from peftlab.hooks import CHILD, Activity, Adapters, bringers, hosts, place, plain, remove
 from peftlab.methods import METHODS
 from peftlab.methods.parts import Part
+from peftlab.quantization.weights import give_back, unpack
 from peftlab.records import (
     Record,
     home,
@@ -74,7 +76,7 @@ def prepare(root: nn.Module, name: str, config: Any, adapter_dtype: torch.dtype 
     if not isinstance(root, nn.Module):
         raise PeftLabError(f"The model is a {type(root).__name__}; attach takes an nn.Module.")
     if not hasattr(config, "parts") or isinstance(config, type):
-        known = ", ".join(f"{kind.__name__}" for kind in METHODS.values())
+        known = ", ".join(dict.fromkeys(kind.__name__ for kind in METHODS.values()))
         raise PeftLabError(f"The config is {config!r}; make one of {known}.")
     if adapter_dtype is not None and not (isinstance(adapter_dtype, torch.dtype) and adapter_dtype.is_floating_point):
         raise PeftLabError(f"adapter_dtype is {adapter_dtype!r}; give a floating dtype such as torch.float32.")
@@ -102,6 +104,14 @@ def prepare(root: nn.Module, name: str, config: Any, adapter_dtype: torch.dtype 
 
 def add(root: nn.Module, name: str, config: Any, parts: list[Part], trainable: bool) -> None:
     """Puts prepared parts in place and activates them."""
+    repaired = sum(unpack(module) for module in root.modules())
+    if repaired:
+        warnings.warn(
+            f"bitsandbytes had repacked {repaired} 4-bit weights for inference on this CPU and rounded their scales "
+            "to bf16. They are unpacked again, but the rounding stays. To have them exact, attach before the first "
+            "forward pass in eval mode.",
+            stacklevel=3,
+        )
     record = record_of(root)
     if record is None:
         record = Record()
@@ -278,8 +288,8 @@ def restore(root: nn.Module, record: Record) -> None:
     """Puts the base's own weights back after a merge, from the copies kept then."""
     for path, parameters in record.backup.items():
         host = root.get_submodule(path)
-        for name, value in parameters.items():
-            tensor_at(host, name).data.copy_(value)
+        for name, kept in parameters.items():
+            give_back(tensor_at(host, name), kept)
     record.backup.clear()
     record.activity.merged = False
     refresh_requires_grad(root, record)

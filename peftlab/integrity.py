@@ -65,7 +65,8 @@ def base_tensor(root: nn.Module, path: str, name: str) -> Tensor | None:
     """A parameter of the base as it is without adapters, also while the model is merged."""
     record = record_of(root)
     kept = record.backup.get(path, {}) if record else {}
-    value = kept[name] if name in kept else getattr(root.get_submodule(path), name, None)
+    # of a quantised weight the copy starts with its codes
+    value = kept[name][0] if name in kept else getattr(root.get_submodule(path), name, None)
     return value if isinstance(value, Tensor) else None
 
 

@@ -5,6 +5,9 @@
 (Hu et al., 2021, arXiv:2106.09685, section 4.1: "no additional inference latency".) The update and the sum are
 computed in float64 (float32 on mps, which has none) and rounded once to the base's dtype. In bf16 that rounding is not
 small beside a small update; the report says how much of it is lost.
+
+Into a 4-bit weight an update is merged only when asked for: there it is rounded to one of sixteen values a block of
+64, and an update much smaller than the distance between two of them is lost, or becomes noise of its own size.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from peftlab.errors import PeftLabError
 from peftlab.hooks import CHILD, Activity, hosts
 from peftlab.injection import detach, refresh_requires_grad, restore
 from peftlab.methods.parts import widened
+from peftlab.quantization.weights import is_quantized, keep, store
 from peftlab.records import Record, record_of, tensor_at, unwrap
 
 
@@ -29,7 +33,7 @@ class MergeReport(NamedTuple):
     Attributes:
         modules: number of modules whose weights changed.
         relative_error: the largest over modules of |stored - exact| / |exact - W|: the share of the update that
-            rounding to the base's dtype lost.
+            rounding to the base's dtype, or quantising the sum again, lost. At 1 the error is as large as the update.
         by_module: the same for each module, by path.
     """
 
@@ -42,7 +46,7 @@ class MergeReport(NamedTuple):
 
 
 @torch.no_grad()
-def merge(model: nn.Module, *, unload: bool = False) -> MergeReport:
+def merge(model: nn.Module, *, unload: bool = False, requantize: bool = False) -> MergeReport:
     """Folds the active adapters into the base's weights, in place.
 
     Args:
@@ -50,16 +54,19 @@ def merge(model: nn.Module, *, unload: bool = False) -> MergeReport:
         unload: also detach all adapters, and keep no copy of the weights: what remains is a plain model to ship.
             Otherwise a copy of each changed weight is kept, so that `unmerge` restores the base bit for bit; it
             costs as much memory as the changed weights.
+        requantize: merge into 4-bit weights, too, by quantising the sum again. Read the report's error; to lose nothing
+            more, `dequantize_model` first and merge into 16 or 32 bits.
 
     Raises:
         PeftLabError: already merged, disabled, no active adapter, an adapter for each row, a method that cannot be
-            merged, a weight that is quantised or shared with another module. The model is then as it was.
+            merged, a weight that is quantised (without `requantize`) or shared with another module. The model is then
+            as it was.
     """
     root = unwrap(model)
     record = record_of(root)
     if record is None:
         raise PeftLabError("No adapter is attached to this model, so there is nothing to merge.")
-    check(root, record)
+    check(root, record, requantize)
     uses = Counter(id(tensor) for module in root.modules() for tensor in module.parameters(recurse=False))
     errors: dict[str, float] = {}
     try:
@@ -67,9 +74,9 @@ def merge(model: nn.Module, *, unload: bool = False) -> MergeReport:
             for name, value in merged_parameters(host, record.activity).items():
                 tensor = tensor_at(host, name)
                 check_target(path, name, tensor, uses)
-                before = tensor.detach().clone()
-                record.backup.setdefault(path, {})[name] = before
-                tensor.data.copy_(value)
+                before = widened(tensor)
+                record.backup.setdefault(path, {})[name] = keep(tensor)
+                store(tensor, value, f"{path}.{name}")
                 if not torch.isfinite(tensor).all():
                     raise PeftLabError(
                         f"Merging would make {path}.{name} infinite or not a number in {tensor.dtype}. "
@@ -127,13 +134,13 @@ def active_parts(host: nn.Module, activity: Activity) -> Iterator[tuple[str, flo
 
 
 def rounding_error(stored: Tensor, exact: Tensor, before: Tensor) -> float:
-    """|stored - exact| / |exact - before|; 0 where nothing changed."""
-    stored, exact, before = widened(stored), widened(exact), widened(before)
+    """|stored - exact| / |exact - before|; 0 where nothing changed. `before` is widened already."""
+    stored, exact = widened(stored), widened(exact)
     change = (exact - before).norm().item()
     return (stored - exact).norm().item() / change if change else 0.0
 
 
-def check(root: nn.Module, record: Record) -> None:
+def check(root: nn.Module, record: Record, requantize: bool) -> None:
     """Refuses what can be told before anything is computed."""
     activity = record.activity
     if activity.merged:
@@ -150,9 +157,16 @@ def check(root: nn.Module, record: Record) -> None:
                 kind = record.configs[name].method
                 raise PeftLabError(f"Adapter {name!r} ({kind}) changes more than weights and cannot be merged.")
             for parameter_name, parameter in host.named_parameters(recurse=False):
-                if getattr(parameter, "quant_state", None) is not None or not parameter.is_floating_point():
+                if is_quantized(parameter) and not requantize:
                     raise PeftLabError(
-                        f"{path}.{parameter_name} is quantised; dequantise the model first, then merge into 16 bits."
+                        f"{path}.{parameter_name} is held in four bits, where much of a small update is lost. Call "
+                        "dequantize_model(model) first and merge into whole weights; or merge(model, "
+                        "requantize=True), and read its error."
+                    )
+                if not is_quantized(parameter) and not parameter.is_floating_point():
+                    raise PeftLabError(
+                        f"{path}.{parameter_name} is quantised to {parameter.dtype}, into which nothing can be merged "
+                        "here; load the base in 16 or 32 bits."
                     )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.hooks import Activity, is_adapter_name
+from peftlab.quantization.weights import REPACKS, spared
 
 
 @dataclass
@@ -22,7 +23,7 @@ class Record:
     trainable: dict[str, bool] = field(default_factory=dict)
     base_requires_grad: dict[str, bool] = field(default_factory=dict)
     attributes: list[tuple[str, str, Any]] = field(default_factory=list)
-    backup: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    backup: dict[str, dict[str, list[torch.Tensor]]] = field(default_factory=dict)
 
 
 def wrappings(model: nn.Module) -> Iterator[nn.Module]:
@@ -72,13 +73,18 @@ def home(host: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def tell_transformers(root: nn.Module, record: Record) -> None:
-    """Keeps transformers working on an attached model, with the two attributes that it reads for that.
+    """Keeps transformers and bitsandbytes working on an attached model, with the attributes that they read for that.
 
     `_keys_to_ignore_on_save`: `save_pretrained` of the model, or of one inside it, then holds no adapter keys.
     `is_quantized`: `Trainer` refuses "purely quantized models"; with an adapter the model is none, but the mark by
     which it would know (`_hf_peft_config_loaded`) also makes `save_pretrained` look for peft's own layers.
+    `support_avx512bf16_for_cpu`: a 4-bit layer that has it repacks its weight at the first forward pass in eval mode,
+    after which nothing passes a gradient through it and nothing can be merged into it.
     """
     untell_transformers(root, record)
+    for path, layer in spared(root):
+        record.attributes.append((path, REPACKS, layer.__dict__.get(REPACKS, _ABSENT)))
+        setattr(layer, REPACKS, False)
     ours = [name for name, _ in (*root.named_parameters(), *root.named_buffers()) if is_adapter_name(name)]
     for path, module in root.named_modules():
         if not hasattr(module, "save_pretrained"):

@@ -8,7 +8,7 @@ to train less than one thinks.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,8 +167,18 @@ def heads(model: nn.Module, config: Any) -> dict[str, nn.Module]:
     return found
 
 
-def find(model: nn.Module, config: Targets) -> dict[str, nn.Module]:
+def find(
+    model: nn.Module,
+    config: Targets,
+    default: Callable[[dict[str, nn.Module]], dict[str, nn.Module]] | None = None,
+    check: Callable[[nn.Module, str, nn.Module], None] | None = None,
+) -> dict[str, nn.Module]:
     """Finds the modules that a config names, by path, in the model's order.
+
+    Args:
+        default: picks from all modules those of a config without `target_modules`; the query and value projections
+            otherwise.
+        check: raises for a module that cannot carry the method; `check_carrier` otherwise.
 
     Raises:
         PeftLabError: an entry, an index or a pattern that matches nothing (with near matches), a module of a kind
@@ -176,11 +186,13 @@ def find(model: nn.Module, config: Targets) -> dict[str, nn.Module]:
     """
     modules = {path: module for path, module in base_modules(model).items() if path}
     spec = config.target_modules
-    if spec is None:
+    if spec is None and default is None:
         spec = default_targets(modules)
-    check_regex(spec)
+    check_regex(spec or ())
 
-    if isinstance(spec, str) and spec.lower() == ALL_LINEAR:
+    if spec is None:
+        matched = default(modules)
+    elif isinstance(spec, str) and spec.lower() == ALL_LINEAR:
         matched = all_linear(model, modules)
         if not matched:
             raise PeftLabError(f"'all-linear' found no linear layer in {type(model).__name__}.")
@@ -209,7 +221,7 @@ def find(model: nn.Module, config: Targets) -> dict[str, nn.Module]:
     if not matched:
         raise PeftLabError("After exclude_modules, modules_to_save and layers_to_transform no target module is left.")
     for path, module in matched.items():
-        check_carrier(model, path, module)
+        (check or check_carrier)(model, path, module)
     return matched
 
 
@@ -241,7 +253,7 @@ def in_layers(matched: dict[str, nn.Module], config: Targets) -> dict[str, nn.Mo
     if wanted is None:
         return matched
     before = rf"(?:^|.*?\.)(?:{'|'.join(config.layers_pattern)})" if config.layers_pattern else r".*?\.[^.]*"
-    found = {path: re.match(rf"{before}\.(\d+)\.", path) for path in matched}
+    found = {path: re.match(rf"{before}\.(\d+)\.", path + ".") for path in matched}  # a block itself counts as well
     index = {path: int(match.group(1)) for path, match in found.items() if match}
     missing = sorted(set(wanted) - set(index.values()))
     if missing:
@@ -252,17 +264,22 @@ def in_layers(matched: dict[str, nn.Module], config: Targets) -> dict[str, nn.Mo
 
 
 def check_carrier(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Refuses a module that cannot carry an adapter, and says what can."""
+    """Refuses a module that cannot carry a low-rank update, and says what can."""
+    check_called(model, path)
+    if linear_shape(module) is None:
+        raise PeftLabError(
+            f"{path} is a {type(module).__name__}; adapters stand beside Linear, Conv1D and Embedding layers."
+            + _layers_within(path, module)
+        )
+
+
+def check_called(model: nn.Module, path: str) -> None:
+    """Refuses a module whose weight is read without a call, so that nothing could stand around it."""
     parent = model.get_submodule(path.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
         raise PeftLabError(
             f"{path} belongs to nn.MultiheadAttention, which reads its weight without calling it, so an adapter there "
             "would never run. Leave it out (exclude_modules), or use an attention made of separate linear layers."
-        )
-    if linear_shape(module) is None:
-        raise PeftLabError(
-            f"{path} is a {type(module).__name__}; adapters stand beside Linear, Conv1D and Embedding layers."
-            + _layers_within(path, module)
         )
 
 

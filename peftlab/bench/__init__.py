@@ -25,7 +25,7 @@ from peftlab import measurements
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.progress import Bar
 
-TOPICS = ("lora", "memory", "prompts")
+TOPICS = ("memory", "lora", "qlora", "prompts", "adapters", "parallel")
 LIBRARIES = ("torch", "transformers", "peft", "peftlab", "bitsandbytes", "triton")
 
 
@@ -40,7 +40,8 @@ def run(topic: str, out: str | os.PathLike, *, only: Iterable[str] | None = None
 
     Raises:
         PeftLabError: an unknown topic or section (with near matches), a folder that is not there, or a FILE.partial
-            from another machine or other versions.
+            from another machine or other versions; at the end, if points failed: the others are measured all the same,
+            and the same command tries these again.
     """
     if topic not in TOPICS:
         raise PeftLabError(f"There is no bench {topic!r}; there is {', '.join(TOPICS)}.{did_you_mean(topic, TOPICS)}")
@@ -60,28 +61,44 @@ def run(topic: str, out: str | os.PathLike, *, only: Iterable[str] | None = None
     here = provenance()
     partial = Partial(out.with_name(out.name + ".partial"), here)
     todo = [point for point in points if key(point) not in partial.done]
+    failed: list[str] = []
     with Bar(len(points), f"bench {topic}", unit="point", initial=len(points) - len(todo)) as bar:
         for point, rows in measured(module, todo, jobs):
-            partial.add(point, rows)
+            if isinstance(rows, Exception):
+                failed.append(f"{key(point)}: {type(rows).__name__}: {rows}")
+            else:
+                partial.add(point, rows)
             bar.update(note=point["section"])
+    if failed:
+        told = "\n".join(failed)
+        raise PeftLabError(f"{len(failed)} of {len(points)} points failed; {partial.file} keeps the others.\n{told}")
     rows = [row for point in points for row in partial.done[key(point)]]
     measurements.write(out, topic, here, rows)
     partial.file.unlink(missing_ok=True)
     return out
 
 
-def measured(module: Any, points: list[dict], jobs: int) -> Iterator[tuple[dict, list[dict]]]:
-    """Yields (point, rows): first those that may share the machine, then the timed ones, alone."""
+def measured(module: Any, points: list[dict], jobs: int) -> Iterator[tuple[dict, list[dict] | Exception]]:
+    """Yields (point, rows): first those that may share the machine, then the timed ones, alone.
+
+    A point that fails yields its exception, so that one out-of-memory error does not cost the hour that others took.
+    """
     shared = [point for point in points if not point.get("timed")] if jobs > 1 else []
     if shared:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, mp_context=context) as pool:
             futures = {pool.submit(module.measure, point): point for point in shared}
             for future in as_completed(futures):
-                yield futures[future], future.result()
+                error = future.exception()
+                yield futures[future], error if isinstance(error, Exception) else future.result()
     for point in points:
         if point not in shared:
-            yield point, module.measure(point)
+            try:
+                rows = module.measure(point)
+            except Exception as error:
+                error.__traceback__ = None  # its frames hold what the point had allocated
+                rows = error
+            yield point, rows
 
 
 def key(point: dict) -> str:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 import peftlab as pl
-from peftlab.bench import fullsize
+from peftlab.bench import fullsize, subspace
 
 # The recipe of the chapter's live run; a point names what it changes.
 RECIPE = {
@@ -45,7 +45,9 @@ RATES = {"lora": (3e-4, 1e-3, 3e-3, 1e-2), "full": (3e-5, 1e-4, 3e-4)}
 def points() -> list[dict[str, Any]]:
     """Every point to measure, the untrained model first."""
     untrained = desk("base", method="none", steps=0)
-    learned = (untrained, *rank(), *scaling(), *where(), *rate(), *overfit(), *forgetting(), *spectra())
+    learned = (
+        untrained, *rank(), *intrinsic(), *scaling(), *where(), *rate(), *overfit(), *forgetting(), *spectra(),
+    )  # fmt: skip
     return [*learned, *fullsize.points()]
 
 
@@ -55,9 +57,15 @@ def desk(section: str, **changes: Any) -> dict[str, Any]:
 
 
 def rank() -> Iterator[dict[str, Any]]:
-    """r varied, alpha = 2 r; three seeds of the recipe itself, to see what chance does."""
-    for r, seed in ((1, 0), (2, 0), (4, 0), (8, 0), (8, 1), (8, 2), (16, 0), (64, 0)):
-        yield desk("rank", r=r, alpha=2 * r, seed=seed)
+    """r varied, alpha = 4 r; five seeds of the recipe itself, to see what chance does."""
+    for r, seed in (*((r, 0) for r in (1, 2, 4, 16, 32, 64)), *((RECIPE["r"], seed) for seed in range(5))):
+        yield desk("rank", r=r, alpha=4 * r, seed=seed)
+
+
+def intrinsic() -> Iterator[dict[str, Any]]:
+    """All linear weights moved along d random directions, at three learning rates each."""
+    for dimension, learning_rate in product((100, 1000, 10_000, 100_000, 1_000_000), (3e-4, 1e-3, 3e-3)):
+        yield desk("intrinsic", method="subspace", dimension=dimension, learning_rate=learning_rate)
 
 
 def scaling() -> Iterator[dict[str, Any]]:
@@ -123,6 +131,8 @@ def learn(point: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
             target_modules=point["targets"].split(","), layers_to_transform=range(first, last),
         )  # fmt: skip
         pl.attach(model, config)
+    elif point["method"] == "subspace":
+        subspace.move_along(model, point["dimension"], point["seed"])
     encoded = [pl.encode_completion(tokenizer, row["prompt"], row["ticket"]) for row in train]
     held_out = [pl.encode_completion(tokenizer, row["prompt"], row["ticket"]) for row in test]
     losses: list[float] = []

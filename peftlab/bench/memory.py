@@ -1,17 +1,20 @@
 """The grid that holds the estimator to real GPUs: `peftlab bench memory`.
 
 Each point is one run of two steps: transformers' model with random weights at its real shape, under Hugging Face peft.
-What is read is ``torch.cuda.max_memory_allocated``; beside it stands what `estimate` says, so that the file shows both.
+What is read is ``torch.cuda.max_memory_allocated``. The file holds no prediction: whoever reads it asks `estimate`.
 
 Sections:
     grid       shapes, methods, lengths, checkpointing, precisions, optimisers
+    unseen     runs drawn by chance, measured once the grid's predictions were done: nothing was mended after them
+    timeline   bytes allocated through one step, as torch's allocator noted them
     context    what the GPU holds beside torch's allocator: the CUDA context and the kernels' code
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
@@ -23,13 +26,22 @@ from peftlab.memory import estimate
 from peftlab.memory.shapes import load_shape
 
 ALL = "all-linear"
+SEED, UNSEEN, LARGEST = 11, 30, 60e9  # of the draw: its seed, how many runs, the largest peak
+DRAWN_SHAPES = (
+    "smollm2-135m", "qwen2.5-0.5b", "llama-3.2-1b", "gpt2", "bert-base", "roberta-base", "roberta-large", "t5-base",
+    "minilm", "llama-3.2-3b", "llama-2-7b", "mistral-7b", "llama-3.1-8b", "qwen2.5-7b",
+)  # fmt: skip
+DRAWN_METHODS = (
+    "full", "lora", "lora", "qlora", "qlora", "dora", "adalora", "vera", "ia3", "prompt", "p-tuning", "prefix",
+)  # fmt: skip
+STRETCHES = 250  # of a timeline
 RUN = {"r": 16, "targets": ALL, "batch": 1, "sequence": 512, "precision": "bf16", "optimizer": "adamw",
        "checkpointing": False, "attention": "sdpa"}  # fmt: skip
 
 
 def points() -> list[dict[str, Any]]:
     """Every run of the grid, the small shapes first."""
-    return [*_small(), *_decoders(), *_methods(), *_large(), {"section": "context"}]
+    return [{"section": "context"}, *_small(), *_decoders(), *_methods(), *_large(), *_unseen(), *_timelines()]
 
 
 def run(shape: str, method: str, **changes: Any) -> dict[str, Any]:
@@ -64,6 +76,10 @@ def _methods() -> Iterator[dict[str, Any]]:
     for method in ("dora", "adalora", "vera", "ia3", "prompt", "p-tuning", "prefix"):
         yield run("llama-3.2-3b", method, batch=2, sequence=512, **({"r": 256} if method == "vera" else {}))
     yield run("llama-3.2-3b", "qlora", batch=2, sequence=512)
+    for method in ("ia3", "prompt", "prefix"):
+        yield run("llama-2-7b", method)
+    for method in ("lora", "qlora", "houlsby", "pfeiffer", "ia3", "prompt"):
+        yield run("llama-2-7b", method, checkpointing=True)
 
 
 def _large() -> Iterator[dict[str, Any]]:
@@ -79,6 +95,35 @@ def _large() -> Iterator[dict[str, Any]]:
         yield run("llama-2-70b", "qlora", checkpointing=True, optimizer=optimizer)
 
 
+def _unseen() -> Iterator[dict[str, Any]]:
+    """A draw by chance of what an H100 holds, always the same one."""
+    draw = random.Random(SEED)
+    found = 0
+    while found < UNSEEN:
+        shape, method = draw.choice(DRAWN_SHAPES), draw.choice(DRAWN_METHODS)
+        if (shape, method) == ("gpt2", "qlora"):  # its Conv1D is none of the layers that `four_bit` replaces
+            continue
+        large = shape.endswith(("7b", "8b"))
+        changes = {
+            "batch": draw.choice((1, 2) if large else (1, 3, 4, 8)), "sequence": draw.choice((96, 200, 384, 500)),
+            "precision": draw.choice(("bf16", "fp32", "mixed")), "checkpointing": draw.random() < 0.5,
+            "optimizer": draw.choice(("adamw", "adamw", "adamw8bit", "sgd")),
+        }  # fmt: skip
+        point = run(shape, method, **changes, **({"r": 256} if method == "vera" else {}))
+        try:
+            peak = estimate(**{name: value for name, value in point.items() if name != "section"}).peak_bytes
+        except PeftLabError:  # what peft or transformers would refuse, too
+            continue
+        if peak < LARGEST:
+            found += 1
+            yield {**point, "section": "unseen"}
+
+
+def _timelines() -> Iterator[dict[str, Any]]:
+    for method, checkpointing in (("full", False), ("lora", False), ("qlora", False), ("qlora", True)):
+        yield {**run("llama-2-7b", method, batch=4, checkpointing=checkpointing), "section": "timeline"}
+
+
 def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
     """Measures one point; returns its row."""
     if not torch.cuda.is_available():
@@ -90,14 +135,16 @@ def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
             return [{**point, "bytes": total - free - torch.cuda.memory_reserved()}]
         model, optimizer, batch = build(point, torch.device("cuda"))
         torch.cuda.reset_peak_memory_stats()
-        two_steps(model, optimizer, batch, autocast(point))
+        run_step = phases(model, optimizer, batch, autocast(point))
+        steps(run_step, 1 if point["section"] == "timeline" else 2)
+        if point["section"] == "timeline":
+            return [{**point, **row} for row in timeline(run_step)]
         peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        del model, optimizer, batch
+        del model, optimizer, batch, run_step
     finally:
         gc.collect()
         torch.cuda.empty_cache()
-    said = estimate(**{name: value for name, value in point.items() if name != "section"})
-    return [{**point, "peak_bytes": peak, "reserved_bytes": reserved, "predicted_bytes": said.peak_bytes}]
+    return [{**point, "peak_bytes": peak, "reserved_bytes": reserved}]
 
 
 def autocast(point: dict[str, Any]) -> bool:
@@ -166,8 +213,10 @@ def four_bit(model: nn.Module, shape: Any, device: torch.device, compute: torch.
 
 
 def with_method(model: nn.Module, point: dict[str, Any], kind: str) -> nn.Module:
-    """The model as Hugging Face peft prepares it for the point's method."""
+    """The model as Hugging Face peft prepares it for the point's method; bottleneck adapters it has not are our own."""
     import peft
+
+    import peftlab as pl
 
     method, task = point["method"], {"decoder": "CAUSAL_LM", "encoder": "SEQ_CLS", "encoder-decoder": "SEQ_2_SEQ_LM"}
     common = {"task_type": task[kind]}
@@ -186,6 +235,8 @@ def with_method(model: nn.Module, point: dict[str, Any], kind: str) -> nn.Module
     }
     if method == "full":
         return model
+    if method in ("houlsby", "pfeiffer", "parallel"):
+        return pl.attach(model, pl.AdapterConfig(placement=method))
     return peft.get_peft_model(model, configs["lora" if method == "qlora" else method]())
 
 
@@ -200,12 +251,49 @@ def optimizer_of(name: str, trained: list[nn.Parameter]) -> torch.optim.Optimize
     return (bnb.optim.PagedAdamW8bit if name.startswith("paged") else bnb.optim.AdamW8bit)(trained, lr=1e-5)
 
 
-def two_steps(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Any], autocasts: bool) -> None:
-    """Forward, backward, optimiser, twice; the gradients go at the end of each."""
-    kind = batch["input_ids"].device.type
-    for _ in range(2):
-        with torch.autocast(kind, torch.bfloat16, enabled=autocasts):
-            loss = model(**batch).loss
-        loss.backward()
+def phases(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Any], autocasts: bool
+) -> dict[str, Callable[[], None]]:
+    """The parts of a step, in order. The loss lives until the next one is there, as in a plain loop."""
+    held = {}
+
+    def forward() -> None:
+        with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=autocasts):
+            held["loss"] = model(**batch).loss
+
+    def optimize() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+    return {"forward": forward, "backward": lambda: held["loss"].backward(), "optimiser": optimize}
+
+
+def steps(parts: dict[str, Callable[[], None]], times: int) -> None:
+    """Takes some steps."""
+    for _ in range(times):
+        for part in parts.values():
+            part()
+
+
+def timeline(parts: dict[str, Callable[[], None]]) -> Iterator[dict[str, Any]]:
+    """Bytes allocated after each allocation of a step: of each stretch of the step its highest."""
+    now, points = torch.cuda.memory_allocated(), []
+    for name, part in parts.items():
+        torch.cuda.memory._record_memory_history(context=None, max_entries=10_000_000)
+        part()
+        torch.cuda.synchronize()
+        events = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
+        torch.cuda.memory._record_memory_history(enabled=None)
+        for event in events:
+            now += {"alloc": event["size"], "free_completed": -event["size"]}.get(event["action"], 0)
+            if event["action"] == "alloc":
+                points.append((name, now))
+    for share, (name, size) in thinned(points, STRETCHES):
+        yield {"phase": name, "share": share, "bytes": size}
+
+
+def thinned(points: list[tuple[str, int]], most: int) -> Iterator[tuple[float, tuple[str, int]]]:
+    """(share of the step, highest point) of at most so many stretches."""
+    width = -(-len(points) // most)
+    for i in range(0, len(points), width):
+        yield i / len(points), max(points[i : i + width], key=lambda point: point[1])

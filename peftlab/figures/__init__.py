@@ -4,10 +4,18 @@ Every function returns a ``matplotlib.figure.Figure``. As the last line of a cel
 caption and alternative text stand in the cell's metadata.
 """
 
+from peftlab.figures.adapters import adapter_places, budget
 from peftlab.figures.charts import bars, curves, heatmap, histogram, spectrum, stacked_bars, sweep
 from peftlab.figures.lora import lora_dataflow
-from peftlab.figures.memory import memory_bars
+from peftlab.figures.memory import agreement, memory_bars, timelines
+from peftlab.figures.quantization import code_books
 from peftlab.figures.style import BLACK, COLOURS, HATCHES, LINES, MARKERS, WIDTH, label, new, styled, use_style
 
-__all__ = ["BLACK", "COLOURS", "HATCHES", "LINES", "MARKERS", "WIDTH", "bars", "curves", "heatmap", "histogram",
-           "label", "lora_dataflow", "memory_bars", "new", "spectrum", "stacked_bars", "styled", "sweep", "use_style"]
+__all__ = [
+    "adapter_places", "budget",
+    "bars", "curves", "heatmap", "histogram", "spectrum", "stacked_bars", "sweep",
+    "lora_dataflow",
+    "agreement", "memory_bars", "timelines",
+    "code_books",
+    "BLACK", "COLOURS", "HATCHES", "LINES", "MARKERS", "WIDTH", "label", "new", "styled", "use_style",
+]  # fmt: skip

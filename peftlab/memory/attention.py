@@ -15,6 +15,7 @@ class Style:
     causal: bool = True
     wide_softmax: bool = True  # in float32 whatever the dtype
     dropout: float = 0.0
+    fusible: bool = True  # whether a fused kernel takes its bias
 
 
 def packed_attention(x: Tensor, heads: int) -> Tensor:
@@ -71,6 +72,32 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None)
         return gradients + ([kept[-1].new()] if of_bias else [])
 
     return record(output, inputs, apply, kept)
+
+
+def math_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style: Style) -> Tensor:
+    """What ``scaled_dot_product_attention`` does where no fused kernel can: single operations, in float32.
+
+    Its scores stay for the backward pass; the scaled copies of queries and keys take the place of what they copy.
+    """
+    batch, heads, length, width = q.shape
+    narrow, shared = q.bytes, k.shape[1] == heads
+    wide = [ops.cast(x, ops.FLOAT32) for x in (q, k, v)]
+    q = ops.scale(wide[0])
+    mask = q.new((length, k.shape[2])) if bias is None and style.causal else bias
+    # repeat_interleave lays the heads out anew; else bmm copies what a transposed view holds
+    k, v = (x if shared else repeat(x, heads) for x in wide[1:])
+    k = ops.scale(k)
+    if shared:
+        k = ops.copy(k)
+    scores = matmul(ops.copy(q), k, (batch, heads, length, k.shape[2]))
+    del k
+    if bias is not None:
+        scores = ops.add_in_place(scores, mask)
+    weights = ops.safe_softmax(scores)
+    del scores
+    weights = ops.dropout(weights, style.dropout)
+    mixed = matmul(weights, ops.copy(v) if shared else v, (batch, heads, length, width))
+    return ops.copy(ops.cast(mixed, narrow))
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style: Style) -> Tensor:

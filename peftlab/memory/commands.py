@@ -7,7 +7,7 @@ from typing import Any
 
 from peftlab.memory import cards, counting
 from peftlab.memory.builtin import BUILT_IN
-from peftlab.memory.estimate import ADAPTER_PRECISIONS, ATTENTIONS, OPTIMIZERS, PRECISIONS, estimate
+from peftlab.memory.estimate import ADAPTER_PRECISIONS, ATTENTIONS, OPTIMIZERS, PARALLEL, PRECISIONS, estimate
 from peftlab.memory.methods import DEFAULT_R, METHODS
 from peftlab.memory.replay import KINDS
 from peftlab.memory.units import format_both, format_count, format_percent
@@ -19,6 +19,7 @@ LABELS = {
 }  # fmt: skip
 OF_A_RUN = (
     "batch", "sequence", "precision", "optimizer", "checkpointing", "autocast", "adapter_precision", "attention",
+    "gpus", "parallel",
 )  # fmt: skip
 
 
@@ -71,6 +72,8 @@ def add_memory_options(command: argparse.ArgumentParser) -> None:
     named = ", ".join(ADAPTER_PRECISIONS)
     add("--adapter-precision", default="fp32", metavar="P", help=f"of what a method adds: {named} (default: fp32)")
     add("--attention", default="sdpa", metavar="A", help=f"{', '.join(ATTENTIONS)} (default: sdpa)")
+    add("--gpus", type=int, default=1, metavar="N", help="GPUs that train together, each on a batch (default: 1)")
+    add("--parallel", default="ddp", metavar="P", help=f"how: {', '.join(PARALLEL)} (full shards) (default: ddp)")
     add("--card", metavar="C", help=f"the largest batch and sequence on one of {', '.join(cards.CARDS)}")
 
 
@@ -116,6 +119,7 @@ def memory(arguments: argparse.Namespace) -> int:
         ("shape", result.shape),
         ("method", f"{result.method}, {format_count(result.trainable)} trainable"),
         ("step", f"{arguments.batch:,} x {arguments.sequence:,} tokens, {arguments.precision}, {arguments.optimizer}"),
+        *([("GPUs", f"{arguments.gpus}, {arguments.parallel}; what follows is of each")] if arguments.gpus > 1 else []),
         ("peak", format_both(result.peak_bytes)),
         *((f"  {LABELS[kind]}", format_both(result.parts[kind])) for kind in KINDS),
         ("reached in", result.moment),

@@ -87,7 +87,8 @@ def t5(net: Net, ids: Tensor) -> Tensor:
             k, v = net.extend(i, k, v)
             if k.shape[2] != bias.shape[3]:  # a prefix: a bias of its size, for each example
                 bias = ops.enlarge(bias, (batch, heads, length, k.shape[2]))
-        style = Style(causal=i is not None, wide_softmax=False, dropout=drop)
+        fusible = net.recipe.contiguous_bias or at.endswith("EncDecAttention.")  # there the bias is zeros
+        style = Style(causal=i is not None, wide_softmax=False, dropout=drop, fusible=fusible)
         return net.linear(at + "o", net.attend(q, k, v, style, bias))
 
     def feed_forward(at: str, x: Tensor) -> Tensor:
@@ -107,7 +108,8 @@ def t5(net: Net, ids: Tensor) -> Tensor:
         at = f"encoder.block.{i}.layer."
 
         def run(x: Tensor, bias: Tensor) -> Tensor:
-            bias = ops.copy(bias)  # made contiguous for each block
+            if net.recipe.contiguous_bias:
+                bias = ops.copy(bias)  # for each block
             x = residual(at + "0.", x, lambda x: attention(at + "0.SelfAttention.", x, x, bias))
             return residual(at + "1.", x, lambda x: feed_forward(at + "1.DenseReluDense.", x))
 

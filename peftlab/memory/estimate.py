@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.counting import count
@@ -23,10 +24,12 @@ from peftlab.memory.step import FORWARD, Recipe, Run
 
 PRECISIONS = {"bf16": 2, "fp32": 4, "mixed": 4}  # bytes of a weight, and so of its gradient and states
 OPTIMIZERS = ("adamw", "adamw8bit", "paged-adamw8bit", "sgd")
+PARALLEL = ("ddp", "fsdp")
 ATTENTIONS = ("sdpa", "eager")
 ADAPTER_PRECISIONS = {"fp32": 4, "bf16": 2}
 VIRTUAL = ("prompt", "p-tuning", "prefix")  # methods with virtual tokens
 MOST = 2**24  # tokens, and examples
+CONTIGUOUS_BIAS = (5, 20)  # of transformers
 POINTS = 2000  # of a step's history that are kept
 # PyTorch gives cuBLAS 32 MiB on Hopper (8 MiB before) for each thread that multiplies matrices: the forward's and the
 # backward's. See CUBLAS_WORKSPACE_CONFIG in its documentation.
@@ -92,8 +95,13 @@ def estimate(
     adapter_precision: str = "fp32",
     attention: str = "sdpa",
     labels: int | None = None,
+    transformers: str | None = None,
+    gpus: int = 1,
+    parallel: str = "ddp",
 ) -> Estimate:
-    """The peak of a training step on one GPU, and what makes it. The model keeps no cache of keys and values.
+    """The peak of a training step on one GPU, or on each of several, and what makes it.
+
+    The model keeps no cache of keys and values.
 
     Args:
         shape: a built-in name, the path of a ``config.json`` or of its folder, its dict, or a ``Shape``.
@@ -107,6 +115,10 @@ def estimate(
         adapter_precision: of what the method adds; ``"fp32"`` as in peft, or ``"bf16"``.
         attention: ``"sdpa"`` (fused) or ``"eager"``.
         labels: classes of an encoder's head.
+        transformers: the version whose forward pass is replayed; None takes the one that is installed, else the newest.
+            It matters to T5 alone, whose self-attention is not fused before 5.20.
+        gpus: how many train together; `batch` is that of each.
+        parallel: how: ``"ddp"`` (each holds everything) or ``"fsdp"`` (full shards of each block and of the rest).
 
     Raises:
         PeftLabError: an unknown name (with near matches), a number that is not positive, a target without a match, a
@@ -118,6 +130,9 @@ def estimate(
             raise PeftLabError(f"{name} must be a positive whole number, found {value!r}.")
         if value > MOST:
             raise PeftLabError(f"{name} is at most {MOST:,}, found {value:,}.")
+    if isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 1:
+        raise PeftLabError(f"gpus must be a positive whole number, found {gpus!r}.")
+    _one_of("parallel", parallel, PARALLEL)
     _one_of("precision", precision, PRECISIONS)
     _one_of("optimizer", optimizer, OPTIMIZERS)
     _one_of("adapter_precision", adapter_precision, ADAPTER_PRECISIONS)
@@ -137,6 +152,9 @@ def estimate(
         optimizer=optimizer,
         four_bit=method == "qlora",
         fused_attention=attention == "sdpa",
+        contiguous_bias=shape.kind != "encoder-decoder" or _contiguous_bias(transformers),
+        gpus=gpus,
+        sharded=parallel == "fsdp",
     )
     run = Run(shape, method, trained, recipe)
     run.step()
@@ -154,6 +172,19 @@ def estimate(
         file_bytes=_file_bytes(shape, method, trained, recipe), trainable=counted.trainable, total=counted.total,
         history=_thinned(memory.history),
     )  # fmt: skip
+
+
+def _contiguous_bias(transformers: str | None) -> bool:
+    """Whether T5's position bias is laid out as a fused kernel wants it: since transformers 5.20."""
+    if transformers is None:
+        try:
+            transformers = version("transformers")
+        except PackageNotFoundError:
+            return True
+    try:
+        return tuple(int(part) for part in transformers.split(".")[:2]) >= CONTIGUOUS_BIAS
+    except ValueError:
+        raise PeftLabError(f"transformers is a version such as '5.20.0'; found {transformers!r}.") from None
 
 
 def _refuse_what_cannot_run(shape: Shape, method: str, sequence: int, virtual_tokens: int, checkpointing: bool) -> None:

@@ -17,6 +17,7 @@ from peftlab.memory.attention import Style
 from peftlab.memory.config import Config
 from peftlab.memory.replay import Memory, Parameter, Tensor, checkpoint, leaf
 from peftlab.memory.shapes import Shape
+from peftlab.memory.sharding import Sharding
 
 # One kernel each way: what it keeps is its input or its result.
 ACTIVATIONS = {
@@ -39,6 +40,14 @@ class Recipe:
     optimizer: str
     four_bit: bool
     fused_attention: bool
+    contiguous_bias: bool = True  # T5's, which a fused kernel takes only so
+    gpus: int = 1
+    sharded: bool = False  # over the GPUs, as FSDP does; else each holds everything, as under DDP
+
+    @property
+    def shards(self) -> int:
+        """Into how many parts parameters, gradients and states are cut."""
+        return self.gpus if self.sharded else 1
 
 
 class Net:
@@ -68,15 +77,20 @@ class Net:
             if module.kind == "embedding":
                 size = (module.inputs, module.outputs)
             if recipe.four_bit and module.kind in ("linear", "conv1d") and module.role == "body":
-                self.quantised[module.path] = packed(memory, module.inputs * module.outputs)
+                self.quantised[module.path] = packed(memory, module.inputs * module.outputs, recipe.shards)
             elif module.tied:  # to the word embedding, the first of every table
                 self.weights[module.path] = self.weights[shape.modules[0].path]
             else:
                 train = trains(module.path, "weight")
-                self.weights[module.path] = Parameter(memory, size, recipe.weight_bytes, trains=train)
+                self.weights[module.path] = self.parameter(size, train)
             if module.bias:
                 train = trains(module.path, "bias")
-                self.biases[module.path] = Parameter(memory, (module.outputs,), recipe.weight_bytes, trains=train)
+                self.biases[module.path] = self.parameter((module.outputs,), train)
+        self.sharding = Sharding(self, recipe.gpus) if recipe.shards > 1 else None
+
+    def parameter(self, size: tuple[int, ...], trains: bool) -> Parameter:
+        """One of the model's own."""
+        return Parameter(self.memory, size, self.recipe.weight_bytes, trains=trains, shards=self.recipe.shards)
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -143,9 +157,14 @@ class Net:
     def trains(self, prefix: str) -> bool:
         """Whether any parameter of a block is trained."""
         if self.trained_blocks is None:
-            trained = {path for path, one in self.everything() if one.needs_grad}
-            self.trained_blocks = {f"{path[: number.end()]}" for path in trained if (number := BLOCK.search(path))}
+            self.trained_blocks = {self.block_of(path) for path, one in self.everything() if one.needs_grad}
         return prefix in self.trained_blocks
+
+    @staticmethod
+    def block_of(path: str) -> str:
+        """The block that a path lies in, "model.layers.3."; "" for none."""
+        number = BLOCK.search(path)
+        return path[: number.end()] if number else ""
 
     def everything(self) -> Iterator[tuple[str, Parameter]]:
         """(path, parameter) of the model, a tied one once, and of what a method added."""
@@ -184,7 +203,15 @@ class Net:
         return ops.embedding(self.places(count).view(x.shape[0], count), table)
 
     def block(self, prefix: str, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """One block, with or without gradient checkpointing; what runs again runs under autocast again."""
+        """One block, sharded or not, with or without gradient checkpointing."""
+
+        def run(*inputs: Tensor) -> Tensor:
+            return self.checkpointed(prefix, function, *inputs)
+
+        return self.sharding.around(prefix, run, inputs) if self.sharding else run(*inputs)
+
+    def checkpointed(self, prefix: str, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """One block; what checkpointing runs again runs under autocast again."""
         if not self.recipe.checkpointing:
             return function(*inputs)
 
@@ -245,6 +272,9 @@ class Net:
             if self.autocast:
                 style = replace(style, wide_softmax=True)
             mixed = attention.eager_attention(q, k, v, bias, style)
+        elif not style.fusible or (bias is None and q.bytes == ops.FLOAT32 and k.shape[1] != heads):
+            # in float32 the one fused kernel that there is wants as many heads of keys as of queries
+            mixed = attention.math_attention(q, k, v, bias, style)
         elif bias is None:
             mixed = attention.flash_attention(q, k, v)
         else:
@@ -273,11 +303,13 @@ def unchanged(i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return k, v
 
 
-def packed(memory: Memory, elements: int) -> tuple[Tensor, ...]:
+def packed(memory: Memory, elements: int, shards: int = 1) -> tuple[Tensor, ...]:
     """An NF4 weight with double quantisation: two codes a byte, a byte of scale a block of 64, float32 a 256 of those.
 
-    Each weight also holds its two tables of codes, 16 and 256 float32, and the mean of its scales.
+    Each weight also holds its two tables of codes, 16 and 256 float32, and the mean of its scales. Shards divide the
+    codes alone: the rest belongs to no parameter.
     """
     blocks = -(-elements // 64)
-    sizes = ((-(-elements // 2), 1), (blocks, 1), (-(-blocks // 256), 4), (16, 4), (256, 4), (1, 4))
-    return tuple(Tensor(memory, (count,), bytes, "weights") for count, bytes in sizes)
+    codes = Tensor(memory, (-(-elements // 2),), 1, "weights", shards)
+    sizes = ((blocks, 1), (-(-blocks // 256), 4), (16, 4), (256, 4), (1, 4))
+    return codes, *(Tensor(memory, (count,), bytes, "weights") for count, bytes in sizes)

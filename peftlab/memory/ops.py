@@ -140,12 +140,17 @@ def mul_rows(x: Tensor, column: Tensor) -> Tensor:
 
 
 def add_in_place(x: Tensor, b: Tensor) -> Tensor:
-    """x += b: no new tensor, x keeps its dtype."""
-    bytes = b.bytes
+    """x += b: no new tensor, x keeps its dtype. The gradient of a smaller b is summed to its shape."""
+    shape, bytes = b.shape, b.bytes
     output = x.view(*x.shape)
     output.node = None
     needs = x.needs_grad, b.needs_grad
-    return record(output, [x, b], lambda g: (g if needs[0] else None, _fit(g, bytes) if needs[1] else None))
+
+    def apply(g: Tensor):
+        of_b = (g if g.shape == shape else g.new(shape)) if needs[1] else None
+        return g if needs[0] else None, of_b if of_b is None else _fit(of_b, bytes)
+
+    return record(output, [x, b], apply)
 
 
 def mul_constant(x: Tensor, constant: Tensor) -> Tensor:
@@ -187,6 +192,15 @@ def from_result(x: Tensor) -> Tensor:
         return (g.new(),)
 
     return record(output, [x], apply, [output])
+
+
+def safe_softmax(x: Tensor) -> Tensor:
+    """Softmax that gives zeros to a row of nothing but -inf: a softmax, a mask of bytes, and a choice of the two."""
+    plain = x.new()
+    rows = x.new(bytes=BOOL)
+    output = from_result(x)
+    del plain, rows
+    return output
 
 
 def over_its_size(x: Tensor) -> Tensor:

@@ -90,9 +90,9 @@ class Tensor:
 
     __slots__ = ("base", "bytes", "node", "shape", "storage")
 
-    def __init__(self, memory: Memory, shape: Sequence[int], bytes: int, kind: str | None = None):
+    def __init__(self, memory: Memory, shape: Sequence[int], bytes: int, kind: str | None = None, shards: int = 1):
         self.shape, self.bytes, self.node, self.base = tuple(shape), bytes, None, None
-        self.storage = Storage(memory, math.prod(self.shape) * bytes, kind or memory.default)
+        self.storage = Storage(memory, -(-math.prod(self.shape) // shards) * bytes, kind or memory.default)
 
     @property
     def memory(self) -> Memory:
@@ -130,13 +130,17 @@ class Tensor:
 
 
 class Parameter(Tensor):
-    """A leaf. Its gradient, once there, stays until `grad` is set to None."""
+    """A leaf. Its gradient, once there, stays until `grad` is set to None. Of several shards this process holds one."""
 
-    __slots__ = ("grad",)
+    __slots__ = ("grad", "held")
 
-    def __init__(self, memory: Memory, shape: Sequence[int], bytes: int, kind: str = "weights", trains: bool = False):
-        super().__init__(memory, shape, bytes, kind)
+    def __init__(
+        self, memory: Memory, shape: Sequence[int], bytes: int, kind: str = "weights", trains: bool = False,
+        shards: int = 1,
+    ):  # fmt: skip
+        super().__init__(memory, shape, bytes, kind, shards)
         self.grad = None
+        self.held = -(-self.elements // shards)  # elements of the shard
         self.node = Leaf(self) if trains else None
 
 

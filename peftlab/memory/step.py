@@ -53,7 +53,7 @@ class Run:
             if added.buffer:
                 self.held.append(Tensor(self.memory, added.size, recipe.adapter_bytes, "adapter"))
                 continue
-            tensor = Parameter(self.memory, added.size, recipe.adapter_bytes, "adapter", trains=True)
+            tensor = Parameter(self.memory, added.size, recipe.adapter_bytes, "adapter", True, recipe.shards)
             net.added.append((added.path, tensor))
             grouped.setdefault(added.path, {})[added.name] = tensor
         for path, tensors in grouped.items():
@@ -63,16 +63,23 @@ class Run:
                 net.beside[path] = BESIDE[method](net, tensors)
             else:
                 net.layers[path] = LAYERS[method](net, path, tensors)
+        if recipe.gpus > 1 and not recipe.sharded:  # DDP's buckets, of the size of all gradients
+            size = sum(one.elements * one.bytes for one in net.parameters)
+            self.held.append(Tensor(self.memory, (size,), 1, "gradients"))
         net.leaves = recipe.checkpointing and not trained.whole
         self.ids = Tensor(self.memory, (recipe.batch, recipe.sequence), ops.INT64)
 
     def step(self) -> None:
         """Forward, loss, backward, optimiser, and the gradients go."""
+        if self.net.sharding:
+            self.net.sharding.start()
         with self.net.under_autocast():
             loss = self.forward()
         self.memory.moment = "backward"
         self.loss = loss  # the last one, and what its graph still holds, goes only now
         backward(loss.node, [loss.new()])
+        if self.net.sharding:
+            self.net.sharding.finish()
         self.memory.moment = "optimiser"
         self.optimize()
         for parameter in self.net.parameters:
@@ -103,21 +110,21 @@ class Run:
         if self.recipe.optimizer == "adamw":
             for parameter in parameters:
                 # denom = (v.sqrt() / c).add_(eps): two of the size of v at once
-                root = parameter.new()
-                denominator = parameter.new()
+                root = parameter.new((parameter.held,))
+                denominator = parameter.new((parameter.held,))
                 del root, denominator
 
     def state(self, parameter: Parameter) -> tuple[Tensor, ...]:
         """What the optimiser keeps of one parameter."""
-        optimizer, count = self.recipe.optimizer, parameter.elements
+        optimizer, count = self.recipe.optimizer, parameter.held
         if optimizer == "sgd":
             return ()
         if optimizer == "adamw":  # two moments in the parameter's own dtype
-            return parameter.new(), parameter.new()
+            return parameter.new((count,)), parameter.new((count,))
         # 8 bits: small tensors stay in float32; a block of 256 has a scale in float32; two moments
         bytes = ops.FLOAT32 if count < SMALL_8BIT else 1
         paged = optimizer.startswith("paged") and count >= PAGED  # in unified memory, which torch does not count
-        moments = () if paged else (parameter.new(bytes=bytes), parameter.new(bytes=bytes))
+        moments = () if paged else (parameter.new((count,), bytes), parameter.new((count,), bytes))
         blocks = -(-count // BLOCK_8BIT)
         scales = [parameter.new((blocks,), ops.FLOAT32) for _ in range(2 if bytes == 1 else 0)]
         return (*moments, *scales)

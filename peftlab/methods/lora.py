@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.methods.parts import BIAS_MODES, Part, first_input, trained_biases, trained_copies, widened
+from peftlab.methods.parts import BIAS_MODES, Part, cast, first_input, trained_biases, trained_copies, widened
 from peftlab.targets import Targets, by_pattern, check_regex, find, in_any_order, is_conv1d, linear_shape
 
 INITS = ("kaiming", "gaussian", "orthogonal", "random")
@@ -179,9 +179,7 @@ class LoRALinear(nn.Module):
 
     def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
         """Adds the update. x: (..., in), output: (..., out)."""
-        x = first_input(args, kwargs)
-        # Autocast picks the dtype of both products itself; otherwise the adapter's own dtype is used.
-        x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.lora_A.dtype)
+        x = cast(first_input(args, kwargs), self.lora_A.dtype)
         x = F.dropout(x, self.dropout, self.training)
         # y = W x + b + s B (A x): two thin products instead of one with the (out, in) matrix BA
         update = F.linear(F.linear(x, self.lora_A), self.lora_B, self.lora_B_bias) * self.scaling

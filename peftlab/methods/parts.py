@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from peftlab.errors import PeftLabError
 from peftlab.hooks import CHILD, base_modules, remove
+from peftlab.quantization.weights import dense, is_quantized
 from peftlab.targets import heads
 
 BIAS_MODES = ("none", "lora_only", "all")
@@ -77,7 +78,7 @@ class TrainedCopy(nn.Module):
     The base's module still runs first, so that rows, mixtures and `disabled` work as for any part; a head is cheap.
     """
 
-    def __init__(self, host: nn.Module, key: str) -> None:
+    def __init__(self, host: nn.Module, key: str = "{path}") -> None:
         super().__init__()
         self.module = copy.deepcopy(host)
         for module in self.module.modules():
@@ -112,24 +113,40 @@ def trained_biases(
     Raises:
         PeftLabError: a bias that its module does not simply add, so that no copy can answer for it.
     """
-    if mode == "none":
-        return
+    if mode != "none":
+        modules = base_modules(model) if mode == "all" else targets
+        instead = f"bias={mode!r} means it; use bias='lora_only' or 'none'."
+        yield from bias_copies(model, modules, instead, copied, wrapped=targets)
+
+
+def bias_copies(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    instead: str,
+    copied: Iterable[str] = (),
+    wrapped: Iterable[str] = (),
+) -> Iterator[Part]:
+    """Yields a trained bias for each of these modules that has one; `trained_biases` says how.
+
+    Args:
+        instead: what to do about a bias that cannot be trained, for the error.
+        wrapped: paths of modules that Hugging Face peft would have wrapped, which changes their bias's name.
+    """
     sharing: dict[int, list[str]] = {}
-    modules = base_modules(model) if mode == "all" else targets
     for path, host in modules.items():
         if isinstance(getattr(host, "bias", None), nn.Parameter):
             if not any(path == whole or path.startswith(whole + ".") for whole in copied):
                 sharing.setdefault(id(host.bias), []).append(path)
     for paths in sharing.values():
         # Hugging Face's names differ: a wrapped module's bias is called `base_layer.bias` there.
-        names = [f"{path}.base_layer.bias" if path in targets else f"{path}.bias".lstrip(".") for path in paths]
+        names = [f"{path}.base_layer.bias" if path in wrapped else f"{path}.bias".lstrip(".") for path in paths]
         users = [path for path in paths if set(modules[path]._modules) <= {CHILD}]
         parents = [model.get_submodule(path.rpartition(".")[0]) for path in users]
         unread = any(isinstance(parent, nn.MultiheadAttention) for parent in parents)
         if not users or unread or modules[users[0]].bias.dim() != 1:
             raise PeftLabError(
-                f"bias={mode!r} means {names[0]} of {type(modules[paths[0]]).__name__}, which is not simply added to "
-                "what that module returns, so it cannot be trained beside it. Use bias='lora_only' or 'none'."
+                f"{names[0]} of {type(modules[paths[0]]).__name__} is not simply added to what that module returns, "
+                f"so it cannot be trained beside it. {instead}"
             )
         layer = TrainedBias(modules[users[0]], tuple("{root}" + name for name in names))
         yield from (Part(path, "bias", layer) for path in users)
@@ -158,6 +175,17 @@ def first_input(args: tuple, kwargs: dict) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An input in the adapter's dtype; as it is under autocast, which picks the dtype of each product itself."""
+    kind = x.device.type  # "meta" holds no numbers, and has no autocast to ask for
+    return x if kind != "meta" and torch.is_autocast_enabled(kind) else x.to(dtype)
+
+
 def widened(weight: Tensor) -> Tensor:
-    """A stored weight in float64 (float32 where a device has none), so that a merged sum is rounded once."""
+    """A stored weight in float64 (float32 where a device has none), so that a merged sum is rounded once.
+
+    Of a quantised weight: what its codes stand for, computed in float32.
+    """
+    if is_quantized(weight):
+        weight = dense(weight, torch.float32)
     return weight.detach().to(torch.float32 if weight.device.type == "mps" else torch.float64)

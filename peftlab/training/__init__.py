@@ -83,7 +83,7 @@ def train(
         max_grad_norm: gradients are scaled down to this global norm; None leaves them.
         precision: "fp32" (no autocast: each module in its own dtype), "bf16", "fp16", or "auto", which asks the device.
         checkpointing: recompute activations in the backward pass instead of keeping them; True, or "reentrant".
-        optimizer: "adamw" or "sgd".
+        optimizer: "adamw", "adamw8bit", "paged-adamw8bit" (bitsandbytes; without it a warning and "adamw") or "sgd".
         seed: decides the order of the data and every random number of the run. The global generators of torch, Python
             and numpy are used during the run and put back after it.
         group_by_length: batches of examples of like length, to save padding.

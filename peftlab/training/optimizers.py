@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,8 +24,56 @@ def sgd(groups: Groups, lr: float, device: torch.device) -> torch.optim.Optimize
     return torch.optim.SGD(groups, lr=lr)
 
 
+def adamw8bit(groups: Groups, lr: float, device: torch.device) -> torch.optim.Optimizer:
+    """bitsandbytes' AdamW with its two states in 8 bits, a scale for each 256: 2 bytes a trained parameter instead of
+    8.
+
+    Dettmers et al., 2021, arXiv:2110.02861. Tensors below 4,096 elements keep states of 32 bits. Where bitsandbytes is
+    missing or has no such kernel, `adamw` runs and a warning says so.
+    """
+    return _eight_bit("AdamW8bit", groups, lr, device)
+
+
+def paged_adamw8bit(groups: Groups, lr: float, device: torch.device) -> torch.optim.Optimizer:
+    """`adamw8bit` whose states lie in unified memory: where the GPU is full, the driver moves them to main memory.
+
+    Dettmers et al., 2023, arXiv:2305.14314, section 3. It guards against a peak and saves nothing else. Without CUDA
+    there is no such memory: `adamw8bit` runs, and a warning says so.
+    """
+    if device.type == "cuda":
+        return _eight_bit("PagedAdamW8bit", groups, lr, device)
+    warnings.warn(
+        f"optimizer='paged-adamw8bit' pages between a GPU's memory and the computer's, and the model is on {device}: "
+        "its states stay where they are (adamw8bit).",
+        stacklevel=5,  # the line that called train
+    )
+    return adamw8bit(groups, lr, device)
+
+
+def _eight_bit(kind: str, groups: Groups, lr: float, device: torch.device) -> torch.optim.Optimizer:
+    from ..quantization.backends import bitsandbytes
+
+    library = bitsandbytes()
+    reason = "bitsandbytes is not installed (pip install bitsandbytes)" if library is None else None
+    if library is not None and device.type != "cuda":
+        # Whether there are kernels for this device depends on the release; a small step tells.
+        probe = nn.Parameter(torch.zeros(8192, device=device))
+        probe.grad = torch.ones_like(probe)
+        try:
+            library.optim.AdamW8bit([probe], lr=1.0).step()
+        except Exception as error:  # whatever a missing kernel raises
+            reason = f"bitsandbytes {library.__version__} has no 8-bit AdamW for {device} ({type(error).__name__})"
+    if reason:
+        states = "adamw runs instead, whose states take 8 bytes a trained parameter, not 2"
+        warnings.warn(f"{reason}; {states}.", stacklevel=6)
+        return adamw(groups, lr, device)
+    return getattr(library.optim, kind)(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8)
+
+
 # A new optimiser is one function here: (groups, learning rate, device) -> torch.optim.Optimizer.
-OPTIMIZERS: dict[str, Callable[[Groups, float, torch.device], torch.optim.Optimizer]] = {"adamw": adamw, "sgd": sgd}
+OPTIMIZERS: dict[str, Callable[[Groups, float, torch.device], torch.optim.Optimizer]] = {
+    "adamw": adamw, "adamw8bit": adamw8bit, "paged-adamw8bit": paged_adamw8bit, "sgd": sgd,
+}  # fmt: skip
 
 
 def make_optimizer(

@@ -82,7 +82,7 @@ def memory_settings(model: nn.Module, checkpointing: bool | str) -> Iterator[Non
     required_before = _inputs_require_gradients(core)
     try:
         if switched:
-            _switch_checkpointing(core, "enable", {"use_reentrant": reentrant})
+            switch_checkpointing(core, "enable", {"use_reentrant": reentrant})
             # Only the reentrant kind needs inputs that require gradients. transformers asks for them in both, and the
             # backward pass would then run through every frozen layer below the first adapter.
             if not required_before:
@@ -92,7 +92,7 @@ def memory_settings(model: nn.Module, checkpointing: bool | str) -> Iterator[Non
         if cache is not None:
             config.use_cache = cache
         if switched and any(getattr(m, "gradient_checkpointing", False) for m in core.modules()):
-            _switch_checkpointing(core, "disable")
+            switch_checkpointing(core, "disable")
             if not required_before:
                 _require_input_gradients(core, False)
 
@@ -108,7 +108,7 @@ def _require_input_gradients(model: nn.Module, wanted: bool) -> None:
         model.disable_input_require_grads()
 
 
-def _switch_checkpointing(model: nn.Module, verb: str, *arguments: dict) -> None:
+def switch_checkpointing(model: nn.Module, verb: str, *arguments: dict) -> None:
     # newer transformers call it activation checkpointing and warn about the old names
     for name in (f"activation_checkpointing_{verb}", f"gradient_checkpointing_{verb}"):
         if hasattr(model, name):

@@ -27,12 +27,14 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> 
     Args:
         names: the parameter's name by the ``id`` of the parameter.
     """
-    tensors, scalars = {}, {}
+    tensors, scalars, seen = {}, {}, set()
     for parameter, states in optimizer.state.items():
         name = names[id(parameter)]
         for key, value in states.items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer/{name}/{key}"] = value
+                # 8-bit states share one code book among all parameters, and a file may share no tensor
+                tensors[f"optimizer/{name}/{key}"] = value.clone() if value.data_ptr() in seen else value
+                seen.add(value.data_ptr())
             else:
                 scalars.setdefault(name, {})[key] = value
     return tensors, scalars

@@ -47,6 +47,10 @@ class Tracker(TorchDispatchMode):
         self.now -= size
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._safe_softmax.default:  # the softmax and the mask inside it are not seen here
+            hidden = [args[0].new_empty(args[0].shape, dtype=dtype) for dtype in (args[0].dtype, torch.bool)]
+            for one in hidden:
+                self.see(one)
         output = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(output):
             if isinstance(leaf, torch.Tensor):
@@ -70,16 +74,39 @@ class Fused(torch.autograd.Function):
         return tuple(torch.empty_like(x) if n else None for x, n in zip(kept, ctx.needs_input_grad, strict=True))
 
 
-def fused(module, q, k, v, mask, position_bias=None, **options):
+def fused(module, q, k, v, mask, position_bias=None, dropout=0.0, **options):
+    """As torch chooses on a GPU: in float32 no fused kernel takes grouped heads."""
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
     if position_bias is not None:
         mask = create_position_bias_mask(position_bias, mask, module.is_causal, q, k)
+    elif mask is None and q.dtype == torch.float32 and k.shape[1] != q.shape[1]:
+        return math(q, k, v, mask, dropout)
     return Fused.apply(q, k, v, mask).transpose(1, 2).contiguous(), None
 
 
-ALL_ATTENTION_FUNCTIONS.register("fused_stand_in", fused)
-masks.ALL_MASK_ATTENTION_FUNCTIONS.register("fused_stand_in", lambda *args, **options: None)
+def strided_bias(module, q, k, v, mask, position_bias=None, dropout=0.0, **options):
+    """T5 before transformers 5.20: no fused kernel takes its bias as it lies, but for the zeros of cross-attention."""
+    if module.is_decoder and not module.is_causal:
+        return fused(module, q, k, v, mask, position_bias)
+    if module.is_causal:
+        places = torch.arange(q.shape[2], device=q.device)
+        allowed = (places[:, None] >= places)[None, None]
+        position_bias = torch.where(allowed, position_bias, torch.finfo(q.dtype).min)
+    return math(q, k, v, position_bias, dropout)
+
+
+def math(q, k, v, mask, dropout):
+    """scaled_dot_product_attention in single operations: torch's own code, seen operation by operation."""
+    output = torch.ops.aten._scaled_dot_product_attention_math(
+        q, k, v, mask, dropout, mask is None, enable_gqa=k.shape[1] != q.shape[1]
+    )[0]
+    return output.transpose(1, 2).contiguous(), None
+
+
+for name, stand_in in (("fused_stand_in", fused), ("strided_bias", strided_bias)):
+    ALL_ATTENTION_FUNCTIONS.register(name, stand_in)
+    masks.ALL_MASK_ATTENTION_FUNCTIONS.register(name, lambda *args, **options: None)
 
 
 def dropout(x, p=0.5, training=True, inplace=False):

@@ -119,6 +119,36 @@ def test_another_date_or_command_goes_on(topic, monkeypatch):
     assert topic.measured == [3, 4]
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_point_that_fails_does_not_cost_the_others(topic, monkeypatch, jobs):
+    if jobs == 2:  # the pool's processes cannot see the fake module: run its points in threads
+        from concurrent.futures import ThreadPoolExecutor
+
+        monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(jobs))
+    measure = topic.measure
+
+    def fails(point):
+        if point["n"] in (2, 3):
+            raise RuntimeError(f"out of memory in {point['n']}")
+        return measure(point)
+
+    topic.measure = fails
+    with pytest.raises(PeftLabError, match="2 of 4 points failed; .*partial keeps the others") as found:
+        bench.run("fake", topic.out, jobs=jobs)
+    assert "RuntimeError: out of memory in 2" in str(found.value) and "in 3" in str(found.value)
+    assert not topic.out.exists() and sorted(topic.measured) == [1, 4]
+    topic.measure = measure
+    bench.run("fake", topic.out, jobs=jobs)
+    assert sorted(topic.measured) == [1, 2, 3, 4]
+    assert measurements.results(topic.out).column("n") == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_a_timeline_keeps_its_highest_points():
+    points = [("forward", n) for n in (1, 5, 2, 2, 9)] + [("backward", n) for n in (3, 8, 1)]
+    found = list(memory_grid.thinned(points, most=4))
+    assert found == [(0, ("forward", 5)), (0.25, ("forward", 2)), (0.5, ("forward", 9)), (0.75, ("backward", 8))]
+
+
 def test_points_without_provenance_are_refused(topic):
     topic.partial.write_text(json.dumps([bench.key(POINTS[0]), [{"n": 1}]]) + "\n")
     with pytest.raises(PeftLabError, match="measured elsewhere"):
@@ -186,9 +216,41 @@ def test_a_run_of_the_memory_grid_takes_its_two_steps(method, tmp_path):
     found = estimate(**{name: value for name, value in point.items() if name != "section"})
     assert sum(parameter.numel() for parameter in trained) == found.trainable
     before = [parameter.detach().clone() for parameter in trained]
-    memory_grid.two_steps(model, optimizer, batch, autocasts=False)
+    memory_grid.steps(memory_grid.phases(model, optimizer, batch, autocasts=False), 2)
     assert any(not torch.equal(a, b) for a, b in zip(before, trained, strict=True))
     assert all(torch.isfinite(parameter).all() for parameter in trained)
+
+
+def test_every_point_of_the_adapters_bench_has_a_config():
+    from peftlab.bench import adapters
+
+    points = adapters.points()
+    assert len({bench.key(point) for point in points}) == len(points)
+    sections = dict.fromkeys(point["section"] for point in points)
+    assert list(sections) == ["reviews", "news", "desk", "fullsize", "biases", "latency"]
+    for point in points:
+        if point["section"] != "latency":
+            config = adapters.config_of(point, ["classifier"])
+            assert (config is None) == (point["method"] == "full")
+            assert config is None or config.method == {"head": "selective", "last block": "selective"}.get(
+                point["method"], point["method"]
+            )
+    assert {point.get("timed", False) for point in points if point["section"] in ("fullsize", "biases")} == {True}
+    with pytest.raises(PeftLabError, match="needs a CUDA GPU"):
+        adapters.measure({"section": "latency"})
+
+
+def test_a_rate_is_chosen_on_the_validation_split(monkeypatch):
+    from peftlab.bench import adapters
+
+    def classify(point, rate, seed):
+        return {"validation": -abs(rate - 2), "accuracy": 10 * rate + seed}
+
+    monkeypatch.setattr(adapters, "classify", classify)
+    rows = adapters.measure({"section": "reviews", "variant": "x", "rates": [1, 2, 3]})
+    assert [(row["learning_rate"], row["seed"], row["chosen"]) for row in rows] == [
+        (1, 0, False), (2, 0, True), (3, 0, False), (2, 1, True), (2, 2, True),
+    ]  # fmt: skip
 
 
 def test_the_points_on_virtual_tokens_are_all_different_and_each_has_a_config(monkeypatch):

@@ -141,7 +141,7 @@ MISTAKES = [
     ("fetch minilmm", "Did you mean 'minilm'"),
     ("bench lorra --out x.json", "Did you mean 'lora'"),
     ("train --model m --data d", "--out"),
-    ("train --model m --data d --out o --method qlra", "not 'qlra'. Did you mean 'lora'"),
+    ("train --model m --data d --out o --method qlra", "not 'qlra'. Did you mean 'qlora'"),
     ("train --model m --data d --out o --steps 3 --epochs 1", "not both"),
     ("train --model m --data d --out o --steps 0", "--steps must be at least 1, found 0"),
     ("train --model m --data d --out o --batch-size -1", "--batch-size must be at least 1, found -1"),
@@ -276,6 +276,16 @@ def tensors(folder):
     return {name: value.tobytes() for name, value in load_file(folder / "adapter_model.safetensors").items()}
 
 
+def test_a_4_bit_base_from_the_shell(place, capsys):
+    command = train_command("ask.jsonl", "run", "--steps", 3, "--targets", "all-linear", "--method", "qlora")
+    status, out, err = run(capsys, *command, "--optimizer", "adamw8bit", "--json")
+    assert status == 0, err
+    metrics = json.loads(out)
+    counted = count("tiny", "qlora", targets="all-linear")
+    assert (metrics["trainable"], metrics["total"]) == (counted.trainable, counted.total)
+    assert metrics["settings"]["optimizer"] == "adamw8bit" and (place / "run" / "adapter_model.safetensors").is_file()
+
+
 def test_a_run_learns_saves_and_reports(place, capsys, monkeypatch):
     monkeypatch.setattr("peftlab.finetune.LOG_SECONDS", 0.0)
     command = train_command("ask.jsonl", "run", "--steps", 120, "--targets", "all-linear", "--eval-every", 60)
@@ -340,6 +350,46 @@ def test_classes_are_learned_and_the_head_is_saved_with_the_adapter(place, capsy
 
     with safe_open(place / "run" / "adapter_model.safetensors", "pt") as file:
         assert "base_model.model.score.weight" in file.keys()
+
+
+@pytest.mark.parametrize("method", ["ia3", "houlsby", "pfeiffer", "parallel", "selective"])
+def test_every_method_trains_from_the_shell_and_its_folder_loads(place, capsys, method):
+    import torch
+
+    import peftlab as pl
+    from peftlab.assets.models import load_model
+    from peftlab.methods import METHODS
+
+    more = ["--last-layers", 1] if method == "selective" else ["--reduction-factor", 4]
+    command = train_command("ask.jsonl", "run", "--method", method, "--steps", 6, "--json", *more)
+    status, out, err = run(capsys, *command)
+    assert status == 0, err
+    result = json.loads(out)
+    model, _ = load_model("./tiny")
+    with torch.no_grad():
+        before = model(torch.tensor([[5, 6, 7]])).logits
+        pl.load_adapter(model, "run", trainable=True)
+        assert not torch.allclose(model(torch.tensor([[5, 6, 7]])).logits, before, atol=1e-6)
+    assert pl.count_parameters(model).trainable == result["trainable"]
+    if method != "selective":
+        assert result["trainable"] == count("tiny", method, reduction_factor=4).trainable
+    assert method in METHODS and method in cli.METHODS.split(", ")
+
+
+def test_the_help_names_every_method():
+    from peftlab.finetune import configs
+
+    assert cli.METHODS.split(", ") == ["full", *configs()]
+
+
+def test_a_method_that_this_model_has_no_place_for_is_one_line(place, capsys):
+    status, out, err = run(capsys, *train_command("ask.jsonl", "run", "--method", "bitfit", "--steps", 3))
+    assert (status, out) == (2, "") and "has no biases, so BitFit has nothing to train. Use IA3Config" in err
+    assert not (place / "run" / "metrics.json").exists()
+    status, _, err = run(capsys, *train_command("ask.jsonl", "run", "--method", "ia3", "--bias", "all"))
+    assert status == 2 and "--bias all has no meaning for ia3" in err
+    # and the folder is free for the next try
+    assert run(capsys, *train_command("ask.jsonl", "run", "--method", "ia3", "--steps", 3))[0] == 0
 
 
 def test_all_weights_train_on_plain_text_and_the_model_is_saved(place, capsys):

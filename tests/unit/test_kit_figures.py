@@ -28,6 +28,12 @@ FIGURES = {
     "histogram": lambda: figures.histogram({"a": torch.randn(10, 10, dtype=torch.bfloat16)}, x_label="weight"),
     "heatmap": lambda: figures.heatmap([[0.1, 0.9], [0.5, 0.4]], x_label="r", y_label="alpha", x_ticks=["8", "16"],
                                        fmt=".1f", scale_label="exact match"),
+    "timelines": lambda: figures.timelines({"full": {"measured": [1e9, 3e9, 2e9], "replayed": [1e9, 3e9, 2.1e9, 2e9]},
+                                            "LoRA": {"measured": [1e9, 2e9], "replayed": [1e9, 2e9]}}),
+    "agreement": lambda: figures.agreement({"grid": [(1e9, 1.01e9), (5e10, 5e10)], "by chance": [(2e9, 1.9e9)]}),
+    "adapter_places": figures.adapter_places,
+    "budget": lambda: figures.budget(ROWS, "r", "score", "layers", x_label="parameters", y_label="score",
+                                     reference={"before": 0.1}),
     "lora_dataflow": figures.lora_dataflow,
     "lora_dataflow, step 4": lambda: figures.lora_dataflow(4),
 }
@@ -67,7 +73,7 @@ def test_figure(name):
             box = text.get_window_extent()
             assert box.x0 > -1 and box.x1 < figure.bbox.x1 + 1, f"{text.get_text()!r} is cut off"
 
-    if "dataflow" not in name:
+    if "dataflow" not in name and "places" not in name:
         for axes in figure.axes:
             assert axes.get_label() == "<colorbar>" or axes.get_xlabel(), "the axes are named"
 

@@ -134,6 +134,9 @@ class Questions(FactsDirective):
         return made
 
 
+MOST_ROWS = 60  # of a section on the page
+
+
 class Measurements(FactsDirective):
     def run(self):
         folder = Path(self.env.srcdir, RESULTS)
@@ -159,7 +162,26 @@ class Measurements(FactsDirective):
                  ("Rows", f"{len(results)}, in {{download}}`{path.name} </{RESULTS}/{path.name}>`")]
         section += self.parsed("\n".join(f"- {name}: {value}" for name, value in facts if value)
                                + f"\n\nTo repeat it:\n\n```shell\n{given['command']}\n```")
-        shown = tables.as_html(*tables.lay_out(results), caption=f"{results.topic}: all rows")
-        folded = f"<details><summary>All rows of {html.escape(results.topic)}</summary>\n{shown}\n</details>"
-        section += nodes.raw("", folded, format="html")
+        for name, rows in self._parts(results):
+            section += nodes.raw("", self._folded(results.topic, name, rows), format="html")
         return section
+
+    @staticmethod
+    def _parts(results):
+        """(name, rows) of each section of a topic, in order; rows without one are a part of their own."""
+        parts = {}
+        for row in results:
+            parts.setdefault(row.get("section", results.topic), []).append(row)
+        return parts.items()
+
+    @staticmethod
+    def _folded(topic, name, rows):
+        """A part's rows under its name, in a table without columns that say the same in each row."""
+        shown = rows[:MOST_ROWS]
+        same = {key: value for key, value in rows[0].items() if all(row.get(key, ...) == value for row in rows)}
+        varied = [{key: value for key, value in row.items() if key not in same} for row in shown]
+        told = ", ".join(f"{key} {value}" for key, value in same.items() if key != "section")
+        table = tables.as_html(*tables.lay_out(varied), caption=f"{topic}: {name}") if any(varied) else ""
+        more = f"<p>The first {len(shown)} of {len(rows)} rows; the others are in the file.</p>" * (rows != shown)
+        summary = f"<summary>{html.escape(name)} ({len(rows)} row{'s' * (len(rows) != 1)})</summary>"
+        return f"<details>{summary}\n<p>{html.escape(told)}</p>\n{table}\n{more}</details>"

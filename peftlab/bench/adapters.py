@@ -1,0 +1,299 @@
+"""The measurements of the chapters on adapters and on IA3 and BitFit.
+
+Sections:
+    reviews, news   minilm classifies: every method, rates tried on the validation split, then more seeds at the best
+    desk            smollm2-135m learns the support desk by adapters, IA3 and its last block
+    fullsize        one training step of the Llama-2-7B shape (random weights); IA3 beside peft
+    biases          the same of roberta-large, which has biases
+    latency         one forward pass of the 7B shape: the base, LoRA attached and merged, adapters, IA3
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Iterator
+from functools import cache
+from itertools import product
+from typing import Any
+
+import torch
+from torch import nn
+
+import peftlab as pl
+from peftlab.bench import fullsize, lora
+
+SEEDS = (0, 1, 2)
+LOW, MIDDLE, HIGH = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
+FULL = (5e-5, 2e-4, 5e-4)
+# What trains beside every method. Nobody used this checkpoint's pooler, so its weights hardly let a signal through:
+# frozen, it hides what the layers below learn, whatever the method.
+HEAD = ["pooler", "classifier"]
+# What is compared on minilm: its name, its settings, the learning rates tried
+VARIANTS: tuple[tuple[str, dict[str, Any], tuple[float, ...]], ...] = (
+    ("head only", {"method": "head"}, MIDDLE),
+    ("last block", {"method": "last block"}, LOW),
+    ("full", {"method": "full"}, FULL),
+    ("BitFit", {"method": "bitfit"}, MIDDLE),
+    ("BitFit, queries", {"method": "bitfit", "targets": "query"}, HIGH),
+    ("BitFit, queries and the middle", {"method": "bitfit", "targets": "query,intermediate.dense"}, MIDDLE),
+    ("IA3", {"method": "ia3"}, HIGH),
+    *((f"LoRA, r = {r}", {"method": "lora", "r": r}, MIDDLE) for r in (1, 8, 64)),
+    *((f"Pfeiffer, width {m}", {"method": "pfeiffer", "width": m}, MIDDLE) for m in (1, 4, 24, 96, 384)),
+    ("Houlsby, width 24", {"method": "houlsby", "width": 24}, MIDDLE),
+    ("parallel, width 24", {"method": "parallel", "width": 24}, MIDDLE),
+    ("prompt, 20 tokens", {"method": "prompt", "tokens": 20}, (1e-2, 3e-2, 1e-1)),
+    ("prefix, 20 tokens", {"method": "prefix", "tokens": 20}, HIGH),
+)
+ON_NEWS = ("head only", "full", "BitFit", "IA3", "LoRA, r = 8", "Pfeiffer, width 24")
+ALL = fullsize.ALL_LINEAR
+
+
+def points() -> list[dict[str, Any]]:
+    """Every point to measure: what learns first, then what is timed."""
+    return [*classified(), *desks(), *steps(), {"section": "latency", "timed": True, "shape": "llama-2-7b"}]
+
+
+def classified() -> Iterator[dict[str, Any]]:
+    """Each variant on movie reviews, some on news; a method that this installation lacks is left out."""
+    for section, length, many in (("reviews", 64, 150), ("news", 128, 80)):
+        for name, settings, rates in VARIANTS:
+            there = settings["method"] in ("head", "last block", "full", *pl.METHODS)
+            if there and (section == "reviews" or name in ON_NEWS):
+                yield {
+                    "section": section, "variant": name, **settings, "rates": list(rates), "steps": many,
+                    "batch_size": 32, "max_length": length,
+                }  # fmt: skip
+
+
+def desks() -> Iterator[dict[str, Any]]:
+    """The support desk, two rates each."""
+    for method, settings, rates in (
+        ("lora", {"r": 8}, (5e-3,)),
+        ("pfeiffer", {"width": 16}, (1e-3, 3e-3)),
+        ("houlsby", {"width": 8}, (1e-3, 3e-3)),
+        ("parallel", {"width": 16}, (1e-3, 3e-3)),
+        ("ia3", {}, (1e-2, 3e-2)),
+        ("last block", {}, (3e-4, 1e-3)),
+    ):
+        for rate in rates:
+            yield {"section": "desk", "method": method, **settings, "learning_rate": rate, "steps": 70,
+                   "batch_size": 8, "seed": 0}  # fmt: skip
+
+
+def steps() -> Iterator[dict[str, Any]]:
+    """Training steps at full size: reduction factor 16, LoRA on all seven layers, IA3 on its defaults."""
+    methods = (
+        ("lora", "peftlab", {"r": 16}), ("houlsby", "peftlab", {"reduction_factor": 16}),
+        ("pfeiffer", "peftlab", {"reduction_factor": 16}), ("parallel", "peftlab", {"reduction_factor": 16}),
+        ("ia3", "peftlab", {}), ("ia3", "peft", {}),
+    )  # fmt: skip
+    for (batch, checkpointing), (method, library, settings) in product(((4, True), (1, False)), methods):
+        yield fullsize.train(method, library, batch, checkpointing, **settings)
+    for method, settings in (
+        ("full", {}), ("bitfit", {}), ("bitfit", {"targets": "query"}), ("ia3", {}), ("lora", {"r": 16}),
+        ("houlsby", {"reduction_factor": 16}), ("pfeiffer", {"reduction_factor": 16}),
+        ("parallel", {"reduction_factor": 16}), ("last block", {}), ("head", {}),
+    ):  # fmt: skip
+        yield {"section": "biases", "timed": True, "shape": "roberta-large", "method": method, **settings,
+               "batch": 16, "sequence": 256}  # fmt: skip
+
+
+def config_of(point: dict[str, Any], head: list[str] | None = None) -> Any:
+    """The config that a point describes, with the modules that train as its head; None is full fine-tuning."""
+    method, targets = point["method"], point["targets"].split(",") if point.get("targets") else None
+    if method == "full":
+        return None
+    if method in ("head", "last block"):
+        return pl.SelectiveConfig(last_layers=int(method == "last block"), modules_to_save=head)
+    given = {name: point[name] for name in ("r", "width", "reduction_factor") if name in point}
+    if method == "lora":
+        given["alpha"] = 2 * point["r"]
+        targets = list(ALL) if point.get("shape") == "llama-2-7b" else targets
+    if method in ("houlsby", "pfeiffer", "parallel"):
+        given["placement"] = method
+    if "tokens" in point:
+        return pl.METHODS[method](num_virtual_tokens=point["tokens"], modules_to_save=head)
+    return pl.METHODS[method](**given, target_modules=targets, modules_to_save=head)
+
+
+def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
+    """Measures one point; returns its rows."""
+    section = point["section"]
+    if section in ("reviews", "news"):
+        return list(chosen_rate(point))
+    if section == "desk":
+        return [{**point, **desk(point)}]
+    if not torch.cuda.is_available():
+        raise pl.PeftLabError(f"Section {section!r} is about a GPU's memory and time, and needs a CUDA GPU.")
+    if section == "fullsize":
+        return fullsize.measure(point, adapt=with_method)
+    try:
+        rows = list(roberta_step(point) if section == "biases" else forward_passes())
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+    return [{**{name: value for name, value in point.items() if name != "timed"}, **row} for row in rows]
+
+
+def chosen_rate(point: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every rate with the first seed; the other seeds with the rate that was best on the validation split."""
+    rates = point["rates"]
+    told = {name: value for name, value in point.items() if name != "rates"}
+    tried = [{**told, "learning_rate": rate, "seed": SEEDS[0], **classify(point, rate, SEEDS[0])} for rate in rates]
+    best = max(tried, key=lambda row: row["validation"])["learning_rate"]
+    again = [{**told, "learning_rate": best, "seed": seed, **classify(point, best, seed)} for seed in SEEDS[1:]]
+    for row in (*tried, *again):
+        yield {**row, "chosen": row["learning_rate"] == best}
+
+
+def classify(point: dict[str, Any], rate: float, seed: int) -> dict[str, Any]:
+    """Teaches minilm one task; returns what was measured of it."""
+    train, validation, test, classes = encoded(point["section"], point["max_length"])
+    torch.manual_seed(seed)
+    model, tokenizer = pl.load_model(
+        "minilm", num_labels=classes, device="cuda" if torch.cuda.is_available() else None
+    )  # fmt: skip
+    config = config_of(point, HEAD)
+    if config is not None:
+        pl.attach(model, config)
+    started = time.perf_counter()
+    try:
+        history = pl.train(
+            model, train, tokenizer=tokenizer, steps=point["steps"], batch_size=point["batch_size"],
+            learning_rate=rate, warmup=0.1, schedule="linear", group_by_length=True, precision="fp32", seed=seed,
+            progress=False,
+        )  # fmt: skip
+        losses = [step["loss"] for step in history.steps]
+    except pl.TrainingError:  # divergence is a result, too; the model keeps its last finite state
+        losses = []
+    seconds = time.perf_counter() - started
+
+    def score(rows: list[dict[str, Any]]) -> float:
+        predicted = pl.predict_labels(model, rows, tokenizer, batch_size=128)
+        return pl.accuracy(predicted, [row["labels"] for row in rows])
+
+    return {
+        "trainable": pl.count_parameters(model).trainable,
+        "head": sum(p.numel() for p in (*head_of(model.bert.pooler), *head_of(model.classifier))),
+        "train_loss": statistics.fmean(losses[-10:]) if losses else None,
+        "validation": score(validation),
+        "accuracy": score(test),
+        "seconds": seconds,
+    }
+
+
+def head_of(module: nn.Module) -> list[nn.Parameter]:
+    """A head's own parameters, without the copy that trains."""
+    return [parameter for name, parameter in module.named_parameters() if "peftlab" not in name]
+
+
+@cache
+def encoded(name: str, max_length: int) -> tuple[list[dict], list[dict], list[dict], int]:
+    """The three splits as examples, and the number of classes."""
+    data = pl.load_data(name)
+    _, tokenizer = pl.load_model("minilm", num_labels=2)
+    splits = [
+        [pl.encode_classification(tokenizer, row["text"], row["label"], max_length) for row in data[split]]
+        for split in ("train", "validation", "test")
+    ]
+    return *splits, len(data["train"].features["label"].names)
+
+
+def desk(point: dict[str, Any]) -> dict[str, Any]:
+    """Teaches smollm2-135m the support desk, by the LoRA chapter's recipe; returns what was measured."""
+    torch.manual_seed(point["seed"])
+    model, tokenizer = pl.load_model("smollm2-135m", device="cuda" if torch.cuda.is_available() else None)
+    rows, test, news = lora.desk_data()
+    pl.attach(model, config_of(point))
+    examples = [pl.encode_completion(tokenizer, row["prompt"], row["ticket"]) for row in rows]
+    held_out = [pl.encode_completion(tokenizer, row["prompt"], row["ticket"]) for row in test]
+    history = pl.train(
+        model, examples, tokenizer=tokenizer, steps=point["steps"], batch_size=point["batch_size"],
+        learning_rate=point["learning_rate"], seed=point["seed"], precision="fp32", warmup=0.1, schedule="linear",
+        group_by_length=True, progress=False,
+    )  # fmt: skip
+    prompts = [row["prompt"] for row in test]
+    answers = pl.generate_text(model, tokenizer, prompts, max_new_tokens=40, batch_size=64, progress=False)
+    return {
+        "trainable": pl.count_parameters(model).trainable,
+        "adapter_bytes": lora.adapter_bytes(model),
+        "train_loss": statistics.fmean(step["loss"] for step in history.steps[-10:]),
+        "test_loss": pl.mean_loss(model, held_out, pl.Collator(tokenizer)),
+        "exact": pl.support_desk.score(answers, [row["ticket"] for row in test])["exact"],
+        "news_perplexity": pl.perplexity(model, news, tokenizer, progress=False),
+    }
+
+
+def with_method(model: nn.Module, point: dict[str, Any]) -> nn.Module:
+    """The 7B model as the point's library prepares it: float32 adapters on bf16 weights."""
+    if point["library"] == "peft":
+        from peft import IA3Config, get_peft_model
+
+        return get_peft_model(model, IA3Config(task_type="CAUSAL_LM"))
+    return pl.attach(model, config_of(point))
+
+
+def roberta_step(point: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Peak memory and time of a step: float32 weights, computed in bf16; median of ten after three; fused AdamW."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    shape = pl.memory.load_shape(point["shape"])
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**shape.config)).train()
+    config = config_of(point, ["classifier"])
+    if config is not None:
+        pl.attach(model, config)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    ids = torch.randint(3, shape.config["vocab_size"], (point["batch"], point["sequence"]), device="cuda")
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids[:, 0] % 2).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    times = fullsize.timed(step, repeats=10, warm_up=3)
+    yield {
+        "trainable": sum(parameter.numel() for parameter in trained),
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "seconds": statistics.median(times),
+        "seconds_spread": max(times) - min(times),
+    }
+
+
+STATES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("houlsby", {"method": "houlsby", "reduction_factor": 16}),
+    ("pfeiffer", {"method": "pfeiffer", "reduction_factor": 16}),
+    ("parallel", {"method": "parallel", "reduction_factor": 16}),
+    ("ia3", {"method": "ia3"}),
+    ("lora", {"method": "lora", "r": 16, "shape": "llama-2-7b"}),
+)
+
+
+@torch.no_grad()
+def forward_passes() -> Iterator[dict[str, Any]]:
+    """Time of one forward pass of 1 and of 128 tokens, for 1 and for 32 sequences; 16-bit adapters; median of 10."""
+    torch.manual_seed(0)
+    model = fullsize.llama_7b().eval()
+
+    def passes(state: str) -> Iterator[dict[str, Any]]:
+        for batch, count in product((1, 32), (1, 128)):
+            tokens = torch.randint(32000, (batch, count), device="cuda")
+            times = fullsize.timed(lambda: model(input_ids=tokens, logits_to_keep=1), repeats=10, warm_up=3)  # noqa: B023
+            yield {"state": state, "batch": batch, "tokens": count, "seconds": statistics.median(times),
+                   "seconds_spread": max(times) - min(times)}  # fmt: skip
+
+    yield from passes("base")
+    for name, settings in STATES:
+        pl.attach(model, config_of(settings), adapter_dtype=torch.bfloat16)
+        yield from passes(name)
+        if name in ("ia3", "lora"):
+            pl.merge(model, unload=True)
+            yield from passes(f"{name} merged")
+        else:
+            pl.detach(model)

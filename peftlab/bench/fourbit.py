@@ -1,0 +1,307 @@
+"""Full size in four bits: Hugging Face peft on bitsandbytes and this package side by side, on one set of codes.
+
+The Llama shapes with random weights, quantised layer by layer on the GPU. Both libraries' layers share the same
+codes, so that one model serves all, and the runs alternate: what the machine does in between meets both.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
+
+import torch
+from torch import nn
+
+import peftlab as pl
+from peftlab.bench.fullsize import ALL_LINEAR, timed
+from peftlab.bench.kernels import Row, forward_passes, profile_of
+from peftlab.memory.shapes import load_shape
+from peftlab.quantization import Linear4bit
+from peftlab.quantization.backends import AUTO, bitsandbytes, choose
+from peftlab.quantization.codebooks import code_book, dynamic_book
+from peftlab.quantization.model import replace, weight_bytes
+from peftlab.quantization.preparing import kbit_casts
+from peftlab.training.precision import switch_checkpointing
+
+CARD = 48e9  # bytes: a card sold as 48 GB has a little more
+ROUNDS, REPEATS, WARM_UP = 2, 4, 2
+RUN = {"r": 16, "optimizer": "adamw", "batch": 1, "sequence": 512, "checkpointing": True, "adapter_dtype": "float32"}
+# r, optimiser and adapter dtype that 70B is tried with, and the sequences from the longest down
+FITS = ((16, "adamw", "float32"), (64, "adamw", "float32"), (64, "adamw", "bfloat16"),
+        (64, "adamw8bit", "float32"), (64, "paged-adamw8bit", "float32"))  # fmt: skip
+STEPS = ((1, True), (4, True), (4, False))  # batch and checkpointing at 7B
+SEQUENCES = (4096, 2048, 1024, 512)
+
+
+# ------------------------------------------------------------------------------------------------------ the models
+
+
+@torch.no_grad()
+def random_model(shape: str | dict, device: torch.device, four_bit: bool = True) -> nn.Module:
+    """A Llama shape with random bf16 weights, its body's linear layers in NF4 or as they are; one layer at a time."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**load_shape(shape).config)
+    config.use_cache = False
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    worker = choose(AUTO, "nf4", 64, device)
+    for path, module in list(model.named_modules()):
+        if four_bit and type(module) is nn.Linear and module is not model.get_output_embeddings():
+            weight = torch.randn(module.weight.shape, dtype=torch.bfloat16, device=device).mul_(0.02)
+            replace(model, path, Linear4bit(worker.quantize(weight, "nf4", 64, True, path)))
+            continue
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor.is_meta:
+                value = torch.randn(tensor.shape, dtype=tensor.dtype, device=device).mul_(0.02)
+                setattr(module, name, nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value)
+    return model.requires_grad_(False)
+
+
+def as_bitsandbytes(layer: Linear4bit) -> nn.Module:
+    """bitsandbytes' own layer over the same codes and scales."""
+    bnb, state = bitsandbytes(), layer.quant_state
+    scales = bnb.functional.QuantState(
+        state.nested_absmax, blocksize=256, code=dynamic_book(state.absmax.device), dtype=torch.float32
+    )
+    theirs = bnb.functional.QuantState(
+        state.absmax, shape=state.shape, code=code_book(state.format, state.absmax.device), blocksize=state.block_size,
+        quant_type=state.format, dtype=state.dtype, offset=state.offset, state2=scales,
+    )  # fmt: skip
+    new = bnb.nn.Linear4bit(
+        layer.in_features, layer.out_features, bias=False, quant_type=state.format, device="meta",
+        compute_dtype=state.dtype,
+    )  # fmt: skip
+    new.weight = bnb.nn.Params4bit(
+        layer.weight.data, requires_grad=False, quant_state=theirs, quant_type=state.format, bnb_quantized=True,
+        blocksize=state.block_size, module=new,
+    )  # fmt: skip
+    new.quant_state = theirs
+    return new
+
+
+@contextmanager
+def under(model: nn.Module, library: str, run: Row) -> Iterator[nn.Module]:
+    """The model as a library prepares it for a run, for a while.
+
+    `"peftlab"`; `"peft"`, with its layers on bitsandbytes' and nothing cast; `"peft, prepared"`, the published
+    recipe, which casts embedding, head and norms to float32 as well.
+    """
+    own = {path: module for path, module in model.named_modules() if isinstance(module, Linear4bit)}
+    before = {name: p.dtype for name, p in model.named_parameters()}
+    if library == "peftlab":
+        config = pl.LoRAConfig(r=run["r"], alpha=32, target_modules=ALL_LINEAR)
+        wrapped = pl.attach(model, config, adapter_dtype=getattr(torch, run["adapter_dtype"]))
+        if run["checkpointing"]:
+            pl.prepare_for_training(model, checkpointing=True)
+    else:
+        import peft
+
+        for path, layer in own.items():
+            replace(model, path, as_bitsandbytes(layer))
+        model.is_loaded_in_4bit = bool(own)
+        if library == "peft, prepared":
+            kind = {"use_reentrant": False}
+            peft.prepare_model_for_kbit_training(model, run["checkpointing"], kind)
+        elif run["checkpointing"]:
+            switch_checkpointing(model, "enable", {"use_reentrant": False})
+        config = peft.LoraConfig(r=run["r"], lora_alpha=32, target_modules=list(ALL_LINEAR))
+        wrapped = peft.get_peft_model(model, config)
+    try:
+        yield wrapped.train()
+    finally:
+        if library == "peftlab":
+            pl.detach(model)
+        else:
+            wrapped.unload()
+            for path, layer in own.items():
+                replace(model, path, layer)
+            model.is_loaded_in_4bit = False
+        if run["checkpointing"]:
+            switch_checkpointing(model, "disable")
+            if hasattr(model, "disable_input_require_grads") and getattr(model, "_require_grads_hooks", None):
+                model.disable_input_require_grads()
+        for name, parameter in model.named_parameters():  # what was cast up came from 16 bits: it goes back exactly
+            if parameter.dtype != before[name]:
+                parameter.data = parameter.data.to(before[name])
+        del wrapped, own
+        release()
+
+
+# ------------------------------------------------------------------------------------------------------ one step
+
+
+def optimizer_of(name: str, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimiser by its name in `pl.train`."""
+    if name == "adamw":
+        return torch.optim.AdamW(trained, lr=1e-5, fused=trained[0].is_cuda)
+    optimizers = bitsandbytes().optim
+    return (optimizers.PagedAdamW8bit if name.startswith("paged") else optimizers.AdamW8bit)(trained, lr=1e-5)
+
+
+def stepper(wrapped: nn.Module, run: Row, device: torch.device) -> Callable[[], None]:
+    """One training step as a function: forward under bf16 autocast, backward, optimiser."""
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    optimizer = optimizer_of(run["optimizer"], trained)
+    tokens = torch.randint(wrapped.config.vocab_size, (run["batch"], run["sequence"]), device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = wrapped(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def compare(
+    model: nn.Module, run: Row, libraries: tuple[str, ...], device: torch.device, rounds: int = ROUNDS,
+    repeats: int = REPEATS,
+) -> Iterator[Row]:  # fmt: skip
+    """One run under each library in turn, several times over: the largest peak and the median step of each."""
+    times: dict[str, list[float]] = {library: [] for library in libraries}
+    peaks = dict.fromkeys(libraries, 0)
+    for _ in range(rounds):
+        for library in libraries:
+            with under(model, library, run) as wrapped:
+                step = stepper(wrapped, run, device)
+                times[library] += timed(step, repeats=repeats, warm_up=WARM_UP)
+                peaks[library] = max(peaks[library], peak())
+                trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+                del step, wrapped
+    for library in libraries:
+        yield {
+            **run, "library": library, "peak_bytes": peaks[library], "trainable": trainable,
+            "seconds": statistics.median(times[library]), "fastest": min(times[library]),
+            "seconds_spread": max(times[library]) - min(times[library]),
+            "tokens_per_second": run["batch"] * run["sequence"] / statistics.median(times[library]),
+        }  # fmt: skip
+
+
+def peak() -> int:
+    """The most that torch's allocator held since `timed` began; 0 without a GPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def release() -> None:
+    """Gives back what nothing refers to. bitsandbytes keeps a list of all paged states that ever were."""
+    if bitsandbytes() is not None:
+        bitsandbytes().functional.GlobalPageManager.get_instance().paged_tensors.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# ------------------------------------------------------------------------------------------------------ the points
+
+
+def beside(model: nn.Module, runs: list[Row], device: torch.device) -> Iterator[Row]:
+    """Each run here and in peft with nothing cast, in turn; then once by peft's published recipe."""
+    for run in runs:
+        both = compare(model, run, ("peftlab", "peft"), device)
+        published = compare(model, run, ("peft, prepared",), device, rounds=1)
+        yield from ({"kind": "step", "method": "qlora", **row} for row in (*both, *published))
+
+
+def profiles(model: nn.Module, device: torch.device) -> Iterator[Row]:
+    """Where the time goes in one step at 1 and at 4 x 512 tokens."""
+    for batch in (1, 4):
+        run = {**RUN, "batch": batch}
+        with under(model, "peftlab", run) as wrapped:
+            yield from ({**run, **row} for row in profile_of(stepper(wrapped, run, device)))
+
+
+def seven(point: Row, device: torch.device) -> Iterator[Row]:
+    """7B: steps beside peft, and the optimisers."""
+    model = random_model(point["shape"], device)
+    yield {"kind": "weights", "format": "nf4", "weight_bytes": weight_bytes(model)}
+    yield from beside(model, [{**RUN, "batch": b, "checkpointing": c} for b, c in STEPS], device)
+    for r, optimizer in product((16, 64), ("adamw", "adamw8bit", "paged-adamw8bit")):
+        run = {**RUN, "r": r, "optimizer": optimizer}
+        for row in compare(model, run, ("peftlab",), device, rounds=1, repeats=3):
+            yield {"kind": "optimizer", "method": "qlora", **row}
+
+
+def sixteen(point: Row, device: torch.device) -> Iterator[Row]:
+    """7B in bf16: LoRA on whole weights, for comparison."""
+    model = random_model(point["shape"], device, four_bit=False)
+    yield {"kind": "weights", "format": "bf16", "weight_bytes": weight_bytes(model)}
+    for batch, checkpointing in STEPS:
+        run = {**RUN, "batch": batch, "checkpointing": checkpointing}
+        for row in compare(model, run, ("peftlab",), device, rounds=1):
+            yield {"kind": "step", "method": "lora", **row}
+
+
+def where(point: Row, device: torch.device) -> Iterator[Row]:
+    """7B in four bits and in bf16: where the time of a step goes, and what answering costs."""
+    for format in ("nf4", "bf16"):
+        model = random_model(point["shape"], device, four_bit=format == "nf4")
+        yield from ({"kind": "latency", "format": format, **row} for row in forward_passes(model, device))
+        yield from ({"kind": "profile", "format": format, **row} for row in profiles(model, device))
+        del model
+        release()
+
+
+def eight(point: Row, device: torch.device) -> Iterator[Row]:
+    """8B, whose vocabulary has 128,256 words: steps beside peft, and what preparing it casts."""
+    model = random_model(point["shape"], device)
+    for step in kbit_casts(model):
+        yield {"kind": "cast", "what": step.step, "modules": step.modules, "bytes": step.bytes}
+    yield from beside(model, [{**RUN, "r": 64, "batch": batch} for batch in (1, 4)], device)
+
+
+def seventy(point: Row, device: torch.device) -> Iterator[Row]:
+    """70B on a card of 48 GB: all but that much of the GPU is taken away first. Steps beside peft, and what fits."""
+    with only(CARD, device) as taken:
+        model = random_model(point["shape"], device)
+        yield {"kind": "weights", "format": "nf4", "weight_bytes": weight_bytes(model), "card_bytes": int(CARD)}
+        for row in beside(model, [RUN], device):
+            yield {**row, "peak_bytes": row["peak_bytes"] - taken}
+        for r, optimizer, adapter_dtype in FITS:
+            fitted = False
+            for sequence in SEQUENCES:
+                run = {**RUN, "r": r, "optimizer": optimizer, "adapter_dtype": adapter_dtype, "sequence": sequence}
+                if fitted and sequence != SEQUENCES[-1]:
+                    yield {"kind": "fits", **run, "fits": True, "tried": False}  # a shorter one than one that fits
+                    continue
+                row = tried(model, run, device, taken)
+                fitted = fitted or row["fits"]
+                yield {"kind": "fits", **run, "tried": True, **row}
+
+
+def tried(model: nn.Module, run: Row, device: torch.device, taken: int) -> Row:
+    """Two steps of a run: its peak and the time of the second, or that there was no memory for it."""
+    try:
+        with under(model, "peftlab", run) as wrapped:
+            step = stepper(wrapped, run, device)
+            times = timed(step, repeats=1, warm_up=1)
+            return {"fits": True, "peak_bytes": peak() - taken, "seconds": times[0]}
+    except torch.OutOfMemoryError:
+        return {"fits": False, "peak_bytes": None, "seconds": None}
+    finally:
+        release()
+
+
+@contextmanager
+def only(size: float, device: torch.device) -> Iterator[int]:
+    """Leaves that many bytes of the GPU, CUDA's own context among them; yields the bytes taken away.
+
+    A tensor holds the rest of the card, so that memory which torch does not count, paged states say, cannot go there
+    either; and torch's allocator is held to what remains.
+    """
+    torch.zeros(1, device=device)
+    release()
+    free, total = torch.cuda.mem_get_info(device)
+    ballast = torch.empty(int(total - size), dtype=torch.uint8, device=device)
+    outside = total - free - torch.cuda.memory_reserved(device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (total - max(outside, 0)) / total), device)
+    try:
+        yield ballast.nbytes
+    finally:
+        del ballast
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        release()

@@ -1,0 +1,104 @@
+"""Where the time of a 4-bit step goes: what the GPU's kernels do, forward passes, and the bandwidth of kernels."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+import peftlab as pl
+from peftlab.bench.fullsize import timed
+from peftlab.quantization import blockwise
+from peftlab.quantization.backends import choose
+
+Row = dict[str, Any]
+KINDS = (
+    ("dequantise the weights", ("dequantize_blockwise", "dequantizeblockwise", "kdequantize")),
+    ("matrix products", ("gemm", "cutlass", "nvjet", "xmma", "matmul", "cublas")),
+    ("attention", ("flash", "fmha", "attention")),
+    ("optimiser", ("adam", "multi_tensor")),
+)
+
+
+def kind_of(kernel: str) -> str:
+    """What a CUDA kernel does, by its name."""
+    name = kernel.lower()
+    for kind, marks in KINDS:
+        if any(mark in name for mark in marks):
+            return kind
+    return "copies" if "memcpy" in name or "memset" in name else "everything else"
+
+
+def profile_of(step: Callable[[], None]) -> list[Row]:
+    """One step's seconds of the GPU by what its kernels do, and the step's own time without the profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    alone = statistics.median(timed(step, repeats=3, warm_up=2))
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        step()
+        torch.cuda.synchronize()
+    spent: dict[str, list[float]] = {}
+    for event in recorded.events():
+        if str(event.device_type).endswith("CUDA"):
+            spent.setdefault(kind_of(event.name), []).append(event.device_time_total / 1e6)
+    return [
+        {"what": kind, "kernels": len(times), "gpu_seconds": sum(times), "seconds": alone}
+        for kind, times in sorted(spent.items())
+    ]
+
+
+@torch.no_grad()
+def forward_passes(model: nn.Module, device: torch.device) -> Iterator[Row]:
+    """Time of one forward pass in bf16 over 1 and over 512 tokens: what a quantised base costs when it answers."""
+    model.eval()
+    for count in (1, 512):
+        tokens = torch.randint(model.config.vocab_size, (1, count), device=device)
+        times = timed(lambda tokens=tokens: model(input_ids=tokens), repeats=10, warm_up=3)
+        yield {"tokens": count, "seconds": statistics.median(times), "seconds_spread": max(times) - min(times)}
+
+
+def bandwidths(point: Row, device: torch.device) -> Iterator[Row]:
+    """Bandwidth of quantising and dequantising against a plain copy: bytes read and written over the median time."""
+    weight = torch.randn(point["rows"], point["columns"], dtype=torch.bfloat16, device=device)
+    held = pl.quantize_nf4(weight)
+    theirs, reference = (choose(name, "nf4", 64, device) for name in ("bitsandbytes", "reference"))
+    four = held.packed.nbytes
+    target = torch.empty_like(weight)
+    flat = held.packed.view(-1)
+    scales = held.state.scales()
+    ops, shape = torch.ops.bitsandbytes, list(weight.shape)
+    work = {
+        "copy": (2 * weight.nbytes, lambda: target.copy_(weight)),
+        "quantise, bitsandbytes": (
+            weight.nbytes + four, lambda: ops.quantize_4bit.default(weight, 64, "nf4", torch.uint8)),
+        "dequantise, bitsandbytes": (
+            four + weight.nbytes, lambda: ops.dequantize_4bit.default(flat, scales, 64, "nf4", shape, weight.dtype)),
+        "scales and weights, bitsandbytes": (
+            held.nbytes + weight.nbytes, lambda: theirs.dequantize(held.packed, held.state, weight.dtype)),
+        "quantise, reference": (weight.nbytes + four, lambda: blockwise.quantize(weight)),
+        "dequantise, reference": (
+            held.nbytes + weight.nbytes, lambda: reference.dequantize(held.packed, held.state, weight.dtype)),
+    }  # fmt: skip
+    for what, (moved, call) in work.items():
+        seconds = events(call, repeats=4 if "reference" in what else 30)
+        yield {"what": what, "moved_bytes": moved, "seconds": seconds, "bytes_per_second": moved / seconds}
+
+
+def events(call: Callable[[], Any], repeats: int) -> float:
+    """Median seconds of a call by the GPU's own clock, after three. Between calls the cache is overwritten."""
+    flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(repeats):
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return statistics.median(times)

@@ -1,0 +1,71 @@
+"""Memory of one of two GPUs that train together: `peftlab bench parallel`.
+
+Each point is a run of two steps like those of `bench memory`, under DistributedDataParallel or with every block and the
+model given to `fully_shard`. The peak is that of the first GPU.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed, multiprocessing, nn
+
+from peftlab.bench import memory
+from peftlab.errors import PeftLabError
+
+GPUS = 2
+
+
+def points() -> Iterator[dict[str, Any]]:
+    """Full fine-tuning and LoRA, both ways, with and without checkpointing."""
+    for parallel, method in (("ddp", "full"), ("ddp", "lora"), ("fsdp", "full"), ("fsdp", "lora")):
+        yield run("llama-3.2-1b", method, parallel, batch=2)
+    for method, checkpointing in (("full", True), ("lora", False), ("lora", True)):
+        yield run("llama-3.1-8b", method, "fsdp", checkpointing=checkpointing, sequence=1024)
+
+
+def run(shape: str, method: str, parallel: str, **changes: Any) -> dict[str, Any]:
+    """One run on two GPUs."""
+    return {**memory.run(shape, method, **changes), "section": "parallel", "gpus": GPUS, "parallel": parallel}
+
+
+def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
+    """Measures one point in processes of its own; returns its row."""
+    if torch.cuda.device_count() < GPUS:
+        raise PeftLabError(f"bench parallel needs {GPUS} CUDA GPUs; found {torch.cuda.device_count()}.")
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(worker, (point, folder), nprocs=GPUS)
+        peak = int(Path(folder, "peak").read_text())
+    return [{**point, "peak_bytes": peak}]
+
+
+def worker(rank: int, point: dict[str, Any], folder: str) -> None:
+    """One GPU's part of a run; the first one writes its peak into the folder."""
+    torch.cuda.set_device(rank)
+    distributed.init_process_group("nccl", init_method=f"file://{folder}/meet", rank=rank, world_size=GPUS)
+    model, _, batch = memory.build(point, torch.device("cuda", rank))
+    model = shard(model) if point["parallel"] == "fsdp" else nn.parallel.DistributedDataParallel(model, [rank])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = memory.optimizer_of(point["optimizer"], trained)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    memory.steps(memory.phases(model, optimizer, batch, memory.autocast(point)), 2)
+    if rank == 0:
+        Path(folder, "peak").write_text(str(torch.cuda.max_memory_allocated()))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def shard(model: nn.Module) -> nn.Module:
+    """Every block a group of its own, the rest another."""
+    from torch.distributed.fsdp import fully_shard
+
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for block in module:
+                fully_shard(block)
+    return fully_shard(model)

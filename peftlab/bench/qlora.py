@@ -1,0 +1,208 @@
+"""The measurements of the chapter on QLoRA and NF4.
+
+Sections, in the chapter's order:
+    equality    codes, scales and weights against bitsandbytes' CUDA kernels, 10^8 values in each dtype
+    perplexity  smollm2-135m on news text in each format and block size
+    quality     the same formats after LoRA on top: the support desk, and held-out news
+    curve       twenty steps of LoRA on an NF4 base, here and with Hugging Face peft on bitsandbytes
+    kernels     bandwidth of quantising and dequantising against a plain copy
+    seven, eight, seventy   Llama shapes at full size (random weights) beside Hugging Face peft's recipe
+    sixteen     LoRA on 7B in bf16
+    where       where the time of a step at 7B goes, and what a forward pass costs
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+import peftlab as pl
+from peftlab.bench import fourbit, kernels
+from peftlab.bench.fourbit import Row
+from peftlab.errors import PeftLabError
+from peftlab.quantization.backends import bitsandbytes
+from peftlab.quantization.blockwise import quantize
+from peftlab.quantization.model import replace
+
+VALUES = 100_000_000
+FORMATS = ("whole", "nf4", "fp4", "int4")
+BLOCK_SIZES = (32, 64, 256, 1024, 4096)
+DESK = {"task": "desk", "r": 8, "alpha": 32, "learning_rate": 5e-3, "steps": 70, "batch_size": 8, "seed": 0}
+NEWS = {"task": "news", "r": 8, "alpha": 32, "learning_rate": 1e-3, "steps": 60, "batch_size": 8, "seed": 0}
+SEVEN = "llama-2-7b"
+FULL_SIZE = {"seven": SEVEN, "sixteen": SEVEN, "where": SEVEN, "eight": "llama-3.1-8b", "seventy": "llama-2-70b"}
+
+
+def points() -> list[Row]:
+    """Every point to measure."""
+    dtypes = ("float32", "bfloat16", "float16")
+    equality = [{"section": "equality", "dtype": dtype, "values": VALUES, "block_size": 64} for dtype in dtypes]
+    equality += [{"section": "equality", "dtype": "bfloat16", "values": VALUES // 10, "block_size": size}
+                 for size in (32, 4096)]  # fmt: skip
+    perplexity = [{"section": "perplexity", "format": format} for format in FORMATS]
+    quality = [{"section": "quality", "format": format, **task} for task in (DESK, NEWS) for format in FORMATS]
+    sizes = [{"section": "kernels", "timed": True, "rows": rows, "columns": columns}
+             for rows, columns in ((4096, 4096), (11008, 4096), (28672, 8192))]  # fmt: skip
+    full = [{"section": name, "timed": True, "shape": shape} for name, shape in FULL_SIZE.items()]
+    return [*equality, *perplexity, *quality, {"section": "curve", "steps": 20}, *sizes, *full]
+
+
+def measure(point: Row) -> list[Row]:
+    """Measures one point; returns its rows."""
+    section, device = point["section"], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    small = {"perplexity": perplexities, "quality": quality, "curve": curve}
+    large = {"equality": equality, "kernels": kernels.bandwidths,
+             **{name: getattr(fourbit, name) for name in FULL_SIZE}}  # fmt: skip
+    if section in large and device.type != "cuda":
+        raise PeftLabError(f"Section {section!r} measures a GPU and needs one with CUDA.")
+    try:
+        told = {name: value for name, value in point.items() if name != "timed"}
+        return [{**told, **row} for row in (small | large)[section](point, device)]
+    finally:
+        fourbit.release()
+
+
+# -------------------------------------------------------------------------------------------------------- equality
+
+
+@torch.no_grad()
+def equality(point: Row, device: torch.device, piece: int = 10_000_000) -> Iterator[Row]:
+    """How many bytes of codes, scales and weights differ from bitsandbytes' kernels on the same values.
+
+    The reference runs on the CPU, where it equals bitsandbytes' CPU code, and on the GPU.
+    """
+    functional, block_size = bitsandbytes().functional, point["block_size"]
+    differing = {place: dict.fromkeys(("codes", "scales", "scale_codes", "weights"), 0) for place in ("cpu", "cuda")}
+    for start in range(0, point["values"], piece):
+        make = torch.Generator(device).manual_seed(start)
+        count = min(piece, point["values"] - start)
+        weight = torch.randn(count, generator=make, device=device).mul_(0.02).to(getattr(torch, point["dtype"]))
+        packed, state = functional.quantize_4bit(weight, blocksize=block_size, quant_type="nf4")
+        _, doubled = functional.quantize_4bit(weight, blocksize=block_size, quant_type="nf4", compress_statistics=True)
+        back = functional.dequantize_4bit(packed, state)
+        for place, found in differing.items():
+            held = quantize(weight.to(place), block_size=block_size, double_quant=False)
+            twice = quantize(weight.to(place), block_size=block_size)
+            ours = pl.Quantized(packed.to(place), held.state).dequantize()  # from the same codes
+            for what, mine, theirs in (
+                ("codes", held.packed, packed), ("scales", held.absmax, state.absmax),
+                ("scale_codes", twice.absmax, doubled.absmax), ("weights", ours, back),
+            ):  # fmt: skip
+                found[what] += int((mine.to(device).flatten() != theirs.flatten()).sum())
+    for place, found in differing.items():
+        yield {"reference_on": place, **{f"{what}_differing": number for what, number in found.items()}}
+
+
+# --------------------------------------------------------------------------------------------------------- quality
+
+
+def in_format(format: str, device: torch.device, block_size: int = 64) -> tuple[nn.Module, Any]:
+    """smollm2-135m with its linear layers in a format; `"whole"` leaves them in float32."""
+    torch.manual_seed(0)
+    model, tokenizer = pl.load_model("smollm2-135m", device=device)
+    return model if format == "whole" else pl.quantize_model(model, format=format, block_size=block_size), tokenizer
+
+
+def perplexities(point: Row, device: torch.device) -> Iterator[Row]:
+    """Perplexity on news, and the weights' relative error, by block size."""
+    whole, tokenizer = in_format("whole", device)
+    news = texts()[1]
+    for block_size in (64,) if point["format"] == "whole" else BLOCK_SIZES:
+        model = copy.deepcopy(whole)
+        if point["format"] != "whole":
+            pl.quantize_model(model, format=point["format"], block_size=block_size)
+        errors = [
+            ((layer.dequantize() - whole.get_submodule(path).weight).norm() / whole.get_submodule(path).weight.norm())
+            for path, layer in model.named_modules() if hasattr(layer, "quant_state")
+        ]  # fmt: skip
+        yield {
+            "block_size": block_size, "perplexity": pl.perplexity(model, news, tokenizer, progress=False),
+            "weight_error": statistics.fmean(float(error) for error in errors) if errors else 0.0,
+        }  # fmt: skip
+
+
+def quality(point: Row, device: torch.device) -> Iterator[Row]:
+    """LoRA on a base in a format, taught the support desk or the language of news."""
+    model, tokenizer = in_format(point["format"], device)
+    train_text, news = texts()
+    before = pl.perplexity(model, news, tokenizer, progress=False)
+    target = ["q_proj", "v_proj"] if point["task"] == "desk" else "all-linear"
+    pl.attach(model, pl.LoRAConfig(r=point["r"], alpha=point["alpha"], target_modules=target))
+    desk = pl.load_data("support-desk")
+    rows = list(desk["train"].select(range(2000)))
+    if point["task"] == "desk":
+        examples = [pl.encode_completion(tokenizer, row["prompt"], row["ticket"]) for row in rows]
+    else:
+        examples = [pl.encode_text(tokenizer, text, max_length=256) for text in train_text]
+    history = pl.train(
+        model, examples, tokenizer=tokenizer, steps=point["steps"], batch_size=point["batch_size"], warmup=0.1,
+        learning_rate=point["learning_rate"], seed=point["seed"], precision="fp32", group_by_length=True,
+        progress=False,
+    )  # fmt: skip
+    row = {"perplexity_before": before, "perplexity": pl.perplexity(model, news, tokenizer, progress=False),
+           "train_loss": statistics.fmean(step["loss"] for step in history.steps[-10:]),
+           "seconds": history.seconds, "exact": None}  # fmt: skip
+    if point["task"] == "desk":
+        test = list(desk["test"].select(range(128)))
+        prompts = [each["prompt"] for each in test]
+        answers = pl.generate_text(model, tokenizer, prompts, max_new_tokens=40, batch_size=64, progress=False)
+        row["exact"] = pl.support_desk.score(answers, [each["ticket"] for each in test])["exact"]
+    yield row
+
+
+@cache
+def texts() -> tuple[list[str], list[str]]:
+    """News to train on, and 40 other articles cut to 1,000 characters to test on."""
+    data = pl.load_data("news")
+    return (
+        [row["text"][:1000] for row in data["train"].select(range(480))],
+        [row["text"][:1000] for row in data["test"].select(range(40))],
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- curve
+
+
+def curve(point: Row, device: torch.device, layers: int | None = None) -> Iterator[Row]:
+    """Losses of LoRA on one NF4 base, here and with Hugging Face peft on bitsandbytes, from equal A and B."""
+    import peft
+
+    ours, tokenizer = in_format("nf4", device)
+    if layers is not None:
+        ours.model.layers = ours.model.layers[:layers]
+    theirs = copy.deepcopy(ours)
+    for path, layer in list(theirs.named_modules()):
+        if isinstance(layer, fourbit.Linear4bit):
+            replace(theirs, path, fourbit.as_bitsandbytes(layer))
+    theirs.is_loaded_in_4bit = True
+    targets = list(fourbit.ALL_LINEAR)
+    pl.attach(ours, pl.LoRAConfig(r=8, alpha=20, target_modules=targets)).train()
+    wrapped = peft.get_peft_model(theirs, peft.LoraConfig(r=8, lora_alpha=20, target_modules=targets)).train()
+    mine = dict(ours.named_parameters())
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad:
+            path, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
+            parameter.data.copy_(mine[f"{path}.peftlab.default.lora.lora_{rest[0]}"])
+    tokens = torch.tensor(tokenizer(" ".join(texts()[0][:60]))["input_ids"][: point["steps"] * 4 * 64], device=device)
+    batches = tokens.view(point["steps"], 4, -1)
+    losses = [_losses(model, batches) for model in (ours, wrapped)]
+    for step, (found, expected) in enumerate(zip(*losses, strict=True), 1):
+        yield {"step": step, "loss": found, "loss_peft": expected}
+
+
+def _losses(model: nn.Module, batches: torch.Tensor) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    losses = []
+    for batch in batches:
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses

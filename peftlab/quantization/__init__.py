@@ -1,0 +1,21 @@
+"""Weights in four bits: code books, block-wise quantisation, a frozen linear layer, and whole models.
+
+    model            quantize_model, dequantize_model: in place, one layer at a time
+    storing          a 4-bit base to disk and back, in bitsandbytes' keys
+    preparing        what to do to a model before training it, each step by choice
+       linear        the frozen layer: forward and backward by dequantisation
+       weights       a quantised parameter, whoever made it
+          backends   the reference, and bitsandbytes' kernels
+             blockwise, codebooks, serialised
+
+Arrows point down. `peftlab` names what a user needs; the rest is here to be read.
+"""
+
+from peftlab.quantization.blockwise import Quantized, QuantState, dequantize, quantize, quantize_nf4
+from peftlab.quantization.codebooks import FORMATS, code_book, dynamic_map
+from peftlab.quantization.linear import Linear4bit
+
+__all__ = [
+    "FORMATS", "Linear4bit", "QuantState", "Quantized", "code_book", "dequantize", "dynamic_map", "quantize",
+    "quantize_nf4",
+]  # fmt: skip

@@ -1,0 +1,152 @@
+"""Who computes with 4-bit weights: the reference in plain PyTorch, or bitsandbytes' kernels. They give equal numbers.
+
+A backend turns a weight into codes and codes into a weight. A new one is a class with these four methods and a line in
+`BACKENDS`; `choose` asks each, in this order, whether it can.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+from functools import cache
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.quantization import blockwise
+from peftlab.quantization.blockwise import SCALE_BLOCK, Quantized, QuantState
+from peftlab.quantization.codebooks import dynamic_book
+
+AUTO = "auto"
+
+
+class Reference:
+    """Plain PyTorch: every format, block size and device."""
+
+    name = "reference"
+
+    def cannot(self, format: str, block_size: int, device: torch.device) -> str | None:
+        """Why this backend cannot compute with such weights there; None if it can."""
+        return None
+
+    def quantize(self, weight: Tensor, format: str, block_size: int, double_quant: bool, name: str) -> Quantized:
+        """A weight as codes. Raises PeftLabError for values that are not finite."""
+        return blockwise.quantize(weight, format, block_size=block_size, double_quant=double_quant, name=name)
+
+    def dequantize(self, packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
+        """Codes as a weight, of the state's shape."""
+        return blockwise.dequantize(packed, state, dtype)
+
+    def linear(self, x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
+        """x W^T + b without a gradient, x: (..., in). The weight lives for this product only."""
+        return F.linear(x, self.dequantize(packed, state, x.dtype), bias)
+
+
+class BitsAndBytes(Reference):
+    """bitsandbytes' kernels, on CUDA and on the CPU, called below its layers: those repack weights on some CPUs."""
+
+    name = "bitsandbytes"
+    block_sizes = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+    def cannot(self, format: str, block_size: int, device: torch.device) -> str | None:
+        if bitsandbytes() is None:
+            return "it is not installed (pip install bitsandbytes)"
+        if format not in ("nf4", "fp4"):
+            return f"it has no format {format!r}"
+        if block_size not in self.block_sizes:
+            return f"it has no block size {block_size}; it has {', '.join(map(str, self.block_sizes))}"
+        if device.type not in ("cuda", "cpu", "meta"):
+            return f"it does not run on {device.type} here"
+        return None
+
+    def quantize(self, weight: Tensor, format: str, block_size: int, double_quant: bool, name: str) -> Quantized:
+        if not weight.is_cuda or weight.dtype == torch.float64:  # on a CPU the reference is the faster of the two
+            return super().quantize(weight, format, block_size, double_quant, name)
+        if not torch.isfinite(weight).all():  # its maxima pass over NaN
+            return super().quantize(weight, format, block_size, double_quant, name)  # which raises
+        packed, theirs = bitsandbytes().functional.quantize_4bit(
+            weight.detach(), blocksize=block_size, quant_type=format, compress_statistics=double_quant
+        )
+        return Quantized(packed, from_bitsandbytes(theirs))
+
+    def dequantize(self, packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
+        size, block_size = math.prod(state.shape), state.block_size
+        # Its AVX-512 code takes wrong scales for rows that end within a block, and goes through torch.compile for odd
+        # sizes and large blocks. Rows of whole blocks are read rightly; the rest is the reference's.
+        on_cpu = packed.device.type == "cpu"
+        if dtype == torch.float64 or (on_cpu and (size % block_size or block_size >= 2048)):
+            return super().dequantize(packed, state, dtype)
+        shape = (size // block_size, block_size) if on_cpu else tuple(state.shape)
+        ops = torch.ops.bitsandbytes
+        scales = state.absmax
+        if state.nested:
+            book = dynamic_book(packed.device)
+            scales = ops.dequantize_blockwise.default(scales, state.nested_absmax, book, SCALE_BLOCK, torch.float32)
+            scales.add_(state.offset)
+        return ops.dequantize_4bit.default(packed, scales, block_size, state.format, shape, dtype).view(state.shape)
+
+    def linear(self, x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
+        fused = x.is_cuda and x.dtype != torch.float64 and state.shape[1] % state.block_size == 0
+        if not fused or not hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
+            return super().linear(x, packed, state, bias)
+        # For a few tokens it multiplies by the codes themselves, for more it dequantises: it knows where to change.
+        nested = (state.nested_absmax, state.absmax, dynamic_book(x.device), state.offset)
+        first, *more = nested if state.nested else (state.absmax, None, None, None)
+        return torch.ops.bitsandbytes.gemm_4bit.default(
+            x, packed, list(state.shape), first, state.block_size, state.format, bias=bias,
+            absmax_8bit=more[0], absmax_code=more[1], absmax_offset=more[2],
+        )  # fmt: skip
+
+
+BACKENDS = {backend.name: backend for backend in (BitsAndBytes(), Reference())}
+
+
+def check_backend(name: str, format: str, block_size: int, device: torch.device) -> None:
+    """Refuses a backend that is not there, or that cannot do what is asked."""
+    known = (AUTO, *BACKENDS)
+    if name not in known:
+        raise PeftLabError(f"backend is one of {', '.join(known)}, not {name!r}.{did_you_mean(str(name), known)}")
+    reason = None if name == AUTO else BACKENDS[name].cannot(format, block_size, device)
+    if reason:
+        raise PeftLabError(f"backend={name!r} cannot be used: {reason}. With backend='auto' one that can is chosen.")
+
+
+@cache
+def choose(name: str, format: str, block_size: int, device: torch.device) -> Reference:
+    """The backend of that name; for `"auto"` the first that can: the layer may move between devices at any time."""
+    if name != AUTO:
+        check_backend(name, format, block_size, device)  # which also imports it
+        return BACKENDS[name]
+    return next(b for b in BACKENDS.values() if b.cannot(format, block_size, device) is None)
+
+
+@cache
+def bitsandbytes() -> ModuleType | None:
+    """bitsandbytes, imported at first use; None where it is missing or broken.
+
+    On a CPU it logs at import that an optional kernel is not there, which would stand in every notebook's output.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return None
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    before, logger.disabled = logger.disabled, True
+    try:
+        import bitsandbytes
+    except Exception:  # a library built for another system raises anything from OSError to RuntimeError
+        return None
+    finally:
+        logger.disabled = before
+    return bitsandbytes
+
+
+def from_bitsandbytes(theirs: object) -> QuantState:
+    """bitsandbytes' record of a quantised weight as ours; the tensors are shared, not copied."""
+    nested = theirs.state2 if theirs.nested else None
+    return QuantState(
+        theirs.absmax, theirs.shape, theirs.dtype, theirs.blocksize, theirs.quant_type,
+        nested_absmax=None if nested is None else nested.absmax, offset=theirs.offset if nested is not None else None,
+    )  # fmt: skip

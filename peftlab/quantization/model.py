@@ -1,0 +1,192 @@
+"""A whole model's linear layers into four bits, and back: in place, one layer at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.hooks import move
+from peftlab.quantization.backends import AUTO, check_backend, choose
+from peftlab.quantization.blockwise import quantize
+from peftlab.quantization.linear import Linear4bit
+from peftlab.quantization.weights import dense, is_quantized, is_repacked, quantized
+from peftlab.records import record_of, tell_transformers, untell_transformers, unwrap
+from peftlab.targets import TASK_HEADS, is_conv1d, names_match
+
+
+def quantize_model(
+    model: nn.Module,
+    backend: str = AUTO,
+    skip: Iterable[str] = (),
+    *,
+    format: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """Turns a model's linear layers into frozen 4-bit ones, in place; then `attach` works as on any model.
+
+    The output head, the heads of tasks (`classifier`, `score`, ...), tied weights, embeddings and norms stay as they
+    are, and so does `nn.MultiheadAttention`, which reads its weight past its layer. Each layer's old weight is let go
+    before the next is touched, so that the peak is the model so far plus one layer. GPT-2's Conv1D becomes a linear
+    layer of the transposed weight.
+
+    Args:
+        backend: `"auto"` (bitsandbytes' kernels where they can be used, the reference elsewhere), or either by name.
+        skip: names, or endings of paths, of further modules to leave alone.
+        format, block_size, double_quant: as for `quantize`.
+        device: quantise there: each weight is moved by itself, so a model in main memory needs a GPU's memory for
+            its 4-bit form and one layer. What is not quantised follows at the end.
+
+    Returns:
+        The same model. A transformers model's config also says how it is quantised, so that what its
+        `save_pretrained` writes loads again with bitsandbytes.
+
+    Raises:
+        PeftLabError: adapters are attached; a name in `skip` or a setting that is not there; a weight that holds NaN
+            or infinity (named); nothing to quantise. The model is then as it was.
+    """
+    root = unwrap(model)
+    if record_of(root) is not None:
+        raise PeftLabError("Adapters are attached to this model; quantise it first, then attach.")
+    paths = list(candidates(root, skip))
+    for path in paths:
+        weight = root.get_submodule(path).weight
+        check_backend(backend, format, block_size, torch.device(device or weight.device))
+        if not torch.isfinite(weight).all():
+            quantize(weight, name=f"{path}.weight")  # which says how many are wrong
+    if not paths:
+        raise PeftLabError(f"{type(root).__name__} has no linear layer left to quantise.")
+    quantize_layers(root, paths, backend, format, block_size, double_quant, device)
+    if device is not None:
+        root.to(device)
+    mark(root, format, double_quant)
+    return model
+
+
+def quantize_layers(
+    root: nn.Module, paths: list[str], backend: str, format: str, block_size: int, double_quant: bool, device: object
+) -> None:
+    """Replaces the layers at these paths, one after the other."""
+    for path in paths:
+        layer = root.get_submodule(path)
+        weight = layer.weight.detach().T if is_conv1d(layer) else layer.weight.detach()
+        weight = weight.to(device) if device is not None else weight
+        worker = choose(backend, format, block_size, weight.device)
+        held = worker.quantize(weight, format, block_size, double_quant, f"{path}.weight")
+        new = Linear4bit(held, layer.bias, backend)
+        replace(root, path, new.train(layer.training))
+        del layer, weight, held, new  # before the next one is made
+
+
+def candidates(root: nn.Module, skip: Iterable[str]) -> Iterator[str]:
+    """The paths of the layers to quantise, in the model's order."""
+    if isinstance(skip, (str, bytes)) or not isinstance(skip, Iterable):
+        raise PeftLabError(f"skip is {skip!r}; give a list of module names, such as ['lm_head'].")
+    skip = tuple(skip)
+    modules = dict(root.named_modules())
+    for name in skip:
+        if not any(names_match((name,), path) for path in modules):
+            raise PeftLabError(f"skip names {name!r}, which matches no module.{did_you_mean(name, modules)}")
+    skip += tuple(name for names in TASK_HEADS.values() for name in names)
+    head = root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None
+    uses = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
+    for path, module in modules.items():
+        if type(module) is not nn.Linear and not is_conv1d(module):
+            continue  # a subclass may use its weight in ways of its own
+        parent = modules[path.rpartition(".")[0]]
+        within = any(names_match(skip, ".".join(path.split(".")[:n])) for n in range(1, path.count(".") + 2))
+        if module is head or within or uses[id(module.weight)] > 1 or isinstance(parent, nn.MultiheadAttention):
+            continue
+        yield path
+
+
+@torch.no_grad()
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Turns 4-bit layers, this package's or bitsandbytes', into plain `nn.Linear`, in place; adapters stay attached.
+
+    What quantisation lost does not come back: the weights are what the codes stand for. The way to ship a QLoRA
+    adapter in one piece: dequantise, then `merge`.
+
+    Args:
+        dtype: of the new weights; by default the one that was quantised.
+
+    Raises:
+        PeftLabError: no layer is quantised; a merged model; a weight that bitsandbytes has repacked for inference. The
+            model is then as it was.
+    """
+    root = unwrap(model)
+    record = record_of(root)
+    if record is not None and record.activity.merged:
+        raise PeftLabError("The model is merged; call unmerge(model) first, dequantise, and merge again.")
+    paths = [path for path, module in root.named_modules() if is_quantized(getattr(module, "weight", None))]
+    if not paths:
+        raise PeftLabError(f"No layer of this {type(root).__name__} is held in four bits.")
+    for path in paths:
+        if is_repacked(root.get_submodule(path).weight):
+            dense(root.get_submodule(path).weight)  # which says what to do
+    for path in paths:
+        layer = root.get_submodule(path)
+        new = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        new.weight = nn.Parameter(dense(layer.weight, dtype), requires_grad=False)
+        new.bias = layer.bias
+        new.train(layer.training)
+        move(layer, new)
+        replace(root, path, new)
+        del layer, new
+    unmark(root)
+    return model
+
+
+def replace(root: nn.Module, path: str, new: nn.Module) -> None:
+    """Puts a module in another's place."""
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, new)
+
+
+def mark(root: nn.Module, format: str, double_quant: bool) -> None:
+    """Lets a transformers config say how the model is quantised, in transformers' words; its fp4 and nf4 only."""
+    config = getattr(root, "config", None)
+    if config is not None and hasattr(config, "to_dict") and format in ("nf4", "fp4"):
+        config.quantization_config = quantization_config(root, format, double_quant)
+
+
+def quantization_config(root: nn.Module, format: str, double_quant: bool) -> dict[str, object]:
+    """What transformers' `BitsAndBytesConfig` would write: also which linear layers are whole."""
+    whole = [path for path, module in root.named_modules() if type(module) is nn.Linear]
+    dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
+    return {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": format,
+        "bnb_4bit_use_double_quant": double_quant, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8", "llm_int8_skip_modules": whole or None,
+    }  # fmt: skip
+
+
+def unmark(root: nn.Module) -> None:
+    """Takes every mark of quantisation off a transformers model."""
+    record = record_of(root)
+    if record is not None:
+        untell_transformers(root, record)
+    if hasattr(getattr(root, "config", None), "quantization_config"):
+        del root.config.quantization_config
+    for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_quantized"):
+        if name in root.__dict__:
+            delattr(root, name)
+    if record is not None:
+        tell_transformers(root, record)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers, 4-bit scales included, tied ones once."""
+    root = unwrap(model)
+    tensors = {id(t): t for t in (*root.parameters(), *root.buffers())}
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    for tensor in tensors.values():
+        if is_quantized(tensor) and not is_repacked(tensor):
+            total += sum(t.nbytes for t in quantized(tensor).state.tensors().values())
+    return total
+

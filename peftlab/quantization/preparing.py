@@ -1,0 +1,163 @@
+"""What one may do to a model before it is trained under adapters: four steps, each by choice, each with its cost.
+
+Hugging Face's `prepare_model_for_kbit_training` does them all at once, and casts *every* 16-bit parameter that is not
+quantised to float32: the norms, which cost nothing, and the embedding and the output head, which at a vocabulary of
+128,256 and a width of 4,096 cost 2.1 GB each instead of 1.05. Here `attach` freezes and `train` checkpoints anyway;
+this module is for loops of one's own, and to see what each step does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.hooks import is_adapter_name
+from peftlab.quantization.weights import is_quantized
+from peftlab.records import unwrap
+from peftlab.targets import names_match
+
+
+class Step(NamedTuple):
+    """One step of preparing a model.
+
+    Attributes:
+        step: what was done.
+        modules: to how many parameters or modules.
+        bytes: by how much the weights grew.
+        costs: what else it costs, in words.
+    """
+
+    step: str
+    modules: int
+    bytes: int
+    costs: str
+
+
+def prepare_for_training(
+    model: nn.Module,
+    *,
+    freeze: bool = True,
+    norms: bool | Iterable[str] = False,
+    input_gradients: bool = False,
+    checkpointing: bool | str = False,
+) -> list[Step]:
+    """Prepares a model for training under adapters, in place, and says what each step did and costs.
+
+    Args:
+        freeze: nothing of the base requires gradients. `attach` does that too.
+        norms: hold the weights of the norms in float32, all of them or those whose names (or endings of paths) are
+            given. Llama's norms compute in float32 in any case, and a weight that came from 16 bits is the same
+            number in 32.
+        input_gradients: let the embedding's output require gradients. Only reentrant checkpointing needs it.
+        checkpointing: recompute each block in the backward pass; True, or `"reentrant"` for the older kind, which
+            brings `input_gradients` with it. `train(checkpointing=...)` does that for the time of a run.
+
+    Returns:
+        The steps, in the order done.
+
+    Raises:
+        PeftLabError: a norm that is not there (with near matches); a model that cannot checkpoint or has no embedding.
+    """
+    root = unwrap(model)
+    chosen = find_norms(root, norms) if norms else {}
+    if checkpointing not in (True, False, "reentrant"):
+        raise PeftLabError(f"checkpointing is True, False or 'reentrant', not {checkpointing!r}.")
+    steps = []
+    if freeze:
+        steps.append(freeze_base(root))
+    if chosen:
+        steps.append(norms_to_float32(chosen))
+    if checkpointing:
+        steps.append(enable_checkpointing(root, checkpointing == "reentrant"))
+    if input_gradients or checkpointing == "reentrant":
+        steps.append(require_input_gradients(root))
+    return steps
+
+
+def freeze_base(root: nn.Module) -> Step:
+    """Lets no parameter of the base require gradients."""
+    trained = [p for name, p in root.named_parameters() if p.requires_grad and not is_adapter_name(name)]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    return Step("freeze the base", len(trained), 0, "nothing: it saves every gradient and optimiser state of the base")
+
+
+def find_norms(root: nn.Module, wanted: bool | Iterable[str]) -> dict[str, nn.Module]:
+    """The norms to cast: modules called ...Norm with floating weights of their own."""
+    norms = {
+        path: module
+        for path, module in root.named_modules()
+        if "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
+    }
+    if wanted is True:
+        return norms
+    if isinstance(wanted, (str, bytes)) or not isinstance(wanted, Iterable):
+        raise PeftLabError(f"norms is {wanted!r}; give True, or a list of names such as ['input_layernorm'].")
+    wanted = tuple(wanted)
+    for name in wanted:
+        if not any(names_match((name,), path) for path in norms):
+            endings = {path.rpartition(".")[2] for path in norms}
+            raise PeftLabError(f"norms names {name!r}, which is no norm of this model.{did_you_mean(name, endings)}")
+    return {path: module for path, module in norms.items() if names_match(wanted, path)}
+
+
+def norms_to_float32(norms: dict[str, nn.Module]) -> Step:
+    """Holds norms in float32. Each still answers in the dtype of its input, so that nothing after it changes."""
+    grown = 0
+    for module in norms.values():
+        for parameter in module.parameters(recurse=False):
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                grown += 2 * parameter.numel()
+                parameter.data = parameter.data.float()
+        if _in_input_dtype not in module._forward_hooks.values():
+            module.register_forward_hook(_in_input_dtype)
+    return Step("norms to float32", len(norms), grown, "two casts a norm in each pass; the numbers stay the same")
+
+
+def _in_input_dtype(module: nn.Module, args: tuple, output: Any) -> Any:
+    return output.to(args[0].dtype) if args and isinstance(output, Tensor) else output
+
+
+def enable_checkpointing(root: nn.Module, reentrant: bool) -> Step:
+    """Turns gradient checkpointing on, and the key-value cache off, which it excludes."""
+    from peftlab.training.precision import switch_checkpointing
+
+    switch_checkpointing(root, "enable", {"use_reentrant": reentrant})
+    if not reentrant and hasattr(root, "disable_input_require_grads") and getattr(root, "_require_grads_hooks", None):
+        root.disable_input_require_grads()  # transformers asks for them in both kinds; only one needs them
+    if getattr(getattr(root, "config", None), "use_cache", None):
+        root.config.use_cache = False
+    on = [path for path, module in root.named_modules() if getattr(module, "gradient_checkpointing", False)]
+    blocks = sum(not any(other.startswith(f"{path}.") for other in on) for path in on if path)
+    return Step("checkpoint the blocks", blocks, 0, "one more forward pass; activations shrink to a block's input each")
+
+
+def require_input_gradients(root: nn.Module) -> Step:
+    """Lets the embedding's output require gradients, so that reentrant checkpointing passes gradients on."""
+    if not hasattr(root, "enable_input_require_grads"):
+        raise PeftLabError(f"{type(root).__name__} has no enable_input_require_grads; it is no transformers model.")
+    if not getattr(root, "_require_grads_hooks", None) and not getattr(root, "_require_grads_hook", None):
+        root.enable_input_require_grads()
+    return Step("let inputs require gradients", 1, 0, "the backward pass also runs below the lowest adapter")
+
+
+def kbit_casts(model: nn.Module) -> list[Step]:
+    """What Hugging Face's `prepare_model_for_kbit_training` would cast to float32 on this model; changes nothing."""
+    root = unwrap(model)
+    embedding = root.get_input_embeddings() if hasattr(root, "get_input_embeddings") else None
+    head = root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None
+    kinds: dict[str, list[Tensor]] = {"embedding": [], "output head": [], "norms and biases": []}
+    seen: set[int] = set()
+    for module in root.modules():
+        kind = {id(embedding): "embedding", id(head): "output head"}.get(id(module), "norms and biases")
+        for parameter in module.parameters(recurse=False):
+            half = parameter.dtype in (torch.float16, torch.bfloat16) and not is_quantized(parameter)
+            if half and id(parameter) not in seen:
+                seen.add(id(parameter))
+                kinds[kind].append(parameter)
+    note = "float32 instead of 16 bits"
+    return [Step(kind, len(found), sum(2 * p.numel() for p in found), note) for kind, found in kinds.items() if found]

@@ -1,0 +1,134 @@
+"""A 4-bit base on disk: one safetensors file with bitsandbytes' keys, and the model's config. Adapters lie apart.
+
+`load_quantized` needs no bitsandbytes; transformers' `from_pretrained` opens the same folder with it. Saved are the
+codes, not the weights they stand for: a quarter of the 16-bit file, and no rounding on the way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from peftlab.errors import PeftLabError
+from peftlab.hooks import is_adapter_name
+from peftlab.integrity import read_tensors, serialised, write
+from peftlab.quantization.backends import AUTO, check_backend
+from peftlab.quantization.blockwise import Quantized
+from peftlab.quantization.linear import Linear4bit
+from peftlab.quantization.model import mark, replace
+from peftlab.quantization.serialised import MARK, from_tensors, to_tensors
+from peftlab.quantization.weights import is_quantized, quantized
+from peftlab.records import record_of, unwrap
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def save_quantized(model: nn.Module, folder: str | os.PathLike) -> Path:
+    """Writes a transformers model with 4-bit layers, this package's or bitsandbytes', without its adapters.
+
+    Returns:
+        The folder, which holds `config.json` and `model.safetensors`.
+
+    Raises:
+        PeftLabError: no layer is quantised; no transformers model; a merged model. Nothing is then written.
+    """
+    root = unwrap(model)
+    config = getattr(root, "config", None)
+    if not hasattr(config, "to_dict"):
+        raise PeftLabError(f"{type(root).__name__} has no transformers config, without which it cannot be made again.")
+    record = record_of(root)
+    if record is not None and record.activity.merged:
+        raise PeftLabError("The model is merged; call unmerge(model) first: the base and the adapter are saved apart.")
+    held = {name: p for name, p in root.named_parameters() if is_quantized(p)}
+    if not held:
+        raise PeftLabError(f"No layer of this {type(root).__name__} is quantised; use its own save_pretrained.")
+    tensors = {name: t.detach() for name, t in root.state_dict().items() if not is_adapter_name(name)}
+    for name, parameter in held.items():  # bitsandbytes' own way of saving would change a repacked weight
+        value = quantized(parameter)
+        tensors |= {f"{name}.{key}": tensor for key, tensor in to_tensors(value.state).items()} | {name: value.packed}
+    first = quantized(next(iter(held.values()))).state
+    if not hasattr(config, "quantization_config"):
+        mark(root, first.format, first.nested)
+    for name in getattr(root, "_tied_weights_keys", None) or ():
+        if getattr(config, "tie_word_embeddings", False):
+            tensors.pop(name, None)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = config.to_dict() | {"architectures": [type(root).__name__]}
+    write(folder / CONFIG, json.dumps(fields, indent=2, sort_keys=True, default=str).encode())
+    contents = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write(folder / WEIGHTS, serialised(contents, {"format": "pt"}))
+    return folder
+
+
+def load_quantized(
+    folder: str | os.PathLike, *, backend: str = AUTO, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """Loads what `save_quantized`, or transformers with bitsandbytes, wrote: the same codes and scales, bit for bit.
+
+    Args:
+        backend: as for `quantize_model`.
+        device: where the model goes.
+
+    Raises:
+        PeftLabError: a file is missing or damaged, or is no 4-bit model; a key is missing or has no place.
+    """
+    import transformers
+
+    folder, device = Path(folder), torch.device(device)
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        raise PeftLabError(f"{folder} lacks {CONFIG} or {WEIGHTS}; save_quantized writes both.")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    tensors, _ = read_tensors(folder / WEIGHTS)
+    layers = {key.partition(f".weight.{MARK}")[0] for key in tensors if f".weight.{MARK}" in key}
+    if kind is None or not layers:
+        raise PeftLabError(f"{folder} holds no 4-bit model of a class that transformers has ({config.architectures}).")
+    plain, dtype = dict(tensors), getattr(torch, str(config.dtype).removeprefix("torch."), torch.float32)
+    with torch.device("meta"):
+        model = kind._from_config(config, dtype=dtype)
+    for path in sorted(layers):
+        start = f"{path}.weight."
+        mine = {key.removeprefix(start): plain.pop(key) for key in list(plain) if key.startswith(start)}
+        held = Quantized(plain.pop(f"{path}.weight"), from_tensors(mine, torch.device("cpu")))
+        check_backend(backend, held.state.format, held.state.block_size, device)
+        bias = plain.pop(f"{path}.bias", None)
+        bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        replace(model, path, Linear4bit(held, bias, backend))
+    _fill(model, plain, folder)
+    return model.to(device).eval()
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Puts the whole tensors of the file into a model on the meta device, and makes the rest of its buffers."""
+    own = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
+    extra = sorted(set(tensors) - own)
+    if extra:
+        raise PeftLabError(f"{folder} has {len(extra)} keys without a place in its model, the first {extra[0]!r}.")
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise PeftLabError(f"{folder} lacks {len(missing)} of its model's weights, the first {missing[0]!r}.")
+    fresh = {name for name, buffer in model.named_buffers() if buffer.is_meta}
+    if fresh:  # buffers that no file holds: rotary frequencies and the like, which the config decides
+        twin = type(model)._from_config(_smaller(model.config))
+        values = dict(twin.named_buffers())
+        for name in fresh:
+            path, _, last = name.rpartition(".")
+            model.get_submodule(path)._buffers[last] = values[name].clone()
+
+
+def _smaller(config: object) -> object:
+    """The config with one layer: its buffers are the whole model's."""
+    import copy
+
+    config = copy.deepcopy(config)
+    for name in ("num_hidden_layers", "n_layer"):
+        if hasattr(config, name):
+            setattr(config, name, 1)
+    return config

@@ -1,0 +1,131 @@
+"""A quantised parameter, whoever made it: this package or bitsandbytes. What it stands for; and writing to it in place.
+
+Both mark it by an attribute `quant_state`. bitsandbytes' own layers have one trap: on a CPU with AVX512-BF16, a
+forward pass in eval mode and without gradients rearranges the codes in place and rounds the scales to bf16. From then
+on the weight cannot be read as what it was, and nothing passes a gradient through it. `spared` and `unpack` are about
+that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from peftlab.errors import PeftLabError
+from peftlab.quantization.backends import AUTO, choose, from_bitsandbytes
+from peftlab.quantization.blockwise import Quantized, QuantState, quantize, quantize_scales
+from peftlab.quantization.codebooks import dynamic_book
+
+REPACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' layers look here before they repack
+ROWS = 32  # rows of the weight that a repacked block holds
+
+
+def is_quantized(parameter: Tensor) -> bool:
+    """Whether a parameter holds 4-bit codes."""
+    return getattr(parameter, "quant_state", None) is not None
+
+
+def quantized(parameter: Tensor) -> Quantized:
+    """A quantised parameter's codes and what they stand for; the tensors are the parameter's own, not copies.
+
+    Raises:
+        PeftLabError: bitsandbytes has repacked it for inference.
+    """
+    state = parameter.quant_state
+    if is_repacked(parameter):
+        raise PeftLabError(
+            "bitsandbytes has repacked this 4-bit weight for inference on this CPU, with scales rounded to bf16. "
+            "Attach adapters, merge or dequantise before the first forward pass in eval mode, or load the model again."
+        )
+    ours = state if isinstance(state, QuantState) else from_bitsandbytes(state)
+    return Quantized(parameter.detach().view(torch.uint8).reshape(-1, 1), ours)
+
+
+def dense(parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight that a quantised parameter stands for, in its own dtype or another."""
+    held = quantized(parameter)
+    backend = choose(AUTO, held.state.format, held.state.block_size, held.packed.device)
+    return backend.dequantize(held.packed, held.state, dtype or held.state.dtype)
+
+
+def held_tensors(parameter: Tensor) -> list[Tensor]:
+    """The tensors that make up a parameter: itself, and with 4-bit codes their scales."""
+    if not is_quantized(parameter):
+        return [parameter.detach()]
+    held = quantized(parameter)
+    return [held.packed, *held.state.tensors().values()]
+
+
+@torch.no_grad()
+def keep(parameter: Tensor) -> list[Tensor]:
+    """Copies of what makes up a parameter, for `give_back`."""
+    return [tensor.clone() for tensor in held_tensors(parameter)]
+
+
+@torch.no_grad()
+def give_back(parameter: Tensor, kept: list[Tensor]) -> None:
+    """Puts a parameter back as it was at `keep`, bit for bit and in place."""
+    for tensor, value in zip(held_tensors(parameter), kept, strict=True):
+        tensor.copy_(value)
+
+
+@torch.no_grad()
+def store(parameter: Tensor, value: Tensor, name: str = "weight") -> None:
+    """Puts a value into a parameter in place: rounded to its dtype, or quantised as it was.
+
+    Raises:
+        PeftLabError: the value is not finite and the parameter is quantised.
+    """
+    if not is_quantized(parameter):
+        parameter.data.copy_(value)
+        return
+    state = quantized(parameter).state
+    new = quantize(value, state.format, block_size=state.block_size, double_quant=state.nested, name=name)
+    give_back(parameter, [new.packed, *new.state.tensors().values()])
+
+
+def is_repacked(parameter: Tensor) -> bool:
+    """Whether bitsandbytes holds the weight in its layout for inference on a CPU."""
+    return bool(getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False))
+
+
+def spared(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields bitsandbytes' layers that would repack their weights, by path."""
+    for path, module in model.named_modules():
+        if getattr(module, REPACKS, False):
+            yield path, module
+
+
+@torch.no_grad()
+def unpack(module: nn.Module) -> bool:
+    """Undoes bitsandbytes' repacking of a layer's weight, in place; says whether there was anything to undo.
+
+    The codes come back exactly. The scales were rounded to bf16 and stay so, up to 0.4% off: load the model again to
+    have them exact. (bitsandbytes' own inverse leaves scales that are not doubly quantised in the wrong order.)
+    """
+    parameter = getattr(module, "weight", None)
+    if parameter is None or not is_repacked(parameter):
+        return False
+    theirs = parameter.quant_state
+    rows, columns = theirs.shape
+    # 64 codes, those of two neighbouring columns in 32 rows, lie as 32 low and then 32 high halves of 32 bytes
+    packed = parameter.detach().reshape(-1, ROWS)
+    codes = torch.cat([packed & 15, packed >> 4], dim=1)
+    codes = codes.view(rows // ROWS, columns // 2, ROWS, 2).transpose(1, 2).reshape(-1, 2)
+    scales = theirs.absmax.T.reshape(-1).float()
+    state = QuantState(scales, theirs.shape, theirs.original_dtype, theirs.blocksize, theirs.quant_type)
+    parameter.data = ((codes[:, 0] << 4) | codes[:, 1]).view(theirs.original_qshape)
+    storage = getattr(theirs, "original_storage_type", None)
+    if storage is not None:
+        parameter.data = parameter.data.view(storage)
+    if theirs.original_nested:
+        from bitsandbytes.functional import QuantState as Theirs
+
+        state = quantize_scales(state)
+        theirs.state2 = Theirs(state.nested_absmax, blocksize=256, code=dynamic_book().clone(), dtype=torch.float32)
+        theirs.offset = state.offset
+    theirs.absmax, theirs.nested, theirs.dtype = state.absmax, theirs.original_nested, theirs.original_dtype
+    theirs.packing_format_for_cpu = False
+    return True

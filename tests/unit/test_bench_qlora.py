@@ -1,0 +1,72 @@
+"""`peftlab bench qlora`: its points, and that a comparison leaves the one model as it was for the next library."""
+
+import pytest
+import torch
+
+from peftlab.bench import fourbit, kernels, qlora
+from peftlab.errors import PeftLabError
+from peftlab.quantization.backends import bitsandbytes
+
+TINY = dict(
+    model_type="llama", vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False,
+    bos_token_id=1, eos_token_id=2, pad_token_id=None,
+)  # fmt: skip
+RUN = {**fourbit.RUN, "sequence": 8, "r": 4}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def without_cuda(monkeypatch):
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments: None)
+
+
+def test_points_cover_the_chapter():
+    points = qlora.points()
+    assert len({qlora.__name__ + str(point) for point in points}) == len(points)
+    equality = [point for point in points if point["section"] == "equality" and point["block_size"] == 64]
+    assert len(equality) == 3 and all(point["values"] >= 1e8 for point in equality)
+    timed = {point["section"] for point in points if point.get("timed")}
+    assert timed == {"kernels", "seven", "sixteen", "where", "eight", "seventy"}
+    if not torch.cuda.is_available():
+        with pytest.raises(PeftLabError, match="'seventy' measures a GPU"):
+            qlora.measure({"section": "seventy", "shape": "llama-2-70b"})
+
+
+@pytest.mark.skipif(bitsandbytes() is None, reason="needs bitsandbytes")
+def test_each_library_in_turn_and_the_model_as_it_was():
+    pytest.importorskip("peft")
+    model = fourbit.random_model(TINY, CPU)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modules = dict(model.named_modules())
+    rows = list(fourbit.beside(model, [RUN, {**RUN, "checkpointing": False}], CPU))
+    assert [row["library"] for row in rows] == 2 * ["peftlab", "peft", "peft, prepared"]
+    assert len({row["trainable"] for row in rows}) == 1 and rows[0]["trainable"] > 0
+    assert all(row["fastest"] <= row["seconds"] for row in rows)
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(value, after[name]) for name, value in before.items())
+    assert dict(model.named_modules()) == modules
+    assert not any(p.requires_grad for p in model.parameters())
+    assert fourbit.tried(model, {**RUN, "optimizer": "adamw8bit"}, CPU, 0)["fits"]
+
+
+@pytest.mark.skipif(bitsandbytes() is None, reason="needs bitsandbytes")
+def test_bitsandbytes_layers_over_the_same_codes_compute_the_same():
+    model = fourbit.random_model(TINY, CPU)
+    layer = model.model.layers[0].mlp.up_proj
+    theirs = fourbit.as_bitsandbytes(layer).train()
+    assert theirs.weight.data_ptr() == layer.weight.data_ptr()
+    x = torch.randn(3, 64, dtype=torch.bfloat16, requires_grad=True)
+    assert torch.equal(layer(x), theirs(x))
+    assert sorted(theirs.state_dict()) == sorted(layer.state_dict())
+
+
+def test_kernels_are_told_apart_by_name():
+    for name, kind in (
+        ("void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>", "dequantise the weights"),
+        ("nvjet_hsh_128x256_64x4", "matrix products"), ("sm90_xmma_gemm_bf16bf16", "matrix products"),
+        ("pytorch_flash::flash_fwd_kernel", "attention"), ("FusedAdamMathFunctor", "optimiser"),
+        ("Memcpy DtoD", "copies"), ("vectorized_elementwise_kernel", "everything else"),
+    ):  # fmt: skip
+        assert kernels.kind_of(name) == kind
