@@ -298,10 +298,10 @@ def only(size: float, device: torch.device) -> Iterator[int]:
     free, total = torch.cuda.mem_get_info(device)
     ballast = torch.empty(int(total - size), dtype=torch.uint8, device=device)
     outside = total - free - torch.cuda.memory_reserved(device)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (total - max(outside, 0)) / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (total - max(outside, 0)) / total), torch.cuda.current_device())
     try:
         yield ballast.nbytes
     finally:
         del ballast
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, torch.cuda.current_device())
         release()
