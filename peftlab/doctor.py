@@ -56,7 +56,6 @@ CHAPTERS = (
     Chapter(0, "Start here", packages=("matplotlib",), memory=1_000_000_000),
     Chapter(1, "What full fine-tuning costs", ("smollm2-135m",), ("matplotlib", "ipywidgets"), 5_000_000_000),
     Chapter(2, "LoRA", ("smollm2-135m", "news"), ("peft", "matplotlib", "ipywidgets"), 4_000_000_000),
-    Chapter(4, "Prompts and prefixes", ("smollm2-135m", "news"), ("peft", "matplotlib"), 4_000_000_000),
 )
 
 SIZES = ("llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "llama-2-70b")

@@ -167,7 +167,10 @@ def configs() -> dict[str, Any]:
     """The config of each method by its name here; qlora is LoRA on a base in four bits."""
     from peftlab.methods import METHODS
 
-    return {"lora": METHODS["lora"], "qlora": METHODS["lora"], **METHODS}
+    known = {}
+    for name, config in METHODS.items():
+        known |= {name: config, "qlora": config} if name == "lora" else {name: config}
+    return known
 
 
 def meaningless(method: str) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ codes, so that one model serves all, and the runs alternate: what the machine do
 
 from __future__ import annotations
 
+import copy
 import gc
 import statistics
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from peftlab.quantization.preparing import kbit_casts
 from peftlab.training.precision import switch_checkpointing
 
 CARD = 48e9  # bytes: a card sold as 48 GB has a little more
-ROUNDS, REPEATS, WARM_UP = 2, 4, 2
+ROUNDS, REPEATS, WARM_UP, PAIRS = 1, 2, 2, 12
 RUN = {"r": 16, "optimizer": "adamw", "batch": 1, "sequence": 512, "checkpointing": True, "adapter_dtype": "float32"}
 # r, optimiser and adapter dtype that 70B is tried with, and the sequences from the longest down
 FITS = ((16, "adamw", "float32"), (64, "adamw", "float32"), (64, "adamw", "bfloat16"),
@@ -162,7 +163,11 @@ def compare(
     model: nn.Module, run: Row, libraries: tuple[str, ...], device: torch.device, rounds: int = ROUNDS,
     repeats: int = REPEATS,
 ) -> Iterator[Row]:  # fmt: skip
-    """One run under each library in turn, several times over: the largest peak and the median step of each."""
+    """One run under each library in turn, several times over: the largest peak and the median step of each.
+
+    Of two libraries the steps alternate one by one, each on a copy of the model's modules over the same weights: a
+    host that is slow for a second is slow for both.
+    """
     times: dict[str, list[float]] = {library: [] for library in libraries}
     peaks = dict.fromkeys(libraries, 0)
     for _ in range(rounds):
@@ -173,13 +178,41 @@ def compare(
                 peaks[library] = max(peaks[library], peak())
                 trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
                 del step, wrapped
+    ratio = None
+    if len(libraries) == 2:
+        times = alternating(model, run, libraries, device)
+        ratio = statistics.median(a / b for a, b in zip(*times.values(), strict=True))
     for library in libraries:
         yield {
+            "ratio": ratio if library == libraries[0] else None,
             **run, "library": library, "peak_bytes": peaks[library], "trainable": trainable,
             "seconds": statistics.median(times[library]), "fastest": min(times[library]),
             "seconds_spread": max(times[library]) - min(times[library]),
             "tokens_per_second": run["batch"] * run["sequence"] / statistics.median(times[library]),
         }  # fmt: skip
+
+
+def alternating(
+    model: nn.Module, run: Row, libraries: tuple[str, ...], device: torch.device
+) -> dict[str, list[float]]:  # fmt: skip
+    """Times of single steps, one of each library in turn; who begins changes every time."""
+    twin = twin_of(model)
+    with under(model, libraries[0], run) as one, under(twin, libraries[1], run) as other:
+        steps = {name: stepper(wrapped, run, device) for name, wrapped in zip(libraries, (one, other), strict=True)}
+        times: dict[str, list[float]] = {name: [] for name in libraries}
+        for number in range(WARM_UP + PAIRS):
+            for name in libraries if number % 2 else reversed(libraries):
+                taken = timed(steps[name], repeats=1, warm_up=0)
+                times[name] += taken if number >= WARM_UP else []
+        del steps
+    return times
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """Another tree of modules over the same weights, codes and scales."""
+    states = [module.quant_state for module in model.modules() if isinstance(module, Linear4bit)]
+    shared = [*model.parameters(), *model.buffers(), *(t for state in states for t in state.tensors().values())]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 def peak() -> int:

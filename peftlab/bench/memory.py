@@ -205,7 +205,8 @@ def four_bit(model: nn.Module, shape: Any, device: torch.device, compute: torch.
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, tensor in own:
             if tensor.device.type == "meta":
-                value = torch.randn(tensor.shape, dtype=tensor.dtype, device=device) * 0.02
+                real = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)  # of a BERT also numbers of places
+                value = real.normal_(std=0.02) if tensor.is_floating_point() else real
                 is_parameter = isinstance(tensor, nn.Parameter)
                 setattr(module, name, nn.Parameter(value) if is_parameter else value)
     model.tie_weights()

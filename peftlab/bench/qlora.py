@@ -117,13 +117,14 @@ def perplexities(point: Row, device: torch.device) -> Iterator[Row]:
         model = copy.deepcopy(whole)
         if point["format"] != "whole":
             pl.quantize_model(model, format=point["format"], block_size=block_size)
+        originals = {path: m.weight.detach() for path, m in whole.named_modules() if hasattr(m, "weight")}
         errors = [
-            ((layer.dequantize() - whole.get_submodule(path).weight).norm() / whole.get_submodule(path).weight.norm())
+            ((layer.dequantize() - originals[path]).norm() / originals[path].norm()).item()
             for path, layer in model.named_modules() if hasattr(layer, "quant_state")
         ]  # fmt: skip
         yield {
             "block_size": block_size, "perplexity": pl.perplexity(model, news, tokenizer, progress=False),
-            "weight_error": statistics.fmean(float(error) for error in errors) if errors else 0.0,
+            "weight_error": statistics.fmean(errors) if errors else 0.0,
         }  # fmt: skip
 
 
@@ -189,8 +190,9 @@ def curve(point: Row, device: torch.device, layers: int | None = None) -> Iterat
         if parameter.requires_grad:
             path, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
             parameter.data.copy_(mine[f"{path}.peftlab.default.lora.lora_{rest[0]}"])
-    tokens = torch.tensor(tokenizer(" ".join(texts()[0][:60]))["input_ids"][: point["steps"] * 4 * 64], device=device)
-    batches = tokens.view(point["steps"], 4, -1)
+    rows = [tokenizer(text)["input_ids"][:128] for text in texts()[0][: 4 * point["steps"]]]
+    shortest = min(map(len, rows))
+    batches = torch.tensor([row[:shortest] for row in rows], device=device).view(point["steps"], 4, shortest)
     losses = [_losses(model, batches) for model in (ours, wrapped)]
     for step, (found, expected) in enumerate(zip(*losses, strict=True), 1):
         yield {"step": step, "loss": found, "loss_peft": expected}

@@ -57,6 +57,10 @@ class Estimate:
     total: int
     history: list[tuple[str, int]] = field(repr=False, compare=False)  # the second step: (where, bytes), some of it
 
+    def __str__(self) -> str:
+        parts = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in self.parts.items() if size >= 5e6)
+        return f"{self.shape}, {self.method}: peak {self.peak_bytes / 1e9:.2f} GB in {self.moment} ({parts})"
+
     @property
     def parts(self) -> dict[str, int]:
         """The parts by name; their sum is ``peak_bytes``."""

@@ -2,7 +2,7 @@
 
 DDP copies gradients into buckets, which are as large as all gradients together. FSDP2 (`fully_shard` from
 `torch.distributed.fsdp` on each block, then on the model) keeps 1/N of every parameter, gradient and state, as ZeRO's
-stage 3 does (Rajbhandari et al., 2020, arXiv:1910.02054, section 5.3). Around a block's forward and backward pass its
+stage 3 does (Rajbhandari et al., 2019, arXiv:1910.02054, section 5.3). Around a block's forward and backward pass its
 parameters are whole:
 
     forward    gather block i into a flat buffer, let go of the buffer of i - 1, copy out, run, let go of the copy

@@ -15,6 +15,7 @@ from peftlab.methods.virtual import (
     Table,
     by_name,
     check_room,
+    in_front,
     is_encoder_decoder,
     lengthened,
     path_of,
@@ -91,8 +92,7 @@ class InFront(nn.Module):
             virtual = torch.arange(self.count, device=embeddings.device).expand(batch, -1)
             kwargs["position_ids"] = torch.cat([virtual, kwargs["position_ids"].expand(batch, -1)], 1)
         # X' = [P; X]; the rows' gradients are summed in the prompt's own dtype, so it is repeated before it is cast
-        prompt = brought().expand(batch, -1, -1).to(embeddings.device, embeddings.dtype)
-        kwargs["inputs_embeds"] = torch.cat([prompt, embeddings], dim=1)
+        kwargs["inputs_embeds"] = in_front(brought().expand(batch, -1, -1), embeddings)
         for name, fill in (("labels", -100), ("token_type_ids", 0)):
             value = kwargs.get(name)
             # a label, or a vector of scores, for each example stays as it is

@@ -64,7 +64,10 @@ class Fixed:
 
 
 class WithoutCache(nn.Module):
-    """Takes the cache away from a checkpointed layer before transformers does, and warns that it is lost."""
+    """Takes the cache away from a checkpointed layer before transformers does, and warns that it is lost.
+
+    Older versions of transformers do both ahead of any hook; the warning then means nothing.
+    """
 
     keys: ClassVar[dict[str, str]] = {}
 

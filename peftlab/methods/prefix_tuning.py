@@ -39,6 +39,7 @@ from peftlab.methods.virtual import (
     Table,
     VirtualTokens,
     by_name,
+    cache_dtype,
     check_room,
     check_start,
     initial_tokens,
@@ -204,7 +205,8 @@ class Prefix(nn.Module):
                 "attention modules cannot be told apart. Train without checkpointing, or use a prompt."
             )
         table = brought()
-        pairs = self.laid_out(table, text.shape[0]).to(word_embeddings(host).weight.dtype)
+        base = word_embeddings(host).weight
+        pairs = self.laid_out(table, text.shape[0]).to(cache_dtype(base.dtype, base.device))
         for index in range(self.sizes.layers):
             at = 2 * self.pair(index)
             own_cache(cache).update(pairs[at], pairs[at + 1], index)

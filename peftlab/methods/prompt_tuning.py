@@ -26,6 +26,7 @@ from peftlab.methods.virtual import (
     Table,
     VirtualTokens,
     check_start,
+    in_front,
     initial_tokens,
     is_encoder_decoder,
     path_of,
@@ -143,9 +144,9 @@ class DeepPrompt(nn.Module):
         if not args:
             raise PeftLabError(f"{type(host).__name__} is not called with its states first; a deep prompt cannot act.")
         states, prompt = args[0], brought()
-        prompt = prompt.expand(states.shape[0], -1, -1).to(states.device, states.dtype)
+        prompt = prompt.expand(states.shape[0], -1, -1)
         # H_i' = [P_i; H_i[n:]]
-        return (torch.cat([prompt, states[:, prompt.shape[1] :]], dim=1), *args[1:]), kwargs
+        return (in_front(prompt, states[:, prompt.shape[1] :]), *args[1:]), kwargs
 
 
 def looked_up(embeddings: nn.Embedding, tokens: Tensor) -> Tensor:

@@ -215,6 +215,19 @@ def usable_cache(cache: Any) -> Any:
     return cache
 
 
+def in_front(first: Tensor, then: Tensor) -> Tensor:
+    """[first; then] along the tokens, in the second's dtype, also where autocast knows neither of them."""
+    with torch.autocast(then.device.type, enabled=False):
+        return torch.cat([first.to(then.device, then.dtype), then], dim=1)
+
+
+def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What keys and values of a base in this dtype are stored in: under autocast, 16-bit bases compute in its dtype."""
+    if torch.is_autocast_enabled(device.type) and dtype in (torch.float16, torch.bfloat16):
+        return torch.get_autocast_dtype(device.type)
+    return dtype
+
+
 def by_name(host: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
     """All inputs of a module's call by their names, as a new dict."""
     if not args:

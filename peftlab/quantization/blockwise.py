@@ -7,8 +7,9 @@ Dettmers et al., *QLoRA: Efficient Finetuning of Quantized LLMs*, 2023, arXiv:23
     w ~ q_i c
 
 Codes, scales and dequantised values are equal to bitsandbytes 0.50 in every bit on a CPU. On CUDA its kernels are
-built with fast mathematics and differ from its own CPU code for a few float32 weights in ten million, and not for bf16
-or fp16.
+built with fast mathematics and differ from its own CPU code for a few float32 weights in a hundred million, and not for
+bf16 or fp16; scales are quantised to the nearest code there, and to that of a fine bin on the CPU; and FP4 codes follow
+another rule. The reference follows the device that it runs on.
 """
 
 from __future__ import annotations
@@ -191,8 +192,24 @@ def _codes(values: Tensor, absmax: Tensor, block_size: int, format: str) -> Tens
         scaled = torch.cat([scaled, last * (1 / absmax[-1]) if values.is_cuda else last / absmax[-1]])
     if scaled.numel() % 2:
         scaled = torch.nn.functional.pad(scaled, (0, 1))  # half a byte would be left: it holds a zero
-    index = torch.bucketize(scaled.clamp_(-1, 1), bounds, out_int32=True)
+    scaled.clamp_(-1, 1)
+    if format == "fp4" and scaled.is_cuda:
+        return signed_codes(scaled)
+    index = torch.bucketize(scaled, bounds, out_int32=True)
     return index.to(torch.uint8) if format != "fp4" else order[index]
+
+
+def signed_codes(scaled: Tensor) -> Tensor:
+    """FP4 codes as bitsandbytes' CUDA kernel chooses them: by magnitude, and then the sign's bit.
+
+    Its CPU code looks among the signed values instead. The two differ where a value rounds to zero, which has two
+    codes, and in the last digits of a boundary that the kernel's source writes in decimals; what they stand for is
+    the same but for values within 4e-7 of a boundary.
+    """
+    # 1/24 of 1/16, 2 + 1/16, 5, 7, 10, 14 and 20, as written there, and the codes of 0, 1/16, 2, 3, 4, 6, 8, 12
+    bounds = scaled.new_tensor([0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333])
+    order = torch.tensor([0, 1, 6, 7, 4, 5, 2, 3], dtype=torch.uint8, device=scaled.device)
+    return order[torch.bucketize(scaled.abs(), bounds, out_int32=True)] + 8 * (scaled < 0).to(torch.uint8)
 
 
 def _pack(codes: Tensor) -> Tensor:

@@ -110,12 +110,10 @@ class _Product(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         packed, *scales = ctx.saved_tensors
-        names = ctx.state.tensors()
         for_x = for_bias = None
         if ctx.needs_input_grad[0]:
-            state = ctx.state.with_tensors(dict(zip(names, scales, strict=True)))
             # dL/dx = dL/dy W
-            for_x = gradient @ ctx.backend.dequantize(packed, state, gradient.dtype)
+            for_x = gradient @ ctx.backend.dequantize(packed, ctx.state, gradient.dtype)
         if ctx.needs_input_grad[1]:
             for_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
         return for_x, for_bias, *(None,) * (3 + len(scales))

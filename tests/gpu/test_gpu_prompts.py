@@ -59,14 +59,14 @@ def test_checkpointing_gives_the_same_gradients(kind, attention):
         one(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
         found.append([p.grad for p in one.parameters() if p.requires_grad])
     for a, b in zip(*found, strict=True):
-        assert (a - b).abs().max() < 1e-12
+        assert (a - b).norm() <= 1e-6 * b.norm()
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_the_cpu_and_the_gpu_write_the_same(kind):
+def test_a_cache_and_beams_change_nothing(kind):
     one = model(kind).double().eval()
-    ids = torch.arange(1, 19).reshape(3, 6)
-    settings = dict(max_new_tokens=6, num_beams=2, pad_token_id=0, attention_mask=torch.ones_like(ids))
-    on_gpu = one.generate(ids.cuda(), **{**settings, "attention_mask": torch.ones_like(ids).cuda()})
-    on_cpu = one.cpu().generate(ids, **settings)
-    assert torch.equal(on_gpu.cpu(), on_cpu)
+    ids = torch.arange(1, 19, device="cuda").reshape(3, 6)
+    settings = dict(max_new_tokens=6, pad_token_id=0, attention_mask=torch.ones_like(ids))
+    for beams in (1, 2):
+        cached = one.generate(ids, num_beams=beams, use_cache=True, **settings)
+        assert torch.equal(cached, one.generate(ids, num_beams=beams, use_cache=False, **settings))

@@ -259,8 +259,9 @@ def test_the_points_on_virtual_tokens_are_all_different_and_each_has_a_config(mo
     points = prompts.points()
     assert len({bench.key(point) for point in points}) == len(points)
     base = tiny.llama(max_position_embeddings=4096, use_cache=False).eval()
+    apart = ("reviews", "headlines", "reading", "seq2seq")
     for point in points:
-        if point["section"] in ("rate", "start", "length", "fullsize") and point.get("init") != "text":
+        if point["section"] not in apart and point.get("init") != "text":
             model = virtual_tokens.attached(copy.deepcopy(base), {"library": "peftlab", **point})
             assert model(input_ids=torch.ones(1, 5, dtype=torch.long)).logits.isfinite().all()
 

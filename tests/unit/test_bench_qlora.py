@@ -42,6 +42,7 @@ def test_each_library_in_turn_and_the_model_as_it_was():
     modules = dict(model.named_modules())
     rows = list(fourbit.beside(model, [RUN, {**RUN, "checkpointing": False}], CPU))
     assert [row["library"] for row in rows] == 2 * ["peftlab", "peft", "peft, prepared"]
+    assert [row["ratio"] is None for row in rows] == 2 * [False, True, True]
     assert len({row["trainable"] for row in rows}) == 1 and rows[0]["trainable"] > 0
     assert all(row["fastest"] <= row["seconds"] for row in rows)
     after = model.state_dict()
@@ -49,6 +50,16 @@ def test_each_library_in_turn_and_the_model_as_it_was():
     assert dict(model.named_modules()) == modules
     assert not any(p.requires_grad for p in model.parameters())
     assert fourbit.tried(model, {**RUN, "optimizer": "adamw8bit"}, CPU, 0)["fits"]
+
+
+def test_a_twin_shares_every_weight_and_nothing_else():
+    model = fourbit.random_model(TINY, CPU)
+    twin = fourbit.twin_of(model)
+    assert all(one is other for one, other in zip(model.parameters(), twin.parameters(), strict=True))
+    layer, other = (m.model.layers[0].mlp.up_proj for m in (model, twin))
+    assert layer is not other and layer.quant_state.absmax is other.quant_state.absmax
+    fourbit.replace(twin, "model.layers.0.mlp.up_proj", torch.nn.Identity())
+    assert model.model.layers[0].mlp.up_proj is layer
 
 
 @pytest.mark.skipif(bitsandbytes() is None, reason="needs bitsandbytes")

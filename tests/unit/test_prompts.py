@@ -250,7 +250,8 @@ def test_checkpointing_gives_the_same_gradients(name, kind, reentrant, monkeypat
     for key, grad in grads.items():
         assert (grad - others[key]).abs().max() < 1e-12, key
         assert grad.any() or "k_proj" in key, key
-    assert not said  # transformers tells when it drops a cache, and with it a prefix
+    # transformers tells when it drops a cache, and with it a prefix; before 5.18 or so it told ahead of any hook
+    assert not said or "__call__" in vars(modeling_layers.GradientCheckpointingLayer)
 
 
 # -- generation, caches, positions ---------------------------------------------------------------------------------
@@ -365,7 +366,7 @@ def test_other_models_write_and_train(name, kind):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_autocast(kind, dtype):
     model = pl.attach(tiny.llama(dtype=dtype), CONFIGS[kind])
     batch = inputs()

@@ -103,6 +103,7 @@ def test_any_weight_is_bitsandbytes(seed, rows, columns, dtype, format, block_si
     elif kind == "rows":
         weight = weight[:, :1].expand(rows, columns).contiguous()
     weight = torch.where(torch.rand(rows, columns, generator=make) < zeros, 0.0, weight * scale)
+    weight = weight.clamp(-60_000, 60_000)  # float16 ends at 65,504
     assert_equal(weight.to(dtype), format, block_size, double_quant)
 
 
@@ -225,3 +226,18 @@ def test_backends_dequantise_alike(format, shape):
         held = pl.quantize(weight, format, block_size=block_size, double_quant=double_quant)
         one, other = (BACKENDS[n].dequantize(held.packed, held.state, dtype) for n in ("reference", "bitsandbytes"))
         assert torch.equal(one, other), (block_size, double_quant, dtype)
+
+
+def test_fp4_codes_by_magnitude_stand_for_the_same_values():
+    """bitsandbytes' CUDA rule: other codes for zero, and the same values but within 4e-7 of a boundary."""
+    torch.manual_seed(0)
+    scaled = torch.cat([torch.rand(1_000_000) * 2 - 1, torch.tensor([0.0, -0.0, 1.0, -1.0])])
+    book = codebooks.code_book("fp4")
+    bounds, order = codebooks.boundaries("fp4")
+    expected = book[order[torch.bucketize(scaled, bounds, out_int32=True)].int()]
+    found = book[blockwise.signed_codes(scaled).int()]
+    differ = found != expected
+    assert differ.sum() < 10
+    distance = (scaled[differ][:, None] - bounds).abs().min(1).values
+    assert (distance < 4e-7).all()
+    assert blockwise.signed_codes(torch.tensor([0.001, -0.001, 0.5, -0.5])).tolist() == [0, 8, 5, 13]
