@@ -56,6 +56,9 @@ CHAPTERS = (
     Chapter(0, "Start here", packages=("matplotlib",), memory=1_000_000_000),
     Chapter(1, "What full fine-tuning costs", ("smollm2-135m",), ("matplotlib", "ipywidgets"), 5_000_000_000),
     Chapter(2, "LoRA", ("smollm2-135m", "news"), ("peft", "matplotlib", "ipywidgets"), 4_000_000_000),
+    Chapter(3, "QLoRA and NF4", ("minilm", "smollm2-135m", "news"), ("bitsandbytes", "matplotlib"), 5_000_000_000),
+    Chapter(5, "Adapters", ("minilm", "reviews", "news"), ("peft", "matplotlib"), 2_000_000_000),
+    Chapter(6, "IA3 and BitFit", ("minilm", "smollm2-135m", "reviews"), ("peft", "matplotlib"), 3_000_000_000),
 )
 
 SIZES = ("llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "llama-2-70b")
