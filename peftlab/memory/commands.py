@@ -7,7 +7,15 @@ from typing import Any
 
 from peftlab.memory import cards, counting
 from peftlab.memory.builtin import BUILT_IN
-from peftlab.memory.estimate import ADAPTER_PRECISIONS, ATTENTIONS, OPTIMIZERS, PARALLEL, PRECISIONS, estimate
+from peftlab.memory.estimate import (
+    ADAPTER_PRECISIONS,
+    ATTENTIONS,
+    LIBRARIES,
+    OPTIMIZERS,
+    PARALLEL,
+    PRECISIONS,
+    estimate,
+)
 from peftlab.memory.methods import DEFAULT_R, METHODS
 from peftlab.memory.replay import KINDS
 from peftlab.memory.units import format_both, format_count, format_percent
@@ -19,7 +27,7 @@ LABELS = {
 }  # fmt: skip
 OF_A_RUN = (
     "batch", "sequence", "precision", "optimizer", "checkpointing", "autocast", "adapter_precision", "attention",
-    "gpus", "parallel",
+    "gpus", "parallel", "library",
 )  # fmt: skip
 
 
@@ -74,6 +82,7 @@ def add_memory_options(command: argparse.ArgumentParser) -> None:
     add("--attention", default="sdpa", metavar="A", help=f"{', '.join(ATTENTIONS)} (default: sdpa)")
     add("--gpus", type=int, default=1, metavar="N", help="GPUs that train together, each on a batch (default: 1)")
     add("--parallel", default="ddp", metavar="P", help=f"how: {', '.join(PARALLEL)} (full shards) (default: ddp)")
+    add("--library", default="peft", metavar="L", help=f"whose layers: {', '.join(LIBRARIES)} (default: peft)")
     add("--card", metavar="C", help=f"the largest batch and sequence on one of {', '.join(cards.CARDS)}")
 
 

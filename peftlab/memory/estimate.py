@@ -25,6 +25,7 @@ from peftlab.memory.step import FORWARD, Recipe, Run
 PRECISIONS = {"bf16": 2, "fp32": 4, "mixed": 4}  # bytes of a weight, and so of its gradient and states
 OPTIMIZERS = ("adamw", "adamw8bit", "paged-adamw8bit", "sgd")
 PARALLEL = ("ddp", "fsdp")
+LIBRARIES = ("peft", "peftlab")
 ATTENTIONS = ("sdpa", "eager")
 ADAPTER_PRECISIONS = {"fp32": 4, "bf16": 2}
 VIRTUAL = ("prompt", "p-tuning", "prefix")  # methods with virtual tokens
@@ -99,6 +100,7 @@ def estimate(
     adapter_precision: str = "fp32",
     attention: str = "sdpa",
     labels: int | None = None,
+    library: str = "peft",
     transformers: str | None = None,
     gpus: int = 1,
     parallel: str = "ddp",
@@ -119,6 +121,8 @@ def estimate(
         adapter_precision: of what the method adds; ``"fp32"`` as in peft, or ``"bf16"``.
         attention: ``"sdpa"`` (fused) or ``"eager"``.
         labels: classes of an encoder's head.
+        library: whose layers: ``"peft"``, or ``"peftlab"``, whose LoRA (in four bits, too) keeps less under autocast.
+            The other methods are replayed as peft's for both.
         transformers: the version whose forward pass is replayed; None takes the one that is installed, else the newest.
             It matters to T5 alone, whose self-attention is not fused before 5.20.
         gpus: how many train together; `batch` is that of each.
@@ -137,6 +141,7 @@ def estimate(
     if isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 1:
         raise PeftLabError(f"gpus must be a positive whole number, found {gpus!r}.")
     _one_of("parallel", parallel, PARALLEL)
+    _one_of("library", library, LIBRARIES)
     _one_of("precision", precision, PRECISIONS)
     _one_of("optimizer", optimizer, OPTIMIZERS)
     _one_of("adapter_precision", adapter_precision, ADAPTER_PRECISIONS)
@@ -157,6 +162,7 @@ def estimate(
         four_bit=method == "qlora",
         fused_attention=attention == "sdpa",
         contiguous_bias=shape.kind != "encoder-decoder" or _contiguous_bias(transformers),
+        library=library,
         gpus=gpus,
         sharded=parallel == "fsdp",
     )

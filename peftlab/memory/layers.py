@@ -19,17 +19,21 @@ Own = dict[str, Parameter]
 
 
 def lora(net: Net, path: str, own: Own) -> Call:
-    """y + B(A x) s: peft's `lora.Linear.forward`, or that of its 4-bit layer, which clones y and casts the update."""
+    """y + B(A x) s: peft's `lora.Linear.forward`, or that of its 4-bit layer, which clones y and casts the update.
+
+    peftlab's own does neither, and under autocast leaves the input as it is, where peft makes a float32 copy first.
+    """
     if net.modules[path].kind == "embedding":
         return _embedding_lora(net, path, own)
-    quantised = path in net.quantised
+    ours = net.recipe.library == "peftlab"
+    quantised = path in net.quantised and not ours
 
     def call(x: Tensor) -> Tensor:
         result = net.plain(path, x)
         bytes = result.bytes
         if quantised:
             result = ops.copy(result)
-        if not (quantised and net.autocast):
+        if not (net.autocast and (quantised or ours)):
             x = ops.cast(x, own["lora_A"].bytes)
         update = ops.scale(net.product(net.product(x, own["lora_A"]), own["lora_B"]))
         if quantised and not net.autocast:

@@ -41,6 +41,7 @@ class Recipe:
     four_bit: bool
     fused_attention: bool
     contiguous_bias: bool = True  # T5's, which a fused kernel takes only so
+    library: str = "peft"  # whose LoRA layer
     gpus: int = 1
     sharded: bool = False  # over the GPUs, as FSDP does; else each holds everything, as under DDP
 

@@ -309,6 +309,22 @@ def test_estimates_are_what_a_gpu_measured(section):
     assert statistics.median(found) < 0.01 and max(found) < 0.03
 
 
+OWN = [
+    *measurements.results("lora").where(section="fullsize", library=["peft", "peftlab"], r=16, adapter_dtype="float32"),
+    *measurements.results("qlora").where(section=["seven", "sixteen"], kind="step", library=["peft", "peftlab"]),
+]
+
+
+@pytest.mark.parametrize("row", OWN, ids=lambda row: f"{row['library']}-{row['method']}-{row['batch']}-"
+                         f"{row['checkpointing']}-{row['section']}")  # fmt: skip
+def test_the_layers_of_either_library_are_what_a_gpu_measured(row):
+    said = estimate(
+        row["shape"], row["method"], r=16, targets="all-linear", batch=row["batch"], sequence=row["sequence"],
+        checkpointing=row["checkpointing"], autocast=True, library=row["library"],
+    )  # fmt: skip
+    assert said.peak_bytes == pytest.approx(row["peak_bytes"], rel=0.01)
+
+
 @pytest.mark.parametrize("method", ["full", "lora", "qlora", "qlora, checkpointing"])
 def test_a_whole_step_is_what_a_gpu_noted(method):
     """Not the peak alone: over all moments of the step the two lines lie within 5% of one another in the mean."""
