@@ -47,15 +47,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--out", required=True, metavar="FOLDER", help="where the adapter and metrics.json go")
     add("--alpha", type=float, default=16.0, metavar="A", help="the update is scaled by alpha / r (default: 16)")
     add("--dropout", type=float, default=0.0, metavar="P", help="within the adapter (default: 0)")
-    add(
-        "--reduction-factor",
-        type=int,
-        default=16,
-        metavar="N",
-        help="hidden width / bottleneck of houlsby, pfeiffer and parallel adapters (default: 16)",
-    )
     add("--last-layers", type=int, default=0, metavar="N", help="of selective: how many last blocks train (default: 0)")
-    add("--virtual-tokens", type=int, default=20, metavar="N", help="length of a prompt or prefix (default: 20)")
     add("--init", metavar="I", help="where the adapter starts; for a prompt or prefix vocabulary, text or random")
     add("--init-text", metavar="TEXT", help="the words that a prompt or prefix starts from, for --init text")
     add(

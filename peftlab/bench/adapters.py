@@ -257,13 +257,7 @@ def roberta_step(point: dict[str, Any]) -> Iterator[dict[str, Any]]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    times = fullsize.timed(step, repeats=10, warm_up=3)
-    yield {
-        "trainable": sum(parameter.numel() for parameter in trained),
-        "peak_bytes": torch.cuda.max_memory_allocated(),
-        "seconds": statistics.median(times),
-        "seconds_spread": max(times) - min(times),
-    }
+    yield fullsize.measured(step, trained, repeats=10, warm_up=3)
 
 
 STATES: tuple[tuple[str, dict[str, Any]], ...] = (

@@ -92,14 +92,8 @@ def training_step(point: dict[str, Any], adapt: Adapt) -> Iterator[dict[str, Any
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    times = timed(step, repeats=5, warm_up=2)
-    yield {
-        "trainable": sum(parameter.numel() for parameter in trainable),
-        "peak_bytes": torch.cuda.max_memory_allocated(),
-        "seconds": statistics.median(times),
-        "seconds_spread": max(times) - min(times),
-        "tokens_per_second": point["batch"] * point["sequence"] / statistics.median(times),
-    }
+    row = measured(step, trainable, repeats=5, warm_up=2)
+    yield {**row, "tokens_per_second": point["batch"] * point["sequence"] / row["seconds"]}
 
 
 def with_adapter(model: nn.Module, point: dict[str, Any]) -> nn.Module:
@@ -130,6 +124,17 @@ def forward_passes(point: dict[str, Any]) -> Iterator[dict[str, Any]]:
             times = timed(lambda tokens=tokens: model(input_ids=tokens), repeats=20, warm_up=5)
             spread = max(times) - min(times)
             yield {"state": state, "tokens": count, "seconds": statistics.median(times), "seconds_spread": spread}
+
+
+def measured(step: Callable[[], Any], trainable: list[nn.Parameter], repeats: int, warm_up: int) -> dict[str, Any]:
+    """What trains, the peak, and the median time of a training step."""
+    times = timed(step, repeats, warm_up)
+    return {
+        "trainable": sum(parameter.numel() for parameter in trainable),
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "seconds": statistics.median(times),
+        "seconds_spread": max(times) - min(times),
+    }
 
 
 def timed(step: Callable[[], Any], repeats: int, warm_up: int) -> list[float]:

@@ -136,10 +136,4 @@ def seq2seq_step(model: nn.Module, point: dict[str, Any]) -> Iterator[dict[str, 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    times = fullsize.timed(step, repeats=5, warm_up=2)
-    yield {
-        "trainable": sum(parameter.numel() for parameter in trainable),
-        "peak_bytes": torch.cuda.max_memory_allocated(),
-        "seconds": statistics.median(times),
-        "seconds_spread": max(times) - min(times),
-    }
+    yield fullsize.measured(step, trainable, repeats=5, warm_up=2)

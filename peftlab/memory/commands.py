@@ -46,14 +46,6 @@ def add_method_options(
     command.add_argument(
         "--bias", choices=("none", "all", "lora_only"), default="none", help="biases to train as well (default: none)"
     )
-
-
-def add_count_options(command: argparse.ArgumentParser) -> None:
-    """SHAPE and what describes a method on it."""
-    command.add_argument("shape", metavar="SHAPE", help=f"{', '.join(BUILT_IN)}; or the path of a config.json")
-    named = {r: "/".join(name for name in DEFAULT_R if DEFAULT_R[name] == r) for r in DEFAULT_R.values()}
-    ranks = ", ".join(f"{r} for {names}" for r, names in named.items())
-    add_method_options(command, ", ".join(METHODS), None, ranks, "; for ia3 keys, values and the last of the MLP")
     add = command.add_argument
     add("--virtual-tokens", type=int, default=20, metavar="N", help="length of a prompt or prefix (default: 20)")
     add(
@@ -63,6 +55,15 @@ def add_count_options(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="hidden width / bottleneck of an adapter: houlsby, pfeiffer, parallel (default: 16)",
     )
+
+
+def add_count_options(command: argparse.ArgumentParser) -> None:
+    """SHAPE and what describes a method on it."""
+    command.add_argument("shape", metavar="SHAPE", help=f"{', '.join(BUILT_IN)}; or the path of a config.json")
+    named = {r: "/".join(name for name in DEFAULT_R if DEFAULT_R[name] == r) for r in DEFAULT_R.values()}
+    ranks = ", ".join(f"{r} for {names}" for r, names in named.items())
+    add_method_options(command, ", ".join(METHODS), None, ranks, "; for ia3 keys, values and the last of the MLP")
+    add = command.add_argument
     add("--labels", type=int, metavar="N", help="classes of an encoder's head (default: 2)")
 
 

@@ -205,7 +205,10 @@ def _refuse_what_cannot_run(shape: Shape, method: str, sequence: int, virtual_to
             f"{did_you_mean(shape.family, FORWARD)} Its parameters are: peftlab count {shape.name}."
         )
     if method == "prefix" and checkpointing:
-        raise PeftLabError("Prefix tuning needs the cache of keys and values, which checkpointing switches off.")
+        raise PeftLabError(
+            "Prefix tuning in peft needs the cache of keys and values, which checkpointing switches off; peftlab's own "
+            "trains so, and is not replayed yet."
+        )
     most = longest(shape, method, virtual_tokens)
     if sequence > most:
         taken = f" beside {virtual_tokens} virtual ones" if method in VIRTUAL else ""

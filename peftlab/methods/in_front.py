@@ -12,7 +12,6 @@ from peftlab.hooks import CHILD
 from peftlab.methods.parts import Part
 from peftlab.methods.virtual import (
     Brought,
-    Table,
     by_name,
     check_room,
     in_front,
@@ -21,6 +20,7 @@ from peftlab.methods.virtual import (
     path_of,
     pools_the_last,
     position_limit,
+    stored_names,
     usable_cache,
     word_embeddings,
 )
@@ -38,11 +38,7 @@ class InFront(nn.Module):
         super().__init__()
         self.source, self.count, self.limit = source, count, limit
         self.likeness = f"a prompt of {count} virtual tokens"
-        own = {f"source.{name}": name for name, _ in source.named_parameters()}
-        stored = isinstance(source, Table)
-        # Only what the encoder of a prompt makes is stored in Hugging Face's file; `beside` is for going on training.
-        self.keys = {"source.rows": "prompt_embeddings"} if stored else {"made": "prompt_embeddings"}
-        self.beside = {} if stored else own
+        self.keys, self.beside = stored_names(source)
 
     @property
     def made(self) -> Tensor:

@@ -48,6 +48,7 @@ from peftlab.methods.virtual import (
     path_of,
     position_limit,
     positive,
+    stored_names,
     text_ids,
     usable_cache,
     word_embeddings,
@@ -168,10 +169,7 @@ class Prefix(nn.Module):
         super().__init__()
         self.source, self.sizes, self.count, self.limit, self.stride = source, sizes, count, limit, stride
         self.likeness = f"a prefix of {count} virtual tokens"
-        own = {f"source.{name}": name for name, _ in source.named_parameters()}
-        stored = isinstance(source, Table)
-        self.keys = {"source.rows": "prompt_embeddings"} if stored else {"made": "prompt_embeddings"}
-        self.beside = {} if stored else own
+        self.keys, self.beside = stored_names(source)
 
     @property
     def made(self) -> Tensor:

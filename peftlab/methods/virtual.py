@@ -83,6 +83,16 @@ class Table(nn.Module):
         return self.rows[:, start:end]
 
 
+def stored_names(source: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+    """(`keys`, `beside`) of a part that a source makes.
+
+    Hugging Face's file holds what is made, not the network that makes it; that lies beside, for going on training.
+    """
+    if isinstance(source, Table):
+        return {"source.rows": "prompt_embeddings"}, {}
+    return {"made": "prompt_embeddings"}, {f"source.{name}": name for name, _ in source.named_parameters()}
+
+
 def initial_tokens(model: nn.Module, count: int, text: list[int] | None) -> Tensor:
     """The `count` token ids to start from: those of a text, cut or repeated; without one, drawn evenly at random."""
     embeddings = word_embeddings(model)
