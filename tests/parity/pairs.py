@@ -145,3 +145,41 @@ def same(found, expected, tolerance=TOLERANCE):
         error = relative(found[key], expected[key])
         zero = expected[key].detach().abs().max() < 1e-12 and found[key].detach().abs().max() < 1e-12
         assert zero or error < tolerance, f"{key}: {error:.2g}"
+
+
+def optimiser(model):
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # The bias of attention's keys has no gradient but rounding, which a smaller eps would blow up to full steps.
+    return torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.1, eps=1e-6)
+
+
+def live(theirs):
+    """peft's trained parameters by their keys, found by storage, with their gradients."""
+    by_storage = {parameter.data_ptr(): parameter for parameter in theirs.parameters()}
+    return {key: by_storage[value.data_ptr()] for key, value in peft_state(theirs).items()}
+
+
+def gradients(parameters):
+    missing = [key for key, parameter in parameters.items() if parameter.grad is None]
+    assert not missing, missing
+    return {key: parameter.grad for key, parameter in parameters.items()}
+
+
+def three_steps(ours, theirs, inputs, states):
+    """Both train for three AdamW steps: equal outputs, gradients after the first, and parameters after each.
+
+    `states()` gives the trained parameters of both, by the same keys.
+    """
+    ours.train(), theirs.train()
+    mine, other = optimiser(ours), optimiser(theirs)
+    for step in range(3):
+        found, expected = ours(**inputs), theirs(**inputs)
+        assert relative(found.logits, expected.logits) < 1e-9
+        found.loss.backward()
+        expected.loss.backward()
+        if step == 0:
+            same(*map(gradients, states()))
+        for one in (mine, other):
+            one.step()
+            one.zero_grad()
+        same(*states())

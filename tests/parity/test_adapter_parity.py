@@ -8,8 +8,7 @@ import adapters_by_hand
 import memory_oracle
 import pytest
 import torch
-from pairs import KINDS, base, batch, relative, same
-from test_lora_parity import optimiser
+from pairs import KINDS, base, batch, relative, three_steps
 from test_memory_replay import CONFIGS, replayed
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -46,8 +45,8 @@ def pair(kind, placement, **settings):
     return ours, theirs, {path: (mine[path], layer) for path, layer in by_hand.items()}
 
 
-def named(adapters, which, of):
-    return {f"{path}.{name}": of(p) for path, both in adapters.items() for name, p in both[which].named_parameters()}
+def named(adapters, which):
+    return {f"{path}.{name}": p for path, both in adapters.items() for name, p in both[which].named_parameters()}
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -56,19 +55,7 @@ def test_same_numbers(kind, placement):
     ours, theirs, adapters = pair(kind, placement, activation="gelu", scaling=1.7)
     inputs = batch(kind)
     assert relative(base(kind)(**inputs).logits, theirs(**inputs).logits) > 1e-3
-    ours.train(), theirs.train()
-    mine, other = optimiser(ours), optimiser(theirs)
-    for step in range(3):
-        found, expected = ours(**inputs), theirs(**inputs)
-        assert relative(found.logits, expected.logits) < 1e-9
-        found.loss.backward()
-        expected.loss.backward()
-        if step == 0:
-            same(*(named(adapters, which, lambda p: p.grad) for which in (0, 1)))
-        for one in (mine, other):
-            one.step()
-            one.zero_grad()
-        same(*(named(adapters, which, lambda p: p) for which in (0, 1)))
+    three_steps(ours, theirs, inputs, lambda: (named(adapters, 0), named(adapters, 1)))
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu", "tanh"])

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from pairs import base, batch, relative, same
-from test_lora_parity import optimiser
+from pairs import base, batch, optimiser, relative, same
 from test_memory_replay import CONFIGS
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 

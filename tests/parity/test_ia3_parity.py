@@ -7,10 +7,9 @@ import warnings
 import peft
 import pytest
 import torch
-from pairs import base, batch, give, our_state, peft_state, relative, same
+from pairs import base, batch, give, gradients, live, our_state, peft_state, relative, same, three_steps
 from safetensors.torch import load_file
 from test_lora_folders import output, peft_open, peft_save, shapes
-from test_lora_parity import gradients, live, optimiser
 
 import peftlab as pl
 
@@ -59,20 +58,8 @@ def test_same_numbers(case):
     ours, theirs = pair(kind, **settings)
     assert pl.count_parameters(ours)[:2] == theirs.get_nb_trainable_parameters()
     inputs = batch(kind)
-    ours.train(), theirs.train()
-    mine, other = optimiser(ours), optimiser(theirs)
-    first = ours(**inputs).logits
-    for step in range(3):
-        found, expected = ours(**inputs), theirs(**inputs)
-        assert relative(found.logits, expected.logits) < 1e-9
-        found.loss.backward()
-        expected.loss.backward()
-        if step == 0:
-            same(gradients(our_state(ours)), gradients(live(theirs)))
-        for one in (mine, other):
-            one.step()
-            one.zero_grad()
-        same(our_state(ours), peft_state(theirs))
+    first = ours.train()(**inputs).logits
+    three_steps(ours, theirs, inputs, lambda: (our_state(ours), live(theirs)))
     assert relative(ours(**inputs).logits, first) > 1e-4
 
 

@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from pairs import batch, give, our_state, pair, peft_state, relative, same
+from pairs import batch, give, gradients, live, our_state, pair, relative, same, three_steps
 
 import peftlab as pl
 
@@ -63,39 +63,9 @@ def test_same_numbers(case):
     assert pl.count_parameters(ours)[:2] == theirs.get_nb_trainable_parameters()
 
     inputs = batch(kind)
-    ours.train(), theirs.train()
-    mine, other = optimiser(ours), optimiser(theirs)
-    for step in range(3):
-        found, expected = ours(**inputs), theirs(**inputs)
-        assert relative(found.logits, expected.logits) < 1e-9
-        found.loss.backward()
-        expected.loss.backward()
-        if step == 0:
-            same(gradients(our_state(ours)), gradients(live(theirs)))
-        for one in (mine, other):
-            one.step()
-            one.zero_grad()
-        same(our_state(ours), peft_state(theirs))
+    three_steps(ours, theirs, inputs, lambda: (our_state(ours), live(theirs)))
     moved = relative(ours(**inputs).logits, pair(kind, **settings)[0](**inputs).logits)
     assert moved > 1e-4  # three steps changed something, or nothing was compared
-
-
-def optimiser(model):
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # The bias of attention's keys has no gradient but rounding, which a smaller eps would blow up to full steps.
-    return torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.1, eps=1e-6)
-
-
-def live(theirs):
-    """peft's trained parameters by their keys, found by storage, with their gradients."""
-    by_storage = {parameter.data_ptr(): parameter for parameter in theirs.parameters()}
-    return {key: by_storage[value.data_ptr()] for key, value in peft_state(theirs).items()}
-
-
-def gradients(parameters):
-    missing = [key for key, parameter in parameters.items() if parameter.grad is None]
-    assert not missing, missing
-    return {key: parameter.grad for key, parameter in parameters.items()}
 
 
 def test_without_an_adapter_the_base_answers():

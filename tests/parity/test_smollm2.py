@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from pairs import give, our_state, peft_model, relative
-from test_lora_parity import gradients, live
+from pairs import give, gradients, live, our_state, peft_model, relative
 
 import peftlab as pl
 
