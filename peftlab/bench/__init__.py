@@ -81,12 +81,14 @@ def run(topic: str, out: str | os.PathLike, *, only: Iterable[str] | None = None
 def measured(module: Any, points: list[dict], jobs: int) -> Iterator[tuple[dict, list[dict] | Exception]]:
     """Yields (point, rows): first those that may share the machine, then the timed ones, alone.
 
-    A point that fails yields its exception, so that one out-of-memory error does not cost the hour that others took.
+    Those that share it are spread over its cores and its GPUs. A point that fails yields its exception, so that one
+    out-of-memory error does not cost the hour that others took.
     """
     shared = [point for point in points if not point.get("timed")] if jobs > 1 else []
     if shared:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        begun = context.Value("i", 0)
+        with ProcessPoolExecutor(jobs, context, initializer=take_share, initargs=(begun, jobs)) as pool:
             futures = {pool.submit(module.measure, point): point for point in shared}
             for future in as_completed(futures):
                 error = future.exception()
@@ -99,6 +101,21 @@ def measured(module: Any, points: list[dict], jobs: int) -> Iterator[tuple[dict,
                 error.__traceback__ = None  # its frames hold what the point had allocated
                 rows = error
             yield point, rows
+
+
+def take_share(begun: Any, jobs: int) -> None:
+    """Gives a process its share of the machine: a part of the cores, the next of the GPUs.
+
+    `begun` counts the processes. Without a share, each would start as many threads as there are cores.
+    """
+    import torch
+
+    with begun.get_lock():
+        number = begun.value
+        begun.value += 1
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
 
 
 def key(point: dict) -> str:

@@ -28,7 +28,7 @@ from peftlab.quantization.preparing import kbit_casts
 from peftlab.training.precision import switch_checkpointing
 
 CARD = 48e9  # bytes: a card sold as 48 GB has a little more
-ROUNDS, REPEATS, WARM_UP, PAIRS = 1, 2, 2, 12
+REPEATS, WARM_UP, PAIRS = 2, 2, 12
 RUN = {"r": 16, "optimizer": "adamw", "batch": 1, "sequence": 512, "checkpointing": True, "adapter_dtype": "float32"}
 # r, optimiser and adapter dtype that 70B is tried with, and the sequences from the longest down
 FITS = ((16, "adamw", "float32"), (64, "adamw", "float32"), (64, "adamw", "bfloat16"),
@@ -160,27 +160,26 @@ def stepper(wrapped: nn.Module, run: Row, device: torch.device) -> Callable[[], 
 
 
 def compare(
-    model: nn.Module, run: Row, libraries: tuple[str, ...], device: torch.device, rounds: int = ROUNDS,
-    repeats: int = REPEATS,
+    model: nn.Module, run: Row, libraries: tuple[str, ...], device: torch.device, repeats: int = REPEATS,
+    pairs: int = PAIRS,
 ) -> Iterator[Row]:  # fmt: skip
-    """One run under each library in turn, several times over: the largest peak and the median step of each.
+    """One run under each library in turn: the peak and the median step of each.
 
     Of two libraries the steps alternate one by one, each on a copy of the model's modules over the same weights: a
     host that is slow for a second is slow for both.
     """
     times: dict[str, list[float]] = {library: [] for library in libraries}
-    peaks = dict.fromkeys(libraries, 0)
-    for _ in range(rounds):
-        for library in libraries:
-            with under(model, library, run) as wrapped:
-                step = stepper(wrapped, run, device)
-                times[library] += timed(step, repeats=repeats, warm_up=WARM_UP)
-                peaks[library] = max(peaks[library], peak())
-                trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-                del step, wrapped
+    peaks: dict[str, int] = {}
+    for library in libraries:
+        with under(model, library, run) as wrapped:
+            step = stepper(wrapped, run, device)
+            times[library] = timed(step, repeats=repeats, warm_up=WARM_UP)
+            peaks[library] = peak()
+            trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+            del step, wrapped
     ratio = None
     if len(libraries) == 2:
-        times = alternating(model, run, libraries, device)
+        times = alternating(model, run, libraries, device, pairs)
         ratio = statistics.median(a / b for a, b in zip(*times.values(), strict=True))
     for library in libraries:
         yield {
@@ -193,14 +192,14 @@ def compare(
 
 
 def alternating(
-    model: nn.Module, run: Row, libraries: tuple[str, ...], device: torch.device
+    model: nn.Module, run: Row, libraries: tuple[str, ...], device: torch.device, pairs: int
 ) -> dict[str, list[float]]:  # fmt: skip
     """Times of single steps, one of each library in turn; who begins changes every time."""
     twin = twin_of(model)
     with under(model, libraries[0], run) as one, under(twin, libraries[1], run) as other:
         steps = {name: stepper(wrapped, run, device) for name, wrapped in zip(libraries, (one, other), strict=True)}
         times: dict[str, list[float]] = {name: [] for name in libraries}
-        for number in range(WARM_UP + PAIRS):
+        for number in range(WARM_UP + pairs):
             for name in libraries if number % 2 else reversed(libraries):
                 taken = timed(steps[name], repeats=1, warm_up=0)
                 times[name] += taken if number >= WARM_UP else []
@@ -232,11 +231,11 @@ def release() -> None:
 # ------------------------------------------------------------------------------------------------------ the points
 
 
-def beside(model: nn.Module, runs: list[Row], device: torch.device) -> Iterator[Row]:
+def beside(model: nn.Module, runs: list[Row], device: torch.device, pairs: int = PAIRS) -> Iterator[Row]:
     """Each run here and in peft with nothing cast, in turn; then once by peft's published recipe."""
     for run in runs:
-        both = compare(model, run, ("peftlab", "peft"), device)
-        published = compare(model, run, ("peft, prepared",), device, rounds=1)
+        both = compare(model, run, ("peftlab", "peft"), device, pairs=pairs)
+        published = compare(model, run, ("peft, prepared",), device)
         yield from ({"kind": "step", "method": "qlora", **row} for row in (*both, *published))
 
 
@@ -255,7 +254,7 @@ def seven(point: Row, device: torch.device) -> Iterator[Row]:
     yield from beside(model, [{**RUN, "batch": b, "checkpointing": c} for b, c in STEPS], device)
     for r, optimizer in product((16, 64), ("adamw", "adamw8bit", "paged-adamw8bit")):
         run = {**RUN, "r": r, "optimizer": optimizer}
-        for row in compare(model, run, ("peftlab",), device, rounds=1, repeats=3):
+        for row in compare(model, run, ("peftlab",), device, repeats=3):
             yield {"kind": "optimizer", "method": "qlora", **row}
 
 
@@ -265,7 +264,7 @@ def sixteen(point: Row, device: torch.device) -> Iterator[Row]:
     yield {"kind": "weights", "format": "bf16", "weight_bytes": weight_bytes(model)}
     for batch, checkpointing in STEPS:
         run = {**RUN, "batch": batch, "checkpointing": checkpointing}
-        for row in compare(model, run, ("peftlab",), device, rounds=1):
+        for row in compare(model, run, ("peftlab",), device):
             yield {"kind": "step", "method": "lora", **row}
 
 
@@ -288,21 +287,27 @@ def eight(point: Row, device: torch.device) -> Iterator[Row]:
 
 
 def seventy(point: Row, device: torch.device) -> Iterator[Row]:
-    """70B on a card of 48 GB: all but that much of the GPU is taken away first. Steps beside peft, and what fits."""
+    """70B on a card of 48 GB: all but that much of the GPU is taken away first. Steps beside peft."""
     with only(CARD, device) as taken:
         model = random_model(point["shape"], device)
         yield {"kind": "weights", "format": "nf4", "weight_bytes": weight_bytes(model), "card_bytes": int(CARD)}
-        for row in beside(model, [RUN], device):
+        for row in beside(model, [RUN], device, pairs=4):
             yield {**row, "peak_bytes": row["peak_bytes"] - taken}
+
+
+def fits(point: Row, device: torch.device) -> Iterator[Row]:
+    """What else can be trained on that card: of each kind of run the longest sequence."""
+    with only(CARD, device) as taken:
+        model = random_model(point["shape"], device)
         for r, optimizer, adapter_dtype in FITS:
             fitted = False
             for sequence in SEQUENCES:
                 run = {**RUN, "r": r, "optimizer": optimizer, "adapter_dtype": adapter_dtype, "sequence": sequence}
-                if fitted and sequence != SEQUENCES[-1]:
+                if fitted:
                     yield {"kind": "fits", **run, "fits": True, "tried": False}  # a shorter one than one that fits
                     continue
                 row = tried(model, run, device, taken)
-                fitted = fitted or row["fits"]
+                fitted = row["fits"]
                 yield {"kind": "fits", **run, "tried": True, **row}
 
 

@@ -221,3 +221,20 @@ def test_transformers_bitsandbytes_model_and_ours_answer_alike(tmp_path):
     assert all(p.grad is not None for p in theirs.parameters() if p.requires_grad)
     pl.dequantize_model(theirs)
     torch.testing.assert_close(theirs(IDS.cuda()).logits, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 6, 40])
+def test_transformers_opens_what_we_saved(tmp_path, dtype, tokens):
+    from transformers import AutoModelForCausalLM
+
+    ours = pl.quantize_model(tiny.llama(**SHAPE, dtype=dtype).cuda())
+    folder = pl.save_quantized(ours, tmp_path / "base")
+    theirs = AutoModelForCausalLM.from_pretrained(folder, device_map="cuda")
+    ids = torch.randint(1, 30, (2, tokens), device="cuda")
+    with torch.no_grad():
+        tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, rtol=tolerance, atol=tolerance)
+    pl.attach(theirs, pl.LoRAConfig(**LORA))
+    theirs(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in theirs.parameters() if p.requires_grad)

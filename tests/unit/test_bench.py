@@ -124,7 +124,7 @@ def test_a_point_that_fails_does_not_cost_the_others(topic, monkeypatch, jobs):
     if jobs == 2:  # the pool's processes cannot see the fake module: run its points in threads
         from concurrent.futures import ThreadPoolExecutor
 
-        monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(jobs))
+        monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda jobs, context, **share: ThreadPoolExecutor(jobs))
     measure = topic.measure
 
     def fails(point):
@@ -141,6 +141,21 @@ def test_a_point_that_fails_does_not_cost_the_others(topic, monkeypatch, jobs):
     bench.run("fake", topic.out, jobs=jobs)
     assert sorted(topic.measured) == [1, 2, 3, 4]
     assert measurements.results(topic.out).column("n") == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_processes_share_cores_and_gpus(monkeypatch):
+    import multiprocessing
+
+    given, threads = [], []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(bench.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", given.append)
+    begun = multiprocessing.get_context("spawn").Value("i", 0)
+    for _ in range(3):
+        bench.take_share(begun, 3)
+    assert given == [0, 1, 0] and threads == [2, 2, 2]
 
 
 def test_a_timeline_keeps_its_highest_points():

@@ -28,7 +28,7 @@ def test_points_cover_the_chapter():
     equality = [point for point in points if point["section"] == "equality" and point["block_size"] == 64]
     assert len(equality) == 3 and all(point["values"] >= 1e8 for point in equality)
     timed = {point["section"] for point in points if point.get("timed")}
-    assert timed == {"kernels", "seven", "sixteen", "where", "eight", "seventy"}
+    assert timed == {"kernels", "seven", "sixteen", "where", "eight", "seventy", "fits"}
     if not torch.cuda.is_available():
         with pytest.raises(PeftLabError, match="'seventy' measures a GPU"):
             qlora.measure({"section": "seventy", "shape": "llama-2-70b"})
