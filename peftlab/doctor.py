@@ -57,6 +57,7 @@ CHAPTERS = (
     Chapter(1, "What full fine-tuning costs", ("smollm2-135m",), ("matplotlib", "ipywidgets"), 5_000_000_000),
     Chapter(2, "LoRA", ("smollm2-135m", "news"), ("peft", "matplotlib", "ipywidgets"), 4_000_000_000),
     Chapter(3, "QLoRA and NF4", ("minilm", "smollm2-135m", "news"), ("bitsandbytes", "matplotlib"), 5_000_000_000),
+    Chapter(4, "Prompts and prefixes", ("smollm2-135m", "news"), ("peft", "matplotlib"), 4_000_000_000),
     Chapter(5, "Adapters", ("minilm", "reviews", "news"), ("peft", "matplotlib"), 2_000_000_000),
     Chapter(6, "IA3 and BitFit", ("minilm", "smollm2-135m", "reviews"), ("peft", "matplotlib"), 3_000_000_000),
 )

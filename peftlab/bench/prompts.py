@@ -33,7 +33,7 @@ RATES = {
     ("prompt", "vocabulary"): (1e-2, 3e-2, 1e-1),
     ("prompt", "random"): (3e-2, 1e-1, 3e-1),
     ("prompt", "text"): (1e-1,),
-    ("deep prompt", "vocabulary"): (1e-2,),
+    ("deep prompt", "vocabulary"): (1e-2, 1e-1, 1.0),
     ("prefix", "vocabulary"): (1e-2, 3e-2),
     ("lora", "kaiming"): (5e-3,),
 }

@@ -22,6 +22,7 @@ from peftlab.quantization.blockwise import SCALE_BLOCK, Quantized, QuantState
 from peftlab.quantization.codebooks import dynamic_book
 
 AUTO = "auto"
+ZEROS = 0x77  # two zeros in NF4
 
 
 class Reference:
@@ -71,6 +72,8 @@ class BitsAndBytes(Reference):
         packed, theirs = bitsandbytes().functional.quantize_4bit(
             weight.detach(), blocksize=block_size, quant_type=format, compress_statistics=double_quant
         )
+        if format == "nf4":
+            code_zeros(packed, weight, block_size)
         return Quantized(packed, from_bitsandbytes(theirs))
 
     def dequantize(self, packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
@@ -100,6 +103,21 @@ class BitsAndBytes(Reference):
             x, packed, list(state.shape), first, state.block_size, state.format, bias=bias,
             absmax_8bit=more[0], absmax_code=more[1], absmax_offset=more[2],
         )  # fmt: skip
+
+
+@torch.no_grad()
+def code_zeros(packed: Tensor, weight: Tensor, block_size: int) -> None:
+    """Codes blocks of nothing but zeros as zeros, in place.
+
+    bitsandbytes' CUDA kernel divides them by their largest value, which is zero, and writes the code of -1. Without
+    double quantisation the scale makes zeros of that; with it the scale comes back as a small number instead.
+    """
+    flat, size = weight.detach().reshape(-1), block_size // 2
+    whole = flat.numel() // block_size
+    empty = ~flat[: whole * block_size].view(whole, block_size).any(1)
+    packed[: whole * size].view(whole, size)[empty] = ZEROS
+    if not flat[whole * block_size :].any():
+        packed[whole * size :] = ZEROS
 
 
 BACKENDS = {backend.name: backend for backend in (BitsAndBytes(), Reference())}

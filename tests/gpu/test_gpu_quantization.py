@@ -37,7 +37,7 @@ def test_codes_scales_and_weights_are_bitsandbytes(dtype, allowed, format):
     """16 million values: equal for 16-bit weights, at most one byte in a million for float32.
 
     bitsandbytes' FP4 kernels for CPU and CUDA write zero with different signs, and their boundaries differ in the
-    eighth digit: on the CPU the values are compared, not the codes.
+    eighth digit. 16-bit weights often lie on a boundary: there either code is as near.
     """
     functional = bitsandbytes().functional
     weight = torch.randn(1 << 24, generator=torch.Generator(CUDA).manual_seed(0), device=CUDA).mul_(0.02).to(dtype)
@@ -45,8 +45,13 @@ def test_codes_scales_and_weights_are_bitsandbytes(dtype, allowed, format):
     for place in ("cpu", "cuda"):
         held = blockwise.quantize(weight.to(place), format, double_quant=False)
         if format == "fp4" and place == "cpu":
-            theirs = functional.dequantize_4bit(packed, state)
-            assert differing(held.dequantize().abs(), theirs.abs()) <= 64
+            ours, theirs = (
+                pl.Quantized(codes, held.state).dequantize(torch.float32) for codes in (held.packed, packed.cpu())
+            )
+            apart = ours.abs() != theirs.abs()
+            assert apart.float().mean() < 1e-3
+            exact, scales = weight.cpu().float(), held.state.scales().repeat_interleave(64)
+            assert (((ours - exact).abs() - (theirs - exact).abs()).abs() <= 1e-6 * scales)[apart].all()
         else:
             assert differing(held.packed, packed) <= allowed
         assert differing(held.absmax, state.absmax) == 0
@@ -76,7 +81,7 @@ def test_zeros_come_back_as_zeros():
         held = BACKENDS[name].quantize(weight, "nf4", 64, True, "w")
         back = BACKENDS[name].dequantize(held.packed, held.state, torch.float32)
         # after double quantisation an all-zero block has a small scale, and its codes still mean zero
-        assert not back[weight == 0].abs().gt(1e-6).any()
+        assert not back[weight == 0].any(), name
 
 
 def test_what_is_not_finite_is_named():

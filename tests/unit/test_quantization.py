@@ -13,7 +13,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 import peftlab as pl  # noqa: E402
 from peftlab.quantization import blockwise, codebooks  # noqa: E402
-from peftlab.quantization.backends import BACKENDS, bitsandbytes  # noqa: E402
+from peftlab.quantization.backends import BACKENDS, bitsandbytes, code_zeros  # noqa: E402
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -122,6 +122,19 @@ def test_ties_go_low_and_neighbours_go_their_own_way(format):
     assert_equal(weight, format, double_quant=False)
     if format == "nf4":
         assert pl.quantize_nf4(weight, double_quant=False).codes[1:16].tolist() == list(range(15))
+
+
+@pytest.mark.parametrize("size", [64, 128, 200, 97, 30])
+def test_blocks_of_zeros_are_coded_as_zeros_whatever_the_kernel_wrote(size):
+    """bitsandbytes' CUDA kernel writes 0x00 for them, the code of -1."""
+    weight = torch.randn(size).masked_fill(torch.arange(size) // 64 != 0, 0.0)
+    expected = pl.quantize_nf4(weight, double_quant=False)
+    packed = expected.packed.clone()
+    packed[32:] = 0
+    code_zeros(packed, weight, 64)
+    assert torch.equal(packed, expected.packed)
+    code_zeros(packed, torch.zeros(size), 64)
+    assert (packed == 0x77).all()
 
 
 def test_zero_is_exact_and_denormals_are_bitsandbytes():
