@@ -9,7 +9,8 @@ Dettmers et al., *QLoRA: Efficient Finetuning of Quantized LLMs*, 2023, arXiv:23
 Codes, scales and dequantised values are equal to bitsandbytes 0.50 in every bit on a CPU. On CUDA its kernels are
 built with fast mathematics and differ from its own CPU code for a few float32 weights in a hundred million, and not for
 bf16 or fp16; scales are quantised to the nearest code there, and to that of a fine bin on the CPU; and FP4 codes follow
-another rule, which is met but for weights on a boundary between two codes. The reference follows the device that it runs on.
+another rule, which is met but for weights on a boundary between two codes. The reference follows the device that it
+runs on.
 """
 
 from __future__ import annotations
