@@ -174,8 +174,9 @@ def _bench_options(command: Parser) -> None:
     command.add_argument("--out", required=True, metavar="FILE", help="the results file to write")
     command.add_argument("--only", metavar="S", help="sections of the topic, comma-separated (default: all)")
     command.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="processes for what is not timed (default: 1)"
-    )
+        "--jobs", type=int, default=1, metavar="N",
+        help="processes for what is not timed, spread over cores and GPUs (default: 1)",
+    )  # fmt: skip
 
 
 def _bench(arguments: argparse.Namespace) -> int:

@@ -40,7 +40,8 @@ class IA3Config(Targets):
     """What IA3 scales.
 
     Attributes:
-        target_modules: `None` means the paper's: keys, values, and what enters the last layer of the feed-forward.
+        target_modules: `None` means the paper's: keys, values, and what enters the last layer of the feed-forward. On a
+            BERT `output.dense` is also the last layer of attention, whose input is scaled too, as in Hugging Face peft.
         feedforward_modules: those of the targets whose input is scaled in the place of their output: a list of
             strings in which a path may end (`"dense"` also means `output.dense`), or a regular expression; `None` with
             `target_modules` means those that a known architecture has.
