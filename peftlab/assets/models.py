@@ -59,6 +59,8 @@ def load_model(
         except (OSError, ValueError) as error:
             raise PeftLabError(_load_fault(name, error)) from error
     _warn_about_missing(name, model, report)
+    if name in catalogue():  # an adapter's file names its base, and this machine's cache means nothing elsewhere
+        model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = str(name)
     return model.eval() if device is None else model.eval().to(device), tokenizer
 
 

@@ -71,6 +71,17 @@ def test_the_chat_tokenizer_pads_with_a_token_that_ends_nothing(chat):
     assert tokenizer.decode(ids) == "Order 1205, half of ½."
 
 
+def test_an_adapter_names_its_base_and_no_folder_of_this_machine(tmp_path):
+    model, tokenizer = pl.load_model("smollm2-135m")
+    assert model.name_or_path == model.config._name_or_path == tokenizer.name_or_path == "smollm2-135m"
+    pl.attach(model, pl.LoRAConfig(r=1, target_modules=["q_proj"]))
+    folder = pl.save_adapter(model, tmp_path)
+    written = json.loads((folder / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == "smollm2-135m"
+    again, _ = pl.load_model(written["base_model_name_or_path"])
+    pl.load_adapter(again, folder)
+
+
 def test_loading_is_quiet_and_leaves_the_users_settings(no_network, capfd):
     transformers_logging.set_verbosity_info()
     transformers_logging.enable_progress_bar()
