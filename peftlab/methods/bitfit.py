@@ -16,9 +16,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from peftlab.errors import PeftLabError
-from peftlab.hooks import base_modules
-from peftlab.methods.parts import Part, TrainedCopy, bias_copies, trained_copies
-from peftlab.targets import Targets, check_called, find
+from peftlab.methods.parts import Part, bias_copies, leaf_copies, trained_copies
+from peftlab.targets import Targets, find
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,17 +88,8 @@ class SelectiveConfig(Targets):
         copies = list(trained_copies(model, self))
         if self.last_layers or self.target_modules is not None:
             chosen = find(model, self, lambda modules: last_blocks(model, modules, self.last_layers), check_whole)
-            leaves: dict[str, nn.Module] = {}
-            for path, module in chosen.items():
-                leaves |= {
-                    f"{path}.{inner}".rstrip("."): leaf
-                    for inner, leaf in base_modules(module).items()
-                    if next(leaf.parameters(recurse=False), None) is not None
-                }
-            for path, leaf in leaves.items():
-                check_called(model, path)
-                # A block runs twice, the base's modules first: copied whole it would fill the cache twice.
-                yield Part(path, "copy", TrainedCopy(leaf))
+            parts = (part for path, module in chosen.items() for part in leaf_copies(model, path, module))
+            yield from {part.path: part for part in parts}.values()  # targets may lie within one another
         elif not copies:
             raise PeftLabError(
                 "Nothing is chosen to train. Name a task_type that has a head, modules_to_save, last_layers or "

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftlab.methods.states import CACHES, takes_cache
+from peftlab.methods.parts import CACHES, takes_cache
 from peftlab.methods.virtual import Brought
 
 

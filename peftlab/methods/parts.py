@@ -22,6 +22,7 @@ and nothing else: which parts are active, at what weight and for which rows of a
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -31,9 +32,10 @@ from torch import Tensor, nn
 from peftlab.errors import PeftLabError
 from peftlab.hooks import CHILD, base_modules, remove
 from peftlab.quantization.weights import dense, is_quantized
-from peftlab.targets import heads
+from peftlab.targets import check_called, heads
 
 BIAS_MODES = ("none", "lora_only", "all")
+CACHES = ("past_key_values", "layer_past")  # how a forward calls its argument for past keys and values
 
 
 class Part(NamedTuple):
@@ -167,7 +169,28 @@ def trained_copies(model: nn.Module, config: Any, key: str = "{path}") -> Iterat
             )
         if any(not p.is_floating_point() for p in host.parameters()):
             raise PeftLabError(f"modules_to_save names {path}, which is quantised and cannot train.")
-        yield Part(path, "copy", TrainedCopy(host, key))
+        if any(takes_cache(module) for module in base_modules(host).values()):
+            yield from leaf_copies(model, path, host, key)
+        else:
+            yield Part(path, "copy", TrainedCopy(host, key))
+
+
+def leaf_copies(model: nn.Module, path: str, module: nn.Module, key: str = "{path}") -> Iterator[Part]:
+    """Yields a trained copy for each module with parameters of its own within a module.
+
+    A copy runs after the base's module. A whole block that runs twice would fill the cache twice; its layers may.
+    """
+    for inner, leaf in base_modules(module).items():
+        if next(leaf.parameters(recurse=False), None) is not None:
+            place = f"{path}.{inner}".rstrip(".")
+            check_called(model, place)
+            yield Part(place, "copy", TrainedCopy(leaf, key))
+
+
+def takes_cache(module: nn.Module) -> str | None:
+    """How a module's forward calls its argument for past keys and values; None where it has none."""
+    parameters = inspect.signature(type(module).forward).parameters
+    return next((name for name in CACHES if name in parameters), None)
 
 
 def first_input(args: tuple, kwargs: dict) -> Tensor:

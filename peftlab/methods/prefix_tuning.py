@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from peftlab.errors import PeftLabError
 from peftlab.methods.layer_prefix import LayerPrefix, WithoutCache
-from peftlab.methods.parts import Part
+from peftlab.methods.parts import Part, takes_cache
 from peftlab.methods.states import (
     Attention,
     attention_of,
@@ -31,7 +31,6 @@ from peftlab.methods.states import (
     keys_and_values,
     new_cache,
     own_cache,
-    takes_cache,
     windows,
 )
 from peftlab.methods.virtual import (

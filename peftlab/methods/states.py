@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,10 +11,9 @@ from torch import Tensor, nn
 
 from peftlab.errors import PeftLabError
 from peftlab.hooks import base_alone, base_modules
+from peftlab.methods.parts import takes_cache
 from peftlab.methods.virtual import is_encoder_decoder
 from peftlab.modes import mode
-
-CACHES = ("past_key_values", "layer_past")
 
 
 class Attention(NamedTuple):
@@ -74,12 +72,6 @@ def attentions(stack: nn.Module) -> dict[int, str]:
         if isinstance(index, int) and innermost:
             found.setdefault(index, path)
     return found
-
-
-def takes_cache(module: nn.Module) -> str | None:
-    """How a module's forward calls its argument for past keys and values; None where it has none."""
-    parameters = inspect.signature(type(module).forward).parameters
-    return next((name for name in CACHES if name in parameters), None)
 
 
 def states_of(model: nn.Module, stack: nn.Module, found: list[nn.Module], tokens: Tensor) -> list[Tensor]:

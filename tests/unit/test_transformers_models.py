@@ -60,6 +60,24 @@ def test_generate_gives_what_the_merged_model_gives(build, targets, settings):
     assert torch.equal(found, generate(model, **settings))
 
 
+@pytest.mark.parametrize("build, whole", [
+    (llama, "layers.0"), (llama, "layers.1.self_attn"), (gpt2, "h.1"), (t5, "decoder.block.1"),
+])  # fmt: skip
+def test_a_block_trained_in_full_fills_the_cache_once(build, whole):
+    """The base's block runs before its copy: each of them with the cache would write its keys into it."""
+    model = build().double().eval()
+    torch.manual_seed(0)
+    pl.attach(model, pl.SelectiveConfig(modules_to_save=[whole]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    found = generate(model)
+    with pl.disabled(model):
+        assert not torch.equal(found, generate(model))
+    assert torch.equal(found, generate(model, use_cache=False))
+
+
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
 def test_generate_with_an_adapter_for_each_row(settings):
     model = llama().double().eval()
