@@ -78,5 +78,5 @@ EXERCISES = (
               100 * 2 * 4 * D * M / (24 * D * D): "That is in percent; the share itself is asked for."},
         hint="An adapter has 2 d m weights; a weight costs a multiplication and an addition for each token. The block "
              "has 12 d squared weights.",
-        then="The clock says otherwise, because the operations are small.")),
+        then="How much time that is depends on how quickly the machine starts small operations.")),
 )
