@@ -166,19 +166,18 @@ def gradients(parameters):
 
 
 def three_steps(ours, theirs, inputs, states):
-    """Both train for three AdamW steps: equal outputs, gradients after the first, and parameters after each.
+    """Both train for three AdamW steps: equal outputs and gradients in each, and parameters after it.
 
     `states()` gives the trained parameters of both, by the same keys.
     """
     ours.train(), theirs.train()
     mine, other = optimiser(ours), optimiser(theirs)
-    for step in range(3):
+    for _ in range(3):
         found, expected = ours(**inputs), theirs(**inputs)
         assert relative(found.logits, expected.logits) < 1e-9
         found.loss.backward()
         expected.loss.backward()
-        if step == 0:
-            same(*map(gradients, states()))
+        same(*map(gradients, states()))
         for one in (mine, other):
             one.step()
             one.zero_grad()

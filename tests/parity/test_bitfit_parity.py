@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from pairs import base, batch, optimiser, relative, same
+from pairs import base, batch, relative, three_steps
 from test_memory_replay import CONFIGS
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
@@ -64,18 +64,7 @@ def test_same_numbers(case):
     assert pl.count_parameters(ours).trainable == sum(p.numel() for p in expected.values())
 
     inputs = batch(kind)
-    ours.train(), theirs.train()
-    mine, other = optimiser(ours), optimiser(theirs)
-    for _ in range(3):
-        one, two = ours(**inputs), theirs(**inputs)
-        assert relative(one.logits, two.logits) < 1e-9
-        one.loss.backward()
-        two.loss.backward()
-        same({key: p.grad for key, p in found.items()}, {key: p.grad for key, p in expected.items()})
-        for step in (mine, other):
-            step.step()
-            step.zero_grad()
-        same(found, expected)
+    three_steps(ours, theirs, inputs, lambda: (found, expected))
     assert all(torch.equal(p, before[name]) for name, p in ours.named_parameters() if name in before)
     assert relative(ours(**inputs).logits, base(kind)(**inputs).logits) > 1e-4
 
