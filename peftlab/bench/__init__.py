@@ -1,6 +1,6 @@
 """Measurements that take too long for a notebook: `peftlab bench TOPIC --out FILE`.
 
-A topic is a module here with `points() -> list[dict]` (what to measure, in order) and `measure(point) -> list[dict]`
+A topic is a module here with `points()` (dicts that say what to measure, in order) and `measure(point) -> list[dict]`
 (rows). A point that is done is kept in FILE.partial, so a run that was killed goes on where it stopped.
 """
 
@@ -49,7 +49,7 @@ def run(topic: str, out: str | os.PathLike, *, only: Iterable[str] | None = None
     if not out.parent.is_dir():
         raise PeftLabError(f"The folder {str(out.parent)!r} is not there; make it first.")
     module = import_module(f"peftlab.bench.{topic}")
-    points = module.points()
+    points = list(module.points())
     sections = list(dict.fromkeys(point["section"] for point in points))
     only = tuple(only or ())  # it is read more than once
     for section in only:

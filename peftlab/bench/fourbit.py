@@ -29,6 +29,7 @@ from peftlab.training.precision import switch_checkpointing
 
 CARD = 48e9  # bytes: a card sold as 48 GB has a little more
 REPEATS, WARM_UP, PAIRS = 2, 2, 12
+PEAKS = {"peak_bytes": "allocated_bytes.all.peak", "requested_bytes": "requested_bytes.all.peak"}  # torch's counters
 RUN = {"r": 16, "optimizer": "adamw", "batch": 1, "sequence": 512, "checkpointing": True, "adapter_dtype": "float32"}
 # r, optimiser and adapter dtype that 70B is tried with, and the sequences from the longest down
 FITS = ((16, "adamw", "float32"), (64, "adamw", "float32"), (64, "adamw", "bfloat16"),
@@ -160,8 +161,7 @@ def stepper(wrapped: nn.Module, run: Row, device: torch.device) -> Callable[[], 
 
 
 def compare(
-    model: nn.Module, run: Row, libraries: tuple[str, ...], device: torch.device, repeats: int = REPEATS,
-    pairs: int = PAIRS,
+    model: nn.Module, run: Row, libraries: tuple[str, ...], device: torch.device, repeats: int = REPEATS
 ) -> Iterator[Row]:  # fmt: skip
     """One run under each library in turn: the peak and the median step of each.
 
@@ -169,7 +169,7 @@ def compare(
     host that is slow for a second is slow for both.
     """
     times: dict[str, list[float]] = {library: [] for library in libraries}
-    peaks: dict[str, int] = {}
+    peaks: dict[str, Row] = {}
     for library in libraries:
         with under(model, library, run) as wrapped:
             step = stepper(wrapped, run, device)
@@ -179,12 +179,12 @@ def compare(
             del step, wrapped
     ratio = None
     if len(libraries) == 2:
-        times = alternating(model, run, libraries, device, pairs)
+        times = alternating(model, run, libraries, device)
         ratio = statistics.median(a / b for a, b in zip(*times.values(), strict=True))
     for library in libraries:
         yield {
             "ratio": ratio if library == libraries[0] else None,
-            **run, "library": library, "peak_bytes": peaks[library], "trainable": trainable,
+            **run, "library": library, **peaks[library], "trainable": trainable,
             "seconds": statistics.median(times[library]), "fastest": min(times[library]),
             "seconds_spread": max(times[library]) - min(times[library]),
             "tokens_per_second": run["batch"] * run["sequence"] / statistics.median(times[library]),
@@ -192,14 +192,14 @@ def compare(
 
 
 def alternating(
-    model: nn.Module, run: Row, libraries: tuple[str, ...], device: torch.device, pairs: int
+    model: nn.Module, run: Row, libraries: tuple[str, ...], device: torch.device
 ) -> dict[str, list[float]]:  # fmt: skip
     """Times of single steps, one of each library in turn; who begins changes every time."""
     twin = twin_of(model)
     with under(model, libraries[0], run) as one, under(twin, libraries[1], run) as other:
         steps = {name: stepper(wrapped, run, device) for name, wrapped in zip(libraries, (one, other), strict=True)}
         times: dict[str, list[float]] = {name: [] for name in libraries}
-        for number in range(WARM_UP + pairs):
+        for number in range(WARM_UP + PAIRS):
             for name in libraries if number % 2 else reversed(libraries):
                 taken = timed(steps[name], repeats=1, warm_up=0)
                 times[name] += taken if number >= WARM_UP else []
@@ -214,9 +214,19 @@ def twin_of(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-def peak() -> int:
-    """The most that torch's allocator held since `timed` began; 0 without a GPU."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+def peak() -> Row:
+    """The most that torch's allocator held since `timed` began, and the most that was asked of it; 0 without a GPU.
+
+    It hands out a block that is up to 1 MB larger than was asked when the rest is too small to be cut off. Which
+    blocks lie ready depends on what ran before: the first number of one run differs by a few MB, the second does not.
+    """
+    stats = torch.cuda.memory_stats() if torch.cuda.is_available() else {}
+    return {name: stats.get(counter, 0) for name, counter in PEAKS.items()}
+
+
+def without(ballast: int, row: Row) -> Row:
+    """A row whose peaks do not count what was only there to be in the way."""
+    return {**row, **{name: row[name] - ballast for name in PEAKS if row.get(name) is not None}}
 
 
 def release() -> None:
@@ -231,10 +241,10 @@ def release() -> None:
 # ------------------------------------------------------------------------------------------------------ the points
 
 
-def beside(model: nn.Module, runs: list[Row], device: torch.device, pairs: int = PAIRS) -> Iterator[Row]:
+def beside(model: nn.Module, runs: list[Row], device: torch.device) -> Iterator[Row]:
     """Each run here and in peft with nothing cast, in turn; then once by peft's published recipe."""
     for run in runs:
-        both = compare(model, run, ("peftlab", "peft"), device, pairs=pairs)
+        both = compare(model, run, ("peftlab", "peft"), device)
         published = compare(model, run, ("peft, prepared",), device)
         yield from ({"kind": "step", "method": "qlora", **row} for row in (*both, *published))
 
@@ -291,8 +301,8 @@ def seventy(point: Row, device: torch.device) -> Iterator[Row]:
     with only(CARD, device) as taken:
         model = random_model(point["shape"], device)
         yield {"kind": "weights", "format": "nf4", "weight_bytes": weight_bytes(model), "card_bytes": int(CARD)}
-        for row in beside(model, [RUN], device, pairs=4):
-            yield {**row, "peak_bytes": row["peak_bytes"] - taken}
+        for row in beside(model, [RUN], device):
+            yield without(taken, row)
 
 
 def fits(point: Row, device: torch.device) -> Iterator[Row]:
@@ -306,20 +316,20 @@ def fits(point: Row, device: torch.device) -> Iterator[Row]:
                 if fitted:
                     yield {"kind": "fits", **run, "fits": True, "tried": False}  # a shorter one than one that fits
                     continue
-                row = tried(model, run, device, taken)
+                row = without(taken, tried(model, run, device))
                 fitted = row["fits"]
                 yield {"kind": "fits", **run, "tried": True, **row}
 
 
-def tried(model: nn.Module, run: Row, device: torch.device, taken: int) -> Row:
+def tried(model: nn.Module, run: Row, device: torch.device) -> Row:
     """Two steps of a run: its peak and the time of the second, or that there was no memory for it."""
     try:
         with under(model, "peftlab", run) as wrapped:
             step = stepper(wrapped, run, device)
             times = timed(step, repeats=1, warm_up=1)
-            return {"fits": True, "peak_bytes": peak() - taken, "seconds": times[0]}
+            return {"fits": True, **peak(), "seconds": times[0]}
     except torch.OutOfMemoryError:
-        return {"fits": False, "peak_bytes": None, "seconds": None}
+        return {"fits": False, **dict.fromkeys(PEAKS), "seconds": None}
     finally:
         release()
 

@@ -30,7 +30,7 @@ POINTS = [
 @pytest.fixture
 def topic(monkeypatch, tmp_path):
     """A topic whose points are a number each; `stop` is the point at which it dies."""
-    fake = SimpleNamespace(measured=[], stop=None, points=lambda: list(POINTS), out=tmp_path / "out.json")
+    fake = SimpleNamespace(measured=[], stop=None, points=lambda: iter(POINTS), out=tmp_path / "out.json")
 
     def measure(point):
         if point["n"] == fake.stop:
