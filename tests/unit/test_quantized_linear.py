@@ -63,6 +63,7 @@ def test_gradients_by_differences(format, double_quant):
     found = layer(7, 9, dtype=torch.float64, format=format, double_quant=double_quant)
     x = torch.randn(3, 9, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, b: found(x), (x, found.bias))
+    assert torch.autograd.gradgradcheck(lambda x, b: found(x).square(), (x, found.bias))
 
 
 @needs_bitsandbytes
@@ -84,9 +85,8 @@ def test_only_codes_are_kept_between_the_passes():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         found(torch.randn(3, 256, requires_grad=True))
-    pointers = {t.data_ptr() for t in (found.weight, *found.quant_state.tensors().values())}
-    assert {t.data_ptr() for t in kept} == pointers
-    assert sum(t.nbytes for t in kept) < 0.6 * found.weight.numel() * 2
+    assert [t.data_ptr() for t in kept] == [found.weight.data_ptr()]
+    assert kept[0].nbytes == 512 * 256 // 2
 
 
 def test_the_weight_lives_for_one_product_only():
