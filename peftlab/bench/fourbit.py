@@ -18,7 +18,7 @@ from torch import nn
 
 import peftlab as pl
 from peftlab.bench.fullsize import ALL_LINEAR, timed
-from peftlab.bench.kernels import Row, forward_passes, profile_of
+from peftlab.bench.kernels import Row, forward_passes, kernels_of, profile_of
 from peftlab.memory.shapes import load_shape
 from peftlab.quantization import Linear4bit
 from peftlab.quantization.backends import AUTO, bitsandbytes, choose
@@ -163,18 +163,21 @@ def stepper(wrapped: nn.Module, run: Row, device: torch.device) -> Callable[[], 
 def compare(
     model: nn.Module, run: Row, libraries: tuple[str, ...], device: torch.device, repeats: int = REPEATS
 ) -> Iterator[Row]:  # fmt: skip
-    """One run under each library in turn: the peak and the median step of each.
+    """One run under each library in turn: its peak, what its kernels take of the GPU's time, and its median step.
 
     Of two libraries the steps alternate one by one, each on a copy of the model's modules over the same weights: a
     host that is slow for a second is slow for both.
     """
     times: dict[str, list[float]] = {library: [] for library in libraries}
     peaks: dict[str, Row] = {}
+    kernels: dict[str, Row] = {}
     for library in libraries:
         with under(model, library, run) as wrapped:
             step = stepper(wrapped, run, device)
             times[library] = timed(step, repeats=repeats, warm_up=WARM_UP)
             peaks[library] = peak()
+            spent = [seconds for _, seconds in kernels_of(step)]
+            kernels[library] = {"kernels": len(spent), "gpu_seconds": sum(spent)}
             trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
             del step, wrapped
     ratio = None
@@ -184,7 +187,7 @@ def compare(
     for library in libraries:
         yield {
             "ratio": ratio if library == libraries[0] else None,
-            **run, "library": library, **peaks[library], "trainable": trainable,
+            **run, "library": library, **peaks[library], **kernels[library], "trainable": trainable,
             "seconds": statistics.median(times[library]), "fastest": min(times[library]),
             "seconds_spread": max(times[library]) - min(times[library]),
             "tokens_per_second": run["batch"] * run["sequence"] / statistics.median(times[library]),
@@ -324,6 +327,17 @@ def fits(point: Row, device: torch.device) -> Iterator[Row]:
                 row = without(taken, tried(model, run, device))
                 fitted = row["fits"]
                 yield {"kind": "fits", **run, "tried": True, **row}
+
+
+def segments(point: Row, device: torch.device) -> Iterator[Row]:
+    """The longest sequence again, on the same card, with an allocator whose segments grow: they leave fewer gaps."""
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    try:
+        with only(CARD, device) as taken:
+            model, run = random_model(point["shape"], device), {**RUN, "sequence": SEQUENCES[0]}
+            yield {"kind": "fits", **run, "tried": True, **without(taken, tried(model, run, device))}
+    finally:
+        torch.cuda.memory._set_allocator_settings("expandable_segments:False")
 
 
 def tried(model: nn.Module, run: Row, device: torch.device) -> Row:

@@ -34,20 +34,28 @@ def kind_of(kernel: str) -> str:
 
 def profile_of(step: Callable[[], None]) -> list[Row]:
     """One step's seconds of the GPU by what its kernels do, and the step's own time without the profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
     alone = statistics.median(timed(step, repeats=3, warm_up=2))
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        step()
-        torch.cuda.synchronize()
     spent: dict[str, list[float]] = {}
-    for event in recorded.events():
-        if str(event.device_type).endswith("CUDA"):
-            spent.setdefault(kind_of(event.name), []).append(event.device_time_total / 1e6)
+    for kernel, seconds in kernels_of(step):
+        spent.setdefault(kind_of(kernel), []).append(seconds)
     return [
         {"what": kind, "kernels": len(times), "gpu_seconds": sum(times), "seconds": alone}
         for kind, times in sorted(spent.items())
     ]
+
+
+def kernels_of(step: Callable[[], None]) -> list[tuple[str, float]]:
+    """Name and seconds of each kernel that the GPU runs in one step; without a GPU there are none."""
+    from torch.profiler import ProfilerActivity, profile
+
+    if not torch.cuda.is_available():
+        step()
+        return []
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as recorded:
+        step()
+        torch.cuda.synchronize()
+    on_gpu = (event for event in recorded.events() if str(event.device_type).endswith("CUDA"))
+    return [(event.name, event.device_time_total / 1e6) for event in on_gpu]
 
 
 @torch.no_grad()

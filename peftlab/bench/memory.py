@@ -133,7 +133,8 @@ def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
             torch.zeros(1, device="cuda")
             free, total = torch.cuda.mem_get_info()
             return [{**point, "bytes": total - free - torch.cuda.memory_reserved()}]
-        model, optimizer, batch = build(point, torch.device("cuda"))
+        model, batch = build(point, torch.device("cuda"))
+        optimizer = optimizer_of(point["optimizer"], trained(model))
         torch.cuda.reset_peak_memory_stats()
         run_step = phases(model, optimizer, batch, autocast(point))
         steps(run_step, 1 if point["section"] == "timeline" else 2)
@@ -152,8 +153,8 @@ def autocast(point: dict[str, Any]) -> bool:
     return point["precision"] == "mixed" or point["method"] == "qlora"
 
 
-def build(point: dict[str, Any], device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Any]]:
-    """The model with random weights under its method, its optimiser, and a batch."""
+def build(point: dict[str, Any], device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """The model with random weights under its method, and a batch."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
     shape = load_shape(point["shape"])
@@ -177,8 +178,12 @@ def build(point: dict[str, Any], device: torch.device) -> tuple[nn.Module, torch
     wrapped.train()
     ids = torch.randint(shape.config["vocab_size"], (point["batch"], point["sequence"]), device=device)
     labels = ids[:, 0] % 2 if shape.kind == "encoder" else ids
-    trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-    return wrapped, optimizer_of(point["optimizer"], trained), {"input_ids": ids, "labels": labels}
+    return wrapped, {"input_ids": ids, "labels": labels}
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that an optimiser is given."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def four_bit(model: nn.Module, shape: Any, device: torch.device, compute: torch.dtype) -> None:

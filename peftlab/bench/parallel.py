@@ -47,10 +47,7 @@ def worker(rank: int, point: dict[str, Any], folder: str) -> None:
     """One GPU's part of a run; the first one writes its peak into the folder."""
     torch.cuda.set_device(rank)
     distributed.init_process_group("nccl", init_method=f"file://{folder}/meet", rank=rank, world_size=GPUS)
-    model, _, batch = memory.build(point, torch.device("cuda", rank))
-    model = shard(model) if point["parallel"] == "fsdp" else nn.parallel.DistributedDataParallel(model, [rank])
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = memory.optimizer_of(point["optimizer"], trained)
+    model, optimizer, batch = prepared(point, torch.device("cuda", rank))
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     memory.steps(memory.phases(model, optimizer, batch, memory.autocast(point)), 2)
@@ -58,6 +55,17 @@ def worker(rank: int, point: dict[str, Any], folder: str) -> None:
         Path(folder, "peak").write_text(str(torch.cuda.max_memory_allocated()))
     distributed.barrier()
     distributed.destroy_process_group()
+
+
+def prepared(point: dict[str, Any], device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Any]]:
+    """The model as one of the GPUs holds it, its optimiser, and a batch."""
+    model, batch = memory.build(point, device)
+    if point["parallel"] == "fsdp":
+        model = shard(model)
+    else:
+        model = nn.parallel.DistributedDataParallel(model, None if device.index is None else [device.index])
+    # not before: the whole parameters would live on in an optimiser of theirs
+    return model, memory.optimizer_of(point["optimizer"], memory.trained(model)), batch
 
 
 def shard(model: nn.Module) -> nn.Module:

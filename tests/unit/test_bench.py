@@ -1,8 +1,10 @@
 """`peftlab bench`: points in order, rows with provenance, and a run that was killed goes on where it stopped."""
 
 import copy
+import gc
 import json
 import sys
+import weakref
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
@@ -226,14 +228,45 @@ def test_a_run_of_the_memory_grid_takes_its_two_steps(method, tmp_path):
     }))  # fmt: skip
     optimizer = "adamw8bit" if method == "lora" else "adamw"
     point = memory_grid.run(str(tmp_path), method, sequence=16, precision="fp32", optimizer=optimizer)
-    model, optimizer, batch = memory_grid.build(point, torch.device("cpu"))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model, batch = memory_grid.build(point, torch.device("cpu"))
+    trained = memory_grid.trained(model)
+    optimizer = memory_grid.optimizer_of(point["optimizer"], trained)
     found = estimate(**{name: value for name, value in point.items() if name != "section"})
     assert sum(parameter.numel() for parameter in trained) == found.trainable
     before = [parameter.detach().clone() for parameter in trained]
     memory_grid.steps(memory_grid.phases(model, optimizer, batch, autocasts=False), 2)
     assert any(not torch.equal(a, b) for a, b in zip(before, trained, strict=True))
     assert all(torch.isfinite(parameter).all() for parameter in trained)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_run_on_several_gpus_keeps_no_whole_parameter(method, parallel, monkeypatch):
+    """On one process; what fully sharded data parallelism replaces must be gone before the peak is read."""
+    from torch import distributed
+
+    from peftlab.bench import parallel as bench_parallel
+
+    whole = []
+    build = memory_grid.build
+
+    def watched(point, device):
+        model, batch = build(point, device)
+        whole.extend(weakref.ref(parameter) for parameter in model.parameters())
+        return model, batch
+
+    monkeypatch.setattr(memory_grid, "build", watched)
+    point = {**bench_parallel.run("smollm2-135m", method, parallel, batch=1, sequence=8), "r": 4}
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model, optimizer, batch = bench_parallel.prepared(point, torch.device("cpu"))
+        gc.collect()
+        alive = sum(ref() is not None for ref in whole)
+        assert alive == (0 if parallel == "fsdp" else len(whole))
+        memory_grid.steps(memory_grid.phases(model, optimizer, batch, autocasts=False), 1)
+        assert len(optimizer.state) == len(memory_grid.trained(model)) > 0
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_every_point_of_the_adapters_bench_has_a_config():

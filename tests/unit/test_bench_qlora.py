@@ -28,7 +28,7 @@ def test_points_cover_the_chapter():
     equality = [point for point in points if point["section"] == "equality" and point["block_size"] == 64]
     assert len(equality) == 3 and all(point["values"] >= 1e8 for point in equality)
     timed = {point["section"] for point in points if point.get("timed")}
-    assert timed == {"kernels", "seven", "sixteen", "where", "eight", "seventy", "fits"}
+    assert timed == {"kernels", "seven", "sixteen", "where", "eight", "seventy", "fits", "segments"}
     if not torch.cuda.is_available():
         with pytest.raises(PeftLabError, match="'seventy' measures a GPU"):
             qlora.measure({"section": "seventy", "shape": "llama-2-70b"})
@@ -45,6 +45,7 @@ def test_each_library_in_turn_and_the_model_as_it_was():
     assert [row["ratio"] is None for row in rows] == 2 * [False, True, True]
     assert len({row["trainable"] for row in rows}) == 1 and rows[0]["trainable"] > 0
     assert all(row["fastest"] <= row["seconds"] for row in rows)
+    assert {*fourbit.PEAKS, "gpu_seconds", "kernels"} <= set(rows[0])
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(value, after[name]) for name, value in before.items())
     assert dict(model.named_modules()) == modules
