@@ -182,8 +182,14 @@ def compare(
             del step, wrapped
     ratio = None
     if len(libraries) == 2:
-        times = alternating(model, run, libraries, device)
-        ratio = statistics.median(a / b for a, b in zip(*times.values(), strict=True))
+        # half of them with the trees changed: steps on one made at once, as a copy is, take the host some per cent less
+        twin = twin_of(model)
+        times = {library: [] for library in libraries}
+        for trees in ((model, twin), (twin, model)):
+            sides = {library: (tree, library) for library, tree in zip(libraries, trees, strict=True)}
+            for library, taken in alternating(sides, run, device, PAIRS // 2).items():
+                times[library] += taken
+        ratio = ratio_of(times)
     for library in libraries:
         yield {
             "ratio": ratio if library == libraries[0] else None,
@@ -195,24 +201,24 @@ def compare(
 
 
 def alternating(
-    model: nn.Module, run: Row, libraries: tuple[str, ...], device: torch.device
+    sides: dict[str, tuple[nn.Module, str]], run: Row, device: torch.device, pairs: int
 ) -> dict[str, list[float]]:  # fmt: skip
-    """Times of single steps, one of each library in turn; who begins changes every time.
-
-    After half of them the libraries change trees: steps on one made at once, as a copy is, take some per cent less
-    of the host's time.
-    """
-    twin = twin_of(model)
-    times: dict[str, list[float]] = {library: [] for library in libraries}
-    for names in (libraries, libraries[::-1]):
-        with under(model, names[0], run) as one, under(twin, names[1], run) as other:
-            steps = {name: stepper(wrapped, run, device) for name, wrapped in zip(names, (one, other), strict=True)}
-            for number in range(WARM_UP + PAIRS // 2):
-                for name in names if number % 2 else reversed(names):
-                    taken = timed(steps[name], repeats=1, warm_up=0)
-                    times[name] += taken if number >= WARM_UP else []
-            del steps
+    """Times of single steps of two models, each under a library, one of each in turn; who begins changes every time."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    (one, other) = sides.values()
+    with under(*one, run) as first, under(*other, run) as second:
+        steps = {name: stepper(model, run, device) for name, model in zip(sides, (first, second), strict=True)}
+        for number in range(WARM_UP + pairs):
+            for name in sides if number % 2 else reversed(sides):
+                taken = timed(steps[name], repeats=1, warm_up=0)
+                times[name] += taken if number >= WARM_UP else []
+        del steps
     return times
+
+
+def ratio_of(times: dict[str, list[float]]) -> float:
+    """The median of how much longer a step of the first takes than its partner."""
+    return statistics.median(a / b for a, b in zip(*times.values(), strict=True))
 
 
 def twin_of(model: nn.Module) -> nn.Module:
@@ -277,13 +283,21 @@ def seven(point: Row, device: torch.device) -> Iterator[Row]:
 
 
 def sixteen(point: Row, device: torch.device) -> Iterator[Row]:
-    """7B in bf16: LoRA on whole weights, for comparison."""
-    model = random_model(point["shape"], device, four_bit=False)
-    yield {"kind": "weights", "format": "bf16", "weight_bytes": weight_bytes(model)}
-    for batch, checkpointing in STEPS:
-        run = {**RUN, "batch": batch, "checkpointing": checkpointing}
-        for row in compare(model, run, ("peftlab",), device):
+    """7B in bf16: LoRA on whole weights, for comparison; then its steps and those in four bits in turn."""
+    whole = random_model(point["shape"], device, four_bit=False)
+    yield {"kind": "weights", "format": "bf16", "weight_bytes": weight_bytes(whole)}
+    runs = [{**RUN, "batch": batch, "checkpointing": checkpointing} for batch, checkpointing in STEPS]
+    for run in runs:
+        for row in compare(whole, run, ("peftlab",), device):
             yield {"kind": "step", "method": "lora", **row}
+    sides = {"nf4": (random_model(point["shape"], device), "peftlab"), "bf16": (whole, "peftlab")}
+    for run in runs:
+        times = alternating(sides, run, device, PAIRS)
+        for format, taken in times.items():
+            yield {
+                "kind": "beside", "format": format, **run, "ratio": ratio_of(times) if format == "nf4" else None,
+                "seconds": statistics.median(taken), "fastest": min(taken), "seconds_spread": max(taken) - min(taken),
+            }  # fmt: skip
 
 
 def where(point: Row, device: torch.device) -> Iterator[Row]:
@@ -343,14 +357,18 @@ def segments(point: Row, device: torch.device) -> Iterator[Row]:
 def tried(model: nn.Module, run: Row, device: torch.device) -> Row:
     """Two steps of a run: its peak and the time of the second, or that there was no memory for it."""
     try:
-        with under(model, "peftlab", run) as wrapped:
-            step = stepper(wrapped, run, device)
-            times = timed(step, repeats=1, warm_up=1)
-            return {"fits": True, **peak(), "seconds": times[0]}
+        return {"fits": True, **two_steps(model, run, device)}
     except torch.OutOfMemoryError:
         return {"fits": False, **dict.fromkeys(PEAKS), "seconds": None}
     finally:
-        release()
+        release()  # the optimiser is gone by now
+
+
+def two_steps(model: nn.Module, run: Row, device: torch.device) -> Row:
+    """The peak of two steps and the time of the second."""
+    with under(model, "peftlab", run) as wrapped:
+        times = timed(stepper(wrapped, run, device), repeats=1, warm_up=1)
+        return {**peak(), "seconds": times[0]}
 
 
 @contextmanager
@@ -363,8 +381,8 @@ def only(size: float, device: torch.device) -> Iterator[int]:
     torch.zeros(1, device=device)
     release()
     free, total = torch.cuda.mem_get_info(device)
+    outside = total - free - torch.cuda.memory_reserved(device)  # CUDA's context
     ballast = torch.empty(int(total - size), dtype=torch.uint8, device=device)
-    outside = total - free - torch.cuda.memory_reserved(device)
     torch.cuda.set_per_process_memory_fraction(min(1.0, (total - max(outside, 0)) / total), torch.cuda.current_device())
     try:
         yield ballast.nbytes

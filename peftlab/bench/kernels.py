@@ -88,15 +88,15 @@ def bandwidths(point: Row, device: torch.device) -> Iterator[Row]:
     flat = held.packed.view(-1)
     scales = held.state.scales()
     ops, shape = torch.ops.bitsandbytes, list(weight.shape)
+    whole = four + scales.nbytes + weight.nbytes  # codes, their scales in float32, and the weight
     work = {
         "copy": (2 * weight.nbytes, lambda: target.copy_(weight)),
-        "quantise, bitsandbytes": (
-            weight.nbytes + four, lambda: ops.quantize_4bit.default(weight, 64, "nf4", torch.uint8)),
+        "quantise, bitsandbytes": (whole, lambda: ops.quantize_4bit.default(weight, 64, "nf4", torch.uint8)),
         "dequantise, bitsandbytes": (
-            four + weight.nbytes, lambda: ops.dequantize_4bit.default(flat, scales, 64, "nf4", shape, weight.dtype)),
+            whole, lambda: ops.dequantize_4bit.default(flat, scales, 64, "nf4", shape, weight.dtype)),
         "scales and weights, bitsandbytes": (
             held.nbytes + weight.nbytes, lambda: theirs.dequantize(held.packed, held.state, weight.dtype)),
-        "quantise, reference": (weight.nbytes + four, lambda: blockwise.quantize(weight)),
+        "quantise, reference": (whole, lambda: blockwise.quantize(weight, double_quant=False)),
         "dequantise, reference": (
             held.nbytes + weight.nbytes, lambda: reference.dequantize(held.packed, held.state, weight.dtype)),
     }  # fmt: skip

@@ -36,7 +36,7 @@ SMALLEST = 1e-38  # an all-zero block is divided by this
 CHUNK = 1 << 22  # weights quantised at a time: the work space then stays small, and in the cache
 
 
-@dataclass
+@dataclass(frozen=True)
 class QuantState:
     """What four-bit codes stand for.
 

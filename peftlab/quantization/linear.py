@@ -5,7 +5,8 @@
 
 (Dettmers et al., 2023, arXiv:2305.14314, section 3.) Nothing else has a gradient: W is frozen. Left to autograd, the
 product would keep the dequantised W until the backward pass, and with that every layer's 16-bit weights at the same
-time; here the codes are kept, which are there anyway.
+time; here the codes are kept, which are there anyway. (A backward pass that is itself to be differentiated, with
+`create_graph=True`, is recorded like any other and keeps W.)
 """
 
 from __future__ import annotations
@@ -101,29 +102,29 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, bias: Tensor | None, backend: Reference, state: QuantState, packed: Tensor
     ) -> Tensor:
-        # Autograd watches what is saved in its way, and under checkpointing each tensor of that costs the host three
-        # calls, together some per cent of a step: the scales are watched here instead.
-        ctx.save_for_backward(packed)
-        ctx.backend, ctx.state, ctx.versions = backend, state, versions(state)
+        # Not saved in autograd's way: under checkpointing that costs the host three calls a tensor, together some per
+        # cent of a step. An alias stays with the codes of this pass when the layer moves; writing to it is noticed.
+        ctx.backend, ctx.state, ctx.packed = backend, state, packed.detach()
+        ctx.versions = versions(ctx.packed, state)
         return backend.linear(x, packed, state, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (packed,) = ctx.saved_tensors
-        if versions(ctx.state) != ctx.versions:
+        if versions(ctx.packed, ctx.state) != ctx.versions:
             raise RuntimeError(
-                "The scales of a 4-bit weight have been modified by an inplace operation between the forward and the "
-                "backward pass; give the layer a new quant_state instead."
+                "The codes or scales of a 4-bit weight have been modified by an inplace operation between the forward "
+                "and the backward pass; run the forward pass again."
             )
         for_x = for_bias = None
         if ctx.needs_input_grad[0]:
             # dL/dx = dL/dy W
-            for_x = gradient @ ctx.backend.dequantize(packed, ctx.state, gradient.dtype)
+            for_x = gradient @ ctx.backend.dequantize(ctx.packed, ctx.state, gradient.dtype)
         if ctx.needs_input_grad[1]:
             for_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
         return for_x, for_bias, None, None, None
 
 
-def versions(state: QuantState) -> list[int]:
-    """How often each tensor of scales was written to."""
-    return [scales._version for scales in (state.absmax, state.nested_absmax, state.offset) if scales is not None]
+def versions(packed: Tensor, state: QuantState) -> list[int]:
+    """How often codes and scales were written to; tensors of `torch.inference_mode` do not count it."""
+    tensors = (packed, state.absmax, state.nested_absmax, state.offset)
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors if tensor is not None]

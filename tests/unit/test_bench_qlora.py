@@ -1,5 +1,8 @@
 """`peftlab bench qlora`: its points, and that a comparison leaves the one model as it was for the next library."""
 
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -82,3 +85,62 @@ def test_kernels_are_told_apart_by_name():
         ("Memcpy DtoD", "copies"), ("vectorized_elementwise_kernel", "everything else"),
     ):  # fmt: skip
         assert kernels.kind_of(name) == kind
+
+
+def test_four_bits_and_sixteen_take_their_steps_in_turn(monkeypatch):
+    monkeypatch.setattr(fourbit, "PAIRS", 2)
+    monkeypatch.setattr(fourbit, "RUN", RUN)
+    rows = list(fourbit.sixteen({"shape": TINY}, CPU))
+    assert [row["kind"] for row in rows] == ["weights", *3 * ["step"], *6 * ["beside"]]
+    assert [row["format"] for row in rows[4:]] == 3 * ["nf4", "bf16"]
+    assert all((row["ratio"] is None) == (row["format"] == "bf16") and row["fastest"] > 0 for row in rows[4:])
+
+
+def test_no_optimiser_is_left_when_memory_is_given_back(monkeypatch):
+    """Of a run that fitted and of one that did not: the next must not find its states."""
+    model, made, alive = fourbit.random_model(TINY, CPU), [], []
+
+    def watched(*args):
+        made.append(weakref.ref(optimizer := make(*args)))
+        return optimizer
+
+    def given_back():
+        alive.append(sum(ref() is not None for ref in made))
+
+    make, step_of = fourbit.optimizer_of, fourbit.stepper
+    monkeypatch.setattr(fourbit, "optimizer_of", watched)
+    monkeypatch.setattr(fourbit, "release", given_back)
+    assert fourbit.tried(model, RUN, CPU)["fits"] and alive[-1] == 0
+
+    def full(*args):
+        step = step_of(*args)
+
+        def fail():
+            step()
+            raise torch.OutOfMemoryError
+
+        return fail
+
+    monkeypatch.setattr(fourbit, "stepper", full)
+    assert fourbit.tried(model, RUN, CPU) == {"fits": False, **dict.fromkeys(fourbit.PEAKS), "seconds": None}
+    assert len(made) == 2 and alive[-1] == 0
+
+
+def test_the_limit_counts_what_cuda_itself_holds(monkeypatch):
+    """A card of 80 with 0.6 outside of torch: 48 of it are left, and the allocator may hold all but the 0.6."""
+    held, fractions = [0], []
+
+    def ballast(size, **_):
+        held[0] += size
+        return torch.empty(1, dtype=torch.uint8)
+
+    cuda = SimpleNamespace(
+        mem_get_info=lambda _: (int(79.4e9) - held[0], int(80e9)), memory_reserved=lambda _: held[0],
+        set_per_process_memory_fraction=lambda fraction, _: fractions.append(fraction), current_device=lambda: 0,
+        is_available=lambda: False, OutOfMemoryError=torch.OutOfMemoryError,
+    )  # fmt: skip
+    fake = SimpleNamespace(cuda=cuda, zeros=lambda *_, **__: None, empty=ballast, uint8=torch.uint8)
+    monkeypatch.setattr(fourbit, "torch", fake)
+    with fourbit.only(48e9, CPU):
+        assert held == [int(32e9)]
+    assert fractions == [pytest.approx(79.4 / 80), 1.0]

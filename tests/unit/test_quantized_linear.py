@@ -1,11 +1,13 @@
 """The frozen 4-bit layer: its two passes, what it keeps between them, and how it moves, copies and counts."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import peftlab as pl
 from peftlab.quantization import Linear4bit
@@ -80,13 +82,11 @@ def test_backends_agree(dtype, shape):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))  # the same weight, the same product
 
 
-def test_only_codes_are_kept_between_the_passes():
-    found = layer(512, 256)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        found(torch.randn(3, 256, requires_grad=True))
-    assert [t.data_ptr() for t in kept] == [found.weight.data_ptr()]
-    assert kept[0].nbytes == 512 * 256 // 2
+def test_autograd_saves_nothing_of_the_weight():
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(512, 256)(torch.randn(3, 256, requires_grad=True))
+    assert saved == []
 
 
 def test_the_weight_lives_for_one_product_only():
@@ -124,6 +124,29 @@ def test_writing_to_the_weight_between_the_passes_is_noticed():
             tensor.add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
+
+
+def test_other_codes_loaded_between_the_passes_are_noticed_under_checkpointing_too():
+    found, other = layer(seed=1), layer(seed=2)
+    y = checkpoint(found, torch.randn(2, 96, requires_grad=True), use_reentrant=False)
+    found.load_state_dict(other.state_dict())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_state_cannot_be_changed_behind_the_layer():
+    state = layer().quant_state
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        state.absmax = state.absmax.clone()
+
+
+def test_a_layer_made_in_inference_mode_passes_gradients_on():
+    with torch.inference_mode():
+        found = layer(bias=False)
+    x = torch.randn(2, 96, requires_grad=True)
+    found(x).sum().backward()
+    expected = found.dequantize(torch.float32).sum(0).expand(2, 96)
+    assert torch.allclose(x.grad, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])
