@@ -194,9 +194,7 @@ def compare(
         yield {
             "ratio": ratio if library == libraries[0] else None,
             **run, "library": library, **peaks[library], **kernels[library], "trainable": trainable,
-            "seconds": statistics.median(times[library]), "fastest": min(times[library]),
-            "seconds_spread": max(times[library]) - min(times[library]),
-            "tokens_per_second": run["batch"] * run["sequence"] / statistics.median(times[library]),
+            **spread_of(times[library]), "tokens_per_second": run["batch"] * run["sequence"] / statistics.median(times[library]),
         }  # fmt: skip
 
 
@@ -205,7 +203,7 @@ def alternating(
 ) -> dict[str, list[float]]:  # fmt: skip
     """Times of single steps of two models, each under a library, one of each in turn; who begins changes every time."""
     times: dict[str, list[float]] = {name: [] for name in sides}
-    (one, other) = sides.values()
+    one, other = sides.values()
     with under(*one, run) as first, under(*other, run) as second:
         steps = {name: stepper(model, run, device) for name, model in zip(sides, (first, second), strict=True)}
         for number in range(WARM_UP + pairs):
@@ -214,6 +212,11 @@ def alternating(
                 times[name] += taken if number >= WARM_UP else []
         del steps
     return times
+
+
+def spread_of(times: list[float]) -> Row:
+    """What a row says of the times of one side."""
+    return {"seconds": statistics.median(times), "fastest": min(times), "seconds_spread": max(times) - min(times)}
 
 
 def ratio_of(times: dict[str, list[float]]) -> float:
@@ -296,7 +299,7 @@ def sixteen(point: Row, device: torch.device) -> Iterator[Row]:
         for format, taken in times.items():
             yield {
                 "kind": "beside", "format": format, **run, "ratio": ratio_of(times) if format == "nf4" else None,
-                "seconds": statistics.median(taken), "fastest": min(taken), "seconds_spread": max(taken) - min(taken),
+                **spread_of(taken),
             }  # fmt: skip
 
 
