@@ -194,7 +194,8 @@ def compare(
         yield {
             "ratio": ratio if library == libraries[0] else None,
             **run, "library": library, **peaks[library], **kernels[library], "trainable": trainable,
-            **spread_of(times[library]), "tokens_per_second": run["batch"] * run["sequence"] / statistics.median(times[library]),
+            **spread_of(times[library]),
+            "tokens_per_second": run["batch"] * run["sequence"] / statistics.median(times[library]),
         }  # fmt: skip
 
 
