@@ -28,7 +28,7 @@ from peftlab.quantization.preparing import kbit_casts
 from peftlab.training.precision import switch_checkpointing
 
 CARD = 48e9  # bytes: a card sold as 48 GB has a little more
-REPEATS, WARM_UP, PAIRS = 2, 2, 12
+REPEATS, WARM_UP, PAIRS = 2, 2, 24
 PEAKS = {"peak_bytes": "allocated_bytes.all.peak", "requested_bytes": "requested_bytes.all.peak"}  # torch's counters
 RUN = {"r": 16, "optimizer": "adamw", "batch": 1, "sequence": 512, "checkpointing": True, "adapter_dtype": "float32"}
 # r, optimiser and adapter dtype that 70B is tried with, and the sequences from the longest down
