@@ -5,7 +5,7 @@ DDP copies gradients into buckets, which are as large as all gradients together.
 stage 3 does (Rajbhandari et al., 2019, arXiv:1910.02054, section 5.3). Around a block's forward and backward pass its
 parameters are whole:
 
-    forward    gather block i into a flat buffer, let go of the buffer of i - 1, copy out, run, let go of the copy
+    forward    gather block i into a flat buffer, copy out, let go of the buffer of i - 1, run, let go of the copy
     backward   gather block i - 1 while block i runs; then copy the gradients of i into one buffer, which lives until
                those of i - 1 follow, and keep 1/N of its sum
 
@@ -56,7 +56,8 @@ class Sharding:
 
     def gather(self, prefix: str) -> None:
         """A block made whole, from what was gathered ahead or from a new buffer; the last one's lives until then."""
-        if self.flat is None or self.flat[0] != prefix:
+        before = self.flat  # lives as long as this name: until the copies are made
+        if before is None or before[0] != prefix:
             self.flat = (prefix, self.buffer(prefix))
         self.whole[prefix] = self.buffer(prefix)
 
