@@ -233,7 +233,7 @@ def twin_of(model: nn.Module) -> nn.Module:
 
 
 def peak() -> Row:
-    """The most that torch's allocator held since `timed` began, and the most that was asked of it; 0 without a GPU.
+    """The most that torch's allocator had handed out since `timed`, and the most that was asked of it; 0 without a GPU.
 
     It hands out a block that is up to 1 MB larger than was asked when the rest is too small to be cut off. Which
     blocks lie ready depends on what ran before: the first number of one run differs by a few MB, the second does not.

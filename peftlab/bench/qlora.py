@@ -6,10 +6,10 @@ Sections, in the chapter's order:
     quality     the same formats after LoRA on top: the support desk, and held-out news
     curve       twenty steps of LoRA on an NF4 base, here and with Hugging Face peft on bitsandbytes
     kernels     bandwidth of quantising and dequantising against a plain copy
-    seven, eight, seventy   Llama shapes at full size (random weights) beside Hugging Face peft's recipe
+    seven, eight, seventy   Llama shapes at full size beside Hugging Face peft's recipe; 70B inside 48 GB
     fits        what can be trained of 70B on a card of 48 GB
     segments    the same at the longest sequence, with an allocator that leaves fewer gaps
-    sixteen     LoRA on 7B in bf16
+    sixteen     LoRA on 7B in bf16; then steps on 4 and on 16 bits in turn
     where       where the time of a step at 7B goes, and what a forward pass costs
 """
 
