@@ -29,7 +29,7 @@ _PLACES = {
     "generation": "generate_text",
     "metrics": "accuracy macro_f1 exact_match token_f1 perplexity mean_loss predict_labels",
     "measurements": "results",
-    "notebook": "show_source glue table",
+    "notebook": "show_source glue table expect",
     "exercises": "check",
     "trainer_callback": "AdapterCallback",
     "errors": "PeftLabError",
@@ -48,6 +48,10 @@ def __getattr__(name: str) -> Any:
         return import_module(module)
     except ModuleNotFoundError as error:
         if error.name != module:
+            from peftlab.optional import PACKAGES, missing
+
+            if error.name in PACKAGES:  # matplotlib for `pl.figures`, say
+                raise missing(error.name) from None
             raise
     from peftlab.errors import did_you_mean
 

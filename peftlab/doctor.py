@@ -20,6 +20,7 @@ from peftlab.assets.catalogue import catalogue
 from peftlab.memory.cards import SPARE
 from peftlab.memory.estimate import estimate
 from peftlab.memory.units import format_both, format_bytes
+from peftlab.optional import PACKAGES
 
 # Without these the package does nothing; the versions are the lower bounds of pyproject.toml, held together by a test.
 ESSENTIAL = {
@@ -30,13 +31,6 @@ ESSENTIAL = {
     "datasets": "3.0",
     "numpy": "1.26",
     "gguf": "0.16",
-}
-OPTIONAL = {
-    "peft": ("0.18", "comparisons with Hugging Face peft", "notebooks"),
-    "accelerate": ("1.1", "transformers' Trainer", "notebooks"),
-    "matplotlib": ("3.8", "figures", "notebooks"),
-    "ipywidgets": ("7.7", "widgets", "notebooks"),
-    "bitsandbytes": ("0.45", "4-bit bases, 8-bit optimisers", "gpu"),
 }
 PYTHON = (3, 11)
 
@@ -79,7 +73,7 @@ def examine(verify: bool = False) -> dict[str, Any]:
     """
     problems: list[str] = []
     notes: list[str] = []
-    packages = {name: _version(name) for name in (*ESSENTIAL, *OPTIONAL)}
+    packages = {name: _version(name) for name in (*ESSENTIAL, *PACKAGES)}
     if sys.version_info < PYTHON:
         problems.append(
             f"Python {platform.python_version()} is too old; peftlab needs {PYTHON[0]}.{PYTHON[1]} or newer."
@@ -89,7 +83,7 @@ def examine(verify: bool = False) -> dict[str, Any]:
             problems.append(f"{name} is not installed: pip install '{name}>={least}'.")
         elif _older(packages[name], least):
             problems.append(f"{name} {packages[name]} is too old: pip install --upgrade '{name}>={least}'.")
-    for name, (least, use, extra) in OPTIONAL.items():
+    for name, (least, use, extra) in PACKAGES.items():
         if packages[name] is None:
             notes.append(f"{name} is not installed ({use}): pip install 'peftlab[{extra}]'.")
         elif _older(packages[name], least):
@@ -154,7 +148,7 @@ def _sizes(room: int) -> dict[str, list[str]]:
 def _four_bit(packages: dict[str, str | None], devices: list[dict[str, Any]]) -> dict[str, Any]:
     """Where a frozen base can be held in four bits."""
     version = packages["bitsandbytes"]
-    usable = version is not None and not _older(version, OPTIONAL["bitsandbytes"][0])
+    usable = version is not None and not _older(version, PACKAGES["bitsandbytes"][0])
     places = [device["name"] for device in devices if device["name"] == "cpu" or device["name"].startswith("cuda")]
     return {"bitsandbytes": version, "devices": places if usable else []}
 

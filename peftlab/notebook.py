@@ -187,6 +187,29 @@ def glue(name: str, value: Any, fmt: str = "") -> None:
     _display({GLUE_PREFIX + "text/plain": repr(text)}, {"scrapbook": {"name": name, "mime_prefix": GLUE_PREFIX}})
 
 
+def expect(claim: str, holds: bool) -> None:
+    """Hold a result of a live run to what the page says of it.
+
+    Nothing is shown where it holds. Where it does not, a reader is told so and the cell goes on: results of training
+    differ a little between machines and releases. In the book's own tests, which set PEFTLAB_STRICT, it is an error.
+
+    Args:
+        claim: what the page says, as the end of a sentence that begins "Expected: ".
+        holds: whether it is so here.
+
+    Raises:
+        PeftLabError: it does not hold, and PEFTLAB_STRICT is set.
+
+    >>> expect("the loss falls", 3 < 2)
+    Expected: the loss falls. It came out otherwise here: results differ between machines and releases.
+    """
+    if holds:
+        return
+    if os.environ.get("PEFTLAB_STRICT"):
+        raise PeftLabError(f"expected: {claim}; this run gave something else")
+    print(f"Expected: {claim}. It came out otherwise here: results differ between machines and releases.")
+
+
 def table(
     rows: Iterable[dict[str, Any]],
     columns: tables.Columns | None = None,

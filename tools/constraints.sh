@@ -1,7 +1,7 @@
 #!/bin/sh
 # Renew constraints.txt: install everything into a fresh environment with today's releases, and write down what came.
-# Three things are held by hand: Jupyter Book stays at 1.x, soupsieve at 2.x (3 refuses the Python 3.11.2 of Debian 12), and
-# local builds of torch lose the mark +cpu.
+# Three things are held by hand. torch stays as it is pinned: change its line in constraints.txt first if you want another.
+# soupsieve stays at 2.x, because 3 refuses the Python 3.11.2 of Debian 12. Local builds of torch lose the mark +cpu.
 set -eu
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -9,10 +9,11 @@ trap 'rm -rf "$work"' EXIT
 pip="$work/venv/bin/python -m pip --quiet --disable-pip-version-check"
 echo "constraints: installing the newest of everything into a fresh environment"
 $pip install --upgrade pip setuptools wheel
-$pip install -e ".[test,lab]" "jupyter-book>=1.0.4,<2" "soupsieve<3"
+$pip install -e ".[test,lab]" "$(grep '^torch==' constraints.txt)" "soupsieve<3"
 {
     sed '/^[^#]/,$d' constraints.txt
-    $pip freeze --all --exclude-editable | sed 's/+[a-z0-9.]*$//' | grep -v '^peftlab' | sort -f
+    $pip freeze --all --exclude-editable | sed 's/+[a-z0-9.]*$//' | grep -v '^peftlab' |
+        "$work/venv/bin/python" -c 'import sys; print(*sorted(sys.stdin.read().split(), key=str.lower), sep="\n")'
 } >"$work/constraints.txt"
 mv "$work/constraints.txt" constraints.txt
 echo "constraints: written; now make test"

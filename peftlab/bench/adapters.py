@@ -23,6 +23,7 @@ from torch import nn
 
 import peftlab as pl
 from peftlab.bench import fullsize, lora
+from peftlab.optional import require
 
 SEEDS = (0, 1, 2)
 LOW, MIDDLE, HIGH = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
@@ -229,9 +230,9 @@ def desk(point: dict[str, Any]) -> dict[str, Any]:
 def with_method(model: nn.Module, point: dict[str, Any]) -> nn.Module:
     """The 7B model as the point's library prepares it: float32 adapters on bf16 weights."""
     if point["library"] == "peft":
-        from peft import IA3Config, get_peft_model
+        peft = require("peft")
 
-        return get_peft_model(model, IA3Config(task_type="CAUSAL_LM"))
+        return peft.get_peft_model(model, peft.IA3Config(task_type="CAUSAL_LM"))
     return pl.attach(model, config_of(point))
 
 

@@ -20,8 +20,9 @@ import peftlab as pl
 from peftlab.bench.fullsize import ALL_LINEAR, timed
 from peftlab.bench.kernels import Row, forward_passes, kernels_of, profile_of
 from peftlab.memory.shapes import load_shape
+from peftlab.optional import available, require
 from peftlab.quantization import Linear4bit
-from peftlab.quantization.backends import AUTO, bitsandbytes, choose
+from peftlab.quantization.backends import AUTO, choose
 from peftlab.quantization.codebooks import code_book, dynamic_book
 from peftlab.quantization.model import replace, weight_bytes
 from peftlab.quantization.preparing import kbit_casts
@@ -65,7 +66,7 @@ def random_model(shape: str | dict, device: torch.device, four_bit: bool = True)
 
 def as_bitsandbytes(layer: Linear4bit) -> nn.Module:
     """bitsandbytes' own layer over the same codes and scales."""
-    bnb, state = bitsandbytes(), layer.quant_state
+    bnb, state = require("bitsandbytes"), layer.quant_state
     scales = bnb.functional.QuantState(
         state.nested_absmax, blocksize=256, code=dynamic_book(state.absmax.device), dtype=torch.float32
     )
@@ -100,7 +101,7 @@ def under(model: nn.Module, library: str, run: Row) -> Iterator[nn.Module]:
         if run["checkpointing"]:
             pl.prepare_for_training(model, checkpointing=True)
     else:
-        import peft
+        peft = require("peft")
 
         for path, layer in own.items():
             replace(model, path, as_bitsandbytes(layer))
@@ -140,7 +141,7 @@ def optimizer_of(name: str, trained: list[nn.Parameter]) -> torch.optim.Optimize
     """The optimiser by its name in `pl.train`."""
     if name == "adamw":
         return torch.optim.AdamW(trained, lr=1e-5, fused=trained[0].is_cuda)
-    optimizers = bitsandbytes().optim
+    optimizers = require("bitsandbytes").optim
     return (optimizers.PagedAdamW8bit if name.startswith("paged") else optimizers.AdamW8bit)(trained, lr=1e-5)
 
 
@@ -249,8 +250,8 @@ def without(ballast: int, row: Row) -> Row:
 
 def release() -> None:
     """Gives back what nothing refers to. bitsandbytes keeps a list of all paged states that ever were."""
-    if bitsandbytes() is not None:
-        bitsandbytes().functional.GlobalPageManager.get_instance().paged_tensors.clear()
+    if available("bitsandbytes") is not None:
+        require("bitsandbytes").functional.GlobalPageManager.get_instance().paged_tensors.clear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -14,6 +14,7 @@ from torch import nn
 
 import peftlab as pl
 from peftlab.errors import PeftLabError
+from peftlab.optional import require
 
 Adapt = Callable[[nn.Module, dict[str, Any]], nn.Module]
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -101,9 +102,9 @@ def with_adapter(model: nn.Module, point: dict[str, Any]) -> nn.Module:
     if point["method"] == "full":
         return model
     if point["library"] == "peft":
-        from peft import LoraConfig, get_peft_model
+        peft = require("peft")
 
-        return get_peft_model(model, LoraConfig(r=point["r"], lora_alpha=32, target_modules=list(ALL_LINEAR)))
+        return peft.get_peft_model(model, peft.LoraConfig(r=point["r"], lora_alpha=32, target_modules=list(ALL_LINEAR)))
     config = pl.LoRAConfig(r=point["r"], alpha=32, target_modules=ALL_LINEAR)
     return pl.attach(model, config, adapter_dtype=getattr(torch, point["adapter_dtype"]))
 

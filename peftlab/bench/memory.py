@@ -24,6 +24,7 @@ from torch import nn
 from peftlab.errors import PeftLabError
 from peftlab.memory import estimate
 from peftlab.memory.shapes import load_shape
+from peftlab.optional import require
 
 ALL = "all-linear"
 SEED, UNSEEN, LARGEST = 11, 30, 60e9  # of the draw: its seed, how many runs, the largest peak
@@ -188,7 +189,7 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 def four_bit(model: nn.Module, shape: Any, device: torch.device, compute: torch.dtype) -> None:
     """Random NF4 weights, doubly quantised, in the place of the body's linear layers; the rest becomes real."""
-    import bitsandbytes as bnb
+    bnb = require("bitsandbytes")
 
     for module in shape.modules:
         if module.kind != "linear" or module.role != "body":
@@ -220,7 +221,7 @@ def four_bit(model: nn.Module, shape: Any, device: torch.device, compute: torch.
 
 def with_method(model: nn.Module, point: dict[str, Any], kind: str) -> nn.Module:
     """The model as Hugging Face peft prepares it for the point's method; bottleneck adapters it has not are our own."""
-    import peft
+    peft = require("peft")
 
     import peftlab as pl
 
@@ -252,7 +253,7 @@ def optimizer_of(name: str, trained: list[nn.Parameter]) -> torch.optim.Optimize
         return torch.optim.SGD(trained, lr=1e-4)
     if name == "adamw":
         return torch.optim.AdamW(trained, lr=1e-5, foreach=False)
-    import bitsandbytes as bnb
+    bnb = require("bitsandbytes")
 
     return (bnb.optim.PagedAdamW8bit if name.startswith("paged") else bnb.optim.AdamW8bit)(trained, lr=1e-5)
 

@@ -28,7 +28,7 @@ import peftlab as pl
 from peftlab.bench import fourbit, kernels
 from peftlab.bench.fourbit import Row
 from peftlab.errors import PeftLabError
-from peftlab.quantization.backends import bitsandbytes
+from peftlab.optional import require
 from peftlab.quantization.blockwise import quantize
 from peftlab.quantization.model import replace
 
@@ -80,7 +80,7 @@ def equality(point: Row, device: torch.device, piece: int = 10_000_000) -> Itera
 
     The reference runs on the CPU, where it equals bitsandbytes' CPU code, and on the GPU.
     """
-    functional, block_size = bitsandbytes().functional, point["block_size"]
+    functional, block_size = require("bitsandbytes").functional, point["block_size"]
     differing = {place: dict.fromkeys(("codes", "scales", "scale_codes", "weights"), 0) for place in ("cpu", "cuda")}
     for start in range(0, point["values"], piece):
         make = torch.Generator(device).manual_seed(start)
@@ -175,7 +175,7 @@ def texts() -> tuple[list[str], list[str]]:
 
 def curve(point: Row, device: torch.device, layers: int | None = None) -> Iterator[Row]:
     """Losses of LoRA on one NF4 base, here and with Hugging Face peft on bitsandbytes, from equal A and B."""
-    import peft
+    peft = require("peft")
 
     ours, tokenizer = in_format("nf4", device)
     if layers is not None:

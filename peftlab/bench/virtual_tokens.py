@@ -13,6 +13,7 @@ from torch import nn
 import peftlab as pl
 from peftlab.bench import fullsize
 from peftlab.errors import PeftLabError
+from peftlab.optional import require
 
 INSTRUCTION = "Turn the customer's message into a JSON ticket with its intent, its product and its urgency."
 READ = (0, 20, 100, 500, 2000)
@@ -61,7 +62,7 @@ def attached(model: nn.Module, point: dict[str, Any]) -> nn.Module:
 
 def in_peft(model: nn.Module, method: str, tokens: int, task: str) -> nn.Module:
     """The model in Hugging Face peft."""
-    import peft
+    peft = require("peft")
 
     shared = {"num_virtual_tokens": tokens, "task_type": task}
     configs = {

@@ -6,17 +6,15 @@ A backend turns a weight into codes and codes into a weight. A new one is a clas
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 import math
 from functools import cache
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.optional import available, require
 from peftlab.quantization import blockwise
 from peftlab.quantization.blockwise import SCALE_BLOCK, Quantized, QuantState
 from peftlab.quantization.codebooks import dynamic_book
@@ -54,7 +52,7 @@ class BitsAndBytes(Reference):
     block_sizes = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
     def cannot(self, format: str, block_size: int, device: torch.device) -> str | None:
-        if bitsandbytes() is None:
+        if available("bitsandbytes") is None:
             return "it is not installed (pip install bitsandbytes)"
         if format not in ("nf4", "fp4"):
             return f"it has no format {format!r}"
@@ -69,7 +67,7 @@ class BitsAndBytes(Reference):
             return super().quantize(weight, format, block_size, double_quant, name)
         if not torch.isfinite(weight).all():  # its maxima pass over NaN
             return super().quantize(weight, format, block_size, double_quant, name)  # which raises
-        packed, theirs = bitsandbytes().functional.quantize_4bit(
+        packed, theirs = require("bitsandbytes").functional.quantize_4bit(
             weight.detach(), blocksize=block_size, quant_type=format, compress_statistics=double_quant
         )
         if format == "nf4":
@@ -140,25 +138,6 @@ def choose(name: str, format: str, block_size: int, device: torch.device) -> Ref
         check_backend(name, format, block_size, device)  # which also imports it
         return BACKENDS[name]
     return next(b for b in BACKENDS.values() if b.cannot(format, block_size, device) is None)
-
-
-@cache
-def bitsandbytes() -> ModuleType | None:
-    """bitsandbytes, imported at first use; None where it is missing or broken.
-
-    On a CPU it logs at import that an optional kernel is not there, which would stand in every notebook's output.
-    """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return None
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    before, logger.disabled = logger.disabled, True
-    try:
-        import bitsandbytes
-    except Exception:  # a library built for another system raises anything from OSError to RuntimeError
-        return None
-    finally:
-        logger.disabled = before
-    return bitsandbytes
 
 
 def from_bitsandbytes(theirs: object) -> QuantState:

@@ -13,13 +13,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 import tiny  # noqa: E402
 
 import peftlab as pl  # noqa: E402
+from peftlab.optional import available, require  # noqa: E402
 from peftlab.quantization import Linear4bit, blockwise  # noqa: E402
-from peftlab.quantization.backends import BACKENDS, bitsandbytes, choose  # noqa: E402
+from peftlab.quantization.backends import BACKENDS, choose  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(bitsandbytes() is None, reason="needs bitsandbytes"),
+    pytest.mark.skipif(available("bitsandbytes") is None, reason="needs bitsandbytes"),
 ]
 CUDA = torch.device("cuda", 0)
 SHAPE = dict(hidden_size=64, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
@@ -40,7 +41,7 @@ def test_codes_scales_and_weights_are_bitsandbytes(dtype, allowed, format):
     bitsandbytes' kernels write them in decimals: there another code may be chosen, which is as near. On the CPU zero
     has another sign as well.
     """
-    functional = bitsandbytes().functional
+    functional = require("bitsandbytes").functional
     weight = torch.randn(1 << 24, generator=torch.Generator(CUDA).manual_seed(0), device=CUDA).mul_(0.02).to(dtype)
     packed, state = functional.quantize_4bit(weight, quant_type=format)
     for place in ("cpu", "cuda"):

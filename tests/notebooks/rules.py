@@ -9,11 +9,16 @@ import statistics
 
 import nbformat
 
-SETUP = """try:
-    import peftlab as pl
-except ImportError:
-    %pip install -q "peftlab[notebooks] @ git+{repository}"
-    import peftlab as pl"""
+from peftlab.optional import PACKAGES
+
+SETUP = """from importlib.util import find_spec
+
+# Set-up: brings what this chapter needs where it is missing, as on Colab.
+needed = [{names}]
+if not all(map(find_spec, needed)):
+    %pip install -q "peftlab[{extras}] @ git+{repository}"
+import peftlab as pl"""
+EXTRAS = re.compile(r'"peftlab\[([a-z,]+)\] @ git\+')
 
 MAX_CODE_LINES = 25
 MEDIAN_CODE_LINES = 8
@@ -183,11 +188,33 @@ def plain_voice(notebook):
         yield from (f"the word {word!r} in {name(cell)}" for word in BANNED_WORDS.findall(prose))
 
 
-def setup_cell(notebook, repository: str):
-    """The first code cell is the set-up cell, word for word."""
+def packages() -> dict[str, tuple[str, ...]]:
+    """The optional packages of each extra."""
+    found = {}
+    for name, package in PACKAGES.items():
+        found[package.extra] = (*found.get(package.extra, ()), name)
+    return found
+
+
+def extras(notebook) -> tuple[str, ...]:
+    """The extras that a notebook's set-up cell installs, such as ("notebooks", "gpu")."""
+    found = EXTRAS.search(code_cells(notebook)[0].source)
+    return tuple(found[1].split(",")) if found else ()
+
+
+def setup_cell(notebook, repository: str, packages: dict[str, tuple[str, ...]]):
+    """The first code cell is the set-up cell, word for word; it looks for every package of the extras that it installs.
+
+    packages: what each extra brings.
+    """
     cells = code_cells(notebook)
-    if not cells or cells[0].source.strip() != SETUP.format(repository=repository):
-        yield "the first code cell is not the set-up cell: " + SETUP.format(repository=repository)
+    chosen = extras(notebook) if cells else ()
+    names = ["peftlab", *(name for extra in chosen or ("notebooks",) for name in packages.get(extra, ()))]
+    expected = SETUP.format(
+        names=", ".join(f'"{name}"' for name in names), extras=",".join(chosen or ("notebooks",)), repository=repository
+    )
+    if not cells or cells[0].source.strip() != expected:
+        yield "the first code cell is not the set-up cell: " + expected
 
 
 def whole_chapter(notebook):

@@ -18,11 +18,15 @@ def shown(kind, value):
     return new_output("display_data", data={kind: value})
 
 
+PACKAGES = {"notebooks": ("peft", "matplotlib"), "gpu": ("bitsandbytes",)}
+SETUP = rules.SETUP.format(names='"peftlab", "peft", "matplotlib"', extras="notebooks", repository=REPOSITORY)
+
+
 def chapter(*cells):
     """A small chapter without a fault, and `cells` after it; code cells are counted."""
     start = [
         new_markdown_cell("# LoRA\n\nWhy does a low-rank update suffice?"),
-        new_code_cell(rules.SETUP.format(repository=REPOSITORY)),
+        new_code_cell(SETUP),
         new_markdown_cell("## Summary\n\nLow rank suffices."),
         new_markdown_cell("## Exercises\n\nNone yet."),
     ]
@@ -93,7 +97,7 @@ def test_passes_what_is_right(rule, cells):
 def test_every_rule_passes_a_chapter_without_faults():
     notebook = chapter(code("x = 1", [printed("1\n")]))
     assert [p for rule in rules.EVERY_NOTEBOOK for p in rule(notebook)] == []
-    assert list(rules.setup_cell(notebook, REPOSITORY)) == list(rules.whole_chapter(notebook)) == []
+    assert list(rules.setup_cell(notebook, REPOSITORY, PACKAGES)) == list(rules.whole_chapter(notebook)) == []
 
 
 def test_every_rule_has_a_fault_it_finds():
@@ -111,7 +115,11 @@ def test_an_invalid_or_old_notebook_is_found():
 def test_set_up_cell_and_parts_are_demanded():
     notebook = chapter()
     notebook.cells[1].source += "\nimport torch"
-    assert "set-up cell" in next(rules.setup_cell(notebook, REPOSITORY))
+    assert "set-up cell" in next(rules.setup_cell(notebook, REPOSITORY, PACKAGES))
+    notebook.cells[1].source = SETUP.replace('"peft", ', "")  # it would not notice that peft is missing
+    assert "set-up cell" in next(rules.setup_cell(notebook, REPOSITORY, PACKAGES))
+    notebook.cells[1].source = SETUP.replace("[notebooks]", "[notebooks,gpu]")  # nor that bitsandbytes is
+    assert "set-up cell" in next(rules.setup_cell(notebook, REPOSITORY, PACKAGES))
     del notebook.cells[2:]
     notebook.cells[0].source = "LoRA"
     assert len(list(rules.whole_chapter(notebook))) == 3

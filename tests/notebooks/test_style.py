@@ -8,6 +8,9 @@ import normalise
 import pytest
 import rules
 
+from peftlab import doctor
+from peftlab.optional import PACKAGES
+
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
@@ -31,7 +34,16 @@ def test_keeps_the_rule(notebook, rule):
 
 def test_starts_with_the_set_up_cell(notebook):
     if rules.code_cells(notebook):  # a page of prose alone needs no package
-        assert list(rules.setup_cell(notebook, REPOSITORY)) == []
+        assert list(rules.setup_cell(notebook, REPOSITORY, rules.packages())) == []
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=title)
+def test_the_set_up_cell_brings_what_doctor_says_the_chapter_needs(path):
+    chosen = rules.extras(normalise.read(path))
+    brought = {name for extra in chosen for name in rules.packages()[extra]}
+    (needed,) = (chapter.packages for chapter in doctor.CHAPTERS if chapter.number == int(path.name[:2]))
+    assert set(needed) <= brought
+    assert set(chosen) - {"notebooks"} == {PACKAGES[name].extra for name in needed} - {"notebooks"}
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=title)

@@ -8,7 +8,7 @@ import torch
 
 from peftlab.bench import fourbit, kernels, qlora
 from peftlab.errors import PeftLabError
-from peftlab.quantization.backends import bitsandbytes
+from peftlab.optional import available
 
 TINY = dict(
     model_type="llama", vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
@@ -37,7 +37,7 @@ def test_points_cover_the_chapter():
             qlora.measure({"section": "seventy", "shape": "llama-2-70b"})
 
 
-@pytest.mark.skipif(bitsandbytes() is None, reason="needs bitsandbytes")
+@pytest.mark.skipif(available("bitsandbytes") is None, reason="needs bitsandbytes")
 def test_each_library_in_turn_and_the_model_as_it_was():
     pytest.importorskip("peft")
     model = fourbit.random_model(TINY, CPU)
@@ -66,7 +66,7 @@ def test_a_twin_shares_every_weight_and_nothing_else():
     assert model.model.layers[0].mlp.up_proj is layer
 
 
-@pytest.mark.skipif(bitsandbytes() is None, reason="needs bitsandbytes")
+@pytest.mark.skipif(available("bitsandbytes") is None, reason="needs bitsandbytes")
 def test_bitsandbytes_layers_over_the_same_codes_compute_the_same():
     model = fourbit.random_model(TINY, CPU)
     layer = model.model.layers[0].mlp.up_proj

@@ -11,6 +11,7 @@ import pytest
 
 from peftlab import cli, doctor, machine
 from peftlab.assets.catalogue import catalogue
+from peftlab.optional import PACKAGES
 
 
 def status_of(capsys, *arguments):
@@ -35,14 +36,14 @@ def test_the_lower_bounds_are_those_of_the_package():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     essential = dict(line.split(">=") for line in project["dependencies"])
     assert {name: essential[name] for name in doctor.ESSENTIAL} == doctor.ESSENTIAL
-    for name, (least, _, extra) in doctor.OPTIONAL.items():
+    for name, (least, _, extra) in PACKAGES.items():
         assert f"{name}>={least}" in project["optional-dependencies"][extra]
     assert project["requires-python"] == ">={}.{}".format(*doctor.PYTHON)
 
 
 def test_chapters_ask_for_things_that_exist():
     for chapter in doctor.CHAPTERS:
-        assert set(chapter.assets) <= set(catalogue()) and set(chapter.packages) <= set(doctor.OPTIONAL)
+        assert set(chapter.assets) <= set(catalogue()) and set(chapter.packages) <= set(PACKAGES)
 
 
 def versions(monkeypatch, **changed):

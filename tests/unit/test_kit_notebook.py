@@ -178,3 +178,14 @@ def test_outputs_are_the_same_the_next_time(executed, tmp_path):
     failed = [line.split()[1:4] for line in done.stdout.splitlines() if line.startswith("FAILED")]
     assert failed == [["kit.ipynb::Cell", "1", "-"]], done.stdout[-3000:]
     assert f"{len(CELLS) - 1} passed" in done.stdout
+
+
+def test_a_claim_that_does_not_hold_lets_a_reader_go_on(capsys, monkeypatch):
+    monkeypatch.delenv("PEFTLAB_STRICT", raising=False)
+    notebook.expect("at least half is right", True)
+    assert capsys.readouterr().out == ""
+    notebook.expect("at least half is right", False)
+    assert capsys.readouterr().out.startswith("Expected: at least half is right. It came out otherwise here")
+    monkeypatch.setenv("PEFTLAB_STRICT", "1")
+    with pytest.raises(PeftLabError, match="at least half is right"):
+        notebook.expect("at least half is right", False)

@@ -8,11 +8,12 @@ from tiny import examples, llama
 from torch import nn
 
 import peftlab as pl
-from peftlab.quantization import backends
+from peftlab import optional
+from peftlab.optional import available
 from peftlab.training.optimizers import make_optimizer
 
 CPU = torch.device("cpu")
-needs_bitsandbytes = pytest.mark.skipif(backends.bitsandbytes() is None, reason="needs bitsandbytes")
+needs_bitsandbytes = pytest.mark.skipif(available("bitsandbytes") is None, reason="needs bitsandbytes")
 SETTINGS = dict(steps=6, learning_rate=0.02, progress=False)
 
 
@@ -92,7 +93,7 @@ def test_without_the_kernel_adamw_runs(monkeypatch, kind):
             def AdamW8bit(*arguments, **settings):
                 raise NotImplementedError
 
-    monkeypatch.setattr(backends, "bitsandbytes", lambda: None if kind == "missing" else Broken)
+    monkeypatch.setattr(optional, "available", lambda name: None if kind == "missing" else Broken)
     parameter = {"w": nn.Parameter(torch.randn(8, 8))}
     said = "is not installed" if kind == "missing" else "0.45 has no 8-bit AdamW for cpu"
     with pytest.warns(UserWarning, match=f"{said}.*adamw runs instead, whose states take 8 bytes"):

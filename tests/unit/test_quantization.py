@@ -12,12 +12,13 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 import peftlab as pl  # noqa: E402
+from peftlab.optional import available  # noqa: E402
 from peftlab.quantization import blockwise, codebooks  # noqa: E402
-from peftlab.quantization.backends import BACKENDS, bitsandbytes, code_zeros  # noqa: E402
+from peftlab.quantization.backends import BACKENDS, code_zeros  # noqa: E402
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-bnb = bitsandbytes() or pytest.importorskip("bitsandbytes")
+bnb = available("bitsandbytes") or pytest.importorskip("bitsandbytes")
 BOOK = [
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,

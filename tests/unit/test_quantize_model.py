@@ -19,16 +19,16 @@ from transformers import (
 )
 
 import peftlab as pl
+from peftlab.optional import available, require
 from peftlab.quantization import Linear4bit
 from peftlab.quantization import model as quantised_model
-from peftlab.quantization.backends import bitsandbytes
 from peftlab.quantization.model import weight_bytes
 from peftlab.quantization.weights import REPACKS, is_repacked, quantized, unpack
 
 SHAPE = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, layers=2)
 IDS = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 11, 12]])
 LORA = dict(r=4, alpha=10, target_modules="all-linear", init="random")
-needs_bitsandbytes = pytest.mark.skipif(bitsandbytes() is None, reason="needs bitsandbytes")
+needs_bitsandbytes = pytest.mark.skipif(available("bitsandbytes") is None, reason="needs bitsandbytes")
 
 
 def whole(**settings):
@@ -318,7 +318,7 @@ def test_transformers_opens_it_with_bitsandbytes(tmp_path, way):
     model.save_pretrained(tmp_path) if way == "save_pretrained" else pl.save_quantized(model, tmp_path)
     opened, report = LlamaForCausalLM.from_pretrained(tmp_path, device_map="cpu", output_loading_info=True)
     assert not report["unexpected_keys"] and not report["missing_keys"]
-    assert type(opened.model.layers[0].mlp.up_proj) is bitsandbytes().nn.Linear4bit
+    assert type(opened.model.layers[0].mlp.up_proj) is require("bitsandbytes").nn.Linear4bit
     assert type(opened.lm_head) is nn.Linear
     with pl.disabled(model):
         torch.testing.assert_close(opened.train()(IDS).logits, model(IDS).logits)

@@ -10,10 +10,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import peftlab as pl
+from peftlab.optional import available
 from peftlab.quantization import Linear4bit
-from peftlab.quantization.backends import BACKENDS, bitsandbytes, choose
+from peftlab.quantization.backends import BACKENDS, choose
 
-needs_bitsandbytes = pytest.mark.skipif(bitsandbytes() is None, reason="needs bitsandbytes")
+needs_bitsandbytes = pytest.mark.skipif(available("bitsandbytes") is None, reason="needs bitsandbytes")
 BACKENDS_HERE = ["reference", pytest.param("bitsandbytes", marks=needs_bitsandbytes)]
 
 
@@ -218,13 +219,13 @@ def test_auto_chooses_by_device_and_format():
     assert choose("auto", "int4", 64, cpu).name == "reference"
     assert choose("auto", "nf4", 16, cpu).name == "reference"
     assert choose("auto", "nf4", 64, torch.device("mps")).name == "reference"
-    assert choose("auto", "nf4", 64, cpu).name == ("reference" if bitsandbytes() is None else "bitsandbytes")
+    assert choose("auto", "nf4", 64, cpu).name == ("reference" if available("bitsandbytes") is None else "bitsandbytes")
 
 
 def test_without_bitsandbytes_the_reference_computes(monkeypatch):
     from peftlab.quantization import backends
 
-    monkeypatch.setattr(backends, "bitsandbytes", lambda: None)
+    monkeypatch.setattr(backends, "available", lambda name: None)
     backends.choose.cache_clear()
     try:
         assert layer(backend="auto")(torch.randn(2, 96)).shape == (2, 50)
@@ -239,6 +240,6 @@ def test_importing_bitsandbytes_is_quiet():
     import subprocess
     import sys
 
-    code = "from peftlab.quantization.backends import bitsandbytes; print(bitsandbytes().__name__)"
+    code = "from peftlab.optional import require; print(require('bitsandbytes').__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "bitsandbytes\n" and done.stderr == ""
