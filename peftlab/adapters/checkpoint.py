@@ -23,24 +23,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftlab.adapters.injection import add, prepare
+from peftlab.adapters.integrity import base_sample, base_tensor, check_base, check_integrity, config_digest, digest
+from peftlab.core.hooks import CHILD, base_modules, hosts
+from peftlab.core.records import known, unwrap
+from peftlab.core.targets import ALL_LINEAR, by_pattern, names_match
+from peftlab.core.tensor_files import read_tensors, serialised, write
 from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.hooks import CHILD, base_modules, hosts
-from peftlab.injection import add, prepare
-from peftlab.integrity import (
-    base_sample,
-    base_tensor,
-    check_base,
-    check_integrity,
-    config_digest,
-    digest,
-    read_tensors,
-    serialised,
-    write,
-)
 from peftlab.methods import METHODS
 from peftlab.methods.parts import Part
-from peftlab.records import known, unwrap
-from peftlab.targets import ALL_LINEAR, by_pattern, names_match
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BESIDE = "adapter_encoder.safetensors"  # ours alone; Hugging Face peft does not look at it

@@ -15,21 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from peftlab.core.hooks import CHILD, Activity, Adapters, bringers, hosts, place, plain, remove
+from peftlab.core.records import Record, home, known, record_of, tensor_at, unwrap
 from peftlab.errors import PeftLabError
-from peftlab.hooks import CHILD, Activity, Adapters, bringers, hosts, place, plain, remove
 from peftlab.methods import METHODS
 from peftlab.methods.parts import Part
+from peftlab.quantization.marks import tell_transformers, untell_transformers
 from peftlab.quantization.weights import give_back, unpack
-from peftlab.records import (
-    Record,
-    home,
-    known,
-    record_of,
-    tell_transformers,
-    tensor_at,
-    untell_transformers,
-    unwrap,
-)
 
 
 class ParameterCount(NamedTuple):

@@ -1,4 +1,4 @@
-"""Whether an adapter's files are whole, belong together and belong to this base: sums, samples, atomic writes."""
+"""Whether an adapter's files are whole, belong together and belong to this base: sums and samples."""
 
 from __future__ import annotations
 
@@ -9,23 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from peftlab.core.hooks import base_modules
+from peftlab.core.records import record_of
 from peftlab.errors import PeftLabError
-from peftlab.files import write_atomically
-from peftlab.hooks import base_modules
-from peftlab.records import record_of
-
-
-def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads all tensors and the metadata of a safetensors file."""
-    try:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise PeftLabError(f"{file} is damaged or cut short ({error}); fetch or save it again.") from None
 
 
 def check_integrity(
@@ -105,17 +93,6 @@ def check_base(root: nn.Module, folder: Path, metadata: Mapping[str, str], model
             )
 
 
-def serialised(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The bytes of a safetensors file. Equal contents give equal bytes: the library itself shuffles the metadata."""
-    raw = to_bytes(tensors, dict(metadata))
-    start = 8 + int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:start])
-    header["__metadata__"] = dict(sorted(metadata.items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format's alignment
-    return len(text).to_bytes(8, "little") + text + raw[start:]
-
-
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of names, dtypes, shapes and bytes."""
     total = hashlib.sha256()
@@ -131,8 +108,3 @@ def config_digest(fields: Mapping[str, Any]) -> str:
     free = ("base_model_name_or_path", "inference_mode", "revision", "peft_version")
     decisive = {name: value for name, value in fields.items() if name not in free}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-
-
-def write(file: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    write_atomically(file, content)

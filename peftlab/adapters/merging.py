@@ -19,12 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftlab.adapters.injection import detach, refresh_requires_grad, restore
+from peftlab.core.hooks import CHILD, Activity, hosts
+from peftlab.core.records import Record, record_of, tensor_at, unwrap
 from peftlab.errors import PeftLabError
-from peftlab.hooks import CHILD, Activity, hosts
-from peftlab.injection import detach, refresh_requires_grad, restore
 from peftlab.methods.parts import widened
 from peftlab.quantization.weights import is_quantized, keep, store
-from peftlab.records import Record, record_of, tensor_at, unwrap
 
 
 class MergeReport(NamedTuple):

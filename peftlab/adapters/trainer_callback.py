@@ -16,10 +16,10 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peftlab.checkpoint import check_config, fill, placed, read_folder, save_adapter
+from peftlab.adapters.checkpoint import check_config, fill, placed, read_folder, save_adapter
+from peftlab.adapters.injection import attached
+from peftlab.core.records import known, unwrap
 from peftlab.errors import PeftLabError
-from peftlab.injection import attached
-from peftlab.records import known, unwrap
 
 FOLDER = "adapter"
 

@@ -15,9 +15,13 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from peftlab import __version__
+from peftlab import __version__, bench
+from peftlab.assets.cache import cache_folder
+from peftlab.assets.catalogue import catalogue
+from peftlab.commands import count_and_memory, doctor, train
+from peftlab.commands.terminal import parse_targets, print_json, print_table
 from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.terminal import parse_targets, print_json, print_table
+from peftlab.memory.units import format_bytes
 
 # of `train`, without importing torch
 METHODS = "full, lora, qlora, prompt, p-tuning, prefix, ia3, bitfit, selective, houlsby, pfeiffer, parallel"
@@ -99,10 +103,7 @@ def _fetch_options(command: Parser) -> None:
 
 
 def _fetch(arguments: argparse.Namespace) -> int:
-    from peftlab.assets.cache import cache_folder
-    from peftlab.assets.catalogue import catalogue
     from peftlab.assets.fetch import fetch
-    from peftlab.memory.units import format_bytes
 
     folders = fetch(arguments.names or None, say=lambda line: print(line, file=sys.stderr, flush=True))
     if arguments.json:
@@ -117,8 +118,6 @@ def _doctor_options(command: Parser) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from peftlab import doctor
-
     report = doctor.examine(verify=arguments.verify)
     if arguments.json:
         print_json(report)
@@ -128,44 +127,31 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _count_options(command: Parser) -> None:
-    from peftlab.memory import commands
-
-    commands.add_count_options(command)
+    count_and_memory.add_count_options(command)
 
 
 def _count(arguments: argparse.Namespace) -> int:
-    from peftlab.memory import commands
-
-    return commands.count(arguments)
+    return count_and_memory.count(arguments)
 
 
 def _memory_options(command: Parser) -> None:
-    from peftlab.memory import commands
-
-    commands.add_memory_options(command)
+    count_and_memory.add_memory_options(command)
 
 
 def _memory(arguments: argparse.Namespace) -> int:
-    from peftlab.memory import commands
-
-    return commands.memory(arguments)
+    return count_and_memory.memory(arguments)
 
 
 def _train_options(command: Parser) -> None:
-    from peftlab import finetune
-    from peftlab.memory import commands
-
-    finetune.add_options(command)
-    commands.add_method_options(command, METHODS, r=8, ranks="8")
+    train.add_options(command)
+    count_and_memory.add_method_options(command, METHODS, r=8, ranks="8")
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from peftlab import finetune
-
-    result = finetune.run(arguments, parse_targets(arguments.targets))
+    result = train.run(arguments, parse_targets(arguments.targets))
     if arguments.json:
         return print_json(result)
-    print_table(finetune.summary(result))
+    print_table(train.summary(result))
     return 0
 
 
@@ -180,8 +166,6 @@ def _bench_options(command: Parser) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from peftlab import bench
-
     only = arguments.only.split(",") if arguments.only else None
     bench.run(arguments.topic, arguments.out, only=only, jobs=arguments.jobs)
     if arguments.json:

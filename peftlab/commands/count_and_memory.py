@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from peftlab.memory import cards, counting
-from peftlab.memory.builtin import BUILT_IN
+from peftlab.commands.terminal import parse_targets, print_json, print_table
+from peftlab.memory import cards
+from peftlab.memory.counting import totals as counting
+from peftlab.memory.counting.builtin import BUILT_IN
+from peftlab.memory.counting.methods import DEFAULT_R, METHODS
 from peftlab.memory.estimate import (
     ADAPTER_PRECISIONS,
     ATTENTIONS,
@@ -16,10 +19,8 @@ from peftlab.memory.estimate import (
     PRECISIONS,
     estimate,
 )
-from peftlab.memory.methods import DEFAULT_R, METHODS
-from peftlab.memory.replay import KINDS
+from peftlab.memory.replay.tape import KINDS
 from peftlab.memory.units import format_both, format_count, format_percent
-from peftlab.terminal import parse_targets, print_json, print_table
 
 LABELS = {
     "weights": "weights", "adapter": "adapter", "gradients": "gradients", "optimizer": "optimiser states",

@@ -14,9 +14,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from peftlab import __version__, machine
+from peftlab import __version__
 from peftlab.assets.cache import asset_folder, cache_folder, fault
 from peftlab.assets.catalogue import catalogue
+from peftlab.commands import machine
 from peftlab.memory.cards import SPARE
 from peftlab.memory.estimate import estimate
 from peftlab.memory.units import format_both, format_bytes

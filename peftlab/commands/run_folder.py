@@ -69,7 +69,7 @@ def locked(folder: Path) -> Iterator[None]:
 def save(model: Any, tokenizer: Any, folder: Path, adapter: bool) -> int:
     """Save what was trained, in one step; returns its size in bytes."""
     if adapter:
-        from peftlab.checkpoint import WEIGHTS, save_adapter
+        from peftlab.adapters.checkpoint import WEIGHTS, save_adapter
 
         save_adapter(model, folder)
         return (folder / WEIGHTS).stat().st_size

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peftlab.assets.support_desk import score
 from peftlab.errors import PeftLabError
 
 HELD_OUT = 10  # one row in so many is kept for the test where a data set has no split for it
@@ -86,7 +87,7 @@ def check_model(task: Task, model: Any, name: str) -> None:
 
 def encode(task: Task, tokenizer: Any, rows: Sequence[dict[str, Any]], max_length: int | None) -> list[dict[str, Any]]:
     """The rows as examples for training; what is too long is cut, but never an answer."""
-    from peftlab.encoding import encode_classification, encode_completion, encode_text
+    from peftlab.training.encoding import encode_classification, encode_completion, encode_text
 
     if task.kind == "classification":
         number = {name: index for index, name in enumerate(task.classes)}
@@ -106,8 +107,8 @@ def test(
     max_new_tokens: int,
 ) -> dict[str, float]:
     """Scores of the model on rows of the test split, the one that matters first."""
-    from peftlab import metrics
-    from peftlab.generation import generate_text
+    from peftlab.training import metrics
+    from peftlab.training.generation import generate_text
 
     if task.kind == "completion":
         answers = generate_text(
@@ -115,8 +116,6 @@ def test(
         )
         wanted = [row[task.answer] for row in rows]
         if task.answer == "ticket":
-            from peftlab.assets.support_desk import score
-
             return score(answers, wanted)
         return {"exact_match": metrics.exact_match(answers, wanted)}
     examples = encode(task, tokenizer, rows, max_length)

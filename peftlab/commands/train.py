@@ -15,8 +15,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from peftlab.commands import tasks
+from peftlab.commands.run_folder import METRICS, STATE, claim, locked, save, write_json
 from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.run_folder import METRICS, STATE, claim, locked, save, write_json
+from peftlab.memory.units import format_both, format_count, format_percent
 
 # Arguments that change nothing about what is learned: a run goes on although they differ.
 INCIDENTAL = ("command", "run", "json", "out", "resume", "save_every", "device", "test_limit", "max_new_tokens")
@@ -175,10 +177,9 @@ def _train(arguments: argparse.Namespace, targets: Any, folder: Path) -> dict[st
     """The run itself, with the folder held and its settings agreed."""
     import torch
 
-    from peftlab import tasks
+    from peftlab.adapters.injection import attach, count_parameters
     from peftlab.assets.data import load_data
     from peftlab.assets.models import load_model
-    from peftlab.injection import attach, count_parameters
     from peftlab.training import train
 
     started = time.monotonic()
@@ -295,8 +296,6 @@ def _log() -> Callable[[Any, dict[str, Any]], None]:
 
 def summary(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The result as rows for a person."""
-    from peftlab.memory.units import format_both, format_count, format_percent
-
     settings, test = result["settings"], result["test"]
     rows = [
         ("model", settings["model"]),

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .records import unwrap
+from peftlab.core.records import unwrap
 
 
 @contextmanager

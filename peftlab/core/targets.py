@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from peftlab.core.hooks import base_modules
 from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.hooks import base_modules
 
 ALL_LINEAR = "all-linear"
 # Where the query and value projections live in the architectures of transformers, most specific first.

@@ -23,7 +23,7 @@ from typing import Any
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.files import write_atomically
 
-FOLDER = Path(__file__).parent / "results"
+FOLDER = Path(__file__).parents[1] / "results"
 SCALARS = (str, int, float, bool, type(None))
 
 

@@ -17,8 +17,8 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from peftlab import tables
 from peftlab.errors import PeftLabError
+from peftlab.kit import tables
 
 # Libraries whose remarks on stderr say nothing about the reader's own code.
 NOISY = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "kernels", "peft", "torch", "torchao",
@@ -30,7 +30,7 @@ def start(seed: int = 0) -> None:
     """The line after the imports of every chapter: quiet libraries, fixed seeds, the book's figure style."""
     quiet()
     set_seed(seed)
-    from peftlab import figures
+    from peftlab.kit import figures
 
     figures.use_style()
 

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
-from peftlab import figures, memory
+from peftlab import memory
 from peftlab.errors import PeftLabError
-from peftlab.figures.lora import STEPS
-from peftlab.figures.style import png
-from peftlab.tables import as_html
+from peftlab.kit import figures
+from peftlab.kit.figures.lora import STEPS
+from peftlab.kit.figures.style import png
+from peftlab.kit.tables import as_html
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 TARGETS = {

@@ -29,10 +29,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftlab.core.hooks import CHILD, base_modules, remove
+from peftlab.core.targets import check_called, heads
 from peftlab.errors import PeftLabError
-from peftlab.hooks import CHILD, base_modules, remove
 from peftlab.quantization.weights import dense, is_quantized
-from peftlab.targets import check_called, heads
 
 BIAS_MODES = ("none", "lora_only", "all")
 CACHES = ("past_key_values", "layer_past")  # how a forward calls its argument for past keys and values

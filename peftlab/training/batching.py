@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from .errors import PeftLabError
-from .records import record_of, unwrap
+from peftlab.core.records import record_of, unwrap
+from peftlab.errors import PeftLabError
 
 
 def batches(model: nn.Module, lengths: Sequence[int], batch_size: int) -> list[list[int]]:

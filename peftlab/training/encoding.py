@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .errors import PeftLabError
+from peftlab.errors import PeftLabError
 
 IGNORE = -100  # the label that torch's cross-entropy leaves out
 _PROBE = "peftlab-probe"  # stands for an answer when a chat template is asked what follows one

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .batching import batches
-from .encoding import Collator, Prompt, end_ids, prompt_ids
-from .errors import PeftLabError
-from .hooks import text_positions
-from .modes import device_of, mode, to_device
-from .progress import Bar
-from .records import unwrap
+from peftlab.core.hooks import text_positions
+from peftlab.core.modes import device_of, mode, to_device
+from peftlab.core.records import unwrap
+from peftlab.errors import PeftLabError
+from peftlab.progress import Bar
+from peftlab.training.batching import batches
+from peftlab.training.encoding import Collator, Prompt, end_ids, prompt_ids
 
 
 def generate_text(

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .encoding import IGNORE
-from .errors import PeftLabError
-from .records import unwrap
+from peftlab.core.records import unwrap
+from peftlab.errors import PeftLabError
+from peftlab.training.encoding import IGNORE
 
 Loss = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]]
 

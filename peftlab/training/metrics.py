@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .batching import batches
-from .encoding import Collator, encode_text
-from .errors import PeftLabError
-from .losses import Loss, default_loss
-from .modes import device_of, mode, to_device
-from .progress import Bar
+from peftlab.core.modes import device_of, mode, to_device
+from peftlab.errors import PeftLabError
+from peftlab.progress import Bar
+from peftlab.training.batching import batches
+from peftlab.training.encoding import Collator, encode_text
+from peftlab.training.losses import Loss, default_loss
 
 
 def accuracy(predictions: Sequence[Any], references: Sequence[Any]) -> float:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import PeftLabError, did_you_mean
+from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.quantization import backends
 
 Groups = list[dict[str, Any]]
 
@@ -51,9 +52,7 @@ def paged_adamw8bit(groups: Groups, lr: float, device: torch.device) -> torch.op
 
 
 def _eight_bit(kind: str, groups: Groups, lr: float, device: torch.device) -> torch.optim.Optimizer:
-    from ..quantization.backends import bitsandbytes
-
-    library = bitsandbytes()
+    library = backends.bitsandbytes()
     reason = "bitsandbytes is not installed (pip install bitsandbytes)" if library is None else None
     if library is not None and device.type != "cuda":
         # Whether there are kernels for this device depends on the release; a small step tells.

@@ -1,8 +1,8 @@
 """Exercises which check the reader's answer: ``pl.check("lora.count", answer)``.
 
-An exercise's name is its chapter's topic and a word, ``lora.count``; the file ``peftlab/exercises/lora.py`` holds all
-of that chapter's in a tuple named ``EXERCISES``. A check says right, nearly (and what was probably forgotten) or not
-yet (and what to look at); it never prints the answer.
+An exercise's name is its chapter's topic and a word, ``lora.count``; the file ``peftlab/kit/exercises/lora.py`` holds
+all of that chapter's in a tuple named ``EXERCISES``. A check says right, nearly (and what was probably forgotten) or
+not yet (and what to look at); it never prints the answer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.exercises.grading import Exercise, Grade, choice, function, number
+from peftlab.kit.exercises.grading import Exercise, Grade, choice, function, number
 
 __all__ = ["Exercise", "Grade", "check", "choice", "exercises", "function", "grade", "number"]
 

@@ -1,6 +1,6 @@
 """Exercises of the chapter on adapters."""
 
-from peftlab.exercises.grading import Exercise, choice, function, number
+from peftlab.kit.exercises.grading import Exercise, choice, function, number
 
 # BERT-base: width, blocks; adapters with a reduction factor of 16
 D, M, BLOCKS = 768, 48, 12

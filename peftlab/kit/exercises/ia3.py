@@ -2,7 +2,7 @@
 
 import math
 
-from peftlab.exercises.grading import Exercise, choice, function, number
+from peftlab.kit.exercises.grading import Exercise, choice, function, number
 
 # smollm2-135m: hidden width, key/value width (3 heads of 64), inner width, layers
 HIDDEN, KEY_VALUE, INNER, LAYERS = 576, 192, 1536, 30

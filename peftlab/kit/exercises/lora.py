@@ -2,7 +2,7 @@
 
 import math
 
-from peftlab.exercises.grading import Exercise, choice, function, number
+from peftlab.kit.exercises.grading import Exercise, choice, function, number
 
 # smollm2-135m: hidden width, key/value width (3 of 9 heads of 64), layers
 HIDDEN, KEY_VALUE, LAYERS = 576, 192, 30

@@ -1,6 +1,6 @@
 """Exercises of the chapter on memory."""
 
-from peftlab.exercises.grading import Exercise, choice, function, number
+from peftlab.kit.exercises.grading import Exercise, choice, function, number
 
 
 def _frozen(h, k, m, n, tokens):

@@ -1,6 +1,6 @@
 """Exercises of the chapter on prompts and prefixes."""
 
-from peftlab.exercises.grading import Exercise, choice, function, number
+from peftlab.kit.exercises.grading import Exercise, choice, function, number
 
 # llama-3.1-8b: layers, key/value width (8 heads of 128), hidden width; llama-2-7b: key/value width
 LAYERS, KEY_VALUE, HIDDEN = 32, 1024, 4096

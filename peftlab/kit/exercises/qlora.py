@@ -1,6 +1,6 @@
 """Exercises of the chapter on QLoRA and NF4."""
 
-from peftlab.exercises.grading import Exercise, choice, function, number
+from peftlab.kit.exercises.grading import Exercise, choice, function, number
 
 # Llama-2-70B: numbers in the linear layers of its body, and in the embedding and the output head together
 BODY, ENDS = 68_451_041_280, 524_288_000

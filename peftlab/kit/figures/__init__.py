@@ -4,12 +4,12 @@ Every function returns a ``matplotlib.figure.Figure``. As the last line of a cel
 caption and alternative text stand in the cell's metadata.
 """
 
-from peftlab.figures.adapters import adapter_places, budget
-from peftlab.figures.charts import bars, curves, heatmap, histogram, spectrum, stacked_bars, sweep
-from peftlab.figures.lora import lora_dataflow
-from peftlab.figures.memory import agreement, memory_bars, timelines
-from peftlab.figures.quantization import code_books
-from peftlab.figures.style import BLACK, COLOURS, HATCHES, LINES, MARKERS, WIDTH, label, new, styled, use_style
+from peftlab.kit.figures.adapters import adapter_places, budget
+from peftlab.kit.figures.charts import bars, curves, heatmap, histogram, spectrum, stacked_bars, sweep
+from peftlab.kit.figures.lora import lora_dataflow
+from peftlab.kit.figures.memory import agreement, memory_bars, timelines
+from peftlab.kit.figures.quantization import code_books
+from peftlab.kit.figures.style import BLACK, COLOURS, HATCHES, LINES, MARKERS, WIDTH, label, new, styled, use_style
 
 __all__ = [
     "adapter_places", "budget",

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, Polygon, Rectangle
 from matplotlib.ticker import PercentFormatter
 
-from peftlab.figures.style import BLACK, COLOURS, GREY, SMALLEST, look, new, styled
+from peftlab.kit.figures.style import BLACK, COLOURS, GREY, SMALLEST, look, new, styled
 
 FROZEN, TRAINED = "#dfe5ec", "#f3d3b9"
 STREAM, BRANCH, BESIDE = 1.2, 4.6, 8.8  # where the three columns of a picture stand

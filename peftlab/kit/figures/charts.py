@@ -10,7 +10,7 @@ import numpy
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from peftlab.figures.style import BLACK, COLOURS, GREY, HATCHES, SMALLEST, look, new, styled
+from peftlab.kit.figures.style import BLACK, COLOURS, GREY, HATCHES, SMALLEST, look, new, styled
 
 
 def _finish(figure, axes, lines):

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, Polygon, Rectangle
 
 from peftlab.errors import PeftLabError
-from peftlab.figures.style import BLACK, COLOURS, HATCHES, SMALLEST, WIDTH, new, styled
+from peftlab.kit.figures.style import BLACK, COLOURS, HATCHES, SMALLEST, WIDTH, new, styled
 
 FROZEN, TRAINED = "#dfe5ec", "#f3d3b9"
 STEPS = (

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from peftlab.figures.charts import stacked_bars
-from peftlab.figures.style import BLACK, COLOURS, GREY, SMALLEST, look, new, styled
+from peftlab.kit.figures.charts import stacked_bars
+from peftlab.kit.figures.style import BLACK, COLOURS, GREY, SMALLEST, look, new, styled
 from peftlab.memory import Estimate
 
 

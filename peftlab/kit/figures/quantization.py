@@ -7,8 +7,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from peftlab.figures.charts import _array
-from peftlab.figures.style import COLOURS, GREY, SMALLEST, WIDTH, new, styled
+from peftlab.kit.figures.charts import _array
+from peftlab.kit.figures.style import COLOURS, GREY, SMALLEST, WIDTH, new, styled
 
 
 @styled()

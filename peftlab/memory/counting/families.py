@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftlab.errors import PeftLabError
-from peftlab.memory.config import Config
+from peftlab.memory.counting.config import Config
 
 
 @dataclass(frozen=True)

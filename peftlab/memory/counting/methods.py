@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.memory.families import FAMILIES, Module
-from peftlab.memory.options import Added, Options, Trained
-from peftlab.memory.shapes import Shape
+from peftlab.memory.counting.families import FAMILIES, Module
+from peftlab.memory.counting.options import Added, Options, Trained
+from peftlab.memory.counting.shapes import Shape
 
 # The rank where none is given: peft's own. AdaLoRA's is the one it starts with (init_r), before it prunes.
 DEFAULT_R = {"lora": 8, "qlora": 8, "dora": 8, "adalora": 12, "vera": 256}

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.memory.families import Module
+from peftlab.memory.counting.families import Module
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.memory.builtin import BUILT_IN
-from peftlab.memory.config import Config
-from peftlab.memory.families import FAMILIES, Module
+from peftlab.memory.counting.builtin import BUILT_IN
+from peftlab.memory.counting.config import Config
+from peftlab.memory.counting.families import FAMILIES, Module
 
 ALL_LINEAR = "all-linear"
 

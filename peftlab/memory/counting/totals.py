@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from peftlab.memory.families import Module
-from peftlab.memory.methods import METHODS, method_name
-from peftlab.memory.options import Options
-from peftlab.memory.shapes import Shape, load_shape
+from peftlab.memory.counting.families import Module
+from peftlab.memory.counting.methods import METHODS, method_name
+from peftlab.memory.counting.options import Options
+from peftlab.memory.counting.shapes import Shape, load_shape
 
 
 @dataclass(frozen=True)

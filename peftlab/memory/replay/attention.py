@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peftlab.memory import ops
-from peftlab.memory.replay import Tensor, record
+from peftlab.memory.replay import ops
+from peftlab.memory.replay.tape import Tensor, record
 
 
 @dataclass(frozen=True)

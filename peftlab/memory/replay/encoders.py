@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from peftlab.memory import ops
-from peftlab.memory.attention import Style
-from peftlab.memory.nets import Net
-from peftlab.memory.replay import Tensor, leaf
+from peftlab.memory.replay import ops
+from peftlab.memory.replay.attention import Style
+from peftlab.memory.replay.nets import Net
+from peftlab.memory.replay.tape import Tensor, leaf
 
 
 def bert(net: Net, ids: Tensor, prefix: str = "bert") -> Tensor:

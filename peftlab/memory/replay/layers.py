@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peftlab.errors import PeftLabError
-from peftlab.memory import ops
-from peftlab.memory.nets import Net
-from peftlab.memory.replay import Parameter, Tensor
+from peftlab.memory.replay import ops
+from peftlab.memory.replay.nets import Net
+from peftlab.memory.replay.tape import Parameter, Tensor
 
 Call = Callable[[Tensor], Tensor]
 Own = dict[str, Parameter]

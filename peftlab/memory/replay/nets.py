@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.memory import attention, ops
-from peftlab.memory.attention import Style
-from peftlab.memory.config import Config
-from peftlab.memory.replay import Memory, Parameter, Tensor, checkpoint, leaf
-from peftlab.memory.shapes import Shape
-from peftlab.memory.sharding import Sharding
+from peftlab.memory.counting.config import Config
+from peftlab.memory.counting.shapes import Shape
+from peftlab.memory.replay import attention, ops
+from peftlab.memory.replay.attention import Style
+from peftlab.memory.replay.tape import Memory, Parameter, Tensor, checkpoint, leaf
 
 # One kernel each way: what it keeps is its input or its result.
 ACTIVATIONS = {
@@ -55,7 +54,8 @@ class Net:
     """A model's parameters, and the way its layers are called.
 
     What a method changes stands in `layers` (the call of a linear layer by its path), `front` (what the word embeddings
-    go through before the first block) and `extend` (what a block's keys and values go through).
+    go through before the first block) and `extend` (what a block's keys and values go through). What sharding does
+    around a block stands in `around_block`.
     """
 
     def __init__(self, memory: Memory, shape: Shape, recipe: Recipe, trains: Callable[[str, str], bool]):
@@ -65,6 +65,7 @@ class Net:
         self.front: Callable[[Tensor], Tensor] = lambda x: x
         self.extend: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] = unchanged
         self.beside: dict[str, Callable[[Tensor, Callable], Tensor]] = {}
+        self.around_block: Callable[[str, Callable[..., Tensor], tuple[Tensor, ...]], Tensor] = alone
         self.weights: dict[str, Parameter] = {}
         self.biases: dict[str, Parameter] = {}
         self.added: list[tuple[str, Parameter]] = []
@@ -87,7 +88,6 @@ class Net:
             if module.bias:
                 train = trains(module.path, "bias")
                 self.biases[module.path] = self.parameter((module.outputs,), train)
-        self.sharding = Sharding(self, recipe.gpus) if recipe.shards > 1 else None
 
     def parameter(self, size: tuple[int, ...], trains: bool) -> Parameter:
         """One of the model's own."""
@@ -209,7 +209,7 @@ class Net:
         def run(*inputs: Tensor) -> Tensor:
             return self.checkpointed(prefix, function, *inputs)
 
-        return self.sharding.around(prefix, run, inputs) if self.sharding else run(*inputs)
+        return self.around_block(prefix, run, inputs)
 
     def checkpointed(self, prefix: str, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """One block; what checkpointing runs again runs under autocast again."""
@@ -302,6 +302,11 @@ class Net:
 def unchanged(i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """A block's keys and values as they are."""
     return k, v
+
+
+def alone(prefix: str, run: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
+    """A block with nothing around it."""
+    return run(*inputs)
 
 
 def packed(memory: Memory, elements: int, shards: int = 1) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ than one would think. b is the batch, s the length, h the width.
 
 from __future__ import annotations
 
-from peftlab.memory.replay import Parameter, Tensor, record
+from peftlab.memory.replay.tape import Parameter, Tensor, record
 
 FLOAT32 = 4
 INT64 = 8

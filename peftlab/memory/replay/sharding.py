@@ -15,12 +15,9 @@ What is in no block (embeddings, the last norm, the head) is whole from the star
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-from peftlab.memory.replay import Parameter, Tensor, record
-
-if TYPE_CHECKING:
-    from peftlab.memory.nets import Net
+from peftlab.memory.replay.nets import Net
+from peftlab.memory.replay.tape import Parameter, Tensor, record
 
 
 class Sharding:

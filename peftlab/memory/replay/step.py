@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from peftlab.memory import ops
-from peftlab.memory.decoders import gated_decoder, gpt2
-from peftlab.memory.encoders import bert, t5
-from peftlab.memory.layers import BESIDE, FRONTS, LAYERS
-from peftlab.memory.nets import Net, Recipe
-from peftlab.memory.options import Trained
-from peftlab.memory.replay import Memory, Parameter, Tensor, backward
-from peftlab.memory.shapes import Shape
+from peftlab.memory.counting.options import Trained
+from peftlab.memory.counting.shapes import Shape
+from peftlab.memory.replay import ops
+from peftlab.memory.replay.decoders import gated_decoder, gpt2
+from peftlab.memory.replay.encoders import bert, t5
+from peftlab.memory.replay.layers import BESIDE, FRONTS, LAYERS
+from peftlab.memory.replay.nets import Net, Recipe
+from peftlab.memory.replay.sharding import Sharding
+from peftlab.memory.replay.tape import Memory, Parameter, Tensor, backward
 
 # The forward pass of each architecture
 FORWARD: dict[str, Callable[[Net, Tensor], Tensor]] = {
@@ -42,6 +43,9 @@ class Run:
             self.memory, shape, recipe,
             lambda path, kind: (path, kind) in own or (not trained.whole and path in heads),
         )  # fmt: skip
+        self.sharding = Sharding(net, recipe.gpus) if recipe.shards > 1 else None
+        if self.sharding:
+            net.around_block = self.sharding.around
         self.states: list[tuple[Tensor, ...]] | None = None
         self.loss: Tensor | None = None
         self.held: list[Tensor] = []  # alive for the whole run
@@ -71,15 +75,15 @@ class Run:
 
     def step(self) -> None:
         """Forward, loss, backward, optimiser, and the gradients go."""
-        if self.net.sharding:
-            self.net.sharding.start()
+        if self.sharding:
+            self.sharding.start()
         with self.net.under_autocast():
             loss = self.forward()
         self.memory.moment = "backward"
         self.loss = loss  # the last one, and what its graph still holds, goes only now
         backward(loss.node, [loss.new()])
-        if self.net.sharding:
-            self.net.sharding.finish()
+        if self.sharding:
+            self.sharding.finish()
         self.memory.moment = "optimiser"
         self.optimize()
         for parameter in self.net.parameters:
@@ -89,7 +93,7 @@ class Run:
         """Cuts the circles between the model and the calls of its layers, so that all goes at once."""
         self.net.layers.clear()
         self.net.beside.clear()
-        del self.net.front, self.net.extend
+        del self.net.front, self.net.extend, self.net.around_block
 
     def forward(self) -> Tensor:
         """The loss, as transformers computes it: a language model's logits are cast to float32 first."""
