@@ -2,9 +2,9 @@
 
     >>> estimate("llama-2-7b", "lora", r=16, targets="all-linear", checkpointing=True).peak_bytes  # doctest: +SKIP
 
-The answer is found by living through two steps (see `replay/step` and `replay/tape`), not by a fitted formula. It is what
-``torch.cuda.max_memory_allocated`` reports for transformers' model under Hugging Face peft: float32 adapters, SDPA,
-``torch.optim.AdamW(foreach=False)``, ``loss = model(input_ids, labels=labels).loss``, cuBLAS' workspace included.
+The answer is found by living through two steps (see `replay/step` and `replay/tape`), not by a fitted formula. It is
+what ``torch.cuda.max_memory_allocated`` reports for transformers' model under Hugging Face peft: float32 adapters,
+SDPA, ``torch.optim.AdamW(foreach=False)``, ``loss = model(input_ids, labels=labels).loss``, cuBLAS' workspace included.
 """
 
 from __future__ import annotations
