@@ -29,8 +29,11 @@ class Activity:
         rows: one adapter name (or None, the base) for each row of the batch; replaces `weights` when set.
         enabled: False within `disabled`.
         merged: whether the base's weights already hold the mixture.
-        text_positions: whether a prompt moves the positions on that a call gives, and which do not count padding. As
-            in Hugging Face peft it leaves them to the model, which counts it.
+        text_positions: if True, position_ids passed by the caller are kept and shifted by the prompt's length (they do
+            not count padding). If False, as in Hugging Face peft, they are dropped and the model numbers the positions
+            itself, padding included.
+        text_begins: whether the call that is running reads the beginning of a text. A later step of a generation does
+            not: its beginning, with the prompt, is in the cache. The prompt on the model tells those on its layers.
     """
 
     def __init__(self) -> None:
@@ -39,6 +42,7 @@ class Activity:
         self.enabled = True
         self.merged = False
         self.text_positions = False
+        self.text_begins = True
 
     @property
     def running(self) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peftlab.core.hooks import CHILD
 from peftlab.errors import PeftLabError
+from peftlab.methods.caches import begins, given_cache, require_cache_argument
 from peftlab.methods.parts import Part
 from peftlab.methods.virtual import (
     Brought,
@@ -21,7 +22,6 @@ from peftlab.methods.virtual import (
     pools_the_last,
     position_limit,
     stored_names,
-    usable_cache,
     word_embeddings,
 )
 
@@ -57,24 +57,26 @@ class InFront(nn.Module):
         move on); in training yours would be lost, so that they are an error.
         """
         kwargs = by_name(host, args, kwargs)
-        cache = usable_cache(kwargs.get("past_key_values"))
+        activity = host._modules[CHILD].activity
+        embeddings, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids")
+        tokens = (ids if embeddings is None else embeddings).shape[1]
+        activity.text_begins = begins(given_cache(kwargs), tokens, kwargs.get("attention_mask"), self.count)
         given = kwargs.get("position_ids")
         if given is not None and host.training:
             raise PeftLabError(
                 "position_ids were given, but a prompt takes the first positions. Leave them out; packed sequences "
                 "cannot be trained under a prompt."
             )
-        if not host._modules[CHILD].activity.text_positions:
+        if not activity.text_positions:
             given = None
         kwargs = {name: value for name, value in kwargs.items() if name not in ("position_ids", "cache_position")}
         if given is not None:
             kwargs["position_ids"] = given + self.count
         mask = kwargs["attention_mask"] = lengthened(kwargs.get("attention_mask"), self.count)
-        if cache is not None and cache.get_seq_length() > 0:  # it holds the prompt, and these tokens follow
+        if not activity.text_begins:  # the cache holds the prompt, and these tokens follow
             return (), kwargs
-        embeddings = kwargs.pop("inputs_embeds", None)
         if embeddings is None:
-            embeddings = word_embeddings(host)(kwargs["input_ids"])
+            embeddings = word_embeddings(host)(ids)
         kwargs.pop("input_ids", None)
         batch, length = embeddings.shape[:2]
         check_room(length, self.count, self.limit)
@@ -121,6 +123,7 @@ class LongerMemory(nn.Module):
 def prompt_parts(model: nn.Module, source: nn.Module, count: int) -> Iterator[Part]:
     """Yields a prompt's part: on the model or, where there is an encoder apart, there and a longer mask behind it."""
     if not is_encoder_decoder(model):
+        require_cache_argument(model)
         yield Part("", "prompt", InFront(source, count, position_limit(model)))
         return
     encoder, decoder = model.get_encoder(), model.get_decoder()

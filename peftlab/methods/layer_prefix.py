@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftlab.methods.parts import CACHES, takes_cache
+from peftlab.methods.caches import NAMES, cache_argument, is_cache
 from peftlab.methods.virtual import Brought
 
 
@@ -38,7 +38,7 @@ class LayerPrefix(nn.Module):
 
     def before(self, host: nn.Module, args: tuple, kwargs: dict, brought: Brought) -> tuple[tuple, dict]:
         """Gives the module a cache that only puts the share in front, if it got none while training."""
-        name = takes_cache(host)
+        name = cache_argument(host)
         if not host.training or kwargs.get(name) is not None:
             return args, kwargs
         states = args[0] if args else kwargs["hidden_states"]
@@ -81,5 +81,7 @@ class WithoutCache(nn.Module):
     def before(self, host: nn.Module, args: tuple, kwargs: dict, brought: Brought) -> tuple[tuple, dict]:
         """The layer's call without a cache, if it is checkpointed."""
         if host.training and getattr(host, "gradient_checkpointing", False):
-            kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
+            kwargs = {
+                name: None if name in NAMES or is_cache(value) else value for name, value in kwargs.items()
+            }
         return args, kwargs

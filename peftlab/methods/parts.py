@@ -22,7 +22,6 @@ and nothing else: which parts are active, at what weight and for which rows of a
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -32,10 +31,10 @@ from torch import Tensor, nn
 from peftlab.core.hooks import CHILD, base_modules, remove
 from peftlab.core.targets import check_called, heads
 from peftlab.errors import PeftLabError
+from peftlab.methods.caches import cache_argument
 from peftlab.quantization.weights import dense, is_quantized
 
 BIAS_MODES = ("none", "lora_only", "all")
-CACHES = ("past_key_values", "layer_past")  # how a forward calls its argument for past keys and values
 
 
 class Part(NamedTuple):
@@ -169,7 +168,7 @@ def trained_copies(model: nn.Module, config: Any, key: str = "{path}") -> Iterat
             )
         if any(not p.is_floating_point() for p in host.parameters()):
             raise PeftLabError(f"modules_to_save names {path}, which is quantised and cannot train.")
-        if any(takes_cache(module) for module in base_modules(host).values()):
+        if any(cache_argument(module) for module in base_modules(host).values()):
             yield from leaf_copies(model, path, host, key)
         else:
             yield Part(path, "copy", TrainedCopy(host, key))
@@ -185,12 +184,6 @@ def leaf_copies(model: nn.Module, path: str, module: nn.Module, key: str = "{pat
             place = f"{path}.{inner}".rstrip(".")
             check_called(model, place)
             yield Part(place, "copy", TrainedCopy(leaf, key))
-
-
-def takes_cache(module: nn.Module) -> str | None:
-    """How a module's forward calls its argument for past keys and values; None where it has none."""
-    parameters = inspect.signature(type(module).forward).parameters
-    return next((name for name in CACHES if name in parameters), None)
 
 
 def first_input(args: tuple, kwargs: dict) -> Tensor:

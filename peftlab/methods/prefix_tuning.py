@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.errors import PeftLabError
+from peftlab.methods.caches import NAMES, begins, cache_name, given_cache
 from peftlab.methods.layer_prefix import LayerPrefix, WithoutCache
-from peftlab.methods.parts import Part, takes_cache
+from peftlab.methods.parts import Part
 from peftlab.methods.states import (
     Attention,
     attention_of,
@@ -30,6 +31,7 @@ from peftlab.methods.states import (
     blocks,
     keys_and_values,
     new_cache,
+    only_attention,
     own_cache,
     windows,
 )
@@ -49,7 +51,6 @@ from peftlab.methods.virtual import (
     positive,
     stored_names,
     text_ids,
-    usable_cache,
     word_embeddings,
 )
 
@@ -99,8 +100,13 @@ class PrefixTuningConfig(VirtualTokens):
         """Yields the prefix on the model, what gets it past gradient checkpointing, and the copies of heads."""
         word_embeddings(model)  # or the error that says what kind of model is needed
         body = model.get_decoder() if is_encoder_decoder(model) else model
-        if not any(takes_cache(module) for module in (model, *body.modules())):
+        named = cache_name(model)
+        if named is None:
             raise PeftLabError(f"{type(model).__name__} takes no past keys and values, so no prefix. Use a prompt.")
+        if not only_attention(model):
+            raise PeftLabError(
+                f"{type(model).__name__} has layers without keys and values, so it can have no prefix. Use a prompt."
+            )
         sizes, n = attention_of(model), self.num_virtual_tokens
         init = self.init or ("random" if self.projection or is_encoder_decoder(model) else "vocabulary")
         if init in ("vocabulary", "text") and is_encoder_decoder(model):
@@ -117,7 +123,8 @@ class PrefixTuningConfig(VirtualTokens):
         else:
             source = Table(torch.zeros(n, total) if init == "zero" else torch.randn(n, total))
         carriers, seen = attentions(body), windows(model)
-        prefix = Prefix(source, sizes, n, position_limit(model), stride=2 if is_encoder_decoder(model) else 1)
+        stride = 2 if is_encoder_decoder(model) else 1
+        prefix = Prefix(source, sizes, n, position_limit(model), stride, named)
         prefix.carried = len(carriers) == sizes.layers
         yield Part("", "prefix", prefix)
         for index, path in carriers.items():
@@ -159,14 +166,18 @@ class Prefix(nn.Module):
 
     Attributes:
         source: makes the table (n, 2 L k): called, it gives all; `source.part(a, b)` its columns a to b.
+        named: what the model calls its cache.
         carried: whether each layer's attention can put its share in front itself, when there is no cache.
     """
 
     carried = True
 
-    def __init__(self, source: nn.Module, sizes: Attention, count: int, limit: int | None, stride: int) -> None:
+    def __init__(
+        self, source: nn.Module, sizes: Attention, count: int, limit: int | None, stride: int, named: str
+    ) -> None:
         super().__init__()
         self.source, self.sizes, self.count, self.limit, self.stride = source, sizes, count, limit, stride
+        self.named = named
         self.likeness = f"a prefix of {count} virtual tokens"
         self.keys, self.beside = stored_names(source)
 
@@ -184,16 +195,19 @@ class Prefix(nn.Module):
         kwargs = by_name(host, args, kwargs)
         kwargs.pop("cache_position", None)
         whose = "decoder_" if is_encoder_decoder(host) else ""
-        kwargs[f"{whose}attention_mask"] = lengthened(kwargs.get(f"{whose}attention_mask"), self.count)
+        mask = kwargs.get(f"{whose}attention_mask")
+        kwargs[f"{whose}attention_mask"] = lengthened(mask, self.count)
         if kwargs.get(f"{whose}position_ids") is not None:
             kwargs[f"{whose}position_ids"] = kwargs[f"{whose}position_ids"] + self.count
         # Without a cache every step of a generation reads the whole text anew: what came back from the last is no use.
-        cache = None if kwargs.get("use_cache") is False else usable_cache(kwargs.get("past_key_values"))
-        if cache is None:
-            cache = kwargs["past_key_values"] = new_cache(host)
-        if cache.get_seq_length() > 0:
-            return (), kwargs
+        cache = None if kwargs.get("use_cache") is False else given_cache(kwargs)
         text = next(kwargs[name] for name in INPUTS[bool(whose)] if kwargs.get(name) is not None)
+        beginning = begins(cache, text.shape[1], mask, self.count)
+        if cache is None:
+            cache = new_cache(host)
+            kwargs = {name: value for name, value in kwargs.items() if name not in NAMES} | {self.named: cache}
+        if not beginning:
+            return (), kwargs
         check_room(text.shape[1], self.count, self.limit)
         uncarried = host.training and not self.carried
         if uncarried and any(getattr(module, "gradient_checkpointing", False) for module in host.modules()):

@@ -17,7 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from peftlab.core.hooks import CHILD
 from peftlab.errors import PeftLabError
+from peftlab.methods.caches import cache_in
 from peftlab.methods.in_front import prompt_parts
 from peftlab.methods.parts import Part
 from peftlab.methods.states import blocks, states_of
@@ -97,7 +99,7 @@ class PromptTuningConfig(VirtualTokens):
         for index, block in enumerate(found[1:], 1):
             width = word_embeddings(model).embedding_dim
             start = torch.randn(self.num_virtual_tokens, width) if states is None else states[index]
-            yield Part(path_of(model, block), "prompt", DeepPrompt(start, index))
+            yield Part(path_of(model, block), "prompt", DeepPrompt(start))
 
     def to_peft(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:
         """The fields of Hugging Face's `adapter_config.json` for prompt tuning.
@@ -127,9 +129,9 @@ class DeepPrompt(nn.Module):
 
     keys: ClassVar[dict[str, str]] = {"rows": "{path}.prompt_embeddings"}
 
-    def __init__(self, rows: Tensor, index: int) -> None:
+    def __init__(self, rows: Tensor) -> None:
         super().__init__()
-        self.rows, self.index = nn.Parameter(rows), index
+        self.rows = nn.Parameter(rows)
         self.likeness = f"a deep prompt of {len(rows)} virtual tokens"
 
     def brings(self, host: nn.Module) -> Tensor:
@@ -137,10 +139,11 @@ class DeepPrompt(nn.Module):
         return self.rows
 
     def before(self, host: nn.Module, args: tuple, kwargs: dict, brought: Brought) -> tuple[tuple, dict]:
-        """Replaces the first n of the states (b, n + t, d), unless the cache holds them already."""
-        for value in (*args, *kwargs.values()):
-            if hasattr(value, "get_seq_length") and value.get_seq_length(self.index) > 0:
-                return args, kwargs
+        """Replace the first n of the states (b, n + t, d), unless this call goes on with a text in the cache."""
+        # A checkpointed block runs again in the backward pass, after other calls of the model: it has no cache then.
+        cached = not host.training or cache_in((*args, *kwargs.values())) is not None
+        if cached and not host._modules[CHILD].activity.text_begins:
+            return args, kwargs
         if not args:
             raise PeftLabError(f"{type(host).__name__} is not called with its states first; a deep prompt cannot act.")
         states, prompt = args[0], brought()

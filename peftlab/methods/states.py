@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftlab.core.hooks import base_alone, base_modules
 from peftlab.core.modes import mode
 from peftlab.errors import PeftLabError
-from peftlab.methods.parts import takes_cache
+from peftlab.methods.caches import cache_argument, cache_name
 from peftlab.methods.virtual import is_encoder_decoder
 
 
@@ -68,7 +68,7 @@ def attentions(stack: nn.Module) -> dict[int, str]:
     found: dict[int, str] = {}
     for path, module in base_modules(stack).items():
         index = getattr(module, "layer_idx", None)
-        innermost = takes_cache(module) and not any(takes_cache(child) for child in module.children())
+        innermost = cache_argument(module) and not any(cache_argument(child) for child in module.children())
         if isinstance(index, int) and innermost:
             found.setdefault(index, path)
     return found
@@ -96,7 +96,7 @@ def keys_and_values(model: nn.Module, tokens: Tensor) -> Tensor:
     An encoder-decoder's decoder has them as its own beginning, and reads them through its encoder as well.
     """
     cache = new_cache(model, whole=True)
-    inputs: dict[str, Any] = {"input_ids": tokens[None], "past_key_values": cache}
+    inputs: dict[str, Any] = {"input_ids": tokens[None], cache_name(model): cache}
     if is_encoder_decoder(model):
         inputs["decoder_input_ids"] = tokens[None]
     with quietly(model):
@@ -116,6 +116,14 @@ def new_cache(model: nn.Module, whole: bool = False) -> Any:
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     # the config tells which layers see only a window; an encoder's cache has no such layers
     return DynamicCache(config=config) if getattr(config, "sliding_window", None) and not whole else DynamicCache()
+
+
+def only_attention(model: nn.Module) -> bool:
+    """Say whether every layer keeps keys and values; those of Mamba and its like keep states instead."""
+    from transformers.cache_utils import DynamicCache
+
+    config = model.config.get_text_config(decoder=True)
+    return all(hasattr(layer, "keys") for layer in DynamicCache(config=config).layers)
 
 
 def windows(model: nn.Module) -> dict[int, int]:

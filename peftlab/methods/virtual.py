@@ -211,20 +211,6 @@ def lengthened(mask: Tensor | None, count: int) -> Tensor | None:
     return torch.cat([mask.new_ones(mask.shape[0], count), mask], dim=1)
 
 
-def usable_cache(cache: Any) -> Any:
-    """A cache that virtual tokens may enter.
-
-    Raises:
-        PeftLabError: its length is fixed, and was fixed without them.
-    """
-    if cache is not None and (not hasattr(cache, "get_seq_length") or getattr(cache, "is_compileable", False)):
-        raise PeftLabError(
-            f"The cache is a {type(cache).__name__}, which has no room for virtual tokens. Generate with a dynamic "
-            "cache (cache_implementation='dynamic', the default)."
-        )
-    return cache
-
-
 def in_front(first: Tensor, then: Tensor) -> Tensor:
     """[first; then] along the tokens, in the second's dtype, also where autocast knows neither of them."""
     with torch.autocast(then.device.type, enabled=False):

@@ -1,6 +1,7 @@
 """The same small model twice with virtual tokens: ours and Hugging Face peft's, with equal numbers, T5 among them."""
 
 import copy
+import inspect
 import warnings
 
 import peft
@@ -63,7 +64,7 @@ def configs(kind, method, n=5, **more):
 def pair(kind, method, n=5, seed=0, dtype=torch.float64):
     """(ours, theirs): equal bases and equal adapters."""
     model = model_of(kind, seed, dtype)
-    twin = copy.deepcopy(model)
+    twin = as_peft_expects(copy.deepcopy(model))
     mine, other = configs(kind, method, n)
     torch.manual_seed(3)
     pl.attach(model, mine)
@@ -79,6 +80,38 @@ def pair(kind, method, n=5, seed=0, dtype=torch.float64):
             parameter.copy_(state[name])
         assert len(trained(model)) == len(state)
     return model, theirs
+
+
+def as_peft_expects(model):
+    """A model whose cache has the name that peft looks for.
+
+    transformers 5.24 calls it `cache`. Up to 0.21.2, peft knows only `past_key_values`: there it refuses prefixes and
+    generates wrong text under prompts. Under the old name it computes what it did before.
+    """
+    for module in {model, model.base_model}:
+        if "cache" in inspect.signature(type(module).forward).parameters:
+            module.__class__ = renamed(type(module))
+    return model
+
+
+def renamed(kind):
+    """A model class whose `cache` is called `past_key_values`."""
+
+    def forward(self, *args, past_key_values=None, **kwargs):
+        return kind.forward(self, *args, **kwargs, **({} if past_key_values is None else {"cache": past_key_values}))
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = kind.prepare_inputs_for_generation(self, *args, **kwargs)
+        return {"past_key_values" if name == "cache" else name: value for name, value in inputs.items()}
+
+    signature = inspect.signature(kind.forward)
+    names = {"cache": "past_key_values"}
+    parameters = [p.replace(name=names.get(p.name, p.name)) for p in signature.parameters.values()]
+    forward.__signature__ = signature.replace(parameters=parameters)
+    methods = {"forward": forward, "prepare_inputs_for_generation": prepare_inputs_for_generation}
+    if not hasattr(kind, "prepare_inputs_for_generation"):
+        methods.popitem()
+    return type(kind.__name__, (kind,), methods)
 
 
 def trained(ours):

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from pairs import relative
-from prompt_pairs import METHODS, configs, inputs_of, model_of, pair, trained
+from prompt_pairs import METHODS, as_peft_expects, configs, inputs_of, model_of, pair, trained
 from safetensors.torch import load_file
 
 import peftlab as pl
@@ -26,7 +26,7 @@ def answer(model, kind):
 def peft_open(kind, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return peft.PeftModel.from_pretrained(model_of(kind), folder).double()
+        return peft.PeftModel.from_pretrained(as_peft_expects(model_of(kind)), folder).double()
 
 
 @pytest.mark.parametrize("kind", KINDS)

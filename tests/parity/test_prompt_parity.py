@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from pairs import relative, same
-from prompt_pairs import METHODS, configs, inputs_of, live, model_of, pair, trained
+from prompt_pairs import METHODS, as_peft_expects, configs, inputs_of, live, model_of, pair, trained
 
 import peftlab as pl
 
@@ -122,7 +122,7 @@ def test_half_precision_base(method):
     ours, theirs = (model_of("llama", dtype=torch.bfloat16) for _ in range(2))
     mine, other = configs("llama", method)
     pl.attach(ours, mine)
-    theirs = peft.get_peft_model(theirs, other).eval()
+    theirs = peft.get_peft_model(as_peft_expects(theirs), other).eval()
     state = live(theirs)
     with torch.no_grad():
         for name, parameter in trained(ours).items():
