@@ -9,32 +9,40 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from peftlab.errors import did_you_mean
+from peftlab.optional import PACKAGES, missing
+
 __version__ = "0.1.0"
 
 _PLACES = {
     "assets.fetch": "fetch",
     "assets.models": "load_model",
     "assets.data": "load_data",
-    "injection": "attach detach activate disabled attached count_parameters ParameterCount",
+    "adapters.injection": "attach detach activate disabled attached count_parameters ParameterCount",
     "methods": "LoRAConfig PromptTuningConfig PTuningConfig PrefixTuningConfig AdapterConfig IA3Config BitFitConfig "
     "SelectiveConfig METHODS",
-    "merging": "merge unmerge MergeReport",
+    "adapters.merging": "merge unmerge MergeReport",
     "quantization.blockwise": "quantize quantize_nf4 Quantized",
     "quantization.model": "quantize_model dequantize_model",
     "quantization.storing": "save_quantized load_quantized",
     "quantization.preparing": "prepare_for_training",
-    "checkpoint": "save_adapter load_adapter",
-    "encoding": "encode_completion encode_text encode_classification Collator",
+    "adapters.checkpoint": "save_adapter load_adapter",
+    "training.encoding": "encode_completion encode_text encode_classification Collator",
     "training": "train History TrainingError",
-    "generation": "generate_text",
-    "metrics": "accuracy macro_f1 exact_match token_f1 perplexity mean_loss predict_labels",
-    "measurements": "results",
-    "notebook": "show_source glue table expect",
-    "exercises": "check",
-    "trainer_callback": "AdapterCallback",
+    "training.generation": "generate_text",
+    "training.metrics": "accuracy macro_f1 exact_match token_f1 perplexity mean_loss predict_labels",
+    "kit.measurements": "results",
+    "kit.notebook": "show_source glue table expect",
+    "kit.exercises": "check",
+    "adapters.trainer_callback": "AdapterCallback",
     "errors": "PeftLabError",
 }
-_MODULES = {"support_desk": "assets.support_desk"}
+# Modules that the book calls by a short name, `pl.figures`, and where they are. Only names stand here: `from peftlab
+# import figures` works, `import peftlab.figures` does not; import such a module from its place.
+_MODULES = {
+    "support_desk": "assets.support_desk",
+    **{name: f"kit.{name}" for name in ("exercises", "figures", "measurements", "notebook", "tables", "widgets")},
+}
 _WHERE = {name: module for module, names in _PLACES.items() for name in names.split()}
 
 __all__ = sorted([*_WHERE, *_MODULES])
@@ -48,13 +56,9 @@ def __getattr__(name: str) -> Any:
         return import_module(module)
     except ModuleNotFoundError as error:
         if error.name != module:
-            from peftlab.optional import PACKAGES, missing
-
             if error.name in PACKAGES:  # matplotlib for `pl.figures`, say
                 raise missing(error.name) from None
             raise
-    from peftlab.errors import did_you_mean
-
     raise AttributeError(f"module 'peftlab' has no attribute {name!r}.{did_you_mean(name, _WHERE)}")
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import filelock
 import platformdirs
 
-from .catalogue import AssetError, edition
+from peftlab.assets.catalogue import AssetError, edition
 
 STAMP = ".verified.json"
 

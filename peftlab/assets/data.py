@@ -8,15 +8,15 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
+from peftlab.assets import support_desk
+from peftlab.assets.fetch import ensure
 from peftlab.errors import PeftLabError, did_you_mean
-
-from . import support_desk
-from .fetch import ensure
 
 NAMES = ("reviews", "news", "support-desk")
 SPLITS = ("train", "validation", "test")
@@ -183,3 +183,20 @@ def quiet():
         datasets.logging.set_verbosity(verbosity)
         if bars:
             datasets.enable_progress_bars()
+
+
+@cache
+def articles(characters: int = 600, tested: int = 100) -> tuple[list[dict], list[dict]]:
+    """News articles as {"prompt", "headline"}: the first line, asked of the beginning of the rest; none twice."""
+    data, seen = load_data("news"), set()
+    splits = []
+    for split in ("test", "train"):
+        rows = []
+        for row in data[split]:
+            headline, _, body = row["text"].partition("\n")
+            if headline in seen or not body.strip():
+                continue
+            seen.add(headline)
+            rows.append({"prompt": f"Write a headline.\n\n{body.strip()[:characters]}", "headline": headline.strip()})
+        splits.append(rows)
+    return splits[1], splits[0][:tested]

@@ -16,11 +16,10 @@ import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from peftlab.assets import cache
+from peftlab.assets.catalogue import AssetError, catalogue, entry, tree_hash
+from peftlab.assets.convert import RECIPES
 from peftlab.progress import Bar
-
-from . import cache
-from .catalogue import AssetError, catalogue, entry, tree_hash
-from .convert import RECIPES
 
 MEGABYTE = 1_000_000
 # Words in pip's report that tell a broken network from a package that does not exist.

@@ -10,10 +10,9 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging
 
+from peftlab.assets.catalogue import catalogue
+from peftlab.assets.fetch import ensure
 from peftlab.errors import PeftLabError, did_you_mean, near_matches
-
-from .catalogue import catalogue
-from .fetch import ensure
 
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

@@ -24,9 +24,8 @@ import json
 import random
 from collections.abc import Sequence
 
+from peftlab.assets import phrases
 from peftlab.errors import PeftLabError
-
-from . import phrases
 
 FIELDS = ("intent", "product", "urgency")
 INTENTS = tuple(phrases.INTENTS)

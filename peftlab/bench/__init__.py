@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import peftlab
-from peftlab import measurements
 from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.kit import measurements
 from peftlab.progress import Bar
 
 TOPICS = ("memory", "lora", "qlora", "prompts", "adapters", "parallel")

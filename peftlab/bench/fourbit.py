@@ -19,14 +19,14 @@ from torch import nn
 import peftlab as pl
 from peftlab.bench.fullsize import ALL_LINEAR, timed
 from peftlab.bench.kernels import Row, forward_passes, kernels_of, profile_of
-from peftlab.memory.shapes import load_shape
+from peftlab.core.checkpointing import switch_checkpointing
+from peftlab.memory.counting.shapes import load_shape
 from peftlab.optional import available, require
 from peftlab.quantization import Linear4bit
 from peftlab.quantization.backends import AUTO, choose
 from peftlab.quantization.codebooks import code_book, dynamic_book
 from peftlab.quantization.model import replace, weight_bytes
 from peftlab.quantization.preparing import kbit_casts
-from peftlab.training.precision import switch_checkpointing
 
 CARD = 48e9  # bytes: a card sold as 48 GB has a little more
 REPEATS, WARM_UP, PAIRS = 2, 2, 24

@@ -24,7 +24,8 @@ import torch
 from torch import nn
 
 import peftlab as pl
-from peftlab.bench import fullsize, subspace
+from peftlab.bench import fullsize
+from peftlab.training import subspace
 
 # The recipe of the chapter's live run; a point names what it changes.
 RECIPE = {

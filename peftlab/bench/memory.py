@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
+import peftlab as pl
 from peftlab.errors import PeftLabError
 from peftlab.memory import estimate
-from peftlab.memory.shapes import load_shape
+from peftlab.memory.counting.shapes import load_shape
 from peftlab.optional import require
 
 ALL = "all-linear"
@@ -222,8 +223,6 @@ def four_bit(model: nn.Module, shape: Any, device: torch.device, compute: torch.
 def with_method(model: nn.Module, point: dict[str, Any], kind: str) -> nn.Module:
     """The model as Hugging Face peft prepares it for the point's method; bottleneck adapters it has not are our own."""
     peft = require("peft")
-
-    import peftlab as pl
 
     method, task = point["method"], {"decoder": "CAUSAL_LM", "encoder": "SEQ_CLS", "encoder-decoder": "SEQ_2_SEQ_LM"}
     common = {"task_type": task[kind]}

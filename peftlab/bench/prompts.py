@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 import peftlab as pl
+from peftlab.assets.data import articles
 from peftlab.bench import fullsize, virtual_tokens
 from peftlab.bench.virtual_tokens import config_of
 
@@ -215,20 +216,3 @@ def summarise(point: dict[str, Any]) -> dict[str, Any]:
         model, tokenizer, [row["prompt"] for row in test], max_new_tokens=24, batch_size=32, progress=False
     )
     return {**measured, "token_f1": pl.token_f1(answers, [row["headline"] for row in test])}
-
-
-@cache
-def articles(characters: int = 600, tested: int = 100) -> tuple[list[dict], list[dict]]:
-    """News articles as {"prompt", "headline"}: the first line, asked of the beginning of the rest; none twice."""
-    data, seen = pl.load_data("news"), set()
-    splits = []
-    for split in ("test", "train"):
-        rows = []
-        for row in data[split]:
-            headline, _, body = row["text"].partition("\n")
-            if headline in seen or not body.strip():
-                continue
-            seen.add(headline)
-            rows.append({"prompt": f"Write a headline.\n\n{body.strip()[:characters]}", "headline": headline.strip()})
-        splits.append(rows)
-    return splits[1], splits[0][:tested]

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.memory.counting.shapes import load_shape
 from peftlab.memory.estimate import MOST, estimate, longest
-from peftlab.memory.shapes import load_shape
 
 GB = 10**9
 CARDS = {

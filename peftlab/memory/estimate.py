@@ -2,9 +2,9 @@
 
     >>> estimate("llama-2-7b", "lora", r=16, targets="all-linear", checkpointing=True).peak_bytes  # doctest: +SKIP
 
-The answer is found by living through two steps (see `step` and `replay`), not by a fitted formula. It is what
-``torch.cuda.max_memory_allocated`` reports for transformers' model under Hugging Face peft: float32 adapters, SDPA,
-``torch.optim.AdamW(foreach=False)``, ``loss = model(input_ids, labels=labels).loss``, cuBLAS' workspace included.
+The answer is found by living through two steps (see `replay/step` and `replay/tape`), not by a fitted formula. It is
+what ``torch.cuda.max_memory_allocated`` reports for transformers' model under Hugging Face peft: float32 adapters,
+SDPA, ``torch.optim.AdamW(foreach=False)``, ``loss = model(input_ids, labels=labels).loss``, cuBLAS' workspace included.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
 from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.memory.counting import count
-from peftlab.memory.methods import METHODS, method_name
-from peftlab.memory.options import Options, Trained
-from peftlab.memory.replay import KINDS
-from peftlab.memory.shapes import Shape, load_shape
-from peftlab.memory.step import FORWARD, Recipe, Run
+from peftlab.memory.counting.methods import METHODS, method_name
+from peftlab.memory.counting.options import Options, Trained
+from peftlab.memory.counting.shapes import Shape, load_shape
+from peftlab.memory.counting.totals import count
+from peftlab.memory.replay.step import FORWARD, Recipe, Run
+from peftlab.memory.replay.tape import KINDS
 
 PRECISIONS = {"bf16": 2, "fp32": 4, "mixed": 4}  # bytes of a weight, and so of its gradient and states
 OPTIMIZERS = ("adamw", "adamw8bit", "paged-adamw8bit", "sgd")

@@ -27,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlab.core.hooks import base_modules
+from peftlab.core.targets import Targets, check_called, find, heads, linear_shape
 from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.hooks import base_modules
 from peftlab.methods.parts import Part, cast, first_input, trained_copies
-from peftlab.targets import Targets, check_called, find, heads, linear_shape
 
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "linear": lambda x: x}

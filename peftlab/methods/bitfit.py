@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from peftlab.core.targets import Targets, find
 from peftlab.errors import PeftLabError
 from peftlab.methods.parts import Part, bias_copies, leaf_copies, trained_copies
-from peftlab.targets import Targets, find
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from peftlab.core.hooks import base_modules
+from peftlab.core.targets import Targets, check_carrier, check_regex, find, is_conv1d, linear_shape, names_match
 from peftlab.errors import PeftLabError
-from peftlab.hooks import base_modules
 from peftlab.methods.parts import Part, first_input, trained_copies, widened
-from peftlab.targets import Targets, check_carrier, check_regex, find, is_conv1d, linear_shape, names_match
 
 # Keys, values and what ends the feed-forward, by the names of an architecture's layers; and, of these, those whose
 # input is scaled. As in Hugging Face peft, but for Gemma and Qwen, whose queries it names in the place of the keys.

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from peftlab.core.hooks import CHILD
 from peftlab.errors import PeftLabError
-from peftlab.hooks import CHILD
 from peftlab.methods.caches import begins, given_cache, require_cache_argument
 from peftlab.methods.parts import Part
 from peftlab.methods.virtual import (

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlab.core.targets import Targets, by_pattern, check_regex, find, in_any_order, is_conv1d, linear_shape
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.methods.parts import BIAS_MODES, Part, cast, first_input, trained_biases, trained_copies, widened
-from peftlab.targets import Targets, by_pattern, check_regex, find, in_any_order, is_conv1d, linear_shape
 
 INITS = ("kaiming", "gaussian", "orthogonal", "random")
 # Values of peft's `init_lora_weights` (in lower case) that leave the base's weights alone.

@@ -28,11 +28,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftlab.core.hooks import CHILD, base_modules, remove
+from peftlab.core.targets import check_called, heads
 from peftlab.errors import PeftLabError
-from peftlab.hooks import CHILD, base_modules, remove
 from peftlab.methods.caches import cache_argument
 from peftlab.quantization.weights import dense, is_quantized
-from peftlab.targets import check_called, heads
 
 BIAS_MODES = ("none", "lora_only", "all")
 

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from peftlab.core.hooks import CHILD
 from peftlab.errors import PeftLabError
-from peftlab.hooks import CHILD
 from peftlab.methods.caches import cache_in
 from peftlab.methods.in_front import prompt_parts
 from peftlab.methods.parts import Part

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftlab.core.hooks import base_alone, base_modules
+from peftlab.core.modes import mode
 from peftlab.errors import PeftLabError
-from peftlab.hooks import base_alone, base_modules
 from peftlab.methods.caches import cache_argument, cache_name
 from peftlab.methods.virtual import is_encoder_decoder
-from peftlab.modes import mode
 
 
 class Attention(NamedTuple):

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftlab.core.targets import check_names, check_task
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.methods.parts import Part, trained_copies
-from peftlab.targets import check_names, check_task
 
 Brought = Callable[[], Tensor]
 # The task's head has this name in the files of Hugging Face's prompt methods, whose wrapper holds the model itself.

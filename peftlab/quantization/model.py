@@ -8,14 +8,15 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from peftlab.core.hooks import move
+from peftlab.core.records import record_of, unwrap
+from peftlab.core.targets import TASK_HEADS, is_conv1d, names_match
 from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.hooks import move
 from peftlab.quantization.backends import AUTO, check_backend, choose
 from peftlab.quantization.blockwise import quantize
 from peftlab.quantization.linear import Linear4bit
+from peftlab.quantization.marks import tell_transformers, untell_transformers
 from peftlab.quantization.weights import dense, is_quantized, is_repacked, quantized
-from peftlab.records import record_of, tell_transformers, untell_transformers, unwrap
-from peftlab.targets import TASK_HEADS, is_conv1d, names_match
 
 
 def quantize_model(

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftlab.core.checkpointing import switch_checkpointing
+from peftlab.core.hooks import is_adapter_name
+from peftlab.core.records import unwrap
+from peftlab.core.targets import names_match
 from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.hooks import is_adapter_name
 from peftlab.quantization.weights import is_quantized
-from peftlab.records import unwrap
-from peftlab.targets import names_match
 
 
 class Step(NamedTuple):
@@ -124,8 +125,6 @@ def _in_input_dtype(module: nn.Module, args: tuple, output: Any) -> Any:
 
 def enable_checkpointing(root: nn.Module, reentrant: bool) -> Step:
     """Turns gradient checkpointing on, and the key-value cache off, which it excludes."""
-    from peftlab.training.precision import switch_checkpointing
-
     switch_checkpointing(root, "enable", {"use_reentrant": reentrant})
     if not reentrant and hasattr(root, "disable_input_require_grads") and getattr(root, "_require_grads_hooks", None):
         root.disable_input_require_grads()  # transformers asks for them in both kinds; only one needs them

@@ -13,16 +13,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from peftlab.core.hooks import is_adapter_name
+from peftlab.core.records import record_of, unwrap
+from peftlab.core.tensor_files import read_tensors, serialised, write
 from peftlab.errors import PeftLabError
-from peftlab.hooks import is_adapter_name
-from peftlab.integrity import read_tensors, serialised, write
 from peftlab.quantization.backends import AUTO, check_backend
 from peftlab.quantization.blockwise import Quantized
 from peftlab.quantization.linear import Linear4bit
 from peftlab.quantization.model import mark, replace
 from peftlab.quantization.serialised import MARK, from_tensors, to_tensors
 from peftlab.quantization.weights import is_quantized, quantized
-from peftlab.records import record_of, unwrap
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 

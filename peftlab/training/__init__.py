@@ -21,16 +21,17 @@ from typing import Any
 
 from torch import nn
 
-from ..encoding import Collator
-from ..losses import Loss
-from ..modes import device_of, mode
-from ..progress import Bar
-from . import state
-from .precision import choose_precision, memory_settings
-from .ranks import Ranks
-from .run import History, Run, TrainingError
-from .schedule import borrowed_generators
-from .settings import Settings
+from peftlab.core.checkpointing import memory_settings
+from peftlab.core.modes import device_of, mode
+from peftlab.progress import Bar
+from peftlab.training import state
+from peftlab.training.encoding import Collator
+from peftlab.training.losses import Loss
+from peftlab.training.precision import choose_precision
+from peftlab.training.ranks import Ranks
+from peftlab.training.run import History, Run, TrainingError
+from peftlab.training.schedule import borrowed_generators
+from peftlab.training.settings import Settings
 
 __all__ = ["History", "TrainingError", "train"]
 
@@ -71,7 +72,7 @@ def train(
     """Train the parameters of ``model`` that require gradients, in place.
 
     Args:
-        train_data: encoded examples (see ``peftlab.encoding``): anything with a length and integer indices.
+        train_data: encoded examples (see ``peftlab.training.encoding``): anything with a length and integer indices.
         tokenizer: gives the padding id; only needed for the default ``collate``, ``Collator(tokenizer)``.
         evaluation_data: encoded examples for the evaluation loss; without it ``metrics`` alone are evaluated.
         steps, epochs: how long; one of the two. A step is one update; without either it is one epoch.
@@ -95,7 +96,8 @@ def train(
             on the same machine. Only trained values are in it; the model and its adapters must be made again first.
         save_every: write the state after so many steps (50, if there is a folder), at the start and at the end.
         resume: go on with the run in ``folder``, if one is there; False refuses a folder that holds one.
-        loss: ``(model, batch) -> (sum, number of labels)``; by default chosen by the labels (``peftlab.losses``).
+        loss: ``(model, batch) -> (sum, number of labels)``; by default chosen by the labels
+            (``peftlab.training.losses``).
         metrics: by name, functions of the model (in eval mode, without gradients) that give a number.
         callback: called with the model and the step's row after each update, while the gradients are still there.
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import PeftLabError
+from peftlab.errors import PeftLabError
 
 FORMAT = 1
 TENSORS, RECORD = "tensors.safetensors", "state.json"

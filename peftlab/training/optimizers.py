@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import PeftLabError, did_you_mean
+from peftlab import optional
+from peftlab.errors import PeftLabError, did_you_mean
 
 Groups = list[dict[str, Any]]
 
@@ -51,9 +52,7 @@ def paged_adamw8bit(groups: Groups, lr: float, device: torch.device) -> torch.op
 
 
 def _eight_bit(kind: str, groups: Groups, lr: float, device: torch.device) -> torch.optim.Optimizer:
-    from peftlab.optional import available
-
-    library = available("bitsandbytes")
+    library = optional.available("bitsandbytes")
     reason = "bitsandbytes is not installed (pip install bitsandbytes)" if library is None else None
     if library is not None and device.type != "cuda":
         # Whether there are kernels for this device depends on the release; a small step tells.

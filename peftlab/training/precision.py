@@ -1,15 +1,14 @@
-"""What a device computes in while it trains, and gradient checkpointing that leaves the model as it was."""
+"""What a device computes in while it trains."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
-from ..errors import PeftLabError
-from ..records import unwrap
+from peftlab.errors import PeftLabError
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -58,65 +57,3 @@ def check_trainable_dtypes(parameters: Iterable[tuple[str, nn.Parameter]]) -> No
             "float32: attach the adapter with adapter_dtype=torch.float32 (the base may stay float16), or load the "
             "model with dtype=torch.float32 and let precision='fp16' do the casting."
         )
-
-
-@contextmanager
-def memory_settings(model: nn.Module, checkpointing: bool | str) -> Iterator[None]:
-    """Training's memory settings for a while: no key-value cache, and gradient checkpointing if asked for.
-
-    Args:
-        checkpointing: True for the non-reentrant kind; ``"reentrant"`` for the older one, whose layers learn nothing
-            under a frozen embedding unless its output is made to require gradients, which is done here. A model whose
-            checkpointing is on already keeps its own kind.
-
-    Raises:
-        PeftLabError: the model offers no checkpointing.
-    """
-    core = unwrap(model)
-    config = getattr(core, "config", None)
-    cache = getattr(config, "use_cache", None)
-    if cache is not None:
-        config.use_cache = False  # a cache of keys and values serves generation alone, and checkpointing forbids it
-    switched = bool(checkpointing) and not any(getattr(m, "gradient_checkpointing", False) for m in core.modules())
-    reentrant = checkpointing == "reentrant"
-    required_before = _inputs_require_gradients(core)
-    try:
-        if switched:
-            switch_checkpointing(core, "enable", {"use_reentrant": reentrant})
-            # Only the reentrant kind needs inputs that require gradients. transformers asks for them in both, and the
-            # backward pass would then run through every frozen layer below the first adapter.
-            if not required_before:
-                _require_input_gradients(core, reentrant)
-        yield
-    finally:
-        if cache is not None:
-            config.use_cache = cache
-        if switched and any(getattr(m, "gradient_checkpointing", False) for m in core.modules()):
-            switch_checkpointing(core, "disable")
-            if not required_before:
-                _require_input_gradients(core, False)
-
-
-def _inputs_require_gradients(model: nn.Module) -> bool:
-    return bool(getattr(model, "_require_grads_hooks", None) or getattr(model, "_require_grads_hook", None))
-
-
-def _require_input_gradients(model: nn.Module, wanted: bool) -> None:
-    if wanted and not _inputs_require_gradients(model):
-        model.enable_input_require_grads()
-    elif not wanted and _inputs_require_gradients(model):
-        model.disable_input_require_grads()
-
-
-def switch_checkpointing(model: nn.Module, verb: str, *arguments: dict) -> None:
-    # newer transformers call it activation checkpointing and warn about the old names
-    for name in (f"activation_checkpointing_{verb}", f"gradient_checkpointing_{verb}"):
-        if hasattr(model, name):
-            try:
-                return getattr(model, name)(*arguments)
-            except ValueError as error:
-                raise PeftLabError(f"{type(model).__name__} cannot checkpoint gradients: {error}") from error
-    raise PeftLabError(
-        f"{type(model).__name__} offers no gradient checkpointing (it is no transformers model); pass "
-        "checkpointing=False and call torch.utils.checkpoint in its forward."
-    )

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..records import wrappings
+from peftlab.core.records import wrappings
 
 
 class Ranks:

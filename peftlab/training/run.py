@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import PeftLabError
-from ..losses import Loss, default_loss
-from ..metrics import mean_loss
-from ..modes import mode, to_device
-from ..records import unwrap
-from .optimizers import make_optimizer
-from .precision import autocast, check_trainable_dtypes
-from .ranks import Ranks
-from .schedule import DataOrder, derived_seed, learning_rate_at, seed_everything, warmup_steps
-from .settings import Settings
-from .state import Buffers
+from peftlab.core.modes import mode, to_device
+from peftlab.core.records import unwrap
+from peftlab.errors import PeftLabError
+from peftlab.training.buffers import Buffers
+from peftlab.training.losses import Loss, default_loss
+from peftlab.training.metrics import mean_loss
+from peftlab.training.optimizers import make_optimizer
+from peftlab.training.precision import autocast, check_trainable_dtypes
+from peftlab.training.ranks import Ranks
+from peftlab.training.schedule import DataOrder, derived_seed, learning_rate_at, seed_everything, warmup_steps
+from peftlab.training.settings import Settings
 
 
 class TrainingError(PeftLabError):

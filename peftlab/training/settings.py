@@ -6,8 +6,8 @@ import dataclasses
 import math
 from typing import Any
 
-from ..errors import PeftLabError, did_you_mean
-from .schedule import SCHEDULES
+from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.training.schedule import SCHEDULES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import PeftLabError
-from . import files
-from .identity import differences, run_identity
-
-if TYPE_CHECKING:
-    from .run import Run
+from peftlab.errors import PeftLabError
+from peftlab.training import files
+from peftlab.training.identity import differences, run_identity
+from peftlab.training.run import Run
 
 # Settings that do not change a result, and the numbers of examples, which the data's own digests hold
 NO_IDENTITY = ("save_every", "examples", "evaluation_examples")
-SMALL_BUFFER = 65_536  # elements; a larger buffer is stored only when torch saw it written to
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> tuple[dict[str, Tensor], dict]:
@@ -55,36 +51,6 @@ def load_optimizer_state(
         index: states[names[id(parameter)]] for index, parameter in enumerate(order) if names[id(parameter)] in states
     }
     optimizer.load_state_dict(whole)
-
-
-class Buffers:
-    """A model's persistent buffers: what training changes without a gradient, such as running statistics."""
-
-    def __init__(self, model: nn.Module):
-        self._all: dict[str, Tensor] = {}
-        for prefix, module in model.named_modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and name not in module._non_persistent_buffers_set:
-                    self._all[f"{prefix}.{name}" if prefix else name] = buffer
-        self._versions = {name: _version(buffer) for name, buffer in self._all.items()}
-
-    def hold(self) -> dict[str, Tensor]:
-        """Copies of the small ones, to put back when a step fails."""
-        return {name: buffer.clone() for name, buffer in self._all.items() if buffer.numel() <= SMALL_BUFFER}
-
-    def put_back(self, values: dict[str, Tensor]) -> None:
-        """Copy values into the buffers of these names."""
-        with torch.no_grad():
-            for name, value in values.items():
-                self._all[name].copy_(value)
-
-    def to_store(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold: the small ones, and of the large ones (a 4-bit base, say) those written to."""
-        return {
-            name: buffer
-            for name, buffer in self._all.items()
-            if buffer.numel() <= SMALL_BUFFER or _version(buffer) != self._versions[name]
-        }
 
 
 def save(run: Run, folder: Path) -> None:
@@ -149,8 +115,3 @@ def take_up(run: Run, folder: Path, resume: bool) -> None:
 def _part(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     """The tensors called ``kind/...``, without that beginning."""
     return {key.removeprefix(f"{kind}/"): value for key, value in tensors.items() if key.startswith(f"{kind}/")}
-
-
-def _version(tensor: Tensor) -> int:
-    """How often torch saw the tensor written to in place (batch norm's own kernel does not say)."""
-    return -1 if tensor.is_inference() else tensor._version

@@ -9,7 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 import tiny  # noqa: E402
 
-from peftlab.injection import attach  # noqa: E402
+from peftlab.adapters.injection import attach  # noqa: E402
 from peftlab.methods.lora import LoRAConfig  # noqa: E402
 from peftlab.training import train  # noqa: E402
 from peftlab.training.precision import choose_precision  # noqa: E402

@@ -8,7 +8,7 @@ import normalise
 import pytest
 import rules
 
-from peftlab import doctor
+from peftlab.commands import doctor
 from peftlab.optional import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[2]

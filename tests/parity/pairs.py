@@ -21,8 +21,8 @@ from transformers import (
 )
 
 import peftlab as pl
-from peftlab.checkpoint import key_table, placed
-from peftlab.records import unwrap
+from peftlab.adapters.checkpoint import key_table, placed
+from peftlab.core.records import unwrap
 
 TOLERANCE = 1e-9
 

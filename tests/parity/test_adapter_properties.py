@@ -9,7 +9,7 @@ from tiny import examples, llama
 from torch import nn
 
 import peftlab as pl
-from peftlab.checkpoint import placed
+from peftlab.adapters.checkpoint import placed
 from peftlab.methods.adapter import PLACEMENTS
 
 CONFIG = pl.AdapterConfig(width=4, init="random")

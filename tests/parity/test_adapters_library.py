@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import peftlab as pl
-from peftlab.checkpoint import placed
+from peftlab.adapters.checkpoint import placed
 
 adapters = pytest.importorskip("adapters")
 

@@ -12,7 +12,7 @@ from test_lora_parity import CASES
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import peftlab as pl
-from peftlab.trainer_callback import put_back
+from peftlab.adapters.trainer_callback import put_back
 
 
 def output(model, kind):

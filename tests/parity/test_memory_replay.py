@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from peftlab.errors import PeftLabError
-from peftlab.memory.methods import METHODS
-from peftlab.memory.nets import Recipe
-from peftlab.memory.options import Options
-from peftlab.memory.replay import backward
-from peftlab.memory.shapes import load_shape
-from peftlab.memory.step import Run
+from peftlab.memory.counting.methods import METHODS
+from peftlab.memory.counting.options import Options
+from peftlab.memory.counting.shapes import load_shape
+from peftlab.memory.replay.nets import Recipe
+from peftlab.memory.replay.step import Run
+from peftlab.memory.replay.tape import backward
 
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3, "num_attention_heads": 8}
 CONFIGS = {

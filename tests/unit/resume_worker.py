@@ -16,7 +16,7 @@ import tiny
 import torch
 
 import peftlab.training.files as files
-from peftlab.injection import attach
+from peftlab.adapters.injection import attach
 from peftlab.methods.lora import LoRAConfig
 from peftlab.training import train
 

@@ -7,9 +7,9 @@ import tiny
 import torch
 
 import peftlab as pl
-from peftlab import metrics
-from peftlab.batching import batches
-from peftlab.generation import generate_text
+from peftlab.training import metrics
+from peftlab.training.batching import batches
+from peftlab.training.generation import generate_text
 
 PROMPTS = ["no", "red green blue the dog sleeps . the cat ?", "a dog ?"]
 ROWS = ["a", None, "b"]

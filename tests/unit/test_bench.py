@@ -14,9 +14,10 @@ import torch
 
 import peftlab
 import peftlab as pl
-from peftlab import bench, measurements
+from peftlab import bench
 from peftlab.bench import memory as memory_grid
 from peftlab.errors import PeftLabError
+from peftlab.kit import measurements
 from peftlab.memory import estimate
 
 HERE = {"gpu": None, "cpu": "a processor, 2 cores", "versions": {"python": "3.12.0", "torch": "2.11.0"},

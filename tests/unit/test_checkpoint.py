@@ -278,7 +278,7 @@ def test_a_reader_of_the_old_file_never_sees_the_new_one(folder):
 
 def test_stopped_between_the_two_files_is_told(folder, monkeypatch):
     """The config of a new adapter beside the weights of the old one must not load as either."""
-    from peftlab import checkpoint
+    from peftlab.adapters import checkpoint
 
     real = checkpoint.write
 

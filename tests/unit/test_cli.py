@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from peftlab import __version__, cli, terminal
+from peftlab import __version__
+from peftlab.commands import cli, terminal
 from peftlab.errors import PeftLabError
 from peftlab.memory import count
 
@@ -20,7 +21,7 @@ HEAVY = "('torch', 'transformers', 'datasets', 'peft', 'numpy', 'bitsandbytes', 
 
 
 def python(*arguments, **options):
-    root = str(Path(cli.__file__).parents[1])  # the same package, wherever the process starts
+    root = str(Path(cli.__file__).parents[2])  # the same package, wherever the process starts
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
         [sys.executable, *arguments],
@@ -52,9 +53,9 @@ def run(capsys, *arguments):
 )
 def test_starting_loads_nothing_heavy(command):
     code = f"""
-import sys, peftlab, peftlab.cli
+import sys, peftlab, peftlab.commands.cli
 try:
-    {f"peftlab.cli.main({command!r})" if command else "pass"}
+    {f"peftlab.commands.cli.main({command!r})" if command else "pass"}
 except SystemExit:
     pass
 print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)
@@ -174,14 +175,14 @@ def test_ctrl_c_and_a_failing_disk_are_one_line(capsys, monkeypatch):
         (KeyboardInterrupt("go on later"), (130, "peftlab: go on later\n")),
         (OSError(28, "No space left on device", "x"), (1, "peftlab: No space left on device: x\n")),
     ):
-        monkeypatch.setattr("peftlab.memory.counting.count", raising(error))
+        monkeypatch.setattr("peftlab.memory.counting.totals.count", raising(error))
         status, out, err = run(capsys, "count", "gpt2")
         assert (status, err) == expected and out == ""
 
 
 def test_a_run_that_never_began_does_not_hold_its_folder(tmp_path):
     """A typo leaves settings behind and no state: the corrected command is not told that another run is there."""
-    from peftlab import run_folder
+    from peftlab.commands import run_folder
 
     run_folder.claim(tmp_path, {"targets": "qproj", "limit": None}, True)
     run_folder.claim(tmp_path, {"targets": "q_proj", "limit": 8}, True)
@@ -287,7 +288,7 @@ def test_a_4_bit_base_from_the_shell(place, capsys):
 
 
 def test_a_run_learns_saves_and_reports(place, capsys, monkeypatch):
-    monkeypatch.setattr("peftlab.finetune.LOG_SECONDS", 0.0)
+    monkeypatch.setattr("peftlab.commands.train.LOG_SECONDS", 0.0)
     command = train_command("ask.jsonl", "run", "--steps", 120, "--targets", "all-linear", "--eval-every", 60)
     status, out, err = run(capsys, *command)
     assert status == 0, err
@@ -377,7 +378,7 @@ def test_every_method_trains_from_the_shell_and_its_folder_loads(place, capsys, 
 
 
 def test_the_help_names_every_method():
-    from peftlab.finetune import configs
+    from peftlab.commands.train import configs
 
     assert cli.METHODS.split(", ") == ["full", *configs()]
 
@@ -429,14 +430,14 @@ def test_data_that_cannot_be_used_is_told(place, capsys):
 def test_a_method_is_given_the_options_that_it_has_fields_for(monkeypatch):
     import dataclasses
 
-    from peftlab import finetune
+    from peftlab.commands import train
 
     config = dataclasses.make_dataclass("Config", [("dropout", float), ("target_modules", object), ("width", int, 3)])
     monkeypatch.setattr("peftlab.methods.METHODS", {"narrow": config})
     given = cli.argparse.Namespace(method="narrow", r=8, alpha=16.0, dropout=0.5, bias="none", targets="q", lr=1.0)
-    assert finetune._config(given, ["q"], task_type="SEQ_CLS") == config(0.5, ["q"], 3)
+    assert train._config(given, ["q"], task_type="SEQ_CLS") == config(0.5, ["q"], 3)
     with pytest.raises(PeftLabError, match="train knows the methods full, narrow, not 'lora'"):
-        finetune.check(cli.argparse.Namespace(method="lora"))
+        train.check(cli.argparse.Namespace(method="lora"))
 
 
 def test_a_killed_run_and_an_interrupted_one_go_on_to_the_same_adapter(place, capsys, monkeypatch):
@@ -476,11 +477,11 @@ def test_a_killed_run_and_an_interrupted_one_go_on_to_the_same_adapter(place, ca
 
 def test_a_real_ctrl_c_is_one_line():
     """The signal itself, sent to a process that waits in a command."""
-    code = "import signal, sys, time, peftlab.memory, peftlab.cli\n"
+    code = "import signal, sys, time, peftlab.memory, peftlab.commands.cli\n"
     # a shell starts background jobs with the signal ignored, and children inherit that
     code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code += "peftlab.memory.counting.count = lambda *_, **__: (print('ready', flush=True), time.sleep(60))\n"
-    code += "sys.exit(peftlab.cli.main(['count', 'gpt2']))"
+    code += "peftlab.memory.counting.totals.count = lambda *_, **__: (print('ready', flush=True), time.sleep(60))\n"
+    code += "sys.exit(peftlab.commands.cli.main(['count', 'gpt2']))"
     process = python("-c", code)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftlab import cli
+from peftlab.commands import cli
 from peftlab.errors import PeftLabError, near_matches
 from peftlab.memory import BUILT_IN, METHODS, count, format_both, format_bytes, format_percent, load_shape
-from peftlab.memory.options import Options
+from peftlab.memory.counting.options import Options
 
 # Published parameter counts (models' cards and papers), encoders with their two-label head.
 PUBLISHED = {

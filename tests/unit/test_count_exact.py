@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from peftlab.errors import PeftLabError
-from peftlab.memory import BUILT_IN, count, families, load_shape, methods
+from peftlab.memory import BUILT_IN, count, load_shape
+from peftlab.memory.counting import families, methods
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 transformers = pytest.importorskip("transformers")

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from peftlab import cli, doctor, machine
 from peftlab.assets.catalogue import catalogue
+from peftlab.commands import cli, doctor, machine
 from peftlab.optional import PACKAGES
 
 

@@ -4,7 +4,8 @@ import pytest
 import tiny
 import torch
 
-from peftlab.encoding import (
+from peftlab.errors import PeftLabError
+from peftlab.training.encoding import (
     IGNORE,
     Collator,
     encode_classification,
@@ -13,7 +14,6 @@ from peftlab.encoding import (
     end_ids,
     prompt_ids,
 )
-from peftlab.errors import PeftLabError
 
 
 @pytest.mark.parametrize("chat", [False, True])

@@ -7,10 +7,12 @@ import sys
 
 import pytest
 
-from peftlab import cli, measurements
+from peftlab.commands import cli
 from peftlab.errors import PeftLabError
-from peftlab.memory import CARDS, METHODS, cards, count, estimate, fits, largest, load_shape, ops, what_fits
-from peftlab.memory.replay import Memory, Parameter, backward
+from peftlab.kit import measurements
+from peftlab.memory import CARDS, METHODS, cards, count, estimate, fits, largest, load_shape, what_fits
+from peftlab.memory.replay import ops
+from peftlab.memory.replay.tape import Memory, Parameter, backward
 
 BLOCK = 512  # the allocator's rounding, once a tensor
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from peftlab import run_folder
+from peftlab.commands import run_folder
 from peftlab.files import write_atomically
 
 

@@ -7,10 +7,10 @@ import pytest
 import tiny
 import torch
 
-from peftlab.encoding import Collator, encode_completion
 from peftlab.errors import PeftLabError
-from peftlab.generation import generate_text
-from peftlab.losses import causal_lm_loss
+from peftlab.training.encoding import Collator, encode_completion
+from peftlab.training.generation import generate_text
+from peftlab.training.losses import causal_lm_loss
 
 PROMPTS = ["the cat runs ?", "no", "red green blue the dog sleeps . the cat ?", "a dog ?", "yes yes yes"]
 

@@ -1,11 +1,15 @@
-"""Agreements between the files of the house: one address, one version, one set of pins, and nothing private in them."""
+"""Agreements between the files of the house: one address, one version, one set of pins, arrows that go one way."""
 
+import ast
 import importlib.metadata
 import json
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import yaml
@@ -14,6 +18,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "peftlab"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REPOSITORY = PROJECT["urls"]["Repository"]
 # The newest versions that a person may be held to; the pins may be later.
@@ -180,3 +185,195 @@ def test_bibliography_entries_say_who_what_and_when():
 def test_no_large_file_is_tracked():
     large = [n for n in tracked() if (ROOT / n).is_file() and (ROOT / n).stat().st_size > 4_000_000]
     assert large == []
+
+
+# ------------------------------------------------------------------------------------------- the wings of the package
+
+# What each wing may import, beside itself and the files at the top of peftlab/. A wing names only wings above it in
+# this table, so arrows between wings cannot close a circle. "peftlab" is the face, which loads every public name.
+WINGS = {
+    "peftlab": (),
+    "assets": (),
+    "memory": (),
+    "core": (),
+    "quantization": ("core",),
+    "methods": ("core", "quantization"),
+    "adapters": ("core", "quantization", "methods"),
+    "training": ("core", "quantization"),
+    "kit": ("memory", "quantization"),
+    "bench": ("peftlab", "assets", "memory", "core", "quantization", "methods", "adapters", "training", "kit"),
+    "commands": (
+        "peftlab", "assets", "memory", "core", "quantization", "methods", "adapters", "training", "kit", "bench",
+    ),
+}  # fmt: skip
+TOP = 9  # files in the top folder, beside __init__ and __main__
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+HEAVY = ("torch", "transformers", "datasets", "peft", "numpy", "bitsandbytes", "matplotlib")
+
+
+class Import(NamedTuple):
+    """One import: what it loads, whether it stands inside a function, and whether it names that or a file inside."""
+
+    name: str
+    late: bool
+    named: bool
+
+
+def modules(package: Path) -> dict[str, Path]:
+    """The files of the package by the names that one imports."""
+    named = {".".join(p.relative_to(package.parent).with_suffix("").parts): p for p in package.rglob("*.py")}
+    return {name.removesuffix(".__init__"): path for name, path in sorted(named.items())}
+
+
+def imports(package: Path) -> dict[str, list[Import]]:
+    """What each file imports, also inside functions and for types alone.
+
+    A file of another package also loads what that package's `__init__` loads, so each name brings the packages that
+    it lies in, but for those that the importing file lies in itself.
+    """
+    files = modules(package)
+    found: dict[str, list[Import]] = {}
+    for name, path in files.items():
+        found[name] = []
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        inner = {id(node) for outer in ast.walk(tree) if isinstance(outer, FUNCTIONS) for node in ast.walk(outer)}
+        for node in ast.walk(tree):
+            wanted = []
+            if isinstance(node, ast.Import):
+                wanted = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{path}, line {node.lineno}: a relative import"
+                whole = [f"{node.module}.{alias.name}" for alias in node.names]
+                wanted = [inside if inside in files else node.module for inside in whole]
+            for target in wanted:
+                parts = target.split(".")
+                outer = (".".join(parts[:n]) for n in range(2, len(parts)))
+                beside = [o for o in outer if o in files and not f"{name}.".startswith(f"{o}.")]
+                found[name] += [Import(one, id(node) in inner, one == target) for one in [target, *beside]]
+    return found
+
+
+def wing_of(name: str) -> str | None:
+    """The wing that a file lies in: "" for a file at the top, None for what is not ours."""
+    parts = name.split(".")
+    if parts[0] != "peftlab":
+        return None
+    return "peftlab" if parts[1:] in ([], ["__main__"]) else parts[1] if parts[1] in WINGS else ""
+
+
+def circle(graph: dict[str, list[Import]]) -> list[str]:
+    """The files of a circle, or an empty list."""
+    done: set[str] = set()
+
+    def follow(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return [*way[way.index(name) :], name]
+        if name in done or name not in graph:
+            return []
+        for one in graph[name]:
+            if found := follow(one.name, [*way, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in graph if (found := follow(name, []))), [])
+
+
+def reached(graph: dict[str, list[Import]], start: str, late: bool = True) -> set[str]:
+    """All that a file imports, and what that imports, and so on; without `late`, only what starting it loads."""
+    seen, waiting = set(), [start]
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            waiting += [one.name for one in graph.get(name, ()) if late or not one.late]
+    return seen
+
+
+def heavy(graph: dict[str, list[Import]], start: str) -> set[str]:
+    """The large libraries that starting a file loads."""
+    return {name.split(".")[0] for name in reached(graph, start, late=False)} & set(HEAVY)
+
+
+def faults(package: Path) -> list[str]:
+    """What is wrong with the wings of a package: one line each."""
+    graph = imports(package)
+    top = sorted(path.name for path in package.glob("*.py") if path.stem not in ("__init__", "__main__"))
+    told = [f"{len(top)} files at the top: {', '.join(top)}"] if len(top) > TOP else []
+    told += [f"{path.name} is no wing" for path in package.iterdir() if [*path.rglob("*.py")] and path.is_dir()
+             and path.name not in WINGS]  # fmt: skip
+    if round_trip := circle(graph):
+        told.append(f"a circle: {' -> '.join(round_trip)}")
+    for name, found in graph.items():
+        own = wing_of(name)
+        for one in found:
+            other = wing_of(one.name)
+            if other and other != own and other not in WINGS.get(own, ()) and name != "peftlab.__main__":
+                told.append(f"an arrow upwards: {name} -> {one.name}")
+            if one.late and one.named and other is not None and (heavy(graph, name) or not heavy(graph, one.name)):
+                told.append(f"hidden in a function, and nothing heavy is put off: {name} -> {one.name}")
+        if own == "memory" and (bad := {"torch", "transformers"} & {n.split(".")[0] for n in reached(graph, name)}):
+            told.append(f"{name} reaches {', '.join(sorted(bad))}")
+    for name in ("peftlab", "peftlab.__main__", "peftlab.commands.cli"):
+        if bad := heavy(graph, name):
+            told.append(f"starting {name} loads {', '.join(sorted(bad))}")
+    return told
+
+
+def test_the_wings_stand_as_drawn():
+    names = list(WINGS)
+    assert all(names.index(below) < names.index(wing) for wing, allowed in WINGS.items() for below in allowed)
+    assert faults(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "fault"),
+    [
+        ("core/hooks.py", "from peftlab.core.records import unwrap", "a circle: "),
+        ("core/hooks.py", "def f():\n    from peftlab.core.records import unwrap", "a circle: "),
+        ("core/hooks.py", "if TYPE_CHECKING:\n    from peftlab.core.records import Record", "a circle: "),
+        ("methods/lora.py", "from peftlab.methods import METHODS", "a circle: "),
+        ("core/modes.py", "from peftlab.methods import lora", "an arrow upwards: peftlab.core.modes -> peftlab."),
+        ("errors.py", "from peftlab.memory import units", "an arrow upwards: peftlab.errors -> peftlab.memory"),
+        ("training/losses.py", "import peftlab as pl", "an arrow upwards: peftlab.training.losses -> peftlab"),
+        ("memory/units.py", "def f():\n    import torch", "peftlab.memory.units reaches torch"),
+        ("progress.py", "import torch", "starting peftlab.commands.cli loads torch"),
+        ("errors.py", "from torch import nn", "starting peftlab loads torch"),
+        ("commands/terminal.py", "from peftlab.core import modes", "starting peftlab.commands.cli loads torch"),
+        ("core/modes.py", "def f():\n    from peftlab.core.hooks import hosts", "hidden in a function, and "),
+        ("stray/thing.py", "", "stray is no wing"),
+        ("one.py two.py three.py four.py five.py six.py seven.py", "", " files at the top: "),
+    ],
+)  # fmt: skip
+def test_a_broken_house_is_found(tmp_path, file, line, fault):
+    broken = tmp_path / "peftlab"
+    shutil.copytree(PACKAGE, broken, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    for name in file.split():
+        (broken / name).parent.mkdir(exist_ok=True)
+        with open(broken / name, "a", encoding="utf-8") as opened:
+            opened.write(f"\n{line}\n")
+    assert any(fault in told for told in faults(broken)), faults(broken)
+
+
+def test_a_relative_import_is_found(tmp_path):
+    (tmp_path / "peftlab").mkdir()
+    (tmp_path / "peftlab" / "a.py").write_text("from . import b\n")
+    with pytest.raises(AssertionError, match="line 1: a relative import"):
+        imports(tmp_path / "peftlab")
+
+
+@pytest.mark.parametrize("name", ["peftlab", "peftlab.memory", "peftlab.commands.cli", "peftlab.assets.support_desk"])
+def test_light_modules_load_nothing_heavy(name):
+    code = f"import sys, {name}; print([one for one in {HEAVY} if one in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_short_names_of_modules_lead_to_their_places():
+    """What the book writes as `pl.<module>`, wherever the file is."""
+    import peftlab
+
+    for name in ("exercises", "figures", "measurements", "memory", "methods", "notebook", "quantization", "tables",
+                 "support_desk", "training", "widgets"):  # fmt: skip
+        assert getattr(peftlab, name).__name__.rsplit(".", 1)[-1] == name
+    assert peftlab.methods.lora.LoRAConfig is peftlab.LoRAConfig

@@ -8,9 +8,9 @@ import nbformat
 import pytest
 import torch
 
-from peftlab import exercises
 from peftlab.errors import PeftLabError
-from peftlab.exercises import grading
+from peftlab.kit import exercises
+from peftlab.kit.exercises import grading
 
 BOOK = Path(__file__).resolve().parents[2] / "book"
 TOPICS = exercises._topics()

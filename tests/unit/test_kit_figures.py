@@ -10,9 +10,9 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
-from peftlab import figures
 from peftlab.errors import PeftLabError
-from peftlab.figures import style
+from peftlab.kit import figures
+from peftlab.kit.figures import style
 
 PHONE = 350  # pixels, the width of the text on a telephone 390 pixels wide
 ROWS = [{"r": r, "score": 0.5 + r / 200 + seed / 100, "layers": layers} for r in (1, 4, 16, 64) for seed in (0, 1)

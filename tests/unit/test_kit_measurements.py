@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from peftlab import measurements
 from peftlab.errors import PeftLabError
+from peftlab.kit import measurements
 
 PROVENANCE = {"gpu": None, "cpu": "two cores", "versions": {"torch": "2.11.0", "peft": "0.21.0"}, "date": "2026-11-22",
               "command": "peftlab bench demo --out demo.json"}

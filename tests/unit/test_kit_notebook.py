@@ -12,9 +12,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-import peftlab.exercises.grading as grading
-from peftlab import notebook, tables
+import peftlab.kit.exercises.grading as grading
 from peftlab.errors import PeftLabError
+from peftlab.kit import notebook, tables
 
 
 def shown(function, *arguments, **options):

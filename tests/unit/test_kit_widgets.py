@@ -3,7 +3,8 @@
 import ipywidgets
 import pytest
 
-from peftlab import memory, widgets
+from peftlab import memory
+from peftlab.kit import widgets
 
 
 @pytest.fixture

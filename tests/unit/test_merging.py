@@ -194,7 +194,7 @@ def test_an_overflow_is_refused_whole():
 def test_an_interrupt_half_way_leaves_the_model_whole(monkeypatch):
     model = attach(Net())
     before, expected = snapshot(model), model(tokens())
-    from peftlab import merging
+    from peftlab.adapters import merging
 
     calls, real = [], merging.rounding_error
 

@@ -6,10 +6,10 @@ import pytest
 import tiny
 import torch
 
-from peftlab import metrics
-from peftlab.encoding import Collator
 from peftlab.errors import PeftLabError
-from peftlab.losses import causal_lm_loss, classification_loss, default_loss, seq2seq_loss
+from peftlab.training import metrics
+from peftlab.training.encoding import Collator
+from peftlab.training.losses import causal_lm_loss, classification_loss, default_loss, seq2seq_loss
 
 
 def test_accuracy_macro_f1_exact_match():

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 import peftlab as pl
-from peftlab.cli import main
+from peftlab.commands.cli import main
 from peftlab.training import files
 
 N = 5
@@ -500,7 +500,7 @@ def test_trainer_resumes_to_the_same_weights(kind, tmp_path):
 
 def test_the_loss_of_the_loop_is_the_models_own():
     """The first word of a text is predicted from a prompt (not from a prefix, which has no position), by both."""
-    from peftlab.losses import causal_lm_loss
+    from peftlab.training.losses import causal_lm_loss
 
     for kind in ("prompt", "prefix"):
         model = model_with(CONFIGS[kind])
@@ -602,7 +602,7 @@ def test_counts_are_those_of_the_arithmetic(shape, method):
         AutoModelForSequenceClassification,
     )
 
-    from peftlab.memory.shapes import load_shape
+    from peftlab.memory.counting.shapes import load_shape
     from peftlab.methods import METHODS
 
     known = load_shape(shape)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from peftlab import measurements
 from peftlab.errors import PeftLabError
+from peftlab.kit import measurements
 from peftlab.memory import estimate
 
 MEASURED = measurements.results("parallel")

@@ -3,7 +3,7 @@
 import tiny
 import torch
 
-from peftlab.bench import subspace
+from peftlab.training import subspace
 
 
 def moved(dimension, seed=0):

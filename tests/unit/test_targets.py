@@ -7,7 +7,7 @@ from tiny import llama
 from torch import nn
 
 import peftlab as pl
-from peftlab.targets import find, linear_shape
+from peftlab.core.targets import find, linear_shape
 
 
 def paths(model, **settings):

@@ -4,7 +4,7 @@ import pytest
 import tiny
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from peftlab import tasks
+from peftlab.commands import tasks
 from peftlab.errors import PeftLabError
 
 

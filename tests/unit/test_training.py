@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from peftlab.encoding import IGNORE, Collator
 from peftlab.errors import PeftLabError
-from peftlab.losses import causal_lm_loss
 from peftlab.training import TrainingError, train
+from peftlab.training.encoding import IGNORE, Collator
+from peftlab.training.losses import causal_lm_loss
 from peftlab.training.optimizers import decay_groups
 from peftlab.training.schedule import DataOrder
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from peftlab.encoding import Collator
 from peftlab.errors import PeftLabError
-from peftlab.losses import causal_lm_loss
 from peftlab.training import TrainingError, train
+from peftlab.training.encoding import Collator
+from peftlab.training.losses import causal_lm_loss
 from peftlab.training.precision import choose_precision
 from peftlab.training.ranks import Ranks
 from peftlab.training.run import Run

@@ -13,7 +13,7 @@ from tiny import llama
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import peftlab as pl
-from peftlab.trainer_callback import AdapterCallback, put_back
+from peftlab.adapters.trainer_callback import AdapterCallback, put_back
 
 DATA = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in torch.arange(1, 97).reshape(16, 6) % 30 + 1]
 

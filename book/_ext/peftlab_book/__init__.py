@@ -11,7 +11,7 @@ A fault in a facts or results file is a warning with the file's name, so a build
 ordinary references, which Sphinx checks.
 """
 
-from .directives import ChapterTable, ClaimsTable, FactsGlossary, Measurements, Questions
+from peftlab_book.directives import ChapterTable, ClaimsTable, FactsGlossary, Measurements, Questions
 
 
 def setup(app):

@@ -11,9 +11,8 @@ from sphinx.domains.std import make_glossary_term
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
-from peftlab import measurements, tables
-
-from .facts import load
+from peftlab.kit import measurements, tables
+from peftlab_book.facts import load
 
 log = logging.getLogger(__name__)
 FACTS = "book/facts"  # below the source folder, as is the next

@@ -1,0 +1,372 @@
+"""Adapter folders in Hugging Face peft's format, both ways, from one table of keys.
+
+A folder holds `adapter_config.json` and `adapter_model.safetensors`; an adapter that is not called `default` lies in
+a subfolder of its name. Each part of an adapter says under which key each of its parameters is stored; saving reads
+that table forwards and loading reads it backwards, so the two cannot disagree. Where Hugging Face's format holds only
+what a network made (a prompt, say), the network itself lies in a file beside, so that training can go on.
+
+The file's metadata (which Hugging Face peft ignores) also holds SHA-256 sums of the tensors and of the config, and a
+few numbers of the base's weights, so that damage, mixed-up files and another base model are noticed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import fields as fields_of
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peftlab.adapters.injection import add, prepare
+from peftlab.adapters.integrity import base_sample, base_tensor, check_base, check_integrity, config_digest, digest
+from peftlab.core.hooks import CHILD, base_modules, hosts
+from peftlab.core.records import known, unwrap
+from peftlab.core.targets import ALL_LINEAR, by_pattern, names_match
+from peftlab.core.tensor_files import read_tensors, serialised, write
+from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.methods import METHODS
+from peftlab.methods.parts import Part
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BESIDE = "adapter_encoder.safetensors"  # ours alone; Hugging Face peft does not look at it
+PREFIX = "base_model.model."
+TARGET_FIELDS = (
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "task_type",
+)  # fmt: skip
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> Path:
+    """Writes an adapter so that both this package and Hugging Face peft can load it.
+
+    Args:
+        folder: where to write; an adapter not called "default" goes into a subfolder of its name.
+
+    Returns:
+        The folder that holds the two files.
+
+    Raises:
+        PeftLabError: no such adapter, or a parameter that is not finite. Nothing is then written.
+    """
+    root = unwrap(model)
+    config = known(root, name).configs[name]
+    parts = placed(root, name)
+    tensors = {}
+    for key, parameter in key_table(parts).items():
+        if not torch.isfinite(parameter).all():
+            raise PeftLabError(f"{key} holds values that are not finite; the adapter was not saved.")
+        tensors[key] = parameter.detach().cpu().contiguous().clone()  # shared biases have several keys
+    encoder = {key: value.detach().cpu().contiguous().clone() for key, value in beside_table(parts).items()}
+
+    fields = to_fields(root, config, parts)
+    tensors |= embedding_copies(root, fields, parts)
+    text = json.dumps(fields, indent=2, sort_keys=True)
+    metadata = {
+        "format": "pt",
+        "peftlab_tensors": digest(tensors),
+        "peftlab_config": config_digest(fields),
+        "peftlab_base": json.dumps(base_sample(root, *sampled(parts))),
+    }
+    if encoder:
+        metadata["peftlab_encoder"] = digest(encoder)
+    folder = Path(folder) if name == "default" else Path(folder) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    # Each file appears whole or not at all; a folder caught between the two is told by `peftlab_config`.
+    if encoder:
+        write(folder / BESIDE, serialised(encoder, {"format": "pt"}))
+    write(folder / CONFIG, text.encode())
+    write(folder / WEIGHTS, serialised(tensors, metadata))
+    if not encoder:
+        (folder / BESIDE).unlink(missing_ok=True)  # of an adapter that was here before
+    return folder
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    name: str = "default",
+    *,
+    trainable: bool = False,
+    adapter_dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Loads an adapter folder of this package or of Hugging Face peft, attaches it and makes it the active one.
+
+    Args:
+        folder: the folder, or its parent when the adapter lies in a subfolder of its name.
+        trainable: whether it goes on training; by default a loaded adapter is frozen. A prompt that a network made
+            goes on with that network, if this package saved it; else, and frozen, it is the prompt alone.
+        adapter_dtype: as for `attach`.
+
+    Raises:
+        PeftLabError: a folder or file that is missing, damaged or pickled, another method or base model, missing,
+            extra or misshapen keys, a name in use. The model is then as it was.
+    """
+    root = unwrap(model)
+    saved = read_folder(Path(folder), name)
+    config = from_fields(root, saved.fields)
+    if hasattr(config, "as_stored") and not (trainable and saved.encoder):
+        config = config.as_stored()
+    parts = prepare(root, name, config, adapter_dtype)
+    fill(root, parts, saved)
+    add(root, name, config, parts, trainable=trainable)
+    return model
+
+
+class Saved(NamedTuple):
+    """An adapter's folder, read: where it lies, its config's fields, its tensors, the file's metadata, and what made
+    those tensors, where that was saved beside."""
+
+    folder: Path
+    fields: dict[str, Any]
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    encoder: dict[str, Tensor] = {}  # noqa: RUF012
+
+
+def read_folder(folder: Path, name: str) -> Saved:
+    """Reads an adapter's two files and checks that they are whole and belong together."""
+    folder = locate(folder, name)
+    fields = read_config(folder)
+    tensors, metadata = read_tensors(folder / WEIGHTS)
+    check_integrity(folder / CONFIG, folder / WEIGHTS, fields, tensors, metadata)
+    encoder: dict[str, Tensor] = {}
+    if "peftlab_encoder" in metadata and (folder / BESIDE).is_file():
+        encoder, _ = read_tensors(folder / BESIDE)
+        if digest(encoder) != metadata["peftlab_encoder"]:
+            raise PeftLabError(
+                f"{folder / BESIDE} and {WEIGHTS} were not saved together, or one was changed. Save the adapter again, "
+                f"or delete {BESIDE}, which only further training needs."
+            )
+    return Saved(folder, fields, tensors, metadata, encoder)
+
+
+@torch.no_grad()
+def fill(root: nn.Module, parts: Iterable[Part], saved: Saved) -> None:
+    """Copies saved tensors into an adapter's parts, once base, keys and shapes are known to fit."""
+    check_base(root, saved.folder, saved.metadata, base_name(root) or type(root).__name__)
+    table = key_table(parts)
+    check_keys(root, saved.folder, saved.fields, table, saved.tensors)
+    encoder = beside_table(parts)
+    if encoder and {key: tensor.shape for key, tensor in saved.encoder.items()} != {
+        key: parameter.shape for key, parameter in encoder.items()
+    }:
+        raise PeftLabError(
+            f"{saved.folder} holds what the adapter's encoder made, but no {BESIDE} with that encoder, so its training "
+            "cannot go on here. Save it with this package, or attach the adapter without an encoder."
+        )
+    made = key_table(part for part in parts if getattr(part.layer, "beside", None))
+    for key, parameter in table.items():
+        if key not in made:  # what is made is made from what follows
+            parameter.copy_(saved.tensors[key])
+    for key, parameter in encoder.items():
+        parameter.copy_(saved.encoder[key])
+
+
+def check_config(root: nn.Module, name: str, parts: list[Part], saved: Saved) -> None:
+    """Requires that an attached adapter computes with a folder's weights what the saved one did.
+
+    What it is placed on is for `check_keys`; both configs are brought to one form, since peft may write another.
+    """
+    attached, other = to_fields(root, known(root, name).configs[name], parts), saved.fields
+    mine, theirs = (to_fields(root, from_fields(root, fields), parts) for fields in (attached, other))
+    for field in mine.keys() - {*TARGET_FIELDS}:
+        if mine[field] != theirs.get(field):
+            raise PeftLabError(
+                f"The adapter in {saved.folder} has {field}={theirs.get(field)!r}; the attached {name!r} has "
+                f"{mine[field]!r}. Attach it with the config that was saved."
+            )
+
+
+def sampled(parts: Iterable[Part]) -> tuple[list[str], list[str]]:
+    """(paths by whose weights the base is known again, paths that trained copies answer for)."""
+    copied = [part.path for part in parts if part.name == "copy"]
+    return [part.path for part in parts], copied
+
+
+def placed(root: nn.Module, name: str) -> list[Part]:
+    """The parts of an attached adapter, in the model's order."""
+    return [
+        Part(path, part_name, part)
+        for path, host in hosts(root)
+        if name in host._modules[CHILD]
+        for part_name, part in host._modules[CHILD][name].items()
+    ]
+
+
+def key_table(parts: Iterable[Part]) -> dict[str, Tensor]:
+    """The one table: {key in Hugging Face's file: our parameter, or what an encoder makes}."""
+    table = {}
+    for part in parts:
+        for own, keys in part.layer.keys.items():
+            owner, _, parameter_name = own.rpartition(".")
+            parameter = getattr(part.layer.get_submodule(owner), parameter_name)
+            for key in (keys,) if isinstance(keys, str) else keys:
+                if parameter is not None:
+                    table[key.format(path=PREFIX + part.path, root=PREFIX, module=part.path)] = parameter
+    return table
+
+
+def beside_table(parts: Iterable[Part]) -> dict[str, nn.Parameter]:
+    """{name in the file beside: our parameter}, for what Hugging Face's format leaves out."""
+    return {
+        name: part.layer.get_parameter(own) for part in parts for own, name in getattr(part.layer, "beside", {}).items()
+    }
+
+
+def to_fields(root: nn.Module, config: Any, parts: list[Part]) -> dict[str, Any]:
+    """A config as the contents of `adapter_config.json`."""
+    places = {part.path: root.get_submodule(part.path) for part in parts}
+    fields = {name: getattr(config, name, None) for name in TARGET_FIELDS}
+    targets = fields["target_modules"]
+    found_here = isinstance(targets, str) and (targets.lower() == ALL_LINEAR or config.layers_to_transform)
+    if not hasattr(config, "target_modules"):  # it stands on the model itself
+        fields = {name: fields[name] for name in ("modules_to_save", "task_type")}
+    elif targets is None or found_here:
+        # The names that were found, so that no library has to guess them again; and Hugging Face peft takes
+        # layers_to_transform only beside a list.
+        fields["target_modules"] = sorted({part.path for part in parts if part.name not in ("bias", "copy")})
+    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+    return fields | {
+        "peft_type": config.peft_type,
+        "base_model_name_or_path": base_name(root),
+        "inference_mode": True,
+        **config.to_peft(root, places),
+    }
+
+
+def from_fields(root: nn.Module, fields: Mapping[str, Any]) -> Any:
+    """The contents of `adapter_config.json` as a config for this model."""
+    kinds = {kind.peft_type: kind for kind in METHODS.values()}
+    peft_type = fields.get("peft_type")
+    if peft_type not in kinds:
+        raise PeftLabError(
+            f"The adapter's peft_type is {peft_type!r}; this package loads {', '.join(kinds)}."
+            + did_you_mean(str(peft_type), kinds)
+        )
+    kind = kinds[peft_type]
+    for name in kind.unsupported:
+        if fields.get(name):
+            raise PeftLabError(f"The adapter uses {name}={fields[name]!r}, which this package does not have.")
+    takes = {field.name for field in fields_of(kind)}
+    given = {name: fields.get(name) for name in TARGET_FIELDS if name in takes}
+    shared = {name: None if value in ([], "") else value for name, value in given.items()}
+    if "layers_to_transform" in takes and shared["layers_to_transform"] is None:
+        shared["layers_pattern"] = None  # without layers to count it says nothing
+    try:
+        return only_present(root, kind(**shared, **kind.from_peft(fields)))
+    except (TypeError, AttributeError) as error:
+        raise PeftLabError(f"{CONFIG} holds a field of a wrong type: {error}.") from None
+
+
+def only_present(root: nn.Module, config: Any) -> Any:
+    """Leaves out names and patterns that this model does not have: Hugging Face peft saves them, and the keys of the
+    file say what was trained."""
+    paths = list(base_modules(root))
+    changes: dict[str, Any] = {}
+    for field in ("target_modules", "modules_to_save"):
+        names = getattr(config, field, None)
+        if names is not None and not isinstance(names, str):
+            ends = names_match if field == "target_modules" else lambda spec, path: path.endswith(spec)
+            there = tuple(name for name in names if any(ends((name,), path) for path in paths))
+            changes[field] = there or (names if field == "target_modules" else None)
+    for field in ("rank_pattern", "alpha_pattern"):
+        table = getattr(config, field, None) or {}
+        there = {key: value for key, value in table.items() if any(by_pattern({key: 1}, path, 0) for path in paths)}
+        if there != table:
+            changes[field] = there
+    return replace(config, **changes)
+
+
+def locate(folder: Path, name: str) -> Path:
+    """The folder that holds an adapter's two files."""
+    for candidate in (folder / name, folder) if name != "default" else (folder,):
+        if (candidate / CONFIG).is_file() and (candidate / WEIGHTS).is_file():
+            return candidate
+    if not folder.is_dir():
+        near = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+        raise PeftLabError(f"There is no adapter folder {str(folder)!r}.{did_you_mean(folder.name, near)}")
+    if any(folder.glob("adapter_model.bin")):
+        raise PeftLabError(
+            f"{folder} holds adapter_model.bin, a pickle, which can run code when it is opened. "
+            "Convert it to adapter_model.safetensors where you trust it."
+        )
+    there = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    hint = f" It holds adapters named {', '.join(map(repr, there))}; give one as name." if there else ""
+    raise PeftLabError(f"{folder} lacks {CONFIG} or {WEIGHTS}.{hint}")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads `adapter_config.json`."""
+    try:
+        fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PeftLabError(f"{folder / CONFIG} cannot be read: {error}.") from None
+    if not isinstance(fields, dict):
+        raise PeftLabError(f"{folder / CONFIG} holds a {type(fields).__name__}, not the fields of a config.")
+    return fields
+
+
+def check_keys(
+    root: nn.Module, folder: Path, fields: Mapping, table: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
+    """Requires exactly the keys that the config implies for this model, in the right shapes."""
+    trained_on = fields.get("base_model_name_or_path") or "an unnamed base"
+    origin = f" The adapter was trained on {trained_on!r}; this model is {base_name(root) or type(root).__name__!r}."
+    missing = [key for key in table if key not in tensors]
+    if missing:
+        raise PeftLabError(f"{folder} lacks {len(missing)} of {len(table)} keys, the first {missing[0]!r}." + origin)
+    extra = [key for key in tensors if key not in table and not redundant(root, key, tensors)]
+    if extra:
+        raise PeftLabError(f"{folder} has {len(extra)} keys without a place here, the first {extra[0]!r}." + origin)
+    for key, parameter in table.items():
+        if tensors[key].shape != parameter.shape:
+            raise PeftLabError(
+                f"{key!r} has shape {tuple(tensors[key].shape)}; this model needs {tuple(parameter.shape)}." + origin
+            )
+
+
+def redundant(root: nn.Module, key: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Says whether a key only repeats what is known: Hugging Face peft saves the base's own weight beside an adapted
+    embedding, and, with bias="all", the insides of its wrapper around a module trained in full."""
+    twin = key.replace(".modules_to_save.", ".")
+    if twin != key:
+        return twin in tensors and torch.equal(tensors[twin], tensors[key])
+    path = key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
+    module, _, name = path.rpartition(".")
+    own = base_tensor(root, module, name) if module in base_modules(root) else None
+    if own is None or own.shape != tensors[key].shape:
+        return False
+    # The base may have been loaded in another dtype: equal in the coarser of the two is equal.
+    dtype = min(own.dtype, tensors[key].dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(tensors[key].to(dtype), own.detach().cpu().to(dtype))
+
+
+def embedding_copies(root: nn.Module, fields: Mapping[str, Any], parts: list[Part]) -> dict[str, Tensor]:
+    """The base's weights that Hugging Face peft saves beside adapted embeddings, by its rule: the targets name
+    `embed_tokens` or `lm_head`. A vocabulary that was lengthened before training then travels with the adapter."""
+    targets, names = fields.get("target_modules") or (), ("embed_tokens", "lm_head")
+    if isinstance(targets, str):
+        paths = (path for path in base_modules(root) if path.rpartition(".")[2] in names)
+        named = any(re.fullmatch(targets, path) for path in paths)
+    else:
+        named = any(name in targets for name in names)
+    if not named or not hasattr(root, "get_input_embeddings"):
+        return {}
+    embeddings = (root.get_input_embeddings(), root.get_output_embeddings())
+    copies = {}
+    for part in parts:
+        if part.name not in ("bias", "copy") and any(root.get_submodule(part.path) is layer for layer in embeddings):
+            weight = base_tensor(root, part.path, "weight")
+            copies[f"{PREFIX}{part.path}.base_layer.weight"] = weight.detach().cpu().contiguous().clone()
+    return copies
+
+
+def base_name(root: nn.Module) -> str | None:
+    """The base's name or path, as transformers knows it."""
+    config = getattr(root, "config", None)
+    return getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None) or None

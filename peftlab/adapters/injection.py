@@ -1,0 +1,287 @@
+"""Adapters on a model: attach, detach, activate, disable, count.
+
+The model is changed in place and keeps its class. See DESIGN.md for why hooks and not wrappers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from peftlab.core.hooks import CHILD, Activity, Adapters, bringers, hosts, place, plain, remove
+from peftlab.core.records import Record, home, known, record_of, tensor_at, unwrap
+from peftlab.errors import PeftLabError
+from peftlab.methods import METHODS
+from peftlab.methods.parts import Part
+from peftlab.quantization.marks import tell_transformers, untell_transformers
+from peftlab.quantization.weights import give_back, unpack
+
+
+class ParameterCount(NamedTuple):
+    """How many parameters a model has and how many of them train. `total` counts a 4-bit weight by its real shape."""
+
+    trainable: int
+    total: int
+    percent: float
+
+    def __str__(self) -> str:
+        return f"{self.trainable:,} of {self.total:,} parameters train ({self.percent:.4f}%)"
+
+
+def attach(
+    model: nn.Module,
+    config: Any,
+    name: str = "default",
+    *,
+    adapter_dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Attaches an adapter, freezes the base, and makes the new adapter the active one.
+
+    Args:
+        model: any `nn.Module`, a transformers model among them; it is changed in place.
+        config: what to attach, for example `LoRAConfig(r=8, alpha=16)`.
+        name: the adapter's name; letters, digits, `_` and `-`.
+        adapter_dtype: dtype of the adapter's parameters. By default that of the layer, and float32 on a
+            half-precision or quantised one, as in Hugging Face peft: an optimiser's small steps vanish in 16 bits.
+
+    Returns:
+        The same model.
+
+    Raises:
+        PeftLabError: a name used twice, targets that match nothing or only in part, a merged model, a value out of
+            range. The model is then as it was.
+    """
+    root = unwrap(model)
+    add(root, name, config, prepare(root, name, config, adapter_dtype), trainable=True)
+    return model
+
+
+def prepare(root: nn.Module, name: str, config: Any, adapter_dtype: torch.dtype | None) -> list[Part]:
+    """Builds all parts of an adapter, on the right devices and in the right dtypes, and changes nothing yet."""
+    if not isinstance(root, nn.Module):
+        raise PeftLabError(f"The model is a {type(root).__name__}; attach takes an nn.Module.")
+    if not hasattr(config, "parts") or isinstance(config, type):
+        known = ", ".join(dict.fromkeys(kind.__name__ for kind in METHODS.values()))
+        raise PeftLabError(f"The config is {config!r}; make one of {known}.")
+    if adapter_dtype is not None and not (isinstance(adapter_dtype, torch.dtype) and adapter_dtype.is_floating_point):
+        raise PeftLabError(f"adapter_dtype is {adapter_dtype!r}; give a floating dtype such as torch.float32.")
+    record = record_of(root)
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(Adapters(Activity()), name):
+        raise PeftLabError(f"{name!r} cannot name an adapter; use letters, digits, '_' and '-'.")
+    if record and name in record.configs:
+        raise PeftLabError(f"An adapter named {name!r} is attached already; detach it first, or use another name.")
+    if record and record.activity.merged:
+        raise PeftLabError("The model is merged; call unmerge(model) before attaching another adapter.")
+    for path, host in hosts(root):
+        if record is None or host._modules[CHILD].activity is not record.activity:
+            raise PeftLabError(
+                f"{path or 'The model'} carries adapters that were attached through another module. "
+                "Attach and detach through one and the same model."
+            )
+    parts = list(config.parts(root))
+    for part in parts:
+        host = root.get_submodule(part.path)
+        device, dtype = home(host)
+        part.layer.to(device=device, dtype=adapter_dtype or dtype)
+        part.layer.train(host.training)
+    return parts
+
+
+def add(root: nn.Module, name: str, config: Any, parts: list[Part], trainable: bool) -> None:
+    """Puts prepared parts in place and activates them."""
+    repaired = sum(unpack(module) for module in root.modules())
+    if repaired:
+        warnings.warn(
+            f"bitsandbytes had repacked {repaired} 4-bit weights for inference on this CPU and rounded their scales "
+            "to bf16. They are unpacked again, but the rounding stays. To have them exact, attach before the first "
+            "forward pass in eval mode.",
+            stacklevel=3,
+        )
+    record = record_of(root)
+    if record is None:
+        record = Record()
+        # A plain attribute, not a module: nothing of it is in the tree or in a state dict.
+        object.__setattr__(root, "_peftlab", record)
+    if not record.configs:
+        for parameter_name, parameter in root.named_parameters():
+            # By its plain name: a layer may be compiled on its own between attach and detach.
+            record.base_requires_grad[plain(parameter_name)] = parameter.requires_grad
+            parameter.requires_grad_(False)
+    for part in parts:
+        place(root.get_submodule(part.path), record.activity, name, part.name, part.layer)
+    record.configs[name] = config
+    record.trainable[name] = trainable
+    tell_transformers(root, record)
+    activate(root, name)
+
+
+def detach(model: nn.Module, name: str = "default") -> nn.Module:
+    """Takes an adapter off. With the last one the model is as it was before the first, bit for bit.
+
+    Base weights, `requires_grad` flags, hooks and state-dict keys are all restored; a merged model is unmerged first.
+
+    Raises:
+        PeftLabError: no such adapter (with near matches).
+    """
+    root = unwrap(model)
+    record = known(root, name)
+    if record.activity.merged:
+        restore(root, record)
+    for _, host in list(hosts(root)):
+        remove(host, name)
+    del record.configs[name], record.trainable[name]
+    record.activity.weights.pop(name, None)
+    if record.activity.rows and name in record.activity.rows:
+        record.activity.rows = None
+        refresh_requires_grad(root, record)
+    untell_transformers(root, record)
+    if record.configs:
+        tell_transformers(root, record)
+    else:
+        flags = record.base_requires_grad
+        for parameter_name, parameter in root.named_parameters():
+            parameter.requires_grad_(flags.get(plain(parameter_name), parameter.requires_grad))
+        object.__delattr__(root, "_peftlab")
+    return model
+
+
+def activate(
+    model: nn.Module,
+    which: str | Mapping[str, float] | Sequence[str | None],
+    *,
+    trainable: bool | None = None,
+) -> None:
+    """Chooses the adapters that run, and trains those that may.
+
+    With gradient checkpointing the backward pass runs the model again, so call `backward` before switching.
+
+    Args:
+        which: a name; or `{"a": 0.7, "b": 0.3}`, which adds 0.7 times what `a` changes and 0.3 times what `b`
+            changes (`{}` is the base alone); or a list with one name (or None, for the base) a row of the batch.
+            A batch of k times as many rows repeats each name k times in place, as beams and returned sequences lie:
+            rows 0 to k - 1 run the first. Layers that see tokens in another order than the batch's, such as the
+            experts of a mixture behind their router, cannot be told apart by rows: activate one adapter there.
+            Prompts and prefixes are mixed by their vectors, 0.7 P_a + 0.3 P_b, and need equal lengths for that, and
+            in rows.
+        trainable: whether the named adapters train; `None` leaves that as attached (yes) or loaded (no).
+
+    Raises:
+        PeftLabError: an unknown name (with near matches), a weight that is no finite number, a merged model.
+    """
+    root = unwrap(model)
+    weights: dict[str, float] = {}
+    rows = None
+    if isinstance(which, str):
+        weights = {which: 1.0}
+    elif isinstance(which, Mapping):
+        weights = dict(which)
+    elif isinstance(which, Sequence) and which:
+        rows = tuple(which)
+    else:
+        raise PeftLabError(f"activate was given {which!r}; give a name, a dict of weights, or a name for each row.")
+    names = list(weights) if rows is None else [name for name in dict.fromkeys(rows) if name is not None]
+    for name in names:
+        known(root, name)
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise PeftLabError(f"The weight of {name!r} is {weight!r}; it is a finite number.")
+    record = record_of(root)
+    if record is None:
+        raise PeftLabError("No adapter is attached to this model; attach one first.")
+    if record.activity.merged:
+        raise PeftLabError("The model is merged; call unmerge(model) before switching adapters.")
+    check_together(root, weights, rows)
+    record.activity.weights, record.activity.rows = weights, rows
+    if trainable is not None:
+        record.trainable.update(dict.fromkeys(names, trainable))
+    refresh_requires_grad(root, record)
+
+
+def check_together(root: nn.Module, weights: dict[str, float], rows: tuple[str | None, ...] | None) -> None:
+    """Refuses adapters that cannot run at once, because they make inputs of different lengths."""
+    wanted = Activity()
+    wanted.weights, wanted.rows = weights, rows
+    for _, host in hosts(root):
+        parts = host._modules[CHILD]
+        here = {name: part.likeness for name, part in bringers(parts, wanted).items()}
+        if rows is not None and here:
+            here |= {str(name): "none" for name in rows if name not in here}
+        if len(set(here.values())) > 1:
+            (one, what), (other, else_) = next((a, b) for a in here.items() for b in here.items() if a[1] != b[1])
+            raise PeftLabError(
+                f"{one!r} has {what} and {other!r} has {else_}, so they cannot run "
+                f"{'in one batch' if rows is not None else 'at once'}: inputs and caches would differ in length. "
+                "Activate adapters of one kind and length, or one at a time."
+            )
+
+
+def refresh_requires_grad(root: nn.Module, record: Record) -> None:
+    """Lets exactly the active adapters' trainable parameters train; none while the model is merged."""
+    activity = record.activity
+    active = set(activity.weights if activity.rows is None else activity.rows)
+    for _, host in hosts(root):
+        for name, parts in host._modules[CHILD].items():
+            parts.requires_grad_(name in active and record.trainable[name] and not activity.merged)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block the model gives the base's own output; afterwards the adapters run as before.
+
+    Raises:
+        PeftLabError: the model is merged: its weights then are not the base's.
+    """
+    record = record_of(unwrap(model))
+    if record is None:
+        yield model
+        return
+    if record.activity.merged:
+        raise PeftLabError("The model is merged, so the base's output is not there; call unmerge(model) first.")
+    before, record.activity.enabled = record.activity.enabled, False
+    try:
+        yield model
+    finally:
+        record.activity.enabled = before
+
+
+def attached(model: nn.Module) -> dict[str, Any]:
+    """Returns {adapter name: its config}, in the order attached; empty for a plain model."""
+    record = record_of(unwrap(model))
+    return dict(record.configs) if record else {}
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Counts parameters: those that train, all of them (adapters included, tied ones once), and the percentage.
+
+    A bias trained in place of the base's own is one parameter, not two, as in Hugging Face peft.
+
+    A 4-bit weight counts as the matrix it stands for, not as its packed bytes.
+    """
+    trainable = total = 0
+    root = unwrap(model)
+    parts = (part for _, host in hosts(root) for mine in host._modules[CHILD].values() for part in mine.values())
+    standing_in = {id(p) for part in parts if getattr(part, "stands_in", False) for p in part.parameters()}
+    for parameter in root.parameters():
+        state = getattr(parameter, "quant_state", None)
+        size = math.prod(state.shape) if state is not None else parameter.numel()
+        total += 0 if id(parameter) in standing_in else size
+        trainable += size if parameter.requires_grad else 0
+    return ParameterCount(trainable, total, 100 * trainable / total if total else 0.0)
+
+
+def restore(root: nn.Module, record: Record) -> None:
+    """Puts the base's own weights back after a merge, from the copies kept then."""
+    for path, parameters in record.backup.items():
+        host = root.get_submodule(path)
+        for name, kept in parameters.items():
+            give_back(tensor_at(host, name), kept)
+    record.backup.clear()
+    record.activity.merged = False
+    refresh_requires_grad(root, record)

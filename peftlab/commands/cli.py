@@ -1,0 +1,251 @@
+"""The command line: `peftlab COMMAND ...`.
+
+Every command prints a table for a person, or with `--json` one JSON value for a program, on stdout; progress and
+errors go to stderr. A person's mistake is one line and exit status 2. Nothing heavy is imported before a command that
+needs it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from peftlab import __version__, bench
+from peftlab.assets.cache import cache_folder
+from peftlab.assets.catalogue import catalogue
+from peftlab.commands import count_and_memory, doctor, train
+from peftlab.commands.terminal import parse_targets, print_json, print_table
+from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.memory.units import format_bytes
+
+# of `train`, without importing torch
+METHODS = "full, lora, qlora, prompt, p-tuning, prefix, ia3, bitfit, selective, houlsby, pfeiffer, parallel"
+INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 (it failed), 2 (a mistake of the person's), 130 (Ctrl-C)."""
+    try:
+        try:
+            arguments = parse(argv)
+            return arguments.run(arguments)
+        finally:
+            sys.stdout.flush()  # here and not at Python's exit, so that a reader who has gone is noticed in time
+    except PeftLabError as error:
+        return _say(error, 2)
+    except KeyboardInterrupt as error:
+        return _say(str(error) or "interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read the output has gone (`| head`). Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except OSError as error:
+        return _say(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, with ``run``: the function of the chosen command."""
+    parser, commands = build_parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        chosen = commands[arguments.command]
+        known = [option for action in chosen._actions for option in action.option_strings]
+        chosen.error(f"unknown argument {unknown[0]!r}.{did_you_mean(unknown[0].split('=')[0], known)}")
+    return arguments
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line, and near matches for a choice that does not exist."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"argument (\S+): invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if wrong:
+            known = re.findall(r"[\w.-]+", wrong[3])
+            message = f"{wrong[1]} {wrong[2]!r} is none of {', '.join(known)}.{did_you_mean(wrong[2], known)}"
+        full_stop = "" if message.endswith((".", "?")) else "."
+        self.exit(2, f"{self.prog}: {message}{full_stop} See {self.prog} --help.\n")
+
+
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of the whole command line, and those of its commands by name."""
+    parser = Parser(
+        prog="peftlab",
+        description="Parameter-efficient fine-tuning, from the book PEFT Lab.",
+        epilog="Each command has examples: peftlab count --help",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"peftlab {__version__}")
+    places = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands: dict[str, Parser] = {}
+    for name, summary, examples, options, run in COMMANDS:
+        commands[name] = command = places.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog="examples:\n" + "\n".join(f"  peftlab {line}" for line in examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        options(command)
+        command.add_argument("--json", action="store_true", help="print JSON for programs")
+        command.set_defaults(run=run)
+    return parser, commands
+
+
+def _fetch_options(command: Parser) -> None:
+    command.add_argument("names", nargs="*", metavar="NAME", help="models and data by name (default: all of them)")
+
+
+def _fetch(arguments: argparse.Namespace) -> int:
+    from peftlab.assets.fetch import fetch
+
+    folders = fetch(arguments.names or None, say=lambda line: print(line, file=sys.stderr, flush=True))
+    if arguments.json:
+        return print_json({"cache": str(cache_folder()), "assets": {n: str(f) for n, f in folders.items()}})
+    sizes = {name: sum(file["bytes"] for file in catalogue()[name]["files"].values()) for name in folders}
+    print_table([(name, f"{format_bytes(sizes[name])}, verified, in {folder}") for name, folder in folders.items()])
+    return 0
+
+
+def _doctor_options(command: Parser) -> None:
+    command.add_argument("--verify", action="store_true", help="hash every file of the cache again")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    report = doctor.examine(verify=arguments.verify)
+    if arguments.json:
+        print_json(report)
+    else:
+        print(doctor.render(report))
+    return 1 if report["problems"] else 0
+
+
+def _count_options(command: Parser) -> None:
+    count_and_memory.add_count_options(command)
+
+
+def _count(arguments: argparse.Namespace) -> int:
+    return count_and_memory.count(arguments)
+
+
+def _memory_options(command: Parser) -> None:
+    count_and_memory.add_memory_options(command)
+
+
+def _memory(arguments: argparse.Namespace) -> int:
+    return count_and_memory.memory(arguments)
+
+
+def _train_options(command: Parser) -> None:
+    train.add_options(command)
+    count_and_memory.add_method_options(command, METHODS, r=8, ranks="8")
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    result = train.run(arguments, parse_targets(arguments.targets))
+    if arguments.json:
+        return print_json(result)
+    print_table(train.summary(result))
+    return 0
+
+
+def _bench_options(command: Parser) -> None:
+    command.add_argument("topic", metavar="TOPIC", help="what to measure, for example lora")
+    command.add_argument("--out", required=True, metavar="FILE", help="the results file to write")
+    command.add_argument("--only", metavar="S", help="sections of the topic, comma-separated (default: all)")
+    command.add_argument(
+        "--jobs", type=int, default=1, metavar="N",
+        help="processes for what is not timed, spread over cores and GPUs (default: 1)",
+    )  # fmt: skip
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    only = arguments.only.split(",") if arguments.only else None
+    bench.run(arguments.topic, arguments.out, only=only, jobs=arguments.jobs)
+    if arguments.json:
+        with open(arguments.out, encoding="utf-8") as file:
+            return print_json(json.load(file))
+    print(f"Results are in {arguments.out}.")
+    return 0
+
+
+COMMANDS = (
+    (
+        "fetch",
+        "bring models and data into the cache, each file verified",
+        ("fetch", "fetch smollm2-135m reviews"),
+        _fetch_options,
+        _fetch,
+    ),
+    (
+        "doctor",
+        "say what this machine can run, chapter by chapter",
+        ("doctor", "doctor --verify", "doctor --json"),
+        _doctor_options,
+        _doctor,
+    ),
+    (
+        "count",
+        "count the parameters that a method trains",
+        (
+            "count llama-2-7b --method lora --r 16",
+            "count gpt2 --method lora --targets c_attn,c_proj",
+            "count llama-3.1-8b --method qlora --r 64 --targets all-linear --json",
+            "count gpt2 --method prefix --virtual-tokens 30",
+            "count path/to/config.json --method full",
+        ),
+        _count_options,
+        _count,
+    ),
+    (
+        "memory",
+        "predict the GPU memory of a training step, before it is started",
+        (
+            "memory llama-2-7b --method lora --r 16 --targets all-linear --checkpointing",
+            "memory llama-3.1-8b --method qlora --r 64 --batch 4 --sequence 2048 --checkpointing",
+            "memory llama-2-7b --method full --precision mixed --optimizer adamw8bit --json",
+            "memory qwen2.5-7b --method qlora --sequence 1024 --checkpointing --card T4",
+        ),
+        _memory_options,
+        _memory,
+    ),
+    (
+        "train",
+        "fine-tune a model; the same command goes on after an interruption",
+        (
+            "train --model smollm2-135m --data support-desk --alpha 32 --steps 70 --lr 5e-3 --warmup 0.1 --out desk",
+            "train --model minilm --data reviews --method lora --epochs 1 --out reviews",
+            "train --model minilm --data news --method pfeiffer --reduction-factor 8 --lr 1e-3 --out news",
+            "train --model minilm --data reviews --method prefix --virtual-tokens 10 --out prefix",
+            "train --model path/to/model --data my.jsonl --targets all-linear --r 16 --out run1",
+        ),
+        _train_options,
+        _train,
+    ),
+    (
+        "bench",
+        "measure on this machine, with provenance",
+        ("bench lora --out lora.json",),
+        _bench_options,
+        _bench,
+    ),
+)
+
+
+def _say(message: object, status: int) -> int:
+    text = " ".join(str(message).split())
+    try:
+        print(f"peftlab: {text}", file=sys.stderr, flush=True)
+    except OSError:  # nobody listens there either
+        pass
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""The commands that are arithmetic alone: `peftlab count` and `peftlab memory`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from peftlab.commands.terminal import parse_targets, print_json, print_table
+from peftlab.memory import cards
+from peftlab.memory.counting import totals as counting
+from peftlab.memory.counting.builtin import BUILT_IN
+from peftlab.memory.counting.methods import DEFAULT_R, METHODS
+from peftlab.memory.estimate import (
+    ADAPTER_PRECISIONS,
+    ATTENTIONS,
+    LIBRARIES,
+    OPTIMIZERS,
+    PARALLEL,
+    PRECISIONS,
+    estimate,
+)
+from peftlab.memory.replay.tape import KINDS
+from peftlab.memory.units import format_both, format_count, format_percent
+
+LABELS = {
+    "weights": "weights", "adapter": "adapter", "gradients": "gradients", "optimizer": "optimiser states",
+    "activations": "activations", "logits": "logits and loss", "workspace": "alive for a moment",
+}  # fmt: skip
+OF_A_RUN = (
+    "batch", "sequence", "precision", "optimizer", "checkpointing", "autocast", "adapter_precision", "attention",
+    "gpus", "parallel", "library",
+)  # fmt: skip
+
+
+def add_method_options(
+    command: argparse.ArgumentParser, methods: str, r: int | None, ranks: str, targets: str = ""
+) -> None:
+    """What describes a method. `ranks` and `targets` say what the defaults are."""
+    command.add_argument("--method", default="lora", metavar="M", help=f"{methods} (default: lora)")
+    command.add_argument("--r", type=int, default=r, metavar="N", help=f"rank of a low-rank update (default: {ranks})")
+    command.add_argument(
+        "--targets",
+        metavar="T",
+        help="modules to adapt: a comma-separated list of names, a regular expression for whole paths, "
+        f"or all-linear (default: the query and value projections{targets})",
+    )
+    command.add_argument(
+        "--bias", choices=("none", "all", "lora_only"), default="none", help="biases to train as well (default: none)"
+    )
+    add = command.add_argument
+    add("--virtual-tokens", type=int, default=20, metavar="N", help="length of a prompt or prefix (default: 20)")
+    add(
+        "--reduction-factor",
+        type=int,
+        default=16,
+        metavar="N",
+        help="hidden width / bottleneck of an adapter: houlsby, pfeiffer, parallel (default: 16)",
+    )
+
+
+def add_count_options(command: argparse.ArgumentParser) -> None:
+    """SHAPE and what describes a method on it."""
+    command.add_argument("shape", metavar="SHAPE", help=f"{', '.join(BUILT_IN)}; or the path of a config.json")
+    named = {r: "/".join(name for name in DEFAULT_R if DEFAULT_R[name] == r) for r in DEFAULT_R.values()}
+    ranks = ", ".join(f"{r} for {names}" for r, names in named.items())
+    add_method_options(command, ", ".join(METHODS), None, ranks, "; for ia3 keys, values and the last of the MLP")
+    add = command.add_argument
+    add("--labels", type=int, metavar="N", help="classes of an encoder's head (default: 2)")
+
+
+def add_memory_options(command: argparse.ArgumentParser) -> None:
+    """Those of `count`, and what describes a run."""
+    add_count_options(command)
+    add = command.add_argument
+    add("--batch", type=int, default=1, metavar="N", help="examples at once (default: 1)")
+    add("--sequence", type=int, default=512, metavar="N", help="tokens of an example (default: 512)")
+    add("--precision", default="bf16", metavar="P", help=f"{', '.join(PRECISIONS)} (default: bf16)")
+    add("--optimizer", default="adamw", metavar="O", help=f"{', '.join(OPTIMIZERS)} (default: adamw)")
+    switch = {"action": argparse.BooleanOptionalAction}
+    add("--checkpointing", **switch, default=False, help="recompute activations in the backward pass (default: no)")
+    add("--autocast", **switch, help="compute in bf16, as Trainer(bf16=True) does (default: for mixed and qlora)")
+    named = ", ".join(ADAPTER_PRECISIONS)
+    add("--adapter-precision", default="fp32", metavar="P", help=f"of what a method adds: {named} (default: fp32)")
+    add("--attention", default="sdpa", metavar="A", help=f"{', '.join(ATTENTIONS)} (default: sdpa)")
+    add("--gpus", type=int, default=1, metavar="N", help="GPUs that train together, each on a batch (default: 1)")
+    add("--parallel", default="ddp", metavar="P", help=f"how: {', '.join(PARALLEL)} (full shards) (default: ddp)")
+    add("--library", default="peft", metavar="L", help=f"whose layers: {', '.join(LIBRARIES)} (default: peft)")
+    add("--card", metavar="C", help=f"the largest batch and sequence on one of {', '.join(cards.CARDS)}")
+
+
+def described(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `count` and `estimate` share, as keywords."""
+    names = ("shape", "method", "r", "bias", "virtual_tokens", "reduction_factor", "labels")
+    return {name: getattr(arguments, name) for name in names} | {"targets": parse_targets(arguments.targets)}
+
+
+def count(arguments: argparse.Namespace) -> int:
+    """`peftlab count`."""
+    result = counting.count(**described(arguments))
+    if arguments.json:
+        return print_json(result.as_dict())
+    rank = arguments.r or DEFAULT_R.get(result.method)
+    names = list(dict.fromkeys(module.path.rsplit(".", 1)[-1] for module in result.adapted))
+    rows = [
+        ("shape", result.shape),
+        ("method", result.method + (f", r = {rank}" if result.method in DEFAULT_R else "")),
+        ("adapted modules", f"{len(result.adapted)} ({', '.join(names)})" if names else "none"),
+        ("trainable", format_count(result.trainable)),
+        ("  of these in a new head", format_count(result.head) if result.head else ""),
+        ("total", format_count(result.total)),
+        ("percent", format_percent(result.percent)),
+        ("trainable in float32", format_both(4 * result.trainable)),
+    ]
+    print_table([row for row in rows if row[1]])
+    return 0
+
+
+def memory(arguments: argparse.Namespace) -> int:
+    """`peftlab memory`."""
+    run = described(arguments) | {name: getattr(arguments, name) for name in OF_A_RUN}
+    if arguments.card:
+        cards.card_bytes(arguments.card)  # an unknown card is said before anything is computed
+    result = estimate(**run)
+    more = {}
+    if arguments.card:
+        more = {f"largest_{what}": cards.largest(what, arguments.card, **run) for what in ("batch", "sequence")}
+    if arguments.json:
+        return print_json(result.as_dict() | more)
+    rows = [
+        ("shape", result.shape),
+        ("method", f"{result.method}, {format_count(result.trainable)} trainable"),
+        ("step", f"{arguments.batch:,} x {arguments.sequence:,} tokens, {arguments.precision}, {arguments.optimizer}"),
+        *([("GPUs", f"{arguments.gpus}, {arguments.parallel}; what follows is of each")] if arguments.gpus > 1 else []),
+        ("peak", format_both(result.peak_bytes)),
+        *((f"  {LABELS[kind]}", format_both(result.parts[kind])) for kind in KINDS),
+        ("reached in", result.moment),
+        ("arithmetic", f"{result.flops / 1e12:.3g} TFLOP a step"),
+        ("file", format_both(result.file_bytes)),
+        ("fits on", ", ".join(cards.that_hold(result.peak_bytes)) or "none of the cards known"),
+    ]
+    if arguments.card:
+        batch, sequence = more["largest_batch"], more["largest_sequence"]
+        usable = f"of {format_both(cards.card_bytes(arguments.card))}, {cards.SPARE:.0%} of the card being left aside, "
+        told = f"batches up to {batch:,} of {arguments.sequence:,} tokens" if batch else "no batch of this length"
+        rows.append((f"on {arguments.card}", usable + told))
+        rows.append(("", f"or sequences up to {sequence:,} tokens in batches of {arguments.batch:,}"))
+    print_table(rows)
+    return 0

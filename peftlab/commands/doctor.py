@@ -1,0 +1,278 @@
+"""What this machine can run: `peftlab doctor`.
+
+The examination is a plain dict, so that a program can read it (`--json`); `render` makes the page for a person. Each
+chapter's needs stand in one table: a new chapter adds its line.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from peftlab import __version__
+from peftlab.assets.cache import asset_folder, cache_folder, fault
+from peftlab.assets.catalogue import catalogue
+from peftlab.commands import machine
+from peftlab.memory.cards import SPARE
+from peftlab.memory.estimate import estimate
+from peftlab.memory.units import format_both, format_bytes
+from peftlab.optional import PACKAGES
+
+# Without these the package does nothing; the versions are the lower bounds of pyproject.toml, held together by a test.
+ESSENTIAL = {
+    "torch": "2.6",
+    "transformers": "5.0",
+    "tokenizers": "0.20",
+    "safetensors": "0.4.3",
+    "datasets": "3.0",
+    "numpy": "1.26",
+    "gguf": "0.16",
+}
+PYTHON = (3, 11)
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """What a chapter takes: main memory in bytes at its peak, models and data, optional packages."""
+
+    number: int
+    title: str
+    assets: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
+    memory: int = 0
+
+
+CHAPTERS = (
+    Chapter(0, "Start here", packages=("matplotlib",), memory=1_000_000_000),
+    Chapter(1, "What full fine-tuning costs", ("smollm2-135m",), ("matplotlib", "ipywidgets"), 5_000_000_000),
+    Chapter(2, "LoRA", ("smollm2-135m", "news"), ("peft", "matplotlib", "ipywidgets"), 4_000_000_000),
+    Chapter(3, "QLoRA and NF4", ("minilm", "smollm2-135m", "news"), ("bitsandbytes", "matplotlib"), 5_000_000_000),
+    Chapter(4, "Prompts and prefixes", ("smollm2-135m", "news"), ("peft", "matplotlib"), 4_000_000_000),
+    Chapter(5, "Adapters", ("minilm", "reviews", "news"), ("peft", "matplotlib"), 2_000_000_000),
+    Chapter(6, "IA3 and BitFit", ("minilm", "smollm2-135m", "reviews"), ("peft", "matplotlib"), 3_000_000_000),
+)
+
+SIZES = ("llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "llama-2-70b")
+WAYS = ("full", "lora", "qlora")
+
+
+def examine(verify: bool = False) -> dict[str, Any]:
+    """Look at the machine; sizes in bytes.
+
+    Args:
+        verify: hash every file of the cache again, and do not trust the note of an earlier check.
+
+    Returns:
+        A dict with ``python``, ``system``, ``packages``, ``devices``, ``four_bit``, ``sizes`` (for each CUDA GPU and
+        model, the methods of which a step of 512 tokens fits), ``cache``, ``assets``, ``chapters`` and two lists of
+        sentences: ``problems`` (nothing works until they are mended) and ``notes``.
+    """
+    problems: list[str] = []
+    notes: list[str] = []
+    packages = {name: _version(name) for name in (*ESSENTIAL, *PACKAGES)}
+    if sys.version_info < PYTHON:
+        problems.append(
+            f"Python {platform.python_version()} is too old; peftlab needs {PYTHON[0]}.{PYTHON[1]} or newer."
+        )
+    for name, least in ESSENTIAL.items():
+        if packages[name] is None:
+            problems.append(f"{name} is not installed: pip install '{name}>={least}'.")
+        elif _older(packages[name], least):
+            problems.append(f"{name} {packages[name]} is too old: pip install --upgrade '{name}>={least}'.")
+    for name, (least, use, extra) in PACKAGES.items():
+        if packages[name] is None:
+            notes.append(f"{name} is not installed ({use}): pip install 'peftlab[{extra}]'.")
+        elif _older(packages[name], least):
+            notes.append(f"{name} {packages[name]} is older than {least} ({use}): pip install --upgrade '{name}'.")
+    devices = _devices(packages, problems, notes)
+    total, free = machine.memory()
+    cache = _cache(problems)
+    assets = {name: _asset(name, entry, verify) for name, entry in catalogue().items()}
+    for name, asset in assets.items():
+        if asset["state"] == "damaged":
+            notes.append(f"{name} in the cache is damaged ({asset['fault']}): peftlab fetch {name}.")
+    return {
+        "peftlab": __version__,
+        "python": platform.python_version(),
+        "system": {
+            "platform": platform.platform(),
+            "machine": platform.machine(),
+            "processor": machine.processor(),
+            "cores": machine.cores(),
+            "memory": total,
+            "memory_free": free,
+        },
+        "packages": packages,
+        "devices": devices,
+        "four_bit": _four_bit(packages, devices),
+        "sizes": {device["name"]: _sizes(device["memory"]) for device in devices if _is_cuda(device)},
+        "cache": cache,
+        "assets": assets,
+        "chapters": [_chapter(chapter, packages, assets, cache, total, problems) for chapter in CHAPTERS],
+        "problems": problems,
+        "notes": notes,
+    }
+
+
+def _devices(packages: dict[str, str | None], problems: list[str], notes: list[str]) -> list[dict[str, Any]]:
+    if packages["torch"] is None:
+        return []
+    try:
+        found = machine.devices()
+    except Exception as error:  # a broken installation fails in many ways: each is to be told, none to be shown raw
+        problems.append(f"torch is installed but cannot be imported ({type(error).__name__}: {_one_line(error)}).")
+        return []
+    if not any(device["name"].startswith("cuda") for device in found) and machine.unused_gpu():
+        build = "is built for the CPU only" if "+cpu" in packages["torch"] else "does not see it"
+        notes.append(f"There seems to be an NVIDIA GPU, but torch {packages['torch']} {build}: see pytorch.org.")
+    return found
+
+
+def _is_cuda(device: dict[str, Any]) -> bool:
+    return device["name"].startswith("cuda") and device["memory"] is not None
+
+
+def _sizes(room: int) -> dict[str, list[str]]:
+    """Methods by model, of which a step fits into so many bytes: 1 x 512 tokens, bf16, r = 16 on all linear layers."""
+    run = {"r": 16, "targets": "all-linear", "checkpointing": True}
+    usable = (1 - SPARE) * room
+    return {
+        shape: [method for method in WAYS if estimate(shape, method, **run).peak_bytes <= usable] for shape in SIZES
+    }
+
+
+def _four_bit(packages: dict[str, str | None], devices: list[dict[str, Any]]) -> dict[str, Any]:
+    """Where a frozen base can be held in four bits."""
+    version = packages["bitsandbytes"]
+    usable = version is not None and not _older(version, PACKAGES["bitsandbytes"][0])
+    places = [device["name"] for device in devices if device["name"] == "cpu" or device["name"].startswith("cuda")]
+    return {"bitsandbytes": version, "devices": places if usable else []}
+
+
+def _cache(problems: list[str]) -> dict[str, Any]:
+    folder = cache_folder()
+    place: Path = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    writable = place.is_dir() and os.access(place, os.W_OK)
+    if not writable and not any(asset_folder(name, entry).is_dir() for name, entry in catalogue().items()):
+        problems.append(f"The cache folder {folder} cannot be written: set PEFTLAB_CACHE to a folder of yours.")
+    return {"folder": str(folder), "writable": writable, "free": machine.disk_free(folder)}
+
+
+def _asset(name: str, entry: dict[str, Any], verify: bool) -> dict[str, Any]:
+    found = fault(asset_folder(name, entry), entry, thorough=verify)
+    state = "ready" if found is None else found if found == "not fetched" else "damaged"
+    return {
+        "state": state,
+        "fault": found if state == "damaged" else None,
+        "bytes": sum(file["bytes"] for file in entry["files"].values()),
+        "download": entry["wheel_bytes"],
+    }
+
+
+def _chapter(
+    chapter: Chapter,
+    packages: dict[str, str | None],
+    assets: dict[str, dict[str, Any]],
+    cache: dict[str, Any],
+    total: int | None,
+    problems: list[str],
+) -> dict[str, Any]:
+    """Whether a chapter runs here, what is missing, and what it will bring itself."""
+    missing = ["what is named under problems"] if problems else []
+    missing += [f"the package {name}" for name in chapter.packages if packages[name] is None]
+    bring = [name for name in chapter.assets if assets[name]["state"] != "ready"]
+    download = sum(assets[name]["download"] for name in bring)
+    if bring and not cache["writable"]:
+        missing.append(f"a cache folder that can be written, for {', '.join(bring)}")
+    needed = sum(2 * assets[name]["download"] + assets[name]["bytes"] for name in bring)
+    if bring and cache["free"] is not None and cache["free"] < needed:
+        missing.append(f"{format_bytes(needed - cache['free'])} more of disk space, for {', '.join(bring)}")
+    if total is not None and total < chapter.memory:
+        missing.append(f"{format_bytes(chapter.memory)} of memory (here: {format_bytes(total)})")
+    return {
+        "number": chapter.number,
+        "title": chapter.title,
+        "runs": not missing,
+        "missing": missing,
+        "fetches": bring,
+        "download": download,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _older(version: str, least: str) -> bool:
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        # A nightly build of 2.6 ("2.6.0.dev20250101") serves as 2.6.
+        return Version(Version(version).base_version) < Version(least)
+    except InvalidVersion:
+        return False
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as a page of text."""
+    system = report["system"]
+    lines = [f"peftlab {report['peftlab']} on Python {report['python']}", ""]
+    lines += [
+        f"System    {system['platform']}",
+        f"CPU       {system['processor']}, {system['cores']} cores",
+        f"Memory    {_size(system['memory'])}, {_size(system['memory_free'])} free",
+        "",
+        "Packages",
+    ]
+    lines += [f"  {name:<14}{version or 'not installed'}" for name, version in report["packages"].items()]
+    lines += ["", "Devices"]
+    for device in report["devices"]:
+        dtypes = [
+            name if how == "native" else f"{name} (slow)" for name, how in device["dtypes"].items() if how != "no"
+        ]
+        lines.append(f"  {device['name']:<14}{device['model']}, {_size(device['memory'])}: {', '.join(dtypes)}")
+    places = report["four_bit"]["devices"]
+    lines.append(
+        f"  {'4-bit bases':<14}{'on ' + ', '.join(places) if places else 'no: bitsandbytes is missing or too old'}"
+    )
+    for device, sizes in report["sizes"].items():
+        lines += ["", f"A training step of 512 tokens with checkpointing that fits on {device}"]
+        lines += [f"  {shape:<14}{', '.join(methods) or 'none'}" for shape, methods in sizes.items()]
+    cache = report["cache"]
+    free = "" if cache["free"] is None else f", {format_bytes(cache['free'])} free on its disk"
+    lines += ["", f"Models and data in {cache['folder']}{free}"]
+    for name, asset in report["assets"].items():
+        more = f" (download {format_bytes(asset['download'])})" if asset["state"] == "not fetched" else ""
+        lines.append(f"  {name:<14}{asset['fault'] or asset['state']}, {format_bytes(asset['bytes'])}{more}")
+    lines += ["", "Chapters"]
+    titles = [f"{c['number']} {c['title']}" if c["number"] else c["title"] for c in report["chapters"]]
+    width = max(map(len, titles)) + 2
+    for name, chapter in zip(titles, report["chapters"], strict=True):
+        told = "runs here" if chapter["runs"] else "is missing " + "; ".join(chapter["missing"])
+        if chapter["runs"] and chapter["fetches"]:
+            told += f"; it first brings {', '.join(chapter['fetches'])} ({format_bytes(chapter['download'])})"
+        lines.append(f"  {name:<{width}}{told}")
+    for title, sentences in (("Problems", report["problems"]), ("Notes", report["notes"])):
+        if sentences:
+            lines += ["", title, *(f"  {sentence}" for sentence in sentences)]
+    if not report["problems"]:
+        lines += ["", "Nothing essential is missing."]
+    return "\n".join(lines)
+
+
+def _size(size: int | None) -> str:
+    return "unknown" if size is None else format_both(size)

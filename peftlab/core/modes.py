@@ -1,0 +1,46 @@
+"""Train or eval mode for a while, and where a model computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from peftlab.core.records import unwrap
+
+
+@contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put the model in train or eval mode inside the block, and give every module its own mode back after it.
+
+    One flag is not enough: a frozen encoder may rest in eval mode under a head in train mode.
+    """
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, was_training in before:
+            module.training = was_training
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's inputs belong: the device of its input embedding where it has one, else of its first tensor."""
+    core = unwrap(model)
+    try:
+        return core.get_input_embeddings().weight.device
+    except (AttributeError, NotImplementedError):  # no transformers model, or one without an embedding
+        tensor = next(core.parameters(), None)
+        if tensor is None:
+            tensor = next(core.buffers(), torch.empty(0))
+        return tensor.device
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """The batch with its tensors on the device; what is no tensor stays as it is."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }

@@ -1,0 +1,71 @@
+"""What a model with adapters remembers about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftlab.core.hooks import Activity
+from peftlab.errors import PeftLabError, did_you_mean
+
+
+@dataclass
+class Record:
+    """What `attach` noted about a model, so that `detach` can give it back."""
+
+    activity: Activity = field(default_factory=Activity)
+    configs: dict[str, Any] = field(default_factory=dict)
+    trainable: dict[str, bool] = field(default_factory=dict)
+    base_requires_grad: dict[str, bool] = field(default_factory=dict)
+    attributes: list[tuple[str, str, Any]] = field(default_factory=list)
+    backup: dict[str, dict[str, list[torch.Tensor]]] = field(default_factory=dict)
+
+
+def wrappings(model: nn.Module) -> Iterator[nn.Module]:
+    """Yields the model, then what torch.compile's and DistributedDataParallel's wrappers hold, outermost first."""
+    inner: nn.Module | None = model
+    while inner is not None:
+        yield inner
+        held = getattr(inner, "_orig_mod", None)
+        if held is None and type(inner).__name__ in ("DistributedDataParallel", "DataParallel"):
+            held = inner.module
+        inner = held
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and DistributedDataParallel's wrappers."""
+    return list(wrappings(model))[-1]
+
+
+def record_of(root: nn.Module) -> Record | None:
+    """What `attach` noted on this very module."""
+    return root.__dict__.get("_peftlab")
+
+
+def known(root: nn.Module, name: str) -> Record:
+    """The record of a model that has this adapter, or the error that names those it has."""
+    record = record_of(root)
+    if record is None:
+        raise PeftLabError(f"No adapter is attached to this model, so there is no {name!r}.")
+    if name not in record.configs:
+        there = ", ".join(repr(other) for other in record.configs)
+        raise PeftLabError(f"There is no adapter {name!r}.{did_you_mean(str(name), record.configs)} Attached: {there}.")
+    return record
+
+
+def tensor_at(host: nn.Module, name: str) -> torch.Tensor | None:
+    """The parameter or buffer with this name, which may lie deeper (`dense.weight`); None without one."""
+    inner, _, name = name.rpartition(".")
+    return getattr(host.get_submodule(inner), name, None)
+
+
+def home(host: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a part of this host lives: its device, and its dtype (float32 beside 16-bit or quantised weights)."""
+    own = getattr(host, "weight", None)
+    tensor = own if isinstance(own, torch.Tensor) else next(host.parameters(), torch.empty(0))
+    wide = tensor.is_floating_point() and tensor.dtype in (torch.float32, torch.float64)
+    return tensor.device, tensor.dtype if wide else torch.float32

@@ -1,0 +1,323 @@
+"""Which modules of a model a config means: by name, suffix, regular expression or `"all-linear"`.
+
+The rules are those of Hugging Face peft, so that a saved `adapter_config.json` selects the same modules in both
+libraries. One thing is stricter: every entry has to match. A list of which only half matches is the quietest way
+to train less than one thinks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from peftlab.core.hooks import base_modules
+from peftlab.errors import PeftLabError, did_you_mean
+
+ALL_LINEAR = "all-linear"
+# Where the query and value projections live in the architectures of transformers, most specific first.
+QUERY_VALUE = (
+    ("q_proj", "v_proj"),
+    ("query", "value"),
+    ("query_proj", "value_proj"),
+    ("q_lin", "v_lin"),
+    ("query_key_value",),
+    ("c_attn",),
+    ("qkv_proj",),
+    ("Wqkv",),
+    ("q", "v"),
+)
+# Hugging Face's words for the tasks, and the freshly made heads that each trains in full beside an adapter.
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+    "CAUSAL_LM": (),
+    "SEQ_2_SEQ_LM": (),
+    "FEATURE_EXTRACTION": (),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """The fields that every method applied to chosen modules shares.
+
+    Attributes:
+        target_modules: `None` (the query and value projections), `"all-linear"` (every linear layer but the output
+            head), a list of module names or their endings, or a regular expression for the whole path.
+        exclude_modules: names, endings or a regular expression taken out of the match.
+        layers_to_transform: indices of the blocks to adapt; `None` for all.
+        layers_pattern: the name (or names) of the list of blocks (`"layers"`, `"h"`), for `layers_to_transform`; `None`
+            takes the first number in a path.
+        modules_to_save: modules trained in full beside the adapter (a classification head, say): every module whose
+            path ends in one of these strings. As in Hugging Face peft the end may lie within a name: `"norm"` also
+            means `input_layernorm`, `".norm"` does not.
+        task_type: Hugging Face's word for the task (`"CAUSAL_LM"`, `"SEQ_CLS"`, ...); `"SEQ_CLS"`, `"TOKEN_CLS"` and
+            `"QUESTION_ANS"` also train the model's head for that task.
+    """
+
+    target_modules: str | Iterable[str] | None = None
+    exclude_modules: str | Iterable[str] | None = None
+    layers_to_transform: int | Iterable[int] | None = None
+    layers_pattern: str | Iterable[str] | None = None
+    modules_to_save: Iterable[str] | None = None
+    task_type: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            check_names(self, name)
+        layers = self.layers_to_transform
+        if layers is not None:
+            layers = (layers,) if isinstance(layers, int) else tuple(layers)
+            if not layers or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in layers):
+                raise PeftLabError(f"layers_to_transform is {self.layers_to_transform!r}; give block indices from 0.")
+            object.__setattr__(self, "layers_to_transform", layers)
+        pattern = self.layers_pattern
+        if pattern is not None:
+            if layers is None:
+                raise PeftLabError(
+                    "layers_pattern says where layers_to_transform counts; give layers_to_transform too."
+                )
+            pattern = (pattern,) if isinstance(pattern, str) else tuple(pattern)
+            for name in pattern:
+                check_regex(name)
+            object.__setattr__(self, "layers_pattern", pattern or None)
+        check_task(self)
+
+
+def check_names(config: Any, name: str) -> None:
+    """Brings a field that lists module names to one form: a tuple without repetitions, or None."""
+    value = getattr(config, name)
+    if value is None or (isinstance(value, str) and name != "modules_to_save"):
+        return
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise PeftLabError(f"{name} is {value!r}; give a list of module names, such as ['lm_head'].")
+    entries = tuple(dict.fromkeys(value))
+    wrong = [entry for entry in entries if not isinstance(entry, str) or not entry]
+    if wrong:
+        raise PeftLabError(f"{name} holds {wrong[0]!r}; its entries are module names, as strings.")
+    if name == "target_modules" and not entries:
+        raise PeftLabError("target_modules is empty; leave it out for the method's default, or name modules.")
+    object.__setattr__(config, name, entries)
+
+
+def check_task(config: Any) -> None:
+    """Brings `task_type` to Hugging Face's word for it."""
+    if config.task_type is not None:
+        task = str(getattr(config.task_type, "value", config.task_type)).upper()
+        if task not in TASK_HEADS:
+            raise PeftLabError(f"task_type is {config.task_type!r}; it is one of {', '.join(TASK_HEADS)}.")
+        object.__setattr__(config, "task_type", task)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """Returns (in, out) of a layer that LoRA can stand beside, or `None` for any other module.
+
+    An embedding counts as a linear layer from one-hot vectors: (vocabulary, width).
+    """
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    if is_conv1d(module):
+        return tuple(module.weight.shape)
+    # Quantised linears pack their weight, so the shape is read from the attributes that nn.Linear promises.
+    inside, outside = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(inside, int) and isinstance(outside, int) and hasattr(module, "weight"):
+        return inside, outside
+    return None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Says whether this is GPT-2's `Conv1D`, a linear layer whose weight is stored (in, out)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def names_match(spec: str | Iterable[str], path: str) -> bool:
+    """Matches a path against a regular expression (a string) or against names and endings (a list)."""
+    if isinstance(spec, str):
+        return re.fullmatch(spec, path) is not None
+    return any(path == name or path.endswith("." + name) for name in spec)
+
+
+def heads(model: nn.Module, config: Any) -> dict[str, nn.Module]:
+    """The modules trained in full beside an adapter, by path: `modules_to_save`, and the head that a task implies.
+
+    Raises:
+        PeftLabError: a name that matches nothing (with near matches), or a module inside another one.
+    """
+    modules = {path: module for path, module in base_modules(model).items() if path}
+    named, implied = config.modules_to_save or (), TASK_HEADS.get(config.task_type, ())
+    found: dict[str, nn.Module] = {}
+    for name in (*named, *implied):
+        matched = {path: module for path, module in modules.items() if path.endswith(name)}
+        if name in named and not matched:
+            raise nothing(name, modules, f"modules_to_save names {name!r}, which matches no module")
+        found |= matched
+    if implied and not found:
+        raise PeftLabError(
+            f"task_type is {config.task_type!r}, but {type(model).__name__} has no head called "
+            f"{' or '.join(implied)}. Load the model with num_labels, or name its head in modules_to_save."
+        )
+    for path in found:
+        outer = [other for other in found if path.startswith(other + ".")]
+        if outer:
+            raise PeftLabError(f"modules_to_save names {path} and {outer[0]}, which holds it; name one of them.")
+    return found
+
+
+def find(
+    model: nn.Module,
+    config: Targets,
+    default: Callable[[dict[str, nn.Module]], dict[str, nn.Module]] | None = None,
+    check: Callable[[nn.Module, str, nn.Module], None] | None = None,
+) -> dict[str, nn.Module]:
+    """Finds the modules that a config names, by path, in the model's order.
+
+    Args:
+        default: picks from all modules those of a config without `target_modules`; the query and value projections
+            otherwise.
+        check: raises for a module that cannot carry the method; `check_carrier` otherwise.
+
+    Raises:
+        PeftLabError: an entry, an index or a pattern that matches nothing (with near matches), a module of a kind
+            that cannot carry a low-rank update, or one whose weight is used past its own call.
+    """
+    modules = {path: module for path, module in base_modules(model).items() if path}
+    spec = config.target_modules
+    if spec is None and default is None:
+        spec = default_targets(modules)
+    check_regex(spec or ())
+
+    if spec is None:
+        matched = default(modules)
+    elif isinstance(spec, str) and spec.lower() == ALL_LINEAR:
+        matched = all_linear(model, modules)
+        if not matched:
+            raise PeftLabError(f"'all-linear' found no linear layer in {type(model).__name__}.")
+    else:
+        matched = {path: module for path, module in modules.items() if names_match(spec, path)}
+        if isinstance(spec, str) and not matched:
+            hint = (
+                f"; as a name, give it in a list: [{spec!r}]" if any(names_match((spec,), p) for p in modules) else ""
+            )
+            what = f"target_modules is the expression {spec!r}, which matches no module's whole path{hint}"
+            raise nothing(spec, modules, what)
+        for entry in () if isinstance(spec, str) else spec:
+            if not any(names_match((entry,), path) for path in matched):
+                raise nothing(entry, modules, f"target_modules names {entry!r}, which matches no module")
+    if config.exclude_modules is not None:
+        check_regex(config.exclude_modules)
+        excluded = config.exclude_modules
+        matched = {path: module for path, module in matched.items() if not names_match(excluded, path)}
+    trained_whole = heads(model, config)
+    matched = {
+        path: module
+        for path, module in matched.items()
+        if not any(path == head or path.startswith(head + ".") for head in trained_whole)
+    }
+    matched = in_layers(matched, config)
+    if not matched:
+        raise PeftLabError("After exclude_modules, modules_to_save and layers_to_transform no target module is left.")
+    for path, module in matched.items():
+        (check or check_carrier)(model, path, module)
+    return matched
+
+
+def default_targets(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """The query and value projections of a known architecture."""
+    endings = {path.rpartition(".")[2] for path, module in modules.items() if linear_shape(module)}
+    for names in QUERY_VALUE:
+        if endings.issuperset(names):
+            return names
+    raise PeftLabError(
+        "target_modules is not set, and this model has no query and value projections under a known name. "
+        f"Name the modules to adapt; its linear layers end in {', '.join(sorted(endings)) or 'nothing'}."
+    )
+
+
+def all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """All linear layers except the output head. (A task's head is trained in full, and so no target either.)"""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return {
+        path: module
+        for path, module in modules.items()
+        if (isinstance(module, nn.Linear) or is_conv1d(module)) and module is not head
+    }
+
+
+def in_layers(matched: dict[str, nn.Module], config: Targets) -> dict[str, nn.Module]:
+    """Keeps the modules whose block index is in `layers_to_transform`."""
+    wanted = config.layers_to_transform
+    if wanted is None:
+        return matched
+    before = rf"(?:^|.*?\.)(?:{'|'.join(config.layers_pattern)})" if config.layers_pattern else r".*?\.[^.]*"
+    found = {path: re.match(rf"{before}\.(\d+)\.", path + ".") for path in matched}  # a block itself counts as well
+    index = {path: int(match.group(1)) for path, match in found.items() if match}
+    missing = sorted(set(wanted) - set(index.values()))
+    if missing:
+        there = sorted(set(index.values()))
+        span = f"blocks {there[0]} to {there[-1]}" if there else "no numbered blocks"
+        raise PeftLabError(f"layers_to_transform names block {missing[0]}; the target modules lie in {span}.")
+    return {path: module for path, module in matched.items() if index.get(path) in wanted}
+
+
+def check_carrier(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Refuses a module that cannot carry a low-rank update, and says what can."""
+    check_called(model, path)
+    if linear_shape(module) is None:
+        raise PeftLabError(
+            f"{path} is a {type(module).__name__}; adapters stand beside Linear, Conv1D and Embedding layers."
+            + _layers_within(path, module)
+        )
+
+
+def check_called(model: nn.Module, path: str) -> None:
+    """Refuses a module whose weight is read without a call, so that nothing could stand around it."""
+    parent = model.get_submodule(path.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        raise PeftLabError(
+            f"{path} belongs to nn.MultiheadAttention, which reads its weight without calling it, so an adapter there "
+            "would never run. Leave it out (exclude_modules), or use an attention made of separate linear layers."
+        )
+
+
+def _layers_within(path: str, module: nn.Module) -> str:
+    within = [name for name, child in module.named_modules() if name and linear_shape(child)]
+    return f" Inside it: {', '.join(within[:8])}." if within else ""
+
+
+def check_regex(spec: str | Iterable[str]) -> None:
+    """Refuses an expression that does not compile."""
+    if isinstance(spec, str):
+        try:
+            re.compile(spec)
+        except re.error as error:
+            raise PeftLabError(f"{spec!r} is no regular expression: {error}. For one name, give a list.") from None
+
+
+def nothing(entry: str, modules: Mapping[str, nn.Module], what: str) -> PeftLabError:
+    """The error for a name that matches nothing, with the names the model has."""
+    endings = list(dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if linear_shape(module)))
+    suggestion = did_you_mean(entry, endings) or did_you_mean(entry, modules)
+    return PeftLabError(
+        f"{what}.{suggestion} Linear and embedding layers here end in {', '.join(endings) or 'nothing'}."
+    )
+
+
+def by_pattern(table: Mapping[str, Any], path: str, default: Any) -> Any:
+    """Looks a path up in `rank_pattern` or `alpha_pattern`: the first key that matches its end (as peft)."""
+    for key, value in table.items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+def in_any_order(table: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
+    """A pattern table that says the same after its keys are sorted, as they are in a file: if overlapping keys would
+    change places, each path is named with its own value instead."""
+    wanted = {path: by_pattern(table, path, None) for path in paths}
+    if all(by_pattern(dict(sorted(table.items())), path, None) == value for path, value in wanted.items()):
+        return dict(table)
+    return {re.escape(path): value for path, value in wanted.items() if value is not None}

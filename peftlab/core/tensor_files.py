@@ -1,0 +1,39 @@
+"""Safetensors files: read whole, written whole or not at all, and equal bytes for equal contents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from peftlab.errors import PeftLabError
+from peftlab.files import write_atomically
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads all tensors and the metadata of a safetensors file."""
+    try:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise PeftLabError(f"{file} is damaged or cut short ({error}); fetch or save it again.") from None
+
+
+def serialised(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a safetensors file. Equal contents give equal bytes: the library itself shuffles the metadata."""
+    raw = to_bytes(tensors, dict(metadata))
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format's alignment
+    return len(text).to_bytes(8, "little") + text + raw[start:]
+
+
+def write(file: Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    write_atomically(file, content)

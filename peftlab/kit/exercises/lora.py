@@ -1,0 +1,122 @@
+"""Exercises of the LoRA chapter."""
+
+import math
+
+from peftlab.kit.exercises.grading import Exercise, choice, function, number
+
+# smollm2-135m: hidden width, key/value width (3 of 9 heads of 64), layers
+HIDDEN, KEY_VALUE, LAYERS = 576, 192, 30
+
+
+def _count(r, widths=(HIDDEN, KEY_VALUE, KEY_VALUE, HIDDEN), layers=LAYERS):
+    """r (d_in + d_out) for each of q, k, v and o, summed over the layers."""
+    return layers * sum(r * (HIDDEN + width) for width in widths)
+
+
+def _forward(x, W, A, B, alpha, r):
+    return x @ W.T + (alpha / r) * (x @ A.T) @ B.T
+
+
+def _forward_cases():
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    return [(draw(2, 5, d_in), draw(d_out, d_in), draw(r, d_in), draw(d_out, r), alpha, r)
+            for d_in, d_out, r, alpha in [(6, 10, 2, 8), (8, 8, 4, 3), (7, 3, 1, 16)]]
+
+
+def _merge(W, A, B, alpha, r):
+    return W + (alpha / r) * B @ A
+
+
+def _merge_cases():
+    return [arguments[1:] for arguments in _forward_cases()]
+
+
+def _rank_for(values, share):
+    """Smallest r with s_1^2 + ... + s_r^2 >= share of the whole sum."""
+    return _first(values, share, lambda s: s * s)
+
+
+def _first(values, share, weigh):
+    weights = [weigh(float(value)) for value in values]
+    total, sofar = math.fsum(weights), 0.0
+    for r, weight in enumerate(weights, 1):
+        sofar += weight
+        if sofar >= share * total:
+            return r
+    return len(weights)
+
+
+def _rank_cases():
+    import torch
+
+    halving = torch.tensor([2.0 ** -(i / 2) for i in range(20)], dtype=torch.float64)
+    slow = torch.tensor([1 / (1 + i) for i in range(50)], dtype=torch.float64)
+    flat = torch.ones(10, dtype=torch.float64)
+    return [(halving, 0.9), (slow, 0.9), (slow, 0.5), (flat, 0.55)]
+
+
+EXERCISES = (
+    Exercise("lora.count", "easy", 5, "a whole number", number(
+        _count(16),
+        near={_count(16, (HIDDEN,) * 4): "This model has fewer key and value heads than query heads: look at the "
+                                         "shapes of k_proj and v_proj.",
+              _count(16, layers=1): "That is one layer.",
+              _count(16, (HIDDEN, KEY_VALUE)): "That is q and v only; k and o are asked for too.",
+              _count(8): "That is r = 8.",
+              LAYERS * 16 * HIDDEN * 4: "That is A alone; B has parameters too.",
+              LAYERS * 16 * 2 * (HIDDEN + KEY_VALUE): "That is B alone; A has parameters too."},
+        hint="One matrix of shape (d_out, d_in) gets r (d_in + d_out) parameters. Add the four of a layer, then count "
+             "the layers.",
+        then="pl.count_parameters will agree.")),
+    Exercise("lora.first_step", "easy", 5, '"A", "B", "both" or "neither"', choice(
+        "B", options=("A", "B", "both", "neither"),
+        remarks={"A": "The gradient of A carries a factor B, and B is zero at the start.",
+                 "both": "The gradient of A carries a factor B, and B is zero at the start.",
+                 "neither": "Then nothing would ever be learned. Which factors does the gradient of B have?"},
+        hint="Write both gradients down and put B = 0 in.",
+        then="From the second step on, both move.")),
+    Exercise("lora.forward", "medium", 10, "your function", function(
+        _forward, cases=_forward_cases,
+        near={"The scale alpha/r is missing.": lambda x, W, A, B, alpha, r: x @ W.T + x @ A.T @ B.T,
+              "You scaled by alpha; it should be alpha/r.":
+                  lambda x, W, A, B, alpha, r: x @ W.T + alpha * x @ A.T @ B.T,
+              "That is alpha divided by the square root of r, as in rsLoRA.":
+                  lambda x, W, A, B, alpha, r: x @ W.T + alpha / math.sqrt(r) * x @ A.T @ B.T,
+              "That is the low-rank path alone; the frozen path is missing.":
+                  lambda x, W, A, B, alpha, r: alpha / r * x @ A.T @ B.T,
+              "The frozen path must not be scaled.":
+                  lambda x, W, A, B, alpha, r: alpha / r * (x @ W.T + x @ A.T @ B.T)},
+        hint="Two paths, summed: x goes through W, and through A and then B, times alpha/r. torch's layers store "
+             "(out, in), so x meets a transpose.",
+        then="The matrix BA was never formed.")),
+    Exercise("lora.merge", "medium", 10, "your function", function(
+        _merge, cases=_merge_cases,
+        near={"W + BA forgets the scale.": lambda W, A, B, alpha, r: W + B @ A,
+              "You scaled by alpha; it should be alpha/r.": lambda W, A, B, alpha, r: W + alpha * B @ A,
+              "That takes the update away: the sign is that of unmerging.":
+                  lambda W, A, B, alpha, r: W - alpha / r * B @ A},
+        hint="The merged weight W' must give x W'^T = x W^T + (alpha/r) x A^T B^T for every x.",
+        then="One matrix, no extra cost at inference.")),
+    Exercise("lora.alpha", "medium", 5, "a number", number(
+        16 / math.sqrt(64) * 64, tolerance=1e-6,
+        near={16 / math.sqrt(64): "That is the scale itself. Which alpha gives this scale when it is divided by r?",
+              16.0: "With the same alpha the two scales differ by a factor of sqrt(r).",
+              16 * 64: "You multiplied by r. Divide by sqrt(r) first."},
+        hint="Set alpha'/r equal to alpha/sqrt(r) and solve for alpha'.",
+        then="The two conventions differ by a factor of sqrt(r) in alpha.")),
+    Exercise("lora.rank", "hard", 15, "your function", function(
+        _rank_for, cases=_rank_cases,
+        near={"You summed the singular values; the energy is the sum of their squares.":
+                  lambda values, share: _first(values, share, lambda s: s),
+              "Off by one: an index counts from 0, a rank from 1.":
+                  lambda values, share: _rank_for(values, share) - 1},
+        hint="The squared Frobenius norm of a matrix is the sum of its squared singular values. Add them up, largest "
+             "first, until the share is reached; count how many it took.",
+        then="Eckart and Young: no other matrix of that rank does better.")),
+)

@@ -1,0 +1,21 @@
+"""The figures of the book: one style (``style``), charts that chapters share (``charts``), pictures of methods.
+
+Every function returns a ``matplotlib.figure.Figure``. As the last line of a cell it is shown once, as a PNG; its
+caption and alternative text stand in the cell's metadata.
+"""
+
+from peftlab.kit.figures.adapters import adapter_places, budget
+from peftlab.kit.figures.charts import bars, curves, heatmap, histogram, spectrum, stacked_bars, sweep
+from peftlab.kit.figures.lora import lora_dataflow
+from peftlab.kit.figures.memory import agreement, memory_bars, timelines
+from peftlab.kit.figures.quantization import code_books
+from peftlab.kit.figures.style import BLACK, COLOURS, HATCHES, LINES, MARKERS, WIDTH, label, new, styled, use_style
+
+__all__ = [
+    "adapter_places", "budget",
+    "bars", "curves", "heatmap", "histogram", "spectrum", "stacked_bars", "sweep",
+    "lora_dataflow",
+    "agreement", "memory_bars", "timelines",
+    "code_books",
+    "BLACK", "COLOURS", "HATCHES", "LINES", "MARKERS", "WIDTH", "label", "new", "styled", "use_style",
+]  # fmt: skip

@@ -1,0 +1,118 @@
+"""Pictures for the chapters on adapters, IA3 and BitFit: where a layer sits, and what a number of parameters buys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle, FancyArrowPatch, Polygon, Rectangle
+from matplotlib.ticker import PercentFormatter
+
+from peftlab.kit.figures.style import BLACK, COLOURS, GREY, SMALLEST, look, new, styled
+
+FROZEN, TRAINED = "#dfe5ec", "#f3d3b9"
+STREAM, BRANCH, BESIDE = 1.2, 4.6, 8.8  # where the three columns of a picture stand
+
+
+@styled()
+def adapter_places() -> Figure:
+    """One block, read upwards, with its adapters in each of the three placements: houlsby, pfeiffer, parallel."""
+    figure, grid = new(height=4.3, columns=3)
+    for axes, name in zip(grid.flat, ("houlsby", "pfeiffer", "parallel"), strict=True):
+        axes.set(xlim=(0.6, 10.4), ylim=(0, 17), aspect="equal")
+        axes.axis("off")
+        axes.set_title(name, fontsize=SMALLEST)
+        _line(axes, (STREAM, 0), (STREAM, 16.6), arrow=True)
+        _branch(axes, 0.8, "attention", adapter=name == "houlsby", beside=False)
+        _branch(axes, 7.0, "feed-\nforward", adapter=name == "houlsby", beside=name == "parallel")
+        if name == "pfeiffer":
+            _line(axes, (STREAM, 13.2), (BRANCH, 13.2))
+            _line(axes, (BRANCH, 13.2), (BRANCH, 15.6))
+            _bottleneck(axes, BRANCH, 13.7)
+            _join(axes, 15.6)
+    return figure
+
+
+def _branch(axes, bottom, name, adapter, beside):
+    """A sub-layer: out of the stream, through norm and layer (and an adapter), and back into it."""
+    top = bottom + (5.6 if adapter else 4.6)
+    _line(axes, (STREAM, bottom), (BRANCH, bottom))
+    _line(axes, (BRANCH, bottom), (BRANCH, top))
+    _box(axes, BRANCH, bottom + 0.4, 0.9, "norm")
+    _box(axes, BRANCH, bottom + 1.9, 1.7, name)
+    if adapter:
+        _bottleneck(axes, BRANCH, bottom + 3.9)
+    if beside:
+        middle = bottom + 1.6
+        _line(axes, (BRANCH, middle), (BESIDE, middle))
+        _line(axes, (BESIDE, middle), (BESIDE, top - 0.5))
+        _line(axes, (BESIDE, top - 0.5), (BRANCH + 0.4, top - 0.5), arrow=True)
+        _bottleneck(axes, BESIDE, bottom + 2.1)
+        _sum(axes, BRANCH, top - 0.5)
+    _join(axes, top)
+
+
+def _join(axes, y):
+    _line(axes, (BRANCH, y), (STREAM + 0.4, y), arrow=True)
+    _sum(axes, STREAM, y)
+
+
+def _line(axes, start, end, arrow=False):
+    style = "-|>" if arrow else "-"
+    axes.add_patch(FancyArrowPatch(start, end, arrowstyle=style, mutation_scale=11, linewidth=1.4, color=BLACK,
+                                   shrinkA=0, shrinkB=0, zorder=1))
+
+
+def _box(axes, x, y, height, name):
+    axes.add_patch(Rectangle((x - 2.5, y), 5.0, height, facecolor=FROZEN, edgecolor=BLACK, linewidth=1.2, zorder=2))
+    axes.text(x, y + height / 2, name, ha="center", va="center", fontsize=SMALLEST, zorder=3, linespacing=0.85)
+
+
+def _bottleneck(axes, x, y):
+    """Down and up: two trapezoids, tip to tip."""
+    down = [(-1.4, 0), (1.4, 0), (0.5, 0.6), (-0.5, 0.6)]
+    up = [(-0.5, 0.75), (0.5, 0.75), (1.4, 1.35), (-1.4, 1.35)]
+    for corners in (down, up):
+        moved = [(x + dx, y + dy) for dx, dy in corners]
+        axes.add_patch(Polygon(moved, facecolor=TRAINED, edgecolor=COLOURS[1], linewidth=1.4, hatch="//", zorder=2))
+
+
+def _sum(axes, x, y):
+    axes.add_patch(Circle((x, y), 0.42, facecolor="white", edgecolor=BLACK, linewidth=1.2, zorder=3))
+    axes.text(x, y, "+", ha="center", va="center", fontsize=SMALLEST, zorder=4)
+
+
+@styled()
+def budget(
+    rows: Iterable[dict[str, Any]], x: str, y: str, by: str, *, x_label: str, y_label: str,
+    reference: dict[str, float] | None = None,
+) -> Figure:  # fmt: skip
+    """What a number of trained parameters buys: means over seeds, with a bar from the least to the greatest.
+
+    Args:
+        rows: dicts or ``Results``; rows of the same ``by`` and ``x`` are repeats, such as seeds.
+        by: column whose values make the lines; a value with one ``x`` is a point alone.
+        reference: {name: value} horizontal lines.
+    """
+    rows = list(rows)
+    figure, axes = new(height=5.0)
+    for number, group in enumerate(dict.fromkeys(row[by] for row in rows)):
+        chosen = [row for row in rows if row[by] == group]
+        places = sorted({row[x] for row in chosen})
+        repeats = [[row[y] for row in chosen if row[x] == place] for place in places]
+        middle = [math.fsum(values) / len(values) for values in repeats]
+        reach = [[m - min(v) for m, v in zip(middle, repeats, strict=True)],
+                 [max(v) - m for m, v in zip(middle, repeats, strict=True)]]
+        hollow = {"markerfacecolor": "white"} if number >= len(COLOURS) else {}  # more groups than looks
+        axes.errorbar(places, middle, yerr=reach, label=str(group), capsize=3, elinewidth=1.2, **look(number), **hollow)
+    for name, value in (reference or {}).items():
+        axes.axhline(value, color=GREY, linestyle=":")
+        axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=SMALLEST)
+    axes.set_xscale("log")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set(xlabel=x_label, ylabel=y_label)
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=SMALLEST)
+    return figure

@@ -1,0 +1,112 @@
+"""Pictures for the LoRA chapter: the two paths of a LoRA layer, drawn step by step."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle, FancyArrowPatch, Polygon, Rectangle
+
+from peftlab.errors import PeftLabError
+from peftlab.kit.figures.style import BLACK, COLOURS, HATCHES, SMALLEST, WIDTH, new, styled
+
+FROZEN, TRAINED = "#dfe5ec", "#f3d3b9"
+STEPS = (
+    "The input x goes both ways",
+    "Frozen path: W₀x",
+    "A takes x down to r numbers",
+    "B takes them up again",
+    "Scale by α/r",
+    "Add the two paths",
+)
+
+
+@styled()
+def lora_dataflow(step: int | None = None, *, d_in: int = 576, d_out: int = 576, r: int = 8) -> Figure:
+    """The data flow of a LoRA layer, y = W₀x + (α/r) B A x: a frozen path and a low-rank path, summed.
+
+    Args:
+        step: 1 to 6 draws the layer up to that step, what comes later only in outline. None draws all six steps as
+            small pictures, for a page without a kernel.
+        d_in, d_out, r: sizes written beside the vectors of a single step.
+
+    Returns:
+        Figure.
+
+    Raises:
+        PeftLabError: step is no number from 1 to 6.
+    """
+    if step is None:
+        figure, grid = new(height=7.2, rows=3, columns=2)
+        for number, axes in enumerate(grid.flat, 1):
+            _draw(axes, number, None)
+            axes.set_title(f"{number}. {STEPS[number - 1]}", fontsize=SMALLEST)
+        return figure
+    if step not in range(1, len(STEPS) + 1):
+        raise PeftLabError(f"step is a number from 1 to {len(STEPS)}, or None for all of them; found {step!r}")
+    figure, axes = new(width=WIDTH, height=4.0)
+    _draw(axes, step, (d_in, d_out, r))
+    axes.set_title(f"{step}. {STEPS[step - 1]}")
+    return figure
+
+
+def _draw(axes, step, sizes):
+    """One picture, 0 to 12 across and 0 to 7 up; the frozen path above, the low-rank path below."""
+    axes.set(xlim=(-0.2, 12.4), ylim=(0, 7), aspect="equal")
+    axes.axis("off")
+    big = sizes is not None
+    up, down = 5.2, 1.8
+
+    _vector(axes, 0.6, 3.5, 2.6, "x", True)
+    _arrow(axes, (1.0, 3.9), (2.6, up), step >= 1)
+    _arrow(axes, (1.0, 3.1), (2.6, down), step >= 1)
+    _block(axes, [(2.6, up - 1.3), (2.6, up + 1.3), (6.6, up + 1.3), (6.6, up - 1.3)], "$W_0$", FROZEN, step >= 2, "")
+    _block(axes, [(2.6, down - 1.3), (2.6, down + 1.3), (4.4, down + 0.4), (4.4, down - 0.4)], "$A$", TRAINED,
+           step >= 3, HATCHES[1])
+    _block(axes, [(4.8, down - 0.4), (4.8, down + 0.4), (6.6, down + 1.3), (6.6, down - 1.3)], "$B$", TRAINED,
+           step >= 4, HATCHES[1])
+    _arrow(axes, (4.4, down), (4.8, down), step >= 3)
+    _arrow(axes, (6.6, down), (7.5, down), step >= 4)
+    _round(axes, (8.2, down), r"$\frac{\alpha}{r}$", step >= 5)
+    _arrow(axes, (6.6, up), (9.6, 3.9), step >= 6)
+    _arrow(axes, (8.8, down + 0.3), (9.6, 3.1), step >= 6)
+    _round(axes, (10.1, 3.5), "+", step >= 6)
+    _arrow(axes, (10.75, 3.5), (11.4, 3.5), step >= 6)
+    _vector(axes, 11.8, 3.5, 2.6, "y", step >= 6)
+    if big:
+        d_in, d_out, r = sizes
+        axes.text(0.6, 1.95, f"{d_in}", ha="center", va="top", fontsize=SMALLEST)
+        axes.text(11.8, 1.95, f"{d_out}", ha="center", va="top", fontsize=SMALLEST, color=_ink(step >= 6))
+        axes.text(4.6, 0.35, f"r = {r}", ha="center", va="center", fontsize=SMALLEST, color=_ink(step >= 3))
+        axes.text(4.6, 6.75, "frozen", ha="center", va="center", fontsize=SMALLEST, color=_ink(step >= 2))
+        axes.text(4.6, 3.3, "trained", ha="center", va="center", fontsize=SMALLEST, color=_ink(step >= 3))
+
+
+def _ink(on):
+    return BLACK if on else "#8a8a8a"
+
+
+def _block(axes, corners, name, fill, on, hatch):
+    axes.add_patch(Polygon(corners, facecolor=fill if on else "white", edgecolor=_ink(on), linewidth=1.5,
+                           linestyle="-" if on else ":"))
+    if on and hatch:  # its own patch, so that the hatch is pale and the name stays readable
+        axes.add_patch(Polygon(corners, facecolor="none", edgecolor=COLOURS[1], linewidth=0, hatch=hatch, alpha=0.45))
+    across = sum(x for x, _ in corners) / len(corners)
+    height = sum(y for _, y in corners) / len(corners)
+    plate = {"facecolor": fill if on else "white", "edgecolor": "none", "pad": 1.0}
+    axes.text(across, height, name, ha="center", va="center", fontsize=14, color=_ink(on), bbox=plate)
+
+
+def _vector(axes, x, y, height, name, on):
+    axes.add_patch(Rectangle((x - 0.4, y - height / 2), 0.8, height, facecolor=COLOURS[0] if on else "white",
+                             edgecolor=_ink(on), linewidth=1.5, linestyle="-" if on else ":"))
+    axes.text(x, y, name, ha="center", va="center", fontsize=14, color="white" if on else _ink(on))
+
+
+def _round(axes, centre, name, on):
+    axes.add_patch(Circle(centre, 0.65, facecolor="white", edgecolor=_ink(on), linewidth=1.5,
+                          linestyle="-" if on else ":"))
+    axes.text(*centre, name, ha="center", va="center", fontsize=15, color=_ink(on))
+
+
+def _arrow(axes, start, end, on):
+    axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=14, linewidth=1.8 if on else 1.0,
+                                   linestyle="-" if on else ":", color=_ink(on), shrinkA=1, shrinkB=1))

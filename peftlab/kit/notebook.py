@@ -1,0 +1,249 @@
+"""What every chapter needs around its code: a quiet start, source code on the page, numbers in prose, tables.
+
+Everything here shows the same in the rendered book, in Jupyter and on Colab, and prints the same each time it is run,
+so that a notebook's stored outputs can be compared with fresh ones. IPython is imported only when something is shown.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import logging
+import os
+import random
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from peftlab.errors import PeftLabError
+from peftlab.kit import tables
+
+# Libraries whose remarks on stderr say nothing about the reader's own code.
+NOISY = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "kernels", "peft", "torch", "torchao",
+         "tqdm", "traitlets", "transformers", "triton")
+GLUE_PREFIX = "application/papermill.record/"  # a MIME type that nothing displays; the book's glue role reads it
+
+
+def start(seed: int = 0) -> None:
+    """The line after the imports of every chapter: quiet libraries, fixed seeds, the book's figure style."""
+    quiet()
+    set_seed(seed)
+    from peftlab.kit import figures
+
+    figures.use_style()
+
+
+def quiet() -> None:
+    """Keep the remarks of libraries (progress bars, advice, deprecations of their own) out of the notebook.
+
+    Warnings which arise in the reader's own code, and errors, are shown as ever. Call it before the first model is
+    loaded: some libraries read these settings when they are imported.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else each fork prints a warning
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    pattern = rf"({'|'.join(NOISY)})(\.|$)"
+    for entry in warnings.filters:
+        if entry[0] == "ignore" and getattr(entry[3], "pattern", None) == pattern:
+            break
+    else:
+        warnings.filterwarnings("ignore", module=pattern)
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    _quiet_if_loaded()
+
+
+def _quiet_if_loaded() -> None:
+    """transformers and datasets hold their own switches once they are imported."""
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
+
+
+def set_seed(seed: int = 0) -> None:
+    """Seed Python, NumPy and torch (every device)."""
+    random.seed(seed)
+    import numpy
+
+    numpy.random.seed(seed)
+    import torch
+
+    torch.manual_seed(seed)
+
+
+def show_source(
+    *objects: Any,
+    docstring: bool = True,
+    methods: str | Sequence[str] | None = None,
+    between: tuple[str, str] | None = None,
+) -> None:
+    """Show the source of functions, classes or modules of the package as a highlighted block of code.
+
+    What is shown is read from the installed package, so a page can never show code that does not run.
+
+    Args:
+        objects: what to show, one below the other.
+        docstring: False leaves out every docstring (of the object and of its methods).
+        methods: for a class, the names of the methods to show; its first lines stay, the rest is left out.
+        between: a pair of strings: from the line that contains the first one through the next that contains the second.
+
+    Raises:
+        PeftLabError: a method or a line to cut at does not exist; a source that is not Python, or not to be had.
+    """
+    if not objects:
+        raise PeftLabError("show_source needs an object of the package, for example pl.LoRAConfig")
+    code = "\n\n\n".join(_source(item, docstring, methods, between) for item in objects)
+    fence = "```" if "```" not in code else "~~~~"
+    _display({"text/markdown": f"{fence}python\n{code}\n{fence}", "text/plain": code})
+
+
+def _source(item: Any, docstring: bool, methods: str | Sequence[str] | None, between: tuple[str, str] | None) -> str:
+    name = getattr(item, "__qualname__", None) or getattr(item, "__name__", repr(item))
+    try:
+        code = textwrap.dedent(inspect.getsource(item)).rstrip()
+    except (TypeError, OSError):
+        raise PeftLabError(f"there is no Python source to show for {name}; "
+                           "give the function, class or module itself, not an instance") from None
+    if methods is not None:
+        code = _only_methods(code, name, [methods] if isinstance(methods, str) else methods)
+    if not docstring:
+        code = _without_docstrings(code)
+    if between is not None:
+        code = _cut(code, name, *between)
+    return code
+
+
+def _only_methods(code: str, name: str, methods: Sequence[str]) -> str:
+    """The class's header (up to its first function) and the methods named, in the order asked for."""
+    body = ast.parse(code).body[0]
+    functions = {n.name: n for n in getattr(body, "body", []) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))}
+    unknown = [method for method in methods if method not in functions]
+    if unknown:
+        raise PeftLabError(f"{name} defines no {', '.join(unknown)}; it defines: {', '.join(functions) or 'no method'}")
+    lines = code.splitlines()
+    first = min(_first_line(n) for n in functions.values())
+    parts = ["\n".join(lines[:first - 1]).rstrip()]
+    parts += ["\n".join(lines[_first_line(functions[m]) - 1:functions[m].end_lineno]) for m in methods]
+    return "\n\n".join(parts)
+
+
+def _first_line(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+
+
+def _without_docstrings(code: str) -> str:
+    lines, drop = code.splitlines(), set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and len(node.body) > 1:
+            if ast.get_docstring(node, clean=False) is not None:
+                end = node.body[0].end_lineno
+                drop.update(range(node.body[0].lineno, end + 1))
+                if end < len(lines) and not lines[end].strip():
+                    drop.add(end + 1)  # the empty line below it
+    return "\n".join(line for number, line in enumerate(lines, 1) if number not in drop).strip("\n")
+
+
+def _cut(code: str, name: str, first: str, last: str) -> str:
+    lines = code.splitlines()
+    start_at = next((i for i, line in enumerate(lines) if first in line), None)
+    if start_at is None:
+        raise PeftLabError(f"the source of {name} has no line with {first!r}")
+    end_at = next((i for i, line in enumerate(lines) if i >= start_at and last in line), None)
+    if end_at is None:
+        raise PeftLabError(f"the source of {name} has no line with {last!r} after the one with {first!r}")
+    return textwrap.dedent("\n".join(lines[start_at:end_at + 1]))
+
+
+def glue(name: str, value: Any, fmt: str = "") -> None:
+    """Keep a number under a name, so that the page's prose can say it: ``{glue:text}`name` ``.
+
+    Nothing is displayed; print the number in the same cell for the reader who runs it. What is kept is the text as it
+    shall stand in the sentence, so round it here. It is part of the stored output and compared at each run: glue what
+    comes out the same every time (counts, results files, rounded or relational numbers).
+
+    Args:
+        name: unique in the notebook, such as "lora-saving".
+        value: a number or a string; tensors of one element are taken too.
+        fmt: a format such as ".1%" or ",", or a text with one pair of braces, such as "{:.1f} GB".
+
+    Raises:
+        PeftLabError: the format does not fit the value.
+    """
+    if hasattr(value, "item") and not isinstance(value, (int, float, str)):
+        value = value.item()
+    try:
+        text = fmt.format(value) if "{" in fmt else format(value, fmt)
+    except (ValueError, TypeError) as error:
+        raise PeftLabError(f"glue {name!r}: the format {fmt!r} does not fit {value!r} ({error})") from None
+    _display({GLUE_PREFIX + "text/plain": repr(text)}, {"scrapbook": {"name": name, "mime_prefix": GLUE_PREFIX}})
+
+
+def expect(claim: str, holds: bool) -> None:
+    """Hold a result of a live run to what the page says of it.
+
+    Nothing is shown where it holds. Where it does not, a reader is told so and the cell goes on: results of training
+    differ a little between machines and releases. In the book's own tests, which set PEFTLAB_STRICT, it is an error.
+
+    Args:
+        claim: what the page says, as the end of a sentence that begins "Expected: ".
+        holds: whether it is so here.
+
+    Raises:
+        PeftLabError: it does not hold, and PEFTLAB_STRICT is set.
+
+    >>> expect("the loss falls", 3 < 2)
+    Expected: the loss falls. It came out otherwise here: results differ between machines and releases.
+    """
+    if holds:
+        return
+    if os.environ.get("PEFTLAB_STRICT"):
+        raise PeftLabError(f"expected: {claim}; this run gave something else")
+    print(f"Expected: {claim}. It came out otherwise here: results differ between machines and releases.")
+
+
+def table(
+    rows: Iterable[dict[str, Any]],
+    columns: tables.Columns | None = None,
+    caption: str | None = None,
+    source: Any = None,
+) -> None:
+    """Show rows as a table; rows from ``pl.results`` bring the line that says where they were measured.
+
+    Args:
+        rows: dicts, or ``Results``.
+        columns: {column: heading} or {column: (heading, format)}, in order; default: all columns as they are. A format
+            is one of Python's (".1%", ",") or a function of the value.
+        caption: a line above the table.
+        source: the ``Results`` that computed rows were made from, to be cited below the table.
+
+    Raises:
+        PeftLabError: no row has a column of that name.
+    """
+    headings, cells, numeric = tables.lay_out(rows, columns)
+    source = source or rows
+    source = source.cite() if hasattr(source, "cite") else None
+    _display({"text/html": tables.as_html(headings, cells, numeric, caption, source),
+              "text/plain": tables.as_text(headings, cells, caption, source)})
+
+
+def _display(data: dict[str, Any], metadata: dict[str, Any] | None = None) -> None:
+    """Show a bundle of MIME types; outside a notebook, print its text if it has one."""
+    try:
+        from IPython import get_ipython
+        from IPython.display import display
+    except ImportError:
+        get_ipython = display = None
+    if display is None or get_ipython() is None:
+        if "text/plain" in data:
+            print(data["text/plain"])
+        return
+    display(data, metadata=metadata, raw=True)

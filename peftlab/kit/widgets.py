@@ -1,0 +1,171 @@
+"""Things to play with, each with a figure in its place where nothing is running.
+
+A widget without a kernel is an empty spot on the page, and the identifier in its output is different at each run. So an
+output here always holds the figure and a line of text, and the widget beside them in the same bundle: a live notebook
+shows the widget, the rendered book and a mail show the figure, and a comparison of stored with fresh outputs sees text
+that stays the same. Without ipywidgets there is the figure alone.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from html import escape
+from typing import Any
+
+from peftlab import memory
+from peftlab.errors import PeftLabError
+from peftlab.kit import figures
+from peftlab.kit.figures.lora import STEPS
+from peftlab.kit.figures.style import png
+from peftlab.kit.tables import as_html
+
+VIEW = "application/vnd.jupyter.widget-view+json"
+TARGETS = {
+    "q, v": ("q_proj", "v_proj"),
+    "q, k, v, o": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "MLP": ("gate_proj", "up_proj", "down_proj"),
+    "all linear": "all-linear",
+}
+SHAPES = ("smollm2-135m", "llama-3.2-1b", "llama-2-7b", "llama-3.1-8b", "llama-2-70b")
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+def lora_stepper(d_in: int = 576, d_out: int = 576, r: int = 8) -> None:
+    """Step through the data flow of a LoRA layer; without a kernel, the six steps as small pictures."""
+
+    def build(widgets: Any) -> Any:
+        pictures: dict[int, bytes] = {}  # drawn when first looked at
+
+        def picture(step: int) -> bytes:
+            if step not in pictures:
+                pictures[step] = png(figures.lora_dataflow(step, d_in=d_in, d_out=d_out, r=r))
+            return pictures[step]
+
+        image = widgets.Image(value=picture(1), format="png", layout={"max_width": "100%"})
+        slider = widgets.IntSlider(value=1, min=1, max=len(STEPS), description="step")
+        back, forward = widgets.Button(description="back"), widgets.Button(description="next")
+
+        def show(change: Any) -> None:
+            image.value = picture(slider.value)
+
+        def move(by: int) -> Callable[[Any], None]:
+            def clicked(button: Any) -> None:
+                slider.value = min(max(slider.value + by, 1), len(STEPS))
+
+            return clicked
+
+        slider.observe(show, names="value")
+        back.on_click(move(-1))
+        forward.on_click(move(1))
+        return widgets.VBox([widgets.HBox([back, forward, slider]), image])
+
+    steps = "; ".join(f"{number}. {text}" for number, text in enumerate(STEPS, 1))
+    _show(build, figures.lora_dataflow(d_in=d_in, d_out=d_out, r=r), f"A LoRA layer in {len(STEPS)} steps: {steps}")
+
+
+def lora_calculator(shape: str = "smollm2-135m", r: int = 8) -> None:
+    """Trainable parameters, file size and optimiser memory of LoRA for a model, a rank and a choice of layers.
+
+    Without a kernel: a chart of the trainable parameters against the rank, for each choice of layers.
+    """
+
+    def build(widgets: Any) -> Any:
+        model = widgets.Dropdown(options=SHAPES, value=shape, description="model")
+        rank = widgets.SelectionSlider(options=RANKS, value=r, description="r")
+        layers = widgets.Dropdown(options=list(TARGETS), value="q, v", description="layers")
+        answer = widgets.HTML(value=_answer(shape, r, "q, v"))
+
+        def renew(change: Any) -> None:
+            answer.value = _answer(model.value, rank.value, layers.value)
+
+        for control in (model, rank, layers):
+            control.observe(renew, names="value")
+        return widgets.VBox([model, rank, layers, answer])
+
+    rows = [{"r": rank, "trainable": memory.count(shape, "lora", r=rank, targets=targets).trainable, "layers": name}
+            for name, targets in TARGETS.items() for rank in RANKS]
+    figure = figures.sweep(rows, "r", "trainable", by="layers", x_label="rank r", y_label="trainable parameters",
+                           log_y=True)
+    _show(build, figure, f"Trainable parameters of LoRA on {shape} against r, for each choice of layers")
+
+
+def memory_calculator(shape: str = "llama-2-7b", r: int = 16) -> None:
+    """The predicted peak of a training step, for a model, a method, a length and a precision.
+
+    Without a kernel: what the peak is made of, for four methods at the settings given.
+    """
+
+    def build(widgets: Any) -> Any:
+        choices = {
+            "shape": widgets.Dropdown(options=list(memory.BUILT_IN), value=shape, description="model"),
+            "method": widgets.Dropdown(options=list(memory.METHODS), value="lora", description="method"),
+            "r": widgets.SelectionSlider(options=RANKS, value=r, description="r"),
+            "batch": widgets.SelectionSlider(options=(1, 2, 4, 8, 16, 32), value=1, description="batch"),
+            "sequence": widgets.SelectionSlider(options=[2**i for i in range(6, 15)], value=512, description="tokens"),
+            "precision": widgets.Dropdown(options=("bf16", "mixed", "fp32"), value="bf16", description="precision"),
+            "checkpointing": widgets.Checkbox(value=True, description="checkpointing"),
+        }
+        answer = widgets.HTML()
+
+        def renew(change: Any = None) -> None:
+            answer.value = _memory_answer({name: control.value for name, control in choices.items()})
+
+        for control in choices.values():
+            control.observe(renew, names="value")
+        renew()
+        return widgets.VBox([*choices.values(), answer])
+
+    bars = {}
+    for method in ("full", "lora", "qlora", "ia3"):
+        targets = None if method == "ia3" else "all-linear"
+        bars[method] = memory.estimate(shape, method, r=r, targets=targets, checkpointing=True)
+    text = f"Predicted peak of a step of {shape}, one sequence of 512 tokens, for {', '.join(bars)}"
+    _show(build, figures.memory_bars(bars), text)
+
+
+def _memory_answer(run: dict[str, Any]) -> str:
+    run = run | {"targets": None if run["method"] == "ia3" else "all-linear"}
+    try:
+        found = memory.estimate(**run)
+    except PeftLabError as error:
+        return escape(str(error))
+    rows = [[part, memory.format_bytes(size)] for part, size in found.parts.items()]
+    rows.append(["peak", memory.format_bytes(found.peak_bytes)])
+    rows.append(["fits on", ", ".join(memory.cards.that_hold(found.peak_bytes)) or "no card known"])
+    return as_html([run["method"], run["shape"]], rows, [False, True])
+
+
+def _answer(shape: str, r: int, layers: str) -> str:
+    counted = memory.count(shape, "lora", r=r, targets=TARGETS[layers])
+    rows = [
+        ["trainable parameters", memory.format_count(counted.trainable)],
+        ["share of the model", memory.format_percent(counted.percent)],
+        ["adapter file, float32", memory.format_bytes(4 * counted.trainable)],
+        ["adapter file, bfloat16", memory.format_bytes(2 * counted.trainable)],
+        ["gradients and AdamW states, float32", memory.format_bytes(12 * counted.trainable)],
+        ["the same in full fine-tuning", memory.format_bytes(12 * counted.base)],
+    ]
+    return as_html(["LoRA", f"{shape}, r = {r}, {layers}"], rows, [False, True])
+
+
+def _show(build: Callable[[Any], Any], figure: Any, text: str) -> None:
+    """Display a figure and its line of text, and the widget with them where a kernel can drive it."""
+    try:
+        from IPython import get_ipython
+        from IPython.display import display
+    except ImportError:
+        get_ipython = None
+    if get_ipython is None or get_ipython() is None:
+        print(text)
+        return
+    bundle: dict[str, Any] = {"image/png": base64.b64encode(png(figure)).decode(), "text/plain": text}
+    if getattr(get_ipython(), "kernel", None) is not None:
+        try:
+            import ipywidgets
+        except ImportError:
+            pass
+        else:
+            # No layout of ours and no state in the output: the model lives in the kernel alone.
+            bundle[VIEW] = {"version_major": 2, "version_minor": 0, "model_id": build(ipywidgets).model_id}
+    display(bundle, raw=True)

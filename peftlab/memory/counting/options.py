@@ -1,0 +1,63 @@
+"""What goes into a method's function, ``Options``, and what comes out of it, ``Trained``: see ``methods.py``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.memory.counting.families import Module
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the methods can be told; each reads the fields that concern it."""
+
+    r: int | None = None  # None: the method's own, in DEFAULT_R
+    targets: str | tuple[str, ...] | None = None  # None: query and value, for IA3 the family's own (see Family.ia3)
+    bias: str = "none"  # of the LoRA family; "lora_only" is what peft calls "vera_only" for VeRA
+    virtual_tokens: int = 20
+    reduction_factor: int = 16  # of bottleneck adapters: hidden width / width of the bottleneck
+    projection: bool = False  # prefix tuning: an MLP makes the prefix during training
+    encoder: str = "mlp"  # P-tuning: what makes the prompt, "mlp" or "lstm"
+    encoder_hidden: int | None = None  # its inner width, and that of the prefix MLP; None: the width of what it makes
+    encoder_layers: int = 2  # P-tuning's LSTM; the MLP always has three linear layers
+
+    def __post_init__(self) -> None:
+        for name in ("r", "virtual_tokens", "reduction_factor", "encoder_hidden", "encoder_layers"):
+            value = getattr(self, name)
+            if value is None and name in ("r", "encoder_hidden"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise PeftLabError(f"{name} must be a positive whole number, found {value!r}.")
+        for name, known in (("bias", ("none", "all", "lora_only")), ("encoder", ("mlp", "lstm"))):
+            value = getattr(self, name)
+            if value not in known:
+                hint = did_you_mean(str(value), known)
+                raise PeftLabError(f"{name} is one of {', '.join(known)}; found {value!r}.{hint}")
+
+
+@dataclass(frozen=True)
+class Added:
+    """One tensor that a method brings."""
+
+    path: str  # of the module that it adapts; "" for the whole model
+    name: str
+    size: tuple[int, ...]
+    buffer: bool = False  # held in memory, but no parameter: neither counted nor trained
+    trains: bool = True  # False: a parameter that is counted but never trained
+
+    @property
+    def elements(self) -> int:
+        """The product of its sizes."""
+        return math.prod(self.size)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a method trains, apart from a classification head."""
+
+    added: tuple[Added, ...] = ()
+    own: tuple[tuple[Module, str], ...] = ()  # the model's own tensors that it unfreezes: (module, "weight" or "bias")
+    adapted: tuple[Module, ...] = ()  # the modules that it adapts
+    whole: bool = False  # everything trains, the head in its place, so no copy of the head is added

@@ -1,0 +1,171 @@
+"""Shapes: a model as the table of its modules, made from a built-in name or from any known ``config.json``.
+
+>>> load_shape("gpt2").parameters
+124439808
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.memory.counting.builtin import BUILT_IN
+from peftlab.memory.counting.config import Config
+from peftlab.memory.counting.families import FAMILIES, Module
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's architecture: everything about it that counting needs, and no weights.
+
+    Decoders carry their language-model head, encoders a classification head (two labels unless the configuration says
+    otherwise), T5 its tied head: what ``AutoModelForCausalLM``, ``AutoModelForSequenceClassification`` and
+    ``AutoModelForSeq2SeqLM`` build.
+    """
+
+    name: str
+    family: str  # transformers' model_type
+    kind: str  # "decoder", "encoder" or "encoder-decoder"
+    modules: tuple[Module, ...] = field(repr=False)
+    config: dict[str, Any] = field(repr=False)
+
+    @property
+    def parameters(self) -> int:
+        """All parameters, each tied weight once."""
+        return sum(module.parameters for module in self.modules)
+
+    @property
+    def head(self) -> tuple[Module, ...]:
+        """The classification head, which trains whole beside an adapter; empty for language models."""
+        return tuple(module for module in self.modules if module.role == "head")
+
+    @property
+    def query_value(self) -> tuple[str, ...]:
+        """The names of the query and value projections: the default targets of the LoRA family."""
+        return FAMILIES[self.family].query_value
+
+    def match(self, targets: str | Iterable[str] | None = None) -> tuple[Module, ...]:
+        """The modules that ``targets`` names, by the rules of Hugging Face peft.
+
+        ``targets`` is a list of names, each a whole path or the end of one (``"q_proj"``, ``"mlp.c_proj"``); or
+        ``"all-linear"``: every linear layer but the output head; or another string, a regular expression for whole
+        paths; or None: query and value. A classification head never matches: it trains whole.
+
+        Raises:
+            PeftLabError: something named matches nothing, or matches what is no linear or embedding layer.
+        """
+        body = [module for module in self.modules if module.role != "head"]
+        if targets is None:
+            targets = self.query_value
+        if isinstance(targets, str):
+            if targets.lower() == ALL_LINEAR:
+                return tuple(m for m in body if m.kind in ("linear", "conv1d") and m.role != "output")
+            expression = _expression(targets)
+            found = [module for module in body if expression.fullmatch(module.path)]
+            if not found:
+                raise PeftLabError(f"The expression {targets!r} matches no module of {self.name}.{self._names()}")
+        else:
+            names = list(targets)
+            if not names:
+                raise PeftLabError(f"No targets are named; {self.name} needs at least one.{self._names()}")
+            found = [m for m in body if any(_ends_with(m.path, name) for name in names)]
+            for name in names:
+                if not any(_ends_with(module.path, name) for module in found):
+                    raise PeftLabError(self._nothing(name))
+        for module in found:
+            if module.kind == "norm":
+                raise PeftLabError(f"Target {module.path} of {self.name} is a norm, not a linear layer.{self._names()}")
+        return tuple(found)
+
+    def _linear_names(self) -> list[str]:
+        """The last parts of the paths of the layers that can be adapted, in the order of the model."""
+        ends = [m.path.rsplit(".", 1)[-1] for m in self.modules if m.kind in ("linear", "conv1d") and m.role == "body"]
+        return list(dict.fromkeys(ends))
+
+    def _names(self) -> str:
+        return f" Its linear layers are {', '.join(self._linear_names())}."
+
+    def _nothing(self, name: Any) -> str:
+        if any(_ends_with(m.path, name) or m.path.split(".")[0] == name for m in self.head):
+            return f"Target {name!r} is the classification head of {self.name}, which trains whole beside an adapter."
+        known = self._linear_names() + [m.path.rsplit(".", 1)[-1] for m in self.modules]
+        return f"Target {name!r} matches no module of {self.name}.{did_you_mean(name, known)}{self._names()}"
+
+
+def _ends_with(path: str, name: Any) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _expression(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise PeftLabError(f"Targets {text!r} are no valid regular expression: {error}.") from None
+
+
+def load_shape(shape: str | os.PathLike[str] | dict[str, Any] | Shape, labels: int | None = None) -> Shape:
+    """A shape from a built-in name, from the path of a ``config.json`` (or a folder that holds one), or from its dict.
+
+    Args:
+        shape: for example ``"llama-2-7b"``, ``"model/config.json"`` or ``{"model_type": "bert", ...}``.
+        labels: classes of an encoder's head; None takes the configuration's own, two where it says nothing.
+
+    Raises:
+        PeftLabError: an unknown name (with near matches), no such file, or a configuration that cannot be read.
+    """
+    if isinstance(shape, Shape):
+        if labels is None:
+            return shape
+        return _from_config(shape.config, shape.name, labels)
+    if isinstance(shape, dict):
+        return _from_config(shape, str(shape.get("_name_or_path") or shape.get("model_type") or "config"), labels)
+    name = os.fspath(shape)
+    if name.lower() in BUILT_IN:
+        return _from_config(BUILT_IN[name.lower()], name.lower(), labels)
+    path = Path(name).expanduser()
+    if path.is_dir() and name:
+        path = path / "config.json"
+        if not path.is_file():
+            raise PeftLabError(f"Folder {name!r} holds no config.json.")
+    if not path.is_file():
+        if name.endswith(".json") or name.startswith((".", os.sep, "~")):
+            raise PeftLabError(f"No file {name!r}; a shape is a built-in name or the path of a config.json.")
+        hint = did_you_mean(name, BUILT_IN) or f" Known: {', '.join(BUILT_IN)}."
+        raise PeftLabError(f"Unknown shape {name!r}; it is neither a built-in name nor a config.json.{hint}")
+    return _from_config(_read(path), str(shape), labels)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise PeftLabError(f"{path} cannot be read: {error}.") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise PeftLabError(f"{path} is no valid JSON: {error}.") from None
+    if not isinstance(values, dict):
+        raise PeftLabError(f"{path} holds a {type(values).__name__}, not the object of a model configuration.")
+    return values
+
+
+def _from_config(values: dict[str, Any], name: str, labels: int | None) -> Shape:
+    family = values.get("model_type")
+    if not isinstance(family, str):
+        raise PeftLabError(f"{name}: model_type is missing or no text, so the architecture is not known.")
+    if family not in FAMILIES:
+        hint = did_you_mean(family, FAMILIES)
+        raise PeftLabError(f"{name}: model_type {family!r} is not known.{hint} Known: {', '.join(FAMILIES)}.")
+    if labels is not None:
+        if isinstance(labels, bool) or not isinstance(labels, int) or labels < 1:
+            raise PeftLabError(f"labels must be a positive whole number, found {labels!r}.")
+        values = {**values, "id2label": None, "num_labels": labels}
+    entry = FAMILIES[family]
+    modules = tuple(entry.table(Config(values, name), **entry.options))
+    return Shape(name, family, entry.kind, modules, values)

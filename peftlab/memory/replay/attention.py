@@ -1,0 +1,154 @@
+"""Attention as PyTorch computes it: in one fused kernel, or in single operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peftlab.memory.replay import ops
+from peftlab.memory.replay.tape import Tensor, record
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a model's attention differs from another's where it is not fused."""
+
+    causal: bool = True
+    wide_softmax: bool = True  # in float32 whatever the dtype
+    dropout: float = 0.0
+    fusible: bool = True  # whether a fused kernel takes its bias
+
+
+def packed_attention(x: Tensor, heads: int) -> Tensor:
+    """flash_attention of queries, keys and values that are views of one tensor (b, s, 3 h); returns (b, s, h).
+
+    Their three gradients are put together again by one cat.
+    """
+    batch, length, three = x.shape
+    output = x.new((batch, length, three // 3))
+    sums = x.new((batch, heads, length), ops.FLOAT32)
+    flops = 4 * batch * length * length * three // 3
+    x.memory.flops += flops
+
+    def apply(g: Tensor, kept: tuple = (x, output.detach(), sums)):
+        g.memory.flops += 5 * flops // 2
+        parts = [g.new() for _ in range(3)]
+        whole = g.new((batch, length, three))
+        del parts
+        return (whole,)
+
+    return record(output, [x], apply, [x, output, sums])
+
+
+def split(x: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Three views of a tensor, each of a shape. Their gradients go into one tensor, made for the first of them."""
+    whole = x.shape
+
+    def part(first: bool) -> Tensor:
+        view = x.view(*shape)
+        view.node = None
+        return record(view, [x], lambda g: (g.new(whole) if first else g,))
+
+    return part(False), part(False), part(True)
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The fused kernel: keeps q, k, v, the output, a bias or mask, and the log-sum-exp (float32) of each row.
+
+    q: (b, heads, s, d); k, v: (b, groups, s, d).
+    """
+    batch, heads, length, _ = q.shape
+    flops = 4 * q.elements * k.shape[2]  # q k^T and its product with v; the backward pass has five such products
+    q.memory.flops += flops
+    output = q.new()
+    sums = q.new((batch, heads, length), ops.FLOAT32)
+    kept = [q, k, v, output.detach(), sums] + ([bias] if bias is not None else [])
+    needs = [x.needs_grad for x in (q, k, v)]
+    of_bias = bias is not None and bias.needs_grad
+    inputs = [q, k, v] + ([bias] if of_bias else [])
+
+    def apply(g: Tensor, kept: list = kept):
+        g.memory.flops += 5 * flops // 2
+        gradients = [x.new() if need else None for x, need in zip(kept, needs, strict=False)]
+        return gradients + ([kept[-1].new()] if of_bias else [])
+
+    return record(output, inputs, apply, kept)
+
+
+def math_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style: Style) -> Tensor:
+    """What ``scaled_dot_product_attention`` does where no fused kernel can: single operations, in float32.
+
+    Its scores stay for the backward pass; the scaled copies of queries and keys take the place of what they copy.
+    """
+    batch, heads, length, width = q.shape
+    narrow, shared = q.bytes, k.shape[1] == heads
+    wide = [ops.cast(x, ops.FLOAT32) for x in (q, k, v)]
+    q = ops.scale(wide[0])
+    mask = q.new((length, k.shape[2])) if bias is None and style.causal else bias
+    # repeat_interleave lays the heads out anew; else bmm copies what a transposed view holds
+    k, v = (x if shared else repeat(x, heads) for x in wide[1:])
+    k = ops.scale(k)
+    if shared:
+        k = ops.copy(k)
+    scores = matmul(ops.copy(q), k, (batch, heads, length, k.shape[2]))
+    del k
+    if bias is not None:
+        scores = ops.add_in_place(scores, mask)
+    weights = ops.safe_softmax(scores)
+    del scores
+    weights = ops.dropout(weights, style.dropout)
+    mixed = matmul(weights, ops.copy(v) if shared else v, (batch, heads, length, width))
+    return ops.copy(ops.cast(mixed, narrow))
+
+
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style: Style) -> Tensor:
+    """softmax(q k^T / sqrt d + mask) v in single operations: (b, heads, s, s) scores, several of them at once."""
+    batch, heads, length, width = q.shape
+    if k.shape[1] != heads:
+        k, v = repeat(k, heads), repeat(v, heads)
+    scores = ops.scale(matmul(q, k, (batch, heads, length, k.shape[2])))
+    if bias is not None:
+        scores = ops.add_broadcast(scores, bias)
+    if style.causal:
+        scores = ops.shift(scores)  # a mask is added
+    if style.wide_softmax:
+        wide = ops.cast(scores, ops.FLOAT32)
+        del scores
+        weights = ops.cast(ops.from_result(wide), q.bytes)
+        del wide
+    else:
+        weights = ops.from_result(scores)
+        del scores
+    weights = ops.dropout(weights, style.dropout)
+    return ops.copy(matmul(weights, v, (batch, heads, length, width)))
+
+
+def repeat(x: Tensor, heads: int) -> Tensor:
+    """repeat_kv: a copy with as many heads as the queries have; the gradient is summed back."""
+    shape = x.shape
+    return record(x.new((shape[0], heads, *shape[2:])), [x], lambda g: (g.new(shape),))
+
+
+def spread(x: Tensor, heads: int) -> Tensor:
+    """repeat_kv for the fused kernel: one group of heads is a view, several are copied."""
+    if x.shape[1] == heads:
+        return x
+    if x.shape[1] > 1:
+        return repeat(x, heads)
+    shape = x.shape
+    output = x.view(*shape)
+    output.node = None
+    return record(output, [x], lambda g: (g.new(shape),))
+
+
+def matmul(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """a @ b of two activations: the gradient of each needs the other."""
+    sizes = a.shape, b.shape
+    needs = a.needs_grad, b.needs_grad
+    flops = 2 * a.elements * shape[-1]
+    a.memory.flops += flops
+
+    def apply(g: Tensor, kept: tuple = (a if needs[1] else None, b if needs[0] else None)):
+        g.memory.flops += flops * sum(needs)
+        return tuple(g.new(size) if need else None for size, need in zip(sizes, needs, strict=True))
+
+    return record(a.new(shape), [a, b], apply, [one for one, need in ((a, needs[1]), (b, needs[0])) if need])

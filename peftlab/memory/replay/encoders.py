@@ -1,0 +1,149 @@
+"""Encoders and encoder-decoders: BERT and RoBERTa with a classification head, T5."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from peftlab.memory.replay import ops
+from peftlab.memory.replay.attention import Style
+from peftlab.memory.replay.nets import Net
+from peftlab.memory.replay.tape import Tensor, leaf
+
+
+def bert(net: Net, ids: Tensor, prefix: str = "bert") -> Tensor:
+    """BERT and RoBERTa with a classification head: returns the logits (b, labels)."""
+    c = net.config
+    heads, drop = c.size("num_attention_heads"), c.share("hidden_dropout_prob", 0.1)
+    activate = net.activation(c.text("hidden_act", "gelu"))
+    style = Style(causal=False, wide_softmax=False, dropout=c.share("attention_probs_dropout_prob", 0.1))
+    at = f"{prefix}.embeddings."
+    words = net.words(at + "word_embeddings", ids)
+    batch, length = words.shape[:2]
+    types = net.table(at + "token_type_embeddings", ids)
+    x = ops.add(words, types)
+    places = net.table(at + "position_embeddings", net.places(length))
+    x = ops.add_broadcast(x, places)
+    x = ops.dropout(net.layer_norm(at + "LayerNorm", x), drop)
+    net.held.append(x)
+    del words, types, places
+    width = x.shape[-1] // heads
+
+    def layer(i: int) -> Callable[[Tensor], Tensor]:
+        at = f"{prefix}.encoder.layer.{i}."
+
+        def attention(x: Tensor) -> Tensor:
+            q, k, v = (
+                net.linear(f"{at}attention.self.{name}", x).view(batch, heads, length, width)
+                for name in ("query", "key", "value")
+            )
+            return net.attend(q, *net.extend(i, k, v), style)
+
+        def close(name: str, x: Tensor, before: Tensor) -> Tensor:
+            return net.layer_norm(f"{at}{name}.LayerNorm", ops.add(ops.dropout(x, drop), before))
+
+        def run(x: Tensor) -> Tensor:
+            held = []  # transformers' layer holds the intermediate output until it returns
+
+            def feed_forward(x: Tensor) -> Tensor:
+                held.append(activate(net.linear(at + "intermediate.dense", x)))
+                return net.linear(at + "output.dense", held[0])
+
+            x = close("attention.output", net.linear(at + "attention.output.dense", attention(x)), x)
+            return close("output", net.around(at + "output.dense", x, feed_forward), x)
+
+        return run
+
+    for i in range(c.size("num_hidden_layers")):
+        net.memory.moment = f"forward, layer {i}"
+        x = net.block(f"{prefix}.encoder.layer.{i}.", layer(i), x)
+    net.held.append(x)
+    x = ops.first_of(x)
+    if prefix == "bert":
+        x = ops.dropout(ops.from_result(net.linear("bert.pooler.dense", x)), drop)
+        with net.memory.kind("logits"):
+            return net.linear("classifier", x)
+    x = ops.from_result(net.linear("classifier.dense", ops.dropout(x, drop)))
+    with net.memory.kind("logits"):
+        return net.linear("classifier.out_proj", ops.dropout(x, drop))
+
+
+def t5(net: Net, ids: Tensor) -> Tensor:
+    """T5: encoder and decoder of the same length; returns the decoder's logits (b, s, V)."""
+    c = net.config
+    heads, drop = c.size("num_heads", "num_attention_heads"), c.share("dropout_rate", 0.1)
+    width = c.size("d_kv", "head_dim", default=64)
+    depth = c.size("num_layers", "num_hidden_layers")
+    depths = {"encoder": depth, "decoder": c.size("num_decoder_layers", default=depth)}
+
+    names = c.text("feed_forward_proj", "gated-gelu" if net.shape.family == "mt5" else "relu").rpartition("-")
+    activate = net.activation("gelu_new" if names[0] and names[2] == "gelu" else names[2])
+
+    def attention(at: str, x: Tensor, source: Tensor, bias: Tensor, i: int | None = None) -> Tensor:
+        batch, length = x.shape[:2]
+        q = net.linear(at + "q", x).view(batch, heads, length, width)
+        k = net.linear(at + "k", source).view(batch, heads, source.shape[1], width)
+        v = net.linear(at + "v", source).view(batch, heads, source.shape[1], width)
+        if i is not None:
+            k, v = net.extend(i, k, v)
+            if k.shape[2] != bias.shape[3]:  # a prefix: a bias of its size, for each example
+                bias = ops.enlarge(bias, (batch, heads, length, k.shape[2]))
+        fusible = net.recipe.contiguous_bias or at.endswith("EncDecAttention.")  # there the bias is zeros
+        style = Style(causal=i is not None, wide_softmax=False, dropout=drop, fusible=fusible)
+        return net.linear(at + "o", net.attend(q, k, v, style, bias))
+
+    def feed_forward(at: str, x: Tensor) -> Tensor:
+        def run(x: Tensor) -> Tensor:
+            if at + "wi" in net.modules:
+                x = activate(net.linear(at + "wi", x))
+            else:
+                x = ops.mul(activate(net.linear(at + "wi_0", x)), net.linear(at + "wi_1", x))
+            return net.linear(at + "wo", ops.cast(ops.dropout(x, drop), net.recipe.weight_bytes))
+
+        return net.around(at + "wo", x, run)
+
+    def residual(at: str, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        return ops.add(x, ops.dropout(function(net.t5_norm(at + "layer_norm", x)), drop))
+
+    def encoder(i: int) -> Callable[..., Tensor]:
+        at = f"encoder.block.{i}.layer."
+
+        def run(x: Tensor, bias: Tensor) -> Tensor:
+            if net.recipe.contiguous_bias:
+                bias = ops.copy(bias)  # for each block
+            x = residual(at + "0.", x, lambda x: attention(at + "0.SelfAttention.", x, x, bias))
+            return residual(at + "1.", x, lambda x: feed_forward(at + "1.DenseReluDense.", x))
+
+        return run
+
+    def decoder(i: int) -> Callable[..., Tensor]:
+        at = f"decoder.block.{i}.layer."
+
+        def run(x: Tensor, bias: Tensor, encoded: Tensor, cross: Tensor) -> Tensor:
+            bias = ops.copy(bias)  # made causal for each block
+            x = residual(at + "0.", x, lambda x: attention(at + "0.SelfAttention.", x, x, bias, i))
+            x = residual(at + "1.", x, lambda x: attention(at + "1.EncDecAttention.", x, encoded, cross))
+            return residual(at + "2.", x, lambda x: feed_forward(at + "2.DenseReluDense.", x))
+
+        return run
+
+    def bias(name: str, x: Tensor) -> Tensor:
+        places = x.new((x.shape[1], x.shape[1]), ops.INT64)
+        rows = net.table(f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias", places)
+        return rows.view(1, heads, x.shape[1], x.shape[1])
+
+    def stack(name: str, x: Tensor, block: Callable, *others: Tensor) -> Tensor:
+        x = ops.dropout(x, drop)
+        places = bias(name, x)
+        for i in range(depths[name]):
+            net.memory.moment = f"forward, {name} layer {i}"
+            x = net.block(f"{name}.block.{i}.", block(i), x, places, *others)
+        return ops.dropout(net.t5_norm(f"{name}.final_layer_norm", x), drop)
+
+    encoded = stack("encoder", net.words("shared", ids), encoder)
+    words = net.words("shared", ids, front=False)
+    cross = words.new((1, heads, words.shape[1], encoded.shape[1]))
+    if net.recipe.checkpointing:  # transformers then asks for its gradient
+        cross = leaf(cross)
+    x = stack("decoder", words, decoder, encoded, cross)
+    with net.memory.kind("logits"):
+        return net.output("lm_head", x)

@@ -1,0 +1,236 @@
+"""A layer under each method: what Hugging Face peft's forward passes allocate around the frozen layer.
+
+Each function takes the model, a path and the method's own tensors by name, and returns the layer's call, x -> output.
+The adapters are float32 by default, as in peft, also on a base of 16 bits; a call then casts its input and, at the end,
+its output back. Three tables say where a method stands: around a layer, beside a feed-forward, or in front of it all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from peftlab.errors import PeftLabError
+from peftlab.memory.replay import ops
+from peftlab.memory.replay.nets import Net
+from peftlab.memory.replay.tape import Parameter, Tensor
+
+Call = Callable[[Tensor], Tensor]
+Own = dict[str, Parameter]
+
+
+def lora(net: Net, path: str, own: Own) -> Call:
+    """y + B(A x) s: peft's `lora.Linear.forward`, or that of its 4-bit layer, which clones y and casts the update.
+
+    peftlab's own does neither, and under autocast leaves the input as it is, where peft makes a float32 copy first.
+    """
+    if net.modules[path].kind == "embedding":
+        return _embedding_lora(net, path, own)
+    ours = net.recipe.library == "peftlab"
+    quantised = path in net.quantised and not ours
+
+    def call(x: Tensor) -> Tensor:
+        result = net.plain(path, x)
+        bytes = result.bytes
+        if quantised:
+            result = ops.copy(result)
+        if not (net.autocast and (quantised or ours)):
+            x = ops.cast(x, own["lora_A"].bytes)
+        update = ops.scale(net.product(net.product(x, own["lora_A"]), own["lora_B"]))
+        if quantised and not net.autocast:
+            update = ops.cast(update, bytes)
+        result = ops.add(result, update)
+        return result if quantised else ops.cast(result, bytes)
+
+    return call
+
+
+def _embedding_lora(net: Net, path: str, own: Own) -> Call:
+    """W[i] + A^T[i] B^T s for token i."""
+
+    def call(ids: Tensor) -> Tensor:
+        result = ops.embedding(ids, net.weights[path])
+        bytes = result.bytes
+        chosen = ops.embedding_rows(ids, own["lora_embedding_A"])
+        return ops.cast(ops.add(result, ops.scale(net.product(chosen, own["lora_embedding_B"]))), bytes)
+
+    return call
+
+
+def dora(net: Net, path: str, own: Own) -> Call:
+    """(m/n - 1) W x + (m/n) B(A x) s, where n, the norms of W + s B A, is computed anew in each forward pass.
+
+    For that peft multiplies B A by an identity of d_in x d_in and casts W to the adapter's dtype; nothing of it is
+    kept for the backward pass.
+    """
+    if net.modules[path].kind == "embedding":
+        raise PeftLabError(f"DoRA on the embedding {path} is not replayed; name linear layers, or use lora.")
+    weight = net.weights[path]
+    outputs, inputs = own["lora_B"].shape[0], own["lora_A"].shape[1]
+
+    def norms(x: Tensor) -> tuple:
+        bytes = x.bytes
+        with net.memory.graph(False):
+            eye = x.new((inputs, inputs), own["lora_A"].bytes)
+            product = net.product(net.product(eye, own["lora_A"]), own["lora_B"])
+            product = ops.cast(product, bytes)
+            whole = ops.cast(weight.detach().view(outputs, inputs), bytes)
+            scaled = ops.scale(product)
+            summed = ops.add(whole, scaled)
+            del scaled
+            return whole, product, summed.new((outputs,)), eye
+
+    def call(x: Tensor) -> Tensor:
+        result = net.plain(path, x)
+        bytes = result.bytes
+        x = ops.cast(x, own["lora_A"].bytes)
+        held = norms(x)  # peft's forward holds the copies until it returns
+        ratio = ops.divide(own["lora_magnitude_vector"], held[2])
+        update = net.product(net.product(x, own["lora_A"]), own["lora_B"])
+        base = result
+        if path in net.biases:
+            base = ops.copy(result, max(result.bytes, net.biases[path].bytes))
+        first = ops.mul_vector(base, ops.shift(ratio))
+        second = ops.scale(ops.mul_vector(update, ratio))
+        total = ops.add(first, second)
+        del first, second, update, base, held
+        return ops.cast(ops.add(result, total), bytes)
+
+    return call
+
+
+def adalora(net: Net, path: str, own: Own) -> Call:
+    """y += x (A * E)^T B^T s / rank, the sum in place.
+
+    peft's rank numbers do not train on a CPU in float32; moved to another device or dtype, they have a gradient.
+    """
+
+    def call(x: Tensor) -> Tensor:
+        result = net.plain(path, x)
+        x = ops.cast(x, own["lora_A"].bytes)
+        scaled = ops.mul_rows(own["lora_A"], own["lora_E"])
+        rank = ops.shift(own["ranknum"])
+        return ops.add_in_place(
+            result, ops.divide_by_trained(ops.scale(net.product(net.product(x, scaled), own["lora_B"])), rank)
+        )
+
+    return call
+
+
+def vera(net: Net, path: str, own: Own) -> Call:
+    """y + b * B(d * A x), with A and B frozen and shared: the products with them keep nothing, the scalings do."""
+
+    def call(x: Tensor) -> Tensor:
+        before = x.bytes
+        result = net.plain(path, x)
+        bytes = result.bytes
+        x = ops.cast(x, own["vera_lambda_d"].bytes)
+        outputs, r = own["vera_lambda_b"].shape[0], own["vera_lambda_d"].shape[0]
+        inner = ops.mul_vector(net.frozen_product(x, r), own["vera_lambda_d"])
+        update = ops.mul_vector(net.frozen_product(inner, outputs), own["vera_lambda_b"])
+        del inner
+        return ops.cast(ops.cast(ops.add(result, update), bytes), before)  # at last as wide as the input
+
+    return call
+
+
+def ia3(net: Net, path: str, own: Own) -> Call:
+    """l * (W x), or W (l * x) for a feed-forward layer, in the dtype of l and back."""
+    scale = own["ia3_l"]
+
+    def before(x: Tensor) -> Tensor:
+        bytes = x.bytes
+        return net.plain(path, ops.cast(ops.mul_vector(ops.cast(x, scale.bytes), scale), bytes))
+
+    def after(x: Tensor) -> Tensor:
+        result = net.plain(path, x)
+        return ops.cast(ops.mul_vector(result, scale), result.bytes)
+
+    return before if scale.shape[0] == 1 else after
+
+
+def bottleneck(net: Net, path: str, own: Own) -> Call:
+    """y + up(relu(down y)): a bottleneck after the layer."""
+
+    def call(x: Tensor) -> Tensor:
+        result = net.plain(path, x)
+        return _through_bottleneck(net, own, result, result)
+
+    return call
+
+
+def parallel(net: Net, own: Own) -> Callable[[Tensor, Call], Tensor]:
+    """f(x) + up(relu(down x)): a bottleneck beside a feed-forward f, from its input to its output."""
+    return lambda x, function: _through_bottleneck(net, own, x, function(x))
+
+
+def _through_bottleneck(net: Net, own: Own, x: Tensor, result: Tensor) -> Tensor:
+    """result + up(relu(down x)), in the adapter's dtype."""
+    bytes = result.bytes
+    wide = ops.cast(x, own["down.weight"].bytes)
+    inner = ops.from_result(net.product(wide, own["down.weight"], own["down.bias"]))
+    update = net.product(inner, own["up.weight"], own["up.bias"])
+    return ops.cast(ops.add(result, update), bytes)
+
+
+def prompt(net: Net, own: Own) -> None:
+    """n learned vectors before the word embeddings of each example; for T5 there are 2 n, the first n are taken."""
+    _in_front(net, own, lambda virtual: virtual)
+
+
+def p_tuning(net: Net, own: Own) -> None:
+    """A prompt that an MLP of three layers makes of learned vectors, for each example anew."""
+
+    def encode(virtual: Tensor) -> Tensor:
+        for i in (0, 2, 4):
+            virtual = net.product(virtual, own[f"mlp_head.{i}.weight"], own[f"mlp_head.{i}.bias"])
+            virtual = ops.from_result(virtual) if i < 4 else virtual  # relu
+        return virtual
+
+    _in_front(net, own, encode)
+
+
+def _in_front(net: Net, own: Own, encode: Call) -> None:
+    rows = own["embedding.weight"]
+    count = rows.shape[0] // (2 if net.shape.kind == "encoder-decoder" else 1)
+
+    def front(x: Tensor) -> Tensor:
+        virtual = ops.first_rows(encode(net.virtual(x, rows.shape[0], rows)), count)
+        net.held.append(ops.cat(ops.cast(virtual, x.bytes), x, 1))
+        return net.held[-1]
+
+    net.front = front
+
+
+def prefix(net: Net, own: Own) -> None:
+    """Keys and values of n virtual tokens for each block, from one table; each block's cache is a copy with them."""
+    rows = own["embedding.weight"]
+    made: list[Tensor] = []
+
+    def front(x: Tensor) -> Tensor:
+        virtual = net.virtual(x, rows.shape[0], rows)
+        if "transform.0.weight" in own:
+            virtual = ops.from_result(net.product(virtual, own["transform.0.weight"], own["transform.0.bias"]))
+            virtual = net.product(virtual, own["transform.2.weight"], own["transform.2.bias"])
+        made[:] = [ops.cast(virtual, x.bytes)]
+        return x
+
+    def extend(i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        batch, groups, _, width = k.shape
+        part = made[0].view(batch, groups, rows.shape[0], width)
+        return ops.cat(part, k, 2), ops.cat(part, v, 2)
+
+    net.front, net.extend = front, extend
+
+
+LAYERS: dict[str, Callable[[Net, str, Own], Call]] = {
+    "lora": lora,
+    "qlora": lora,
+    "dora": dora,
+    "adalora": adalora,
+    "vera": vera,
+    "ia3": ia3,
+    "houlsby": bottleneck,
+    "pfeiffer": bottleneck,
+}
+BESIDE: dict[str, Callable[[Net, Own], Callable[[Tensor, Call], Tensor]]] = {"parallel": parallel}
+FRONTS: dict[str, Callable[[Net, Own], None]] = {"prompt": prompt, "p-tuning": p_tuning, "prefix": prefix}

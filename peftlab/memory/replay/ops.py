@@ -1,0 +1,394 @@
+"""What PyTorch's operations do to memory: the output, what is kept for the backward pass, the gradients.
+
+A function bears the name of its counterpart in torch, where there is one. A comment says where PyTorch allocates more
+than one would think. b is the batch, s the length, h the width.
+"""
+
+from __future__ import annotations
+
+from peftlab.memory.replay.tape import Parameter, Tensor, record
+
+FLOAT32 = 4
+INT64 = 8
+BOOL = 1
+
+
+def cast(x: Tensor, bytes: int) -> Tensor:
+    """x.to(dtype): nothing where it has it already."""
+    if x.bytes == bytes:
+        return x
+    before = x.bytes
+    return record(x.new(bytes=bytes), [x], lambda g: (g.new(bytes=before),))
+
+
+def copy(x: Tensor, bytes: int | None = None) -> Tensor:
+    """A new tensor whose gradient passes as it is: clone, contiguous, x minus a vector that may widen it."""
+    before = x.bytes
+    return record(x.new(bytes=bytes), [x], lambda g: (_fit(g, before),))
+
+
+def _fit(gradient: Tensor, bytes: int) -> Tensor:
+    """The engine casts a gradient to the dtype of the tensor that it belongs to."""
+    return gradient if gradient.bytes == bytes else gradient.new(bytes=bytes)
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """a + b of one shape, the wider dtype wins: nothing is kept, one gradient serves both."""
+    pairs = (a.bytes, a.needs_grad), (b.bytes, b.needs_grad)
+    output = a.new(bytes=max(a.bytes, b.bytes))
+    return record(output, [a, b], lambda g: tuple(_fit(g, n) if m else None for n, m in pairs))
+
+
+def add_broadcast(x: Tensor, b: Tensor) -> Tensor:
+    """x + b where b has a batch of one: its gradient is summed over the batch."""
+    shape = b.shape
+    needs = x.needs_grad, b.needs_grad
+    summed = shape != x.shape
+    output = x.new(bytes=max(x.bytes, b.bytes))
+    return record(
+        output, [x, b], lambda g: (g if needs[0] else None, (g.new(shape) if summed else g) if needs[1] else None)
+    )
+
+
+def scale(x: Tensor) -> Tensor:
+    """x times a Python number, -x, x plus a number's multiple: nothing is kept."""
+    return record(x.new(), [x], lambda g: (g.new(),))
+
+
+def shift(x: Tensor) -> Tensor:
+    """x plus a Python number: the gradient passes as it is."""
+    return record(x.new(), [x], lambda g: (g,))
+
+
+def mul(a: Tensor, b: Tensor) -> Tensor:
+    """a * b of one shape. The gradient of each needs the other."""
+    kept = {"a": a if b.needs_grad else None, "b": b if a.needs_grad else None}
+    output = a.new(bytes=max(a.bytes, b.bytes))
+    sizes = a.bytes, b.bytes
+
+    def apply(g: Tensor):
+        of_a = _fit(g.new(), sizes[0]) if kept["b"] is not None else None
+        return of_a, _fit(g.new(), sizes[1]) if kept["a"] is not None else None
+
+    return record(output, [a, b], apply, [one for one in kept.values() if one is not None])
+
+
+def mul_broadcast(x: Tensor, b: Tensor) -> Tensor:
+    """x * b where b is smaller and is spread over x: its gradient is computed at the size of x, then summed."""
+    kept = {"x": x if b.needs_grad else None, "b": b if x.needs_grad else None}
+    output = x.new(bytes=max(x.bytes, b.bytes))
+    sizes, shape = (x.bytes, b.bytes), b.shape
+
+    def apply(g: Tensor):
+        of_x = _fit(g.new(), sizes[0]) if kept["b"] is not None else None
+        if kept["x"] is None:
+            return of_x, None
+        whole = g.new()
+        return of_x, _fit(whole.new(shape), sizes[1])
+
+    return record(output, [x, b], apply, [one for one in kept.values() if one is not None])
+
+
+def mul_vector(x: Tensor, weight: Parameter) -> Tensor:
+    """x times a vector, as a norm's weight: x is kept only where the weight trains."""
+    kept = x if weight.needs_grad else None
+    needs, bytes = x.needs_grad, x.bytes
+    output = x.new(bytes=max(x.bytes, weight.bytes))
+
+    def apply(g: Tensor, kept: Tensor | None = kept):
+        of_x = _fit(g.new(), bytes) if needs else None
+        if kept is None:
+            return of_x, None
+        whole = g.new()
+        return of_x, _fit(whole.new(weight.shape), weight.bytes)
+
+    return record(output, [x, weight], apply, [x] if kept is not None else [])
+
+
+def divide(a: Tensor, b: Tensor) -> Tensor:
+    """a / b where b needs no gradient and is kept."""
+
+    def apply(g: Tensor, kept: Tensor = b):
+        return (g.new(),)
+
+    return record(a.new(), [a], apply, [b])
+
+
+def divide_by_trained(x: Tensor, b: Tensor) -> Tensor:
+    """x / b for a scalar b that has a gradient: x is kept, and its share of the gradient is computed at its size."""
+    shape = b.shape
+
+    def apply(g: Tensor, kept: Tensor = x):
+        of_x = g.new()
+        held = [g.new() for _ in range(3)]  # -g x / b^2
+        whole = g.new()
+        del held
+        return of_x, whole.new(shape)
+
+    return record(x.new(), [x, b], apply, [x])
+
+
+def mul_rows(x: Tensor, column: Tensor) -> Tensor:
+    """x (r, n) times a column (r, 1): each gradient needs the other."""
+
+    def apply(g: Tensor, kept: tuple = (x, column)):
+        of_x = g.new()
+        whole = g.new()
+        return of_x, whole.new(column.shape)
+
+    return record(x.new(), [x, column], apply, [])
+
+
+def add_in_place(x: Tensor, b: Tensor) -> Tensor:
+    """x += b: no new tensor, x keeps its dtype. The gradient of a smaller b is summed to its shape."""
+    shape, bytes = b.shape, b.bytes
+    output = x.view(*x.shape)
+    output.node = None
+    needs = x.needs_grad, b.needs_grad
+
+    def apply(g: Tensor):
+        of_b = (g if g.shape == shape else g.new(shape)) if needs[1] else None
+        return g if needs[0] else None, of_b if of_b is None else _fit(of_b, bytes)
+
+    return record(output, [x, b], apply)
+
+
+def mul_constant(x: Tensor, constant: Tensor) -> Tensor:
+    """x times a tensor that needs no gradient, which is kept."""
+    bytes = x.bytes
+    output = x.new(bytes=max(x.bytes, constant.bytes))
+
+    def apply(g: Tensor, kept: Tensor = constant):
+        return (_fit(g.new(), bytes),)
+
+    return record(output, [x], apply, [constant])
+
+
+def square(x: Tensor) -> Tensor:
+    """x.pow(2). Its gradient, g (2 x^1), is one expression whose three factors are alive together."""
+
+    def apply(g: Tensor, x: Tensor = x):
+        power = x.new()
+        twice = x.new()
+        result = g.new()
+        del power, twice
+        return (result,)
+
+    return record(x.new(), [x], apply, [x])
+
+
+def mean_last(x: Tensor) -> Tensor:
+    """x.mean(-1, keepdim=True)."""
+    shape = x.shape
+    return record(x.new((*shape[:-1], 1)), [x], lambda g: (g.new(shape),))
+
+
+def from_result(x: Tensor) -> Tensor:
+    """rsqrt, tanh, relu, softmax: one kernel each way; the gradient needs the result, which is kept."""
+    output = x.new()
+    result = output.detach()
+
+    def apply(g: Tensor, kept: Tensor = result):
+        return (g.new(),)
+
+    return record(output, [x], apply, [output])
+
+
+def safe_softmax(x: Tensor) -> Tensor:
+    """Softmax that gives zeros to a row of nothing but -inf: a softmax, a mask of bytes, and a choice of the two."""
+    plain = x.new()
+    rows = x.new(bytes=BOOL)
+    output = from_result(x)
+    del plain, rows
+    return output
+
+
+def over_its_size(x: Tensor) -> Tensor:
+    """x / sqrt(mean x^2 + eps), as an RMS norm writes it: a square, a mean, a root, a product."""
+    return mul_broadcast(x, from_result(mean_last(square(x))))
+
+
+def from_input(x: Tensor) -> Tensor:
+    """silu, gelu: one kernel each way; the gradient needs x, which is kept."""
+
+    def apply(g: Tensor, kept: Tensor = x):
+        return (g.new(),)
+
+    return record(x.new(), [x], apply, [x])
+
+
+def gelu_new(x: Tensor, autocast: bool) -> Tensor:
+    """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), as GPT-2 writes it: four operations keep a tensor.
+
+    CUDA's autocast computes the power in float32, and what comes after it is as wide.
+    """
+    half = scale(x)
+    power = square(cast(x, FLOAT32) if autocast else x)
+    return mul(half, shift(from_result(scale(add(x, scale(power))))))
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Keeps its mask, one byte an element; nothing happens at p = 0."""
+    if not p:
+        return x
+    mask = x.new(bytes=BOOL)
+
+    def apply(g: Tensor, kept: Tensor = mask):
+        return (g.new(),)
+
+    return record(x.new(), [x], apply, [mask])
+
+
+def layer_norm(x: Tensor, weight: Parameter, bias: Parameter) -> Tensor:
+    """One kernel each way. Keeps x, and mean and 1/deviation of each row in float32."""
+    output = x.new()
+    rows = x.new((*x.shape[:-1], 1), FLOAT32), x.new((*x.shape[:-1], 1), FLOAT32)
+    needs = x.needs_grad
+
+    def apply(g: Tensor, kept: tuple = (x, *rows)):
+        of_x = kept[0].new() if needs else None
+        return of_x, weight.new() if weight.needs_grad else None, bias.new() if bias.needs_grad else None
+
+    return record(output, [x, weight, bias], apply, [x, *rows])
+
+
+def first_rows(x: Tensor, count: int) -> Tensor:
+    """x[:, :count] of (b, s, h), a view. Its gradient is spread over zeros of the whole size."""
+    shape = x.shape
+    if shape[1] == count:
+        return x
+    output = x.view(shape[0], count, shape[2])
+    output.node = None
+    return record(output, [x], lambda g: (g.new(shape),))
+
+
+def first_of(x: Tensor) -> Tensor:
+    """x[:, 0], a view. Its gradient is spread over zeros of the whole size."""
+    shape = x.shape
+    output = x.view(shape[0], shape[-1])
+    output.node = None
+    return record(output, [x], lambda g: (g.new(shape),))
+
+
+def linear(x: Tensor, weight: Parameter, bias: Parameter | None = None) -> Tensor:
+    """x W^T + b. Keeps x only for the gradient of W."""
+    kept = x if weight.needs_grad else None
+    needs, shape, bytes = x.needs_grad, x.shape, x.bytes
+    output = x.new((*shape[:-1], weight.shape[0]))
+    flops = 2 * x.elements * weight.shape[0]
+    x.memory.flops += flops
+
+    def apply(g: Tensor, kept: Tensor | None = kept):
+        g.memory.flops += flops * (needs + weight.needs_grad)
+        of_bias = g.new(bias.shape) if bias is not None and bias.needs_grad else None
+        of_x = g.new(shape, bytes).viewed() if needs else None  # (b, s, h) was flattened for the product
+        of_weight = g.new(weight.shape, weight.bytes) if weight.needs_grad else None
+        return of_x, of_weight, of_bias
+
+    edges = [x, weight, x.detach() if bias is None else bias]  # what is detached has no gradient
+    return record(output, edges, apply, [x] if weight.needs_grad else [])
+
+
+def frozen_linear(x: Tensor, outputs: int) -> Tensor:
+    """x times a frozen matrix that is there already: nothing is kept."""
+    shape, bytes, flops = x.shape, x.bytes, 2 * x.elements * outputs
+    x.memory.flops += flops
+
+    def apply(g: Tensor):
+        g.memory.flops += flops
+        return (g.new(shape, bytes).viewed(),)
+
+    return record(x.new((*shape[:-1], outputs)), [x], apply)
+
+
+def quantised_linear(x: Tensor, outputs: int, inputs: int, compute: int) -> Tensor:
+    """bitsandbytes' Linear4bit: each pass unpacks the weight, and the scales of its blocks of 64, and lets them go.
+
+    `compute`: bytes of the dtype in which it computes; the result has that of x.
+    """
+    before = x.bytes
+    x = cast(x, compute)
+    shape = x.shape
+
+    def unpacked(like: Tensor) -> tuple[Tensor, Tensor]:
+        scales = like.new((-(-outputs * inputs // 64),), FLOAT32)
+        return scales, like.new((outputs, inputs), compute)
+
+    flops = 2 * x.elements * outputs
+    x.memory.flops += flops
+
+    def apply(g: Tensor):
+        g.memory.flops += flops
+        held = unpacked(g)
+        result = g.new(shape)
+        del held
+        return (result,)
+
+    held = unpacked(x)
+    result = record(x.new((*shape[:-1], outputs)), [x], apply)
+    del held
+    return cast(result, before)
+
+
+def embedding(ids: Tensor, weight: Parameter) -> Tensor:
+    """Rows of a table. The gradient of the table is dense."""
+    output = weight.new((*ids.shape, weight.shape[1]))
+
+    def apply(g: Tensor, kept: Tensor = ids):
+        return (g.new(weight.shape),)
+
+    return record(output, [weight], apply)
+
+
+def embedding_rows(ids: Tensor, table: Parameter) -> Tensor:
+    """Columns of a table (r, V), read as rows of its transpose; the gradient is dense."""
+    output = table.new((*ids.shape, table.shape[0]))
+
+    def apply(g: Tensor, kept: Tensor = ids):
+        return (g.new(table.shape, table.bytes),)
+
+    return record(output, [table], apply)
+
+
+def split_halves_rotated(x: Tensor) -> Tensor:
+    """rotate_half of rotary positions: cat(-x2, x1). Each slice's gradient is spread over zeros of the whole size."""
+    half = (*x.shape[:-1], x.shape[-1] // 2)
+    negative = x.new(half)
+    output = x.new()
+    del negative
+    shape = x.shape
+
+    def apply(g: Tensor):
+        first = g.new(shape)  # of x1; added to in place by that of x2
+        negative = g.new(half)
+        second = g.new(shape)
+        del negative, second
+        return (first,)
+
+    return record(output, [x], apply)
+
+
+def enlarge(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """torch.where of a mask and a smaller x: a new tensor; its gradient is summed back."""
+    before = x.shape
+    return record(x.new(shape), [x], lambda g: (g.new(before),))
+
+
+def cat(a: Tensor, b: Tensor, axis: int) -> Tensor:
+    """torch.cat of two; the gradients are views of one."""
+    shape = list(a.shape)
+    shape[axis] += b.shape[axis]
+    needs = a.needs_grad, b.needs_grad
+    return record(a.new(shape), [a, b], lambda g: tuple(g if need else None for need in needs))
+
+
+def cross_entropy(logits: Tensor) -> Tensor:
+    """log_softmax, which keeps its output, then nll_loss. logits: (n, V), float32."""
+    logged = logits.new()
+    loss = logits.new((1,))
+
+    def apply(g: Tensor, logged: Tensor = logged):
+        of_logged = logged.new()
+        return (of_logged.new(),)
+
+    return record(loss, [logits], apply, [logged])

@@ -1,0 +1,134 @@
+"""A training run of two steps, replayed: the model and what a method adds, forward, loss, backward, optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from peftlab.memory.counting.options import Trained
+from peftlab.memory.counting.shapes import Shape
+from peftlab.memory.replay import ops
+from peftlab.memory.replay.decoders import gated_decoder, gpt2
+from peftlab.memory.replay.encoders import bert, t5
+from peftlab.memory.replay.layers import BESIDE, FRONTS, LAYERS
+from peftlab.memory.replay.nets import Net, Recipe
+from peftlab.memory.replay.sharding import Sharding
+from peftlab.memory.replay.tape import Memory, Parameter, Tensor, backward
+
+# The forward pass of each architecture
+FORWARD: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "llama": gated_decoder,
+    "mistral": gated_decoder,
+    "qwen2": gated_decoder,
+    "gemma": gated_decoder,
+    "gpt2": gpt2,
+    "bert": bert,
+    "t5": t5,
+    "mt5": t5,
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), lambda net, ids: bert(net, ids, "roberta")),
+}
+
+# bitsandbytes' 8-bit AdamW: states of tensors below this many elements are float32, the others have a scale for each
+# block; a paged optimiser pages the states of tensors from this many elements on.
+SMALL_8BIT, BLOCK_8BIT, PAGED = 4096, 256, 100_000
+
+
+class Run:
+    """A model under a method; `step` lives through one step of its training."""
+
+    def __init__(self, shape: Shape, method: str, trained: Trained, recipe: Recipe):
+        self.memory, self.shape, self.recipe = Memory(), shape, recipe
+        heads = {module.path for module in shape.head}
+        own = {(module.path, kind) for module, kind in trained.own}
+        self.net = net = Net(
+            self.memory, shape, recipe,
+            lambda path, kind: (path, kind) in own or (not trained.whole and path in heads),
+        )  # fmt: skip
+        self.sharding = Sharding(net, recipe.gpus) if recipe.shards > 1 else None
+        if self.sharding:
+            net.around_block = self.sharding.around
+        self.states: list[tuple[Tensor, ...]] | None = None
+        self.loss: Tensor | None = None
+        self.held: list[Tensor] = []  # alive for the whole run
+        if not trained.whole:  # peft trains a copy of the classification head and keeps the original
+            for module in shape.head:
+                self.held.append(Tensor(self.memory, (module.parameters,), recipe.weight_bytes, "weights"))
+        grouped: dict[str, dict[str, Parameter]] = {}
+        for added in trained.added:
+            if added.buffer:
+                self.held.append(Tensor(self.memory, added.size, recipe.adapter_bytes, "adapter"))
+                continue
+            tensor = Parameter(self.memory, added.size, recipe.adapter_bytes, "adapter", True, recipe.shards)
+            net.added.append((added.path, tensor))
+            grouped.setdefault(added.path, {})[added.name] = tensor
+        for path, tensors in grouped.items():
+            if method in FRONTS:
+                FRONTS[method](net, tensors)
+            elif method in BESIDE:
+                net.beside[path] = BESIDE[method](net, tensors)
+            else:
+                net.layers[path] = LAYERS[method](net, path, tensors)
+        if recipe.gpus > 1 and not recipe.sharded:  # DDP's buckets, of the size of all gradients
+            size = sum(one.elements * one.bytes for one in net.parameters)
+            self.held.append(Tensor(self.memory, (size,), 1, "gradients"))
+        net.leaves = recipe.checkpointing and not trained.whole
+        self.ids = Tensor(self.memory, (recipe.batch, recipe.sequence), ops.INT64)
+
+    def step(self) -> None:
+        """Forward, loss, backward, optimiser, and the gradients go."""
+        if self.sharding:
+            self.sharding.start()
+        with self.net.under_autocast():
+            loss = self.forward()
+        self.memory.moment = "backward"
+        self.loss = loss  # the last one, and what its graph still holds, goes only now
+        backward(loss.node, [loss.new()])
+        if self.sharding:
+            self.sharding.finish()
+        self.memory.moment = "optimiser"
+        self.optimize()
+        for parameter in self.net.parameters:
+            parameter.grad = None
+
+    def close(self) -> None:
+        """Cuts the circles between the model and the calls of its layers, so that all goes at once."""
+        self.net.layers.clear()
+        self.net.beside.clear()
+        del self.net.front, self.net.extend, self.net.around_block
+
+    def forward(self) -> Tensor:
+        """The loss, as transformers computes it: a language model's logits are cast to float32 first."""
+        logits = FORWARD[self.shape.family](self.net, self.ids)
+        self.memory.moment = "loss"
+        with self.memory.kind("logits"):
+            wide = ops.cast(logits, ops.FLOAT32) if self.shape.kind == "decoder" or self.recipe.autocast else logits
+            loss = ops.cross_entropy(wide)
+        self.net.held.clear()
+        return loss
+
+    def optimize(self) -> None:
+        """torch.optim.AdamW(foreach=False) or SGD, or bitsandbytes' 8-bit AdamW."""
+        parameters = [one for one in self.net.parameters if one.grad is not None]
+        if self.states is None:
+            with self.memory.kind("optimizer"):
+                self.states = [self.state(parameter) for parameter in parameters]
+        if self.recipe.optimizer == "adamw":
+            for parameter in parameters:
+                # denom = (v.sqrt() / c).add_(eps): two of the size of v at once
+                root = parameter.new((parameter.held,))
+                denominator = parameter.new((parameter.held,))
+                del root, denominator
+
+    def state(self, parameter: Parameter) -> tuple[Tensor, ...]:
+        """What the optimiser keeps of one parameter."""
+        optimizer, count = self.recipe.optimizer, parameter.held
+        if optimizer == "sgd":
+            return ()
+        if optimizer == "adamw":  # two moments in the parameter's own dtype
+            return parameter.new((count,)), parameter.new((count,))
+        # 8 bits: small tensors stay in float32; a block of 256 has a scale in float32; two moments
+        bytes = ops.FLOAT32 if count < SMALL_8BIT else 1
+        paged = optimizer.startswith("paged") and count >= PAGED  # in unified memory, which torch does not count
+        moments = () if paged else (parameter.new((count,), bytes), parameter.new((count,), bytes))
+        blocks = -(-count // BLOCK_8BIT)
+        scales = [parameter.new((blocks,), ops.FLOAT32) for _ in range(2 if bytes == 1 else 0)]
+        return (*moments, *scales)

@@ -1,0 +1,52 @@
+"""What a model with adapters tells transformers and bitsandbytes about itself, and how that is taken back."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from peftlab.core.hooks import is_adapter_name
+from peftlab.core.records import Record, unwrap
+from peftlab.quantization.weights import REPACKS, spared
+
+
+def tell_transformers(root: nn.Module, record: Record) -> None:
+    """Keeps transformers and bitsandbytes working on an attached model, with the attributes that they read for that.
+
+    `_keys_to_ignore_on_save`: `save_pretrained` of the model, or of one inside it, then holds no adapter keys.
+    `is_quantized`: `Trainer` refuses "purely quantized models"; with an adapter the model is none, but the mark by
+    which it would know (`_hf_peft_config_loaded`) also makes `save_pretrained` look for peft's own layers.
+    `support_avx512bf16_for_cpu`: a 4-bit layer that has it repacks its weight at the first forward pass in eval mode,
+    after which nothing passes a gradient through it and nothing can be merged into it.
+    """
+    untell_transformers(root, record)
+    for path, layer in spared(root):
+        record.attributes.append((path, REPACKS, layer.__dict__.get(REPACKS, _ABSENT)))
+        setattr(layer, REPACKS, False)
+    ours = [name for name, _ in (*root.named_parameters(), *root.named_buffers()) if is_adapter_name(name)]
+    for path, module in root.named_modules():
+        if not hasattr(module, "save_pretrained"):
+            continue
+        prefix = path + "." if path else ""
+        mine = {name.removeprefix(prefix) for name in ours if name.startswith(prefix)}
+        changes = {"_keys_to_ignore_on_save": set(getattr(module, "_keys_to_ignore_on_save", None) or ()) | mine}
+        if getattr(module, "is_quantized", False):
+            changes["is_quantized"] = False
+        for attribute, value in changes.items():
+            record.attributes.append((path, attribute, module.__dict__.get(attribute, _ABSENT)))
+            setattr(module, attribute, value)
+
+
+def untell_transformers(root: nn.Module, record: Record) -> None:
+    """Gives back the attributes as they were before the last `tell_transformers`."""
+    for path, attribute, value in record.attributes:
+        module = unwrap(root.get_submodule(path))  # it may have been compiled since
+        if value is _ABSENT:
+            delattr(module, attribute)
+        else:
+            setattr(module, attribute, value)
+    record.attributes.clear()
+
+
+# A class, so that a deep copy of a model still finds it to be the same object.
+class _ABSENT:
+    pass
