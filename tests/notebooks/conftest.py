@@ -8,36 +8,21 @@ import sys
 from pathlib import Path
 
 import pytest
+from wheel import build
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("peftlab", "pyproject.toml", "README.md", "LICENSE")
 OTHER_PYTHON = "PEFTLAB_READER_PYTHON"
 LIMIT_SECONDS = 180  # on two CPU cores that do nothing else; only reported, so that a busy machine fails no test
 
 
-def run(*command: str, cwd: Path) -> None:
-    done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        pytest.fail(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}", pytrace=False)
-
-
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory) -> Path:
-    """A folder that holds the installed wheel and nothing else.
-
-    The wheel is built from a copy: setuptools would leave a build folder in the checkout, and take stale files from it.
-    """
+    """A folder that holds the installed wheel and nothing else."""
     work = tmp_path_factory.mktemp("wheel")
-    source, target = work / "source", work / "installed"
-    source.mkdir()
-    for name in SOURCES:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
-        extra = {"ignore": shutil.ignore_patterns("__pycache__")} if (ROOT / name).is_dir() else {}
-        copy(ROOT / name, source / name, **extra)
-    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
-    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(work), str(source), cwd=work)
-    run(*pip, "install", "--no-deps", "--target", str(target), str(next(work.glob("peftlab-*.whl"))), cwd=work)
-    return target
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    command = [*pip, "install", "--no-deps", "--target", str(work / "installed"), str(build(ROOT, work))]
+    subprocess.run(command, cwd=work, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return work / "installed"
 
 
 @pytest.fixture(scope="session")
