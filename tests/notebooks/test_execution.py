@@ -10,13 +10,13 @@ from pathlib import Path
 import normalise
 import pytest
 import rules
+from patience import HUNG_SECONDS
 from surroundings import hidden
 
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
 EVERY = sorted(BOOK.glob("*.ipynb"))
 NOTEBOOKS = [path for path in EVERY if rules.code_cells(normalise.read(path))]
-KILL_SECONDS = 600
 
 
 def title(path: Path) -> str:
@@ -69,7 +69,7 @@ def test_prints_what_is_stored(path, reader_environment, kernel, tmp_path, recor
     shutil.copy(path, tmp_path)
     options, variables = kernel
     environment = {**reader_environment, "PEFTLAB_HIDDEN": ",".join(hidden_from(path)), **variables}
-    command = [sys.executable, "-m", "pytest", "--nbval", *options, f"--nbval-cell-timeout={KILL_SECONDS}"]
+    command = [sys.executable, "-m", "pytest", "--nbval", *options, f"--nbval-cell-timeout={HUNG_SECONDS}"]
     command += ["--nbval-sanitize-with", str(Path(__file__).with_name("sanitise.cfg"))]
     command += ["-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", str(tmp_path), "-q", "--color=no", path.name]
     started = time.monotonic()
