@@ -6,14 +6,14 @@ that table forwards and loading reads it backwards, so the two cannot disagree. 
 what a network made (a prompt, say), the network itself lies in a file beside, so that training can go on.
 
 The file's metadata (which Hugging Face peft ignores) also holds SHA-256 sums of the tensors and of the config, and a
-few numbers of the base's weights, so that damage, mixed-up files and another base model are noticed.
+few numbers of the base's weights, so that damage, mixed-up files and another base model are noticed. The files are
+written together: after a kill, what loads is the whole old adapter or the whole new one.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields as fields_of
 from dataclasses import replace
@@ -24,17 +24,24 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.adapters.injection import add, prepare
-from peftlab.adapters.integrity import base_sample, base_tensor, check_base, check_integrity, config_digest, digest
+from peftlab.adapters.integrity import base_sample, base_tensor, check_base
+from peftlab.adapters.judging import Allowance, check_fields, check_sizes
 from peftlab.core.hooks import CHILD, base_modules, hosts
 from peftlab.core.records import known, unwrap
+from peftlab.core.sums import check_sums, digest, with_sums
 from peftlab.core.targets import ALL_LINEAR, by_pattern, names_match
-from peftlab.core.tensor_files import read_tensors, serialised, write
+from peftlab.core.tensor_files import read_shapes, read_tensors, serialised
 from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.files import read_settled, settled, write_together
+from peftlab.foreign import read_fields
 from peftlab.methods import METHODS
 from peftlab.methods.parts import Part
+from peftlab.patterns import bounded
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BESIDE = "adapter_encoder.safetensors"  # ours alone; Hugging Face peft does not look at it
+FILES = (BESIDE, WEIGHTS, CONFIG)  # the order in which they are put in place; peft looks for the config first
+FREE = ("base_model_name_or_path", "inference_mode", "revision", "peft_version")  # fields that may be edited
 PREFIX = "base_model.model."
 TARGET_FIELDS = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "task_type",
@@ -53,6 +60,36 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
     Raises:
         PeftLabError: no such adapter, or a parameter that is not finite. Nothing is then written.
     """
+    with bounded():
+        contents = adapter_files(model, name)
+    folder = Path(folder) if name == "default" else Path(folder) / name
+    _check_place(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if contents[BESIDE] is None and not _encoder_of_before(folder):
+        del contents[BESIDE]  # somebody else's file
+    write_together(folder, contents)
+    return folder
+
+
+def _check_place(folder: Path) -> None:
+    """Refuses a folder with files of these names that are no adapter's; an adapter may be replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise PeftLabError(f"{folder} is a file; save_adapter writes into a folder. Give another path.")
+    paths = settled(folder, (WEIGHTS, CONFIG))
+    try:
+        if CONFIG in paths and "peft_type" not in read_fields(paths[CONFIG]):
+            raise PeftLabError(f"it has no peft_type, which every adapter's {CONFIG} has")
+        if WEIGHTS in paths and CONFIG not in paths:
+            read_shapes(paths[WEIGHTS])
+    except PeftLabError as error:
+        raise PeftLabError(
+            f"{folder} holds {' and '.join(sorted(paths))} of something else than an adapter ({error}), and "
+            "save_adapter would overwrite it. Save into another folder, or move that away."
+        ) from None
+
+
+def adapter_files(model: nn.Module, name: str = "default") -> dict[str, bytes | None]:
+    """The files of an adapter's folder by their names, in the order of `FILES`; None for one that it does not have."""
     root = unwrap(model)
     config = known(root, name).configs[name]
     parts = placed(root, name)
@@ -66,24 +103,25 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
     fields = to_fields(root, config, parts)
     tensors |= embedding_copies(root, fields, parts)
     text = json.dumps(fields, indent=2, sort_keys=True)
-    metadata = {
-        "format": "pt",
-        "peftlab_tensors": digest(tensors),
-        "peftlab_config": config_digest(fields),
-        "peftlab_base": json.dumps(base_sample(root, *sampled(parts))),
-    }
+    metadata = {"format": "pt", "peftlab_base": json.dumps(base_sample(root, *sampled(parts)))}
     if encoder:
         metadata["peftlab_encoder"] = digest(encoder)
-    folder = Path(folder) if name == "default" else Path(folder) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    # Each file appears whole or not at all; a folder caught between the two is told by `peftlab_config`.
-    if encoder:
-        write(folder / BESIDE, serialised(encoder, {"format": "pt"}))
-    write(folder / CONFIG, text.encode())
-    write(folder / WEIGHTS, serialised(tensors, metadata))
-    if not encoder:
-        (folder / BESIDE).unlink(missing_ok=True)  # of an adapter that was here before
-    return folder
+    return {
+        BESIDE: serialised(encoder, {"format": "pt"}) if encoder else None,
+        WEIGHTS: serialised(tensors, with_sums(tensors, json.loads(text), metadata, FREE)),
+        CONFIG: text.encode(),
+    }
+
+
+def _encoder_of_before(folder: Path) -> bool:
+    """Whether the adapter that lies in a folder has an encoder in a file beside, which goes with it."""
+    paths = settled(folder, FILES)
+    if WEIGHTS not in paths or BESIDE not in paths:
+        return False
+    try:
+        return "peftlab_encoder" in read_tensors(paths[WEIGHTS])[1]
+    except PeftLabError:
+        return False
 
 
 def load_adapter(
@@ -107,12 +145,13 @@ def load_adapter(
             extra or misshapen keys, a name in use. The model is then as it was.
     """
     root = unwrap(model)
-    saved = read_folder(Path(folder), name)
-    config = from_fields(root, saved.fields)
-    if hasattr(config, "as_stored") and not (trainable and saved.encoder):
-        config = config.as_stored()
-    parts = prepare(root, name, config, adapter_dtype)
-    fill(root, parts, saved)
+    with bounded():
+        saved = read_folder(Path(folder), name)
+        config = from_fields(root, saved.fields)
+        if hasattr(config, "as_stored") and not (trainable and saved.encoder):
+            config = config.as_stored()
+        parts = prepare(root, name, config, adapter_dtype, Allowance(saved.folder, saved.tensors, saved.encoder))
+        fill(root, parts, saved)
     add(root, name, config, parts, trainable=trainable)
     return model
 
@@ -129,20 +168,29 @@ class Saved(NamedTuple):
 
 
 def read_folder(folder: Path, name: str) -> Saved:
-    """Reads an adapter's two files and checks that they are whole and belong together."""
+    """Reads an adapter's files and checks that they are whole and belong together.
+
+    The config is judged by the tensors' shapes before a tensor is read.
+    """
     folder = locate(folder, name)
-    fields = read_config(folder)
-    tensors, metadata = read_tensors(folder / WEIGHTS)
-    check_integrity(folder / CONFIG, folder / WEIGHTS, fields, tensors, metadata)
-    encoder: dict[str, Tensor] = {}
-    if "peftlab_encoder" in metadata and (folder / BESIDE).is_file():
-        encoder, _ = read_tensors(folder / BESIDE)
-        if digest(encoder) != metadata["peftlab_encoder"]:
-            raise PeftLabError(
-                f"{folder / BESIDE} and {WEIGHTS} were not saved together, or one was changed. Save the adapter again, "
-                f"or delete {BESIDE}, which only further training needs."
-            )
-    return Saved(folder, fields, tensors, metadata, encoder)
+
+    def read(paths: dict[str, Path]) -> Saved:
+        config, file, beside = (paths.get(kind, folder / kind) for kind in (CONFIG, WEIGHTS, BESIDE))
+        fields, there = read_fields(config), BESIDE in paths
+        check_sizes(folder, fields, read_shapes(file), read_shapes(beside) if there else {})
+        tensors, metadata = read_tensors(file)
+        check_sums(folder / CONFIG, folder / WEIGHTS, fields, tensors, metadata, FREE)
+        encoder: dict[str, Tensor] = {}
+        if "peftlab_encoder" in metadata and there:
+            encoder, _ = read_tensors(beside)
+            if digest(encoder) != metadata["peftlab_encoder"]:
+                raise PeftLabError(
+                    f"{folder / BESIDE} and {WEIGHTS} were not saved together, or one was changed. Save the adapter "
+                    f"again, or delete {BESIDE}, which only further training needs."
+                )
+        return Saved(folder, fields, tensors, metadata, encoder)
+
+    return read_settled(folder, FILES, read)
 
 
 @torch.no_grad()
@@ -241,9 +289,10 @@ def to_fields(root: nn.Module, config: Any, parts: list[Part]) -> dict[str, Any]
 
 def from_fields(root: nn.Module, fields: Mapping[str, Any]) -> Any:
     """The contents of `adapter_config.json` as a config for this model."""
+    check_fields(root, fields)
     kinds = {kind.peft_type: kind for kind in METHODS.values()}
     peft_type = fields.get("peft_type")
-    if peft_type not in kinds:
+    if not isinstance(peft_type, str) or peft_type not in kinds:
         raise PeftLabError(
             f"The adapter's peft_type is {peft_type!r}; this package loads {', '.join(kinds)}."
             + did_you_mean(str(peft_type), kinds)
@@ -258,8 +307,11 @@ def from_fields(root: nn.Module, fields: Mapping[str, Any]) -> Any:
     if "layers_to_transform" in takes and shared["layers_to_transform"] is None:
         shared["layers_pattern"] = None  # without layers to count it says nothing
     try:
-        return only_present(root, kind(**shared, **kind.from_peft(fields)))
-    except (TypeError, AttributeError) as error:
+        with bounded():
+            return only_present(root, kind(**shared, **kind.from_peft(fields)))
+    except PeftLabError:
+        raise
+    except (TypeError, AttributeError, ValueError, OverflowError) as error:
         raise PeftLabError(f"{CONFIG} holds a field of a wrong type: {error}.") from None
 
 
@@ -285,7 +337,7 @@ def only_present(root: nn.Module, config: Any) -> Any:
 def locate(folder: Path, name: str) -> Path:
     """The folder that holds an adapter's two files."""
     for candidate in (folder / name, folder) if name != "default" else (folder,):
-        if (candidate / CONFIG).is_file() and (candidate / WEIGHTS).is_file():
+        if {CONFIG, WEIGHTS} <= settled(candidate, FILES).keys():
             return candidate
     if not folder.is_dir():
         near = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
@@ -298,17 +350,6 @@ def locate(folder: Path, name: str) -> Path:
     there = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
     hint = f" It holds adapters named {', '.join(map(repr, there))}; give one as name." if there else ""
     raise PeftLabError(f"{folder} lacks {CONFIG} or {WEIGHTS}.{hint}")
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Reads `adapter_config.json`."""
-    try:
-        fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PeftLabError(f"{folder / CONFIG} cannot be read: {error}.") from None
-    if not isinstance(fields, dict):
-        raise PeftLabError(f"{folder / CONFIG} holds a {type(fields).__name__}, not the fields of a config.")
-    return fields
 
 
 def check_keys(
@@ -352,7 +393,7 @@ def embedding_copies(root: nn.Module, fields: Mapping[str, Any], parts: list[Par
     targets, names = fields.get("target_modules") or (), ("embed_tokens", "lm_head")
     if isinstance(targets, str):
         paths = (path for path in base_modules(root) if path.rpartition(".")[2] in names)
-        named = any(re.fullmatch(targets, path) for path in paths)
+        named = any(names_match(targets, path) for path in paths)
     else:
         named = any(name in targets for name in names)
     if not named or not hasattr(root, "get_input_embeddings"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from peftlab.core.records import Record, home, known, record_of, tensor_at, unwr
 from peftlab.errors import PeftLabError
 from peftlab.methods import METHODS
 from peftlab.methods.parts import Part
+from peftlab.patterns import bounded
 from peftlab.quantization.marks import tell_transformers, untell_transformers
 from peftlab.quantization.weights import give_back, unpack
 
@@ -63,8 +64,17 @@ def attach(
     return model
 
 
-def prepare(root: nn.Module, name: str, config: Any, adapter_dtype: torch.dtype | None) -> list[Part]:
-    """Builds all parts of an adapter, on the right devices and in the right dtypes, and changes nothing yet."""
+def prepare(
+    root: nn.Module,
+    name: str,
+    config: Any,
+    adapter_dtype: torch.dtype | None,
+    check: Callable[[Part], None] | None = None,
+) -> list[Part]:
+    """Builds all parts of an adapter, on the right devices and in the right dtypes, and changes nothing yet.
+
+    `check` is given each part before the next one is made, and may refuse it.
+    """
     if not isinstance(root, nn.Module):
         raise PeftLabError(f"The model is a {type(root).__name__}; attach takes an nn.Module.")
     if not hasattr(config, "parts") or isinstance(config, type):
@@ -85,7 +95,12 @@ def prepare(root: nn.Module, name: str, config: Any, adapter_dtype: torch.dtype 
                 f"{path or 'The model'} carries adapters that were attached through another module. "
                 "Attach and detach through one and the same model."
             )
-    parts = list(config.parts(root))
+    parts = []
+    with bounded():
+        for part in config.parts(root):
+            if check is not None:
+                check(part)
+            parts.append(part)
     for part in parts:
         host = root.get_submodule(part.path)
         device, dtype = home(host)

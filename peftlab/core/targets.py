@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from peftlab import patterns
 from peftlab.core.hooks import base_modules
 from peftlab.errors import PeftLabError, did_you_mean
 
@@ -137,7 +138,7 @@ def is_conv1d(module: nn.Module) -> bool:
 def names_match(spec: str | Iterable[str], path: str) -> bool:
     """Matches a path against a regular expression (a string) or against names and endings (a list)."""
     if isinstance(spec, str):
-        return re.fullmatch(spec, path) is not None
+        return patterns.fullmatch(spec, path)
     return any(path == name or path.endswith("." + name) for name in spec)
 
 
@@ -253,8 +254,9 @@ def in_layers(matched: dict[str, nn.Module], config: Targets) -> dict[str, nn.Mo
     if wanted is None:
         return matched
     before = rf"(?:^|.*?\.)(?:{'|'.join(config.layers_pattern)})" if config.layers_pattern else r".*?\.[^.]*"
-    found = {path: re.match(rf"{before}\.(\d+)\.", path + ".") for path in matched}  # a block itself counts as well
-    index = {path: int(match.group(1)) for path, match in found.items() if match}
+    # a block itself counts as well
+    found = {path: patterns.match(rf"{before}\.(?P<index>\d+)\.", path + ".") for path in matched}
+    index = {path: int(match.group("index")) for path, match in found.items() if match}
     missing = sorted(set(wanted) - set(index.values()))
     if missing:
         there = sorted(set(index.values()))
@@ -289,12 +291,9 @@ def _layers_within(path: str, module: nn.Module) -> str:
 
 
 def check_regex(spec: str | Iterable[str]) -> None:
-    """Refuses an expression that does not compile."""
+    """Refuses an expression that does not compile, or that is too large."""
     if isinstance(spec, str):
-        try:
-            re.compile(spec)
-        except re.error as error:
-            raise PeftLabError(f"{spec!r} is no regular expression: {error}. For one name, give a list.") from None
+        patterns.check(spec)
 
 
 def nothing(entry: str, modules: Mapping[str, nn.Module], what: str) -> PeftLabError:
@@ -309,7 +308,7 @@ def nothing(entry: str, modules: Mapping[str, nn.Module], what: str) -> PeftLabE
 def by_pattern(table: Mapping[str, Any], path: str, default: Any) -> Any:
     """Looks a path up in `rank_pattern` or `alpha_pattern`: the first key that matches its end (as peft)."""
     for key, value in table.items():
-        if re.match(rf"(.*\.)?({key})$", path):
+        if patterns.ends(key, path):
             return value
     return default
 

@@ -60,7 +60,7 @@ def train(
     patience: int | None = None,
     monitor: str = "loss",
     restore_best: bool = False,
-    folder: str | Path | None = None,
+    folder: str | Path | Callable[[], Path] | None = None,
     save_every: int | None = None,
     resume: bool = True,
     progress: bool = True,
@@ -94,6 +94,7 @@ def train(
         restore_best: end with the parameters of the best evaluation instead of the last step's.
         folder: where to keep the run, so that it can be killed at any moment and go on to the same result, to the bit
             on the same machine. Only trained values are in it; the model and its adapters must be made again first.
+            Or a function that returns it, which is called once everything else is known to be good.
         save_every: write the state after so many steps (50, if there is a folder), at the start and at the end.
         resume: go on with the run in ``folder``, if one is there; False refuses a folder that holds one.
         loss: ``(model, batch) -> (sum, number of labels)``; by default chosen by the labels
@@ -144,7 +145,7 @@ def train(
         loss=loss,
         metrics=metrics or {},
     )
-    folder = None if folder is None else Path(folder)
+    folder = None if folder is None else Path(folder() if callable(folder) else folder)
     if folder is not None:
         state.take_up(run, folder, resume)
     with (
