@@ -176,8 +176,10 @@ class Partial:
 
 
 def _is_results(file: Path) -> bool:
-    """Whether a file is a results file, which a new measurement may replace."""
+    """Whether a file is a results file or empty, so that a new measurement may replace it."""
     try:
+        if not file.stat().st_size:
+            return True
         return {"topic", "provenance", "rows"} <= json.loads(file.read_text(encoding="utf-8")).keys()
     except (OSError, ValueError, AttributeError):
         return False

@@ -35,7 +35,8 @@ STEP, DRAFT = r"step-\d{8,}", r"\.writing-\d+"
 
 def newest(folder: Path) -> Path | None:
     """The newest finished checkpoint in a run's folder, or None."""
-    return max(_folders(folder, STEP), key=lambda found: int(found.name.removeprefix("step-")), default=None)
+    finished = [path for path in _folders(folder, STEP) if (path / RECORD).exists()]
+    return max(finished, key=lambda path: int(path.name.removeprefix("step-")), default=None)
 
 
 def write(folder: Path, step: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> Path:
@@ -59,10 +60,14 @@ def write(folder: Path, step: int, tensors: dict[str, Tensor], record: dict[str,
             file.flush()
             os.fsync(file.fileno())
         sync(draft)
-        if target.exists():  # another process did the same step; both wrote the same
-            shutil.rmtree(draft)
-        else:
+        if not target.exists():
             draft.rename(target)
+        elif (target / RECORD).exists():  # another process did the same step; both wrote the same
+            shutil.rmtree(draft)
+        else:  # somebody else's folder of that name; with the record in it, it is a checkpoint
+            for name in (TENSORS, RECORD):
+                os.replace(draft / name, target / name)
+            draft.rmdir()
         sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
