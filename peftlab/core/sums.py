@@ -38,8 +38,13 @@ def check_sums(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     free: Iterable[str] = (),
+    codes: Iterable[str] = (),
 ) -> bool:
     """Compares with the sums that were saved, and refuses values that are not finite; says whether there were sums.
+
+    Args:
+        free: fields of the config that may be edited.
+        codes: tensors that hold codes, whatever their dtype says.
 
     Raises:
         PeftLabError: the file was changed, it and the config were not saved together, or a value is not finite.
@@ -57,7 +62,8 @@ def check_sums(
         )
     if REST in there and metadata[REST] != config_digest({n: v for n, v in metadata.items() if n != REST}):
         raise PeftLabError(changed)
-    for key, tensor in tensors.items():
+    for key in tensors.keys() - {*codes}:
+        tensor = tensors[key]
         if tensor.is_floating_point() and not finite(tensor):
             raise PeftLabError(f"{key} in {file} holds values that are not finite.")
     return bool(there)

@@ -61,18 +61,18 @@ def from_tensors(tensors: Mapping[str, Tensor], device: torch.device, name: str 
     marks = [key for key in tensors if key.startswith(MARK)]
     if len(marks) != 1 or "absmax" not in tensors or "quant_map" not in tensors:
         raise PeftLabError(
-            f"{name} is no 4-bit weight: it is stored as absmax, quant_map and one {MARK}...; found "
+            f"{name} is no 4-bit weight: it is stored as quant_map, absmax and one {MARK}...; found "
             f"{', '.join(map(str, tensors)) or 'none of them'}."
         )
     facts = _facts(tensors[marks[0]], name)
     format, block_size, shape = facts.get("quant_type"), facts.get("blocksize"), facts.get("shape")
-    if format not in OWNERS or marks[0] != MARK + OWNERS[format]:
+    if not isinstance(format, str) or format not in OWNERS or marks[0] != MARK + OWNERS[format]:
         raise _wrong(name, f"its format is {format!r} under {marks[0]}; this package knows {', '.join(OWNERS)}")
     if not _whole(block_size) or block_size < 2 or block_size.bit_count() > 1 or block_size > LARGEST_BLOCK:
         raise _wrong(name, f"its blocksize is {block_size!r}; it is a power of two from 2 to {LARGEST_BLOCK:,}")
     if not isinstance(shape, list) or not shape or not all(_whole(size) and size > 0 for size in shape):
         raise _wrong(name, f"its shape is {shape!r}; it is a list of positive whole numbers")
-    if facts.get("dtype") not in DTYPES:
+    if not isinstance(facts.get("dtype"), str) or facts["dtype"] not in DTYPES:
         raise _wrong(name, f"its dtype is {facts.get('dtype')!r}; it is one of {', '.join(DTYPES)}")
 
     blocks = -(math.prod(shape) // -block_size)

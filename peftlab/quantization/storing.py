@@ -144,7 +144,8 @@ def _read(folder: Path, paths: dict[str, Path]) -> tuple[dict[str, Any], dict[st
         raise PeftLabError(f"{folder} lacks {CONFIG} or {WEIGHTS}; save_quantized writes both.")
     fields = read_fields(paths[CONFIG], infinite=True)
     tensors, metadata = read_tensors(paths[WEIGHTS])
-    return fields, tensors, check_sums(folder / CONFIG, folder / WEIGHTS, fields, tensors, metadata)
+    codes = [f"{path}.weight" for path in layers_in(tensors)]
+    return fields, tensors, check_sums(folder / CONFIG, folder / WEIGHTS, fields, tensors, metadata, codes=codes)
 
 
 def model_class(folder: Path, fields: dict[str, Any]) -> tuple[type, Any]:
@@ -173,6 +174,11 @@ def model_class(folder: Path, fields: dict[str, Any]) -> tuple[type, Any]:
     except Exception as error:  # whatever a malformed config makes of transformers' own code
         told = " ".join(str(error).split())[:300]
         raise PeftLabError(f"{folder / CONFIG} is no config of a {model_type}: {told}") from error
+    if not isinstance(config, kind.config_class):
+        raise PeftLabError(
+            f"{folder / CONFIG} has model_type {model_type!r}, and its class {kind.__name__} is built from a "
+            f"{kind.config_class.__name__}. The config was edited; fetch or save the folder again."
+        )
     config._name_or_path = str(folder)
     return kind, config
 
