@@ -94,7 +94,7 @@ def check_names(config: Any, name: str) -> None:
     value = getattr(config, name)
     if value is None or (isinstance(value, str) and name != "modules_to_save"):
         return
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise PeftLabError(f"{name} is {value!r}; give a list of module names, such as ['lm_head'].")
     entries = tuple(dict.fromkeys(value))
     wrong = [entry for entry in entries if not isinstance(entry, str) or not entry]

@@ -96,7 +96,10 @@ def test_a_model_folders_code_is_refused(case, tmp_path, trap):
             assert "never" in str(told.value)
 
 
-@pytest.mark.parametrize("classes", [["pipeline"], ["Trainer"], ["AutoModel"], ["os.system"], ["__class__"], [], None, "x"])
+CLASSES = (["pipeline"], ["Trainer"], ["AutoModel"], ["os.system"], ["__class__"], [], None, "x")
+
+
+@pytest.mark.parametrize("classes", CLASSES, ids=str)
 def test_a_class_that_is_no_model_is_refused(classes, tmp_path):
     edit(four_bit(tmp_path / "four") / Q, architectures=classes)
     with pytest.raises(pl.PeftLabError, match="holds no 4-bit model of a class that transformers has"):
@@ -212,5 +215,5 @@ def test_json_that_is_refused(case, tmp_path):
 def test_json_that_is_read(tmp_path):
     (tmp_path / "a.json").write_text('{"a": [1, -2.5e3, {"b": null}], "c": "é"}', encoding="utf-8")
     assert foreign.read_fields(tmp_path / "a.json") == {"a": [1, -2500.0, {"b": None}], "c": "é"}
-    (tmp_path / "b.json").write_text('{"a": Infinity, "b": %d}' % 10**30)
+    (tmp_path / "b.json").write_text(f'{{"a": Infinity, "b": {10**30}}}')
     assert foreign.read_fields(tmp_path / "b.json", infinite=True) == {"a": float("inf"), "b": 10**30}

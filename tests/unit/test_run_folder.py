@@ -5,13 +5,26 @@ import os
 import shutil
 
 import pytest
-from test_cli import place, run, tensors, train_command  # noqa: F401  (a fixture among them)
+from test_cli import run, train_command
+from tiny import llama, tokenizer
 
 from peftlab.commands import run_folder
 from peftlab.errors import PeftLabError
 from peftlab.training import files as run_files
 
 RECORD = run_folder.RECORD
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a tiny model and two data files, as the current one."""
+    monkeypatch.chdir(tmp_path)
+    llama().save_pretrained("tiny")
+    tokenizer(pad=False).save_pretrained("tiny")
+    rows = [{"prompt": f"the {word} cat ?", "completion": "yes"} for word in ("red", "green", "blue") * 3]
+    (tmp_path / "ask.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "read.txt").write_text("the red cat runs .\nthe blue dog sleeps .\n" * 3)
+    return tmp_path
 
 
 def tree(folder):
@@ -42,7 +55,7 @@ PROJECTS = {
 
 @pytest.mark.parametrize("project", PROJECTS)
 @pytest.mark.parametrize("more", [[], ["--no-resume"], ["--method", "full"]], ids=" ".join)
-def test_a_folder_with_anything_in_it_is_refused_and_left_alone(place, capsys, project, more):  # noqa: F811
+def test_a_folder_with_anything_in_it_is_refused_and_left_alone(place, capsys, project, more):
     put(place / "mine", *PROJECTS[project])
     before = tree(place)
     status, out, err = run(capsys, *train_command("ask.jsonl", "mine", "--steps", 2, *more))
@@ -65,7 +78,7 @@ def test_a_folder_with_anything_in_it_is_refused_and_left_alone(place, capsys, p
         ("tiny/config.json/run", "config.json is a file"),
     ],
 )
-def test_places_that_cannot_be_the_out_folder(place, capsys, out, said):  # noqa: F811
+def test_places_that_cannot_be_the_out_folder(place, capsys, out, said):
     put(place / "project", "thesis.tex")
     (place / "x").mkdir()
     (place / "link-to-tiny").symlink_to("tiny")
@@ -90,7 +103,7 @@ def test_places_that_cannot_be_the_out_folder(place, capsys, out, said):  # noqa
         (["--method", "bitfit"], "no biases"),
     ],
 )
-def test_nothing_is_made_or_removed_before_all_is_known_to_be_good(place, capsys, change, said):  # noqa: F811
+def test_nothing_is_made_or_removed_before_all_is_known_to_be_good(place, capsys, change, said):
     command = train_command("ask.jsonl", "run", "--steps", 2)
     assert run(capsys, *command)[0] == 0
     before = tree(place)
@@ -102,7 +115,7 @@ def test_nothing_is_made_or_removed_before_all_is_known_to_be_good(place, capsys
     assert status == 2 and said in err and not (place / "new").exists()
 
 
-def test_starting_again_removes_what_the_run_made_and_nothing_else(place, capsys):  # noqa: F811
+def test_starting_again_removes_what_the_run_made_and_nothing_else(place, capsys):
     full = train_command("read.txt", "run", "--method", "full", "--steps", 2)
     assert run(capsys, *full)[0] == 0
     put(place / "run", "thesis.tex", "run/notes.txt", "model/README.md", "run/step-00000002/why.txt", "run/step-x/a")
@@ -117,7 +130,7 @@ def test_starting_again_removes_what_the_run_made_and_nothing_else(place, capsys
     assert mine.items() <= tree(place / "run").items()
 
 
-def test_what_lies_beside_a_saved_model_stays_when_it_is_saved_again(place, capsys):  # noqa: F811
+def test_what_lies_beside_a_saved_model_stays_when_it_is_saved_again(place, capsys):
     command = train_command("read.txt", "run", "--method", "full", "--steps", 2)
     assert run(capsys, *command)[0] == 0
     put(place / "run", "model/README.md", "model/notes/plan.txt")
@@ -128,7 +141,7 @@ def test_what_lies_beside_a_saved_model_stays_when_it_is_saved_again(place, caps
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "adapter_model.safetensors", "settings.json", "adapter_config.json"])
-def test_a_file_that_was_put_in_the_place_of_a_runs_is_not_replaced(place, capsys, name):  # noqa: F811
+def test_a_file_that_was_put_in_the_place_of_a_runs_is_not_replaced(place, capsys, name):
     command = train_command("ask.jsonl", "run", "--steps", 2)
     assert run(capsys, *command)[0] == 0
     (place / "run" / name).write_text(json.dumps(json.loads((place / "run" / "settings.json").read_text())) + "\n\n")
@@ -139,7 +152,7 @@ def test_a_file_that_was_put_in_the_place_of_a_runs_is_not_replaced(place, capsy
         assert tree(place) == before
 
 
-def test_links_inside_the_folder_are_not_followed(place, capsys):  # noqa: F811
+def test_links_inside_the_folder_are_not_followed(place, capsys):
     command = train_command("read.txt", "run", "--method", "full", "--steps", 2)
     assert run(capsys, *command)[0] == 0
     shutil.move(place / "run" / "model", place / "kept")
@@ -153,7 +166,7 @@ def test_links_inside_the_folder_are_not_followed(place, capsys):  # noqa: F811
     "record", ["{", "[]", '{"files": {"../thesis.tex": ["SUM"], "/PLACE/thesis.tex": ["SUM"], "thesis.tex": ["SUM"], '
                '"model/../thesis.tex": ["SUM"]}}'],
 )  # fmt: skip
-def test_a_record_from_elsewhere_removes_nothing(place, capsys, record):  # noqa: F811
+def test_a_record_from_elsewhere_removes_nothing(place, capsys, record):
     put(place, "thesis.tex")
     put(place / "run", "thesis.tex")
     total = run_folder.file_sum(place / "thesis.tex")
@@ -164,7 +177,7 @@ def test_a_record_from_elsewhere_removes_nothing(place, capsys, record):  # noqa
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_run_of_an_older_version_goes_on(place, capsys, method, finished):  # noqa: F811
+def test_a_run_of_an_older_version_goes_on(place, capsys, method, finished):
     command = train_command("ask.jsonl", "run", "--method", method, "--steps", 4, "--save-every", 2)
     assert run(capsys, *command)[0] == 0
     expected = tree(place / "run")
@@ -185,10 +198,10 @@ def test_a_run_of_an_older_version_goes_on(place, capsys, method, finished):  # 
         assert now["adapter_model.safetensors"] == expected["adapter_model.safetensors"]
 
 
-def test_the_book_of_names_is_no_folder(place, capsys, monkeypatch):  # noqa: F811
+def test_a_data_set_of_the_book_is_no_folder(place, capsys, monkeypatch):
     """`--data reviews --out reviews` is what the help shows: the name is the data set's, the folder the run's."""
-    settings = {"model": "minilm", "data": "reviews"}
-    run_folder.claim("reviews", settings, True) if (place / "reviews").mkdir() is None else None
+    (place / "reviews").mkdir()
+    run_folder.claim("reviews", {"model": "minilm", "data": "reviews"}, True)
     monkeypatch.setattr("peftlab.commands.train._train", lambda *_: (_ for _ in ()).throw(PeftLabError("reached")))
     status, _, err = run(capsys, "train", "--model", "minilm", "--data", "reviews", "--out", "reviews")
     assert status == 2 and "reached" in err
@@ -217,7 +230,8 @@ def test_a_model_killed_between_two_renames_comes_back(tmp_path):
 
 
 def test_a_runs_state_lies_beside_other_things(tmp_path):
-    put(tmp_path, "step-by-step.md", "step-1/notes.txt", "step-00000001x/a", ".writing-notes/a", "step-00000003/why.txt")
+    put(tmp_path, "step-by-step.md", "step-1/notes.txt", "step-00000001x/a", ".writing-notes/a")
+    put(tmp_path, "step-00000003/why.txt", "step-00000004/why.txt")
     run_files.write(tmp_path, 2, {}, {})
     run_files.write(tmp_path, 4, {}, {})
     (tmp_path / ".writing-77").mkdir()
@@ -225,7 +239,7 @@ def test_a_runs_state_lies_beside_other_things(tmp_path):
     run_files.clean(tmp_path)
     assert run_files.newest(tmp_path).name == "step-00000004"
     found = tree(tmp_path)
-    assert sum(content is not None and b"is mine" in content for content in found.values()) == 5
+    assert sum(content is not None and b"is mine" in content for content in found.values()) == 6
     assert "step-00000002" not in found and ".writing-77" not in found
 
 
