@@ -31,7 +31,7 @@ from peftlab.training.precision import choose_precision
 from peftlab.training.ranks import Ranks
 from peftlab.training.run import History, Run, TrainingError
 from peftlab.training.schedule import borrowed_generators
-from peftlab.training.settings import Settings
+from peftlab.settings import Settings
 
 __all__ = ["History", "TrainingError", "train"]
 

@@ -21,7 +21,7 @@ from peftlab.training.optimizers import make_optimizer
 from peftlab.training.precision import autocast, check_trainable_dtypes
 from peftlab.training.ranks import Ranks
 from peftlab.training.schedule import DataOrder, derived_seed, learning_rate_at, seed_everything, warmup_steps
-from peftlab.training.settings import Settings
+from peftlab.settings import Settings
 
 
 class TrainingError(PeftLabError):

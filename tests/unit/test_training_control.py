@@ -19,7 +19,7 @@ from peftlab.training.precision import choose_precision
 from peftlab.training.ranks import Ranks
 from peftlab.training.run import Run
 from peftlab.training.schedule import DataOrder, derived_seed, learning_rate_at, warmup_steps
-from peftlab.training.settings import Settings
+from peftlab.settings import Settings
 
 
 def state(model):
