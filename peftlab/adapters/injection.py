@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from peftlab.checks import number
 from peftlab.core.hooks import CHILD, Activity, Adapters, bringers, hosts, place, plain, remove
 from peftlab.core.records import Record, home, known, record_of, tensor_at, unwrap
 from peftlab.errors import PeftLabError
@@ -189,9 +190,7 @@ def activate(
     names = list(weights) if rows is None else [name for name in dict.fromkeys(rows) if name is not None]
     for name in names:
         known(root, name)
-    for name, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise PeftLabError(f"The weight of {name!r} is {weight!r}; it is a finite number.")
+    weights = {name: number(f"the weight of {name!r}", weight) for name, weight in weights.items()}
     record = record_of(root)
     if record is None:
         raise PeftLabError("No adapter is attached to this model; attach one first.")

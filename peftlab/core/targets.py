@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from peftlab.checks import whole
 from peftlab.core.hooks import base_modules
 from peftlab.errors import PeftLabError, did_you_mean
 
@@ -71,9 +72,10 @@ class Targets:
             check_names(self, name)
         layers = self.layers_to_transform
         if layers is not None:
-            layers = (layers,) if isinstance(layers, int) else tuple(layers)
-            if not layers or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in layers):
-                raise PeftLabError(f"layers_to_transform is {self.layers_to_transform!r}; give block indices from 0.")
+            indices = tuple(layers) if isinstance(layers, Iterable) else (layers,)
+            if not indices:
+                raise PeftLabError("layers_to_transform is empty; leave it out for all blocks, or name some.")
+            layers = tuple(whole("an index in layers_to_transform", index, least=0) for index in indices)
             object.__setattr__(self, "layers_to_transform", layers)
         pattern = self.layers_pattern
         if pattern is not None:
