@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from peftlab.checks import whole
+from peftlab.checks import one_of, whole
 from peftlab.core.hooks import base_modules
 from peftlab.errors import PeftLabError, did_you_mean
 
@@ -110,9 +110,7 @@ def check_task(config: Any) -> None:
     """Brings `task_type` to Hugging Face's word for it."""
     if config.task_type is not None:
         task = str(getattr(config.task_type, "value", config.task_type)).upper()
-        if task not in TASK_HEADS:
-            raise PeftLabError(f"task_type is {config.task_type!r}; it is one of {', '.join(TASK_HEADS)}.")
-        object.__setattr__(config, "task_type", task)
+        object.__setattr__(config, "task_type", one_of("task_type", task, TASK_HEADS))
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:

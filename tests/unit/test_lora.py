@@ -81,7 +81,8 @@ def test_count_and_shapes():
 
 
 @pytest.mark.parametrize("settings, said", [
-    (dict(r=0), "positive whole number"), (dict(r=-4), "r must be .* found -4"), (dict(r=2.0), "r must be .* found 2.0"),
+    (dict(r=0), "positive whole number"), (dict(r=-4), "r must be .* found -4"),
+    (dict(r=2.0), "r must be .* found 2.0"),
     (dict(r=True), "r must be .* found True"),
     (dict(r="8"), "r must be .* found '8'"), (dict(rank_pattern={"up": 0}), "rank_pattern"),
     (dict(alpha=0), "alpha must be .* found 0"),

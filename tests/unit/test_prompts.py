@@ -533,7 +533,10 @@ def test_from_the_shell(method, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("make", "message"), [
-    (lambda: pl.PromptTuningConfig(num_virtual_tokens=0), "num_virtual_tokens must be a positive whole number, found 0"),
+    (
+        lambda: pl.PromptTuningConfig(num_virtual_tokens=0),
+        "num_virtual_tokens must be a positive whole number, found 0",
+    ),
     (lambda: pl.PromptTuningConfig(init="vocabluary"), "Did you mean 'vocabulary'"),
     (lambda: pl.PromptTuningConfig(init="text"), "there is no init_text"),
     (lambda: pl.PromptTuningConfig(init="text", init_text="a cat"), "needs a tokenizer"),
