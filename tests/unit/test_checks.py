@@ -86,3 +86,9 @@ def test_a_field_keeps_the_plain_value():
     assert type(Config(numpy.int64(2), 3).r) is int
     with pytest.raises(PeftLabError, match="width must be"):
         Config(1, 0)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, numpy.float64("inf")])
+def test_no_number_is_infinite(value):
+    with pytest.raises(PeftLabError, match="weight must be a finite number, found"):
+        number("weight", value)

@@ -176,7 +176,7 @@ def test_the_largest_that_fits():
         ("llama-2-7b --method lore", "Did you mean 'lora'"),
         ("llama-2-7b --targets q_prj", "Did you mean 'q_proj'"),
         ("llama-2-7b --method bitfit", "has no biases"),
-        ("llama-2-7b --batch 0", "batch must be a positive whole number, found 0"),
+        ("llama-2-7b --batch 0", "batch must be a positive whole number of at most 16,777,216, found 0"),
         ("llama-2-7b --sequence -4", "sequence must be a positive whole number"),
         ("llama-2-7b --precision fp8", "precision must be one of 'bf16', 'fp32', 'mixed'"),
         ("llama-2-7b --optimizer adamw4bit", "Did you mean 'adamw8bit'"),
