@@ -146,7 +146,7 @@ def train(
     )
     folder = None if folder is None else Path(folder)
     if folder is not None:
-        state.take_up(run, folder, resume)
+        state.resume_or_start(run, folder, resume)
     with (
         borrowed_generators(),
         mode(model, True),
