@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from peftlab.core.interface import Placement
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.methods.in_front import prompt_parts
-from peftlab.methods.parts import Part
 from peftlab.methods.virtual import Table, VirtualTokens, positive, submodules, word_embeddings
 
 ENCODERS = ("mlp", "lstm", "none")
@@ -48,7 +48,6 @@ class PTuningConfig(VirtualTokens):
 
     method: ClassVar[str] = "p-tuning"
     peft_type: ClassVar[str] = "P_TUNING"
-    unsupported: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,15 +60,15 @@ class PTuningConfig(VirtualTokens):
         if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
             raise PeftLabError(f"encoder_dropout is {p!r}; it is a probability from 0 up to, not including, 1.")
 
-    def parts(self, model: nn.Module) -> Iterator[Part]:
+    def parts(self, model: nn.Module) -> Iterator[Placement]:
         """Yields the prompt in front of the input, and the copies of heads."""
         d, n = word_embeddings(model).embedding_dim, self.num_virtual_tokens
         rows = torch.randn(n * submodules(model), d)
         source = Table(rows) if self.encoder == "none" else PromptEncoder(rows, self)
         yield from prompt_parts(model, source, n)
-        yield from self.heads(model)
+        yield from self.task_heads(model)
 
-    def as_stored(self) -> PTuningConfig:
+    def as_stored(self) -> Self:
         """The config of what an adapter folder holds: the prompt without its encoder."""
         return replace(self, encoder="none")
 

@@ -15,7 +15,7 @@ from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.quantization.backends import AUTO, check_backend, choose
 from peftlab.quantization.blockwise import quantize
 from peftlab.quantization.linear import Linear4bit
-from peftlab.quantization.marks import tell_transformers, untell_transformers
+from peftlab.quantization.marks import restore_transformers_attributes, set_transformers_attributes
 from peftlab.quantization.weights import dense, is_quantized, is_repacked, quantized
 
 
@@ -171,14 +171,14 @@ def unmark(root: nn.Module) -> None:
     """Takes every mark of quantisation off a transformers model."""
     record = record_of(root)
     if record is not None:
-        untell_transformers(root, record)
+        restore_transformers_attributes(root, record)
     if hasattr(getattr(root, "config", None), "quantization_config"):
         del root.config.quantization_config
     for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_quantized"):
         if name in root.__dict__:
             delattr(root, name)
     if record is not None:
-        tell_transformers(root, record)
+        set_transformers_attributes(root, record)
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -13,7 +13,7 @@ from tiny import llama
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import peftlab as pl
-from peftlab.adapters.trainer_callback import AdapterCallback, put_back
+from peftlab.adapters.trainer_callback import AdapterCallback, restore_adapter
 
 DATA = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in torch.arange(1, 97).reshape(16, 6) % 30 + 1]
 
@@ -145,8 +145,8 @@ def test_an_adapter_of_another_config_is_not_put_back(tmp_path, change):
     model = pl.attach(llama(), pl.LoRAConfig(**{**settings, **change}))
     before = weights(model)
     with pytest.raises(pl.PeftLabError, match="alpha=16|use_rslora=False"):
-        put_back(model, tmp_path, "default")
+        restore_adapter(model, tmp_path, "default")
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
     same = pl.attach(llama(), pl.LoRAConfig(**{**settings, "target_modules": ["v_proj", "q_proj"]}))
-    put_back(same, tmp_path, "default")
+    restore_adapter(same, tmp_path, "default")
     assert all(torch.equal(value, weights(saved)[name]) for name, value in weights(same).items())
