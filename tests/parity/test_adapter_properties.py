@@ -16,7 +16,7 @@ CONFIG = pl.AdapterConfig(width=4, init="random")
 
 
 def parts(model, name="default"):
-    return {part.path: part.layer for part in placed(model, name)}
+    return {path: part for path, _, part in placed(model, name)}
 
 
 def test_reduction_factor_16_is_a_bottleneck_of_48_at_768():
@@ -152,9 +152,9 @@ def test_saved_and_loaded_with_a_head(kind, placement, tmp_path):
     )  # fmt: skip
     pl.attach(model, config, name="one")
     with torch.no_grad():
-        for part in placed(model, "one"):
-            if part.name == "copy":
-                next(part.layer.parameters()).add_(0.3)
+        for _, part_name, part in placed(model, "one"):
+            if part_name == "copy":
+                next(part.parameters()).add_(0.3)
     expected = model(**batch(kind)).logits
     folder = pl.save_adapter(model, tmp_path, name="one")
     assert folder == tmp_path / "one"

@@ -20,6 +20,7 @@ from test_qlora_parity import bitsandbytes_layers
 from torch import Tensor, nn
 
 import peftlab as pl
+from peftlab.adapters.checkpoint import placed
 from peftlab.core.interface import Config, Part, Placement
 from peftlab.core.targets import Targets, find, is_conv1d, linear_shape
 from peftlab.methods.parts import cast, first_input, trained_biases, trained_copies, widened
@@ -248,6 +249,22 @@ def test_a_part_settles_in_its_own_dtype_and_the_model_starts_as_it_was(adapter_
     assert relative(found, torch.linalg.norm(host.weight, dim=1)) < (1e-15 if exact else 1e-7)
     # computed before the part had its dtype, it would be that of a float32 norm: 1e-8 off
     assert relative(model(**inputs).logits, before) < (1e-14 if exact else 1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_part_settles_on_what_peft_starts_from(case):
+    kind, settings = CASES[case]
+    theirs = peft_model(base(kind), use_dora=True, **{"r": 5, "alpha": 12, **settings})  # with a random B
+    settings = {name: value for name, value in settings.items() if name != "fan_in_fan_out"}
+    ours = pl.attach(base(kind), DoRAConfig(**{"r": 5, "alpha": 12, **settings}))
+    expected = live(theirs)
+    with torch.no_grad():
+        for key, parameter in our_state(ours).items():
+            if not key.endswith("magnitude_vector"):
+                parameter.copy_(expected[key])
+        for path, _, part in placed(ours, "default"):
+            part.settle(ours.get_submodule(path))
+    same(our_state(ours), expected, 1e-12)
 
 
 def test_a_part_settles_once_without_gradients_and_with_its_host(monkeypatch):
