@@ -15,6 +15,7 @@ from torch import nn
 import peftlab as pl
 from peftlab.errors import PeftLabError
 from peftlab.optional import require
+from peftlab.training.precision import switch_checkpointing
 
 Adapt = Callable[[nn.Module, dict[str, Any]], nn.Module]
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -80,8 +81,7 @@ def training_step(point: dict[str, Any], adapt: Adapt) -> Iterator[dict[str, Any
     wrapped = adapt(model, point)
     wrapped.train()
     if point["checkpointing"]:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        switch_checkpointing(model, "enable", {"use_reentrant": False})
     trainable = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=True)
     tokens = torch.randint(32000, (point["batch"], point["sequence"]), device="cuda")

@@ -26,6 +26,7 @@ from peftlab.errors import PeftLabError
 from peftlab.memory import estimate
 from peftlab.memory.counting.shapes import load_shape
 from peftlab.optional import require
+from peftlab.training.precision import switch_checkpointing
 
 ALL = "all-linear"
 SEED, UNSEEN, LARGEST = 11, 30, 60e9  # of the draw: its seed, how many runs, the largest peak
@@ -175,7 +176,7 @@ def build(point: dict[str, Any], device: torch.device) -> tuple[nn.Module, dict[
     if point["method"] == "qlora":
         four_bit(model, shape, device, torch.bfloat16 if autocast(point) else dtype)
     if point["checkpointing"]:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        switch_checkpointing(model, "enable", {"use_reentrant": False})
     wrapped = with_method(model, point, shape.kind)
     wrapped.train()
     ids = torch.randint(shape.config["vocab_size"], (point["batch"], point["sequence"]), device=device)
