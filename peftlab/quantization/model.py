@@ -18,7 +18,7 @@ from peftlab.quantization.linear import Linear4bit
 from peftlab.quantization.marks import tell_transformers, untell_transformers
 from peftlab.quantization.weights import dense, is_quantized, is_repacked, quantized
 
-# What transformers notes on a model that it loaded in four bits; the last one up to release 5.15 or later
+# What transformers notes on a model that it loaded in four bits (5.15 all of it, 5.23 all but the last)
 MARKS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_quantized", "is_4bit_serializable")
 
 
