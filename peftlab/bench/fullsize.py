@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import peftlab as pl
+from peftlab.core.checkpointing import switch_checkpointing
 from peftlab.errors import PeftLabError
 from peftlab.optional import require
-from peftlab.training.precision import switch_checkpointing
 
 Adapt = Callable[[nn.Module, dict[str, Any]], nn.Module]
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

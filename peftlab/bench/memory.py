@@ -22,11 +22,11 @@ import torch
 from torch import nn
 
 import peftlab as pl
+from peftlab.core.checkpointing import switch_checkpointing
 from peftlab.errors import PeftLabError
 from peftlab.memory import estimate
 from peftlab.memory.counting.shapes import load_shape
 from peftlab.optional import require
-from peftlab.training.precision import switch_checkpointing
 
 ALL = "all-linear"
 SEED, UNSEEN, LARGEST = 11, 30, 60e9  # of the draw: its seed, how many runs, the largest peak

@@ -13,6 +13,7 @@ from torch import nn
 import peftlab as pl
 from peftlab.bench import fullsize
 from peftlab.errors import PeftLabError
+from peftlab.methods.caches import cache_in, cache_name
 from peftlab.optional import require
 
 INSTRUCTION = "Turn the customer's message into a JSON ticket with its intent, its product and its urgency."
@@ -73,14 +74,6 @@ def in_peft(model: nn.Module, method: str, tokens: int, task: str) -> nn.Module:
     return peft.get_peft_model(model, configs[method]())
 
 
-def cache_by_name(output: Any) -> dict[str, Any]:
-    """The cache of a model's output, as the argument for its next call.
-
-    The argument is called what the output calls it: `past_key_values`, since transformers 5.24 `cache`.
-    """
-    return {name: value for name, value in output.items() if hasattr(value, "get_seq_length")}
-
-
 @torch.no_grad()
 def reading(model: nn.Module, lengths: tuple[int, ...] = READ) -> Iterator[dict[str, Any]]:
     """Batch 1: reading 512 tokens, and writing one more behind them; median of 20 after 5."""
@@ -96,13 +89,12 @@ def reading(model: nn.Module, lengths: tuple[int, ...] = READ) -> Iterator[dict[
             read = fullsize.timed(lambda: model(input_ids=text, use_cache=True), repeats=20, warm_up=5)
             peak = torch.cuda.max_memory_allocated()
 
-            def write(named: dict[str, Any]) -> None:
-                model(input_ids=text[:, :1], use_cache=True, **named)
-                next(iter(named.values())).crop(-1)  # that token again, each time
+            def write(cache: Any) -> None:
+                model(input_ids=text[:, :1], use_cache=True, **{cache_name(model): cache})
+                cache.crop(-1)  # that token again, each time
 
-            named = cache_by_name(model(input_ids=text, use_cache=True))
-            (cache,) = named.values()
-            written = fullsize.timed(lambda named=named: write(named), repeats=20, warm_up=5)
+            cache = cache_in(model(input_ids=text, use_cache=True).values())
+            written = fullsize.timed(lambda cache=cache: write(cache), repeats=20, warm_up=5)
             yield {
                 "method": method if tokens else "base",
                 "tokens": tokens,

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 import tiny  # noqa: E402
 
 import peftlab as pl  # noqa: E402
-from peftlab.training.precision import switch_checkpointing  # noqa: E402
+from peftlab.core.checkpointing import switch_checkpointing  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.integrations.sdpa_attention import create_position_bias_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from peftlab.training.precision import switch_checkpointing
+from peftlab.core.checkpointing import switch_checkpointing
 
 BLOCK = 512
 AUTO = {

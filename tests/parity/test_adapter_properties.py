@@ -10,8 +10,8 @@ from torch import nn
 
 import peftlab as pl
 from peftlab.adapters.checkpoint import placed
+from peftlab.core.checkpointing import switch_checkpointing
 from peftlab.methods.adapter import PLACEMENTS
-from peftlab.training.precision import switch_checkpointing
 
 CONFIG = pl.AdapterConfig(width=4, init="random")
 

@@ -32,8 +32,8 @@ from transformers import (
 
 import peftlab as pl
 from peftlab.commands.cli import main
+from peftlab.core.checkpointing import switch_checkpointing
 from peftlab.training import files
-from peftlab.training.precision import switch_checkpointing
 
 N = 5
 CONFIGS = {

@@ -9,7 +9,7 @@ from tiny import llama
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import peftlab as pl
-from peftlab.training.precision import switch_checkpointing
+from peftlab.core.checkpointing import switch_checkpointing
 
 PROMPTS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10], [11, 12, 13, 14]])
 

@@ -485,6 +485,7 @@ def test_methods_of_a_model(ours):
     missing = lacks(
         llama, "get_input_embeddings", "get_output_embeddings", "tie_weights", "save_pretrained", "generate", "config",
         "generation_config", "prepare_inputs_for_generation", "base_model", "base_model_prefix", "name_or_path",
+        "can_generate",
     )  # fmt: skip
     assert not missing, f"transformers' models no longer have {missing}: {ours}"
     assert llama.get_input_embeddings() is llama.model.embed_tokens, f"get_input_embeddings gives another layer: {ours}"
@@ -681,8 +682,8 @@ ARCHITECTURES = {
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_names_of_modules(family, ours):
+    from peftlab.core.targets import default_targets
     from peftlab.methods import adapter, ia3
-    from peftlab.targets import default_targets
 
     name, settings, targets, places = ARCHITECTURES[family]
     modules = dict(made(family, name, **settings).named_modules())
@@ -838,7 +839,7 @@ PEFT = {
 @pytest.mark.parametrize("name", PEFT)
 def test_fields_of_pefts_configs(name, ours):
     peft = pytest.importorskip("peft")
-    from peftlab.checkpoint import TARGET_FIELDS, placed, to_fields
+    from peftlab.adapters.checkpoint import TARGET_FIELDS, placed, to_fields
 
     model = tiny.llama()
     pl.attach(model, PEFT[name]())
@@ -862,7 +863,7 @@ def test_words_of_peft(ours):
     from peft import TaskType
     from peft.utils import constants
 
-    from peftlab.targets import TASK_HEADS
+    from peftlab.core.targets import TASK_HEADS
 
     words = {task.value for task in TaskType}
     assert words == set(TASK_HEADS), f"peft's tasks are {sorted(words)}, ours {sorted(TASK_HEADS)}: {ours}"
@@ -907,9 +908,9 @@ def test_what_the_benches_call_of_peft(ours):
 
 @pytest.fixture
 def bnb():
-    from peftlab.quantization.backends import bitsandbytes
+    from peftlab.optional import available
 
-    return bitsandbytes() or pytest.skip("bitsandbytes is not installed")
+    return available("bitsandbytes") or pytest.skip("bitsandbytes is not installed")
 
 
 def test_a_quantised_weight_of_bitsandbytes(bnb, ours):
