@@ -195,7 +195,8 @@ def test_trees_of_tensors(ours):
     )
 
 
-def test_wrappers_around_a_model(ours):
+def test_wrappers_around_a_model(ours, monkeypatch):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # which the parity tests set for the whole process
     inner = nn.Linear(2, 2)
     compiled = torch.compile(inner, backend="eager")
     assert getattr(compiled, "_orig_mod", None) is inner, f"torch.compile's wrapper has no _orig_mod: {ours}"
