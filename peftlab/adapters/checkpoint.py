@@ -230,6 +230,9 @@ def to_fields(root: nn.Module, config: Any, parts: list[Part]) -> dict[str, Any]
         # The names that were found, so that no library has to guess them again; and Hugging Face peft takes
         # layers_to_transform only beside a list.
         fields["target_modules"] = sorted({part.path for part in parts if part.name not in ("bias", "copy")})
+    # Hugging Face's IA3 has no fields for layers, and warns about each that it finds in a file.
+    unset = [name for name in ("layers_to_transform", "layers_pattern") if fields.get(name) is None]
+    fields = {name: value for name, value in fields.items() if name not in unset}
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
     return fields | {
         "peft_type": config.peft_type,

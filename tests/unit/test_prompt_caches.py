@@ -29,6 +29,7 @@ from transformers import (
 )
 
 import peftlab as pl
+from peftlab.core.checkpointing import switch_checkpointing
 from peftlab.methods import caches
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
@@ -97,7 +98,7 @@ def test_a_checkpointed_deep_prompt_has_its_gradients_after_other_calls():
     gradients = []
     for between in (False, True):
         model, ids, mask = prompted("llama", "deep")
-        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+        switch_checkpointing(model.train(), "enable", {"use_reentrant": False})
         loss = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
         if between:
             model.eval().generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
