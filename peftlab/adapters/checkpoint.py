@@ -233,6 +233,9 @@ def to_fields(root: nn.Module, config: Config, placements: list[Placement]) -> d
         # layers_to_transform only beside a list.
         adapted = {path for path, part_name, _ in placements if part_name not in ("bias", "copy")}
         fields["target_modules"] = sorted(adapted)
+    # Hugging Face's IA3 has no fields for layers, and warns about each that it finds in a file.
+    unset = [name for name in ("layers_to_transform", "layers_pattern") if fields.get(name) is None]
+    fields = {name: value for name, value in fields.items() if name not in unset}
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
     return fields | {
         "peft_type": config.peft_type,

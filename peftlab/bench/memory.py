@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 import peftlab as pl
+from peftlab.core.checkpointing import switch_checkpointing
 from peftlab.errors import PeftLabError
 from peftlab.memory import estimate
 from peftlab.memory.counting.shapes import load_shape
@@ -175,7 +176,7 @@ def build(point: dict[str, Any], device: torch.device) -> tuple[nn.Module, dict[
     if point["method"] == "qlora":
         four_bit(model, shape, device, torch.bfloat16 if autocast(point) else dtype)
     if point["checkpointing"]:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        switch_checkpointing(model, "enable", {"use_reentrant": False})
     wrapped = with_method(model, point, shape.kind)
     wrapped.train()
     ids = torch.randint(shape.config["vocab_size"], (point["batch"], point["sequence"]), device=device)

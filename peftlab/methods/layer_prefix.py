@@ -74,7 +74,8 @@ class WithoutCache(Part):
 
     def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The layer's call without a cache, if it is checkpointed."""
-        if host.training and getattr(host, "gradient_checkpointing", False):
+        # Since transformers 5.24 a checkpointed layer keeps its cache when there is nothing to run again.
+        if host.training and torch.is_grad_enabled() and getattr(host, "gradient_checkpointing", False):
             kwargs = {
                 name: None if name in NAMES or is_cache(value) else value for name, value in kwargs.items()
             }

@@ -18,6 +18,9 @@ from peftlab.quantization.linear import Linear4bit
 from peftlab.quantization.marks import restore_transformers_attributes, set_transformers_attributes
 from peftlab.quantization.weights import dense, is_quantized, is_repacked, quantized
 
+# What transformers notes on a model that it loaded in four bits (5.15 all of it, 5.23 all but the last)
+MARKS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_quantized", "is_4bit_serializable")
+
 
 def quantize_model(
     model: nn.Module,
@@ -174,7 +177,7 @@ def unmark(root: nn.Module) -> None:
         restore_transformers_attributes(root, record)
     if hasattr(getattr(root, "config", None), "quantization_config"):
         del root.config.quantization_config
-    for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_quantized"):
+    for name in MARKS:
         if name in root.__dict__:
             delattr(root, name)
     if record is not None:

@@ -10,6 +10,7 @@ from torch import nn
 
 import peftlab as pl
 from peftlab.adapters.checkpoint import placed
+from peftlab.core.checkpointing import switch_checkpointing
 from peftlab.methods.adapter import PLACEMENTS
 
 CONFIG = pl.AdapterConfig(width=4, init="random")
@@ -265,7 +266,7 @@ def test_checkpointing_and_compile_give_the_same_gradients(placement):
         torch.manual_seed(1)
         pl.attach(model, pl.AdapterConfig(placement=placement, width=4, init="random"))
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            switch_checkpointing(model, "enable", {"use_reentrant": False})
         model(**batch("llama"), use_cache=False).loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     for one, two in zip(*gradients, strict=True):

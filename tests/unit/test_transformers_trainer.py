@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import llama
+from tiny import checkpointing_arguments, llama
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import peftlab as pl
@@ -129,8 +129,7 @@ def test_the_best_adapter_comes_back_at_the_end(tmp_path):
 def test_with_gradient_checkpointing_every_adapter_trains(tmp_path, reentrant):
     plain, model = model_with_adapters(), model_with_adapters()
     trainer(plain, tmp_path / "a").train()
-    settings = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    trainer(model, tmp_path / "b", **settings).train()
+    trainer(model, tmp_path / "b", **checkpointing_arguments(reentrant)).train()
     found = weights(model)
     for name, value in weights(plain).items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
