@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from peftlab.adapters.injection import add, prepare
 from peftlab.adapters.integrity import base_sample, base_tensor, check_base, check_integrity, config_digest, digest
+from peftlab.catalogue import METHODS, resolve
 from peftlab.core.hooks import CHILD, base_modules, hosts
 from peftlab.core.records import known, unwrap
 from peftlab.core.targets import ALL_LINEAR, by_pattern, names_match
 from peftlab.core.tensor_files import read_tensors, serialised, write
 from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.methods import METHODS
 from peftlab.methods.parts import Part
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -241,7 +241,8 @@ def to_fields(root: nn.Module, config: Any, parts: list[Part]) -> dict[str, Any]
 
 def from_fields(root: nn.Module, fields: Mapping[str, Any]) -> Any:
     """The contents of `adapter_config.json` as a config for this model."""
-    kinds = {kind.peft_type: kind for kind in METHODS.values()}
+    configs = [resolve(row.config) for row in METHODS.values() if row.config]
+    kinds = {config.peft_type: config for config in configs}
     peft_type = fields.get("peft_type")
     if peft_type not in kinds:
         raise PeftLabError(

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from peftlab.catalogue import METHODS
 from peftlab.core.hooks import CHILD, Activity, Adapters, bringers, hosts, place, plain, remove
 from peftlab.core.records import Record, home, known, record_of, tensor_at, unwrap
 from peftlab.errors import PeftLabError
-from peftlab.methods import METHODS
 from peftlab.methods.parts import Part
 from peftlab.quantization.marks import tell_transformers, untell_transformers
 from peftlab.quantization.weights import give_back, unpack
@@ -68,7 +68,7 @@ def prepare(root: nn.Module, name: str, config: Any, adapter_dtype: torch.dtype 
     if not isinstance(root, nn.Module):
         raise PeftLabError(f"The model is a {type(root).__name__}; attach takes an nn.Module.")
     if not hasattr(config, "parts") or isinstance(config, type):
-        known = ", ".join(dict.fromkeys(kind.__name__ for kind in METHODS.values()))
+        known = ", ".join(dict.fromkeys(row.config_name for row in METHODS.values() if row.config_name))
         raise PeftLabError(f"The config is {config!r}; make one of {known}.")
     if adapter_dtype is not None and not (isinstance(adapter_dtype, torch.dtype) and adapter_dtype.is_floating_point):
         raise PeftLabError(f"adapter_dtype is {adapter_dtype!r}; give a floating dtype such as torch.float32.")
