@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from patience import HUNG_SECONDS
 
 from peftlab import __version__
 from peftlab.catalogue import METHODS, Method, Option
@@ -62,12 +63,12 @@ except SystemExit:
     pass
 print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)
 """
-    _, err = python("-c", code).communicate(timeout=60)
+    _, err = python("-c", code).communicate(timeout=HUNG_SECONDS)
     assert err.strip().splitlines()[-1] == "[]"
 
 
 def test_the_module_and_the_version(capsys):
-    out, err = python("-m", "peftlab", "--version").communicate(timeout=60)
+    out, err = python("-m", "peftlab", "--version").communicate(timeout=HUNG_SECONDS)
     assert (out, err) == (f"peftlab {__version__}\n", "")
     assert run(capsys, "--version")[:2] == (0, f"peftlab {__version__}\n")
 
@@ -203,7 +204,7 @@ def test_a_reader_who_has_gone_is_no_reason_to_complain(command):
     command = [sys.executable, "-m", "peftlab", *command.split()]
     process = subprocess.Popen(command, stdout=write, stderr=subprocess.PIPE, text=True, env=environment)
     os.close(write)
-    assert process.communicate(timeout=60)[1] == ""
+    assert process.communicate(timeout=HUNG_SECONDS)[1] == ""
     assert process.returncode == 141
 
 
@@ -452,12 +453,12 @@ def test_a_killed_run_and_an_interrupted_one_go_on_to_the_same_adapter(place, ca
     command = train_command("ask.jsonl", "stopped", "--steps", 150, "--save-every", 15, "--dropout", 0.1)
     states = place / "stopped" / "run"
     process = python("-m", "peftlab", *command, cwd=place)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HUNG_SECONDS
     while not list(states.glob("step-*")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.kill()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=HUNG_SECONDS)
     reached = max(states.glob("step-*"), default=None)
     assert reached is not None, err
 
@@ -491,5 +492,5 @@ def test_a_real_ctrl_c_is_one_line():
     process = python("-c", code)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=HUNG_SECONDS)
     assert (process.returncode, err) == (130, "peftlab: interrupted\n")
