@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from peftlab.adapters.injection import add, prepare, settle
 from peftlab.adapters.integrity import base_sample, base_tensor, check_base, check_integrity, config_digest, digest
+from peftlab.catalogue import METHODS, resolve
 from peftlab.core.hooks import CHILD, base_modules, hosts
 from peftlab.core.interface import Config, Placement
 from peftlab.core.records import require_adapter, unwrap
 from peftlab.core.targets import ALL_LINEAR, Targets, by_pattern, names_match
 from peftlab.core.tensor_files import read_tensors, serialised, write
 from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.methods import METHODS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ENCODER = "adapter_encoder.safetensors"  # ours alone; Hugging Face peft does not look at it
@@ -265,7 +265,8 @@ def config_class(fields: Mapping[str, Any]) -> type[Config]:
     Raises:
         PeftLabError: no method here has this `peft_type` and these fields, or more than one has.
     """
-    kinds = list(dict.fromkeys(METHODS.values()))  # one class may serve several methods
+    paths = dict.fromkeys(row.config for row in METHODS.values() if row.config)  # one class may serve several methods
+    kinds = [resolve(path) for path in paths]
     peft_type = fields.get("peft_type")
     alike = [kind for kind in kinds if kind.peft_type == peft_type and all(map(fields.get, kind.requires))]
     if not alike:

@@ -15,11 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from peftlab.catalogue import METHODS
 from peftlab.core.hooks import CHILD, Activity, Adapters, hosts, place, plain, prompt_parts, remove
 from peftlab.core.interface import Config, Placement
 from peftlab.core.records import Record, device_and_dtype_for, record_of, require_adapter, tensor_at, unwrap
 from peftlab.errors import PeftLabError
-from peftlab.methods import METHODS
 from peftlab.quantization.marks import restore_transformers_attributes, set_transformers_attributes
 from peftlab.quantization.weights import restore_parameter, unpack
 
@@ -70,7 +70,7 @@ def prepare(root: nn.Module, name: str, config: Config, adapter_dtype: torch.dty
     if not isinstance(root, nn.Module):
         raise PeftLabError(f"The model is a {type(root).__name__}; attach takes an nn.Module.")
     if not isinstance(config, Config) or isinstance(config, type):
-        known = ", ".join(dict.fromkeys(kind.__name__ for kind in METHODS.values()))
+        known = ", ".join(dict.fromkeys(row.config_name for row in METHODS.values() if row.config_name))
         raise PeftLabError(f"The config is {config!r}; make one of {known}.")
     if adapter_dtype is not None and not (isinstance(adapter_dtype, torch.dtype) and adapter_dtype.is_floating_point):
         raise PeftLabError(f"adapter_dtype is {adapter_dtype!r}; give a floating dtype such as torch.float32.")

@@ -8,7 +8,7 @@ host's own output, a `peft_type` that another method has too, and a weight that 
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import peftlab as pl
 from peftlab.adapters.checkpoint import placed
+from peftlab.catalogue import METHODS
 from peftlab.core.interface import Config, Part, Placement
 from peftlab.core.targets import Targets, find, is_conv1d, linear_shape
 from peftlab.methods.parts import cast, first_input, trained_biases, trained_copies, widened
@@ -145,7 +146,7 @@ CASES = {
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
     """The package knows DoRA for the time of a test."""
-    monkeypatch.setitem(pl.METHODS, "dora", DoRAConfig)
+    monkeypatch.setitem(METHODS, "dora", replace(METHODS["dora"], config=f"{__name__}:DoRAConfig"))
 
 
 def pair(kind, model=None, twin=None, adapter_dtype=None, **settings):
@@ -349,11 +350,12 @@ def test_a_folder_that_no_method_or_more_than_one_fits_is_refused(tmp_path, monk
 
     ours, _ = pair("llama")
     pl.save_adapter(ours, tmp_path)
-    monkeypatch.setitem(pl.METHODS, "other", Other)
+    monkeypatch.setitem(globals(), "Other", Other)
+    monkeypatch.setitem(METHODS, "other", replace(METHODS["dora"], config=f"{__name__}:Other"))
     with pytest.raises(pl.PeftLabError, match="fit DoRAConfig and Other.*`requires`"):
         pl.load_adapter(base("llama"), tmp_path)
-    monkeypatch.delitem(pl.METHODS, "other")
-    monkeypatch.delitem(pl.METHODS, "dora")
+    monkeypatch.delitem(METHODS, "other")
+    monkeypatch.delitem(METHODS, "dora")
     with pytest.raises(pl.PeftLabError, match="use_dora=True, which this package does not have"):
         pl.load_adapter(base("llama"), tmp_path)
 
