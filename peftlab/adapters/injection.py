@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from peftlab.catalogue import METHODS
+from peftlab.checks import number
 from peftlab.core.hooks import CHILD, Activity, Adapters, hosts, place, plain, prompt_parts, remove
 from peftlab.core.interface import Config, Placement
 from peftlab.core.records import Record, device_and_dtype_for, record_of, require_adapter, tensor_at, unwrap
@@ -198,9 +199,7 @@ def activate(
     names = list(weights) if rows is None else [name for name in dict.fromkeys(rows) if name is not None]
     for name in names:
         require_adapter(root, name)
-    for name, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise PeftLabError(f"The weight of {name!r} is {weight!r}; it is a finite number.")
+    weights = {name: number(f"the weight of {name!r}", weight) for name, weight in weights.items()}
     record = record_of(root)
     if record is None:
         raise PeftLabError("No adapter is attached to this model; attach one first.")

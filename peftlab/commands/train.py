@@ -11,19 +11,23 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
 from peftlab.catalogue import LEARNING_RATE, METHODS, resolve
+from peftlab.checks import whole
 from peftlab.commands import tasks
 from peftlab.commands.method_options import options_of, trainable
 from peftlab.commands.run_folder import METRICS, STATE, claim, locked, save, write_json
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.units import format_both, format_count, format_percent
+from peftlab.settings import Settings, known_values
 
 # Arguments that change nothing about what is learned: a run goes on although they differ.
 INCIDENTAL = ("command", "run", "json", "out", "resume", "save_every", "device", "test_limit", "max_new_tokens")
+# The training settings that have an option, by its name
+OPTIONS = {one.metadata["option"]: one for one in fields(Settings) if one.metadata["option"]}
 LOG_SECONDS = 30.0
 TEST_LIMIT = {"completion": 64, "classification": 1000, "text": 200}
 
@@ -42,51 +46,35 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "text and label, or text",
     )
     add("--out", required=True, metavar="FOLDER", help="where the adapter and metrics.json go")
-    add("--steps", type=int, metavar="N", help="optimiser steps; or give --epochs")
-    add("--epochs", type=float, metavar="N", help="times through the training data (default: 1)")
-    add("--batch-size", type=int, default=8, metavar="N", help="examples at once (default: 8)")
-    add("--accumulation", type=int, default=1, metavar="N", help="batches a step (default: 1)")
-    add("--lr", type=float, metavar="X", help=f"peak learning rate (default: {rates}; others {LEARNING_RATE:g})")
-    add("--warmup", type=float, default=0.0, metavar="X", help="share of the steps, or a number of them (default: 0)")
-    add("--schedule", choices=("linear", "cosine", "constant"), default="linear", help="(default: linear)")
-    add(
-        "--optimizer",
-        choices=("adamw", "adamw8bit", "paged-adamw8bit", "sgd"),
-        default="adamw",
-        help="the 8-bit ones are bitsandbytes' (default: adamw)",
-    )
-    add("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
-    add(
-        "--precision",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        default="auto",
-        help="what is computed in (default: auto, as the device can)",
-    )
-    add(
-        "--checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="recompute activations in the backward pass (default: no)",
-    )
-    add(
-        "--group-by-length",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="put examples of similar length into a batch, for less padding (default: no)",
-    )
+    defaults = {"lr": f"{rates}; others {LEARNING_RATE:g}", "resume": "yes; --no-resume starts again"}
+    for option, one in OPTIONS.items():
+        default = None if option == "lr" else one.default
+        add(f"--{option}", default=default, **_as_argument(one, defaults.get(option, _told(one.default))))
     add("--device", metavar="D", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     add("--limit", type=int, metavar="N", help="use the first N training examples")
     add("--max-length", type=int, metavar="N", help="tokens of an example (default: 512, or what the model can take)")
-    add("--eval-every", type=int, metavar="N", help="measure the validation loss every N steps")
     add("--test-limit", type=int, metavar="N", help="examples of the final test (default: 64 answers, 1000 texts)")
     add("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer in the final test (default: 64)")
-    add("--save-every", type=int, default=50, metavar="N", help="steps between saved states (default: 50)")
-    add(
-        "--resume",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="go on with the run in FOLDER (default); --no-resume starts again",
-    )
+
+
+def _as_argument(one: Field[Any], default: str) -> dict[str, Any]:
+    """What argparse is told of a setting."""
+    known = known_values(one)
+    kind: dict[str, Any] = {"type": float, "metavar": "X"}
+    if True in known:
+        kind = {"action": argparse.BooleanOptionalAction}
+    elif known:
+        kind = {"choices": known}
+    elif one.metadata["check"].func is whole:
+        kind = {"type": int, "metavar": "N"}
+    return kind | {"help": one.metadata["doc"] + (f" (default: {default})" if default else "")}
+
+
+def _told(default: Any) -> str:
+    """A default as the help says it; nothing for `None`."""
+    if default is None or isinstance(default, bool):
+        return {None: "", True: "yes", False: "no"}[default]
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def run(arguments: argparse.Namespace, targets: Any) -> dict[str, Any]:
@@ -133,15 +121,14 @@ def check(arguments: argparse.Namespace) -> None:
             setattr(arguments, option.name, option.default)
     if row.config and arguments.bias != "none" and not row.takes("bias"):
         raise PeftLabError(f"--bias {arguments.bias} has no meaning for {method}; use lora, or --method bitfit.")
-    for name in ("steps", "batch_size", "accumulation", "limit", "max_length", "eval_every", "test_limit",
-                 "max_new_tokens", "save_every", "virtual_tokens"):  # fmt: skip
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise PeftLabError(f"--{name.replace('_', '-')} must be at least 1, found {value}.")
-    for name in ("epochs", "lr"):
-        value = getattr(arguments, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise PeftLabError(f"--{name} must be above 0, found {value}.")
+    for option, one in OPTIONS.items():
+        one.metadata["check"](f"--{option}", _given(arguments, option))
+    for option in ("limit", "max-length", "test-limit", "max-new-tokens", "virtual-tokens"):
+        whole(f"--{option}", _given(arguments, option), least=1, optional=True)
+
+
+def _given(arguments: argparse.Namespace, option: str) -> Any:
+    return getattr(arguments, option.replace("-", "_"))
 
 
 def foreign(method: str) -> tuple[str, ...]:
@@ -185,23 +172,9 @@ def _train(arguments: argparse.Namespace, targets: Any, folder: Path) -> dict[st
         examples,
         tokenizer=tokenizer,
         evaluation_data=watched,
-        steps=arguments.steps,
-        epochs=arguments.epochs,
-        batch_size=arguments.batch_size,
-        accumulation=arguments.accumulation,
-        learning_rate=arguments.lr,
-        warmup=arguments.warmup,
-        schedule=arguments.schedule,
-        optimizer=arguments.optimizer,
-        precision=arguments.precision,
-        checkpointing=arguments.checkpointing,
-        group_by_length=arguments.group_by_length,
-        seed=arguments.seed,
-        evaluate_every=arguments.eval_every,
         folder=folder / STATE,
-        save_every=arguments.save_every,
-        resume=arguments.resume,
         callback=None if sys.stderr.isatty() else _log(),
+        **{one.name: _given(arguments, option) for option, one in OPTIONS.items()},
     )
     size = save(model, tokenizer, folder, row.config is not None)
     rows = task.test[: arguments.test_limit or TEST_LIMIT[task.kind]]

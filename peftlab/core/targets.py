@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 
 from torch import nn
 
+from peftlab.checks import one_of, whole
 from peftlab.core.hooks import base_modules
 from peftlab.errors import PeftLabError, did_you_mean
 
@@ -75,9 +76,10 @@ class Targets:
             check_names(self, name)
         layers = self.layers_to_transform
         if layers is not None:
-            layers = (layers,) if isinstance(layers, int) else tuple(layers)
-            if not layers or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in layers):
-                raise PeftLabError(f"layers_to_transform is {self.layers_to_transform!r}; give block indices from 0.")
+            indices = tuple(layers) if isinstance(layers, Iterable) else (layers,)
+            if not indices:
+                raise PeftLabError("layers_to_transform is empty; leave it out for all blocks, or name some.")
+            layers = tuple(whole("an index in layers_to_transform", index, least=0) for index in indices)
             object.__setattr__(self, "layers_to_transform", layers)
         pattern = self.layers_pattern
         if pattern is not None:
@@ -116,9 +118,7 @@ def check_task(config: Any) -> None:
     """Brings `task_type` to Hugging Face's word for it."""
     if config.task_type is not None:
         task = str(getattr(config.task_type, "value", config.task_type)).upper()
-        if task not in TASK_HEADS:
-            raise PeftLabError(f"task_type is {config.task_type!r}; it is one of {', '.join(TASK_HEADS)}.")
-        object.__setattr__(config, "task_type", task)
+        object.__setattr__(config, "task_type", one_of("task_type", task, TASK_HEADS))
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
 from peftlab.catalogue import METHODS
+from peftlab.checks import number, one_of, whole
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.counting.methods import method_name, trained_by
 from peftlab.memory.counting.options import Options, Trained
@@ -72,9 +73,8 @@ class Estimate:
 
         Arithmetic alone: a step of many small kernels waits for launches, and takes longer whatever the efficiency.
         """
-        if peak_flops <= 0 or not 0 < efficiency <= 1:
-            raise PeftLabError(f"peak_flops is above 0, efficiency up to 1; found {peak_flops!r} and {efficiency!r}.")
-        return self.flops / (efficiency * peak_flops)
+        peak_flops = number("peak_flops", peak_flops, above=0)
+        return self.flops / (number("efficiency", efficiency, above=0, most=1) * peak_flops)
 
     def as_dict(self) -> dict[str, int | str]:
         """As ``peftlab memory --json`` prints it."""
@@ -134,19 +134,14 @@ def estimate(
     """
     shape, method = load_shape(shape, labels), method_name(method)
     row = METHODS[method]
-    for name, value in (("batch", batch), ("sequence", sequence)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise PeftLabError(f"{name} must be a positive whole number, found {value!r}.")
-        if value > MOST:
-            raise PeftLabError(f"{name} is at most {MOST:,}, found {value:,}.")
-    if isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 1:
-        raise PeftLabError(f"gpus must be a positive whole number, found {gpus!r}.")
-    _one_of("parallel", parallel, PARALLEL)
-    _one_of("library", library, LIBRARIES)
-    _one_of("precision", precision, PRECISIONS)
-    _one_of("optimizer", optimizer, OPTIMIZERS)
-    _one_of("adapter_precision", adapter_precision, ADAPTER_PRECISIONS)
-    _one_of("attention", attention, ATTENTIONS)
+    batch, sequence = whole("batch", batch, least=1, most=MOST), whole("sequence", sequence, least=1, most=MOST)
+    gpus = whole("gpus", gpus, least=1)
+    one_of("parallel", parallel, PARALLEL)
+    one_of("library", library, LIBRARIES)
+    one_of("precision", precision, PRECISIONS)
+    one_of("optimizer", optimizer, OPTIMIZERS)
+    one_of("adapter_precision", adapter_precision, ADAPTER_PRECISIONS)
+    one_of("attention", attention, ATTENTIONS)
     _refuse_what_cannot_run(shape, method, sequence, virtual_tokens)
     if targets is not None and not isinstance(targets, str):
         targets = tuple(targets)
@@ -239,8 +234,3 @@ def _thinned(history: list[tuple[str, int]]) -> list[tuple[str, int]]:
     """At most `POINTS` of them: the highest of each stretch, so that no peak is lost."""
     width = -(-len(history) // POINTS)
     return [max(history[i : i + width], key=lambda point: point[1]) for i in range(0, len(history), width)]
-
-
-def _one_of(name: str, value: object, known: Iterable[str]) -> None:
-    if value not in known:
-        raise PeftLabError(f"{name} is one of {', '.join(known)}; found {value!r}.{did_you_mean(str(value), known)}")

@@ -27,10 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlab.checks import check_fields, number, one_of, whole
 from peftlab.core.hooks import base_modules
 from peftlab.core.interface import Part, Placement
 from peftlab.core.targets import Targets, check_called, find, heads, linear_shape
-from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.errors import PeftLabError
 from peftlab.methods.parts import cast, first_input, trained_copies
 
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
@@ -70,20 +71,13 @@ class AdapterConfig(Targets):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("placement", PLACEMENTS), ("activation", tuple(ACTIVATIONS)), ("init", INITS)):
-            value = getattr(self, name)
-            if value not in known:
-                raise PeftLabError(
-                    f"{name} is {value!r}; it is one of {', '.join(map(repr, known))}.{did_you_mean(str(value), known)}"
-                )
-        sizes = {"reduction_factor": self.reduction_factor, "width": 1 if self.width is None else self.width}
-        for name, value in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise PeftLabError(f"{name} is {value!r}; it is a positive whole number.")
-        if not _number(self.scaling) or self.scaling <= 0:
-            raise PeftLabError(f"scaling is {self.scaling!r}; it is a positive number, usually 1 to 4.")
-        if not _number(self.dropout) or not 0 <= self.dropout < 1:
-            raise PeftLabError(f"dropout is {self.dropout!r}; it is a probability from 0 up to, not including, 1.")
+        check_fields(self, one_of, "placement", known=PLACEMENTS)
+        check_fields(self, one_of, "activation", known=ACTIVATIONS)
+        check_fields(self, one_of, "init", known=INITS)
+        check_fields(self, whole, "reduction_factor", least=1)
+        check_fields(self, whole, "width", least=1, optional=True)
+        check_fields(self, number, "scaling", above=0, usual="1 to 4")
+        check_fields(self, number, "dropout", least=0, below=1)
 
     @property
     def method(self) -> str:
@@ -291,7 +285,3 @@ def start(down: nn.Linear, up: nn.Linear, init: str) -> None:
         nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
         for tensor in (down.bias, up.weight, up.bias):
             nn.init.zeros_(tensor)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

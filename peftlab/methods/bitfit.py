@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from peftlab.checks import check_fields, whole
 from peftlab.core.interface import Placement
 from peftlab.core.targets import Targets, find
 from peftlab.errors import PeftLabError
@@ -77,8 +78,7 @@ class SelectiveConfig(Targets):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.last_layers, bool) or not isinstance(self.last_layers, int) or self.last_layers < 0:
-            raise PeftLabError(f"last_layers is {self.last_layers!r}; it is a whole number, 0 or more.")
+        check_fields(self, whole, "last_layers", least=0)
         if self.last_layers and self.target_modules is not None:
             raise PeftLabError("Give last_layers or target_modules, not both.")
 

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from peftlab.checks import check_fields, one_of
 from peftlab.core.hooks import base_modules
 from peftlab.core.interface import Part, Placement
 from peftlab.core.targets import Targets, check_carrier, check_regex, find, is_conv1d, linear_shape, names_match
@@ -63,8 +64,7 @@ class IA3Config(Targets):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init not in ("ones", "random"):
-            raise PeftLabError(f"init is {self.init!r}; it is 'ones' or 'random'.")
+        check_fields(self, one_of, "init", known=("ones", "random"))
         modules = self.feedforward_modules
         if isinstance(modules, str):
             check_regex(modules)

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlab.checks import check_fields, number, one_of, whole
 from peftlab.core.interface import Part, Placement
 from peftlab.core.targets import Targets, by_pattern, check_regex, find, in_any_order, is_conv1d, linear_shape
-from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.errors import PeftLabError
 from peftlab.methods.parts import BIAS_MODES, cast, first_input, trained_biases, trained_copies, widened
 
 INITS = ("kaiming", "gaussian", "orthogonal", "random")
@@ -67,20 +68,15 @@ class LoRAConfig(Targets):
         super().__post_init__()
         for key in (*self.rank_pattern, *self.alpha_pattern):
             check_regex(key)
-        for where, r in (("r", self.r), *((f"rank_pattern[{key!r}]", r) for key, r in self.rank_pattern.items())):
-            if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-                raise PeftLabError(f"{where} is {r!r}; a rank is a positive whole number, usually 4 to 64.")
-        for where, a in (("alpha", self.alpha), *((f"alpha_pattern[{k!r}]", a) for k, a in self.alpha_pattern.items())):
-            if isinstance(a, bool) or not isinstance(a, (int, float)) or not math.isfinite(a) or a <= 0:
-                raise PeftLabError(f"{where} is {a!r}; it is a positive number, usually r to 4 r.")
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
-            raise PeftLabError(f"dropout is {self.dropout!r}; it is a probability from 0 up to, not including, 1.")
-        for name, known in (("bias", BIAS_MODES), ("init", INITS)):
-            value = getattr(self, name)
-            if value not in known:
-                raise PeftLabError(
-                    f"{name} is {value!r}; it is one of {', '.join(map(repr, known))}.{did_you_mean(str(value), known)}"
-                )
+        check_fields(self, whole, "r", least=1, usual="4 to 64")
+        check_fields(self, number, "alpha", above=0, usual="r to 4 r")
+        check_fields(self, number, "dropout", least=0, below=1)
+        check_fields(self, one_of, "bias", known=BIAS_MODES)
+        check_fields(self, one_of, "init", known=INITS)
+        ranks = {key: whole(f"rank_pattern[{key!r}]", r, least=1) for key, r in self.rank_pattern.items()}
+        alphas = {key: number(f"alpha_pattern[{key!r}]", a, above=0) for key, a in self.alpha_pattern.items()}
+        object.__setattr__(self, "rank_pattern", ranks)
+        object.__setattr__(self, "alpha_pattern", alphas)
 
     def scaling(self, path: str = "") -> float:
         """The factor s in front of BA: alpha / r, or alpha / sqrt(r) with `use_rslora`."""

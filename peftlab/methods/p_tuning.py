@@ -17,10 +17,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from peftlab.checks import check_fields, number, one_of, whole
 from peftlab.core.interface import Placement
-from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.methods.in_front import prompt_parts
-from peftlab.methods.virtual import Table, VirtualTokens, positive, submodules, word_embeddings
+from peftlab.methods.virtual import Table, VirtualTokens, submodules, word_embeddings
 
 ENCODERS = ("mlp", "lstm", "none")
 
@@ -51,14 +51,10 @@ class PTuningConfig(VirtualTokens):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.encoder not in ENCODERS:
-            hint = did_you_mean(str(self.encoder), ENCODERS)
-            raise PeftLabError(f"encoder is {self.encoder!r}; it is one of {', '.join(map(repr, ENCODERS))}.{hint}")
-        positive(self, "encoder_hidden", optional=True)
-        positive(self, "encoder_layers")
-        p = self.encoder_dropout
-        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
-            raise PeftLabError(f"encoder_dropout is {p!r}; it is a probability from 0 up to, not including, 1.")
+        check_fields(self, one_of, "encoder", known=ENCODERS)
+        check_fields(self, whole, "encoder_hidden", least=1, optional=True)
+        check_fields(self, whole, "encoder_layers", least=1)
+        check_fields(self, number, "encoder_dropout", least=0, below=1)
 
     def parts(self, model: nn.Module) -> Iterator[Placement]:
         """Yields the prompt in front of the input, and the copies of heads."""

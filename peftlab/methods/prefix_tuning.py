@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from peftlab.checks import check_fields, whole
 from peftlab.core.hooks import active_prompt
 from peftlab.core.interface import Part, Placement
 from peftlab.errors import PeftLabError
@@ -48,7 +49,6 @@ from peftlab.methods.virtual import (
     lengthened,
     path_of,
     position_limit,
-    positive,
     stored_names,
     text_ids,
     word_embeddings,
@@ -86,7 +86,7 @@ class PrefixTuningConfig(VirtualTokens):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, "encoder_hidden", optional=True)
+        check_fields(self, whole, "encoder_hidden", least=1, optional=True)
         if self.init is not None:
             check_start(self, INITS)
         if self.projection and self.init in ("vocabulary", "text"):

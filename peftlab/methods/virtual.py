@@ -15,9 +15,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from peftlab.checks import check_fields, one_of, whole
 from peftlab.core.interface import Placement
 from peftlab.core.targets import check_names, check_task
-from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.errors import PeftLabError
 from peftlab.methods.parts import trained_copies
 
 # The task's head has this name in the files of Hugging Face's prompt methods, whose wrapper holds the model itself.
@@ -45,7 +46,7 @@ class VirtualTokens:
     unsupported: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        positive(self, "num_virtual_tokens")
+        check_fields(self, whole, "num_virtual_tokens", least=1)
         check_names(self, "modules_to_save")
         check_task(self)
 
@@ -132,23 +133,13 @@ def text_ids(config: Any) -> list[int]:
 
 def check_start(config: Any, known: tuple[str, ...]) -> None:
     """Checks `init`, and that a text to start from comes with what turns it into tokens."""
-    if config.init not in known:
-        listed = ", ".join(map(repr, known))
-        raise PeftLabError(f"init is {config.init!r}; it is one of {listed}.{did_you_mean(str(config.init), known)}")
+    check_fields(config, one_of, "init", known=known)
     if config.init == "text" and config.init_text is None:
         raise PeftLabError("init is 'text' but there is no init_text; give the text to start from.")
     if config.init != "text" and config.init_text is not None:
         raise PeftLabError(f"init_text was given, but init is {config.init!r}; say init='text' to start from it.")
     if config.init == "text" and isinstance(config.init_text, str) and config.tokenizer is None:
         raise PeftLabError("init_text needs a tokenizer: give the model's, or its name; or give token ids.")
-
-
-def positive(config: Any, name: str, optional: bool = False) -> None:
-    """Requires a positive whole number."""
-    value = getattr(config, name)
-    if (value is None and optional) or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-        return
-    raise PeftLabError(f"{name} is {value!r}; it is a positive whole number.")
 
 
 def word_embeddings(model: nn.Module) -> nn.Embedding:

@@ -211,14 +211,14 @@ def test_it_cannot_be_merged_and_says_so():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(placement="pfeifer"), "placement is 'pfeifer'.*Did you mean 'pfeiffer'"),
-        (dict(activation="relo"), "activation is 'relo'.*Did you mean 'relu'"),
-        (dict(init="zero"), "init is 'zero'"),
-        (dict(reduction_factor=0), "reduction_factor is 0; it is a positive whole number"),
-        (dict(reduction_factor=2.5), "reduction_factor is 2.5"),
-        (dict(width=True), "width is True"),
-        (dict(scaling=float("nan")), "scaling is nan"),
-        (dict(dropout=1), "dropout is 1"),
+        (dict(placement="pfeifer"), "placement must be .* found 'pfeifer'.*Did you mean 'pfeiffer'"),
+        (dict(activation="relo"), "activation must be .* found 'relo'.*Did you mean 'relu'"),
+        (dict(init="zero"), "init must be .* found 'zero'"),
+        (dict(reduction_factor=0), "reduction_factor must be a positive whole number, found 0"),
+        (dict(reduction_factor=2.5), "reduction_factor must be .* found 2.5"),
+        (dict(width=True), "width must be .* found True"),
+        (dict(scaling=float("nan")), "scaling must be .* found nan"),
+        (dict(dropout=1), "dropout must be .* found 1"),
     ],
 )
 def test_values_that_are_refused(settings, message):

@@ -147,10 +147,10 @@ MISTAKES = [
     ("train --model m --data d", "--out"),
     ("train --model m --data d --out o --method qlra", "not 'qlra'. Did you mean 'qlora'"),
     ("train --model m --data d --out o --steps 3 --epochs 1", "not both"),
-    ("train --model m --data d --out o --steps 0", "--steps must be at least 1, found 0"),
-    ("train --model m --data d --out o --batch-size -1", "--batch-size must be at least 1, found -1"),
-    ("train --model m --data d --out o --lr 0", "--lr must be above 0"),
-    ("train --model m --data d --out o --lr nan", "--lr must be above 0"),
+    ("train --model m --data d --out o --steps 0", "--steps must be a positive whole number, found 0"),
+    ("train --model m --data d --out o --batch-size -1", "--batch-size must be a positive whole number, found -1"),
+    ("train --model m --data d --out o --lr 0", "--lr must be a positive number"),
+    ("train --model m --data d --out o --lr nan", "--lr must be a positive number"),
     ("train --model tiny --data support-desc --out o", "Did you mean 'support-desk'"),
 ]
 

@@ -534,14 +534,17 @@ def test_from_the_shell(method, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("make", "message"), [
-    (lambda: pl.PromptTuningConfig(num_virtual_tokens=0), "num_virtual_tokens is 0; it is a positive whole number"),
+    (
+        lambda: pl.PromptTuningConfig(num_virtual_tokens=0),
+        "num_virtual_tokens must be a positive whole number, found 0",
+    ),
     (lambda: pl.PromptTuningConfig(init="vocabluary"), "Did you mean 'vocabulary'"),
     (lambda: pl.PromptTuningConfig(init="text"), "there is no init_text"),
     (lambda: pl.PromptTuningConfig(init="text", init_text="a cat"), "needs a tokenizer"),
     (lambda: pl.PromptTuningConfig(init_text="a cat"), "say init='text'"),
     (lambda: pl.PromptTuningConfig(task_type="CASUAL_LM"), "task_type"),
     (lambda: pl.PTuningConfig(encoder="lstn"), "Did you mean 'lstm'"),
-    (lambda: pl.PTuningConfig(encoder_dropout=1.0), "probability"),
+    (lambda: pl.PTuningConfig(encoder_dropout=1.0), "encoder_dropout must be a number of at least 0 and below 1"),
     (lambda: pl.PrefixTuningConfig(projection=True, init="text", init_text=[1]), "cannot be had with a projection"),
 ])  # fmt: skip
 def test_a_wrong_config_says_what_is_wrong(make, message):
