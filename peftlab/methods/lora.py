@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlab.checks import check_fields, number, one_of, whole
+from peftlab.core.interface import Part, Placement
 from peftlab.core.targets import Targets, by_pattern, check_regex, find, in_any_order, is_conv1d, linear_shape
 from peftlab.errors import PeftLabError
-from peftlab.methods.parts import BIAS_MODES, Part, cast, first_input, trained_biases, trained_copies, widened
+from peftlab.methods.parts import BIAS_MODES, cast, first_input, trained_biases, trained_copies, widened
 
 INITS = ("kaiming", "gaussian", "orthogonal", "random")
 # Values of peft's `init_lora_weights` (in lower case) that leave the base's weights alone.
@@ -41,8 +42,8 @@ class LoRAConfig(Targets):
             (normal, standard deviation 1 / r), `"orthogonal"`, or `"random"` (B random too: for tests, since the
             model's output then changes before the first step).
         lora_bias: give B a bias of its own, started at zero.
-        fan_in_fan_out: whether the layers store their weight as (in, out). It is known of Linear and Conv1D, whatever
-            is said here; say it for layers of your own.
+        fan_in_fan_out: detected automatically for Linear and Conv1D (the flag is ignored there). Set it only for custom
+            layers that store their weight as (in, out).
         rank_pattern, alpha_pattern: another r or alpha for paths whose end matches a key, e.g. `{"layers.0.*": 4}`.
 
     Raises:
@@ -82,7 +83,7 @@ class LoRAConfig(Targets):
         r, alpha = by_pattern(self.rank_pattern, path, self.r), by_pattern(self.alpha_pattern, path, self.alpha)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
-    def parts(self, model: nn.Module) -> Iterator[Part]:
+    def parts(self, model: nn.Module) -> Iterator[Placement]:
         """Yields what this config places on a model: one low-rank update for each target, trained biases and copies."""
         targets = find(model, self)
         for table in (self.rank_pattern, self.alpha_pattern):
@@ -90,10 +91,11 @@ class LoRAConfig(Targets):
                 if not any(by_pattern({key: True}, path, False) for path in targets):
                     raise PeftLabError(f"The pattern {key!r} matches none of the {len(targets)} target modules.")
         for path, host in targets.items():
-            layer = LoRAEmbedding if isinstance(host, nn.Embedding) else LoRALinear
-            yield Part(path, "lora", layer(host, by_pattern(self.rank_pattern, path, self.r), self.scaling(path), self))
+            kind = LoRAEmbedding if isinstance(host, nn.Embedding) else LoRALinear
+            part = kind(host, by_pattern(self.rank_pattern, path, self.r), self.scaling(path), self)
+            yield Placement(path, "lora", part)
         copies = list(trained_copies(model, self))
-        yield from trained_biases(model, self.bias, targets, copied=[part.path for part in copies])
+        yield from trained_biases(model, self.bias, targets, copied=[copy.path for copy in copies])
         yield from copies
 
     def to_peft(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -149,7 +151,7 @@ class LoRAConfig(Targets):
     )  # fmt: skip
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(Part):
     """The update of one linear layer (Linear, Conv1D, or a quantised linear).
 
     Attributes:
@@ -199,7 +201,7 @@ class LoRALinear(nn.Module):
         return parameters
 
 
-class LoRAEmbedding(nn.Module):
+class LoRAEmbedding(Part):
     """The update of an embedding: rows of A picked by token, then B.
 
     Attributes:

@@ -55,7 +55,7 @@ def train(model: nn.Module, train_data: Sequence[Mapping[str, Any]], **given: An
     run = Run(model, train_data, settings, device=device, ranks=ranks)
     folder = None if settings.folder is None else Path(settings.folder)
     if folder is not None:
-        state.take_up(run, folder, settings.resume)
+        state.resume_or_start(run, folder, settings.resume)
     with (
         borrowed_generators(),
         mode(model, True),

@@ -125,7 +125,7 @@ class Run:
             loss, labels = self._gradients(parts)
             norm = self._clip(chosen)
         except TrainingError:
-            self.buffers.put_back(held)  # the forward pass has moved running statistics already
+            self.buffers.restore(held)  # the forward pass has moved running statistics already
             raise
         self.scaler.step(self.optimizer)  # a plain optimizer.step() but for fp16
         self.scaler.update()

@@ -71,7 +71,7 @@ def save(run: Run, folder: Path) -> None:
     run.ranks.wait()
 
 
-def take_up(run: Run, folder: Path, resume: bool) -> None:
+def resume_or_start(run: Run, folder: Path, resume: bool) -> None:
     """Put the run where the one in the folder stopped, or begin it there; nothing is loaded before all is checked.
 
     Raises:
@@ -106,7 +106,7 @@ def take_up(run: Run, folder: Path, resume: bool) -> None:
     with torch.no_grad():
         for name, parameter in run.trainable.items():
             parameter.copy_(tensors[f"trainable/{name}"])
-    run.buffers.put_back(_part(tensors, "buffer"))
+    run.buffers.restore(_part(tensors, "buffer"))
     run.best_values = {name: value.to(run.device) for name, value in _part(tensors, "best").items()}
     if run.scaler.is_enabled():
         run.scaler.load_state_dict(record["scaler"])

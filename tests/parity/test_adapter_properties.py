@@ -10,13 +10,14 @@ from torch import nn
 
 import peftlab as pl
 from peftlab.adapters.checkpoint import placed
+from peftlab.core.checkpointing import switch_checkpointing
 from peftlab.methods.adapter import PLACEMENTS
 
 CONFIG = pl.AdapterConfig(width=4, init="random")
 
 
 def parts(model, name="default"):
-    return {part.path: part.layer for part in placed(model, name)}
+    return {path: part for path, _, part in placed(model, name)}
 
 
 def test_reduction_factor_16_is_a_bottleneck_of_48_at_768():
@@ -152,9 +153,9 @@ def test_saved_and_loaded_with_a_head(kind, placement, tmp_path):
     )  # fmt: skip
     pl.attach(model, config, name="one")
     with torch.no_grad():
-        for part in placed(model, "one"):
-            if part.name == "copy":
-                next(part.layer.parameters()).add_(0.3)
+        for _, part_name, part in placed(model, "one"):
+            if part_name == "copy":
+                next(part.parameters()).add_(0.3)
     expected = model(**batch(kind)).logits
     folder = pl.save_adapter(model, tmp_path, name="one")
     assert folder == tmp_path / "one"
@@ -265,7 +266,7 @@ def test_checkpointing_and_compile_give_the_same_gradients(placement):
         torch.manual_seed(1)
         pl.attach(model, pl.AdapterConfig(placement=placement, width=4, init="random"))
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            switch_checkpointing(model, "enable", {"use_reentrant": False})
         model(**batch("llama"), use_cache=False).loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     for one, two in zip(*gradients, strict=True):

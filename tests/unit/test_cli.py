@@ -14,7 +14,9 @@ import pytest
 from patience import HUNG_SECONDS
 
 from peftlab import __version__
+from peftlab.catalogue import METHODS, Method, Option
 from peftlab.commands import cli, terminal
+from peftlab.commands.method_options import counted, trainable
 from peftlab.errors import PeftLabError
 from peftlab.memory import count
 
@@ -360,7 +362,6 @@ def test_every_method_trains_from_the_shell_and_its_folder_loads(place, capsys, 
 
     import peftlab as pl
     from peftlab.assets.models import load_model
-    from peftlab.methods import METHODS
 
     more = ["--last-layers", 1] if method == "selective" else ["--reduction-factor", 4]
     command = train_command("ask.jsonl", "run", "--method", method, "--steps", 6, "--json", *more)
@@ -375,13 +376,14 @@ def test_every_method_trains_from_the_shell_and_its_folder_loads(place, capsys, 
     assert pl.count_parameters(model).trainable == result["trainable"]
     if method != "selective":
         assert result["trainable"] == count("tiny", method, reduction_factor=4).trainable
-    assert method in METHODS and method in cli.METHODS.split(", ")
 
 
-def test_the_help_names_every_method():
-    from peftlab.commands.train import configs
-
-    assert cli.METHODS.split(", ") == ["full", *configs()]
+def test_the_help_names_every_method(capsys):
+    for command, known in (("train", trainable()), ("count", counted()), ("memory", counted())):
+        _, out, _ = run(capsys, command, "--help")
+        assert f"--method M {', '.join(known)} (default: lora)" in " ".join(out.split())
+    names = "full lora qlora ia3 bitfit selective prompt p-tuning prefix houlsby pfeiffer parallel"
+    assert list(trainable()) == names.split()
 
 
 def test_a_method_that_this_model_has_no_place_for_is_one_line(place, capsys):
@@ -434,7 +436,11 @@ def test_a_method_is_given_the_options_that_it_has_fields_for(monkeypatch):
     from peftlab.commands import train
 
     config = dataclasses.make_dataclass("Config", [("dropout", float), ("target_modules", object), ("width", int, 3)])
-    monkeypatch.setattr("peftlab.methods.METHODS", {"narrow": config})
+    monkeypatch.setattr("test_cli.Narrow", config, raising=False)
+    options = (Option(name="dropout", help=""), Option(name="targets", fills="target_modules", help=""))
+    for name in METHODS.keys() - {"full"}:
+        monkeypatch.delitem(METHODS, name)
+    monkeypatch.setitem(METHODS, "narrow", Method(config="test_cli:Narrow", options=options))
     given = cli.argparse.Namespace(method="narrow", r=8, alpha=16.0, dropout=0.5, bias="none", targets="q", lr=1.0)
     assert train._config(given, ["q"], task_type="SEQ_CLS") == config(0.5, ["q"], 3)
     with pytest.raises(PeftLabError, match="train knows the methods full, narrow, not 'lora'"):

@@ -13,7 +13,7 @@ from peftlab.memory.counting.families import Module
 class Options:
     """What the methods can be told; each reads the fields that concern it."""
 
-    r: int | None = None  # None: the method's own, in DEFAULT_R
+    r: int | None = None  # None: the default of the method's row in the catalogue
     targets: str | tuple[str, ...] | None = None  # None: query and value, for IA3 the family's own (see Family.ia3)
     bias: str = "none"  # of the LoRA family; "lora_only" is what peft calls "vera_only" for VeRA
     virtual_tokens: int = 20
@@ -54,3 +54,4 @@ class Trained:
     own: tuple[tuple[Module, str], ...] = ()  # the model's own tensors that it unfreezes: (module, "weight" or "bias")
     adapted: tuple[Module, ...] = ()  # the modules that it adapts
     whole: bool = False  # everything trains, the head in its place, so no copy of the head is added
+    saved: int | None = None  # elements in a file of what it adds; None: of all that trains of it
