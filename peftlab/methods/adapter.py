@@ -34,8 +34,109 @@ from peftlab.core.targets import Targets, check_called, find, heads, linear_shap
 from peftlab.errors import PeftLabError
 from peftlab.methods.parts import cast, first_input, trained_copies
 
-PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "linear": lambda x: x}
+KEYS = {
+    f"bottleneck.{name}.{kind}": f"{{path}}.adapter_{name}.{kind}"
+    for name in ("down", "up")
+    for kind in ("weight", "bias")
+}
+
+
+class Bottleneck(nn.Module):
+    """a(x) = s (W_up f(W_down x + b_down) + b_up). x: (..., d)."""
+
+    def __init__(self, d: int, config: AdapterConfig) -> None:
+        super().__init__()
+        m = config.bottleneck(d)
+        self.scaling, self.dropout, self.activation = config.scaling, config.dropout, ACTIVATIONS[config.activation]
+        self.down, self.up = nn.Linear(d, m), nn.Linear(m, d)
+        start(self.down, self.up, config.init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the adapter adds, in its own dtype."""
+        x = cast(x, self.down.weight.dtype)
+        # a(x) = s (W_up f(W_down x + b_down) + b_up)
+        update = self.up(self.activation(self.down(x)))
+        update = update if self.scaling == 1 else update * self.scaling
+        return F.dropout(update, self.dropout, self.training)
+
+
+class After(Part):
+    """y + a(y): reads what its host returns."""
+
+    keys: ClassVar[dict[str, str]] = KEYS
+
+    def __init__(self, bottleneck: Bottleneck) -> None:
+        super().__init__()
+        self.bottleneck = bottleneck
+
+    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Any, base: Any) -> Any:
+        """Adds the update to the output, or to its first entry where a block returns several."""
+        y = output[0] if isinstance(output, tuple) else output
+        result = (y + self.bottleneck(y)).to(y.dtype)
+        return (result, *output[1:]) if isinstance(output, tuple) else result
+
+
+class Beside(Part):
+    """F(x) + a(x): reads what its host F reads."""
+
+    keys: ClassVar[dict[str, str]] = KEYS
+
+    def __init__(self, bottleneck: Bottleneck) -> None:
+        super().__init__()
+        self.bottleneck = bottleneck
+
+    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
+        """Adds the update of the input to the output."""
+        return (output + self.bottleneck(first_input(args, kwargs))).to(output.dtype)
+
+
+class AroundNorm(Part):
+    """LN(z + a(LN z)): reads what a norm returns and adds to what the norm reads, z = x + h."""
+
+    keys: ClassVar[dict[str, str]] = KEYS
+
+    def __init__(self, bottleneck: Bottleneck) -> None:
+        super().__init__()
+        self.bottleneck = bottleneck
+
+    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
+        """Runs the norm once more, on the sum; `forward`, so that its hooks do not run again."""
+        z = first_input(args, kwargs)
+        return host.forward((z + self.bottleneck(output)).to(z.dtype))
+
+
+class BesideResidual(Part):
+    """LN(h + x + a(x)): BERT's feed-forward ends in a module that is given h and x and adds them, so x carries a(x)."""
+
+    keys: ClassVar[dict[str, str]] = KEYS
+
+    def __init__(self, bottleneck: Bottleneck) -> None:
+        super().__init__()
+        self.bottleneck = bottleneck
+
+    def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Adds the update to the residual, the host's second argument."""
+        if len(args) > 1:
+            return (args[0], (args[1] + self.bottleneck(args[1])).to(args[1].dtype), *args[2:]), kwargs
+        x = kwargs["input_tensor"]
+        return args, {**kwargs, "input_tensor": (x + self.bottleneck(x)).to(x.dtype)}
+
+
+def start(down: nn.Linear, up: nn.Linear, init: str) -> None:
+    """Draws the weights of a bottleneck. With `up` zero the adapter adds nothing; only `up` has a first gradient."""
+    if init == "houlsby":
+        for layer in (down, up):
+            nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)
+            nn.init.zeros_(layer.bias)
+    elif init == "identity":
+        # U(-1/sqrt(d), 1/sqrt(d)), as LoRA's A
+        nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+        for tensor in (down.bias, up.weight, up.bias):
+            nn.init.zeros_(tensor)
+
+
+PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
 INITS = ("identity", "houlsby", "random")
 
 
@@ -118,94 +219,6 @@ class AdapterConfig(Targets):
         return {name: fields[name] for name in names if name in fields}
 
 
-class Bottleneck(nn.Module):
-    """a(x) = s (W_up f(W_down x + b_down) + b_up). x: (..., d)."""
-
-    def __init__(self, d: int, config: AdapterConfig) -> None:
-        super().__init__()
-        m = config.bottleneck(d)
-        self.scaling, self.dropout, self.activation = config.scaling, config.dropout, ACTIVATIONS[config.activation]
-        self.down, self.up = nn.Linear(d, m), nn.Linear(m, d)
-        start(self.down, self.up, config.init)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """What the adapter adds, in its own dtype."""
-        x = cast(x, self.down.weight.dtype)
-        # a(x) = s (W_up f(W_down x + b_down) + b_up)
-        update = self.up(self.activation(self.down(x)))
-        update = update if self.scaling == 1 else update * self.scaling
-        return F.dropout(update, self.dropout, self.training)
-
-
-KEYS = {
-    f"bottleneck.{name}.{kind}": f"{{path}}.adapter_{name}.{kind}"
-    for name in ("down", "up")
-    for kind in ("weight", "bias")
-}
-
-
-class After(Part):
-    """y + a(y): reads what its host returns."""
-
-    keys: ClassVar[dict[str, str]] = KEYS
-
-    def __init__(self, bottleneck: Bottleneck) -> None:
-        super().__init__()
-        self.bottleneck = bottleneck
-
-    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Any, base: Any) -> Any:
-        """Adds the update to the output, or to its first entry where a block returns several."""
-        y = output[0] if isinstance(output, tuple) else output
-        result = (y + self.bottleneck(y)).to(y.dtype)
-        return (result, *output[1:]) if isinstance(output, tuple) else result
-
-
-class Beside(Part):
-    """F(x) + a(x): reads what its host F reads."""
-
-    keys: ClassVar[dict[str, str]] = KEYS
-
-    def __init__(self, bottleneck: Bottleneck) -> None:
-        super().__init__()
-        self.bottleneck = bottleneck
-
-    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
-        """Adds the update of the input to the output."""
-        return (output + self.bottleneck(first_input(args, kwargs))).to(output.dtype)
-
-
-class AroundNorm(Part):
-    """LN(z + a(LN z)): reads what a norm returns and adds to what the norm reads, z = x + h."""
-
-    keys: ClassVar[dict[str, str]] = KEYS
-
-    def __init__(self, bottleneck: Bottleneck) -> None:
-        super().__init__()
-        self.bottleneck = bottleneck
-
-    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
-        """Runs the norm once more, on the sum; `forward`, so that its hooks do not run again."""
-        z = first_input(args, kwargs)
-        return host.forward((z + self.bottleneck(output)).to(z.dtype))
-
-
-class BesideResidual(Part):
-    """LN(h + x + a(x)): BERT's feed-forward ends in a module that is given h and x and adds them, so x carries a(x)."""
-
-    keys: ClassVar[dict[str, str]] = KEYS
-
-    def __init__(self, bottleneck: Bottleneck) -> None:
-        super().__init__()
-        self.bottleneck = bottleneck
-
-    def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Adds the update to the residual, the host's second argument."""
-        if len(args) > 1:
-            return (args[0], (args[1] + self.bottleneck(args[1])).to(args[1].dtype), *args[2:]), kwargs
-        x = kwargs["input_tensor"]
-        return args, {**kwargs, "input_tensor": (x + self.bottleneck(x)).to(x.dtype)}
-
-
 # Where the adapters stand: for each architecture and placement the modules, by regular expression for the whole path,
 # and the part that stands there. The expressions of one architecture all match, or it is another one.
 ARCHITECTURES: tuple[dict[str, tuple[str, type[After | Beside | AroundNorm | BesideResidual]]], ...] = (
@@ -272,16 +285,3 @@ def check_host(model: nn.Module, path: str, host: nn.Module) -> None:
             f"{path} is a {type(host).__name__}; an adapter stands after (or beside) a module that is called and that "
             "holds a linear layer, or is a norm."
         )
-
-
-def start(down: nn.Linear, up: nn.Linear, init: str) -> None:
-    """Draws the weights of a bottleneck. With `up` zero the adapter adds nothing; only `up` has a first gradient."""
-    if init == "houlsby":
-        for layer in (down, up):
-            nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)
-            nn.init.zeros_(layer.bias)
-    elif init == "identity":
-        # U(-1/sqrt(d), 1/sqrt(d)), as LoRA's A
-        nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
-        for tensor in (down.bias, up.weight, up.bias):
-            nn.init.zeros_(tensor)

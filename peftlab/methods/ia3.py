@@ -26,6 +26,62 @@ from peftlab.core.targets import Targets, check_carrier, check_regex, find, is_c
 from peftlab.errors import PeftLabError
 from peftlab.methods.parts import first_input, trained_copies, widened
 
+
+class IA3Output(Part):
+    """l * y: the output of a layer, scaled feature by feature.
+
+    Attributes:
+        ia3_l: (out, 1), as Hugging Face stores it.
+    """
+
+    keys: ClassVar[dict[str, str]] = {"ia3_l": "{path}.ia3_l"}
+
+    def __init__(self, host: nn.Module, config: IA3Config) -> None:
+        super().__init__()
+        self.transposed = stores_transposed(host, config)
+        self.ia3_l = nn.Parameter(drawn((linear_shape(host)[1], 1), config.init))
+
+    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
+        """Scales the output. output: (..., out)."""
+        # y = l * (W x + b)
+        return (output * self.ia3_l.flatten()).to(output.dtype)
+
+    def merged(self, host: nn.Module) -> dict[str, Tensor]:
+        """The host's parameters with the scale folded in: diag(l) W and l * b."""
+        scale = widened(self.ia3_l)  # (out, 1): a factor for each row of W
+        parameters = {"weight": widened(host.weight) * (scale.T if self.transposed else scale)}
+        if host.bias is not None:
+            parameters["bias"] = widened(host.bias) * scale.flatten()
+        return parameters
+
+
+class IA3Input(Part):
+    """W (l * x): the input of a layer, scaled feature by feature.
+
+    Attributes:
+        ia3_l: (1, in), as Hugging Face stores it.
+    """
+
+    keys: ClassVar[dict[str, str]] = {"ia3_l": "{path}.ia3_l"}
+
+    def __init__(self, host: nn.Module, config: IA3Config) -> None:
+        super().__init__()
+        self.transposed = stores_transposed(host, config)
+        self.ia3_l = nn.Parameter(drawn((1, linear_shape(host)[0]), config.init))
+
+    def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Scales the input. x: (..., in)."""
+        x = first_input(args, kwargs)
+        # y = W (l * x) + b
+        scaled = (x.to(self.ia3_l.dtype) * self.ia3_l.flatten()).to(x.dtype)
+        return ((scaled, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): scaled})
+
+    def merged(self, host: nn.Module) -> dict[str, Tensor]:
+        """The host's weight with the scale folded in: W diag(l)."""
+        scale = widened(self.ia3_l)  # (1, in): a factor for each column of W
+        return {"weight": widened(host.weight) * (scale.T if self.transposed else scale)}
+
+
 # Keys, values and what ends the feed-forward, by the names of an architecture's layers; and, of these, those whose
 # input is scaled. As in Hugging Face peft, but for Gemma and Qwen, whose queries it names in the place of the keys.
 DEFAULTS = (
@@ -123,61 +179,6 @@ class IA3Config(Targets):
             "feedforward_modules": inputs if isinstance(inputs, str) else tuple(inputs or ()),
             "fan_in_fan_out": bool(fields.get("fan_in_fan_out", False)),
         }
-
-
-class IA3Output(Part):
-    """l * y: the output of a layer, scaled feature by feature.
-
-    Attributes:
-        ia3_l: (out, 1), as Hugging Face stores it.
-    """
-
-    keys: ClassVar[dict[str, str]] = {"ia3_l": "{path}.ia3_l"}
-
-    def __init__(self, host: nn.Module, config: IA3Config) -> None:
-        super().__init__()
-        self.transposed = stores_transposed(host, config)
-        self.ia3_l = nn.Parameter(drawn((linear_shape(host)[1], 1), config.init))
-
-    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
-        """Scales the output. output: (..., out)."""
-        # y = l * (W x + b)
-        return (output * self.ia3_l.flatten()).to(output.dtype)
-
-    def merged(self, host: nn.Module) -> dict[str, Tensor]:
-        """The host's parameters with the scale folded in: diag(l) W and l * b."""
-        scale = widened(self.ia3_l)  # (out, 1): a factor for each row of W
-        parameters = {"weight": widened(host.weight) * (scale.T if self.transposed else scale)}
-        if host.bias is not None:
-            parameters["bias"] = widened(host.bias) * scale.flatten()
-        return parameters
-
-
-class IA3Input(Part):
-    """W (l * x): the input of a layer, scaled feature by feature.
-
-    Attributes:
-        ia3_l: (1, in), as Hugging Face stores it.
-    """
-
-    keys: ClassVar[dict[str, str]] = {"ia3_l": "{path}.ia3_l"}
-
-    def __init__(self, host: nn.Module, config: IA3Config) -> None:
-        super().__init__()
-        self.transposed = stores_transposed(host, config)
-        self.ia3_l = nn.Parameter(drawn((1, linear_shape(host)[0]), config.init))
-
-    def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Scales the input. x: (..., in)."""
-        x = first_input(args, kwargs)
-        # y = W (l * x) + b
-        scaled = (x.to(self.ia3_l.dtype) * self.ia3_l.flatten()).to(x.dtype)
-        return ((scaled, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): scaled})
-
-    def merged(self, host: nn.Module) -> dict[str, Tensor]:
-        """The host's weight with the scale folded in: W diag(l)."""
-        scale = widened(self.ia3_l)  # (1, in): a factor for each column of W
-        return {"weight": widened(host.weight) * (scale.T if self.transposed else scale)}
 
 
 def architecture(model: nn.Module, paths: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]] | None:

@@ -23,6 +23,116 @@ from peftlab.core.targets import Targets, by_pattern, check_regex, find, in_any_
 from peftlab.errors import PeftLabError
 from peftlab.methods.parts import BIAS_MODES, cast, first_input, trained_biases, trained_copies, widened
 
+
+class LoRALinear(Part):
+    """The update of one linear layer (Linear, Conv1D, or a quantised linear).
+
+    Attributes:
+        lora_A: (r, in). lora_B: (out, r). lora_B_bias: (out,) or None. scaling: s.
+    """
+
+    keys: ClassVar[dict[str, str]] = {
+        "lora_A": "{path}.lora_A.weight",
+        "lora_B": "{path}.lora_B.weight",
+        "lora_B_bias": "{path}.lora_B.bias",
+    }
+
+    def __init__(self, host: nn.Module, r: int, scaling: float, config: LoRAConfig) -> None:
+        super().__init__()
+        inside, outside = linear_shape(host)
+        self.scaling, self.dropout = scaling, config.dropout
+        # Conv1D stores its weight (in, out)
+        self.transposed = is_conv1d(host) or (config.fan_in_fan_out and not isinstance(host, nn.Linear))
+        self.lora_A = nn.Parameter(torch.empty(r, inside))
+        self.lora_B = nn.Parameter(torch.zeros(outside, r))
+        self.lora_B_bias = nn.Parameter(torch.zeros(outside)) if config.lora_bias else None
+        start(self.lora_A, self.lora_B, config.init)
+
+    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
+        """Adds the update. x: (..., in), output: (..., out)."""
+        x = cast(first_input(args, kwargs), self.lora_A.dtype)
+        x = F.dropout(x, self.dropout, self.training)
+        # y = W x + b + s B (A x): two thin products instead of one with the (out, in) matrix BA
+        update = F.linear(F.linear(x, self.lora_A), self.lora_B, self.lora_B_bias) * self.scaling
+        return (output + update).to(output.dtype)
+
+    def delta(self) -> Tensor:
+        """The update of the weight as a matrix, (out, in), in the adapter's dtype and with gradients."""
+        # dW = s B A
+        return (self.lora_B @ self.lora_A) * self.scaling
+
+    def merged(self, host: nn.Module) -> dict[str, Tensor]:
+        """The host's parameters with the update folded in, not yet rounded to the host's dtype."""
+        # not delta(): a product of 16-bit factors would be rounded before it is added
+        delta = (widened(self.lora_B) @ widened(self.lora_A)) * self.scaling
+        delta = delta.T if self.transposed else delta
+        parameters = {"weight": widened(host.weight) + delta}
+        if self.lora_B_bias is not None:
+            if host.bias is None:
+                raise PeftLabError("lora_bias cannot be merged into a layer without a bias.")
+            parameters["bias"] = widened(host.bias) + widened(self.lora_B_bias) * self.scaling
+        return parameters
+
+
+class LoRAEmbedding(Part):
+    """The update of an embedding: rows of A picked by token, then B.
+
+    Attributes:
+        lora_A: (r, vocabulary), zero at the start. lora_B: (width, r), normal at the start.
+    """
+
+    keys: ClassVar[dict[str, str]] = {"lora_A": "{path}.lora_embedding_A", "lora_B": "{path}.lora_embedding_B"}
+
+    def __init__(self, host: nn.Embedding, r: int, scaling: float, config: LoRAConfig) -> None:
+        super().__init__()
+        if config.lora_bias:
+            raise PeftLabError("lora_bias has no meaning on an embedding; leave it out, or leave the embedding out.")
+        vocabulary, width = linear_shape(host)
+        self.scaling = scaling
+        # The looked-up factor is the zero one here (as in loralib and peft): only rows that occur then ever move.
+        self.lora_A = nn.Parameter(torch.zeros(r, vocabulary))
+        self.lora_B = nn.Parameter(torch.randn(width, r))
+        if config.init == "random":
+            nn.init.normal_(self.lora_A)
+
+    def after(self, host: nn.Embedding, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
+        """Adds the update. tokens: (...), output: (..., width)."""
+        rows = F.embedding(
+            first_input(args, kwargs), self.lora_A.T, host.padding_idx, host.max_norm, host.norm_type,
+            host.scale_grad_by_freq, host.sparse,
+        )  # fmt: skip
+        # Gemma's embeddings scale what they look up; the update is part of the weight, so it is scaled alike.
+        scaling = self.scaling * getattr(host, "embed_scale", 1.0)
+        return (output + F.linear(rows, self.lora_B) * scaling).to(output.dtype)
+
+    def delta(self) -> Tensor:
+        """The update of the weight as a matrix, (vocabulary, width), in the adapter's dtype and with gradients."""
+        return (self.lora_B @ self.lora_A).T * self.scaling
+
+    def merged(self, host: nn.Embedding) -> dict[str, Tensor]:
+        """The host's weight with the update folded in, not yet rounded to the host's dtype."""
+        delta = (widened(self.lora_B) @ widened(self.lora_A)).T * self.scaling
+        return {"weight": widened(host.weight) + delta}
+
+
+def start(lora_A: Tensor, lora_B: Tensor, init: str) -> None:
+    """Draws A (and, for `"random"`, B). A: (r, in), B: (out, r).
+
+    A must not be zero, or no gradient reaches B; B must be zero, or the model starts from another function.
+    """
+    r = lora_A.shape[0]
+    if init == "orthogonal":
+        # rows of A orthonormal: the r directions that the adapter reads do not overlap
+        nn.init.orthogonal_(lora_A)
+    elif init == "gaussian":
+        nn.init.normal_(lora_A, std=1 / r)
+    else:
+        # U(-1/sqrt(in), 1/sqrt(in)): Kaiming's bound sqrt(6 / ((1 + a^2) in)) at a = sqrt(5)
+        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+    if init == "random":
+        nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
+
+
 INITS = ("kaiming", "gaussian", "orthogonal", "random")
 # Values of peft's `init_lora_weights` (in lower case) that leave the base's weights alone.
 BASE_KEPT = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
@@ -149,112 +259,3 @@ class LoRAConfig(Targets):
         "use_dora", "use_qalora", "layer_replication", "alora_invocation_tokens", "trainable_token_indices",
         "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
     )  # fmt: skip
-
-
-class LoRALinear(Part):
-    """The update of one linear layer (Linear, Conv1D, or a quantised linear).
-
-    Attributes:
-        lora_A: (r, in). lora_B: (out, r). lora_B_bias: (out,) or None. scaling: s.
-    """
-
-    keys: ClassVar[dict[str, str]] = {
-        "lora_A": "{path}.lora_A.weight",
-        "lora_B": "{path}.lora_B.weight",
-        "lora_B_bias": "{path}.lora_B.bias",
-    }
-
-    def __init__(self, host: nn.Module, r: int, scaling: float, config: LoRAConfig) -> None:
-        super().__init__()
-        inside, outside = linear_shape(host)
-        self.scaling, self.dropout = scaling, config.dropout
-        # Conv1D stores its weight (in, out)
-        self.transposed = is_conv1d(host) or (config.fan_in_fan_out and not isinstance(host, nn.Linear))
-        self.lora_A = nn.Parameter(torch.empty(r, inside))
-        self.lora_B = nn.Parameter(torch.zeros(outside, r))
-        self.lora_B_bias = nn.Parameter(torch.zeros(outside)) if config.lora_bias else None
-        start(self.lora_A, self.lora_B, config.init)
-
-    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
-        """Adds the update. x: (..., in), output: (..., out)."""
-        x = cast(first_input(args, kwargs), self.lora_A.dtype)
-        x = F.dropout(x, self.dropout, self.training)
-        # y = W x + b + s B (A x): two thin products instead of one with the (out, in) matrix BA
-        update = F.linear(F.linear(x, self.lora_A), self.lora_B, self.lora_B_bias) * self.scaling
-        return (output + update).to(output.dtype)
-
-    def delta(self) -> Tensor:
-        """The update of the weight as a matrix, (out, in), in the adapter's dtype and with gradients."""
-        # dW = s B A
-        return (self.lora_B @ self.lora_A) * self.scaling
-
-    def merged(self, host: nn.Module) -> dict[str, Tensor]:
-        """The host's parameters with the update folded in, not yet rounded to the host's dtype."""
-        # not delta(): a product of 16-bit factors would be rounded before it is added
-        delta = (widened(self.lora_B) @ widened(self.lora_A)) * self.scaling
-        delta = delta.T if self.transposed else delta
-        parameters = {"weight": widened(host.weight) + delta}
-        if self.lora_B_bias is not None:
-            if host.bias is None:
-                raise PeftLabError("lora_bias cannot be merged into a layer without a bias.")
-            parameters["bias"] = widened(host.bias) + widened(self.lora_B_bias) * self.scaling
-        return parameters
-
-
-class LoRAEmbedding(Part):
-    """The update of an embedding: rows of A picked by token, then B.
-
-    Attributes:
-        lora_A: (r, vocabulary), zero at the start. lora_B: (width, r), normal at the start.
-    """
-
-    keys: ClassVar[dict[str, str]] = {"lora_A": "{path}.lora_embedding_A", "lora_B": "{path}.lora_embedding_B"}
-
-    def __init__(self, host: nn.Embedding, r: int, scaling: float, config: LoRAConfig) -> None:
-        super().__init__()
-        if config.lora_bias:
-            raise PeftLabError("lora_bias has no meaning on an embedding; leave it out, or leave the embedding out.")
-        vocabulary, width = linear_shape(host)
-        self.scaling = scaling
-        # The looked-up factor is the zero one here (as in loralib and peft): only rows that occur then ever move.
-        self.lora_A = nn.Parameter(torch.zeros(r, vocabulary))
-        self.lora_B = nn.Parameter(torch.randn(width, r))
-        if config.init == "random":
-            nn.init.normal_(self.lora_A)
-
-    def after(self, host: nn.Embedding, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
-        """Adds the update. tokens: (...), output: (..., width)."""
-        rows = F.embedding(
-            first_input(args, kwargs), self.lora_A.T, host.padding_idx, host.max_norm, host.norm_type,
-            host.scale_grad_by_freq, host.sparse,
-        )  # fmt: skip
-        # Gemma's embeddings scale what they look up; the update is part of the weight, so it is scaled alike.
-        scaling = self.scaling * getattr(host, "embed_scale", 1.0)
-        return (output + F.linear(rows, self.lora_B) * scaling).to(output.dtype)
-
-    def delta(self) -> Tensor:
-        """The update of the weight as a matrix, (vocabulary, width), in the adapter's dtype and with gradients."""
-        return (self.lora_B @ self.lora_A).T * self.scaling
-
-    def merged(self, host: nn.Embedding) -> dict[str, Tensor]:
-        """The host's weight with the update folded in, not yet rounded to the host's dtype."""
-        delta = (widened(self.lora_B) @ widened(self.lora_A)).T * self.scaling
-        return {"weight": widened(host.weight) + delta}
-
-
-def start(lora_A: Tensor, lora_B: Tensor, init: str) -> None:
-    """Draws A (and, for `"random"`, B). A: (r, in), B: (out, r).
-
-    A must not be zero, or no gradient reaches B; B must be zero, or the model starts from another function.
-    """
-    r = lora_A.shape[0]
-    if init == "orthogonal":
-        # rows of A orthonormal: the r directions that the adapter reads do not overlap
-        nn.init.orthogonal_(lora_A)
-    elif init == "gaussian":
-        nn.init.normal_(lora_A, std=1 / r)
-    else:
-        # U(-1/sqrt(in), 1/sqrt(in)): Kaiming's bound sqrt(6 / ((1 + a^2) in)) at a = sqrt(5)
-        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-    if init == "random":
-        nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))

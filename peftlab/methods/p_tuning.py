@@ -22,6 +22,35 @@ from peftlab.core.interface import Placement
 from peftlab.methods.in_front import prompt_parts
 from peftlab.methods.virtual import Table, VirtualTokens, submodules, word_embeddings
 
+
+class PromptEncoder(nn.Module):
+    """Makes the prompt, (n, d), from learned vectors of the same shape.
+
+    Attributes:
+        embedding: (n, d). lstm: None for the MLP. mlp: d -> h -> h -> d, or 2 h -> 2 h -> d behind the LSTM.
+    """
+
+    def __init__(self, rows: Tensor, config: PTuningConfig) -> None:
+        super().__init__()
+        d = rows.shape[1]
+        h = config.encoder_hidden or d
+        self.embedding = nn.Parameter(rows)
+        self.lstm_head = None
+        if config.encoder == "lstm":
+            dropout = config.encoder_dropout if config.encoder_layers > 1 else 0.0  # there is no layer after the last
+            self.lstm_head = nn.LSTM(d, h, config.encoder_layers, dropout=dropout, bidirectional=True, batch_first=True)
+            self.mlp_head = nn.Sequential(nn.Linear(2 * h, 2 * h), nn.ReLU(), nn.Linear(2 * h, d))
+        else:
+            self.mlp_head = nn.Sequential(nn.Linear(d, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, d))
+
+    def forward(self) -> Tensor:
+        """P = MLP(E), or MLP(LSTM(E))."""
+        rows = self.embedding
+        if self.lstm_head is not None:
+            rows = self.lstm_head(rows[None])[0][0]
+        return self.mlp_head(rows)
+
+
 ENCODERS = ("mlp", "lstm", "none")
 
 
@@ -88,31 +117,3 @@ class PTuningConfig(VirtualTokens):
             "encoder_layers": fields.get("encoder_num_layers", 2),
             "encoder_dropout": fields.get("encoder_dropout", 0.0),
         }
-
-
-class PromptEncoder(nn.Module):
-    """Makes the prompt, (n, d), from learned vectors of the same shape.
-
-    Attributes:
-        embedding: (n, d). lstm: None for the MLP. mlp: d -> h -> h -> d, or 2 h -> 2 h -> d behind the LSTM.
-    """
-
-    def __init__(self, rows: Tensor, config: PTuningConfig) -> None:
-        super().__init__()
-        d = rows.shape[1]
-        h = config.encoder_hidden or d
-        self.embedding = nn.Parameter(rows)
-        self.lstm_head = None
-        if config.encoder == "lstm":
-            dropout = config.encoder_dropout if config.encoder_layers > 1 else 0.0  # there is no layer after the last
-            self.lstm_head = nn.LSTM(d, h, config.encoder_layers, dropout=dropout, bidirectional=True, batch_first=True)
-            self.mlp_head = nn.Sequential(nn.Linear(2 * h, 2 * h), nn.ReLU(), nn.Linear(2 * h, d))
-        else:
-            self.mlp_head = nn.Sequential(nn.Linear(d, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, d))
-
-    def forward(self) -> Tensor:
-        """P = MLP(E), or MLP(LSTM(E))."""
-        rows = self.embedding
-        if self.lstm_head is not None:
-            rows = self.lstm_head(rows[None])[0][0]
-        return self.mlp_head(rows)

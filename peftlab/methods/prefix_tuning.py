@@ -54,6 +54,109 @@ from peftlab.methods.virtual import (
     word_embeddings,
 )
 
+# What tells the batch's size, in the order of preference, without and with an encoder apart.
+INPUTS = (
+    ("input_ids", "inputs_embeds"),
+    ("decoder_input_ids", "decoder_inputs_embeds", "labels"),
+)
+
+
+class Prefix(Part):
+    """A prefix on a model: keys and values of each layer, put into an empty cache.
+
+    Attributes:
+        source: makes the table (n, 2 L k): called, it gives all; `source.part(a, b)` its columns a to b.
+        named: what the model calls its cache.
+        carried: whether each layer's attention can put its share in front itself, when there is no cache.
+    """
+
+    carried = True
+
+    def __init__(
+        self, source: nn.Module, sizes: Attention, count: int, limit: int | None, stride: int, named: str
+    ) -> None:
+        super().__init__()
+        self.source, self.sizes, self.count, self.limit, self.stride = source, sizes, count, limit, stride
+        self.named = named
+        self.compatibility_key = f"a prefix of {count} virtual tokens"
+        self.keys, self.encoder_keys = stored_names(source)
+
+    @property
+    def made(self) -> Tensor:
+        """What the source makes, (n, 2 L k)."""
+        return self.source()
+
+    def make_prompt(self, host: nn.Module) -> Tensor:
+        """The whole table, (n, 2 L k)."""
+        return self.source()
+
+    def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Lengthens the mask and moves the positions on; fills an empty cache with the prefix, in the base's dtype."""
+        kwargs = by_name(host, args, kwargs)
+        kwargs.pop("cache_position", None)
+        whose = "decoder_" if is_encoder_decoder(host) else ""
+        mask = kwargs.get(f"{whose}attention_mask")
+        kwargs[f"{whose}attention_mask"] = lengthened(mask, self.count)
+        if kwargs.get(f"{whose}position_ids") is not None:
+            kwargs[f"{whose}position_ids"] = kwargs[f"{whose}position_ids"] + self.count
+        # Without a cache every step of a generation reads the whole text anew: what came back from the last is no use.
+        cache = None if kwargs.get("use_cache") is False else given_cache(kwargs)
+        text = next(kwargs[name] for name in INPUTS[bool(whose)] if kwargs.get(name) is not None)
+        beginning = begins(cache, text.shape[1], mask, self.count)
+        if cache is None:
+            cache = new_cache(host)
+            kwargs = {name: value for name, value in kwargs.items() if name not in NAMES} | {self.named: cache}
+        if not beginning:
+            return (), kwargs
+        check_room(text.shape[1], self.count, self.limit)
+        uncarried = host.training and not self.carried
+        if uncarried and any(getattr(module, "gradient_checkpointing", False) for module in host.modules()):
+            raise PeftLabError(
+                f"Under gradient checkpointing {type(host).__name__} drops its cache, and the prefix with it, and its "
+                "attention modules cannot be told apart. Train without checkpointing, or use a prompt."
+            )
+        base = word_embeddings(host).weight
+        pairs = self.laid_out(active_prompt(host, text.shape[0])).to(cache_dtype(base.dtype, base.device))
+        for index in range(self.sizes.layers):
+            at = 2 * self.pair(index)
+            own_cache(cache).update(pairs[at], pairs[at + 1], index)
+        return (), kwargs
+
+    def pair(self, layer: int) -> int:
+        """Which pair of keys and values of the table a layer reads."""
+        return self.stride * layer % self.sizes.layers
+
+    def laid_out(self, table: Tensor) -> Tensor:
+        """(b, n, l k) as l keys and values in turn: (l, b, heads, n, width)."""
+        return table.view(len(table), self.count, -1, self.sizes.heads, self.sizes.width).permute(2, 0, 3, 1, 4)
+
+
+class Projection(nn.Module):
+    """Makes the prefix, (n, 2 L k), from n learned vectors of width k: W2 tanh(W1 E).
+
+    Attributes:
+        embedding: (n, k). inner: k -> h. outer: h -> 2 L k.
+    """
+
+    def __init__(self, count: int, sizes: Attention, hidden: int | None, init: str) -> None:
+        super().__init__()
+        k = sizes.heads * sizes.width
+        self.embedding = nn.Parameter(torch.randn(count, k))
+        self.inner, self.outer = nn.Linear(k, hidden or k), nn.Linear(hidden or k, 2 * sizes.layers * k)
+        if init == "zero":
+            nn.init.zeros_(self.outer.weight)
+            nn.init.zeros_(self.outer.bias)
+
+    def forward(self) -> Tensor:
+        """The whole prefix."""
+        return self.outer(torch.tanh(self.inner(self.embedding)))
+
+    def part(self, start: int, end: int) -> Tensor:
+        """The columns from `start` to `end` alone."""
+        inner = torch.tanh(self.inner(self.embedding))
+        return nn.functional.linear(inner, self.outer.weight[start:end], self.outer.bias[start:end])
+
+
 INITS = ("vocabulary", "text", "random", "zero")
 
 
@@ -158,106 +261,3 @@ class PrefixTuningConfig(VirtualTokens):
             "projection": bool(fields.get("prefix_projection", False)),
             "encoder_hidden": fields.get("encoder_hidden_size"),
         }
-
-
-class Prefix(Part):
-    """A prefix on a model: keys and values of each layer, put into an empty cache.
-
-    Attributes:
-        source: makes the table (n, 2 L k): called, it gives all; `source.part(a, b)` its columns a to b.
-        named: what the model calls its cache.
-        carried: whether each layer's attention can put its share in front itself, when there is no cache.
-    """
-
-    carried = True
-
-    def __init__(
-        self, source: nn.Module, sizes: Attention, count: int, limit: int | None, stride: int, named: str
-    ) -> None:
-        super().__init__()
-        self.source, self.sizes, self.count, self.limit, self.stride = source, sizes, count, limit, stride
-        self.named = named
-        self.compatibility_key = f"a prefix of {count} virtual tokens"
-        self.keys, self.encoder_keys = stored_names(source)
-
-    @property
-    def made(self) -> Tensor:
-        """What the source makes, (n, 2 L k)."""
-        return self.source()
-
-    def make_prompt(self, host: nn.Module) -> Tensor:
-        """The whole table, (n, 2 L k)."""
-        return self.source()
-
-    def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Lengthens the mask and moves the positions on; fills an empty cache with the prefix, in the base's dtype."""
-        kwargs = by_name(host, args, kwargs)
-        kwargs.pop("cache_position", None)
-        whose = "decoder_" if is_encoder_decoder(host) else ""
-        mask = kwargs.get(f"{whose}attention_mask")
-        kwargs[f"{whose}attention_mask"] = lengthened(mask, self.count)
-        if kwargs.get(f"{whose}position_ids") is not None:
-            kwargs[f"{whose}position_ids"] = kwargs[f"{whose}position_ids"] + self.count
-        # Without a cache every step of a generation reads the whole text anew: what came back from the last is no use.
-        cache = None if kwargs.get("use_cache") is False else given_cache(kwargs)
-        text = next(kwargs[name] for name in INPUTS[bool(whose)] if kwargs.get(name) is not None)
-        beginning = begins(cache, text.shape[1], mask, self.count)
-        if cache is None:
-            cache = new_cache(host)
-            kwargs = {name: value for name, value in kwargs.items() if name not in NAMES} | {self.named: cache}
-        if not beginning:
-            return (), kwargs
-        check_room(text.shape[1], self.count, self.limit)
-        uncarried = host.training and not self.carried
-        if uncarried and any(getattr(module, "gradient_checkpointing", False) for module in host.modules()):
-            raise PeftLabError(
-                f"Under gradient checkpointing {type(host).__name__} drops its cache, and the prefix with it, and its "
-                "attention modules cannot be told apart. Train without checkpointing, or use a prompt."
-            )
-        base = word_embeddings(host).weight
-        pairs = self.laid_out(active_prompt(host, text.shape[0])).to(cache_dtype(base.dtype, base.device))
-        for index in range(self.sizes.layers):
-            at = 2 * self.pair(index)
-            own_cache(cache).update(pairs[at], pairs[at + 1], index)
-        return (), kwargs
-
-    def pair(self, layer: int) -> int:
-        """Which pair of keys and values of the table a layer reads."""
-        return self.stride * layer % self.sizes.layers
-
-    def laid_out(self, table: Tensor) -> Tensor:
-        """(b, n, l k) as l keys and values in turn: (l, b, heads, n, width)."""
-        return table.view(len(table), self.count, -1, self.sizes.heads, self.sizes.width).permute(2, 0, 3, 1, 4)
-
-
-# What tells the batch's size, in the order of preference, without and with an encoder apart.
-INPUTS = (
-    ("input_ids", "inputs_embeds"),
-    ("decoder_input_ids", "decoder_inputs_embeds", "labels"),
-)
-
-
-class Projection(nn.Module):
-    """Makes the prefix, (n, 2 L k), from n learned vectors of width k: W2 tanh(W1 E).
-
-    Attributes:
-        embedding: (n, k). inner: k -> h. outer: h -> 2 L k.
-    """
-
-    def __init__(self, count: int, sizes: Attention, hidden: int | None, init: str) -> None:
-        super().__init__()
-        k = sizes.heads * sizes.width
-        self.embedding = nn.Parameter(torch.randn(count, k))
-        self.inner, self.outer = nn.Linear(k, hidden or k), nn.Linear(hidden or k, 2 * sizes.layers * k)
-        if init == "zero":
-            nn.init.zeros_(self.outer.weight)
-            nn.init.zeros_(self.outer.bias)
-
-    def forward(self) -> Tensor:
-        """The whole prefix."""
-        return self.outer(torch.tanh(self.inner(self.embedding)))
-
-    def part(self, start: int, end: int) -> Tensor:
-        """The columns from `start` to `end` alone."""
-        inner = torch.tanh(self.inner(self.embedding))
-        return nn.functional.linear(inner, self.outer.weight[start:end], self.outer.bias[start:end])

@@ -36,6 +36,39 @@ from peftlab.methods.virtual import (
     word_embeddings,
 )
 
+
+class DeepPrompt(Part):
+    """A prompt for this layer. It overwrites the previous layer's output at the prompt positions.
+
+    Attributes:
+        rows: (n, d).
+    """
+
+    keys: ClassVar[dict[str, str]] = {"rows": "{path}.prompt_embeddings"}
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(rows)
+        self.compatibility_key = f"a deep prompt of {len(rows)} virtual tokens"
+
+    def make_prompt(self, host: nn.Module) -> Tensor:
+        """This layer's prompt, (n, d)."""
+        return self.rows
+
+    def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Replace the first n of the states (b, n + t, d), unless this call goes on with a text in the cache."""
+        # A checkpointed block runs again in the backward pass, after other calls of the model: it has no cache then.
+        cached = not host.training or cache_in((*args, *kwargs.values())) is not None
+        if cached and not host._modules[CHILD].activity.text_begins:
+            return args, kwargs
+        if not args:
+            raise PeftLabError(f"{type(host).__name__} is not called with its states first; a deep prompt cannot act.")
+        states = args[0]
+        prompt = active_prompt(host, len(states))
+        # H_i' = [P_i; H_i[n:]]
+        return (in_front(prompt, states[:, prompt.shape[1] :]), *args[1:]), kwargs
+
+
 INITS = ("vocabulary", "text", "random")
 
 
@@ -116,38 +149,6 @@ class PromptTuningConfig(VirtualTokens):
             "init": "random",
             "deep": bool(fields.get("deep", False)),
         }
-
-
-class DeepPrompt(Part):
-    """A prompt for this layer. It overwrites the previous layer's output at the prompt positions.
-
-    Attributes:
-        rows: (n, d).
-    """
-
-    keys: ClassVar[dict[str, str]] = {"rows": "{path}.prompt_embeddings"}
-
-    def __init__(self, rows: Tensor) -> None:
-        super().__init__()
-        self.rows = nn.Parameter(rows)
-        self.compatibility_key = f"a deep prompt of {len(rows)} virtual tokens"
-
-    def make_prompt(self, host: nn.Module) -> Tensor:
-        """This layer's prompt, (n, d)."""
-        return self.rows
-
-    def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Replace the first n of the states (b, n + t, d), unless this call goes on with a text in the cache."""
-        # A checkpointed block runs again in the backward pass, after other calls of the model: it has no cache then.
-        cached = not host.training or cache_in((*args, *kwargs.values())) is not None
-        if cached and not host._modules[CHILD].activity.text_begins:
-            return args, kwargs
-        if not args:
-            raise PeftLabError(f"{type(host).__name__} is not called with its states first; a deep prompt cannot act.")
-        states = args[0]
-        prompt = active_prompt(host, len(states))
-        # H_i' = [P_i; H_i[n:]]
-        return (in_front(prompt, states[:, prompt.shape[1] :]), *args[1:]), kwargs
 
 
 def looked_up(embeddings: nn.Embedding, tokens: Tensor) -> Tensor:

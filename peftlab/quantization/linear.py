@@ -22,6 +22,35 @@ from peftlab.quantization.blockwise import Quantized, QuantState
 from peftlab.quantization.serialised import from_tensors, to_tensors
 
 
+class _Product(torch.autograd.Function):
+    """y = x W^T + b with a frozen W that is kept as codes between the two passes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, backend: Reference, state: QuantState, packed: Tensor
+    ) -> Tensor:
+        # Not saved in autograd's way: under checkpointing that costs the host three calls a tensor, together some per
+        # cent of a step. An alias stays with the codes of this pass when the layer moves; writing to it is noticed.
+        ctx.backend, ctx.state, ctx.packed = backend, state, packed.detach()
+        ctx.versions = versions(ctx.packed, state)
+        return backend.linear(x, packed, state, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if versions(ctx.packed, ctx.state) != ctx.versions:
+            raise RuntimeError(
+                "The codes or scales of a 4-bit weight have been modified by an inplace operation between the forward "
+                "and the backward pass; run the forward pass again."
+            )
+        for_x = for_bias = None
+        if ctx.needs_input_grad[0]:
+            # dL/dx = dL/dy W
+            for_x = gradient @ ctx.backend.dequantize(ctx.packed, ctx.state, gradient.dtype)
+        if ctx.needs_input_grad[1]:
+            for_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
+        return for_x, for_bias, None, None, None
+
+
 class Linear4bit(nn.Linear):
     """A frozen linear layer in four bits. It computes in the dtype of its input, or in autocast's.
 
@@ -93,35 +122,6 @@ class Linear4bit(nn.Linear):
         if mine:
             self.quant_state = from_tensors(mine, self.weight.device)
             self._link()
-
-
-class _Product(torch.autograd.Function):
-    """y = x W^T + b with a frozen W that is kept as codes between the two passes."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, backend: Reference, state: QuantState, packed: Tensor
-    ) -> Tensor:
-        # Not saved in autograd's way: under checkpointing that costs the host three calls a tensor, together some per
-        # cent of a step. An alias stays with the codes of this pass when the layer moves; writing to it is noticed.
-        ctx.backend, ctx.state, ctx.packed = backend, state, packed.detach()
-        ctx.versions = versions(ctx.packed, state)
-        return backend.linear(x, packed, state, bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if versions(ctx.packed, ctx.state) != ctx.versions:
-            raise RuntimeError(
-                "The codes or scales of a 4-bit weight have been modified by an inplace operation between the forward "
-                "and the backward pass; run the forward pass again."
-            )
-        for_x = for_bias = None
-        if ctx.needs_input_grad[0]:
-            # dL/dx = dL/dy W
-            for_x = gradient @ ctx.backend.dequantize(ctx.packed, ctx.state, gradient.dtype)
-        if ctx.needs_input_grad[1]:
-            for_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
-        return for_x, for_bias, None, None, None
 
 
 def versions(packed: Tensor, state: QuantState) -> list[int]:
