@@ -1,4 +1,4 @@
-"""A prompt in front of a model's input, whatever makes the prompt: the part that prompt tuning and P-tuning share."""
+"""Put a prompt in front of a model's input: X' = [P; X]. Prompt tuning and P-tuning share this part."""
 
 from __future__ import annotations
 
@@ -26,11 +26,15 @@ from peftlab.methods.virtual import (
 
 
 class InFront(Part):
-    """A prompt on a model, or on the encoder of an encoder-decoder: X' = [P; X], with P (n, d) and X (t, d).
+    """Put a prompt in front of the input of a model, or of an encoder-decoder's encoder.
+
+        X' = [P; X],    P: (n, d),  X: (t, d),  X': (n + t, d)
+
+    The book derives it in section 4.1.
 
     Attributes:
-        source: a module that makes the prompt: called, it gives (rows, d), of which the first n are taken. (For an
-            encoder-decoder Hugging Face peft counts and stores 2 n rows, and uses n.)
+        source: a module that makes the prompt. Called, it gives (rows, d), and the first n rows are used. (For an
+            encoder-decoder, Hugging Face peft stores 2 n rows and uses n, and so does this part.)
     """
 
     def __init__(self, source: nn.Module, count: int, limit: int | None = None) -> None:
@@ -41,17 +45,17 @@ class InFront(Part):
 
     @property
     def made(self) -> Tensor:
-        """What the source makes, (rows, d)."""
+        """Return what the source makes, (rows, d)."""
         return self.source()
 
     def make_prompt(self, host: nn.Module) -> Tensor:
-        """The prompt, (n, d)."""
+        """Return the prompt, (n, d)."""
         return self.source()[: self.count]
 
     def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Turns token ids (b, t) into embeddings (b, n + t, d) with the prompt in front.
+        """Turn token ids (b, t) into embeddings (b, n + t, d) with the prompt in front.
 
-        The attention mask is lengthened too, and so are labels and token types where there is one for each token.
+        The attention mask is lengthened too. So are labels and token types, if there is one for each token.
         Caller-supplied position_ids raise an error in training, are dropped in eval, and are shifted inside
         `text_positions`.
         """
@@ -99,14 +103,14 @@ class InFront(Part):
 
 
 class LongerMemory(Part):
-    """On a decoder whose encoder reads a prompt: the mask of what the encoder gives is longer by it."""
+    """Lengthen the mask of the encoder's output, on a decoder whose encoder reads a prompt."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
         self.count, self.compatibility_key = count, f"a prompt of {count} virtual tokens"
 
     def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Lengthens `encoder_attention_mask` (b, t) to the length of the encoder's states."""
+        """Lengthen `encoder_attention_mask` (b, t) to the length of the encoder's states."""
         kwargs = by_name(host, args, kwargs)
         mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
         if mask is not None and states is not None and mask.shape[-1] == states.shape[1] - self.count:
@@ -115,7 +119,7 @@ class LongerMemory(Part):
 
 
 def prompt_parts(model: nn.Module, source: nn.Module, count: int) -> Iterator[Placement]:
-    """Yields a prompt's part: on the model or, where there is an encoder apart, there and a longer mask behind it."""
+    """Yield the parts of a prompt: one on the model; or, for an encoder-decoder, one on each half."""
     if not is_encoder_decoder(model):
         require_cache_argument(model)
         yield Placement("", "prompt", InFront(source, count, position_limit(model)))

@@ -1,14 +1,18 @@
-"""Prefix tuning: learned keys and values in front of each layer's own.
+"""Put learned keys and values in front of each layer's own.
 
-Li and Liang, *Prefix-Tuning: Optimizing Continuous Prompts for Generation*, 2021, arXiv:2101.00190, section 4; an MLP
-makes the prefix during training in section 4.3.
+    head = softmax(q [P_k; K]^T / sqrt(w)) [P_v; V],    q, K, V: (t, w),  P_k, P_v: (n, w) in each head of each layer
+    P = W2 tanh(W1 E),    E: (n, k),  P: (n, 2 L k),    if an MLP makes the prefix during training
 
-    head = softmax(q [P_k; K]^T / sqrt(w)) [P_v; V],    P_k, P_v: (n, w) in each head of each layer
+Li and Liang, *Prefix-Tuning: Optimizing Continuous Prompts for Generation*, 2021, arXiv:2101.00190, section 4; section
+4.3 has the MLP. The book derives the prefix in section 4.4 and the MLP in section 4.6.
 
-One table holds it all, (n, 2 L k): for each virtual token a key and a value of each of L layers, k = heads x w wide.
-Under grouped-query attention the heads are those of keys and values. For an encoder-decoder the prefix stands in the
-decoder's self-attention, and its layer i reads the pair 2 i mod L of the table, as in Hugging Face peft: for an even L
-two layers share each pair that is read, and every other pair is read by none.
+One table of shape (n, 2 L k) holds the whole prefix: for each virtual token, a key and a value for each of the L
+layers. k = heads x w, with the heads of keys and values (under grouped-query attention there are fewer of them than of
+queries).
+
+For an encoder-decoder the prefix stands in the decoder's self-attention. As in Hugging Face peft, its layer i reads
+pair 2 i mod L of the table. So for an even L each pair that is read serves two layers, and every other pair is never
+read.
 """
 
 from __future__ import annotations
@@ -62,12 +66,14 @@ INPUTS = (
 
 
 class Prefix(Part):
-    """A prefix on a model: keys and values of each layer, put into an empty cache.
+    """Put a prefix into an empty cache: keys and values for each layer of a model.
+
+    Attention then reads [P_k; K] and [P_v; V].
 
     Attributes:
-        source: makes the table (n, 2 L k): called, it gives all; `source.part(a, b)` its columns a to b.
-        named: what the model calls its cache.
-        carried: whether each layer's attention can put its share in front itself, when there is no cache.
+        source: makes the table (n, 2 L k). Called, it gives all of it; `source.part(a, b)` gives columns a to b.
+        named: the name of the cache in the model's call.
+        carried: whether each layer's attention can put its share in front itself when there is no cache.
     """
 
     carried = True
@@ -83,15 +89,15 @@ class Prefix(Part):
 
     @property
     def made(self) -> Tensor:
-        """What the source makes, (n, 2 L k)."""
+        """Return what the source makes, (n, 2 L k)."""
         return self.source()
 
     def make_prompt(self, host: nn.Module) -> Tensor:
-        """The whole table, (n, 2 L k)."""
+        """Return the whole table, (n, 2 L k)."""
         return self.source()
 
     def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Lengthens the mask and moves the positions on; fills an empty cache with the prefix, in the base's dtype."""
+        """Lengthen the mask, move the positions on, and fill an empty cache with the prefix, in the base's dtype."""
         kwargs = by_name(host, args, kwargs)
         kwargs.pop("cache_position", None)
         whose = "decoder_" if is_encoder_decoder(host) else ""
@@ -123,19 +129,21 @@ class Prefix(Part):
         return (), kwargs
 
     def pair(self, layer: int) -> int:
-        """Which pair of keys and values of the table a layer reads."""
+        """Return which pair of keys and values of the table a layer reads."""
         return self.stride * layer % self.sizes.layers
 
     def laid_out(self, table: Tensor) -> Tensor:
-        """(b, n, l k) as l keys and values in turn: (l, b, heads, n, width)."""
+        """Return a table (b, n, l k) as l keys and values in turn: (l, b, heads, n, width)."""
         return table.view(len(table), self.count, -1, self.sizes.heads, self.sizes.width).permute(2, 0, 3, 1, 4)
 
 
 class Projection(nn.Module):
-    """Makes the prefix, (n, 2 L k), from n learned vectors of width k: W2 tanh(W1 E).
+    """Make the prefix, (n, 2 L k), from n learned vectors of width k: W2 tanh(W1 E).
 
     Attributes:
-        embedding: (n, k). inner: k -> h. outer: h -> 2 L k.
+        embedding: E, (n, k).
+        inner: W1, k -> h.
+        outer: W2, h -> 2 L k.
     """
 
     def __init__(self, count: int, sizes: Attention, hidden: int | None, init: str) -> None:
@@ -148,11 +156,11 @@ class Projection(nn.Module):
             nn.init.zeros_(self.outer.bias)
 
     def forward(self) -> Tensor:
-        """The whole prefix."""
+        """Return the whole prefix."""
         return self.outer(torch.tanh(self.inner(self.embedding)))
 
     def part(self, start: int, end: int) -> Tensor:
-        """The columns from `start` to `end` alone."""
+        """Return only the columns from `start` to `end`."""
         inner = torch.tanh(self.inner(self.embedding))
         return nn.functional.linear(inner, self.outer.weight[start:end], self.outer.bias[start:end])
 
@@ -162,20 +170,24 @@ INITS = ("vocabulary", "text", "random", "zero")
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixTuningConfig(VirtualTokens):
-    """A prefix of learned keys and values.
+    """Say how many learned keys and values a prefix has in each layer and where they start.
+
+    >>> model = pl.attach(model, pl.PrefixTuningConfig(num_virtual_tokens=4))
+    >>> pl.count_parameters(model).trainable
+    128
 
     Attributes:
         num_virtual_tokens, modules_to_save, task_type: as for every method with virtual tokens.
-        init: where keys and values start: `"vocabulary"` (those that the model computes for tokens drawn at random),
-            `"text"` (those for `init_text`, repeated or cut to the length), `"random"` (standard normal, as in Hugging
-            Face peft), or `"zero"`. None is `"vocabulary"`; with a projection, and for an encoder-decoder, whose layers
-            share keys and values, it is `"random"`.
+        init: where keys and values start. `"vocabulary"` takes those that the model computes for tokens drawn at
+            random. `"text"` takes those for `init_text`, repeated or cut to the length. `"random"` is standard normal,
+            as in Hugging Face peft. `"zero"` is zero. None means `"vocabulary"`; but with a projection it means
+            `"random"`, and so it does for an encoder-decoder, whose layers share keys and values.
         init_text, tokenizer: as for prompt tuning.
-        projection: during training an MLP, k -> h -> 2 L k with tanh between, makes the prefix.
-        encoder_hidden: its inner width h; None for k.
+        projection: during training, an MLP, k -> h -> 2 L k with tanh between, makes the prefix.
+        encoder_hidden: h, the inner width of that MLP; None for k.
 
     Raises:
-        PeftLabError: a value that is out of range, with what was found.
+        PeftLabError: a value is out of range; the message says what was found.
     """
 
     init: str | None = None
@@ -199,7 +211,9 @@ class PrefixTuningConfig(VirtualTokens):
             )
 
     def parts(self, model: nn.Module) -> Iterator[Placement]:
-        """Yields the prefix on the model, what gets it past gradient checkpointing, and the copies of heads."""
+        """Yield the prefix on the model, the parts that it needs under gradient checkpointing, and the copies of
+        heads.
+        """
         word_embeddings(model)  # or the error that says what kind of model is needed
         body = model.get_decoder() if is_encoder_decoder(model) else model
         named = cache_name(model)
@@ -237,11 +251,11 @@ class PrefixTuningConfig(VirtualTokens):
         yield from self.task_heads(model)
 
     def as_stored(self) -> Self:
-        """The config of what an adapter folder holds: the prefix without its projection."""
+        """Return the config of what an adapter folder holds: the prefix without its projection."""
         return replace(self, projection=False)
 
     def to_peft(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:
-        """The fields of Hugging Face's `adapter_config.json` for prefix tuning, sized by the key/value heads."""
+        """Return the fields of Hugging Face's `adapter_config.json` for prefix tuning, sized by the key/value heads."""
         sizes = attention_of(model)
         return {
             **self.shared_fields(model),
@@ -254,7 +268,9 @@ class PrefixTuningConfig(VirtualTokens):
 
     @staticmethod
     def from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The reverse of `to_peft`: the keyword arguments for this class. How the prefix began no longer matters."""
+        """Return the keyword arguments for this class: the reverse of `to_peft`. How the prefix began no longer
+        matters.
+        """
         return {
             "num_virtual_tokens": fields.get("num_virtual_tokens"),
             "init": "random",
