@@ -1,4 +1,4 @@
-"""Gradient checkpointing, switched on for a while, that leaves the model as it was."""
+"""Switch gradient checkpointing on for a while, and leave the model as it was."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from peftlab.errors import PeftLabError
 
 @contextmanager
 def memory_settings(model: nn.Module, checkpointing: bool | str) -> Iterator[None]:
-    """Training's memory settings for a while: no key-value cache, and gradient checkpointing if asked for.
+    """Set the model up for training inside the block: no key-value cache, and gradient checkpointing if asked for.
 
     Args:
-        checkpointing: True for the non-reentrant kind; ``"reentrant"`` for the older one, whose layers learn nothing
-            under a frozen embedding unless its output is made to require gradients, which is done here. A model whose
-            checkpointing is on already keeps its own kind.
+        checkpointing: True for the non-reentrant kind; `"reentrant"` for the older one. Under a frozen embedding the
+            layers of the older kind learn nothing unless the embedding's output requires gradients, so this turns that
+            on. A model whose checkpointing is on already keeps its own kind.
 
     Raises:
         PeftLabError: the model offers no checkpointing.
