@@ -13,8 +13,9 @@ have it there, such as BERT.
     parallel   F(x) + a(x)          beside the feed-forward, reading what it reads
                (He et al. 2022, arXiv:2110.04366, section 3.3; s = 4 in their experiments)
 
-Some models have a dropout after a projection. A houlsby adapter runs before that dropout, not after it. The book
-derives the placements in section 5.1 and the start in section 5.2.
+Some models have a dropout after a projection. A houlsby adapter runs before that dropout, not after it.
+
+Book: section 5.1, "Where they sit"; also 5.2, "Nothing changes at the start".
 """
 
 from __future__ import annotations

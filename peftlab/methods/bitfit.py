@@ -2,12 +2,12 @@
 
     y = W x + b0 + (b - b0) = W x + b,    x: (..., in),  y: (..., out),  b: (out,) trained,  b0 the base's
 
-Ben Zaken, Ravfogel and Goldberg, *BitFit*, 2022, arXiv:2106.10199, section 3. The book derives it in section 6.4. The
-part is `TrainedBias` in `methods/parts.py`, since LoRA can train biases too.
+Paper: Ben Zaken, Ravfogel and Goldberg, *BitFit*, 2022, arXiv:2106.10199, section 3.
+Book: section 6.4, "BitFit: only what is added already".
 
-What trains is a copy beside the base's own parameter, which stays frozen. So detaching, switching, mixing and rows work
-as for every other method. `SelectiveConfig` trains copies of whole modules in the same way, as a baseline: the head
-alone, or the last blocks.
+The part is `TrainedBias` in `methods/parts.py`, since LoRA can train biases too. What trains is a copy beside the
+base's own parameter, which stays frozen. So detaching, switching, mixing and rows work as for every other method.
+`SelectiveConfig` trains copies of whole modules in the same way, as a baseline: the head alone, or the last blocks.
 """
 
 from __future__ import annotations

@@ -3,9 +3,11 @@
     keys, values:               y = l * (W x + b),    x: (..., in),  y: (..., out),  l: (out,)
     the feed-forward's end:     y = W (l * x) + b,    x: (..., in),  y: (..., out),  l: (in,)
 
-l starts at one, so the model starts as it was. Liu et al., *Few-Shot Parameter-Efficient Fine-Tuning is Better and
-Cheaper than In-Context Learning*, 2022, arXiv:2205.05638, section 3.3: "Infused Adapter by Inhibiting and Amplifying
-Inner Activations". The book derives the scales in section 6.1 and their merging in section 6.3.
+l starts at one, so the model starts as it was.
+
+Paper: Liu et al., *Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning*, 2022,
+arXiv:2205.05638, section 3.3: "Infused Adapter by Inhibiting and Amplifying Inner Activations".
+Book: section 6.1, "A scale instead of a sum"; also 6.3, "Merging a scale".
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     y = W x + b + s B A x,    x: (..., in),  y: (..., out),  A: (r, in),  B: (out, r),  s = alpha / r
 
-Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, 2021, arXiv:2106.09685, section 4.1. The scaling s =
-alpha / sqrt(r) is from Kalajdzievski, 2023, arXiv:2312.03732. The book derives the update in section 2.2, its gradients
-in 2.3, the start of A and B in 2.4 and the two scalings in 2.10.
+Paper: Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, 2021, arXiv:2106.09685, section 4.1; the scaling
+alpha / sqrt(r) is from Kalajdzievski, 2023, arXiv:2312.03732.
+Book: section 2.2, "The update"; also 2.3, "The gradients, by hand", 2.4, "How to start, and how not to", and 2.10, "The
+scaling: alpha over r, or over its root".
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""Make a prompt with a small network, so that its vectors move together.
+"""Make a prompt P with a small network, so that its vectors move together.
 
     P = MLP(E),          E, P: (n, d),    MLP: d -> h -> h -> d with ReLU between
-    P = MLP(LSTM(E)),    LSTM: d -> 2 h (two directions),    MLP: 2 h -> 2 h -> d
+    P = MLP(LSTM(E)),    LSTM: d -> 2 h (two directions),    MLP: 2 h -> 2 h -> d with ReLU between
 
-Liu et al., *GPT Understands, Too*, 2021, arXiv:2103.10385, section 3, which uses the second form. Both are in Hugging
-Face peft. The book derives them in section 4.7. `InFront` in `methods/in_front.py` puts P in front of the input.
+`InFront` in `methods/in_front.py` puts P in front of the input. Only P is needed after training, and Hugging Face's
+format stores only P.
 
-Only P is needed after training, and Hugging Face's format stores only P.
+Paper: Liu et al., *GPT Understands, Too*, 2021, arXiv:2103.10385, section 3, which has the second form. Hugging Face
+peft has both.
+Book: section 4.7, "P-tuning, and the three side by side".
 """
 
 from __future__ import annotations

@@ -3,9 +3,6 @@
     head = softmax(q [P_k; K]^T / sqrt(w)) [P_v; V],    q, K, V: (t, w),  P_k, P_v: (n, w) in each head of each layer
     P = W2 tanh(W1 E),    E: (n, k),  P: (n, 2 L k),    if an MLP makes the prefix during training
 
-Li and Liang, *Prefix-Tuning: Optimizing Continuous Prompts for Generation*, 2021, arXiv:2101.00190, section 4; section
-4.3 has the MLP. The book derives the prefix in section 4.4 and the MLP in section 4.6.
-
 One table of shape (n, 2 L k) holds the whole prefix: for each virtual token, a key and a value for each of the L
 layers. k = heads x w, with the heads of keys and values (under grouped-query attention there are fewer of them than of
 queries).
@@ -13,6 +10,10 @@ queries).
 For an encoder-decoder the prefix stands in the decoder's self-attention. As in Hugging Face peft, its layer i reads
 pair 2 i mod L of the table. So for an even L each pair that is read serves two layers, and every other pair is never
 read.
+
+Paper: Li and Liang, *Prefix-Tuning: Optimizing Continuous Prompts for Generation*, 2021, arXiv:2101.00190, section 4;
+section 4.3 has the MLP.
+Book: section 4.4, "A prefix in every layer"; also 4.6, "The MLP that makes a prefix".
 """
 
 from __future__ import annotations

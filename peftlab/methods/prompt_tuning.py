@@ -3,12 +3,12 @@
     X' = [P; X],                X: (t, d),  P: (n, d)
     H_i' = [P_i; H_i[n:]],      H_i: (n + t, d),  P_i: (n, d),  for a deep prompt in every layer i after the first
 
-Lester et al., *The Power of Scale for Parameter-Efficient Prompt Tuning*, 2021, arXiv:2104.08691, section 2. The deep
-prompt is VPT-deep of Jia et al., *Visual Prompt Tuning*, 2022, arXiv:2203.12119, section 3.2. The book derives the
-prompt in section 4.1, its start in 4.2 and the deep prompt in 4.5.
+`InFront` in `methods/in_front.py` computes the first formula, since P-tuning shares it. `DeepPrompt` below computes the
+second.
 
-The first formula is computed by `InFront` in `methods/in_front.py`, which P-tuning shares; the second by `DeepPrompt`
-below.
+Paper: Lester et al., *The Power of Scale for Parameter-Efficient Prompt Tuning*, 2021, arXiv:2104.08691, section 2. The
+deep prompt is VPT-deep of Jia et al., *Visual Prompt Tuning*, 2022, arXiv:2203.12119, section 3.2.
+Book: section 4.1, "Vectors that no word has"; also 4.2, "Why the start decides", and 4.5, "Shallow and deep".
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Who computes with 4-bit weights: the reference in plain PyTorch, or bitsandbytes' kernels. They give equal numbers.
+"""Compute with 4-bit weights: by the reference in plain PyTorch, or by bitsandbytes' kernels. Both give equal numbers.
 
-A backend turns a weight into codes and codes into a weight. A new one is a class with these four methods and a line in
-`BACKENDS`; `choose` asks each, in this order, whether it can.
+A backend turns a weight into codes and codes into a weight. A new backend is a class with these four methods and an
+entry in `BACKENDS`; `choose` asks each, in this order, whether it can.
 """
 
 from __future__ import annotations
@@ -25,29 +25,35 @@ ZEROS = 0x77  # two zeros in NF4
 
 
 class Reference:
-    """Plain PyTorch: every format, block size and device."""
+    """Compute in plain PyTorch: every format, block size and device."""
 
     name = "reference"
 
     def cannot(self, format: str, block_size: int, device: torch.device) -> str | None:
-        """Why this backend cannot compute with such weights there; None if it can."""
+        """Return why this backend cannot compute with such weights on that device; None if it can."""
         return None
 
     def quantize(self, weight: Tensor, format: str, block_size: int, double_quant: bool, name: str) -> Quantized:
-        """A weight as codes. Raises PeftLabError for values that are not finite."""
+        """Return a weight as codes.
+
+        Raises:
+            PeftLabError: a value is not finite.
+        """
         return blockwise.quantize(weight, format, block_size=block_size, double_quant=double_quant, name=name)
 
     def dequantize(self, packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
-        """Codes as a weight, of the state's shape."""
+        """Return the weight that codes stand for, in the state's shape."""
         return blockwise.dequantize(packed, state, dtype)
 
     def linear(self, x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
-        """x W^T + b without a gradient, x: (..., in). The weight lives for this product only."""
+        """Return x W^T + b without a gradient, x: (..., in). The dequantised weight lives for this product only."""
         return F.linear(x, self.dequantize(packed, state, x.dtype), bias)
 
 
 class BitsAndBytes(Reference):
-    """bitsandbytes' kernels, on CUDA and on the CPU, called below its layers: those repack weights on some CPUs."""
+    """Compute with bitsandbytes' kernels on CUDA and on the CPU. Its layers are not used: on some CPUs they repack
+    weights.
+    """
 
     name = "bitsandbytes"
     block_sizes = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -106,10 +112,11 @@ class BitsAndBytes(Reference):
 
 @torch.no_grad()
 def code_zeros(packed: Tensor, weight: Tensor, block_size: int) -> None:
-    """Codes blocks of nothing but zeros as zeros, in place.
+    """Write the code of zero into blocks that hold only zeros, in place.
 
-    bitsandbytes' CUDA kernel divides them by their largest value, which is zero, and writes the code of -1. Without
-    double quantisation the scale makes zeros of that; with it the scale comes back as a small number instead.
+    bitsandbytes' CUDA kernel divides such a block by its largest value, which is zero, and writes the code of -1.
+    Without double quantisation the scale is zero, so the values are zero again. With it the scale comes back as a small
+    number instead, and so do the values.
     """
     flat, size = weight.detach().reshape(-1), block_size // 2
     whole = flat.numel() // block_size
@@ -123,7 +130,7 @@ BACKENDS = {backend.name: backend for backend in (BitsAndBytes(), Reference())}
 
 
 def check_backend(name: str, format: str, block_size: int, device: torch.device) -> None:
-    """Refuses a backend that is not there, or that cannot do what is asked."""
+    """Refuse a backend that does not exist, or that cannot do what is asked."""
     one_of("backend", name, (AUTO, *BACKENDS))
     reason = None if name == AUTO else BACKENDS[name].cannot(format, block_size, device)
     if reason:
@@ -132,7 +139,9 @@ def check_backend(name: str, format: str, block_size: int, device: torch.device)
 
 @cache
 def choose(name: str, format: str, block_size: int, device: torch.device) -> Reference:
-    """The backend of that name; for `"auto"` the first that can: the layer may move between devices at any time."""
+    """Return the backend of that name; for `"auto"` the first that can compute this (the layer may move between
+    devices).
+    """
     if name != AUTO:
         check_backend(name, format, block_size, device)  # which also imports it
         return BACKENDS[name]
@@ -140,7 +149,7 @@ def choose(name: str, format: str, block_size: int, device: torch.device) -> Ref
 
 
 def from_bitsandbytes(theirs: object) -> QuantState:
-    """bitsandbytes' record of a quantised weight as ours; the tensors are shared, not copied."""
+    """Return bitsandbytes' record of a quantised weight as a `QuantState`. The tensors are shared, not copied."""
     nested = theirs.state2 if theirs.nested else None
     return QuantState(
         theirs.absmax, theirs.shape, theirs.dtype, theirs.blocksize, theirs.quant_type,

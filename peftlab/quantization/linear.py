@@ -1,12 +1,14 @@
-"""A linear layer whose weight is frozen in four bits.
+"""Compute with a linear layer whose weight is frozen in four bits.
 
-    y = x W^T + b,    W = q_i c    dequantised for this product, and thrown away after it
-    dL/dx = dL/dy W                dequantised once more
+    y = x W^T + b,    W = q_i c    x: (..., in),  y: (..., out),  W: (out, in), dequantised for this product only
+    dL/dx = dL/dy W                W is dequantised once more
 
-(Dettmers et al., 2023, arXiv:2305.14314, section 3.) Nothing else has a gradient: W is frozen. Left to autograd, the
-product would keep the dequantised W until the backward pass, and with that every layer's 16-bit weights at the same
-time; here the codes are kept, which are there anyway. (A backward pass that is itself to be differentiated, with
-`create_graph=True`, is recorded like any other and keeps W.)
+Paper: Dettmers et al., 2023, arXiv:2305.14314, section 3.
+Book: section 3.6, "A layer that computes with codes".
+
+W is frozen, so only x and b have gradients. Left to autograd, the product would keep the dequantised W until the
+backward pass, and so the 16-bit weights of all layers at once. Here only the codes are kept, which are in memory
+anyway. (With `create_graph=True` the backward pass is itself recorded, and W is kept.)
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from peftlab.quantization.serialised import from_tensors, to_tensors
 
 
 class _Product(torch.autograd.Function):
-    """y = x W^T + b with a frozen W that is kept as codes between the two passes."""
+    """Compute y = x W^T + b with a frozen W that is kept as codes between the two passes."""
 
     @staticmethod
     def forward(
@@ -52,9 +54,9 @@ class _Product(torch.autograd.Function):
 
 
 class Linear4bit(nn.Linear):
-    """A frozen linear layer in four bits. It computes in the dtype of its input, or in autocast's.
+    """Hold a frozen linear layer in four bits. It computes in the dtype of its input, or in autocast's.
 
-    It is an `nn.Linear`, so that whatever looks for linear layers finds it: `attach`, Hugging Face peft, transformers.
+    It is an `nn.Linear`, so whatever looks for linear layers finds it: `attach`, Hugging Face peft, transformers.
 
     Attributes:
         weight: the codes, (ceil(out in / 2), 1) uint8; `weight.quant_state` says what they stand for.
@@ -73,7 +75,7 @@ class Linear4bit(nn.Linear):
         self._link()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in) -> (..., out)."""
+        """Return x W^T + b: (..., in) -> (..., out)."""
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         state, bias = self.quant_state, self.bias
@@ -84,7 +86,7 @@ class Linear4bit(nn.Linear):
         return backend.linear(x, self.weight, state, bias)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight as the layer sees it, (out, in)."""
+        """Return the weight that the layer computes with, (out, in)."""
         return Quantized(self.weight.detach(), self.quant_state).dequantize(dtype)
 
     def extra_repr(self) -> str:
@@ -98,7 +100,7 @@ class Linear4bit(nn.Linear):
         self.weight.quant_state = self.quant_state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Moves the scales with the layer. A cast does not reach them: the codes mean little with rounded scales."""
+        """Move the scales with the layer, but do not cast them: rounded scales would change the weight."""
         super()._apply(fn, recurse)
         moved = {name: (fn(tensor), tensor) for name, tensor in self.quant_state.tensors().items()}
         kept = {name: new if new.dtype == old.dtype else old.to(new.device) for name, (new, old) in moved.items()}
@@ -125,6 +127,6 @@ class Linear4bit(nn.Linear):
 
 
 def versions(packed: Tensor, state: QuantState) -> list[int]:
-    """How often codes and scales were written to; tensors of `torch.inference_mode` do not count it."""
+    """Return how often codes and scales were written to. Tensors of `torch.inference_mode` do not count it."""
     tensors = (packed, state.absmax, state.nested_absmax, state.offset)
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors if tensor is not None]

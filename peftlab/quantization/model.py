@@ -1,4 +1,4 @@
-"""A whole model's linear layers into four bits, and back: in place, one layer at a time."""
+"""Quantise the linear layers of a whole model to four bits, and back: in place, one layer at a time."""
 
 from __future__ import annotations
 
@@ -32,27 +32,32 @@ def quantize_model(
     double_quant: bool = True,
     device: torch.device | str | None = None,
 ) -> nn.Module:
-    """Turns a model's linear layers into frozen 4-bit ones, in place; then `attach` works as on any model.
+    """Turn a model's linear layers into frozen 4-bit ones, in place. Then `attach` works as on any model.
 
-    The output head, the heads of tasks (`classifier`, `score`, ...), tied weights, embeddings and norms stay as they
-    are, and so does `nn.MultiheadAttention`, which reads its weight past its layer. Each layer's old weight is let go
-    before the next is touched, so that the peak is the model so far plus one layer. GPT-2's Conv1D becomes a linear
+    These stay as they are: the output head, the heads of tasks (`classifier`, `score`, ...), tied weights, embeddings,
+    norms, and `nn.MultiheadAttention`, which reads its weight without calling its layer. Each layer's old weight is
+    freed before the next is touched, so the peak is the model so far plus one layer. GPT-2's Conv1D becomes a linear
     layer of the transposed weight.
 
+    >>> model = pl.quantize_model(model)
+    >>> model = pl.attach(model, pl.LoRAConfig(r=4, target_modules=["q_proj"]))
+    >>> print(pl.count_parameters(model))
+    256 of 5,968 parameters train (4.2895%)
+
     Args:
-        backend: `"auto"` (bitsandbytes' kernels where they can be used, the reference elsewhere), or either by name.
+        backend: `"auto"` (bitsandbytes' kernels if they can be used, otherwise the reference), or either by name.
         skip: names, or endings of paths, of further modules to leave alone.
         format, block_size, double_quant: as for `quantize`.
-        device: quantise there: each weight is moved by itself, so a model in main memory needs a GPU's memory for
-            its 4-bit form and one layer. What is not quantised follows at the end.
+        device: where to quantise. Each weight is moved there by itself, so for a model in main memory the GPU needs
+            room for the 4-bit form and one layer. What is not quantised is moved at the end.
 
     Returns:
-        The same model. A transformers model's config also says how it is quantised, so that what its
-        `save_pretrained` writes loads again with bitsandbytes.
+        The same model. A transformers model's config also says how it is quantised, so that bitsandbytes can load what
+            its `save_pretrained` writes.
 
     Raises:
-        PeftLabError: adapters are attached; a name in `skip` or a setting that is not there; a weight that holds NaN
-            or infinity (named); nothing to quantise. The model is then as it was.
+        PeftLabError: adapters are attached; a name in `skip` or a setting does not exist; a weight (named) holds NaN or
+            infinity; there is nothing to quantise. The model is then as it was.
     """
     root = unwrap(model)
     if record_of(root) is not None:
@@ -75,7 +80,7 @@ def quantize_model(
 def quantize_layers(
     root: nn.Module, paths: list[str], backend: str, format: str, block_size: int, double_quant: bool, device: object
 ) -> None:
-    """Replaces the layers at these paths, one after the other."""
+    """Replace the layers at these paths, one after the other."""
     for path in paths:
         layer = root.get_submodule(path)
         weight = layer.weight.detach().T if is_conv1d(layer) else layer.weight.detach()
@@ -88,7 +93,7 @@ def quantize_layers(
 
 
 def candidates(root: nn.Module, skip: Iterable[str]) -> Iterator[str]:
-    """The paths of the layers to quantise, in the model's order."""
+    """Yield the paths of the layers to quantise, in the model's order."""
     if isinstance(skip, (str, bytes)) or not isinstance(skip, Iterable):
         raise PeftLabError(f"skip is {skip!r}; give a list of module names, such as ['lm_head'].")
     skip = tuple(skip)
@@ -111,16 +116,21 @@ def candidates(root: nn.Module, skip: Iterable[str]) -> Iterator[str]:
 
 @torch.no_grad()
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Turns 4-bit layers, this package's or bitsandbytes', into plain `nn.Linear`, in place; adapters stay attached.
+    """Turn 4-bit layers, this package's or bitsandbytes', into plain `nn.Linear`, in place. Adapters stay attached.
 
-    What quantisation lost does not come back: the weights are what the codes stand for. The way to ship a QLoRA
-    adapter in one piece: dequantise, then `merge`.
+    What quantisation lost does not come back: the weights are what the codes stand for. To ship a QLoRA adapter merged
+    into its base, dequantise, then `merge`.
+
+    >>> model = pl.attach(pl.quantize_model(model), pl.LoRAConfig(r=4))
+    >>> model = pl.dequantize_model(model)
+    >>> pl.merge(model, unload=True).modules
+    4
 
     Args:
-        dtype: of the new weights; by default the one that was quantised.
+        dtype: the dtype of the new weights; by default that of the weight before it was quantised.
 
     Raises:
-        PeftLabError: no layer is quantised; a merged model; a weight that bitsandbytes has repacked for inference. The
+        PeftLabError: no layer is quantised; the model is merged; bitsandbytes has repacked a weight for inference. The
             model is then as it was.
     """
     root = unwrap(model)
@@ -147,20 +157,20 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
 
 
 def replace(root: nn.Module, path: str, new: nn.Module) -> None:
-    """Puts a module in another's place."""
+    """Put a module in another's place."""
     parent, _, name = path.rpartition(".")
     setattr(root.get_submodule(parent), name, new)
 
 
 def mark(root: nn.Module, format: str, double_quant: bool) -> None:
-    """Lets a transformers config say how the model is quantised, in transformers' words; its fp4 and nf4 only."""
+    """Write into a transformers config how the model is quantised, in transformers' words; only for fp4 and nf4."""
     config = getattr(root, "config", None)
     if config is not None and hasattr(config, "to_dict") and format in ("nf4", "fp4"):
         config.quantization_config = quantization_config(root, format, double_quant)
 
 
 def quantization_config(root: nn.Module, format: str, double_quant: bool) -> dict[str, object]:
-    """What transformers' `BitsAndBytesConfig` would write: also which linear layers are whole."""
+    """Return what transformers' `BitsAndBytesConfig` would write, with the linear layers that are not quantised."""
     whole = [path for path, module in root.named_modules() if type(module) is nn.Linear]
     dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
     return {
@@ -171,7 +181,7 @@ def quantization_config(root: nn.Module, format: str, double_quant: bool) -> dic
 
 
 def unmark(root: nn.Module) -> None:
-    """Takes every mark of quantisation off a transformers model."""
+    """Take every mark of quantisation off a transformers model."""
     record = record_of(root)
     if record is not None:
         restore_transformers_attributes(root, record)
@@ -185,7 +195,7 @@ def unmark(root: nn.Module) -> None:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers, 4-bit scales included, tied ones once."""
+    """Return the bytes of a model's parameters and buffers; 4-bit scales are included, and tied ones count once."""
     root = unwrap(model)
     tensors = {id(t): t for t in (*root.parameters(), *root.buffers())}
     total = sum(tensor.nbytes for tensor in tensors.values())

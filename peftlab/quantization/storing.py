@@ -1,7 +1,8 @@
-"""A 4-bit base on disk: one safetensors file with bitsandbytes' keys, and the model's config. Adapters lie apart.
+"""Save and load a 4-bit base: one safetensors file with bitsandbytes' keys, and the model's config, without adapters.
 
-`load_quantized` needs no bitsandbytes; transformers' `from_pretrained` opens the same folder with it. Saved are the
-codes, not the weights they stand for: a quarter of the 16-bit file, and no rounding on the way.
+`load_quantized` needs no bitsandbytes. With it, transformers' `from_pretrained` opens the same folder. The file holds
+the codes, not the weights that they stand for. So it has a quarter of the size of the 16-bit file, and nothing is
+rounded again.
 """
 
 from __future__ import annotations
@@ -28,13 +29,18 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def save_quantized(model: nn.Module, folder: str | os.PathLike) -> Path:
-    """Writes a transformers model with 4-bit layers, this package's or bitsandbytes', without its adapters.
+    """Write a transformers model with 4-bit layers, this package's or bitsandbytes', without its adapters.
+
+    >>> folder = pl.save_quantized(pl.quantize_model(model), "four-bits")
+    >>> sorted(file.name for file in folder.iterdir())
+    ['config.json', 'model.safetensors']
 
     Returns:
         The folder, which holds `config.json` and `model.safetensors`.
 
     Raises:
-        PeftLabError: no layer is quantised; no transformers model; a merged model. Nothing is then written.
+        PeftLabError: no layer is quantised, the model is no transformers model, or it is merged. Nothing is then
+            written.
     """
     root = unwrap(model)
     config = getattr(root, "config", None)
@@ -68,14 +74,20 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike) -> Path:
 def load_quantized(
     folder: str | os.PathLike, *, backend: str = AUTO, device: torch.device | str = "cpu"
 ) -> nn.Module:
-    """Loads what `save_quantized`, or transformers with bitsandbytes, wrote: the same codes and scales, bit for bit.
+    """Load a folder that `save_quantized`, or transformers with bitsandbytes, wrote. Codes and scales are equal bit for
+    bit.
+
+    >>> folder = pl.save_quantized(pl.quantize_model(model), "four-bits")
+    >>> same = pl.load_quantized(folder)
+    >>> same.model.layers[0].mlp.up_proj.weight.numel()  # bytes, for 512 weights
+    256
 
     Args:
         backend: as for `quantize_model`.
         device: where the model goes.
 
     Raises:
-        PeftLabError: a file is missing or damaged, or is no 4-bit model; a key is missing or has no place.
+        PeftLabError: a file is missing or damaged, or holds no 4-bit model; a key is missing or has no place.
     """
     import transformers
 
@@ -104,7 +116,9 @@ def load_quantized(
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Puts the whole tensors of the file into a model on the meta device, and makes the rest of its buffers."""
+    """Put the tensors of the file that are not quantised into a model on the meta device, and make its other
+    buffers.
+    """
     own = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
     extra = sorted(set(tensors) - own)
     if extra:
@@ -124,7 +138,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def _smaller(config: object) -> object:
-    """The config with one layer: its buffers are the whole model's."""
+    """Return the config with one layer. A model of it has the same buffers as the whole model."""
     import copy
 
     config = copy.deepcopy(config)
