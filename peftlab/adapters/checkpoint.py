@@ -34,7 +34,7 @@ from peftlab.core.tensor_files import read_tensors, serialised, write
 from peftlab.errors import PeftLabError, did_you_mean
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-ENCODER = "adapter_encoder.safetensors"  # ours alone; Hugging Face peft does not look at it
+ENCODER = "adapter_encoder.safetensors"  # only this package reads it
 PREFIX = "base_model.model."
 TARGET_FIELDS = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "task_type",
@@ -64,7 +64,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
     tensors = {}
     for key, parameter in key_table(placements).items():
         if not torch.isfinite(parameter).all():
-            raise PeftLabError(f"{key} holds values that are not finite; the adapter was not saved.")
+            raise PeftLabError(
+                f"{key} holds values that are not finite; the adapter was not saved. Look at how it was trained: the "
+                "loss has probably diverged."
+            )
         tensors[key] = parameter.detach().cpu().contiguous().clone()  # shared biases have several keys
     encoder = {key: value.detach().cpu().contiguous().clone() for key, value in encoder_table(placements).items()}
 
@@ -81,13 +84,13 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
         metadata["peftlab_encoder"] = digest(encoder)
     folder = Path(folder) if name == "default" else Path(folder) / name
     folder.mkdir(parents=True, exist_ok=True)
-    # Each file appears whole or not at all; a folder caught between the two is told by `peftlab_config`.
+    # Each file appears whole or not at all. `peftlab_config` shows if a save stopped between the two files.
     if encoder:
         write(folder / ENCODER, serialised(encoder, {"format": "pt"}))
     write(folder / CONFIG, text.encode())
     write(folder / WEIGHTS, serialised(tensors, metadata))
     if not encoder:
-        (folder / ENCODER).unlink(missing_ok=True)  # of an adapter that was here before
+        (folder / ENCODER).unlink(missing_ok=True)  # an adapter that was here before left it
     return folder
 
 
@@ -174,15 +177,16 @@ def check_fit(root: nn.Module, placements: Iterable[Placement], saved: Saved) ->
         key: parameter.shape for key, parameter in encoder.items()
     }:
         raise PeftLabError(
-            f"{saved.folder} holds what the adapter's encoder made, but no {ENCODER} with that encoder, so its "
-            "training cannot go on here. Save it with this package, or attach the adapter without an encoder."
+            f"{saved.folder} holds the output of the adapter's encoder, but the encoder itself is not there (no "
+            f"{ENCODER}, or one of other shapes), so training cannot continue. Save it with this package, or attach "
+            "the adapter without an encoder."
         )
 
 
 @torch.no_grad()
 def fill(placements: Iterable[Placement], saved: Saved) -> None:
     """Copy saved tensors into an adapter's parts, in place of the values that the parts started with."""
-    # The output of an encoder is not copied: it follows from the encoder's own weights, which are.
+    # An encoder's output is not copied; its weights (next loop) reproduce it.
     for key, parameter in key_table(p for p in placements if not p.part.encoder_keys).items():
         parameter.copy_(saved.tensors[key])
     for key, parameter in encoder_table(placements).items():
@@ -245,14 +249,14 @@ def to_fields(root: nn.Module, config: Config, placements: list[Placement]) -> d
     fields = {name: getattr(config, name, None) for name in TARGET_FIELDS}
     targets = fields["target_modules"]
     found_here = isinstance(targets, str) and (targets.lower() == ALL_LINEAR or config.layers_to_transform)
-    if not isinstance(config, Targets):  # it stands on the model itself
+    if not isinstance(config, Targets):  # its adapter stands on the model itself
         fields = {name: fields[name] for name in ("modules_to_save", "task_type")}
     elif targets is None or found_here:
-        # The names that were found, so that no library has to guess them again; and Hugging Face peft takes
-        # layers_to_transform only beside a list.
+        # Write the names that were found, so that no library has to guess them again. Also, Hugging Face peft takes
+        # layers_to_transform only together with a list.
         adapted = {path for path, part_name, _ in placements if part_name not in ("bias", "copy")}
         fields["target_modules"] = sorted(adapted)
-    # Hugging Face's IA3 has no fields for layers, and warns about each that it finds in a file.
+    # Hugging Face's IA3 has no fields for layers, and warns about each one in a file.
     unset = [name for name in ("layers_to_transform", "layers_pattern") if fields.get(name) is None]
     fields = {name: value for name, value in fields.items() if name not in unset}
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
@@ -271,7 +275,7 @@ def from_fields(root: nn.Module, fields: Mapping[str, Any]) -> Config:
     given = {name: fields.get(name) for name in TARGET_FIELDS if name in takes}
     shared = {name: None if value in ([], "") else value for name, value in given.items()}
     if "layers_to_transform" in takes and shared["layers_to_transform"] is None:
-        shared["layers_pattern"] = None  # without layers to count it says nothing
+        shared["layers_pattern"] = None  # without layers it has no meaning
     try:
         return only_present(root, kind(**shared, **kind.from_peft(fields)))
     except (TypeError, AttributeError) as error:
@@ -300,7 +304,10 @@ def config_class(fields: Mapping[str, Any]) -> type[Config]:
     if not fitting:
         closest = max(alike, key=lambda kind: len(kind.requires))
         name = next(name for name in closest.unsupported if fields.get(name))
-        raise PeftLabError(f"The adapter uses {name}={fields[name]!r}, which this package does not have.")
+        raise PeftLabError(
+            f"The adapter uses {name}={fields[name]!r}, which this package does not have. Load it with Hugging Face "
+            "peft."
+        )
     if len(fitting) > 1:
         raise PeftLabError(
             f"The adapter's fields fit {' and '.join(kind.__name__ for kind in fitting)}. Each of these classes must "
@@ -341,7 +348,7 @@ def locate(folder: Path, name: str) -> Path:
     if any(folder.glob("adapter_model.bin")):
         raise PeftLabError(
             f"{folder} holds adapter_model.bin, a pickle, which can run code when it is opened. "
-            "Convert it to adapter_model.safetensors where you trust it."
+            "If you trust it, convert it to adapter_model.safetensors."
         )
     there = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
     hint = f" It holds adapters named {', '.join(map(repr, there))}; give one as name." if there else ""
@@ -392,7 +399,7 @@ def redundant(root: nn.Module, key: str, tensors: Mapping[str, Tensor]) -> bool:
     own = base_tensor(root, module, name) if module in base_modules(root) else None
     if own is None or own.shape != tensors[key].shape:
         return False
-    # The base may have been loaded in another dtype: equal in the coarser of the two is equal.
+    # The base may have been loaded in another dtype, so the two are compared in the coarser dtype.
     dtype = min(own.dtype, tensors[key].dtype, key=lambda dtype: dtype.itemsize)
     return torch.equal(tensors[key].to(dtype), own.detach().cpu().to(dtype))
 

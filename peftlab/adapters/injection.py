@@ -96,7 +96,7 @@ def prepare(root: nn.Module, name: str, config: Config, adapter_dtype: torch.dty
         if record is None or host._modules[CHILD].activity is not record.activity:
             raise PeftLabError(
                 f"{path or 'The model'} carries adapters that were attached through another module. "
-                "Attach and detach through one and the same model."
+                "Attach and detach through the same model."
             )
     placements = list(config.parts(root))
     for path, _, part in placements:
@@ -129,11 +129,11 @@ def add(root: nn.Module, name: str, config: Config, placements: list[Placement],
     record = record_of(root)
     if record is None:
         record = Record()
-        # A plain attribute, not a module: nothing of it is in the tree or in a state dict.
+        # A plain attribute, not a module, so it is neither in the module tree nor in a state dict.
         object.__setattr__(root, "_peftlab", record)
     if not record.configs:
         for parameter_name, parameter in root.named_parameters():
-            # By its plain name: a layer may be compiled on its own between attach and detach.
+            # Use the plain name, since a layer may be compiled by itself between attach and detach.
             record.base_requires_grad[plain(parameter_name)] = parameter.requires_grad
             parameter.requires_grad_(False)
     for path, part_name, part in placements:
@@ -284,7 +284,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         yield model
         return
     if record.activity.merged:
-        raise PeftLabError("The model is merged, so the base's output is not there; call unmerge(model) first.")
+        raise PeftLabError("The model is merged, so it cannot give the base's output; call unmerge(model) first.")
     before, record.activity.enabled = record.activity.enabled, False
     try:
         yield model

@@ -21,7 +21,9 @@ def check_integrity(
 ) -> None:
     """Compare the files with the sums saved in them, if there are any, and refuse values that are not finite."""
     if "peftlab_tensors" in metadata and metadata["peftlab_tensors"] != digest(tensors):
-        raise PeftLabError(f"{file} was changed after it was saved: its SHA-256 sum differs.")
+        raise PeftLabError(
+            f"{file} was changed after it was saved: its SHA-256 sum differs. Save or download the adapter again."
+        )
     if "peftlab_config" in metadata and metadata["peftlab_config"] != config_digest(fields):
         raise PeftLabError(
             f"{config_file} and {file.name} were not saved together: a save was interrupted, or the config edited. "
@@ -29,7 +31,7 @@ def check_integrity(
         )
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise PeftLabError(f"{key} in {file} holds values that are not finite.")
+            raise PeftLabError(f"{key} in {file} holds values that are not finite; use another checkpoint.")
 
 
 def base_sample(root: nn.Module, paths: Iterable[str], copied: Iterable[str] = ()) -> dict[str, list[float]]:
@@ -51,7 +53,7 @@ def weights_at(root: nn.Module, paths: Iterable[str]) -> dict[str, list[float]]:
     sample = {}
     for path in sorted(paths)[:8]:
         weight = base_tensor(root, path, "weight")
-        # A quantised weight holds packed codes, which say nothing about another dtype's copy of the same model.
+        # A quantised weight is skipped: its packed codes cannot be compared with the same weight in another dtype.
         if weight is not None and weight.is_floating_point() and weight.device.type != "meta":
             sample[path] = weight.detach().flatten()[:8].float().tolist()
     return sample
@@ -70,7 +72,7 @@ def base_tensor(root: nn.Module, path: str, name: str) -> Tensor | None:
     """Return a parameter of the base as it is without adapters, also while the model is merged."""
     record = record_of(root)
     kept = record.backup.get(path, {}) if record else {}
-    # of a quantised weight the copy starts with its codes
+    # the copy of a quantised weight starts with its codes
     value = kept[name][0] if name in kept else getattr(root.get_submodule(path), name, None)
     return value if isinstance(value, Tensor) else None
 
@@ -90,7 +92,7 @@ def check_base(root: nn.Module, folder: Path, metadata: Mapping[str, str], model
         if expected.shape == found.shape and not torch.allclose(expected, found, rtol=0.01, atol=1e-6):
             raise PeftLabError(
                 f"The adapter in {folder} was trained on another base: the weights of {path} differ. "
-                f"This model is {model_name!r}."
+                f"This model is {model_name!r}; load the base that the adapter was trained on."
             )
 
 

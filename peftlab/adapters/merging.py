@@ -91,13 +91,13 @@ def merge(model: nn.Module, *, unload: bool = False, requantize: bool = False) -
                         "Look at the adapter's values, or merge in a wider dtype."
                     )
                 errors[path] = max(errors.get(path, 0.0), rounding_error(tensor, value, before))
-    except BaseException:  # out of memory or Ctrl-C half-way too: all or nothing
+    except BaseException:  # merge all or nothing, also if memory runs out or Ctrl-C is pressed
         restore_base(root, record)
         raise
     record.activity.merged = True
     refresh_requires_grad(root, record)
     if unload:
-        record.activity.merged = False  # detach must leave the merged weights
+        record.activity.merged = False  # so that detach leaves the merged weights
         record.backup.clear()
         for name in list(record.configs):
             detach(root, name)
@@ -170,27 +170,31 @@ def check(root: nn.Module, record: Record, requantize: bool) -> None:
         for name, _, part in active_parts(host, activity):
             if not part.overrides("merged"):
                 kind = record.configs[name].method
-                raise PeftLabError(f"Adapter {name!r} ({kind}) changes more than weights and cannot be merged.")
+                raise PeftLabError(
+                    f"Adapter {name!r} ({kind}) changes more than weights and cannot be merged; keep it attached."
+                )
             for parameter_name, parameter in host.named_parameters(recurse=False):
                 if is_quantized(parameter) and not requantize:
                     raise PeftLabError(
                         f"{path}.{parameter_name} is held in four bits, where much of a small update is lost. Call "
-                        "dequantize_model(model) first and merge into whole weights; or merge(model, "
-                        "requantize=True), and read its error."
+                        "dequantize_model(model) first and merge into weights of full precision. Or call merge(model, "
+                        "requantize=True), and read the error in its report."
                     )
                 if not is_quantized(parameter) and not parameter.is_floating_point():
                     raise PeftLabError(
-                        f"{path}.{parameter_name} is quantised to {parameter.dtype}, into which nothing can be merged "
-                        "here; load the base in 16 or 32 bits."
+                        f"{path}.{parameter_name} is quantised to {parameter.dtype}, and nothing can be merged into "
+                        "such weights here. Load the base in 16 or 32 bits."
                     )
 
 
 def check_target(path: str, name: str, tensor: Tensor | None, uses: Counter) -> None:
     """Refuse a parameter that does not exist, or that another module reads as well."""
     if tensor is None:
-        raise PeftLabError(f"{path}.{name} is not there, so no update can be merged into it.")
+        raise PeftLabError(
+            f"{path}.{name} does not exist, so no update can be merged into it; keep the adapter attached."
+        )
     if uses[id(tensor)] > 1:
         raise PeftLabError(
             f"{path}.{name} is shared with another module (tied weights), which a merge would change as well. "
-            "Keep the adapter apart, or load the model with tie_word_embeddings=False."
+            "Keep the adapter attached, or load the model with tie_word_embeddings=False."
         )

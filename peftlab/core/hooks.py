@@ -72,7 +72,7 @@ def place(host: nn.Module, activity: Activity, adapter: str, part_name: str, par
     if adapter not in parts:
         parts[adapter] = nn.ModuleDict()
     parts[adapter][part_name] = part
-    # A host on which no part has a `before`, say, gets no hook for it.
+    # If no part on a host has a `before`, the host gets no hook for it; the same holds for `after`.
     if part.overrides("before") and _before not in host._forward_pre_hooks.values():
         host.register_forward_pre_hook(_before, with_kwargs=True)
     if part.overrides("after") and _after not in host._forward_hooks.values():
@@ -113,7 +113,7 @@ def _before(host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | 
     inputs = args, kwargs
     parts = host._modules[CHILD]
     prompts = prompt_parts(parts, parts.activity) if parts.activity.running else {}
-    if prompts:  # one of them runs, for all: it puts in the active prompt, which is the mixture of theirs
+    if prompts:  # one of these parts runs for all of them: it inserts the active prompt, a mixture of their prompts
         inputs = next(iter(prompts.values())).before(host, args, kwargs)
 
     def change(mine: list[Part], inputs: tuple, base: tuple) -> tuple:
@@ -158,7 +158,7 @@ def active_prompt(host: nn.Module, batch: int) -> Tensor:
         order, repeat = list(made), _repeat(activity.rows, batch)
         stacked = torch.stack(list(made.values()))
         return stacked[[order.index(name) for name in activity.rows for _ in range(repeat)]]
-    # P = sum over adapters of weight P_adapter: the base has no prompt, so there is no change to add up
+    # P = sum over adapters of weight P_adapter. The base has no prompt, so whole prompts are summed, not changes.
     first, *others = (tensor * activity.weights[name] for name, tensor in made.items())
     return sum(others, start=first).expand(batch, -1, -1)
 
@@ -182,7 +182,7 @@ def _apply(
         return None
     if len(here) == 1 and here[0][1] == 1:
         return change(mine[here[0][0]], inputs, base)
-    # y = y0 + sum over adapters of weight (y_adapter - y0): a mixture adds the weighted changes
+    # y = y0 + sum over adapters of weight (y_adapter - y0)
     changed = [(weight, change(mine[name], inputs, base)) for name, weight in here]
     return _combine(base, changed, lambda y0, ys: sum((w * (y - y0) for w, y in ys), start=y0).to(y0.dtype))
 
@@ -216,7 +216,7 @@ def _repeat(rows: tuple[str | None, ...], batch: int) -> int:
     """
     if batch % len(rows):
         raise PeftLabError(
-            f"activate was given {len(rows)} names, one a row, but the batch has {batch} rows. "
+            f"activate was given {len(rows)} names, one per row, but the batch has {batch} rows. "
             "Give as many names as the batch has rows."
         )
     return batch // len(rows)

@@ -19,7 +19,7 @@ from peftlab.core.hooks import base_modules
 from peftlab.errors import PeftLabError, did_you_mean
 
 ALL_LINEAR = "all-linear"
-# Where the query and value projections live in the architectures of transformers, most specific first.
+# The names of the query and value projections in the architectures of transformers, most specific first.
 QUERY_VALUE = (
     ("q_proj", "v_proj"),
     ("query", "value"),
@@ -31,7 +31,7 @@ QUERY_VALUE = (
     ("Wqkv",),
     ("q", "v"),
 )
-# Hugging Face's words for the tasks, and the freshly made heads that each trains in full beside an adapter.
+# Hugging Face's words for the tasks, and the new heads that each task trains in full beside an adapter.
 TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -67,7 +67,7 @@ class Targets:
     modules_to_save: Iterable[str] | None = None
     task_type: str | None = None
 
-    # What every `Config` has, and few methods change.
+    # Every `Config` has these; few methods change them.
     requires: ClassVar[tuple[str, ...]] = ()
     unsupported: ClassVar[tuple[str, ...]] = ()
 
@@ -85,7 +85,7 @@ class Targets:
         if pattern is not None:
             if layers is None:
                 raise PeftLabError(
-                    "layers_pattern says where layers_to_transform counts; give layers_to_transform too."
+                    "layers_pattern says in which list layers_to_transform counts; give layers_to_transform too."
                 )
             pattern = (pattern,) if isinstance(pattern, str) else tuple(pattern)
             for name in pattern:
@@ -130,7 +130,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
         return module.num_embeddings, module.embedding_dim
     if is_conv1d(module):
         return tuple(module.weight.shape)
-    # Quantised linears pack their weight, so the shape is read from the attributes that nn.Linear promises.
+    # A quantised linear packs its weight, so the shape is read from the attributes of nn.Linear.
     inside, outside = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(inside, int) and isinstance(outside, int) and hasattr(module, "weight"):
         return inside, outside
@@ -227,7 +227,10 @@ def find(
     }
     matched = in_layers(matched, config)
     if not matched:
-        raise PeftLabError("After exclude_modules, modules_to_save and layers_to_transform no target module is left.")
+        raise PeftLabError(
+            "exclude_modules, modules_to_save and layers_to_transform leave no target module; exclude fewer, or name "
+            "other target_modules."
+        )
     for path, module in matched.items():
         (check or check_carrier)(model, path, module)
     return matched
@@ -261,7 +264,7 @@ def in_layers(matched: dict[str, nn.Module], config: Targets) -> dict[str, nn.Mo
     if wanted is None:
         return matched
     before = rf"(?:^|.*?\.)(?:{'|'.join(config.layers_pattern)})" if config.layers_pattern else r".*?\.[^.]*"
-    found = {path: re.match(rf"{before}\.(\d+)\.", path + ".") for path in matched}  # a block itself counts as well
+    found = {path: re.match(rf"{before}\.(\d+)\.", path + ".") for path in matched}  # so a block itself counts too
     index = {path: int(match.group(1)) for path, match in found.items() if match}
     missing = sorted(set(wanted) - set(index.values()))
     if missing:
@@ -276,7 +279,7 @@ def check_carrier(model: nn.Module, path: str, module: nn.Module) -> None:
     check_called(model, path)
     if linear_shape(module) is None:
         raise PeftLabError(
-            f"{path} is a {type(module).__name__}; adapters stand beside Linear, Conv1D and Embedding layers."
+            f"{path} is a {type(module).__name__}; this adapter stands only beside Linear, Conv1D and Embedding layers."
             + _layers_within(path, module)
         )
 

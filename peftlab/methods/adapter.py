@@ -137,7 +137,7 @@ def start(down: nn.Linear, up: nn.Linear, init: str) -> None:
             nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)
             nn.init.zeros_(layer.bias)
     elif init == "identity":
-        # U(-1/sqrt(d), 1/sqrt(d)), as LoRA's A
+        # W_down ~ U(-1/sqrt(d), 1/sqrt(d)), as LoRA's A
         nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
         for tensor in (down.bias, up.weight, up.bias):
             nn.init.zeros_(tensor)
@@ -181,7 +181,7 @@ class AdapterConfig(Targets):
     dropout: float = 0.0
     init: str = "identity"
 
-    peft_type: ClassVar[str] = "BOTTLENECK"  # Hugging Face peft has no such method; the folder has the form of its own
+    peft_type: ClassVar[str] = "BOTTLENECK"  # Hugging Face peft has no such method; the folder has its form
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -234,8 +234,8 @@ class AdapterConfig(Targets):
         return {name: fields[name] for name in names if name in fields}
 
 
-# Where the adapters stand: for each architecture and placement the modules, by regular expression for the whole path,
-# and the part that stands there. The expressions of one architecture all match, or it is another one.
+# Where the adapters stand: for each architecture and placement, a regular expression for the whole path of a module,
+# and the part that stands there. A model is of an architecture if each of the three expressions matches a module of it.
 ARCHITECTURES: tuple[dict[str, tuple[str, type[After | Beside | AroundNorm | BesideResidual]]], ...] = (
     {  # Llama, Mistral, Qwen, Gemma
         "houlsby": (r"(.*\.)?layers\.\d+\.(self_attn\.o_proj|mlp\.down_proj)", After),
@@ -252,7 +252,7 @@ ARCHITECTURES: tuple[dict[str, tuple[str, type[After | Beside | AroundNorm | Bes
         "pfeiffer": (r"(.*\.)?layer\.\d+\.output\.LayerNorm", AroundNorm),
         "parallel": (r"(.*\.)?layer\.\d+\.output", BesideResidual),
     },
-    {  # T5: the feed-forward is the last sub-layer, and its module adds the residual
+    {  # T5: the feed-forward is the last sub-layer, and the module of that sub-layer adds the residual
         "houlsby": (r"(.*\.)?block\.\d+\.layer\.(0\.SelfAttention\.o|\d\.DenseReluDense\.wo)", After),
         "pfeiffer": (r"(.*\.)?(encoder\.block\.\d+\.layer\.1|decoder\.block\.\d+\.layer\.2)", After),
         "parallel": (r"(.*\.)?block\.\d+\.layer\.\d\.DenseReluDense", Beside),
@@ -271,7 +271,7 @@ def places(model: nn.Module, modules: Mapping[str, nn.Module], placement: str) -
             return {path: module for path, module in modules.items() if re.fullmatch(architecture[placement][0], path)}
     endings = dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if linear_shape(module))
     raise PeftLabError(
-        f"The places of a {placement} adapter in {type(model).__name__} are not known; name the modules after which "
+        f"The places of a {placement} adapter in {type(model).__name__} are not known. Name the modules after which "
         f"(or beside which) it stands in target_modules. Linear layers here end in {', '.join(endings) or 'nothing'}."
     )
 

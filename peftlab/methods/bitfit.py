@@ -43,7 +43,7 @@ class BitFitConfig(Targets):
     """
 
     method: ClassVar[str] = "bitfit"
-    peft_type: ClassVar[str] = "BITFIT"  # Hugging Face peft has no such method; the folder has the form of its own
+    peft_type: ClassVar[str] = "BITFIT"  # Hugging Face peft has no such method; the folder has its form
 
     def parts(self, model: nn.Module) -> Iterator[Placement]:
         """Yield a trained bias for each module, and the trained copies."""
@@ -92,7 +92,10 @@ class SelectiveConfig(Targets):
         super().__post_init__()
         check_fields(self, whole, "last_layers", least=0)
         if self.last_layers and self.target_modules is not None:
-            raise PeftLabError("Give last_layers or target_modules, not both.")
+            raise PeftLabError(
+                f"last_layers is {self.last_layers} and target_modules is {self.target_modules!r}. Give last_layers or "
+                "target_modules, not both."
+            )
 
     def parts(self, model: nn.Module) -> Iterator[Placement]:
         """Yield a copy for each chosen module that has parameters of its own, and for each head."""
@@ -100,7 +103,7 @@ class SelectiveConfig(Targets):
         if self.last_layers or self.target_modules is not None:
             chosen = find(model, self, lambda modules: last_blocks(model, modules, self.last_layers), check_whole)
             leaves = (leaf for path, module in chosen.items() for leaf in leaf_copies(model, path, module))
-            yield from {leaf.path: leaf for leaf in leaves}.values()  # targets may lie within one another
+            yield from {leaf.path: leaf for leaf in leaves}.values()  # one target may lie inside another
         elif not copies:
             raise PeftLabError(
                 "Nothing is chosen to train. Name a task_type that has a head, modules_to_save, last_layers or "
@@ -129,7 +132,7 @@ def with_biases(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str,
     if not found:
         raise PeftLabError(
             f"{type(model).__name__} has no biases, so BitFit has nothing to train. Use IA3Config, which trains about "
-            "as few parameters, or LoRAConfig with a small r; or a model with biases, such as BERT or GPT-2."
+            "as few parameters, or LoRAConfig with a small r. Or use a model with biases, such as BERT or GPT-2."
         )
     return found
 
@@ -152,7 +155,9 @@ def check_whole(model: nn.Module, path: str, module: nn.Module) -> None:
     """Refuse a module without parameters, or with quantised ones."""
     parameters = list(module.parameters())
     if not parameters:
-        raise PeftLabError(f"{path} is a {type(module).__name__} without parameters, so nothing would train.")
+        raise PeftLabError(
+            f"{path} is a {type(module).__name__} without parameters, so nothing would train; leave it out."
+        )
     if any(not parameter.is_floating_point() for parameter in parameters):
         raise PeftLabError(f"{path} is quantised and cannot train; use LoRAConfig there.")
 
@@ -167,7 +172,7 @@ def last_blocks(model: nn.Module, modules: Mapping[str, nn.Module], count: int) 
     shortest = min((len(paths) for paths in stacks.values()), default=0)
     if count > shortest:
         raise PeftLabError(
-            f"last_layers is {count}, and {type(model).__name__} has {shortest or 'no'} numbered blocks."
+            f"last_layers is {count}, but {type(model).__name__} has {shortest or 'no'} numbered blocks."
             + ("" if shortest else " Name what to train in target_modules.")
         )
     return {path: modules[path] for paths in stacks.values() for path in paths[-count:]}

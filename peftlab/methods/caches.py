@@ -17,7 +17,8 @@ from torch import nn
 
 from peftlab.errors import PeftLabError
 
-# What the forward methods of transformers call their cache: since 5.24, before, in Mamba before, in GPT-J before 5.
+# The names of the cache in the forward methods of transformers: since version 5.24; before it; before it in Mamba;
+# before version 5 in GPT-J.
 NAMES = ("cache", "past_key_values", "cache_params", "layer_past")
 
 
@@ -112,7 +113,7 @@ def require_cache_argument(model: nn.Module) -> None:
     if generates is None or not generates() or cache_argument(model) is not None:
         return
     parameters = inspect.signature(type(model).forward).parameters
-    if "input_ids" not in parameters:  # a wrapper that hands everything on: its cache is found by what it can do
+    if "input_ids" not in parameters:  # a wrapper that passes everything on; its cache is found by what it can do
         return
     raise PeftLabError(
         f"{type(model).__name__}.forward takes no cache under a name that peftlab knows ({', '.join(NAMES)}); it takes "

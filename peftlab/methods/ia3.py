@@ -83,15 +83,15 @@ class IA3Input(Part):
         return {"weight": widened(host.weight) * (scale.T if self.transposed else scale)}
 
 
-# Keys, values and what ends the feed-forward, by the names of an architecture's layers; and, of these, those whose
-# input is scaled. As in Hugging Face peft, but for Gemma and Qwen, whose queries it names in the place of the keys.
+# For each architecture: the layers of keys, of values and at the end of the feed-forward; and which of them have their
+# input scaled. The same as in Hugging Face peft, except for Gemma and Qwen, where peft names the queries, not the keys.
 DEFAULTS = (
     (("k_proj", "v_proj", "down_proj"), ("down_proj",)),
     (("key", "value", "output.dense"), ("output.dense",)),
     (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
     (("k", "v", "wo"), ("wo",)),
 )
-MT5 = (("k", "v", "wi_1"), ())  # the layers of T5, but peft scales what wi_1 returns, which is the same function
+MT5 = (("k", "v", "wi_1"), ())  # T5's layers; peft scales the output of wi_1, which is the same function
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ class IA3Config(Targets):
                 strange = [name for name in self.feedforward_modules if not self._is_of(name)]
                 if strange:
                     raise PeftLabError(
-                        f"feedforward_modules names {strange[0]!r}, which is none of target_modules "
+                        f"feedforward_modules names {strange[0]!r}, which is not in target_modules "
                         f"({', '.join(self.target_modules)}); name it there as well."
                     )
 
@@ -168,7 +168,7 @@ class IA3Config(Targets):
             scaled = sorted(path for path in hosts if scales_input(inputs, path) and linear_shape(hosts[path]))
             if set(inputs) <= set(named):
                 inputs = sorted(inputs)
-            # peft wants a subset of target_modules where both are lists; the paths are none of a list of names
+            # If both are lists, peft wants a subset of target_modules. Whole paths are not in a list of short names.
             else:
                 inputs = "|".join(map(re.escape, scaled)) if named and scaled else scaled
         return {
@@ -204,7 +204,7 @@ def default(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.
     if known is None:
         endings = dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if linear_shape(module))
         raise PeftLabError(
-            f"Where the keys, values and feed-forward of {type(model).__name__} are is not known. Name them in "
+            f"The names of the keys, values and feed-forward of {type(model).__name__} are not known. Name them in "
             "target_modules, and the last layer of the feed-forward in feedforward_modules too. Linear layers here "
             f"end in {', '.join(endings) or 'nothing'}."
         )

@@ -84,7 +84,7 @@ class InFront(Part):
         batch, length = embeddings.shape[:2]
         check_room(length, self.count, self.limit)
         if pools_the_last(host) and mask is not None:
-            # It reads the last column, as it cannot look for padding among embeddings: the text must end there.
+            # Such a host cannot find padding among embeddings, so it reads the last column. Move the text to end there.
             order = kwargs["attention_mask"][:, self.count :].bool().long().argsort(dim=1, stable=True)
             embeddings = embeddings.gather(1, order[..., None].expand_as(embeddings))
             kwargs["attention_mask"] = torch.cat([mask[:, : self.count], mask[:, self.count :].gather(1, order)], 1)
@@ -92,11 +92,11 @@ class InFront(Part):
         if kwargs.get("position_ids") is not None:
             virtual = torch.arange(self.count, device=embeddings.device).expand(batch, -1)
             kwargs["position_ids"] = torch.cat([virtual, kwargs["position_ids"].expand(batch, -1)], 1)
-        # X' = [P; X]; the rows' gradients are summed in the prompt's own dtype, so it is repeated before it is cast
+        # X' = [P; X]. P is repeated for the rows before it is cast, so the rows' gradients are summed in P's own dtype.
         kwargs["inputs_embeds"] = in_front(active_prompt(host, batch), embeddings)
         for name, fill in (("labels", -100), ("token_type_ids", 0)):
             value = kwargs.get(name)
-            # a label, or a vector of scores, for each example stays as it is
+            # labels for whole examples (one each, or a vector of scores) stay as they are
             if value is not None and value.shape == (batch, length) and not value.is_floating_point():
                 kwargs[name] = torch.cat([value.new_full((batch, self.count), fill), value], dim=1)
         return (), kwargs

@@ -44,7 +44,7 @@ class LayerPrefix(Part):
             return args, kwargs
         states = args[0] if args else kwargs["hidden_states"]
         keys, values = self.prefix.laid_out(active_prompt(host, states.shape[0]))
-        if self.window is not None:  # as a cache of such a layer keeps it: one less than the window, before any word
+        if self.window is not None:  # a cache of such a layer keeps one position less than the window before a new word
             start = max(0, self.prefix.count - self.window + 1)
             keys, values = keys[:, :, start:], values[:, :, start:]
         return args, {**kwargs, name: Fixed(keys, values, self.prefix.count)}
@@ -76,7 +76,7 @@ class WithoutCache(Part):
 
     def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Return the layer's inputs, without a cache if the layer is checkpointed."""
-        # Since transformers 5.24 a checkpointed layer keeps its cache when there is nothing to run again.
+        # Since transformers 5.24, a checkpointed layer that will not run again keeps its cache.
         if host.training and torch.is_grad_enabled() and getattr(host, "gradient_checkpointing", False):
             kwargs = {
                 name: None if name in NAMES or is_cache(value) else value for name, value in kwargs.items()

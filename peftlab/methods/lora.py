@@ -68,13 +68,16 @@ class LoRALinear(Part):
 
     def merged(self, host: nn.Module) -> dict[str, Tensor]:
         """Return the host's parameters with the update folded in, not yet rounded to the host's dtype."""
-        # not delta(): a product of 16-bit factors would be rounded before it is added
+        # W' = W + s B A. Not delta(): it rounds a product of 16-bit factors before it is added.
         delta = (widened(self.lora_B) @ widened(self.lora_A)) * self.scaling
         delta = delta.T if self.transposed else delta
         parameters = {"weight": widened(host.weight) + delta}
         if self.lora_B_bias is not None:
             if host.bias is None:
-                raise PeftLabError("lora_bias cannot be merged into a layer without a bias.")
+                raise PeftLabError(
+                    "lora_bias cannot be merged into a layer without a bias; keep the adapter unmerged, or train it "
+                    "without lora_bias."
+                )
             parameters["bias"] = widened(host.bias) + widened(self.lora_B_bias) * self.scaling
         return parameters
 
@@ -94,10 +97,10 @@ class LoRAEmbedding(Part):
     def __init__(self, host: nn.Embedding, r: int, scaling: float, config: LoRAConfig) -> None:
         super().__init__()
         if config.lora_bias:
-            raise PeftLabError("lora_bias has no meaning on an embedding; leave it out, or leave the embedding out.")
+            raise PeftLabError("lora_bias cannot be used on an embedding; leave it out, or leave the embedding out.")
         vocabulary, width = linear_shape(host)
         self.scaling = scaling
-        # The looked-up factor is the zero one here (as in loralib and peft): only rows that occur then ever move.
+        # Here A is zero and B is not (as in loralib and peft). So a token that never occurs keeps its embedding.
         self.lora_A = nn.Parameter(torch.zeros(r, vocabulary))
         self.lora_B = nn.Parameter(torch.randn(width, r))
         if config.init == "random":
@@ -109,7 +112,7 @@ class LoRAEmbedding(Part):
             first_input(args, kwargs), self.lora_A.T, host.padding_idx, host.max_norm, host.norm_type,
             host.scale_grad_by_freq, host.sparse,
         )  # fmt: skip
-        # Gemma's embeddings scale what they look up; the update is part of the weight, so it is scaled alike.
+        # y = W[token] + s B A[:, token]. Gemma scales what it looks up, so the update is scaled too.
         scaling = self.scaling * getattr(host, "embed_scale", 1.0)
         return (output + F.linear(rows, self.lora_B) * scaling).to(output.dtype)
 
@@ -130,7 +133,7 @@ def start(lora_A: Tensor, lora_B: Tensor, init: str) -> None:
     """
     r = lora_A.shape[0]
     if init == "orthogonal":
-        # rows of A orthonormal: the r directions that the adapter reads do not overlap
+        # A A^T = 1: the r directions that the adapter reads do not overlap
         nn.init.orthogonal_(lora_A)
     elif init == "gaussian":
         nn.init.normal_(lora_A, std=1 / r)
@@ -211,7 +214,10 @@ class LoRAConfig(Targets):
         for table in (self.rank_pattern, self.alpha_pattern):
             for key in table:
                 if not any(by_pattern({key: True}, path, False) for path in targets):
-                    raise PeftLabError(f"The pattern {key!r} matches none of the {len(targets)} target modules.")
+                    raise PeftLabError(
+                        f"The pattern {key!r} matches none of the {len(targets)} target modules, the first of which is "
+                        f"{next(iter(targets))}."
+                    )
         for path, host in targets.items():
             kind = LoRAEmbedding if isinstance(host, nn.Embedding) else LoRALinear
             part = kind(host, by_pattern(self.rank_pattern, path, self.r), self.scaling(path), self)
@@ -230,7 +236,7 @@ class LoRAConfig(Targets):
             "use_rslora": self.use_rslora,
             "lora_bias": self.lora_bias,
             "fan_in_fan_out": self.fan_in_fan_out or any(is_conv1d(host) for host in hosts.values()),
-            # peft starts from it before it loads, and its "orthogonal" refuses odd ranks
+            # peft draws A by this before it loads, and its "orthogonal" refuses odd ranks
             "init_lora_weights": {"random": False, "gaussian": "gaussian"}.get(self.init, True),
             "rank_pattern": in_any_order(self.rank_pattern, hosts),
             "alpha_pattern": in_any_order(self.alpha_pattern, hosts),
@@ -268,7 +274,7 @@ class LoRAConfig(Targets):
             "alpha_pattern": fields.get("alpha_pattern") or {},
         }
 
-    # What Hugging Face's LoRA can also do and this file does not: such an adapter must not load as something else.
+    # Options of Hugging Face's LoRA that this file does not have. An adapter that uses one must not load as another.
     unsupported: ClassVar[tuple[str, ...]] = (
         "use_dora", "use_qalora", "layer_replication", "alora_invocation_tokens", "trainable_token_indices",
         "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",

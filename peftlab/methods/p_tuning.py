@@ -42,7 +42,7 @@ class PromptEncoder(nn.Module):
         self.embedding = nn.Parameter(rows)
         self.lstm_head = None
         if config.encoder == "lstm":
-            dropout = config.encoder_dropout if config.encoder_layers > 1 else 0.0  # there is no layer after the last
+            dropout = config.encoder_dropout if config.encoder_layers > 1 else 0.0  # no dropout after the last layer
             self.lstm_head = nn.LSTM(d, h, config.encoder_layers, dropout=dropout, bidirectional=True, batch_first=True)
             self.mlp_head = nn.Sequential(nn.Linear(2 * h, 2 * h), nn.ReLU(), nn.Linear(2 * h, d))
         else:

@@ -35,6 +35,7 @@ class TrainedBias(Part):
 
     def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
         """Replace the bias. output: (..., out). In convolutions and norms of images, the channels lie further left."""
+        # y + (b - b0)
         change = self.bias - host.bias.detach().to(self.bias.dtype)
         right_of_channels = 0
         if hasattr(host, "kernel_size"):
@@ -59,7 +60,7 @@ class TrainedCopy(Part):
         super().__init__()
         self.module = copy.deepcopy(host)
         for module in self.module.modules():
-            remove(module)  # another adapter's parts are not the base's
+            remove(module)  # the copy is of the base, without the parts of other adapters
         self.keys = {f"module.{name}": f"{key}.{name}" for name in self.module.state_dict()}
 
     def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Any, base: Any) -> Any:
@@ -139,14 +140,18 @@ def trained_copies(model: nn.Module, config: Any, key: str = "{path}") -> Iterat
     """
     for path, host in heads(model, config).items():
         if not any(True for _ in host.parameters()):
-            raise PeftLabError(f"modules_to_save names {path}, a {type(host).__name__} without parameters.")
-        if type(host).forward is nn.Module.forward:  # ModuleList, ModuleDict: nothing calls them, nothing would train
+            raise PeftLabError(
+                f"modules_to_save names {path}, a {type(host).__name__} without parameters; leave it out."
+            )
+        if type(host).forward is nn.Module.forward:  # ModuleList and ModuleDict are never called
             within = ", ".join(f"{path}.{name}" for name, _ in list(host.named_children())[:4])
             raise PeftLabError(
                 f"modules_to_save names {path}, a {type(host).__name__}, which is a list. Name {within}."
             )
         if any(not p.is_floating_point() for p in host.parameters()):
-            raise PeftLabError(f"modules_to_save names {path}, which is quantised and cannot train.")
+            raise PeftLabError(
+                f"modules_to_save names {path}, which is quantised and cannot train; skip it when you quantise."
+            )
         if any(cache_argument(module) for module in base_modules(host).values()):
             yield from leaf_copies(model, path, host, key)
         else:
@@ -175,7 +180,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return an input in the adapter's dtype. Under autocast return it unchanged, since autocast chooses each product's
     dtype.
     """
-    kind = x.device.type  # "meta" holds no numbers, and has no autocast to ask for
+    kind = x.device.type  # the device "meta" has no autocast
     return x if kind != "meta" and torch.is_autocast_enabled(kind) else x.to(dtype)
 
 

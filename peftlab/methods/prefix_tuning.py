@@ -59,7 +59,7 @@ from peftlab.methods.virtual import (
     word_embeddings,
 )
 
-# What tells the batch's size, in the order of preference, without and with an encoder apart.
+# The inputs that show the batch's size, in the order of preference: of a decoder, and of an encoder-decoder.
 INPUTS = (
     ("input_ids", "inputs_embeds"),
     ("decoder_input_ids", "decoder_inputs_embeds", "labels"),
@@ -106,7 +106,7 @@ class Prefix(Part):
         kwargs[f"{whose}attention_mask"] = lengthened(mask, self.count)
         if kwargs.get(f"{whose}position_ids") is not None:
             kwargs[f"{whose}position_ids"] = kwargs[f"{whose}position_ids"] + self.count
-        # Without a cache every step of a generation reads the whole text anew: what came back from the last is no use.
+        # Without a cache, every step of a generation reads the whole text again, so the last step's cache is ignored.
         cache = None if kwargs.get("use_cache") is False else given_cache(kwargs)
         text = next(kwargs[name] for name in INPUTS[bool(whose)] if kwargs.get(name) is not None)
         beginning = begins(cache, text.shape[1], mask, self.count)
@@ -119,8 +119,8 @@ class Prefix(Part):
         uncarried = host.training and not self.carried
         if uncarried and any(getattr(module, "gradient_checkpointing", False) for module in host.modules()):
             raise PeftLabError(
-                f"Under gradient checkpointing {type(host).__name__} drops its cache, and the prefix with it, and its "
-                "attention modules cannot be told apart. Train without checkpointing, or use a prompt."
+                f"Under gradient checkpointing {type(host).__name__} drops its cache and the prefix in it, and we "
+                "cannot tell its attention modules apart. Train without checkpointing, or use a prompt."
             )
         base = word_embeddings(host).weight
         pairs = self.laid_out(active_prompt(host, text.shape[0])).to(cache_dtype(base.dtype, base.device))
@@ -207,7 +207,7 @@ class PrefixTuningConfig(VirtualTokens):
             check_start(self, INITS)
         if self.projection and self.init in ("vocabulary", "text"):
             raise PeftLabError(
-                f"init={self.init!r} cannot be had with a projection, whose output is what its weights make of it. "
+                f"init={self.init!r} does not work with a projection, whose weights decide where the prefix starts. "
                 "Leave the projection out, or start from 'random' or 'zero'."
             )
 
@@ -215,7 +215,7 @@ class PrefixTuningConfig(VirtualTokens):
         """Yield the prefix on the model, the parts that it needs under gradient checkpointing, and the copies of
         heads.
         """
-        word_embeddings(model)  # or the error that says what kind of model is needed
+        word_embeddings(model)  # raises an error if the model is of the wrong kind
         body = model.get_decoder() if is_encoder_decoder(model) else model
         named = cache_name(model)
         if named is None:
@@ -228,8 +228,8 @@ class PrefixTuningConfig(VirtualTokens):
         init = self.init or ("random" if self.projection or is_encoder_decoder(model) else "vocabulary")
         if init in ("vocabulary", "text") and is_encoder_decoder(model):
             raise PeftLabError(
-                f"init={init!r} gives each layer keys and values of its own, which a prefix of an encoder-decoder has "
-                "no room for in Hugging Face's layout. Start from 'random' or 'zero'."
+                f"init={init!r} gives each layer its own keys and values, but in Hugging Face's layout layers of an "
+                "encoder-decoder share them. Start from 'random' or 'zero'."
             )
         total = 2 * sizes.layers * sizes.heads * sizes.width
         if self.projection:

@@ -62,12 +62,16 @@ class DeepPrompt(Part):
 
     def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Replace the first n of the states (b, n + t, d), unless this call continues a text that is in the cache."""
-        # A checkpointed block runs again in the backward pass, after other calls of the model: it has no cache then.
+        # A checkpointed block runs again in the backward pass. Then `text_begins` may be of a later call, but the block
+        # has no cache, which shows that its text begins.
         cached = not host.training or cache_in((*args, *kwargs.values())) is not None
         if cached and not host._modules[CHILD].activity.text_begins:
             return args, kwargs
         if not args:
-            raise PeftLabError(f"{type(host).__name__} is not called with its states first; a deep prompt cannot act.")
+            raise PeftLabError(
+                f"{type(host).__name__} does not get its states as first argument, so a deep prompt cannot replace "
+                "them; use deep=False."
+            )
         states = args[0]
         prompt = active_prompt(host, len(states))
         # H_i' = [P_i; H_i[n:]]
@@ -121,7 +125,7 @@ class PromptTuningConfig(VirtualTokens):
         start = torch.randn(rows, embeddings.embedding_dim) if tokens is None else looked_up(embeddings, tokens)
         front, *rest = prompt_parts(model, Table(start), n)
         if self.deep:
-            # not Hugging Face's name: there this prompt would load as a shallow one, and mean something else
+            # not Hugging Face's name, or peft would load this prompt as a shallow one
             front.part.keys = {"source.rows": "deep_prompt_embeddings"}
         yield front
         yield from rest
@@ -135,7 +139,7 @@ class PromptTuningConfig(VirtualTokens):
         found = blocks(stack)
         if not found:
             raise PeftLabError(f"{type(stack).__name__} has no list of blocks; use a shallow prompt (deep=False).")
-        # what enters each block for those tokens, so that a prompt of real text computes at first what the text would
+        # Start from what enters each block for those tokens. A prompt of real text then first acts like the text.
         states = None if tokens is None else states_of(model, stack, found, tokens)
         for index, block in enumerate(found[1:], 1):
             width = word_embeddings(model).embedding_dim

@@ -52,7 +52,10 @@ def attention_of(model: nn.Module) -> Attention:
     queries, hidden = first("decoder_attention_heads", "num_attention_heads"), first("hidden_size", "d_model")
     width = first("head_dim", "d_kv") or (hidden // queries if hidden and queries else None)
     if not (layers and heads and width):
-        raise PeftLabError(f"The config of {type(model).__name__} does not tell its layers, heads and width.")
+        raise PeftLabError(
+            f"The config of {type(model).__name__} does not say how many layers and heads it has and how wide they "
+            "are. Use prompt tuning, or lora."
+        )
     return Attention(layers, heads, width)
 
 
@@ -124,7 +127,7 @@ def new_cache(model: nn.Module, whole: bool = False) -> Any:
     if is_encoder_decoder(model):
         return EncoderDecoderCache(DynamicCache(), DynamicCache())
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    # the config tells which layers see only a window; an encoder's cache has no such layers
+    # the config says which layers see only a window; an encoder's cache has no such layers
     return DynamicCache(config=config) if getattr(config, "sliding_window", None) and not whole else DynamicCache()
 
 

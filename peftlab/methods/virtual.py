@@ -22,9 +22,9 @@ from peftlab.core.targets import check_names, check_task
 from peftlab.errors import PeftLabError
 from peftlab.methods.parts import trained_copies
 
-# The task's head has this name in the files of Hugging Face's prompt methods, whose wrapper holds the model itself.
+# The name of a task's head in the files of Hugging Face's prompt methods, whose wrapper holds the model directly.
 HEAD_KEY = "base_model.{module}"
-# Where positions are learned vectors
+# The names of embeddings that hold learned positions
 POSITIONS = ("wpe", "position_embeddings", "embed_positions")
 
 
@@ -43,7 +43,7 @@ class VirtualTokens:
     modules_to_save: Iterable[str] | None = None
     task_type: str | None = None
 
-    # What every `Config` has, and few methods change.
+    # Every `Config` has these; few methods change them.
     requires: ClassVar[tuple[str, ...]] = ()
     unsupported: ClassVar[tuple[str, ...]] = ()
 
@@ -158,8 +158,8 @@ def word_embeddings(model: nn.Module) -> nn.Embedding:
             found = None
     if not hasattr(found, "embedding_dim"):
         raise PeftLabError(
-            f"{type(model).__name__} has no input embedding that virtual tokens could stand beside. Prompts and "
-            "prefixes need a transformers model; lora works on any."
+            f"{type(model).__name__} has no input embedding, which virtual tokens need. Prompts and prefixes work on "
+            "transformers models; lora works on any model."
         )
     return found
 
@@ -207,8 +207,8 @@ def lengthened(mask: Tensor | None, count: int) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise PeftLabError(
-            f"The attention mask is {shape}; virtual tokens lengthen a mask (batch, tokens). Leave the model to make "
-            "its own of it, and generate with a dynamic cache."
+            f"The attention mask is {shape}, but virtual tokens can only lengthen a mask (batch, tokens). Pass such a "
+            "mask, and generate with a dynamic cache."
         )
     return torch.cat([mask.new_ones(mask.shape[0], count), mask], dim=1)
 

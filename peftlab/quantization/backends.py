@@ -21,7 +21,7 @@ from peftlab.quantization.blockwise import SCALE_BLOCK, Quantized, QuantState
 from peftlab.quantization.codebooks import dynamic_book
 
 AUTO = "auto"
-ZEROS = 0x77  # two zeros in NF4
+ZEROS = 0x77  # a byte with the code of zero twice, in NF4
 
 
 class Reference:
@@ -60,7 +60,7 @@ class BitsAndBytes(Reference):
 
     def cannot(self, format: str, block_size: int, device: torch.device) -> str | None:
         if available("bitsandbytes") is None:
-            return "it is not installed (pip install bitsandbytes)"
+            return "bitsandbytes is not installed (pip install bitsandbytes)"
         if format not in ("nf4", "fp4"):
             return f"it has no format {format!r}"
         if block_size not in self.block_sizes:
@@ -70,10 +70,10 @@ class BitsAndBytes(Reference):
         return None
 
     def quantize(self, weight: Tensor, format: str, block_size: int, double_quant: bool, name: str) -> Quantized:
-        if not weight.is_cuda or weight.dtype == torch.float64:  # on a CPU the reference is the faster of the two
+        if not weight.is_cuda or weight.dtype == torch.float64:  # on a CPU the reference is faster
             return super().quantize(weight, format, block_size, double_quant, name)
-        if not torch.isfinite(weight).all():  # its maxima pass over NaN
-            return super().quantize(weight, format, block_size, double_quant, name)  # which raises
+        if not torch.isfinite(weight).all():  # the kernel's maxima ignore NaN
+            return super().quantize(weight, format, block_size, double_quant, name)  # this raises
         packed, theirs = require("bitsandbytes").functional.quantize_4bit(
             weight.detach(), blocksize=block_size, quant_type=format, compress_statistics=double_quant
         )
@@ -83,8 +83,8 @@ class BitsAndBytes(Reference):
 
     def dequantize(self, packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
         size, block_size = math.prod(state.shape), state.block_size
-        # Its AVX-512 code takes wrong scales for rows that end within a block, and goes through torch.compile for odd
-        # sizes and large blocks. Rows of whole blocks are read rightly; the rest is the reference's.
+        # bitsandbytes' AVX-512 code uses wrong scales for rows that end inside a block. For odd sizes and large blocks
+        # it goes through torch.compile. So it gets one row per block here, and the reference does the other cases.
         on_cpu = packed.device.type == "cpu"
         if dtype == torch.float64 or (on_cpu and (size % block_size or block_size >= 2048)):
             return super().dequantize(packed, state, dtype)
@@ -101,7 +101,7 @@ class BitsAndBytes(Reference):
         fused = x.is_cuda and x.dtype != torch.float64 and state.shape[1] % state.block_size == 0
         if not fused or not hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
             return super().linear(x, packed, state, bias)
-        # For a few tokens it multiplies by the codes themselves, for more it dequantises: it knows where to change.
+        # For a few tokens the kernel multiplies by the codes, for more it dequantises first. It chooses by itself.
         nested = (state.nested_absmax, state.absmax, dynamic_book(x.device), state.offset)
         first, *more = nested if state.nested else (state.absmax, None, None, None)
         return torch.ops.bitsandbytes.gemm_4bit.default(
@@ -134,7 +134,7 @@ def check_backend(name: str, format: str, block_size: int, device: torch.device)
     one_of("backend", name, (AUTO, *BACKENDS))
     reason = None if name == AUTO else BACKENDS[name].cannot(format, block_size, device)
     if reason:
-        raise PeftLabError(f"backend={name!r} cannot be used: {reason}. With backend='auto' one that can is chosen.")
+        raise PeftLabError(f"backend={name!r} cannot be used: {reason}. Give backend='auto' to choose one that can.")
 
 
 @cache
@@ -143,7 +143,7 @@ def choose(name: str, format: str, block_size: int, device: torch.device) -> Ref
     devices).
     """
     if name != AUTO:
-        check_backend(name, format, block_size, device)  # which also imports it
+        check_backend(name, format, block_size, device)  # this also imports it
         return BACKENDS[name]
     return next(b for b in BACKENDS.values() if b.cannot(format, block_size, device) is None)
 

@@ -33,14 +33,15 @@ from peftlab.quantization.codebooks import (
     pairs,
 )
 
-SCALE_BLOCK = 256  # scales that share a scale of their own in double quantisation
-SMALLEST = 1e-38  # an all-zero block is divided by this
-CHUNK = 1 << 22  # weights quantised at a time: the work space then stays small, and in the cache
+SCALE_BLOCK = 256  # so many scales share one scale in double quantisation
+SMALLEST = 1e-38  # a block of zeros is divided by this instead of by zero
+CHUNK = 1 << 22  # weights quantised at a time, so that the work space stays small and in the cache
 
 
 def _absmax(values: Tensor, block_size: int) -> Tensor:
     """Return the largest magnitude of each block. A last, shorter block has its own."""
     whole = values.numel() // block_size * block_size
+    # c = max over the block of |w|
     absmax = values[:whole].view(-1, block_size).abs().amax(1)
     if whole < values.numel():
         # bitsandbytes never stores a zero for a short block
@@ -54,17 +55,18 @@ def _codes(values: Tensor, absmax: Tensor, block_size: int, format: str) -> Tens
     """
     bounds, order = boundaries(format, values.device)
     whole = values.numel() // block_size * block_size
-    # the reciprocal and then a product, not a quotient: the two differ in the last bit, and codes follow
+    # w / c as w (1 / c), as bitsandbytes does: a quotient differs in the last bit, and then some codes differ
     reciprocal = 1 / absmax[: whole // block_size].clamp(min=SMALLEST)
     scaled = (values[:whole].view(-1, block_size) * reciprocal[:, None]).view(-1)
-    if whole < values.numel():  # but for a short block bitsandbytes divides, on a CPU
+    if whole < values.numel():  # for a short block bitsandbytes divides on a CPU
         last = values[whole:]
         scaled = torch.cat([scaled, last * (1 / absmax[-1]) if values.is_cuda else last / absmax[-1]])
     if scaled.numel() % 2:
-        scaled = torch.nn.functional.pad(scaled, (0, 1))  # half a byte would be left: it holds a zero
+        scaled = torch.nn.functional.pad(scaled, (0, 1))  # fill the last byte with a zero
     scaled.clamp_(-1, 1)
     if format == "fp4" and scaled.is_cuda:
         return signed_codes(scaled)
+    # i = the code whose value q_i is nearest to w / c
     index = torch.bucketize(scaled, bounds, out_int32=True)
     return index.to(torch.uint8) if format != "fp4" else order[index]
 
@@ -76,7 +78,7 @@ def _pack(codes: Tensor) -> Tensor:
 
 def dequantize(packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
     """Return the weight that packed codes stand for, in the state's shape, in its dtype or another."""
-    # one look-up a byte gives both values
+    # one look-up per byte gives both values q_i
     values = pairs(state.format, packed.device)[packed.view(-1).int()].view(-1)
     values = values[: math.prod(state.shape)]
     # w = q_i c
@@ -97,7 +99,7 @@ def quantize_scales(state: QuantState) -> QuantState:
 
         c ~ d[code] c2 + mean(c),    c: (blocks,),  c2: (ceil(blocks / 256),),  d the 256 values of `dynamic_map`
     """
-    # mean(c) is taken off, because scales are all positive and the map is symmetric
+    # c - mean(c): scales are all positive, but the map is symmetric
     offset = state.absmax.mean()
     centred = state.absmax - offset
     nested = _blocks(centred, SCALE_BLOCK).abs().amax(1)
@@ -112,7 +114,7 @@ def eight_bit_codes(scaled: Tensor) -> Tensor:
     if scaled.is_cuda:
         book = dynamic_book(scaled.device)
         return torch.bucketize(scaled, (book[:-1] + book[1:]) / 2, out_int32=True).to(torch.uint8)
-    # int(z + 0.5) rounds to the nearest of 65,536 bins; that bin's code is then taken
+    # int(z + 0.5) rounds to the nearest of 65,536 bins, and the code is that bin's
     bins = ((scaled + 1) * 0.5 * (BINS - 1) + 0.5).nan_to_num_(0).long().clamp_(0, BINS - 1)
     return dynamic_bins(scaled.device)[bins]
 
@@ -158,7 +160,7 @@ def quantize(
         raise PeftLabError(f"block_size must be a power of two, 32 to 4096 in bitsandbytes, not {block_size}.")
     if not weight.is_floating_point() or weight.numel() == 0:
         kind = f"{tuple(weight.shape)} of {weight.dtype}"
-        raise PeftLabError(f"{name} is {kind}; only floating weights can be quantised.")
+        raise PeftLabError(f"{name} is {kind}; only floating weights that are not empty can be quantised.")
     flat = weight.detach().reshape(-1)
     packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(flat.numel() // -block_size), dtype=torch.float32, device=flat.device)
@@ -169,12 +171,12 @@ def quantize(
         absmax[blocks] = _absmax(values, block_size)
         codes = _codes(values, absmax[blocks], block_size, format)
         packed[start // 2 : (start + values.numel() + 1) // 2, 0] = _pack(codes)
-    # maxima carry NaN and infinity along, so one look at the scales is a look at every weight
+    # the largest of a block with NaN or infinity is NaN or infinite, so checking the scales checks every weight
     if not torch.isfinite(absmax).all():
         wrong = int((~torch.isfinite(flat)).sum())
         raise PeftLabError(
-            f"{name} holds {wrong} values that are NaN or infinite; its blocks would be quantised to nonsense. Look at "
-            "how the weight was trained or loaded."
+            f"{name} holds {wrong} values that are NaN or infinite, and their blocks cannot be quantised. Look at how "
+            "the weight was trained or loaded."
         )
     state = QuantState(absmax, weight.shape, weight.dtype, block_size, format)
     state = quantize_scales(state) if double_quant else state
@@ -288,7 +290,8 @@ def signed_codes(scaled: Tensor) -> Tensor:
     that the codes stand for are equal except within 4e-7 of a boundary. 16-bit weights often lie on a boundary. There
     about one byte in ten thousand still differs from the kernel's (measured on an H100), and is as near to the weight.
     """
-    # 1/24 of 1/16, 2 + 1/16, 5, 7, 10, 14 and 20, as written there, and the codes of 0, 1/16, 2, 3, 4, 6, 8, 12
+    # The bounds are 1/24 of 1/16, 2 + 1/16, 5, 7, 10, 14 and 20, in the decimals of the kernel's source. `order` has the
+    # codes of 0, 1/16, 2, 3, 4, 6, 8 and 12.
     bounds = scaled.new_tensor([0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333])
     order = torch.tensor([0, 1, 6, 7, 4, 5, 2, 3], dtype=torch.uint8, device=scaled.device)
     return order[torch.bucketize(scaled.abs(), bounds, out_int32=True)] + 8 * (scaled < 0).to(torch.uint8)

@@ -46,12 +46,12 @@ def normal_quantiles() -> Tensor:
     Weights of a trained layer are close to normal, so each of the sixteen is used about equally often. Seven lie below
     zero and eight above, so that zero itself is one of them. A padded or pruned weight then stays exactly zero.
     """
-    # Half a bin is left outside at each end, the mean of 31/32 and 29/30: the quantile at 1 would be infinite.
+    # The quantile at 1 would be infinite, so half a bin is left out at each end: the mean of 31/32 and 29/30.
     offset = 0.9677083
     positive = quantile(torch.linspace(offset, 0.5, 9)[:-1])
     negative = -quantile(torch.linspace(offset, 0.5, 8)[:-1])
     values = torch.cat([negative, torch.zeros(1), positive]).sort().values
-    # q_i = Q(p_i) / max Q: the largest becomes 1, and so does, with its sign, the smallest
+    # q_i = Q(p_i) / max Q: the largest becomes 1, the smallest -1
     return values / values.max()
 
 
@@ -119,7 +119,7 @@ def boundaries(name: str, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
     """Return where one code ends and the next begins, (15,) float32, and the codes by ascending value, (16,) uint8."""
     order = torch.argsort(code_book(name), stable=True)
     ascending = code_book(name)[order]
-    # half-way between two neighbours; a value on the boundary gets the lower one
+    # half-way between two neighbours; a value on the boundary gets the lower code
     return ((ascending[:-1] + ascending[1:]) / 2).to(device), order.to(torch.uint8).to(device)
 
 

@@ -31,8 +31,10 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, bias: Tensor | None, backend: Reference, state: QuantState, packed: Tensor
     ) -> Tensor:
-        # Not saved in autograd's way: under checkpointing that costs the host three calls a tensor, together some per
-        # cent of a step. An alias stays with the codes of this pass when the layer moves; writing to it is noticed.
+        # The codes are not saved by autograd: under checkpointing that takes three calls on the host per tensor, in
+        # total a few per cent of a step. The alias keeps the codes of this pass if the layer moves, and `versions`
+        # notices if they are written to.
+        # y = x W^T + b
         ctx.backend, ctx.state, ctx.packed = backend, state, packed.detach()
         ctx.versions = versions(ctx.packed, state)
         return backend.linear(x, packed, state, bias)
@@ -66,7 +68,7 @@ class Linear4bit(nn.Linear):
     """
 
     def __init__(self, quantized: Quantized, bias: nn.Parameter | None = None, backend: str = AUTO) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would make a weight of full size
+        nn.Module.__init__(self)  # nn.Linear.__init__ would make a weight of full size
         self.out_features, self.in_features = quantized.shape
         self.weight = nn.Parameter(quantized.packed, requires_grad=False)
         self.register_parameter("bias", bias)
@@ -96,7 +98,7 @@ class Linear4bit(nn.Linear):
         return f"{super().extra_repr()}, {held}, {self.backend}"
 
     def _link(self) -> None:
-        # count_parameters and merging ask the parameter itself, whoever made the layer
+        # count_parameters and merging read this from the parameter, as they do for bitsandbytes' layers
         self.weight.quant_state = self.quant_state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -110,7 +112,7 @@ class Linear4bit(nn.Linear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._link()  # a copied parameter has lost its attributes
+        self._link()  # a copied parameter loses its attributes
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -47,6 +47,6 @@ def restore_transformers_attributes(root: nn.Module, record: Record) -> None:
     record.attributes.clear()
 
 
-# A class, so that a deep copy of a model still finds it to be the same object.
+# A class, since a deep copy of a model keeps it the same object.
 class _ABSENT:
     pass

@@ -18,7 +18,7 @@ from peftlab.quantization.linear import Linear4bit
 from peftlab.quantization.marks import restore_transformers_attributes, set_transformers_attributes
 from peftlab.quantization.weights import dense, is_quantized, is_repacked, quantized
 
-# What transformers notes on a model that it loaded in four bits (5.15 all of it, 5.23 all but the last)
+# The attributes that transformers sets on a model that it loaded in four bits (5.15 sets all, 5.23 all but the last)
 MARKS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_quantized", "is_4bit_serializable")
 
 
@@ -67,9 +67,12 @@ def quantize_model(
         weight = root.get_submodule(path).weight
         check_backend(backend, format, block_size, torch.device(device or weight.device))
         if not torch.isfinite(weight).all():
-            quantize(weight, name=f"{path}.weight")  # which says how many are wrong
+            quantize(weight, name=f"{path}.weight")  # raises an error that says how many are wrong
     if not paths:
-        raise PeftLabError(f"{type(root).__name__} has no linear layer left to quantise.")
+        raise PeftLabError(
+            f"{type(root).__name__} has no linear layer left to quantise: the output head, task heads, tied weights "
+            "and what `skip` names stay as they are."
+        )
     quantize_layers(root, paths, backend, format, block_size, double_quant, device)
     if device is not None:
         root.to(device)
@@ -89,7 +92,7 @@ def quantize_layers(
         held = worker.quantize(weight, format, block_size, double_quant, f"{path}.weight")
         new = Linear4bit(held, layer.bias, backend)
         replace(root, path, new.train(layer.training))
-        del layer, weight, held, new  # before the next one is made
+        del layer, weight, held, new  # free them before the next layer is made
 
 
 def candidates(root: nn.Module, skip: Iterable[str]) -> Iterator[str]:
@@ -106,7 +109,7 @@ def candidates(root: nn.Module, skip: Iterable[str]) -> Iterator[str]:
     uses = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
     for path, module in modules.items():
         if type(module) is not nn.Linear and not is_conv1d(module):
-            continue  # a subclass may use its weight in ways of its own
+            continue  # a subclass may use its weight in another way
         parent = modules[path.rpartition(".")[0]]
         within = any(names_match(skip, ".".join(path.split(".")[:n])) for n in range(1, path.count(".") + 2))
         if module is head or within or uses[id(module.weight)] > 1 or isinstance(parent, nn.MultiheadAttention):
@@ -139,10 +142,10 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         raise PeftLabError("The model is merged; call unmerge(model) first, dequantise, and merge again.")
     paths = [path for path, module in root.named_modules() if is_quantized(getattr(module, "weight", None))]
     if not paths:
-        raise PeftLabError(f"No layer of this {type(root).__name__} is held in four bits.")
+        raise PeftLabError(f"No layer of this {type(root).__name__} is held in four bits; there is nothing to undo.")
     for path in paths:
         if is_repacked(root.get_submodule(path).weight):
-            dense(root.get_submodule(path).weight)  # which says what to do
+            dense(root.get_submodule(path).weight)  # raises an error that says what to do
     for path in paths:
         layer = root.get_submodule(path)
         new = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")

@@ -122,7 +122,7 @@ def norms_to_float32(norms: dict[str, nn.Module]) -> Step:
                 parameter.data = parameter.data.float()
         if _in_input_dtype not in module._forward_hooks.values():
             module.register_forward_hook(_in_input_dtype)
-    return Step("norms to float32", len(norms), grown, "two casts a norm in each pass; the numbers stay the same")
+    return Step("norms to float32", len(norms), grown, "two casts per norm in each pass; the numbers stay the same")
 
 
 def _in_input_dtype(module: nn.Module, args: tuple, output: Any) -> Any:
@@ -133,18 +133,21 @@ def enable_checkpointing(root: nn.Module, reentrant: bool) -> Step:
     """Turn gradient checkpointing on, and the key-value cache off, since the two exclude each other."""
     switch_checkpointing(root, "enable", {"use_reentrant": reentrant})
     if not reentrant and hasattr(root, "disable_input_require_grads") and getattr(root, "_require_grads_hooks", None):
-        root.disable_input_require_grads()  # transformers asks for them in both kinds; only one needs them
+        root.disable_input_require_grads()  # transformers turns that on for both kinds; only one needs it
     if getattr(getattr(root, "config", None), "use_cache", None):
         root.config.use_cache = False
     on = [path for path, module in root.named_modules() if getattr(module, "gradient_checkpointing", False)]
     blocks = sum(not any(other.startswith(f"{path}.") for other in on) for path in on if path)
-    return Step("checkpoint the blocks", blocks, 0, "one more forward pass; activations shrink to a block's input each")
+    return Step("checkpoint the blocks", blocks, 0, "one more forward pass; of each block only its input is kept")
 
 
 def require_input_gradients(root: nn.Module) -> Step:
     """Let the embedding's output require gradients, so that reentrant checkpointing passes gradients on."""
     if not hasattr(root, "enable_input_require_grads"):
-        raise PeftLabError(f"{type(root).__name__} has no enable_input_require_grads; it is no transformers model.")
+        raise PeftLabError(
+            f"{type(root).__name__} has no enable_input_require_grads; it is no transformers model. Leave "
+            "input_gradients out, and use the non-reentrant checkpointing."
+        )
     if not getattr(root, "_require_grads_hooks", None) and not getattr(root, "_require_grads_hook", None):
         root.enable_input_require_grads()
     return Step("let inputs require gradients", 1, 0, "the backward pass also runs below the lowest adapter")

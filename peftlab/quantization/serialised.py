@@ -18,7 +18,7 @@ from peftlab.quantization.blockwise import SCALE_BLOCK, QuantState
 from peftlab.quantization.codebooks import FORMATS, code_book, dynamic_book
 
 MARK = "quant_state."
-# int4 is not one of bitsandbytes' formats; a file of ours must not claim to be one of theirs
+# int4 is not a format of bitsandbytes, so a file with it must not carry bitsandbytes' mark
 OWNERS = {"nf4": "bitsandbytes__nf4", "fp4": "bitsandbytes__fp4", "int4": "peftlab__int4"}
 
 
@@ -58,7 +58,10 @@ def from_tensors(tensors: Mapping[str, Tensor], device: torch.device) -> QuantSt
                            f"this package knows {', '.join(FORMATS)}, and blocks of {SCALE_BLOCK}.")
     for key, book in (("quant_map", code_book(name)), ("nested_quant_map", dynamic_book())):
         if key in tensors and not torch.equal(tensors[key].cpu().float(), book):
-            raise PeftLabError(f"The file's {key} is another code book than {name}'s; its codes mean other values.")
+            raise PeftLabError(
+                f"The file's {key} is not the code book of {name}, so its codes mean other values. Save it again with "
+                "this package or with bitsandbytes."
+            )
     nested = "nested_absmax" in tensors
     return QuantState(
         tensors["absmax"].to(device),

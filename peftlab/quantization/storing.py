@@ -45,7 +45,10 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike) -> Path:
     root = unwrap(model)
     config = getattr(root, "config", None)
     if not hasattr(config, "to_dict"):
-        raise PeftLabError(f"{type(root).__name__} has no transformers config, without which it cannot be made again.")
+        raise PeftLabError(
+            f"{type(root).__name__} has no transformers config, and without one it cannot be loaded again. Save its "
+            "state_dict yourself."
+        )
     record = record_of(root)
     if record is not None and record.activity.merged:
         raise PeftLabError("The model is merged; call unmerge(model) first: the base and the adapter are saved apart.")
@@ -53,7 +56,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike) -> Path:
     if not held:
         raise PeftLabError(f"No layer of this {type(root).__name__} is quantised; use its own save_pretrained.")
     tensors = {name: t.detach() for name, t in root.state_dict().items() if not is_adapter_name(name)}
-    for name, parameter in held.items():  # bitsandbytes' own way of saving would change a repacked weight
+    for name, parameter in held.items():  # bitsandbytes' own saving would change a repacked weight
         value = quantized(parameter)
         tensors |= {f"{name}.{key}": tensor for key, tensor in to_tensors(value.state).items()} | {name: value.packed}
     first = quantized(next(iter(held.values()))).state
@@ -129,7 +132,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
     if missing:
         raise PeftLabError(f"{folder} lacks {len(missing)} of its model's weights, the first {missing[0]!r}.")
     fresh = {name for name, buffer in model.named_buffers() if buffer.is_meta}
-    if fresh:  # buffers that no file holds: rotary frequencies and the like, which the config decides
+    if fresh:  # buffers that are not in the file, such as rotary frequencies: the config determines them
         twin = type(model)._from_config(_smaller(model.config))
         values = dict(twin.named_buffers())
         for name in fresh:

@@ -18,8 +18,8 @@ from peftlab.quantization.backends import AUTO, choose, from_bitsandbytes
 from peftlab.quantization.blockwise import Quantized, QuantState, quantize, quantize_scales
 from peftlab.quantization.codebooks import dynamic_book
 
-REPACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' layers look here before they repack
-ROWS = 32  # rows of the weight that a repacked block holds
+REPACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' layers repack only if this is set
+ROWS = 32  # a repacked block holds so many rows of the weight
 
 
 def is_quantized(parameter: Tensor) -> bool:
@@ -110,7 +110,7 @@ def unpack(module: nn.Module) -> bool:
         return False
     theirs = parameter.quant_state
     rows, columns = theirs.shape
-    # 64 codes, those of two neighbouring columns in 32 rows, lie as 32 low and then 32 high halves of 32 bytes
+    # 32 bytes hold the 64 codes of two neighbouring columns in 32 rows: 32 in the low halves, then 32 in the high ones
     packed = parameter.detach().reshape(-1, ROWS)
     codes = torch.cat([packed & 15, packed >> 4], dim=1)
     codes = codes.view(rows // ROWS, columns // 2, ROWS, 2).transpose(1, 2).reshape(-1, 2)
