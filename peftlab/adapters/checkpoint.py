@@ -44,11 +44,6 @@ TARGET_FIELDS = (
 def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> Path:
     """Write an adapter so that both this package and Hugging Face peft can load it.
 
-    >>> model = pl.attach(model, pl.LoRAConfig(r=4))
-    >>> folder = pl.save_adapter(model, "my-adapter")
-    >>> sorted(file.name for file in folder.iterdir())
-    ['adapter_config.json', 'adapter_model.safetensors']
-
     Args:
         folder: where to write. An adapter that is not called "default" goes into a subfolder of its name.
 
@@ -57,6 +52,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
 
     Raises:
         PeftLabError: there is no such adapter, or a parameter is not finite. Nothing is then written.
+
+    >>> model = pl.attach(model, pl.LoRAConfig(r=4))
+    >>> folder = pl.save_adapter(model, "my-adapter")
+    >>> sorted(file.name for file in folder.iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors']
     """
     root = unwrap(model)
     config = require_adapter(root, name).configs[name]
@@ -104,12 +104,6 @@ def load_adapter(
 ) -> nn.Module:
     """Load an adapter folder of this package or of Hugging Face peft, attach it and make it the active one.
 
-    >>> model = pl.attach(model, pl.LoRAConfig(r=4))
-    >>> folder = pl.save_adapter(model, "my-adapter")
-    >>> model = pl.load_adapter(pl.detach(model), folder, name="copy")
-    >>> pl.attached(model)["copy"].r
-    4
-
     Args:
         folder: the folder, or its parent if the adapter lies in a subfolder of its name.
         trainable: whether the adapter trains further; by default a loaded adapter is frozen. If a network made a prompt
@@ -119,6 +113,12 @@ def load_adapter(
     Raises:
         PeftLabError: a folder or file is missing, damaged or pickled; the method or the base model is another one; keys
             are missing, extra or misshapen; the name is in use. The model is then as it was.
+
+    >>> model = pl.attach(model, pl.LoRAConfig(r=4))
+    >>> folder = pl.save_adapter(model, "my-adapter")
+    >>> model = pl.load_adapter(pl.detach(model), folder, name="copy")
+    >>> pl.attached(model)["copy"].r
+    4
     """
     root = unwrap(model)
     saved = read_folder(Path(folder), name)

@@ -51,10 +51,6 @@ def attach(
 ) -> nn.Module:
     """Attach an adapter, freeze the base, and make the new adapter the active one.
 
-    >>> model = pl.attach(model, pl.LoRAConfig(r=8, target_modules=["q_proj", "v_proj"]))
-    >>> print(pl.count_parameters(model))
-    896 of 6,608 parameters train (13.5593%)
-
     Args:
         model: any `nn.Module`, for example a transformers model; it is changed in place.
         config: what to attach, for example `LoRAConfig(r=8, alpha=16)`.
@@ -68,6 +64,10 @@ def attach(
     Raises:
         PeftLabError: a name is used twice, a target matches nothing, the model is merged, or a value is out of range.
             The model is then as it was.
+
+    >>> model = pl.attach(model, pl.LoRAConfig(r=8, target_modules=["q_proj", "v_proj"]))
+    >>> print(pl.count_parameters(model))
+    896 of 6,608 parameters train (13.5593%)
     """
     root = unwrap(model)
     placements = prepare(root, name, config, adapter_dtype)
@@ -109,8 +109,9 @@ def prepare(root: nn.Module, name: str, config: Config, adapter_dtype: torch.dty
 
 @torch.no_grad()
 def settle(root: nn.Module, placements: list[Placement]) -> None:
-    """Let prepared parts compute what depends on the base's weights. First unpack the weights that bitsandbytes
-    repacked.
+    """Let prepared parts compute what depends on the base's weights.
+
+    Weights that bitsandbytes repacked are unpacked first.
     """
     repaired = sum(unpack(module) for module in root.modules())
     if repaired:
@@ -149,13 +150,13 @@ def detach(model: nn.Module, name: str = "default") -> nn.Module:
 
     Base weights, `requires_grad` flags, hooks and state-dict keys are all restored. A merged model is unmerged first.
 
+    Raises:
+        PeftLabError: there is no such adapter (with near matches).
+
     >>> model = pl.attach(model, pl.LoRAConfig(r=4))
     >>> model = pl.detach(model)
     >>> print(pl.count_parameters(model))
     5,712 of 5,712 parameters train (100.0000%)
-
-    Raises:
-        PeftLabError: there is no such adapter (with near matches).
     """
     root = unwrap(model)
     record = require_adapter(root, name)
@@ -189,13 +190,6 @@ def activate(
 
     With gradient checkpointing the backward pass runs the model again, so call `backward` before switching.
 
-    >>> for name in ("calm", "brisk"):
-    ...     model = pl.attach(model, pl.LoRAConfig(r=4), name=name)
-    >>> pl.activate(model, {"calm": 0.7, "brisk": 0.3})  # a mixture of the two
-    >>> pl.activate(model, ["calm", None])  # row 0 runs an adapter, row 1 the base alone
-    >>> model(torch.ones(2, 3, dtype=torch.long)).logits.shape
-    torch.Size([2, 3, 32])
-
     Args:
         which: one of three. A name. A dict such as `{"a": 0.7, "b": 0.3}`, which adds 0.7 times what `a` changes and
             0.3 times what `b` changes (`{}` is the base alone). A list with one name, or None for the base, per row of
@@ -209,6 +203,13 @@ def activate(
 
     Raises:
         PeftLabError: an unknown name (with near matches), a weight that is no finite number, or a merged model.
+
+    >>> for name in ("calm", "brisk"):
+    ...     model = pl.attach(model, pl.LoRAConfig(r=4), name=name)
+    >>> pl.activate(model, {"calm": 0.7, "brisk": 0.3})  # a mixture of the two
+    >>> pl.activate(model, ["calm", None])  # row 0 runs an adapter, row 1 the base alone
+    >>> model(torch.ones(2, 3, dtype=torch.long)).logits.shape
+    torch.Size([2, 3, 32])
     """
     root = unwrap(model)
     weights: dict[str, float] = {}
@@ -268,6 +269,9 @@ def refresh_requires_grad(root: nn.Module, record: Record) -> None:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Run the base alone inside the block. After it the adapters run as before.
 
+    Raises:
+        PeftLabError: the model is merged, so its weights are not the base's.
+
     >>> model = pl.attach(model, pl.LoRAConfig(r=4, init="random"))
     >>> tokens = torch.ones(1, 3, dtype=torch.long)
     >>> adapted = model(tokens).logits
@@ -275,9 +279,6 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     ...     base = model(tokens).logits
     >>> torch.equal(adapted, base)
     False
-
-    Raises:
-        PeftLabError: the model is merged, so its weights are not the base's.
     """
     record = record_of(unwrap(model))
     if record is None:

@@ -107,8 +107,9 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def config_digest(fields: Mapping[str, Any]) -> str:
-    """Return the SHA-256 sum of the fields that decide what the adapter computes. The path of its base may change
-    freely.
+    """Return the SHA-256 sum of the fields that decide what the adapter computes.
+
+    The path of its base, for example, may change freely.
     """
     free = ("base_model_name_or_path", "inference_mode", "revision", "peft_version")
     decisive = {name: value for name, value in fields.items() if name not in free}

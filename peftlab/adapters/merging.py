@@ -52,11 +52,6 @@ class MergeReport(NamedTuple):
 def merge(model: nn.Module, *, unload: bool = False, requantize: bool = False) -> MergeReport:
     """Fold the active adapters into the base's weights, in place.
 
-    >>> model = pl.attach(model, pl.LoRAConfig(r=4, init="random"))
-    >>> report = pl.merge(model)
-    >>> report.modules, report.relative_error < 1e-5
-    (4, True)
-
     Args:
         model: a model with active adapters.
         unload: also detach all adapters, and keep no copy of the weights: what remains is a plain model to ship.
@@ -69,6 +64,11 @@ def merge(model: nn.Module, *, unload: bool = False, requantize: bool = False) -
         PeftLabError: the model is merged already; the adapters are disabled; none is active; each row has its own; the
             method cannot be merged; a weight is shared with another module, or quantised (without `requantize`). The
             model is then as it was.
+
+    >>> model = pl.attach(model, pl.LoRAConfig(r=4, init="random"))
+    >>> report = pl.merge(model)
+    >>> report.modules, report.relative_error < 1e-5
+    (4, True)
     """
     root = unwrap(model)
     record = record_of(root)
@@ -107,15 +107,15 @@ def merge(model: nn.Module, *, unload: bool = False, requantize: bool = False) -
 def unmerge(model: nn.Module) -> None:
     """Restore the base's own weights, bit for bit, and let the adapters run beside them again.
 
+    Raises:
+        PeftLabError: the model is not merged.
+
     >>> before = model.lm_head.weight.clone()
     >>> model = pl.attach(model, pl.LoRAConfig(r=4, init="random", target_modules=["lm_head"]))
     >>> report = pl.merge(model)
     >>> pl.unmerge(model)
     >>> torch.equal(model.lm_head.weight, before)
     True
-
-    Raises:
-        PeftLabError: the model is not merged.
     """
     root = unwrap(model)
     record = record_of(root)

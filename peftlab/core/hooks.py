@@ -211,8 +211,9 @@ def _by_rows(mine: dict[str, list], rows: tuple[str | None, ...], inputs: tuple,
 
 
 def _repeat(rows: tuple[str | None, ...], batch: int) -> int:
-    """Return how many neighbouring rows of the batch belong to each name (beams, returned sequences, flattened
-    tokens).
+    """Return how many neighbouring rows of the batch belong to each name.
+
+    They are the beams, returned sequences or flattened tokens of one text.
     """
     if batch % len(rows):
         raise PeftLabError(
@@ -277,8 +278,9 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def plain(path: str) -> str:
-    """Return a path without the names that `torch.compile` puts into it; `get_submodule` finds the same module by
-    it.
+    """Return a path without the names that `torch.compile` puts into it.
+
+    `get_submodule` finds the same module by it.
     """
     return ".".join(name for name in path.split(".") if name != "_orig_mod")
 

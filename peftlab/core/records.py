@@ -74,7 +74,7 @@ def tensor_at(host: nn.Module, name: str) -> torch.Tensor | None:
 
 
 def device_and_dtype_for(host: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Return the device and dtype for a part of this host: the host's own, but float32 beside 16-bit or quantised
+    """Return the device and dtype for a part of this host: the host's, but float32 beside 16-bit or quantised
     weights.
     """
     own = getattr(host, "weight", None)

@@ -150,8 +150,9 @@ def names_match(spec: str | Iterable[str], path: str) -> bool:
 
 
 def heads(model: nn.Module, config: Any) -> dict[str, nn.Module]:
-    """Return the modules trained in full beside an adapter, by path: `modules_to_save`, and the head that a task
-    implies.
+    """Return the modules trained in full beside an adapter, by path.
+
+    They are those that `modules_to_save` names, and the head that a task implies.
 
     Raises:
         PeftLabError: a name matches nothing (with near matches), or a module lies inside another one that is named too.

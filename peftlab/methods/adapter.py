@@ -110,8 +110,9 @@ class AroundNorm(Part):
 
 
 class BesideResidual(Part):
-    """Return LN(h + x + a(x)). BERT's feed-forward ends in a module that is given h and x and adds them; here it is
-    given x + a(x).
+    """Return LN(h + x + a(x)): add to the residual of BERT's feed-forward.
+
+    The feed-forward ends in a module that is given h and x and adds them. Here it is given h and x + a(x).
     """
 
     keys: ClassVar[dict[str, str]] = KEYS
@@ -129,8 +130,9 @@ class BesideResidual(Part):
 
 
 def start(down: nn.Linear, up: nn.Linear, init: str) -> None:
-    """Draw the weights of a bottleneck. With `up` zero the adapter adds nothing, and at first only `up` gets a
-    gradient.
+    """Draw the weights of a bottleneck.
+
+    If W_up is zero, the adapter adds nothing, and in the first step only W_up and its bias get gradients.
     """
     if init == "houlsby":
         for layer in (down, up):
@@ -151,10 +153,6 @@ INITS = ("identity", "houlsby", "random")
 class AdapterConfig(Targets):
     """Say what bottleneck adapters train, where they stand and how they start.
 
-    >>> model = pl.attach(model, pl.AdapterConfig(placement="pfeiffer", reduction_factor=4))
-    >>> pl.count_parameters(model).trainable
-    296
-
     Attributes:
         placement: `"pfeiffer"` (one adapter per block), `"houlsby"` (two per block) or `"parallel"` (one per block,
             beside the feed-forward).
@@ -171,6 +169,10 @@ class AdapterConfig(Targets):
 
     Raises:
         PeftLabError: a value is out of range; the message says what was found.
+
+    >>> model = pl.attach(model, pl.AdapterConfig(placement="pfeiffer", reduction_factor=4))
+    >>> pl.count_parameters(model).trainable
+    296
     """
 
     placement: str = "pfeiffer"
@@ -221,8 +223,9 @@ class AdapterConfig(Targets):
         yield from trained_copies(model, self)
 
     def to_peft(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:
-        """Return the fields of `adapter_config.json` that only this method has. `init` is left out: the weights are in
-        the file.
+        """Return the fields of `adapter_config.json` that only this method has.
+
+        `init` is left out, since the weights are in the file.
         """
         names = ("placement", "reduction_factor", "width", "activation", "scaling", "dropout")
         return {name: getattr(self, name) for name in names}

@@ -29,10 +29,6 @@ from peftlab.methods.parts import bias_copies, leaf_copies, trained_copies
 class BitFitConfig(Targets):
     """Say which biases train.
 
-    >>> layer = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, 2))
-    >>> pl.count_parameters(pl.attach(layer, pl.BitFitConfig())).trainable
-    10
-
     Attributes:
         target_modules: the modules whose biases train, for example `["query"]`, or the paper's smaller choice
             `["query", "intermediate.dense"]` (section 4.2). `None` means every bias, those of the norms too. In GPT-2
@@ -40,6 +36,10 @@ class BitFitConfig(Targets):
 
     Raises:
         PeftLabError: (when attached) the model or a named module has no biases.
+
+    >>> layer = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, 2))
+    >>> pl.count_parameters(pl.attach(layer, pl.BitFitConfig())).trainable
+    10
     """
 
     method: ClassVar[str] = "bitfit"
@@ -70,10 +70,6 @@ class SelectiveConfig(Targets):
     `SelectiveConfig(task_type="SEQ_CLS")` trains a classifier's head and nothing else. With `last_layers=1` its last
     block trains too.
 
-    >>> model = pl.attach(model, pl.SelectiveConfig(last_layers=1))
-    >>> pl.count_parameters(model).trainable
-    2336
-
     Attributes:
         last_layers: how many of the last blocks train. In a model with two stacks of blocks, this many of each.
         target_modules: the modules that train, with all that is in them; `None` for none.
@@ -81,6 +77,10 @@ class SelectiveConfig(Targets):
     Raises:
         PeftLabError: a value is out of range; (when attached) nothing is chosen to train, or the model has no numbered
             blocks.
+
+    >>> model = pl.attach(model, pl.SelectiveConfig(last_layers=1))
+    >>> pl.count_parameters(model).trainable
+    2336
     """
 
     last_layers: int = 0

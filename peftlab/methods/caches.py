@@ -103,8 +103,9 @@ def begins(cache: Any, tokens: int, mask: Any, count: int) -> bool:
 
 
 def require_cache_argument(model: nn.Module) -> None:
-    """Refuse a model that generates text but takes no cache under a known name: it would read its prompt again at each
-    step.
+    """Refuse a model that generates text but takes no cache under a known name.
+
+    Such a model would read its prompt again at each step.
 
     Raises:
         PeftLabError: the model is such a model.

@@ -98,10 +98,6 @@ MT5 = (("k", "v", "wi_1"), ())  # T5's layers; peft scales the output of wi_1, w
 class IA3Config(Targets):
     """Say what IA3 scales.
 
-    >>> model = pl.attach(model, pl.IA3Config())
-    >>> pl.count_parameters(model).trainable
-    96
-
     Attributes:
         target_modules: the modules to scale. `None` takes the paper's: keys, values, and the input of the
             feed-forward's last layer. On a BERT, `output.dense` is also the last layer of attention, so that layer's
@@ -115,6 +111,10 @@ class IA3Config(Targets):
 
     Raises:
         PeftLabError: a value is out of range; the message says what was found.
+
+    >>> model = pl.attach(model, pl.IA3Config())
+    >>> pl.count_parameters(model).trainable
+    96
     """
 
     feedforward_modules: str | Iterable[str] | None = None

@@ -133,7 +133,7 @@ def start(lora_A: Tensor, lora_B: Tensor, init: str) -> None:
     """
     r = lora_A.shape[0]
     if init == "orthogonal":
-        # A A^T = 1: the r directions that the adapter reads do not overlap
+        # A A^T = I: the r directions that the adapter reads do not overlap
         nn.init.orthogonal_(lora_A)
     elif init == "gaussian":
         nn.init.normal_(lora_A, std=1 / r)
@@ -153,10 +153,6 @@ BASE_KEPT = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 class LoRAConfig(Targets):
     """Say what LoRA trains and how it starts.
 
-    >>> model = pl.attach(model, pl.LoRAConfig(r=4, target_modules=["q_proj"]))
-    >>> print(pl.count_parameters(model))
-    256 of 5,968 parameters train (4.2895%)
-
     Attributes:
         r: the rank of the update; a positive whole number.
         alpha: the numerator of the scaling s = alpha / r.
@@ -173,6 +169,10 @@ class LoRAConfig(Targets):
 
     Raises:
         PeftLabError: a value is out of range; the message says what was found.
+
+    >>> model = pl.attach(model, pl.LoRAConfig(r=4, target_modules=["q_proj"]))
+    >>> print(pl.count_parameters(model))
+    256 of 5,968 parameters train (4.2895%)
     """
 
     r: int = 8

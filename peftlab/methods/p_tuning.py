@@ -63,10 +63,6 @@ ENCODERS = ("mlp", "lstm", "none")
 class PTuningConfig(VirtualTokens):
     """Say how many vectors a prompt has and which network makes them.
 
-    >>> model = pl.attach(model, pl.PTuningConfig(num_virtual_tokens=4, encoder_hidden=8))
-    >>> pl.count_parameters(model).trainable
-    416
-
     Attributes:
         num_virtual_tokens, modules_to_save, task_type: as for every method with virtual tokens.
         encoder: `"mlp"`, `"lstm"` (two directions, then an MLP of two layers), or `"none"`, which trains the prompt
@@ -77,6 +73,10 @@ class PTuningConfig(VirtualTokens):
 
     Raises:
         PeftLabError: a value is out of range; the message says what was found.
+
+    >>> model = pl.attach(model, pl.PTuningConfig(num_virtual_tokens=4, encoder_hidden=8))
+    >>> pl.count_parameters(model).trainable
+    416
     """
 
     encoder: str = "mlp"

@@ -177,8 +177,9 @@ def first_input(args: tuple, kwargs: dict) -> Tensor:
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return an input in the adapter's dtype. Under autocast return it unchanged, since autocast chooses each product's
-    dtype.
+    """Return an input in the adapter's dtype.
+
+    Under autocast the input is returned unchanged, since autocast chooses each product's dtype.
     """
     kind = x.device.type  # the device "meta" has no autocast
     return x if kind != "meta" and torch.is_autocast_enabled(kind) else x.to(dtype)

@@ -173,10 +173,6 @@ INITS = ("vocabulary", "text", "random", "zero")
 class PrefixTuningConfig(VirtualTokens):
     """Say how many learned keys and values a prefix has in each layer and where they start.
 
-    >>> model = pl.attach(model, pl.PrefixTuningConfig(num_virtual_tokens=4))
-    >>> pl.count_parameters(model).trainable
-    128
-
     Attributes:
         num_virtual_tokens, modules_to_save, task_type: as for every method with virtual tokens.
         init: where keys and values start. `"vocabulary"` takes those that the model computes for tokens drawn at
@@ -189,6 +185,10 @@ class PrefixTuningConfig(VirtualTokens):
 
     Raises:
         PeftLabError: a value is out of range; the message says what was found.
+
+    >>> model = pl.attach(model, pl.PrefixTuningConfig(num_virtual_tokens=4))
+    >>> pl.count_parameters(model).trainable
+    128
     """
 
     init: str | None = None
@@ -212,9 +212,7 @@ class PrefixTuningConfig(VirtualTokens):
             )
 
     def parts(self, model: nn.Module) -> Iterator[Placement]:
-        """Yield the prefix on the model, the parts that it needs under gradient checkpointing, and the copies of
-        heads.
-        """
+        """Yield the prefix on the model, the parts that checkpointed layers need, and the copies of heads."""
         word_embeddings(model)  # raises an error if the model is of the wrong kind
         body = model.get_decoder() if is_encoder_decoder(model) else model
         named = cache_name(model)
@@ -269,8 +267,9 @@ class PrefixTuningConfig(VirtualTokens):
 
     @staticmethod
     def from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the keyword arguments for this class: the reverse of `to_peft`. How the prefix began no longer
-        matters.
+        """Return the keyword arguments for this class: the reverse of `to_peft`.
+
+        How the prefix began no longer matters.
         """
         return {
             "num_virtual_tokens": fields.get("num_virtual_tokens"),

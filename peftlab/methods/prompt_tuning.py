@@ -85,10 +85,6 @@ INITS = ("vocabulary", "text", "random")
 class PromptTuningConfig(VirtualTokens):
     """Say how many learned vectors a prompt has and where they start.
 
-    >>> model = pl.attach(model, pl.PromptTuningConfig(num_virtual_tokens=4))
-    >>> pl.count_parameters(model).trainable
-    64
-
     Attributes:
         num_virtual_tokens, modules_to_save, task_type: as for every method with virtual tokens.
         init: where the vectors start. `"vocabulary"` takes the embeddings of tokens drawn at random. `"text"` takes
@@ -101,6 +97,10 @@ class PromptTuningConfig(VirtualTokens):
 
     Raises:
         PeftLabError: a value is out of range; the message says what was found.
+
+    >>> model = pl.attach(model, pl.PromptTuningConfig(num_virtual_tokens=4))
+    >>> pl.count_parameters(model).trainable
+    64
     """
 
     init: str = "vocabulary"
@@ -157,8 +157,9 @@ class PromptTuningConfig(VirtualTokens):
 
     @staticmethod
     def from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the keyword arguments for this class: the reverse of `to_peft`. How the prompt began no longer
-        matters.
+        """Return the keyword arguments for this class: the reverse of `to_peft`.
+
+        How the prompt began no longer matters.
         """
         return {
             "num_virtual_tokens": fields.get("num_virtual_tokens"),

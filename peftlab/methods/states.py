@@ -70,8 +70,9 @@ def blocks(stack: nn.Module) -> list[nn.Module]:
 
 
 def attentions(stack: nn.Module) -> dict[int, str]:
-    """Return {layer: path of its self-attention module that takes a cache}. In a block, cross-attention comes after
-    it.
+    """Return {layer: path of its self-attention module that takes a cache}.
+
+    In a block, cross-attention comes after self-attention, so the first module found is the one.
     """
     found: dict[int, str] = {}
     for path, module in base_modules(stack).items():

@@ -214,8 +214,9 @@ def lengthened(mask: Tensor | None, count: int) -> Tensor | None:
 
 
 def in_front(first: Tensor, then: Tensor) -> Tensor:
-    """Return [first; then], joined along the tokens, in the dtype of `then`. Autocast is off, since it may not know
-    either dtype.
+    """Return [first; then], joined along the tokens, in the dtype of `then`.
+
+    Autocast is off here, since it may know neither dtype.
     """
     with torch.autocast(then.device.type, enabled=False):
         return torch.cat([first.to(then.device, then.dtype), then], dim=1)

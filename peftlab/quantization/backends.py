@@ -51,8 +51,9 @@ class Reference:
 
 
 class BitsAndBytes(Reference):
-    """Compute with bitsandbytes' kernels on CUDA and on the CPU. Its layers are not used: on some CPUs they repack
-    weights.
+    """Compute with bitsandbytes' kernels on CUDA and on the CPU.
+
+    Its layers are not used, because on some CPUs they repack weights.
     """
 
     name = "bitsandbytes"
@@ -60,7 +61,7 @@ class BitsAndBytes(Reference):
 
     def cannot(self, format: str, block_size: int, device: torch.device) -> str | None:
         if available("bitsandbytes") is None:
-            return "bitsandbytes is not installed (pip install bitsandbytes)"
+            return "it is not installed (pip install bitsandbytes)"
         if format not in ("nf4", "fp4"):
             return f"it has no format {format!r}"
         if block_size not in self.block_sizes:
@@ -139,8 +140,9 @@ def check_backend(name: str, format: str, block_size: int, device: torch.device)
 
 @cache
 def choose(name: str, format: str, block_size: int, device: torch.device) -> Reference:
-    """Return the backend of that name; for `"auto"` the first that can compute this (the layer may move between
-    devices).
+    """Return the backend of that name; for `"auto"` the first that can compute this.
+
+    A layer asks at each call, since it may move between devices.
     """
     if name != AUTO:
         check_backend(name, format, block_size, device)  # this also imports it

@@ -50,8 +50,9 @@ def _absmax(values: Tensor, block_size: int) -> Tensor:
 
 
 def _codes(values: Tensor, absmax: Tensor, block_size: int, format: str) -> Tensor:
-    """Return the nearest code of each value over its block's scale, uint8. If their number is odd, the code of zero is
-    added.
+    """Return the nearest code of each value over its block's scale, uint8.
+
+    If the number of values is odd, the code of zero is added.
     """
     bounds, order = boundaries(format, values.device)
     whole = values.numel() // block_size * block_size
@@ -94,10 +95,9 @@ def _scaled(values: Tensor, scales: Tensor, block_size: int) -> Tensor:
 
 
 def quantize_scales(state: QuantState) -> QuantState:
-    """Quantise the scales too (double quantisation): subtract their mean, then use 8 bits and one scale for each 256 of
-    them.
+    """Quantise the scales too, in 8 bits: double quantisation.
 
-        c ~ d[code] c2 + mean(c),    c: (blocks,),  c2: (ceil(blocks / 256),),  d the 256 values of `dynamic_map`
+        c ~ d[code] c2 + mean(c),    c: (blocks,),  c2: (ceil(blocks / 256),),  d: the 256 values of `dynamic_map`
     """
     # c - mean(c): scales are all positive, but the map is symmetric
     offset = state.absmax.mean()
@@ -108,8 +108,9 @@ def quantize_scales(state: QuantState) -> QuantState:
 
 
 def eight_bit_codes(scaled: Tensor) -> Tensor:
-    """Return codes of `dynamic_map` for values in [-1, 1], (n,) uint8: the nearest on CUDA, that of a fine bin on the
-    CPU.
+    """Return codes of `dynamic_map` for values in [-1, 1], (n,) uint8.
+
+    On CUDA it is the nearest code, on the CPU the code of a fine bin.
     """
     if scaled.is_cuda:
         book = dynamic_book(scaled.device)
@@ -137,13 +138,6 @@ def quantize(
 ) -> Quantized:
     """Quantise a tensor of any shape, row by row, in blocks that may run on into the next row.
 
-    >>> weight = model.lm_head.weight.detach()
-    >>> q = pl.quantize(weight, "int4", double_quant=False)
-    >>> q.bits_per_parameter  # four bits per code, and 32 bits of scale for 64 of them
-    4.5
-    >>> (q.dequantize() - weight).abs().max() < weight.abs().max() / 12  # int4 has steps of 1/7
-    tensor(True)
-
     Args:
         weight: float32, bfloat16 or float16 (float64 is rounded to float32 first).
         format: `"nf4"`, `"fp4"` or `"int4"`.
@@ -153,6 +147,13 @@ def quantize(
 
     Raises:
         PeftLabError: a value is not finite, the format is unknown, or the block size or dtype is not allowed.
+
+    >>> weight = model.lm_head.weight.detach()
+    >>> q = pl.quantize(weight, "int4", double_quant=False)
+    >>> q.bits_per_parameter  # four bits per code, and 32 bits of scale for 64 of them
+    4.5
+    >>> (q.dequantize() - weight).abs().max() < weight.abs().max() / 12  # int4 has steps of 1/7
+    tensor(True)
     """
     check_format(format)
     block_size = whole("block_size", block_size, least=2, usual="64, always a power of two")
@@ -236,13 +237,13 @@ class QuantState:
 class Quantized:
     """Hold a quantised tensor: its packed codes, and what they stand for.
 
-    >>> q = pl.quantize_nf4(torch.linspace(-1, 1, 128), double_quant=False)
-    >>> q.codes[:3], q.absmax, q.nbytes
-    (tensor([0, 0, 0], dtype=torch.uint8), tensor([1., 1.]), 72)
-
     Attributes:
         packed: (ceil(n / 2), 1) uint8.
         state: the scales, the format and the shape.
+
+    >>> q = pl.quantize_nf4(torch.linspace(-1, 1, 128), double_quant=False)
+    >>> q.codes[:3], q.absmax, q.nbytes
+    (tensor([0, 0, 0], dtype=torch.uint8), tensor([1., 1.]), 72)
     """
 
     packed: Tensor
@@ -290,8 +291,8 @@ def signed_codes(scaled: Tensor) -> Tensor:
     that the codes stand for are equal except within 4e-7 of a boundary. 16-bit weights often lie on a boundary. There
     about one byte in ten thousand still differs from the kernel's (measured on an H100), and is as near to the weight.
     """
-    # The bounds are 1/24 of 1/16, 2 + 1/16, 5, 7, 10, 14 and 20, in the decimals of the kernel's source. `order` has the
-    # codes of 0, 1/16, 2, 3, 4, 6, 8 and 12.
+    # The bounds are 1/24 of 1/16, 2 + 1/16, 5, 7, 10, 14 and 20, in the decimals of the kernel's source. `order` has
+    # the codes of 0, 1/16, 2, 3, 4, 6, 8 and 12.
     bounds = scaled.new_tensor([0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333])
     order = torch.tensor([0, 1, 6, 7, 4, 5, 2, 3], dtype=torch.uint8, device=scaled.device)
     return order[torch.bucketize(scaled.abs(), bounds, out_int32=True)] + 8 * (scaled < 0).to(torch.uint8)

@@ -39,11 +39,6 @@ def quantize_model(
     freed before the next is touched, so the peak is the model so far plus one layer. GPT-2's Conv1D becomes a linear
     layer of the transposed weight.
 
-    >>> model = pl.quantize_model(model)
-    >>> model = pl.attach(model, pl.LoRAConfig(r=4, target_modules=["q_proj"]))
-    >>> print(pl.count_parameters(model))
-    256 of 5,968 parameters train (4.2895%)
-
     Args:
         backend: `"auto"` (bitsandbytes' kernels if they can be used, otherwise the reference), or either by name.
         skip: names, or endings of paths, of further modules to leave alone.
@@ -58,6 +53,11 @@ def quantize_model(
     Raises:
         PeftLabError: adapters are attached; a name in `skip` or a setting does not exist; a weight (named) holds NaN or
             infinity; there is nothing to quantise. The model is then as it was.
+
+    >>> model = pl.quantize_model(model)
+    >>> model = pl.attach(model, pl.LoRAConfig(r=4, target_modules=["q_proj"]))
+    >>> print(pl.count_parameters(model))
+    256 of 5,968 parameters train (4.2895%)
     """
     root = unwrap(model)
     if record_of(root) is not None:
@@ -124,17 +124,17 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     What quantisation lost does not come back: the weights are what the codes stand for. To ship a QLoRA adapter merged
     into its base, dequantise, then `merge`.
 
-    >>> model = pl.attach(pl.quantize_model(model), pl.LoRAConfig(r=4))
-    >>> model = pl.dequantize_model(model)
-    >>> pl.merge(model, unload=True).modules
-    4
-
     Args:
         dtype: the dtype of the new weights; by default that of the weight before it was quantised.
 
     Raises:
         PeftLabError: no layer is quantised; the model is merged; bitsandbytes has repacked a weight for inference. The
             model is then as it was.
+
+    >>> model = pl.attach(pl.quantize_model(model), pl.LoRAConfig(r=4))
+    >>> model = pl.dequantize_model(model)
+    >>> pl.merge(model, unload=True).modules
+    4
     """
     root = unwrap(model)
     record = record_of(root)

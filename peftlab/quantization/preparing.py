@@ -51,11 +51,6 @@ def prepare_for_training(
 ) -> list[Step]:
     """Prepare a model for training under adapters, in place, and say what each step did and costs.
 
-    >>> for step in pl.prepare_for_training(model.bfloat16(), norms=True):
-    ...     print(step.step, step.modules, step.bytes)
-    freeze the base 21 0
-    norms to float32 5 160
-
     Args:
         freeze: let no parameter of the base require gradients. `attach` does that too.
         norms: hold the weights of the norms in float32: all of them, or those whose names (or endings of paths) are
@@ -69,6 +64,11 @@ def prepare_for_training(
 
     Raises:
         PeftLabError: a norm does not exist (with near matches); the model cannot checkpoint, or has no embedding.
+
+    >>> for step in pl.prepare_for_training(model.bfloat16(), norms=True):
+    ...     print(step.step, step.modules, step.bytes)
+    freeze the base 21 0
+    norms to float32 5 160
     """
     root = unwrap(model)
     chosen = find_norms(root, norms) if norms else {}

@@ -31,16 +31,16 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 def save_quantized(model: nn.Module, folder: str | os.PathLike) -> Path:
     """Write a transformers model with 4-bit layers, this package's or bitsandbytes', without its adapters.
 
-    >>> folder = pl.save_quantized(pl.quantize_model(model), "four-bits")
-    >>> sorted(file.name for file in folder.iterdir())
-    ['config.json', 'model.safetensors']
-
     Returns:
         The folder, which holds `config.json` and `model.safetensors`.
 
     Raises:
         PeftLabError: no layer is quantised, the model is no transformers model, or it is merged. Nothing is then
             written.
+
+    >>> folder = pl.save_quantized(pl.quantize_model(model), "four-bits")
+    >>> sorted(file.name for file in folder.iterdir())
+    ['config.json', 'model.safetensors']
     """
     root = unwrap(model)
     config = getattr(root, "config", None)
@@ -77,13 +77,9 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike) -> Path:
 def load_quantized(
     folder: str | os.PathLike, *, backend: str = AUTO, device: torch.device | str = "cpu"
 ) -> nn.Module:
-    """Load a folder that `save_quantized`, or transformers with bitsandbytes, wrote. Codes and scales are equal bit for
-    bit.
+    """Load a folder that `save_quantized`, or transformers with bitsandbytes, wrote.
 
-    >>> folder = pl.save_quantized(pl.quantize_model(model), "four-bits")
-    >>> same = pl.load_quantized(folder)
-    >>> same.model.layers[0].mlp.up_proj.weight.numel()  # bytes, for 512 weights
-    256
+    Codes and scales are equal bit for bit.
 
     Args:
         backend: as for `quantize_model`.
@@ -91,6 +87,11 @@ def load_quantized(
 
     Raises:
         PeftLabError: a file is missing or damaged, or holds no 4-bit model; a key is missing or has no place.
+
+    >>> folder = pl.save_quantized(pl.quantize_model(model), "four-bits")
+    >>> same = pl.load_quantized(folder)
+    >>> same.model.layers[0].mlp.up_proj.weight.numel()  # bytes, for 512 weights
+    256
     """
     import transformers
 
@@ -119,8 +120,9 @@ def load_quantized(
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Put the tensors of the file that are not quantised into a model on the meta device, and make its other
-    buffers.
+    """Put the tensors of the file that are not quantised into a model on the meta device.
+
+    Its other buffers are made from the config.
     """
     own = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
     extra = sorted(set(tensors) - own)
