@@ -38,7 +38,7 @@ Result = TypeVar("Result")
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
-    """Writes a file so that a reader finds the old one or the new one whole, also after a kill or a power cut.
+    """Write a file so that a reader finds the old one or the new one whole, also after a kill or a power cut.
 
     The file gets the mode of any new file, and after an error nothing is left behind. Raises OSError as `open` does.
     """
@@ -52,7 +52,7 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
 
 
 def write_together(folder: Path, contents: Mapping[str, bytes | None]) -> None:
-    """Writes files of a folder so that `settled` finds all of the old ones or all of the new ones, also after a kill.
+    """Write files of a folder so that `settled` finds all of the old ones or all of the new ones, also after a kill.
 
     What an interrupted save left in the folder is finished or removed first. A file that would not change is left
     alone, so one changed file is replaced in a single step, for other programs too.
@@ -95,7 +95,7 @@ def write_together(folder: Path, contents: Mapping[str, bytes | None]) -> None:
 
 
 def settled(folder: Path, names: Iterable[str]) -> dict[str, Path]:
-    """Where each of these files lies: under its own name, or after a kill still under its temporary one.
+    """Say where each of these files lies: under its own name, or after a kill still under its temporary one.
 
     Left out are files that are not there, and those that an interrupted save was to take away.
     """
@@ -107,7 +107,7 @@ def settled(folder: Path, names: Iterable[str]) -> dict[str, Path]:
 
 
 def read_settled(folder: Path, names: Iterable[str], read: Callable[[dict[str, Path]], Result]) -> Result:
-    """Reads files of a folder by `read`, once more if another process saved into the folder meanwhile.
+    """Read files of a folder by `read`, once more if another process saved into the folder meanwhile.
 
     Raises:
         whatever `read` raises of files that stayed as they are.
@@ -127,7 +127,9 @@ def read_settled(folder: Path, names: Iterable[str], read: Callable[[dict[str, P
 
 
 def pending(folder: Path) -> dict[str, tuple[Path | None, Path | None]] | None:
-    """What an interrupted save left to do: {name: (its file or None to take away, the draft to put there or None)}.
+    """Return what an interrupted save left to do.
+
+    It is {name: (its file or None to take away, the draft to put there or None)}.
 
     None where there is nothing to do, or where somebody else has written a file since: then the note says nothing.
     """
@@ -152,7 +154,7 @@ def pending(folder: Path) -> dict[str, tuple[Path | None, Path | None]] | None:
 
 
 def finish(folder: Path) -> None:
-    """Does what an interrupted save left to do, and removes its note; hold the folder."""
+    """Do what an interrupted save left to do, and removes its note; hold the folder."""
     if not (folder / NOTE).is_file():
         return
     work = pending(folder) or {}
@@ -169,7 +171,7 @@ def finish(folder: Path) -> None:
 
 
 def sweep(folder: Path, names: Iterable[str]) -> None:
-    """Removes the temporary files that killed processes left for these names; hold the folder."""
+    """Remove the temporary files that killed processes left for these names; hold the folder."""
     patterns = [_drafts_of(name) for name in (*names, NOTE)]
     for path in list(folder.glob(".*.tmp")):
         if any(re.fullmatch(pattern, path.name) for pattern in patterns) and path.is_file() and not path.is_symlink():
@@ -179,7 +181,7 @@ def sweep(folder: Path, names: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Lets one process at a time save into a folder; the system lets go of it when the process dies.
+    """Let one process at a time save into a folder; the system lets go of it when the process dies.
 
     Where there are no such locks (Windows, some network folders) it holds nothing.
     """
@@ -209,7 +211,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def temporary_name(name: str) -> str:
-    """The name of a draft of a file. It lies in the same folder: a rename is one step only within a file system."""
+    """Return the name of a draft of a file. It lies in the same folder: a rename is one step only within a file system."""
     return f".{name}.{os.getpid()}-{threading.get_ident()}.tmp"
 
 
@@ -218,7 +220,7 @@ def _drafts_of(name: str) -> str:
 
 
 def fill(path: Path, content: bytes) -> None:
-    """Writes a new file and forces it to the disk."""
+    """Write a new file and forces it to the disk."""
     with open(path, "wb") as file:
         file.write(content)
         file.flush()
@@ -226,7 +228,7 @@ def fill(path: Path, content: bytes) -> None:
 
 
 def file_sum(path: Path) -> str | None:
-    """SHA-256 of a file in hexadecimal, or None where there is no file."""
+    """Return the SHA-256 sum of a file in hexadecimal, or None if there is no file."""
     if not path.is_file():
         return None
     with open(path, "rb") as file:
@@ -234,7 +236,7 @@ def file_sum(path: Path) -> str | None:
 
 
 def sync(folder: Path) -> None:
-    """Forces a folder's entries to the disk; Windows has no such call and needs none."""
+    """Force a folder's entries to the disk; Windows has no such call and needs none."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:

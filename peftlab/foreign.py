@@ -21,7 +21,7 @@ KERNELS = ("attn_implementation", "experts_implementation", "use_kernels", "kern
 
 
 def read_fields(file: Path, infinite: bool = False) -> dict[str, Any]:
-    """Reads a config: a JSON object.
+    """Read a config: a JSON object.
 
     Args:
         infinite: whether numbers may be infinite or beyond 64 bits, as in the configs of some models.
@@ -44,7 +44,7 @@ def read_fields(file: Path, infinite: bool = False) -> dict[str, Any]:
 
 
 def parse(content: bytes | str, name: str, infinite: bool = False) -> Any:
-    """Parses JSON with the limits of `read_fields`; `name` is what to call it in an error."""
+    """Parse JSON with the limits of `read_fields`; `name` is what to call it in an error."""
     try:
         text = content if isinstance(content, str) else content.decode("utf-8")
         value = json.loads(
@@ -66,7 +66,7 @@ def parse(content: bytes | str, name: str, infinite: bool = False) -> Any:
 
 
 def check_code(where: object, fields: dict[str, Any]) -> None:
-    """Refuses a model's config that would have transformers run code which is not its own.
+    """Refuse a model's config that would have transformers run code which is not its own.
 
     `auto_map`, which names Python files beside the config, is not refused here: where transformers knows the model
     itself, it can be passed over.

@@ -29,7 +29,7 @@ PLAIN = re.compile(r"(?:[\w .\-]|\\\W)*", re.ASCII)
 
 
 class Budget:
-    """The time that is left for matching."""
+    """Hold the time that is left for matching."""
 
     def __init__(self) -> None:
         self.left = SECONDS
@@ -40,7 +40,7 @@ BUDGET: ContextVar[Budget | None] = ContextVar("budget", default=None)
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """Within the block all matches share one budget of time."""
+    """Let all matches within the block share one budget of time."""
     if BUDGET.get() is not None:
         yield
         return
@@ -52,7 +52,7 @@ def bounded() -> Iterator[None]:
 
 
 def fullmatch(pattern: str, text: str) -> bool:
-    """Whether an expression matches a whole text.
+    """Say whether an expression matches a whole text.
 
     Raises:
         PeftLabError: it is no regular expression, or takes too long.
@@ -63,19 +63,19 @@ def fullmatch(pattern: str, text: str) -> bool:
 
 
 def match(pattern: str, text: str) -> regex.Match | None:
-    """The match of an expression at the beginning of a text; the errors are those of `fullmatch`."""
+    """Return the match of an expression at the beginning of a text; the errors are those of `fullmatch`."""
     return _timed(pattern, "match", text)
 
 
 def ends(pattern: str, path: str) -> bool:
-    """Whether a path, or what follows one of its dots, matches an expression (as Hugging Face peft's tables)."""
+    """Say whether a path, or what follows one of its dots, matches an expression (as Hugging Face peft's tables)."""
     if PLAIN.fullmatch(pattern):
         return _plain_end(pattern).match(path) is not None
     return _timed(rf"(.*\.)?({pattern})$", "match", path) is not None
 
 
 def check(pattern: str) -> None:
-    """Refuses what is no regular expression, or too large to be one that names modules."""
+    """Refuse what is no regular expression, or too large to be one that names modules."""
     if not isinstance(pattern, str):
         raise PeftLabError(f"{pattern!r} is no regular expression; give a string.")
     if not NAMES.fullmatch(pattern):
@@ -84,7 +84,7 @@ def check(pattern: str) -> None:
 
 @lru_cache(maxsize=4096)
 def compiled(pattern: str) -> regex.Pattern:
-    """An expression, compiled within limits."""
+    """Compile an expression within limits."""
     if len(pattern) > LONGEST:
         raise PeftLabError(
             f"The regular expression {pattern[:60]!r}... has {len(pattern):,} characters, more than {LONGEST:,}. Name "
@@ -109,7 +109,7 @@ def compiled(pattern: str) -> regex.Pattern:
 
 
 def _timed(pattern: str, how: str, text: str) -> regex.Match | None:
-    """One match, within what is left of the budget."""
+    """Match once, within what is left of the budget."""
     budget, expression = BUDGET.get() or Budget(), compiled(pattern)
     began = time.thread_time()
     try:

@@ -1,4 +1,4 @@
-"""Whether an adapter belongs to this base: a sample of the base's weights. (Its sums are those of `core.sums`.)"""
+"""Check whether an adapter belongs to this base, by a sample of its weights. Sums are the business of `core.sums`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from peftlab.foreign import parse
 
 
 def base_sample(root: nn.Module, paths: Iterable[str], copied: Iterable[str] = ()) -> dict[str, list[float]]:
-    """A few of the base's weights, to know it again by: 8 numbers of each of 8 adapted modules.
+    """Return a few of the base's weights, to recognise it by: 8 numbers of each of 8 adapted modules.
 
-    What stands on the whole model adapts all its modules; and where no adapted module holds a matrix (a whole block; a
-    norm, whose weights are often ones) any module serves. One that a trained copy answers for (`copied`) says nothing:
-    a head is drawn anew whenever the base is loaded.
+    An adapter on the model itself adapts all modules. Some adapted modules hold no matrix: a whole block does not, nor
+    does a norm, whose weights are often ones. If none holds one, modules are taken from the whole model. Modules
+    replaced by a trained copy (`copied`) are skipped: a task head gets new random weights at every load, so it cannot
+    identify the base.
     """
     copied = tuple(copied)
     paths = {path for path in paths if not _within(path, copied)}
@@ -28,11 +29,11 @@ def base_sample(root: nn.Module, paths: Iterable[str], copied: Iterable[str] = (
 
 
 def weights_at(root: nn.Module, paths: Iterable[str]) -> dict[str, list[float]]:
-    """The first 8 weights of the first 8 of these modules."""
+    """Return the first 8 weights of the first 8 of these modules."""
     sample = {}
     for path in sorted(paths)[:8]:
         weight = base_tensor(root, path, "weight")
-        # A quantised weight holds packed codes, which say nothing about another dtype's copy of the same model.
+        # A quantised weight is skipped: its packed codes cannot be compared with the same weight in another dtype.
         if weight is not None and weight.is_floating_point() and weight.device.type != "meta":
             sample[path] = weight.detach().flatten()[:8].float().tolist()
     return sample
@@ -48,16 +49,16 @@ def _within(path: str, others: Iterable[str]) -> bool:
 
 
 def base_tensor(root: nn.Module, path: str, name: str) -> Tensor | None:
-    """A parameter of the base as it is without adapters, also while the model is merged."""
+    """Return a parameter of the base as it is without adapters, also while the model is merged."""
     record = record_of(root)
     kept = record.backup.get(path, {}) if record else {}
-    # of a quantised weight the copy starts with its codes
+    # the copy of a quantised weight starts with its codes
     value = kept[name][0] if name in kept else getattr(root.get_submodule(path), name, None)
     return value if isinstance(value, Tensor) else None
 
 
 def check_base(root: nn.Module, folder: Path, metadata: Mapping[str, str], model_name: str) -> None:
-    """Compares the base with the sample saved beside the adapter, up to the rounding of 16-bit dtypes."""
+    """Compare the base with the sample saved beside the adapter, up to the rounding of 16-bit dtypes."""
     try:
         sample = parse(metadata.get("peftlab_base", "{}"), "the sample")
         saved = {path: torch.tensor(values) for path, values in sample.items()}
@@ -72,5 +73,5 @@ def check_base(root: nn.Module, folder: Path, metadata: Mapping[str, str], model
         if expected.shape == found.shape and not torch.allclose(expected, found, rtol=0.01, atol=1e-6):
             raise PeftLabError(
                 f"The adapter in {folder} was trained on another base: the weights of {path} differ. "
-                f"This model is {model_name!r}."
+                f"This model is {model_name!r}; load the base that the adapter was trained on."
             )

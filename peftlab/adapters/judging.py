@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftlab.core.hooks import base_modules
+from peftlab.core.interface import Placement
 from peftlab.errors import PeftLabError
-from peftlab.methods.parts import Part
 
 # Fields that become a dimension of the adapter's tensors, and of those of the encoder that is saved beside
 SIZES = ("r", "num_virtual_tokens", "width")
@@ -26,7 +26,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def check_sizes(folder: Path, fields: Mapping[str, Any], shapes: Shapes, encoder: Shapes) -> None:
-    """Refuses a number that no tensor in the folder can have as a dimension.
+    """Refuse a number that no tensor in the folder can have as a dimension.
 
     What is no whole number at all is for the config itself to refuse.
 
@@ -59,7 +59,7 @@ def _check_dimensions(folder: Path, asked: list[tuple[str, Any]], shapes: Shapes
 
 
 def check_fields(root: nn.Module, fields: Mapping[str, Any]) -> None:
-    """Refuses lists and tables that are longer than anything that names modules of this model can be."""
+    """Refuse lists and tables that are longer than anything that names modules of this model can be."""
     most = 1000 + 2 * len(base_modules(root))
     for name, value in fields.items():
         if isinstance(value, str) and len(value) > LONGEST and name not in PATTERNS:
@@ -72,15 +72,15 @@ def check_fields(root: nn.Module, fields: Mapping[str, Any]) -> None:
 
 
 class Allowance:
-    """Refuses parts that together hold far more parameters than the folder's tensors, while they are being built."""
+    """Refuse parts that together hold far more parameters than the folder's tensors, while they are being built."""
 
     def __init__(self, folder: Path, tensors: Mapping[str, Tensor], encoder: Mapping[str, Tensor]) -> None:
         self.folder, self.built = folder, 0
         self.held = sum(tensor.numel() for tensor in (*tensors.values(), *encoder.values()))
 
-    def __call__(self, part: Part) -> None:
-        """Counts the parameters of a new part."""
-        self.built += sum(parameter.numel() for parameter in part.layer.parameters())
+    def __call__(self, placement: Placement) -> None:
+        """Count the parameters of a new part."""
+        self.built += sum(parameter.numel() for parameter in placement.part.parameters())
         if self.built > 2 * self.held + 10_000_000:  # small ones are built, so that the error can name the tensor
             raise PeftLabError(
                 f"The config in {self.folder} asks for more than {self.built:,} parameters on this model, and its "

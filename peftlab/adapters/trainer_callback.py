@@ -1,7 +1,7 @@
-"""Adapters in the checkpoints of transformers' `Trainer`.
+"""Save and restore adapters in the checkpoints of transformers' `Trainer`.
 
 `Trainer` saves a model by `save_pretrained`, which holds the base alone. With this callback each `checkpoint-N` also
-holds every attached adapter, in Hugging Face's format in its folder `adapter`, and a resumed run starts from it:
+holds every attached adapter, in Hugging Face's format, in its folder `adapter`. A resumed run starts from it:
 
     trainer = Trainer(model=model, ..., callbacks=[AdapterCallback()])
     trainer.train(resume_from_checkpoint=True)
@@ -16,20 +16,20 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peftlab.adapters.checkpoint import check_config, fill, placed, read_folder, save_adapter
+from peftlab.adapters.checkpoint import check_config, check_fit, fill, placed, read_folder, save_adapter
 from peftlab.adapters.injection import attached
-from peftlab.core.records import known, unwrap
+from peftlab.core.records import require_adapter, unwrap
 from peftlab.errors import PeftLabError
 
 FOLDER = "adapter"
 
 
 class AdapterCallback(TrainerCallback):
-    """Saves the attached adapters with each checkpoint and puts them back when a run is resumed.
+    """Save the attached adapters with each checkpoint, and restore them when a run is resumed.
 
     Attributes:
-        resume_from: the checkpoint folder that `train(resume_from_checkpoint=...)` was given; needed only when it lies
-            outside `output_dir`, since `Trainer` does not tell its callbacks.
+        resume_from: the checkpoint folder that `train(resume_from_checkpoint=...)` was given. It is needed only if the
+            folder lies outside `output_dir`, since `Trainer` does not tell its callbacks.
     """
 
     def __init__(self, resume_from: str | os.PathLike | None = None) -> None:
@@ -38,7 +38,7 @@ class AdapterCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **rest: Any
     ) -> None:
-        """Writes the adapters into the checkpoint that was just saved."""
+        """Write the adapters into the checkpoint that was just saved."""
         if args.should_save:
             for name in attached(model):
                 save_adapter(model, checkpoint_folder(args, state) / FOLDER, name)
@@ -46,47 +46,48 @@ class AdapterCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **rest: Any
     ) -> None:
-        """Restores the adapters of the checkpoint that the run resumes from.
+        """Restore the adapters of the checkpoint that the run resumes from.
 
         Raises:
             PeftLabError: that checkpoint holds no adapter, another one, or a damaged one.
         """
         if state.global_step > 0:
-            put_back_all(model, Path(self.resume_from) if self.resume_from else checkpoint_folder(args, state))
+            restore_adapters(model, Path(self.resume_from) if self.resume_from else checkpoint_folder(args, state))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **rest: Any
     ) -> None:
-        """With `load_best_model_at_end`: restores the adapters of the best checkpoint."""
+        """Restore the adapters of the best checkpoint, if `load_best_model_at_end` is set."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            put_back_all(model, Path(state.best_model_checkpoint))
+            restore_adapters(model, Path(state.best_model_checkpoint))
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """The folder that `Trainer` uses for the current step."""
+    """Return the folder that `Trainer` uses for the current step."""
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
-def put_back_all(model: nn.Module, checkpoint: Path) -> None:
-    """Copies the saved weights of every attached adapter into the model; the parameters stay the same objects."""
+def restore_adapters(model: nn.Module, checkpoint: Path) -> None:
+    """Copy the saved weights of every attached adapter into the model; the parameters stay the same objects."""
     if not (checkpoint / FOLDER).is_dir():
         raise PeftLabError(
             f"{checkpoint} holds no adapter: it was saved without AdapterCallback, or the run stopped while saving. "
             "Resume from another checkpoint, or say where it lies with AdapterCallback(resume_from=...)."
         )
     for name in attached(model):
-        put_back(model, checkpoint / FOLDER, name)
+        restore_adapter(model, checkpoint / FOLDER, name)
 
 
-def put_back(model: nn.Module, folder: Path, name: str) -> None:
-    """Copies an adapter folder's weights into the attached adapter of that name.
+def restore_adapter(model: nn.Module, folder: Path, name: str) -> None:
+    """Copy an adapter folder's weights into the attached adapter of that name.
 
     Raises:
-        PeftLabError: a folder that is missing or damaged, or holds another config, base, keys or shapes. Nothing is
-            then copied.
+        PeftLabError: the folder is missing or damaged, or holds another config, base, keys or shapes. Nothing is then
+            copied.
     """
     root = unwrap(model)
-    known(root, name)
-    saved, parts = read_folder(folder, name), placed(root, name)
-    check_config(root, name, parts, saved)
-    fill(root, parts, saved)
+    require_adapter(root, name)
+    saved, placements = read_folder(folder, name), placed(root, name)
+    check_config(root, name, placements, saved)
+    check_fit(root, placements, saved)
+    fill(placements, saved)

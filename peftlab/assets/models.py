@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from peftlab.assets.catalogue import catalogue
 from peftlab.assets.fetch import ensure
+from peftlab.checks import whole
 from peftlab.errors import PeftLabError, did_you_mean, near_matches
 from peftlab.foreign import check_code, read_fields
 
@@ -48,9 +49,7 @@ def load_model(
     source = _source(name)
     options = {} if dtype is None else {"dtype": dtype}
     if num_labels is not None:
-        if not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 1:
-            raise PeftLabError(f"num_labels must be a positive whole number, not {num_labels!r}.")
-        options["num_labels"] = num_labels
+        options["num_labels"] = num_labels = whole("num_labels", num_labels, least=1)
     with quiet():
         try:
             check_code(f"The config of {str(name)!r}", _fields(source))

@@ -22,7 +22,7 @@ TENSORS, CONFIG, REST = "peftlab_tensors", "peftlab_config", "peftlab_metadata"
 def with_sums(
     tensors: Mapping[str, Tensor], fields: Mapping[str, Any], metadata: Mapping[str, str], free: Iterable[str] = ()
 ) -> dict[str, str]:
-    """A file's metadata with the sums of its tensors, of the config beside it and of the metadata itself.
+    """Return a file's metadata with the sums of its tensors, of the config beside it and of the metadata itself.
 
     Args:
         free: fields of the config that may be edited later.
@@ -40,7 +40,7 @@ def check_sums(
     free: Iterable[str] = (),
     codes: Iterable[str] = (),
 ) -> bool:
-    """Compares with the sums that were saved, and refuses values that are not finite; says whether there were sums.
+    """Compare with the sums that were saved, and refuses values that are not finite; says whether there were sums.
 
     Args:
         free: fields of the config that may be edited.
@@ -70,12 +70,12 @@ def check_sums(
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether a floating tensor holds neither NaN nor infinity; eight-bit floats are looked at as float32."""
+    """Say whether a floating tensor holds neither NaN nor infinity; eight-bit floats are looked at as float32."""
     return bool(torch.isfinite(tensor if tensor.itemsize > 1 else tensor.float()).all())
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes."""
+    """Return the SHA-256 sum of names, dtypes, shapes and bytes."""
     total = hashlib.sha256()
     for key in sorted(tensors):
         tensor = tensors[key]
@@ -85,7 +85,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def config_digest(fields: Mapping[str, Any], free: Iterable[str] = ()) -> str:
-    """SHA-256 of a config's fields but for the `free` ones, which may be edited."""
+    """Return the SHA-256 sum of a config's fields but for the `free` ones, which may be edited."""
     free = set(free)
     decisive = {name: value for name, value in fields.items() if name not in free}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()

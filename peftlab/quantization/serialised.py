@@ -1,8 +1,8 @@
-"""How 4-bit weights are called in a file: bitsandbytes' keys, so that transformers opens such a file too.
+"""Name 4-bit weights in a file by bitsandbytes' keys, so that transformers opens such a file too.
 
-Beside `...weight` (the codes) lie `weight.absmax`, `weight.quant_map` (the code book), with double quantisation
-`weight.nested_absmax` and `weight.nested_quant_map`, and `weight.quant_state.bitsandbytes__nf4`: the rest as JSON in
-bytes.
+Next to `...weight` (the codes) are `weight.absmax`, `weight.quant_map` (the code book), and
+`weight.quant_state.bitsandbytes__nf4` (the rest, as JSON in bytes). With double quantisation there are also
+`weight.nested_absmax` and `weight.nested_quant_map`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from peftlab.quantization.blockwise import SCALE_BLOCK, QuantState
 from peftlab.quantization.codebooks import code_book, dynamic_book
 
 MARK = "quant_state."
-# int4 is not one of bitsandbytes' formats; a file of ours must not claim to be one of theirs
+# int4 is not a format of bitsandbytes, so a file with it must not carry bitsandbytes' mark
 OWNERS = {"nf4": "bitsandbytes__nf4", "fp4": "bitsandbytes__fp4", "int4": "peftlab__int4"}
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
@@ -32,7 +32,10 @@ LONGEST_TEXT = 10_000
 
 
 def to_tensors(state: QuantState) -> dict[str, Tensor]:
-    """What is stored beside the codes, by the end of its key. The code books are copies: a file may share no tensor."""
+    """Return what is stored beside the codes, by the end of its key.
+
+    The code books are copies: tensors in a file may not share memory.
+    """
     device = state.absmax.device
     tensors = {"absmax": state.absmax.detach(), "quant_map": code_book(state.format, device).clone()}
     facts = {
@@ -49,7 +52,9 @@ def to_tensors(state: QuantState) -> dict[str, Tensor]:
 
 
 def from_tensors(tensors: Mapping[str, Tensor], device: torch.device, name: str = "weight") -> QuantState:
-    """The reverse of `to_tensors`. What does not fit together is refused before anything is computed with it.
+    """Return the `QuantState` of stored tensors: the reverse of `to_tensors`.
+
+    What does not fit together is refused before anything is computed with it.
 
     Args:
         name: what to call the weight in an error.
@@ -112,7 +117,7 @@ def from_tensors(tensors: Mapping[str, Tensor], device: torch.device, name: str 
 
 
 def packed_codes(stored: Tensor, state: QuantState, name: str = "weight") -> Tensor:
-    """The codes of a 4-bit weight from a file as (bytes, 1) uint8; some files hold the same bytes as another dtype.
+    """Return the codes of a 4-bit weight as (bytes, 1) uint8; some files hold the same bytes as another dtype.
 
     Raises:
         PeftLabError: there are not as many as the state says.
@@ -125,7 +130,7 @@ def packed_codes(stored: Tensor, state: QuantState, name: str = "weight") -> Ten
 
 
 def _facts(text: Tensor, name: str) -> dict[str, Any]:
-    """The JSON that is stored in the bytes of a tensor."""
+    """Read the JSON that is stored in the bytes of a tensor."""
     if text.dtype != torch.uint8 or text.dim() != 1 or len(text) > LONGEST_TEXT:
         raise _wrong(name, f"its record is {tuple(text.shape)} of {text.dtype}; it is some hundred bytes of text")
     facts = parse(bytes(text.cpu().tolist()), f"The record of the 4-bit weight {name}")
@@ -137,8 +142,10 @@ def _facts(text: Tensor, name: str) -> dict[str, Any]:
 def _check(
     name: str, key: str, tensors: Mapping[str, Tensor], count: int, dtypes: tuple, book: Tensor | None = None
 ) -> None:
-    """Requires a tensor of the state to have a length, one of some dtypes, and sound values: those of a code book, or
-    scales, which are finite and not negative."""
+    """Require a length, one of some dtypes and sound values of a tensor.
+
+    Sound are the values of the code book, or scales that are finite and not negative.
+    """
     tensor = tensors[key]
     if tensor.dtype not in dtypes or tuple(tensor.shape) != (count,):
         found, kind = f"{tuple(tensor.shape)} of {tensor.dtype}", " or ".join(map(str, dtypes))

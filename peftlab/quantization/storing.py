@@ -1,8 +1,8 @@
-"""A 4-bit base on disk: one safetensors file with bitsandbytes' keys, and the model's config. Adapters lie apart.
+"""Save and load a 4-bit base: one safetensors file with bitsandbytes' keys, and the model's config, without adapters.
 
-The file carries the sums that adapter folders carry, and both files are written together (`peftlab.files`).
-`load_quantized` needs no bitsandbytes; transformers' `from_pretrained` opens the same folder with it. Saved are the
-codes, not the weights they stand for: a quarter of the 16-bit file, and no rounding on the way.
+`load_quantized` needs no bitsandbytes. With it, transformers' `from_pretrained` opens the same folder. The file holds
+the codes, not the weights that they stand for. So it has a quarter of the size of the 16-bit file, and nothing is
+rounded again. It carries the sums that adapter folders carry, and both files are written together (`peftlab.files`).
 """
 
 from __future__ import annotations
@@ -40,19 +40,26 @@ MODELS = (CONFIG, "model*.safetensors", "model*.safetensors.index.json", "pytorc
 
 
 def save_quantized(model: nn.Module, folder: str | os.PathLike) -> Path:
-    """Writes a transformers model with 4-bit layers, this package's or bitsandbytes', without its adapters.
+    """Write a transformers model with 4-bit layers, this package's or bitsandbytes', without its adapters.
 
     Returns:
         The folder, which holds `config.json` and `model.safetensors`.
 
     Raises:
-        PeftLabError: no layer is quantised; no transformers model; a merged model; the folder holds a model that is
-            not in four bits. Nothing is then written.
+        PeftLabError: no layer is quantised, the model is no transformers model, it is merged, or the folder holds
+            another model. Nothing is then written.
+
+    >>> folder = pl.save_quantized(pl.quantize_model(model), "four-bits")
+    >>> sorted(file.name for file in folder.iterdir())
+    ['config.json', 'model.safetensors']
     """
     root = unwrap(model)
     config = getattr(root, "config", None)
     if not hasattr(config, "to_dict"):
-        raise PeftLabError(f"{type(root).__name__} has no transformers config, without which it cannot be made again.")
+        raise PeftLabError(
+            f"{type(root).__name__} has no transformers config, and without one it cannot be loaded again. Save its "
+            "state_dict yourself."
+        )
     record = record_of(root)
     if record is not None and record.activity.merged:
         raise PeftLabError("The model is merged; call unmerge(model) first: the base and the adapter are saved apart.")
@@ -60,7 +67,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike) -> Path:
     if not held:
         raise PeftLabError(f"No layer of this {type(root).__name__} is quantised; use its own save_pretrained.")
     tensors = {name: t.detach() for name, t in root.state_dict().items() if not is_adapter_name(name)}
-    for name, parameter in held.items():  # bitsandbytes' own way of saving would change a repacked weight
+    for name, parameter in held.items():  # bitsandbytes' own saving would change a repacked weight
         value = quantized(parameter)
         tensors |= {f"{name}.{key}": tensor for key, tensor in to_tensors(value.state).items()} | {name: value.packed}
     first = quantized(next(iter(held.values()))).state
@@ -82,7 +89,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike) -> Path:
 
 
 def _check_place(folder: Path) -> None:
-    """Refuses a folder with other files of these names, such as the model before it was quantised."""
+    """Refuse a folder with other files of these names, such as the model before it was quantised."""
     if folder.exists() and not folder.is_dir():
         raise PeftLabError(f"{folder} is a file; save_quantized writes into a folder. Give another path.")
     there = [path.name for pattern in MODELS for path in sorted(folder.glob(pattern))]
@@ -98,7 +105,9 @@ def _check_place(folder: Path) -> None:
 def load_quantized(
     folder: str | os.PathLike, *, backend: str = AUTO, device: torch.device | str = "cpu"
 ) -> nn.Module:
-    """Loads what `save_quantized`, or transformers with bitsandbytes, wrote: the same codes and scales, bit for bit.
+    """Load a folder that `save_quantized`, or transformers with bitsandbytes, wrote.
+
+    Codes and scales are equal bit for bit.
 
     No Python of the folder is ever run. A folder of transformers carries no sums, so a warning says that damage to its
     numbers cannot be noticed; what can be checked without sums is checked in every folder.
@@ -110,6 +119,11 @@ def load_quantized(
     Raises:
         PeftLabError: a file is missing or damaged, or is no 4-bit model; a key is missing or has no place; the model
             is of a class that transformers does not have.
+
+    >>> folder = pl.save_quantized(pl.quantize_model(model), "four-bits")
+    >>> same = pl.load_quantized(folder)
+    >>> same.model.layers[0].mlp.up_proj.weight.numel()  # bytes, for 512 weights
+    256
     """
     folder, device = Path(folder), torch.device(device)
     fields, tensors, summed = read_settled(folder, FILES, lambda paths: _read(folder, paths))
@@ -139,7 +153,7 @@ def load_quantized(
 
 
 def _read(folder: Path, paths: dict[str, Path]) -> tuple[dict[str, Any], dict[str, Tensor], bool]:
-    """The config's fields, the tensors, and whether there were sums, which then were right."""
+    """Return the config's fields, the tensors, and whether there were sums, which then were right."""
     if len(paths) < len(FILES):
         raise PeftLabError(f"{folder} lacks {CONFIG} or {WEIGHTS}; save_quantized writes both.")
     fields = read_fields(paths[CONFIG], infinite=True)
@@ -149,7 +163,7 @@ def _read(folder: Path, paths: dict[str, Path]) -> tuple[dict[str, Any], dict[st
 
 
 def model_class(folder: Path, fields: dict[str, Any]) -> tuple[type, Any]:
-    """The class of transformers that a config names, and the config as an object of its class. Runs no other code.
+    """Return the class of transformers that a config names, and the config as an object of its class.
 
     Raises:
         PeftLabError: transformers has no such model; it would take Python from the folder or from the hub.
@@ -184,20 +198,24 @@ def model_class(folder: Path, fields: dict[str, Any]) -> tuple[type, Any]:
 
 
 def _dtype(config: Any) -> torch.dtype:
-    """The dtype of the weights that are not quantised."""
+    """Return the dtype of the weights that are not quantised."""
     named = getattr(torch, str(config.dtype).removeprefix("torch."), None)
     return named if isinstance(named, torch.dtype) and named.is_floating_point else torch.float32
 
 
 def layers_in(keys: Iterable[str]) -> list[str]:
-    """The paths of the 4-bit layers among the keys of a file."""
+    """Return the paths of the 4-bit layers among the keys of a file."""
     return sorted({key.partition(f".weight.{MARK}")[0] for key in keys if f".weight.{MARK}" in key})
 
 
 def _states(
     folder: Path, tensors: dict[str, Tensor], backend: str, device: torch.device
 ) -> dict[str, tuple[Quantized, nn.Parameter | None]]:
-    """Takes the 4-bit layers out of a file's tensors: {path: (codes with their state, bias)}, each checked."""
+    """Take the 4-bit layers out of a file's tensors, and check them.
+
+    Returns:
+        {path: (codes with their state, bias)}.
+    """
     layers = layers_in(tensors)
     if not layers:
         raise PeftLabError(f"{folder} holds no 4-bit model: no layer in {WEIGHTS} is quantised.")
@@ -216,7 +234,7 @@ def _states(
 
 
 def check_layers(folder: Path, fields: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Refuses a config with more layers or experts than the file can hold, before one of them is built."""
+    """Refuse a config with more layers or experts than the file can hold, before one of them is built."""
     layers = max(1000, len(shapes))
     experts = max(layers, *(size for shape in shapes.values() for size in shape), 0)
     for name, value in fields.items():
@@ -232,7 +250,7 @@ def check_layers(folder: Path, fields: dict[str, Any], shapes: dict[str, tuple[i
 
 
 def _check_layer(folder: Path, model: nn.Module, path: str, value: Quantized, bias: nn.Parameter | None) -> None:
-    """Requires the model to have a linear layer of this shape at this path."""
+    """Require a linear layer of this shape at this path of the model."""
     layer = dict(model.named_modules()).get(path)
     found = None if layer is None else linear_shape(layer)
     wanted = (value.shape[1], value.shape[0]) if len(value.shape) == 2 else None
@@ -249,7 +267,10 @@ def _check_layer(folder: Path, model: nn.Module, path: str, value: Quantized, bi
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Puts the whole tensors of the file into a model on the meta device, and makes the rest of its buffers."""
+    """Put the tensors of the file that are not quantised into a model on the meta device.
+
+    Its other buffers are made from the config.
+    """
     own = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_meta}
     extra = sorted(set(tensors) - set(own))
     if extra:
@@ -266,7 +287,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
     if missing:
         raise PeftLabError(f"{folder} lacks {len(missing)} of its model's weights, the first {missing[0]!r}.")
     fresh = {name for name, buffer in model.named_buffers() if buffer.is_meta}
-    if fresh:  # buffers that no file holds: rotary frequencies and the like, which the config decides
+    if fresh:  # buffers that are not in the file, such as rotary frequencies: the config determines them
         twin = type(model)._from_config(_smaller(model.config))
         values = dict(twin.named_buffers())
         for name in fresh:
@@ -275,7 +296,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def _smaller(config: Any) -> Any:
-    """The config with one layer: its buffers are the whole model's."""
+    """Return the config with one layer. A model of it has the same buffers as the whole model."""
     config = copy.deepcopy(config)
     for name in ("num_hidden_layers", "n_layer"):
         if hasattr(config, name):

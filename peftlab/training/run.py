@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from peftlab.core.modes import mode, to_device
 from peftlab.core.records import unwrap
 from peftlab.errors import PeftLabError
+from peftlab.settings import Settings
 from peftlab.training.buffers import Buffers
-from peftlab.training.losses import Loss, default_loss
+from peftlab.training.encoding import Collator
+from peftlab.training.losses import default_loss
 from peftlab.training.metrics import mean_loss
 from peftlab.training.optimizers import make_optimizer
 from peftlab.training.precision import autocast, check_trainable_dtypes
 from peftlab.training.ranks import Ranks
 from peftlab.training.schedule import DataOrder, derived_seed, learning_rate_at, seed_everything, warmup_steps
-from peftlab.training.settings import Settings
 
 
 class TrainingError(PeftLabError):
@@ -65,30 +66,25 @@ class History:
 class Run:
     """The state of a run between two steps, and the way from one step to the next.
 
-    Args:
-        collate: list of examples -> batch.
-        loss: the loss to use; None chooses by the labels.
-
     Raises:
-        PeftLabError: nothing requires gradients, or a trainable parameter is float16.
+        PeftLabError: there is no example, nothing requires gradients, or a trainable parameter is float16.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        train_data: Sequence[Mapping[str, Any]],
         settings: Settings,
         *,
         device: torch.device,
         ranks: Ranks,
-        train_data: Sequence[Mapping[str, Any]],
-        evaluation_data: Sequence[Mapping[str, Any]] | None,
-        collate: Callable[[list], dict[str, Any]],
-        loss: Loss | None,
-        metrics: Mapping[str, Callable[[nn.Module], float]],
     ):
+        if not len(train_data):
+            raise PeftLabError("The training data holds no example.")
         self.model, self.settings, self.device, self.ranks = model, settings, device, ranks
-        self.train_data, self.evaluation_data = train_data, evaluation_data
-        self.collate, self.loss, self.metrics = collate, loss, metrics
+        self.train_data, self.evaluation_data = train_data, settings.evaluation_data
+        self.collate = settings.collate or Collator(settings.tokenizer)
+        self.loss, self.metrics = settings.loss, settings.metrics or {}
         self.core = unwrap(model)
         self.trainable = {name: p for name, p in self.core.named_parameters() if p.requires_grad}
         if not self.trainable:
@@ -99,7 +95,8 @@ class Run:
             )
         check_trainable_dtypes(self.trainable.items())
         lengths = [len(example["input_ids"]) for example in train_data] if settings.group_by_length else None
-        self.order = DataOrder(settings.examples, settings.batch, settings.total_examples, settings.seed, lengths)
+        examples = len(train_data)
+        self.order = DataOrder(examples, settings.batch, settings.total_examples(examples), settings.seed, lengths)
         self.warmup = warmup_steps(settings.warmup, len(self.order))
         self.optimizer = make_optimizer(
             settings.optimizer, self.trainable, settings.learning_rate, settings.weight_decay, device
@@ -128,7 +125,7 @@ class Run:
             loss, labels = self._gradients(parts)
             norm = self._clip(chosen)
         except TrainingError:
-            self.buffers.put_back(held)  # the forward pass has moved running statistics already
+            self.buffers.restore(held)  # the forward pass has moved running statistics already
             raise
         self.scaler.step(self.optimizer)  # a plain optimizer.step() but for fp16
         self.scaler.update()

@@ -14,7 +14,9 @@ import pytest
 from patience import HUNG_SECONDS
 
 from peftlab import __version__
+from peftlab.catalogue import METHODS, Method, Option
 from peftlab.commands import cli, terminal
+from peftlab.commands.method_options import counted, trainable
 from peftlab.errors import PeftLabError
 from peftlab.memory import count
 
@@ -145,10 +147,10 @@ MISTAKES = [
     ("train --model m --data d", "--out"),
     ("train --model m --data d --out o --method qlra", "not 'qlra'. Did you mean 'qlora'"),
     ("train --model m --data d --out o --steps 3 --epochs 1", "not both"),
-    ("train --model m --data d --out o --steps 0", "--steps must be at least 1, found 0"),
-    ("train --model m --data d --out o --batch-size -1", "--batch-size must be at least 1, found -1"),
-    ("train --model m --data d --out o --lr 0", "--lr must be above 0"),
-    ("train --model m --data d --out o --lr nan", "--lr must be above 0"),
+    ("train --model m --data d --out o --steps 0", "--steps must be a positive whole number, found 0"),
+    ("train --model m --data d --out o --batch-size -1", "--batch-size must be a positive whole number, found -1"),
+    ("train --model m --data d --out o --lr 0", "--lr must be a positive number"),
+    ("train --model m --data d --out o --lr nan", "--lr must be a positive number"),
     ("train --model tiny --data support-desc --out o", "Did you mean 'support-desk'"),
 ]
 
@@ -360,7 +362,6 @@ def test_every_method_trains_from_the_shell_and_its_folder_loads(place, capsys, 
 
     import peftlab as pl
     from peftlab.assets.models import load_model
-    from peftlab.methods import METHODS
 
     more = ["--last-layers", 1] if method == "selective" else ["--reduction-factor", 4]
     command = train_command("ask.jsonl", "run", "--method", method, "--steps", 6, "--json", *more)
@@ -375,13 +376,14 @@ def test_every_method_trains_from_the_shell_and_its_folder_loads(place, capsys, 
     assert pl.count_parameters(model).trainable == result["trainable"]
     if method != "selective":
         assert result["trainable"] == count("tiny", method, reduction_factor=4).trainable
-    assert method in METHODS and method in cli.METHODS.split(", ")
 
 
-def test_the_help_names_every_method():
-    from peftlab.commands.train import configs
-
-    assert cli.METHODS.split(", ") == ["full", *configs()]
+def test_the_help_names_every_method(capsys):
+    for command, known in (("train", trainable()), ("count", counted()), ("memory", counted())):
+        _, out, _ = run(capsys, command, "--help")
+        assert f"--method M {', '.join(known)} (default: lora)" in " ".join(out.split())
+    names = "full lora qlora ia3 bitfit selective prompt p-tuning prefix houlsby pfeiffer parallel"
+    assert list(trainable()) == names.split()
 
 
 def test_a_method_that_this_model_has_no_place_for_is_one_line(place, capsys):
@@ -434,11 +436,15 @@ def test_a_method_is_given_the_options_that_it_has_fields_for(monkeypatch):
     from peftlab.commands import train
 
     config = dataclasses.make_dataclass("Config", [("dropout", float), ("target_modules", object), ("width", int, 3)])
-    monkeypatch.setattr("peftlab.methods.METHODS", {"narrow": config})
+    monkeypatch.setattr("test_cli.Narrow", config, raising=False)
+    options = (Option(name="dropout", help=""), Option(name="targets", fills="target_modules", help=""))
+    monkeypatch.setitem(METHODS, "narrow", Method(config="test_cli:Narrow", options=options))
     given = cli.argparse.Namespace(method="narrow", r=8, alpha=16.0, dropout=0.5, bias="none", targets="q", lr=1.0)
     assert train._config(given, ["q"], task_type="SEQ_CLS") == config(0.5, ["q"], 3)
-    with pytest.raises(PeftLabError, match="train knows the methods full, narrow, not 'lora'"):
-        train.check(cli.argparse.Namespace(method="lora"))
+    known = ", ".join(name for name, row in METHODS.items() if row.trains)
+    assert known.startswith("full, lora, qlora, ia3, ") and known.endswith(", narrow")
+    with pytest.raises(PeftLabError, match=f"train knows the methods {known}, not 'dora'"):
+        train.check(cli.argparse.Namespace(method="dora"))
 
 
 def test_a_killed_run_and_an_interrupted_one_go_on_to_the_same_adapter(place, capsys, monkeypatch):

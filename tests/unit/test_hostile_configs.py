@@ -12,7 +12,7 @@ from tiny import llama
 
 import peftlab as pl
 from peftlab import patterns
-from peftlab.adapters.trainer_callback import put_back
+from peftlab.adapters.trainer_callback import restore_adapter
 from peftlab.memory import count
 
 C, W, E = "adapter_config.json", "adapter_model.safetensors", "adapter_encoder.safetensors"
@@ -209,7 +209,7 @@ def test_other_fields_and_other_ways_in(folder, tmp_path):
     edit(folder, rank_pattern={pattern: 2})
     before = snapshot(model)
     with pytest.raises(pl.PeftLabError, match="takes too long"):
-        put_back(model, folder, "default")
+        restore_adapter(model, folder, "default")
     assert_same(before, snapshot(model))
 
 
