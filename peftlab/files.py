@@ -107,7 +107,7 @@ def settled(folder: Path, names: Iterable[str]) -> dict[str, Path]:
 
 
 def read_settled(folder: Path, names: Iterable[str], read: Callable[[dict[str, Path]], Result]) -> Result:
-    """Read files of a folder by `read`, once more if another process saved into the folder meanwhile.
+    """Read files of a folder by `read`, and again if another process saved into the folder meanwhile.
 
     Raises:
         whatever `read` raises of files that stayed as they are.
@@ -211,7 +211,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def temporary_name(name: str) -> str:
-    """Return the name of a draft of a file. It lies in the same folder: a rename is one step only within a file system."""
+    """Return the name of a draft of a file, in the same folder: a rename is one step only within a file system."""
     return f".{name}.{os.getpid()}-{threading.get_ident()}.tmp"
 
 

@@ -40,7 +40,7 @@ def check_sums(
     free: Iterable[str] = (),
     codes: Iterable[str] = (),
 ) -> bool:
-    """Compare with the sums that were saved, and refuses values that are not finite; says whether there were sums.
+    """Compare with the sums that were saved, refuse values that are not finite, and say whether there were sums.
 
     Args:
         free: fields of the config that may be edited.

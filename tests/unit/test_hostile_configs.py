@@ -50,11 +50,11 @@ def edit(folder, **fields):
     (folder / C).write_text(json.dumps(content | fields))
 
 
-def refused(folder, said="", trainable=False, seconds=3.0):
+def refused(folder, trainable=False, seconds=3.0):
     """Requires one clear error, soon, without memory, and a model left as it was."""
     model = llama()
     before, began = snapshot(model), time.thread_time()
-    with pytest.raises(pl.PeftLabError, match=said) as told:
+    with pytest.raises(pl.PeftLabError) as told:
         pl.load_adapter(model, folder, trainable=trainable)
     assert time.thread_time() - began < seconds
     assert len(str(told.value)) < 2000 and "\n" not in str(told.value)
