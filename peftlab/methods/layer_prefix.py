@@ -38,7 +38,7 @@ class LayerPrefix(Part):
         return self.prefix.source.part(start, start + width)
 
     def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """In training, give a module that got no cache one that only puts the share in front."""
+        """Give a module that gets no cache in training one that only puts the share in front."""
         name = cache_argument(host)
         if not host.training or kwargs.get(name) is not None:
             return args, kwargs

@@ -41,7 +41,7 @@ from peftlab.methods.virtual import (
 
 
 class DeepPrompt(Part):
-    """A prompt for this layer. It overwrites the previous layer's output at the prompt positions.
+    """Hold a prompt for this layer. It overwrites the previous layer's output at the prompt positions.
 
         H_i' = [P_i; H_i[n:]]
 
