@@ -6,14 +6,14 @@ table forwards and loading reads it backwards, so the two cannot disagree. Huggi
 network made (a prompt, say). The network itself lies in a second file, so that training can continue.
 
 The file's metadata, which Hugging Face peft ignores, also holds SHA-256 sums of the tensors and of the config, and a
-few numbers of the base's weights. So damage, mixed-up files and another base model are noticed.
+few numbers of the base's weights. So damage, mixed-up files and another base model are noticed. The files are written
+together: if a save is killed, the folder loads as the whole old adapter or as the whole new one.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields as fields_of
 from dataclasses import replace
@@ -24,17 +24,24 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.adapters.injection import add, prepare, settle
-from peftlab.adapters.integrity import base_sample, base_tensor, check_base, check_integrity, config_digest, digest
+from peftlab.adapters.integrity import base_sample, base_tensor, check_base
+from peftlab.adapters.judging import Allowance, check_fields, check_sizes
 from peftlab.catalogue import METHODS, resolve
 from peftlab.core.hooks import CHILD, base_modules, hosts
 from peftlab.core.interface import Config, Placement
 from peftlab.core.records import require_adapter, unwrap
+from peftlab.core.sums import check_sums, digest, with_sums
 from peftlab.core.targets import ALL_LINEAR, Targets, by_pattern, names_match
-from peftlab.core.tensor_files import read_tensors, serialised, write
+from peftlab.core.tensor_files import read_shapes, read_tensors, serialised
 from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.files import read_settled, settled, write_together
+from peftlab.foreign import read_fields
+from peftlab.patterns import bounded
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ENCODER = "adapter_encoder.safetensors"  # only this package reads it
+FILES = (ENCODER, WEIGHTS, CONFIG)  # the order in which they are put in place; peft looks for the config first
+FREE = ("base_model_name_or_path", "inference_mode", "revision", "peft_version")  # fields that may be edited
 PREFIX = "base_model.model."
 TARGET_FIELDS = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "task_type",
@@ -51,13 +58,44 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
         The folder that holds the two files.
 
     Raises:
-        PeftLabError: there is no such adapter, or a parameter is not finite. Nothing is then written.
+        PeftLabError: there is no such adapter, a parameter is not finite, or the folder holds files of these names that
+            are no adapter's. Nothing is then written.
 
     >>> model = pl.attach(model, pl.LoRAConfig(r=4))
     >>> folder = pl.save_adapter(model, "my-adapter")
     >>> sorted(file.name for file in folder.iterdir())
     ['adapter_config.json', 'adapter_model.safetensors']
     """
+    with bounded():
+        contents = adapter_files(model, name)
+    folder = Path(folder) if name == "default" else Path(folder) / name
+    _check_place(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if contents[ENCODER] is None and not _has_encoder(folder):
+        del contents[ENCODER]  # the file, if there is one, is no adapter's
+    write_together(folder, contents)
+    return folder
+
+
+def _check_place(folder: Path) -> None:
+    """Refuse a folder with files of these names that are no adapter's; an adapter may be replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise PeftLabError(f"{folder} is a file; save_adapter writes into a folder. Give another path.")
+    paths = settled(folder, (WEIGHTS, CONFIG))
+    try:
+        if CONFIG in paths and "peft_type" not in read_fields(paths[CONFIG]):
+            raise PeftLabError(f"it has no peft_type, which every adapter's {CONFIG} has")
+        if WEIGHTS in paths and CONFIG not in paths:
+            read_shapes(paths[WEIGHTS])
+    except PeftLabError as error:
+        raise PeftLabError(
+            f"{folder} holds {' and '.join(sorted(paths))} of something else than an adapter ({error}), and "
+            "save_adapter would overwrite it. Save into another folder, or move that away."
+        ) from None
+
+
+def adapter_files(model: nn.Module, name: str = "default") -> dict[str, bytes | None]:
+    """Return the files of an adapter's folder by name, in the order of `FILES`; None for one that it does not have."""
     root = unwrap(model)
     config = require_adapter(root, name).configs[name]
     placements = placed(root, name)
@@ -74,24 +112,25 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
     fields = to_fields(root, config, placements)
     tensors |= embedding_copies(root, fields, placements)
     text = json.dumps(fields, indent=2, sort_keys=True)
-    metadata = {
-        "format": "pt",
-        "peftlab_tensors": digest(tensors),
-        "peftlab_config": config_digest(fields),
-        "peftlab_base": json.dumps(base_sample(root, *sampled(placements))),
-    }
+    metadata = {"format": "pt", "peftlab_base": json.dumps(base_sample(root, *sampled(placements)))}
     if encoder:
         metadata["peftlab_encoder"] = digest(encoder)
-    folder = Path(folder) if name == "default" else Path(folder) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    # Each file appears whole or not at all. `peftlab_config` shows if a save stopped between the two files.
-    if encoder:
-        write(folder / ENCODER, serialised(encoder, {"format": "pt"}))
-    write(folder / CONFIG, text.encode())
-    write(folder / WEIGHTS, serialised(tensors, metadata))
-    if not encoder:
-        (folder / ENCODER).unlink(missing_ok=True)  # an adapter that was here before left it
-    return folder
+    return {
+        ENCODER: serialised(encoder, {"format": "pt"}) if encoder else None,
+        WEIGHTS: serialised(tensors, with_sums(tensors, json.loads(text), metadata, FREE)),
+        CONFIG: text.encode(),
+    }
+
+
+def _has_encoder(folder: Path) -> bool:
+    """Say whether the adapter in a folder has an encoder in a second file."""
+    paths = settled(folder, FILES)
+    if WEIGHTS not in paths or ENCODER not in paths:
+        return False
+    try:
+        return "peftlab_encoder" in read_tensors(paths[WEIGHTS])[1]
+    except PeftLabError:
+        return False
 
 
 def load_adapter(
@@ -121,11 +160,13 @@ def load_adapter(
     4
     """
     root = unwrap(model)
-    saved = read_folder(Path(folder), name)
-    config = from_fields(root, saved.fields)
-    if not (trainable and saved.encoder):
-        config = config.as_stored()
-    placements = prepare(root, name, config, adapter_dtype)
+    with bounded():
+        saved = read_folder(Path(folder), name)
+        config = from_fields(root, saved.fields)
+        if not (trainable and saved.encoder):
+            config = config.as_stored()
+        allowance = Allowance(saved.folder, saved.tensors, saved.encoder)
+        placements = prepare(root, name, config, adapter_dtype, allowance)
     check_fit(root, placements, saved)
     settle(root, placements)
     fill(placements, saved)
@@ -152,20 +193,29 @@ class Saved(NamedTuple):
 
 
 def read_folder(folder: Path, name: str) -> Saved:
-    """Read an adapter's two files, and check that they are whole and belong together."""
+    """Read an adapter's files, and check that they are whole and belong together.
+
+    The config is judged by the tensors' shapes before a tensor is read.
+    """
     folder = locate(folder, name)
-    fields = read_config(folder)
-    tensors, metadata = read_tensors(folder / WEIGHTS)
-    check_integrity(folder / CONFIG, folder / WEIGHTS, fields, tensors, metadata)
-    encoder: dict[str, Tensor] = {}
-    if "peftlab_encoder" in metadata and (folder / ENCODER).is_file():
-        encoder, _ = read_tensors(folder / ENCODER)
-        if digest(encoder) != metadata["peftlab_encoder"]:
-            raise PeftLabError(
-                f"{folder / ENCODER} and {WEIGHTS} were not saved together, or one was changed. Save the adapter "
-                f"again, or delete {ENCODER}, which only further training needs."
-            )
-    return Saved(folder, fields, tensors, metadata, encoder)
+
+    def read(paths: dict[str, Path]) -> Saved:
+        config, file, second = (paths.get(kind, folder / kind) for kind in (CONFIG, WEIGHTS, ENCODER))
+        fields, there = read_fields(config), ENCODER in paths
+        check_sizes(folder, fields, read_shapes(file), read_shapes(second) if there else {})
+        tensors, metadata = read_tensors(file)
+        check_sums(folder / CONFIG, folder / WEIGHTS, fields, tensors, metadata, FREE)
+        encoder: dict[str, Tensor] = {}
+        if "peftlab_encoder" in metadata and there:
+            encoder, _ = read_tensors(second)
+            if digest(encoder) != metadata["peftlab_encoder"]:
+                raise PeftLabError(
+                    f"{folder / ENCODER} and {WEIGHTS} were not saved together, or one was changed. Save the adapter "
+                    f"again, or delete {ENCODER}, which only further training needs."
+                )
+        return Saved(folder, fields, tensors, metadata, encoder)
+
+    return read_settled(folder, FILES, read)
 
 
 def check_fit(root: nn.Module, placements: Iterable[Placement], saved: Saved) -> None:
@@ -270,6 +320,7 @@ def to_fields(root: nn.Module, config: Config, placements: list[Placement]) -> d
 
 def from_fields(root: nn.Module, fields: Mapping[str, Any]) -> Config:
     """Return the contents of `adapter_config.json` as a config for this model."""
+    check_fields(root, fields)
     kind = config_class(fields)
     takes = {field.name for field in fields_of(kind)}
     given = {name: fields.get(name) for name in TARGET_FIELDS if name in takes}
@@ -277,8 +328,11 @@ def from_fields(root: nn.Module, fields: Mapping[str, Any]) -> Config:
     if "layers_to_transform" in takes and shared["layers_to_transform"] is None:
         shared["layers_pattern"] = None  # without layers it has no meaning
     try:
-        return only_present(root, kind(**shared, **kind.from_peft(fields)))
-    except (TypeError, AttributeError) as error:
+        with bounded():
+            return only_present(root, kind(**shared, **kind.from_peft(fields)))
+    except PeftLabError:
+        raise
+    except (TypeError, AttributeError, ValueError, OverflowError) as error:
         raise PeftLabError(f"{CONFIG} holds a field of a wrong type: {error}.") from None
 
 
@@ -340,7 +394,7 @@ def only_present(root: nn.Module, config: Config) -> Config:
 def locate(folder: Path, name: str) -> Path:
     """Return the folder that holds an adapter's two files."""
     for candidate in (folder / name, folder) if name != "default" else (folder,):
-        if (candidate / CONFIG).is_file() and (candidate / WEIGHTS).is_file():
+        if {CONFIG, WEIGHTS} <= settled(candidate, FILES).keys():
             return candidate
     if not folder.is_dir():
         near = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
@@ -353,17 +407,6 @@ def locate(folder: Path, name: str) -> Path:
     there = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
     hint = f" It holds adapters named {', '.join(map(repr, there))}; give one as name." if there else ""
     raise PeftLabError(f"{folder} lacks {CONFIG} or {WEIGHTS}.{hint}")
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read `adapter_config.json`."""
-    try:
-        fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PeftLabError(f"{folder / CONFIG} cannot be read: {error}.") from None
-    if not isinstance(fields, dict):
-        raise PeftLabError(f"{folder / CONFIG} holds a {type(fields).__name__}, not the fields of a config.")
-    return fields
 
 
 def check_keys(
@@ -413,7 +456,7 @@ def embedding_copies(root: nn.Module, fields: Mapping[str, Any], placements: lis
     targets, names = fields.get("target_modules") or (), ("embed_tokens", "lm_head")
     if isinstance(targets, str):
         paths = (path for path in base_modules(root) if path.rpartition(".")[2] in names)
-        named = any(re.fullmatch(targets, path) for path in paths)
+        named = any(names_match(targets, path) for path in paths)
     else:
         named = any(name in targets for name in names)
     if not named or not hasattr(root, "get_input_embeddings"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from peftlab.core.hooks import CHILD, Activity, Adapters, hosts, place, plain, p
 from peftlab.core.interface import Config, Placement
 from peftlab.core.records import Record, device_and_dtype_for, record_of, require_adapter, tensor_at, unwrap
 from peftlab.errors import PeftLabError
+from peftlab.patterns import bounded
 from peftlab.quantization.marks import restore_transformers_attributes, set_transformers_attributes
 from peftlab.quantization.weights import restore_parameter, unpack
 
@@ -76,8 +77,17 @@ def attach(
     return model
 
 
-def prepare(root: nn.Module, name: str, config: Config, adapter_dtype: torch.dtype | None) -> list[Placement]:
-    """Build all parts of an adapter, with their devices and dtypes, and leave the model unchanged."""
+def prepare(
+    root: nn.Module,
+    name: str,
+    config: Config,
+    adapter_dtype: torch.dtype | None,
+    check: Callable[[Placement], None] | None = None,
+) -> list[Placement]:
+    """Build all parts of an adapter, with their devices and dtypes, and leave the model unchanged.
+
+    `check` gets each part before the next one is built, and may refuse it.
+    """
     if not isinstance(root, nn.Module):
         raise PeftLabError(f"The model is a {type(root).__name__}; attach takes an nn.Module.")
     if not isinstance(config, Config) or isinstance(config, type):
@@ -98,7 +108,12 @@ def prepare(root: nn.Module, name: str, config: Config, adapter_dtype: torch.dty
                 f"{path or 'The model'} carries adapters that were attached through another module. "
                 "Attach and detach through the same model."
             )
-    placements = list(config.parts(root))
+    placements = []
+    with bounded():
+        for placement in config.parts(root):
+            if check is not None:
+                check(placement)
+            placements.append(placement)
     for path, _, part in placements:
         host = root.get_submodule(path)
         device, dtype = device_and_dtype_for(host)

@@ -1,12 +1,9 @@
-"""Check whether an adapter's files are whole, belong together and belong to this base: by sums and samples."""
+"""Check whether an adapter belongs to this base, by a sample of its weights. Sums are the business of `core.sums`."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,24 +11,7 @@ from torch import Tensor, nn
 from peftlab.core.hooks import base_modules
 from peftlab.core.records import record_of
 from peftlab.errors import PeftLabError
-
-
-def check_integrity(
-    config_file: Path, file: Path, fields: Mapping, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> None:
-    """Compare the files with the sums saved in them, if there are any, and refuse values that are not finite."""
-    if "peftlab_tensors" in metadata and metadata["peftlab_tensors"] != digest(tensors):
-        raise PeftLabError(
-            f"{file} was changed after it was saved: its SHA-256 sum differs. Save or download the adapter again."
-        )
-    if "peftlab_config" in metadata and metadata["peftlab_config"] != config_digest(fields):
-        raise PeftLabError(
-            f"{config_file} and {file.name} were not saved together: a save was interrupted, or the config edited. "
-            "Save the adapter again."
-        )
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise PeftLabError(f"{key} in {file} holds values that are not finite; use another checkpoint.")
+from peftlab.foreign import parse
 
 
 def base_sample(root: nn.Module, paths: Iterable[str], copied: Iterable[str] = ()) -> dict[str, list[float]]:
@@ -80,8 +60,9 @@ def base_tensor(root: nn.Module, path: str, name: str) -> Tensor | None:
 def check_base(root: nn.Module, folder: Path, metadata: Mapping[str, str], model_name: str) -> None:
     """Compare the base with the sample saved beside the adapter, up to the rounding of 16-bit dtypes."""
     try:
-        saved = {path: torch.tensor(values) for path, values in json.loads(metadata.get("peftlab_base", "{}")).items()}
-    except (ValueError, TypeError, AttributeError):
+        sample = parse(metadata.get("peftlab_base", "{}"), "the sample")
+        saved = {path: torch.tensor(values) for path, values in sample.items()}
+    except (PeftLabError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError):
         raise PeftLabError(
             f"The sample of the base's weights in {folder} is damaged; save the adapter again."
         ) from None
@@ -94,23 +75,3 @@ def check_base(root: nn.Module, folder: Path, metadata: Mapping[str, str], model
                 f"The adapter in {folder} was trained on another base: the weights of {path} differ. "
                 f"This model is {model_name!r}; load the base that the adapter was trained on."
             )
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 sum of names, dtypes, shapes and bytes."""
-    total = hashlib.sha256()
-    for key in sorted(tensors):
-        tensor = tensors[key]
-        total.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
-
-
-def config_digest(fields: Mapping[str, Any]) -> str:
-    """Return the SHA-256 sum of the fields that decide what the adapter computes.
-
-    The path of its base, for example, may change freely.
-    """
-    free = ("base_model_name_or_path", "inference_mode", "revision", "peft_version")
-    decisive = {name: value for name, value in fields.items() if name not in free}
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()

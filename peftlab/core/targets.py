@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 
 from torch import nn
 
+from peftlab import patterns
 from peftlab.checks import one_of, whole
 from peftlab.core.hooks import base_modules
 from peftlab.errors import PeftLabError, did_you_mean
@@ -103,7 +104,7 @@ def check_names(config: Any, name: str) -> None:
     value = getattr(config, name)
     if value is None or (isinstance(value, str) and name != "modules_to_save"):
         return
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise PeftLabError(f"{name} is {value!r}; give a list of module names, such as ['lm_head'].")
     entries = tuple(dict.fromkeys(value))
     wrong = [entry for entry in entries if not isinstance(entry, str) or not entry]
@@ -145,7 +146,7 @@ def is_conv1d(module: nn.Module) -> bool:
 def names_match(spec: str | Iterable[str], path: str) -> bool:
     """Say whether a path matches a regular expression (a string), or one of a list of names and endings."""
     if isinstance(spec, str):
-        return re.fullmatch(spec, path) is not None
+        return patterns.fullmatch(spec, path)
     return any(path == name or path.endswith("." + name) for name in spec)
 
 
@@ -265,8 +266,9 @@ def in_layers(matched: dict[str, nn.Module], config: Targets) -> dict[str, nn.Mo
     if wanted is None:
         return matched
     before = rf"(?:^|.*?\.)(?:{'|'.join(config.layers_pattern)})" if config.layers_pattern else r".*?\.[^.]*"
-    found = {path: re.match(rf"{before}\.(\d+)\.", path + ".") for path in matched}  # so a block itself counts too
-    index = {path: int(match.group(1)) for path, match in found.items() if match}
+    # so a block itself counts too
+    found = {path: patterns.match(rf"{before}\.(?P<index>\d+)\.", path + ".") for path in matched}
+    index = {path: int(match.group("index")) for path, match in found.items() if match}
     missing = sorted(set(wanted) - set(index.values()))
     if missing:
         there = sorted(set(index.values()))
@@ -301,12 +303,9 @@ def _layers_within(path: str, module: nn.Module) -> str:
 
 
 def check_regex(spec: str | Iterable[str]) -> None:
-    """Refuse an expression that does not compile."""
+    """Refuse an expression that does not compile, or that is too large."""
     if isinstance(spec, str):
-        try:
-            re.compile(spec)
-        except re.error as error:
-            raise PeftLabError(f"{spec!r} is no regular expression: {error}. For one name, give a list.") from None
+        patterns.check(spec)
 
 
 def no_match_error(entry: str, modules: Mapping[str, nn.Module], what: str) -> PeftLabError:
@@ -321,7 +320,7 @@ def no_match_error(entry: str, modules: Mapping[str, nn.Module], what: str) -> P
 def by_pattern(table: Mapping[str, Any], path: str, default: Any) -> Any:
     """Return the value for a path in `rank_pattern` or `alpha_pattern`: that of the first key that matches its end."""
     for key, value in table.items():
-        if re.match(rf"(.*\.)?({key})$", path):
+        if patterns.ends(key, path):
             return value
     return default
 

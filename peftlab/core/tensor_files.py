@@ -1,4 +1,4 @@
-"""Read and write safetensors files. A file is written whole or not at all, and equal contents give equal bytes."""
+"""Read safetensors files, whole or only as far as the shapes, and make equal bytes of equal contents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from peftlab.errors import PeftLabError
-from peftlab.files import write_atomically
+
+
+def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Read the shape of each tensor of a safetensors file, without the tensors."""
+    try:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise PeftLabError(f"{file} is damaged or cut short ({error}); fetch or save it again.") from None
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -35,8 +43,3 @@ def serialised(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format's alignment
     return len(text).to_bytes(8, "little") + text + raw[start:]
-
-
-def write(file: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    write_atomically(file, content)

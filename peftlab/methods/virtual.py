@@ -124,13 +124,26 @@ def text_ids(config: Any) -> list[int]:
     text, tokenizer = config.init_text, config.tokenizer
     if isinstance(text, str):
         if isinstance(tokenizer, str):
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            tokenizer = _tokenizer(tokenizer)
         text = list(tokenizer(text)["input_ids"])
     if not text:
         raise PeftLabError(f"init_text {config.init_text!r} has no tokens; give the text to start from.")
     return list(text)
+
+
+def _tokenizer(name: str) -> Any:
+    """A tokenizer by its name or folder, whose own Python is never run."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # a malformed folder makes anything of transformers' own code
+        told = " ".join(str(error).split())[:300]
+        if "trust_remote_code" in told:
+            told = "it needs Python code from its repository, and peftlab never runs such code"
+        raise PeftLabError(
+            f"The tokenizer {name!r} cannot be loaded: {told}. Give the tokenizer itself, or token ids as init_text."
+        ) from error
 
 
 def check_start(config: Any, known: tuple[str, ...]) -> None:

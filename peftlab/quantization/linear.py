@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftlab.errors import PeftLabError
 from peftlab.quantization.backends import AUTO, Reference, choose
 from peftlab.quantization.blockwise import Quantized, QuantState
 from peftlab.quantization.serialised import from_tensors, to_tensors
@@ -124,7 +125,14 @@ class Linear4bit(nn.Linear):
         mine = {key.removeprefix(start): state_dict.pop(key) for key in list(state_dict) if key.startswith(start)}
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if mine:
-            self.quant_state = from_tensors(mine, self.weight.device)
+            name = f"{prefix}weight"
+            state = from_tensors(mine, self.weight.device, name)
+            if tuple(state.shape) != (self.out_features, self.in_features):
+                raise PeftLabError(
+                    f"{name} is stored as {tuple(state.shape)}, and this layer has "
+                    f"{(self.out_features, self.in_features)}. Load it into the model that it was saved from."
+                )
+            self.quant_state = state
             self._link()
 
 
