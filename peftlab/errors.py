@@ -9,13 +9,13 @@ from collections.abc import Iterable
 class PeftLabError(ValueError):
     """Something asked for cannot be done; the message says what was wrong, what was found and what to do.
 
-    It is a ``ValueError``, so code that knows nothing of this package catches it as such. The command line
+    It is a `ValueError`, so code that knows nothing of this package catches it as such. The command line
     prints the message as one line and exits with status 2.
     """
 
 
 def near_matches(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
-    """The names in ``known`` that ``word`` may have been meant to be, the likeliest first (at most ``limit``)."""
+    """The names in `known` that `word` may have been meant to be, the likeliest first (at most `limit`)."""
     names = {str(name).lower(): str(name) for name in known}
     word = str(word).lower()
     close = difflib.get_close_matches(word, names, n=limit, cutoff=0.6)
@@ -25,7 +25,7 @@ def near_matches(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
 
 
 def did_you_mean(word: str, known: Iterable[str], limit: int = 3) -> str:
-    """``" Did you mean 'a' or 'b'?"`` for the near matches of ``word`` in ``known``; an empty string without any."""
+    """`" Did you mean 'a' or 'b'?"` for the near matches of `word` in `known`; an empty string without any."""
     close = near_matches(word, known, limit)
     if not close:
         return ""

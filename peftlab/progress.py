@@ -2,15 +2,15 @@
 
 A notebook's stored outputs must be the same each time it runs, so a bar may leave no trace in them. Neither of the
 usual roads gives that: a bar on stderr is stored as text, a widget stays in the cell after it is closed, and
-``clear_output`` takes the cell's other outputs with it (and nbval does not follow it). So the bar asks who is watching:
+`clear_output` takes the cell's other outputs with it (and nbval does not follow it). So the bar asks who is watching:
 
 - a terminal (stderr is a TTY): one line that is rewritten, and wiped at the end;
 - a notebook in front of a person: a display that is updated in place and ends empty;
 - anything else (nbclient, nbval, papermill, a log file): nothing at all.
 
-A front end says whether a person is there: each execute request carries ``allow_stdin``, which JupyterLab, Colab and
-VS Code set, because their user can answer ``input()``, and which programs that execute notebooks leave unset. The
-environment variable ``PEFTLAB_PROGRESS`` overrides the answer: ``off`` or ``on``.
+A front end says whether a person is there: each execute request carries `allow_stdin`, which JupyterLab, Colab and
+VS Code set, because their user can answer `input()`, and which programs that execute notebooks leave unset. The
+environment variable `PEFTLAB_PROGRESS` overrides the answer: `off` or `on`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ INTERVAL = 0.2  # seconds between two drawings
 
 
 class Bar:
-    """A bar that counts to ``total``; use it in a ``with`` block, which wipes it also when an error ends the work.
+    """A bar that counts to `total`; use it in a `with` block, which wipes it also when an error ends the work.
 
     Args:
         total: the number of units of work, or None when nobody knows.
@@ -55,7 +55,7 @@ class Bar:
         self.close()
 
     def update(self, amount: int = 1, note: str = "") -> None:
-        """Count ``amount`` more units; ``note`` is shown behind the bar, for example ``"loss 0.71"``."""
+        """Count `amount` more units; `note` is shown behind the bar, for example `"loss 0.71"`."""
         self.done += amount
         self._note = note or self._note
         if self._view is not None and time.monotonic() - self._drawn_at >= INTERVAL:
@@ -68,7 +68,7 @@ class Bar:
             self._view = None
 
     def line(self) -> str:
-        """The bar as one line of text: ``Training  [####----] 12/60 · 1.9 step/s · 0:25 left · loss 0.71``."""
+        """The bar as one line of text: `Training  [####----] 12/60 · 1.9 step/s · 0:25 left · loss 0.71`."""
         parts = []
         if self.total:
             filled = min(WIDTH, WIDTH * self.done // self.total)
@@ -101,7 +101,7 @@ def track(
     unit: str = "item",
     enabled: bool = True,
 ) -> Iterator[Item]:
-    """Yield the ``items`` under a bar; ``total`` defaults to ``len(items)`` where that is known."""
+    """Yield the `items` under a bar; `total` defaults to `len(items)` where that is known."""
     if total is None and hasattr(items, "__len__"):
         total = len(items)
     with Bar(total, description, unit=unit, enabled=enabled) as bar:
@@ -111,7 +111,7 @@ def track(
 
 
 def _clock(seconds: float) -> str:
-    """``0:07``, ``12:30`` or ``1:02:03``."""
+    """`0:07`, `12:30` or `1:02:03`."""
     minutes, seconds = divmod(int(max(0.0, seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,7 +1,7 @@
 """The grid that holds the estimator to real GPUs: `peftlab bench memory`.
 
 Each point is one run of two steps: transformers' model with random weights at its real shape, under Hugging Face peft.
-What is read is ``torch.cuda.max_memory_allocated``. The file holds no prediction: whoever reads it asks `estimate`.
+What is read is `torch.cuda.max_memory_allocated`. The file holds no prediction: whoever reads it asks `estimate`.
 
 Sections:
     grid       shapes, methods, lengths, checkpointing, precisions, optimisers

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments, with ``run``: the function of the chosen command."""
+    """The arguments, with `run`: the function of the chosen command."""
     parser, commands = build_parser()
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:

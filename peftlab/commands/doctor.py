@@ -72,10 +72,10 @@ def examine(verify: bool = False) -> dict[str, Any]:
         verify: hash every file of the cache again, and do not trust the note of an earlier check.
 
     Returns:
-        A dict with ``python``, ``system``, ``packages``, ``tested`` (the versions of each package that all tests passed
-        with), ``devices``, ``four_bit``, ``sizes`` (for each CUDA GPU and model, the methods of which a step of 512
-        tokens fits), ``cache``, ``assets``, ``chapters`` and two lists of sentences: ``problems`` (nothing works until
-        they are mended) and ``notes``.
+        A dict with `python`, `system`, `packages`, `tested` (the versions of each package that all tests passed
+        with), `devices`, `four_bit`, `sizes` (for each CUDA GPU and model, the methods of which a step of 512
+        tokens fits), `cache`, `assets`, `chapters` and two lists of sentences: `problems` (nothing works until
+        they are mended) and `notes`.
     """
     problems: list[str] = []
     notes: list[str] = []

@@ -58,8 +58,8 @@ def processor() -> str:
 def devices() -> list[dict[str, Any]]:
     """The devices that torch can compute on, the CPU first.
 
-    Each is a dict of ``name`` (``"cpu"``, ``"cuda:0"``, ``"mps"``), ``model``, ``memory`` and ``free`` (bytes, or None)
-    and ``dtypes``: for each dtype ``"native"``, ``"slow"`` (computed without instructions of its own) or ``"no"``.
+    Each is a dict of `name` (`"cpu"`, `"cuda:0"`, `"mps"`), `model`, `memory` and `free` (bytes, or None)
+    and `dtypes`: for each dtype `"native"`, `"slow"` (computed without instructions of its own) or `"no"`.
 
     Raises:
         ImportError or OSError: torch cannot be imported.

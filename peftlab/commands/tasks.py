@@ -36,10 +36,10 @@ class Task:
 
 
 def task_of(data: Any, name: str, seed: int = 0, limit: int | None = None) -> Task:
-    """The task of a ``DatasetDict``.
+    """The task of a `DatasetDict`.
 
     Without a test split the validation split is the test; without either one row in ten, chosen by the seed, is held
-    out, 500 at the most. ``limit`` keeps so many rows of the training split.
+    out, 500 at the most. `limit` keeps so many rows of the training split.
 
     Raises:
         PeftLabError: no split to train on, columns of no known task, an empty column, or labels that cannot be used.
@@ -139,7 +139,7 @@ def _held_out(train: Any, seed: int, name: str) -> tuple[Any, Any]:
 def _classes(train: Any, splits: list[list[dict[str, Any]]], name: str) -> tuple[str, ...]:
     """The names of the classes in the order of their numbers; the rows' labels become these names.
 
-    Numbers, as of a ``ClassLabel`` or a plain column, keep their order; other labels are sorted as text.
+    Numbers, as of a `ClassLabel` or a plain column, keep their order; other labels are sorted as text.
     """
     named = getattr(train.features["label"], "names", None)
     if not named:

@@ -31,7 +31,7 @@ def _finite(value: Any) -> Any:
 
 
 def parse_targets(text: str | None) -> str | list[str] | None:
-    """``--targets`` as the library takes it: None, ``"all-linear"``, a regular expression or a list of names."""
+    """`--targets` as the library takes it: None, `"all-linear"`, a regular expression or a list of names."""
     if text is None or text == "all-linear":
         return text
     if re.search(r"[\\^$*+?()\[\]{}|]", text):  # what no module's name holds

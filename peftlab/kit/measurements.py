@@ -1,6 +1,6 @@
 """Measurements: rows of numbers that carry where they come from.
 
-A results file is written by ``peftlab bench TOPIC --out FILE`` and read by the chapters with ``pl.results(TOPIC)``::
+A results file is written by `peftlab bench TOPIC --out FILE` and read by the chapters with `pl.results(TOPIC)`::
 
     {"topic": "lora",
      "provenance": {"gpu": "NVIDIA H100 80GB HBM3", "cpu": "...", "versions": {"torch": "2.11.0", ...},
@@ -32,9 +32,9 @@ class Results:
 
     Attributes:
         topic: the name under which the file is stored.
-        provenance: dict with ``gpu`` and ``cpu`` (a name, or None), ``versions``, ``date``, ``command``.
+        provenance: dict with `gpu` and `cpu` (a name, or None), `versions`, `date`, `command`.
         rows: list of dicts from column name to number, string, bool or None. The units are in the column names
-            (``peak_bytes``, ``seconds``), never converted on the way.
+            (`peak_bytes`, `seconds`), never converted on the way.
     """
 
     def __init__(self, topic: str, provenance: dict[str, Any], rows: list[dict[str, Any]]) -> None:
@@ -55,7 +55,7 @@ class Results:
         return list(dict.fromkeys(name for row in self.rows for name in row))
 
     def where(self, **conditions: Any) -> Results:
-        """The rows that meet every condition, as another ``Results`` with the same provenance.
+        """The rows that meet every condition, as another `Results` with the same provenance.
 
         A condition is a value to equal, a list, tuple or set to be in, or a function of the value. A row that lacks the
         column is left out.
@@ -117,7 +117,7 @@ def results(topic: str | Path) -> Results:
 
     Args:
         topic: a name such as "lora" (a file shipped with the package), or a path to a file which
-            ``peftlab bench`` wrote on this machine (anything that ends in ``.json``).
+            `peftlab bench` wrote on this machine (anything that ends in `.json`).
 
     Raises:
         PeftLabError: there is no such topic; the known ones are named.
@@ -142,7 +142,7 @@ def topics() -> list[str]:
 
 
 def validate(content: Any, name: str) -> None:
-    """Raise PeftLabError, naming the file and the fault, unless ``content`` is a results file with full provenance."""
+    """Raise PeftLabError, naming the file and the fault, unless `content` is a results file with full provenance."""
     fault = _fault(content)
     if fault:
         raise PeftLabError(f"{name}: {fault}. A results file is made by `peftlab bench TOPIC --out FILE.json`.")
@@ -178,7 +178,7 @@ def _fault(content: Any) -> str | None:
 
 
 def write(path: str | Path, topic: str, provenance: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Write a results file, atomically, after checking it as ``results`` would.
+    """Write a results file, atomically, after checking it as `results` would.
 
     One row a line, so that two measurements can be compared with diff.
 

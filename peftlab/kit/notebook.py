@@ -215,14 +215,14 @@ def table(
     caption: str | None = None,
     source: Any = None,
 ) -> None:
-    """Show rows as a table; rows from ``pl.results`` bring the line that says where they were measured.
+    """Show rows as a table; rows from `pl.results` bring the line that says where they were measured.
 
     Args:
-        rows: dicts, or ``Results``.
+        rows: dicts, or `Results`.
         columns: {column: heading} or {column: (heading, format)}, in order; default: all columns as they are. A format
             is one of Python's (".1%", ",") or a function of the value.
         caption: a line above the table.
-        source: the ``Results`` that computed rows were made from, to be cited below the table.
+        source: the `Results` that computed rows were made from, to be cited below the table.
 
     Raises:
         PeftLabError: no row has a column of that name.

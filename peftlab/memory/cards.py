@@ -49,8 +49,8 @@ def largest(what: str, card: str, shape: Any, method: str = "lora", **run: Any) 
     """The largest batch, or the longest sequence, of a step that fits on a card; 0 if not even one does.
 
     Args:
-        what: ``"batch"`` or ``"sequence"``; the other one is as `run` says.
-        card: a name in ``CARDS``.
+        what: `"batch"` or `"sequence"`; the other one is as `run` says.
+        card: a name in `CARDS`.
         run: what `estimate` takes.
     """
     what = one_of("what", what, ("batch", "sequence"))

@@ -3,8 +3,8 @@
     >>> estimate("llama-2-7b", "lora", r=16, targets="all-linear", checkpointing=True).peak_bytes  # doctest: +SKIP
 
 The answer is found by living through two steps (see `replay/step` and `replay/tape`), not by a fitted formula. It is
-what ``torch.cuda.max_memory_allocated`` reports for transformers' model under Hugging Face peft: float32 adapters,
-SDPA, ``torch.optim.AdamW(foreach=False)``, ``loss = model(input_ids, labels=labels).loss``, cuBLAS' workspace included.
+what `torch.cuda.max_memory_allocated` reports for transformers' model under Hugging Face peft: float32 adapters,
+SDPA, `torch.optim.AdamW(foreach=False)`, `loss = model(input_ids, labels=labels).loss`, cuBLAS' workspace included.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Estimate:
 
     @property
     def parts(self) -> dict[str, int]:
-        """The parts by name; their sum is ``peak_bytes``."""
+        """The parts by name; their sum is `peak_bytes`."""
         return {kind: getattr(self, kind) for kind in KINDS}
 
     def seconds(self, peak_flops: float, efficiency: float) -> float:
@@ -77,7 +77,7 @@ class Estimate:
         return self.flops / (number("efficiency", efficiency, above=0, most=1) * peak_flops)
 
     def as_dict(self) -> dict[str, int | str]:
-        """As ``peftlab memory --json`` prints it."""
+        """As `peftlab memory --json` prints it."""
         return {name: value for name, value in vars(self).items() if name != "history"}
 
 
@@ -110,23 +110,23 @@ def estimate(
     The model keeps no cache of keys and values.
 
     Args:
-        shape: a built-in name, the path of a ``config.json`` or of its folder, its dict, or a ``Shape``.
-        method: a method's name, such as ``"lora"``; ``r`` to ``projection`` are what ``count`` takes.
+        shape: a built-in name, the path of a `config.json` or of its folder, its dict, or a `Shape`.
+        method: a method's name, such as `"lora"`; `r` to `projection` are what `count` takes.
         batch: examples at once. sequence: tokens of each, padding included.
-        precision: ``"bf16"`` (weights, gradients and states follow), ``"fp32"``, or ``"mixed"`` (float32 weights and
+        precision: `"bf16"` (weights, gradients and states follow), `"fp32"`, or `"mixed"` (float32 weights and
             bf16 autocast). A 4-bit base keeps embeddings, norms and the output head in this precision.
-        optimizer: ``"adamw"``, ``"adamw8bit"``, ``"paged-adamw8bit"`` or ``"sgd"`` (without momentum).
+        optimizer: `"adamw"`, `"adamw8bit"`, `"paged-adamw8bit"` or `"sgd"` (without momentum).
         checkpointing: whether each block's activations are computed again in the backward pass.
-        autocast: None switches it on for mixed precision and for ``qlora``.
-        adapter_precision: of what the method adds; ``"fp32"`` as in peft, or ``"bf16"``.
-        attention: ``"sdpa"`` (fused) or ``"eager"``.
+        autocast: None switches it on for mixed precision and for `qlora`.
+        adapter_precision: of what the method adds; `"fp32"` as in peft, or `"bf16"`.
+        attention: `"sdpa"` (fused) or `"eager"`.
         labels: classes of an encoder's head.
-        library: whose layers: ``"peft"``, or ``"peftlab"``, whose LoRA (in four bits, too) keeps less under autocast.
+        library: whose layers: `"peft"`, or `"peftlab"`, whose LoRA (in four bits, too) keeps less under autocast.
             The other methods are replayed as peft's for both.
         transformers: the version whose forward pass is replayed; None takes the one that is installed, else the newest.
             It matters to T5 alone, whose self-attention is not fused before 5.20.
         gpus: how many train together; `batch` is that of each.
-        parallel: how: ``"ddp"`` (each holds everything) or ``"fsdp"`` (full shards of each block and of the rest).
+        parallel: how: `"ddp"` (each holds everything) or `"fsdp"` (full shards of each block and of the rest).
 
     Raises:
         PeftLabError: an unknown name (with near matches), a number that is not positive, a target without a match, a

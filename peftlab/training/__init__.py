@@ -8,8 +8,8 @@ whole model are all the same to it. One optimiser step, over a batch cut into pa
     theta <- optimiser(theta, g, lr of this step)
 
 and everything a step draws on, its examples, learning rate and random numbers, follows from the seed and the step's
-number (``schedule``). The state between two steps is therefore the trainable parameters, the optimiser's states and
-a number, which is what a checkpoint holds (``state``).
+number (`schedule`). The state between two steps is therefore the trainable parameters, the optimiser's states and
+a number, which is what a checkpoint holds (`state`).
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ __all__ = ["History", "TrainingError", "train"]
 
 @takes(Settings)
 def train(model: nn.Module, train_data: Sequence[Mapping[str, Any]], **given: Any) -> History:
-    """Train the parameters of ``model`` that require gradients, in place.
+    """Train the parameters of `model` that require gradients, in place.
 
     Args:
         model: the model with whatever is to train.
-        train_data: encoded examples (see ``peftlab.training.encoding``): anything with a length and integer indices.
+        train_data: encoded examples (see `peftlab.training.encoding`): anything with a length and integer indices.
         {settings}
 
     Raises:

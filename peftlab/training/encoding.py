@@ -1,6 +1,6 @@
 """From text to the numbers a model trains on, and from many examples to one batch.
 
-An encoded example is a dict with ``input_ids`` (list of int) and ``labels``: for a language model one label a token,
+An encoded example is a dict with `input_ids` (list of int) and `labels`: for a language model one label a token,
 where -100 means "not learned"; for a classifier one integer. Labels are set here, where the tokens' roles are known,
 and never derived from the padding id: many tokenizers pad with their end-of-text token, and a mask made from that id
 also takes the true end out of the loss, so that the model never learns to stop.
@@ -29,7 +29,7 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     Args:
         tokenizer: a transformers tokenizer. With a chat template the prompt becomes a user's turn, followed by the
             opening of the assistant's; without one it is the plain text.
-        prompt: a string, or, with a chat template, a list of ``{"role": ..., "content": ...}``.
+        prompt: a string, or, with a chat template, a list of `{"role": ..., "content": ...}`.
     """
     if tokenizer.chat_template is not None:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
@@ -66,7 +66,7 @@ def end_ids(tokenizer: Any) -> list[int]:
 def encode_completion(
     tokenizer: Any, prompt: Prompt, completion: str, max_length: int | None = None
 ) -> dict[str, list[int]]:
-    """A prompt and the answer to learn: ``{"input_ids", "labels"}``, two lists of one length.
+    """A prompt and the answer to learn: `{"input_ids", "labels"}`, two lists of one length.
 
     The prompt's labels are -100; the answer's tokens and the end token behind them are labelled.
 
@@ -75,7 +75,7 @@ def encode_completion(
             answer is never cut, because a cut answer teaches the model not to end.
 
     Raises:
-        PeftLabError: the answer with its end token, behind one token of prompt, is longer than ``max_length``.
+        PeftLabError: the answer with its end token, behind one token of prompt, is longer than `max_length`.
     """
     before = prompt_ids(tokenizer, prompt)
     answer = tokenizer(completion, add_special_tokens=False)["input_ids"] + end_ids(tokenizer)[:1]
@@ -91,7 +91,7 @@ def encode_completion(
 
 
 def encode_text(tokenizer: Any, text: str, max_length: int | None = None, *, end: bool = True) -> dict[str, list[int]]:
-    """A text whose every token is learned: ``{"input_ids", "labels"}``.
+    """A text whose every token is learned: `{"input_ids", "labels"}`.
 
     Args:
         max_length: the most tokens kept; a cut text gets no end token, for it does not end there.
@@ -112,9 +112,9 @@ def encode_text(tokenizer: Any, text: str, max_length: int | None = None, *, end
 def encode_classification(
     tokenizer: Any, text: str, label: int, max_length: int | None = None, *, pair: str | None = None
 ) -> dict[str, Any]:
-    """A text, or a ``pair`` of texts, and its class: what the tokenizer gives, and ``labels``, one int.
+    """A text, or a `pair` of texts, and its class: what the tokenizer gives, and `labels`, one int.
 
-    ``max_length`` cuts the text as the tokenizer does, special tokens kept.
+    `max_length` cuts the text as the tokenizer does, special tokens kept.
     """
     encoded = tokenizer(text, pair, truncation=max_length is not None, max_length=max_length)
     example = {key: list(value) for key, value in encoded.items() if key != "attention_mask"}
@@ -125,14 +125,14 @@ def encode_classification(
 class Collator:
     """Pads encoded examples to one length and stacks them.
 
-    Calling it with a list of b examples gives a dict of tensors on the CPU: ``input_ids`` (b, t) int64 padded with the
-    tokenizer's padding id; ``attention_mask`` (b, t), 1 on real tokens; ``labels`` (b, t) padded with -100, or (b,) for
+    Calling it with a list of b examples gives a dict of tensors on the CPU: `input_ids` (b, t) int64 padded with the
+    tokenizer's padding id; `attention_mask` (b, t), 1 on real tokens; `labels` (b, t) padded with -100, or (b,) for
     one label an example; any other per-token list (b, t) padded with 0.
 
     Args:
         tokenizer: gives the padding id; its end token, or 0, serves where it has none: the mask and the labels say
             what is padding, the id does not matter.
-        side: ``"right"`` to train, ``"left"`` to generate.
+        side: `"right"` to train, `"left"` to generate.
         multiple_of: round t up to a multiple of this (8 suits tensor cores; a compiled model sees fewer shapes).
     """
 

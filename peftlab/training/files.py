@@ -1,13 +1,13 @@
 """The state of a run on disk: written whole or not at all, read back only by the run it belongs to.
 
-A run's folder holds one finished checkpoint, ``step-00000120``:
+A run's folder holds one finished checkpoint, `step-00000120`:
 
     tensors.safetensors   trainable/<parameter>, optimizer/<parameter>/<state>, buffer/<name>, best/<parameter>
     state.json            step, history, scalars of optimiser and loss scale, the run's identity, the tensors' SHA-256
 
 A checkpoint is written into a folder of another name, forced to the disk, and then renamed, which happens at once or
 not at all; the one before is removed only after that. So at whatever moment the process dies, the newest folder
-``step-*`` is a whole checkpoint. Neither file can execute code when it is read.
+`step-*` is a whole checkpoint. Neither file can execute code when it is read.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def generate_text(
     model's mode, its generation config and the tokenizer's padding side are what they were before.
 
     Args:
-        model: a transformers model with ``generate``; compiled or wrapped ones are used without their wrapper.
+        model: a transformers model with `generate`; compiled or wrapped ones are used without their wrapper.
         prompts: strings, or conversations for a tokenizer with a chat template; one string alone gives a list of one.
         max_new_tokens: the longest answer, in tokens; an answer ends earlier at the end token.
 
@@ -88,7 +88,7 @@ def _until(row: list[int], stops: list[int]) -> list[int]:
 def _greedy(model: nn.Module, tokenizer: Any, stops: list[int], max_new_tokens: int) -> Iterator[None]:
     """Give the model a plain greedy generation config for a while.
 
-    The model's own may sample, penalise or limit the length; passing ``do_sample=False`` beside it makes transformers
+    The model's own may sample, penalise or limit the length; passing `do_sample=False` beside it makes transformers
     warn about each setting that then has no effect.
     """
     from transformers import GenerationConfig

@@ -34,7 +34,7 @@ def run_identity(
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Each difference of two identities as a short phrase: ``"learning_rate was 0.001 and is 0.002"``."""
+    """Each difference of two identities as a short phrase: `"learning_rate was 0.001 and is 0.002"`."""
     found = []
     old, new = before.get("settings", {}), now["settings"]
     for key in sorted(set(old) | set(new)):

@@ -1,6 +1,6 @@
 """Losses as a sum and a count, so that batches of unequal size can be averaged exactly.
 
-A loss is a function ``loss(model, batch) -> (total, count)``: the summed loss of everything labelled in the batch (a
+A loss is a function `loss(model, batch) -> (total, count)`: the summed loss of everything labelled in the batch (a
 scalar tensor, float32 or better) and how many labels that were. Over any set of batches the mean is
 
     L = sum of totals / sum of counts,
@@ -27,7 +27,7 @@ Loss = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]]
 
 
 def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Next-token negative log-likelihood: ``batch`` has input_ids (b, t), labels (b, t) with -100 where not learned."""
+    """Next-token negative log-likelihood: `batch` has input_ids (b, t), labels (b, t) with -100 where not learned."""
     labels = batch["labels"]
     logits = _logits(model, {**batch, **_only_needed(model, labels)})  # (b, k, V), or (b, n + t, V): see below
     # A prompt method may put n virtual tokens in front. They are never learned, but the last of them predicts the first

@@ -22,7 +22,7 @@ from peftlab.training.losses import Loss, default_loss
 def accuracy(predictions: Sequence[Any], references: Sequence[Any]) -> float:
     """The share of predictions that equal their reference, between 0 and 1.
 
-    It misleads on unbalanced classes: always answering the class of 95% scores 0.95. Look at ``macro_f1`` beside it.
+    It misleads on unbalanced classes: always answering the class of 95% scores 0.95. Look at `macro_f1` beside it.
     """
     _same_length(predictions, references)
     # accuracy = |{i : p_i = r_i}| / n

@@ -15,10 +15,10 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_precision(wish: str, device: torch.device) -> str:
-    """``"fp32"``, ``"bf16"`` or ``"fp16"`` for a device; ``"auto"`` asks the device what it has.
+    """`"fp32"`, `"bf16"` or `"fp16"` for a device; `"auto"` asks the device what it has.
 
     A CPU computes in the model's own dtype, without autocast. A GPU with real bf16 gets bf16 autocast. One without, a
-    T4 for example, gets fp16 autocast with a loss scale; ``torch.cuda.is_bf16_supported()`` alone says yes there,
+    T4 for example, gets fp16 autocast with a loss scale; `torch.cuda.is_bf16_supported()` alone says yes there,
     because it counts emulation.
 
     Raises:
@@ -39,7 +39,7 @@ def choose_precision(wish: str, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """Autocast of this precision; under ``"fp32"`` everything computes in the dtype it has (half stays half)."""
+    """Autocast of this precision; under `"fp32"` everything computes in the dtype it has (half stays half)."""
     dtype = AUTOCAST[precision]
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 

@@ -16,7 +16,7 @@ from peftlab.core.records import wrappings
 
 
 class Ranks:
-    """The processes that train one model: ``rank`` of ``world``, and ``first`` on the one that writes."""
+    """The processes that train one model: `rank` of `world`, and `first` on the one that writes."""
 
     def __init__(self, model: nn.Module):
         self.model = next((one for one in wrappings(model) if isinstance(one, DistributedDataParallel)), None)

@@ -37,13 +37,13 @@ class History:
     """What happened, a row a step.
 
     Attributes:
-        steps: dicts with ``step`` (from 1), ``loss`` (mean over the batch's labels, before the update), ``lr``,
-            ``tokens`` (labels in the batch) and ``grad_norm`` (before clipping); an update that fp16 had to skip, its
-            gradient having overflowed, has ``grad_norm`` None.
-        evaluations: dicts with ``step``, ``loss`` and one entry a metric.
+        steps: dicts with `step` (from 1), `loss` (mean over the batch's labels, before the update), `lr`,
+            `tokens` (labels in the batch) and `grad_norm` (before clipping); an update that fp16 had to skip, its
+            gradient having overflowed, has `grad_norm` None.
+        evaluations: dicts with `step`, `loss` and one entry a metric.
         best: the evaluation with the lowest loss, or the highest value of the monitored metric.
         stopped_early: patience ran out before the last step.
-        seconds: time spent training, over all the pieces of a resumed run; not compared by ``==``.
+        seconds: time spent training, over all the pieces of a resumed run; not compared by `==`.
     """
 
     steps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -113,7 +113,7 @@ class Run:
     # -- one update ----------------------------------------------------------------------------------------------
 
     def update(self) -> dict[str, Any]:
-        """One optimiser step; returns its row for the history. The gradients stay until ``clear``."""
+        """One optimiser step; returns its row for the history. The gradients stay until `clear`."""
         settings, chosen = self.settings, self.order.at(self.step)
         parts = [chosen[at : at + settings.batch_size] for at in range(0, len(chosen), settings.batch_size)]
         lr = learning_rate_at(self.step, len(self.order), settings.learning_rate, self.warmup, settings.schedule)
@@ -135,7 +135,7 @@ class Run:
         return row
 
     def _gradients(self, parts: list[list[int]]) -> tuple[float, int]:
-        """Leave the gradient of the mean loss over all parts' labels in ``grad``; returns that loss and the labels."""
+        """Leave the gradient of the mean loss over all parts' labels in `grad`; returns that loss and the labels."""
         totals, counts = [], []
         for number, part in enumerate(parts):
             mine, counted = self.ranks.share(part)

@@ -18,7 +18,7 @@ import torch
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup_steps: int = 0, schedule: str = "linear") -> float:
-    """The learning rate of update ``step`` = 0 .. steps - 1, as transformers' schedulers have it.
+    """The learning rate of update `step` = 0 .. steps - 1, as transformers' schedulers have it.
 
     With k the step, w the steps of warm-up and K all steps:
 
@@ -38,7 +38,7 @@ def learning_rate_at(step: int, steps: int, peak: float, warmup_steps: int = 0, 
 
 
 def warmup_steps(warmup: float, steps: int) -> int:
-    """``warmup`` below 1 is a share of all steps, rounded up; from 1 on it is a number of steps."""
+    """`warmup` below 1 is a share of all steps, rounded up; from 1 on it is a number of steps."""
     return math.ceil(warmup * steps) if warmup < 1 else int(warmup)
 
 
@@ -103,7 +103,7 @@ def derived_seed(*parts: object) -> int:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch (CPU and every GPU), Python's ``random`` and numpy's global generator."""
+    """Seed torch (CPU and every GPU), Python's `random` and numpy's global generator."""
     torch.manual_seed(seed)
     random.seed(seed)
     numpy.random.seed(seed % 2**32)

@@ -18,10 +18,10 @@ NO_IDENTITY = ("tokenizer", "evaluation_data", "folder", "save_every", "resume",
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> tuple[dict[str, Tensor], dict]:
-    """The optimiser's states by parameter name: tensors as ``optimizer/<parameter>/<state>``, the rest as plain values.
+    """The optimiser's states by parameter name: tensors as `optimizer/<parameter>/<state>`, the rest as plain values.
 
     Args:
-        names: the parameter's name by the ``id`` of the parameter.
+        names: the parameter's name by the `id` of the parameter.
     """
     tensors, scalars, seen = {}, {}, set()
     for parameter, states in optimizer.state.items():
@@ -39,7 +39,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> 
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, names: dict[int, str], tensors: dict[str, Tensor], scalars: dict
 ) -> None:
-    """The inverse of ``optimizer_state``."""
+    """The inverse of `optimizer_state`."""
     states: dict[str, dict] = {name: dict(values) for name, values in scalars.items()}
     for key, tensor in tensors.items():
         if key.startswith("optimizer/"):
@@ -75,7 +75,7 @@ def resume_or_start(run: Run, folder: Path, resume: bool) -> None:
     """Put the run where the one in the folder stopped, or begin it there; nothing is loaded before all is checked.
 
     Raises:
-        PeftLabError: ``resume`` is False and there is one; or it is another run; or it cannot be read.
+        PeftLabError: `resume` is False and there is one; or it is another run; or it cannot be read.
     """
     settings = {key: value for key, value in vars(run.settings).items() if key not in NO_IDENTITY}
     if run.loss is not None:
@@ -116,5 +116,5 @@ def resume_or_start(run: Run, folder: Path, resume: bool) -> None:
 
 
 def _part(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """The tensors called ``kind/...``, without that beginning."""
+    """The tensors called `kind/...`, without that beginning."""
     return {key.removeprefix(f"{kind}/"): value for key, value in tensors.items() if key.startswith(f"{kind}/")}

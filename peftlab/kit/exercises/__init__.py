@@ -1,7 +1,7 @@
-"""Exercises which check the reader's answer: ``pl.check("lora.count", answer)``.
+"""Exercises which check the reader's answer: `pl.check("lora.count", answer)`.
 
-An exercise's name is its chapter's topic and a word, ``lora.count``; the file ``peftlab/kit/exercises/lora.py`` holds
-all of that chapter's in a tuple named ``EXERCISES``. A check says right, nearly (and what was probably forgotten) or
+An exercise's name is its chapter's topic and a word, `lora.count`; the file `peftlab/kit/exercises/lora.py` holds
+all of that chapter's in a tuple named `EXERCISES`. A check says right, nearly (and what was probably forgotten) or
 not yet (and what to look at); it never prints the answer.
 """
 
@@ -37,7 +37,7 @@ def check(name: str, answer: Any) -> None:
 
 
 def grade(name: str, answer: Any) -> Grade:
-    """The verdict on an answer, a ``Grade`` with ``right`` (bool) and ``message``."""
+    """The verdict on an answer, a `Grade` with `right` (bool) and `message`."""
     return find(name).grader(answer)
 
 

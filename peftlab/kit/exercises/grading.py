@@ -1,6 +1,6 @@
 """What an exercise is, and the three ways to grade an answer: a number, a word from a list, a function.
 
-Each maker returns a grader: a function from the reader's answer to a ``Grade``. The mistakes people make are part of
+Each maker returns a grader: a function from the reader's answer to a `Grade`. The mistakes people make are part of
 the exercise: a wrong answer that a known mistake leads to gets the remark written for it.
 """
 
@@ -31,7 +31,7 @@ class Exercise:
         difficulty: "easy", "medium" or "hard".
         minutes: how long a reader of the chapter needs, about.
         expects: what to put in place of None, such as "a whole number".
-        grader: from the answer to a ``Grade``.
+        grader: from the answer to a `Grade`.
     """
 
     name: str
@@ -72,7 +72,7 @@ def number(
 def choice(
     right: str, *, options: Sequence[str], remarks: dict[str, str] | None = None, hint: str, then: str = ""
 ) -> Grader:
-    """Grade a word out of ``options``. ``remarks`` maps wrong words to what speaks against them."""
+    """Grade a word out of `options`. `remarks` maps wrong words to what speaks against them."""
     def grader(answer: Any) -> Grade:
         word = str(answer).strip().lower()
         names = {str(option).lower(): option for option in options}

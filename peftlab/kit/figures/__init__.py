@@ -1,6 +1,6 @@
-"""The figures of the book: one style (``style``), charts that chapters share (``charts``), pictures of methods.
+"""The figures of the book: one style (`style`), charts that chapters share (`charts`), pictures of methods.
 
-Every function returns a ``matplotlib.figure.Figure``. As the last line of a cell it is shown once, as a PNG; its
+Every function returns a `matplotlib.figure.Figure`. As the last line of a cell it is shown once, as a PNG; its
 caption and alternative text stand in the cell's metadata.
 """
 

@@ -92,8 +92,8 @@ def budget(
     """What a number of trained parameters buys: means over seeds, with a bar from the least to the greatest.
 
     Args:
-        rows: dicts or ``Results``; rows of the same ``by`` and ``x`` are repeats, such as seeds.
-        by: column whose values make the lines; a value with one ``x`` is a point alone.
+        rows: dicts or `Results`; rows of the same `by` and `x` are repeats, such as seeds.
+        by: column whose values make the lines; a value with one `x` is a point alone.
         reference: {name: value} horizontal lines.
     """
     rows = list(rows)

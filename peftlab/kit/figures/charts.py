@@ -56,8 +56,8 @@ def sweep(
     """Lines of a measured quantity against a setting, with a band from the least to the greatest of the repeats.
 
     Args:
-        rows: dicts or ``Results``; rows with the same ``x`` (and ``by``) are repeats, such as seeds.
-        x, y: column names; ``x_label`` and ``y_label`` name the axes, units in brackets.
+        rows: dicts or `Results`; rows with the same `x` (and `by`) are repeats, such as seeds.
+        x, y: column names; `x_label` and `y_label` name the axes, units in brackets.
         by: column whose values make the lines; None draws one line.
         log_x: logarithmic axis with a tick at each value measured.
         reference: {name: value} horizontal lines, such as the score without any training.
@@ -212,7 +212,7 @@ def spectrum(
 def histogram(
     samples: dict[str, Any], *, x_label: str, bins: int = 100, limits: tuple[float, float] | None = None
 ) -> Figure:
-    """Outlines of normalised histograms: {name: numbers}. ``limits`` is the range of the x axis."""
+    """Outlines of normalised histograms: {name: numbers}. `limits` is the range of the x axis."""
     figure, axes = new()
     for number, (name, given) in enumerate(samples.items()):
         axes.hist(_array(given).ravel(), bins=bins, range=limits, density=True, histtype="step", label=name,

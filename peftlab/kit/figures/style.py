@@ -67,7 +67,7 @@ def use_style() -> None:
 
 @contextlib.contextmanager
 def styled() -> Iterator[None]:
-    """The book's style inside a ``with`` block or a function decorated with ``@styled()``, and only there."""
+    """The book's style inside a `with` block or a function decorated with `@styled()`, and only there."""
     with matplotlib.rc_context(RC):
         yield
 
@@ -92,7 +92,7 @@ def new(
     Args:
         width, height: inches.
         rows, columns: number of axes; with one of each the axes come alone, otherwise as an array.
-        layout: ``sharex``, ``sharey``, ``width_ratios`` or ``height_ratios`` of ``Figure.subplots``.
+        layout: `sharex`, `sharey`, `width_ratios` or `height_ratios` of `Figure.subplots`.
 
     Returns:
         (Figure, Axes or array of Axes). The figure belongs to the caller alone: pyplot does not know it, so nothing is
@@ -112,7 +112,7 @@ def label(
     y_unit: str | None = None,
     title: str | None = None,
 ) -> Axes:
-    """Name the axes, with units in brackets: ``label(axes, "batch size", "peak memory", y_unit="GB")``."""
+    """Name the axes, with units in brackets: `label(axes, "batch size", "peak memory", y_unit="GB")`."""
     if x is not None:
         axes.set_xlabel(f"{x} ({x_unit})" if x_unit else x)
     if y is not None:
@@ -123,7 +123,7 @@ def label(
 
 
 def look(number: int) -> dict[str, Any]:
-    """Colour, marker and dashes of the line with this number, a dict to pass to ``Axes.plot``."""
+    """Colour, marker and dashes of the line with this number, a dict to pass to `Axes.plot`."""
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)],
             "linestyle": LINES[number % len(LINES)]}
 

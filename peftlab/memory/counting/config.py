@@ -1,4 +1,4 @@
-"""Reading a ``config.json`` with care."""
+"""Reading a `config.json` with care."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from peftlab.errors import PeftLabError
 
 
 class Config:
-    """A ``config.json`` read with care: a wrong or missing value is named, never guessed."""
+    """A `config.json` read with care: a wrong or missing value is named, never guessed."""
 
     def __init__(self, values: dict[str, Any], source: str):
         self.values = values
         self.source = source
 
     def size(self, *names: str, default: int | None = None) -> int:
-        """A positive whole number under the first of ``names`` that is present; required when there is no default."""
+        """A positive whole number under the first of `names` that is present; required when there is no default."""
         for name in names:
             value = self.values.get(name)
             if value is None:
@@ -27,7 +27,7 @@ class Config:
         return default
 
     def flag(self, name: str, default: bool = False) -> bool:
-        """True or false under ``name``."""
+        """True or false under `name`."""
         value = self.values.get(name)
         if value is None:
             return default
@@ -41,7 +41,7 @@ class Config:
         return default if value is None else float(number(f"{self.source}: {name}", value, least=0, below=1))
 
     def text(self, name: str, default: str) -> str:
-        """A string under ``name``."""
+        """A string under `name`."""
         value = self.values.get(name)
         if value is None:
             return default
@@ -50,7 +50,7 @@ class Config:
         return value
 
     def per_head(self, hidden: int, heads: int, default: int | None = None) -> int:
-        """The width of an attention head: ``head_dim`` where given, else hidden / heads."""
+        """The width of an attention head: `head_dim` where given, else hidden / heads."""
         if default is None and self.values.get("head_dim") is None and hidden % heads:
             raise PeftLabError(f"{self.source}: hidden_size {hidden} is no multiple of the {heads} attention heads.")
         return self.size("head_dim", default=default or hidden // heads)

@@ -1,4 +1,4 @@
-"""One function an architecture: from a ``config.json`` to the table of its modules.
+"""One function an architecture: from a `config.json` to the table of its modules.
 
 Every row bears the path that the module has in transformers, so a target matches here exactly what it matches in the
 live model. The facts (which layer has a bias, what is tied to what) are those of transformers' model files, and
@@ -19,8 +19,8 @@ from peftlab.memory.counting.config import Config
 class Module:
     """One module that holds parameters.
 
-    ``inputs`` and ``outputs`` are the sizes of its weight's two sides: features of a linear layer, rows and width of
-    an embedding. A norm has ``outputs`` weights. ``bias`` adds ``outputs`` more.
+    `inputs` and `outputs` are the sizes of its weight's two sides: features of a linear layer, rows and width of
+    an embedding. A norm has `outputs` weights. `bias` adds `outputs` more.
     """
 
     path: str
@@ -159,7 +159,7 @@ def _bert(c: Config, prefix: str = "bert") -> Iterator[Module]:
 def _t5(c: Config, feed_forward: str = "relu") -> Iterator[Module]:
     """T5: encoder and decoder, no biases, relative positions in the first block, every vocabulary matrix tied.
 
-    transformers 5 ties the output head whatever ``tie_word_embeddings`` says (it then only scales the logits).
+    transformers 5 ties the output head whatever `tie_word_embeddings` says (it then only scales the logits).
     """
     vocabulary, hidden = c.size("vocab_size"), c.size("d_model", "hidden_size")
     heads, width = c.size("num_heads", "num_attention_heads"), c.size("d_kv", "head_dim", default=64)

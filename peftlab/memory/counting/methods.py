@@ -88,7 +88,7 @@ def ia3(shape: Shape, options: Options) -> Trained:
 
     The default targets are the paper's: keys, values, and what enters the last layer of the feed-forward. They are also
     peft's, but for Gemma and Qwen, where peft names the queries in the place of the keys. For BERT and RoBERTa
-    ``output.dense`` is the attention's too. XLM-RoBERTa and CamemBERT, which peft lacks, are as RoBERTa.
+    `output.dense` is the attention's too. XLM-RoBERTa and CamemBERT, which peft lacks, are as RoBERTa.
     """
     if options.bias != "none":
         raise PeftLabError(f"ia3 trains no biases; found bias={options.bias!r}. Leave it out, or use lora or bitfit.")
@@ -143,7 +143,7 @@ def p_tuning(shape: Shape, options: Options) -> Trained:
 def prefix(shape: Shape, options: Options) -> Trained:
     """Prefix tuning (Li and Liang 2021, section 4.2): a key and a value for each of n tokens and L layers, n 2 L k.
 
-    k is the width of the keys, so under grouped-query attention that of the key/value heads. With ``projection``
+    k is the width of the keys, so under grouped-query attention that of the key/value heads. With `projection`
     (section 4.3) n k parameters go through Linear(k, h), Linear(h, 2 L k), with h = k by default; only the result is
     saved. For T5 peft gives a prefix to the decoder's self-attention alone, yet takes the encoder's depth for L and
     d_model for k. Where the decoder's depth or the attention's width is another, it builds this but cannot run it.
@@ -181,9 +181,9 @@ def parallel(shape: Shape, options: Options) -> Trained:
 def _low_rank(
     shape: Shape, options: Options, method: str, tensors: Callable[[Module, int], Iterable[Added]]
 ) -> Trained:
-    """A member of the LoRA family: its tensors on every target, and the biases that ``bias`` unfreezes.
+    """A member of the LoRA family: its tensors on every target, and the biases that `bias` unfreezes.
 
-    ``bias="lora_only"`` unfreezes the biases of the adapted modules, ``bias="all"`` every bias of the model outside a
+    `bias="lora_only"` unfreezes the biases of the adapted modules, `bias="all"` every bias of the model outside a
     classification head, which trains anyway. peft adapts embeddings with LoRA and DoRA alone.
     """
     adapted = shape.match(options.targets) if method in ("lora", "dora") else _linear(shape, options.targets, method)
@@ -228,7 +228,7 @@ def _prompt_rows(shape: Shape, options: Options) -> int:
 
 
 def _blocks(shape: Shape) -> dict[str, list[Module]]:
-    """The transformer blocks by path (``model.layers.0``, ``decoder.block.3``), each with its modules."""
+    """The transformer blocks by path (`model.layers.0`, `decoder.block.3`), each with its modules."""
     blocks: dict[str, list[Module]] = {}
     for module in shape.modules:
         if module.layer is not None:
@@ -246,7 +246,7 @@ def _dense(path: str, layers: Iterable[tuple[str, int, int]]) -> Iterator[Added]
 
 
 def _bottlenecks(shape: Shape, options: Options, places: Iterable[str]) -> Trained:
-    """In every block an adapter at each of ``places``: d -> m -> d with biases, 2 d m + m + d."""
+    """In every block an adapter at each of `places`: d -> m -> d with biases, 2 d m + m + d."""
     # the whole rest of the path, since in BERT "output.dense" also ends the attention's "attention.output.dense"
     place = re.compile("|".join(places))
     blocks = _blocks(shape).items()

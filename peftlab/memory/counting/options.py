@@ -1,4 +1,4 @@
-"""What goes into a method's function, ``Options``, and what comes out of it, ``Trained``: see ``methods.py``."""
+"""What goes into a method's function, `Options`, and what comes out of it, `Trained`: see `methods.py`."""
 
 from __future__ import annotations
 

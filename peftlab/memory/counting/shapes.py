@@ -1,4 +1,4 @@
-"""Shapes: a model as the table of its modules, made from a built-in name or from any known ``config.json``.
+"""Shapes: a model as the table of its modules, made from a built-in name or from any known `config.json`.
 
 >>> load_shape("gpt2").parameters
 124439808
@@ -28,8 +28,8 @@ class Shape:
     """A model's architecture: everything about it that counting needs, and no weights.
 
     Decoders carry their language-model head, encoders a classification head (two labels unless the configuration says
-    otherwise), T5 its tied head: what ``AutoModelForCausalLM``, ``AutoModelForSequenceClassification`` and
-    ``AutoModelForSeq2SeqLM`` build.
+    otherwise), T5 its tied head: what `AutoModelForCausalLM`, `AutoModelForSequenceClassification` and
+    `AutoModelForSeq2SeqLM` build.
     """
 
     name: str
@@ -54,10 +54,10 @@ class Shape:
         return FAMILIES[self.family].query_value
 
     def match(self, targets: str | Iterable[str] | None = None) -> tuple[Module, ...]:
-        """The modules that ``targets`` names, by the rules of Hugging Face peft.
+        """The modules that `targets` names, by the rules of Hugging Face peft.
 
-        ``targets`` is a list of names, each a whole path or the end of one (``"q_proj"``, ``"mlp.c_proj"``); or
-        ``"all-linear"``: every linear layer but the output head; or another string, a regular expression for whole
+        `targets` is a list of names, each a whole path or the end of one (`"q_proj"`, `"mlp.c_proj"`); or
+        `"all-linear"`: every linear layer but the output head; or another string, a regular expression for whole
         paths; or None: query and value. A classification head never matches: it trains whole.
 
         Raises:
@@ -113,10 +113,10 @@ def _expression(text: str) -> re.Pattern[str]:
 
 
 def load_shape(shape: str | os.PathLike[str] | dict[str, Any] | Shape, labels: int | None = None) -> Shape:
-    """A shape from a built-in name, from the path of a ``config.json`` (or a folder that holds one), or from its dict.
+    """A shape from a built-in name, from the path of a `config.json` (or a folder that holds one), or from its dict.
 
     Args:
-        shape: for example ``"llama-2-7b"``, ``"model/config.json"`` or ``{"model_type": "bert", ...}``.
+        shape: for example `"llama-2-7b"`, `"model/config.json"` or `{"model_type": "bert", ...}`.
         labels: classes of an encoder's head; None takes the configuration's own, two where it says nothing.
 
     Raises:

@@ -3,8 +3,8 @@
     >>> count("llama-2-7b", "lora", r=8).trainable
     4194304
 
-Counts are logical: a base held in four bits counts as many parameters as it has weights. ``total`` includes what the
-method adds, as ``print_trainable_parameters`` of Hugging Face peft does, and tests hold every number to peft's.
+Counts are logical: a base held in four bits counts as many parameters as it has weights. `total` includes what the
+method adds, as `print_trainable_parameters` of Hugging Face peft does, and tests hold every number to peft's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from peftlab.memory.counting.shapes import Shape, load_shape
 
 @dataclass(frozen=True)
 class Count:
-    """Parameters of a model under a method. ``total`` holds the added ones and the trained copy of a head."""
+    """Parameters of a model under a method. `total` holds the added ones and the trained copy of a head."""
 
     shape: str
     method: str
@@ -37,7 +37,7 @@ class Count:
         return 100.0 * self.trainable / self.total
 
     def as_dict(self) -> dict[str, int | float]:
-        """``{"trainable": n, "total": n, "percent": x}``, as ``peftlab count --json`` prints it."""
+        """`{"trainable": n, "total": n, "percent": x}`, as `peftlab count --json` prints it."""
         return {"trainable": self.trainable, "total": self.total, "percent": self.percent}
 
 
@@ -56,21 +56,21 @@ def count(
     encoder_layers: int = 2,
     labels: int | None = None,
 ) -> Count:
-    """Count the parameters that ``method`` trains on ``shape``.
+    """Count the parameters that `method` trains on `shape`.
 
     A method takes the options that concern it; the others change nothing.
 
     Args:
-        shape: a built-in name, the path of a ``config.json`` or of its folder, or a ``Shape``.
-        method: a method's name, such as ``"lora"``; ``METHODS`` has them all.
+        shape: a built-in name, the path of a `config.json` or of its folder, or a `Shape`.
+        method: a method's name, such as `"lora"`; `METHODS` has them all.
         r: the rank of a low-rank update; None: the method's own in peft (8, AdaLoRA 12, VeRA 256).
-        targets: names, ``"all-linear"`` or a regular expression (see ``Shape.match``), for the LoRA family and IA3;
-            None: query and value, for IA3 peft's own (mostly keys, values and down projection; see ``methods.ia3``).
-        bias: ``"none"``, ``"all"`` or ``"lora_only"``, for the LoRA family.
+        targets: names, `"all-linear"` or a regular expression (see `Shape.match`), for the LoRA family and IA3;
+            None: query and value, for IA3 peft's own (mostly keys, values and down projection; see `methods.ia3`).
+        bias: `"none"`, `"all"` or `"lora_only"`, for the LoRA family.
         virtual_tokens: the length of a prompt or prefix.
         reduction_factor: hidden width / width of a bottleneck adapter.
         projection: prefix tuning with the MLP that makes the prefix during training.
-        encoder: what makes P-tuning's prompt, ``"mlp"`` or ``"lstm"``.
+        encoder: what makes P-tuning's prompt, `"mlp"` or `"lstm"`.
         encoder_hidden: the inner width of that encoder, or of the prefix MLP; None: as wide as what it makes.
         encoder_layers: layers of the LSTM.
         labels: classes of an encoder's head; None: the configuration's own number, or two.

@@ -75,7 +75,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None)
 
 
 def math_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style: Style) -> Tensor:
-    """What ``scaled_dot_product_attention`` does where no fused kernel can: single operations, in float32.
+    """What `scaled_dot_product_attention` does where no fused kernel can: single operations, in float32.
 
     Its scores stay for the backward pass; the scaled copies of queries and keys take the place of what they copy.
     """
