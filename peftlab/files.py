@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Write files completely or not at all."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
-    """Writes a file so that a reader finds the old one or the new one whole, also after a kill or a power cut.
+    """Write a file so that a reader always finds a complete one, the old or the new, even after a kill or a power cut.
 
-    The file gets the mode of any new file, and after an error nothing is left behind. Raises OSError as `open` does.
+    The file gets the usual mode of a new file. After an error nothing is left behind. Raises OSError as `open` does.
     """
     path = Path(path)
-    # In the same folder, since a rename is one step only within a file system.
+    # In the same folder, because only within one file system is a rename a single step.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with open(temporary, "wb") as file:
