@@ -1,4 +1,4 @@
-"""The folder of one `peftlab train`: held by one run at a time, claimed by its settings, filled whole or not at all."""
+"""The folder of `peftlab train`: one run at a time holds it, and its files appear completely or not at all."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ SETTINGS, METRICS, STATE, MODEL = "settings.json", "metrics.json", "run", "model
 
 
 def claim(folder: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Note the settings in the folder, or compare them with those of the run that is there."""
+    """Write the settings into the folder, or compare them with those of the run that is there."""
     file = folder / SETTINGS
     begun = (folder / METRICS).exists() or any((folder / STATE).glob("step-*"))
-    if file.exists() and resume and begun:  # a run that never came to a state leaves nothing to go on with
+    if file.exists() and resume and begun:  # a run that saved no state cannot be continued
         try:
             before = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -35,7 +35,7 @@ def claim(folder: Path, settings: dict[str, Any], resume: bool) -> None:
                 f"{folder} holds another run ({told}). Use another --out, or --no-resume to start again."
             )
         return
-    # What an earlier run left must not be taken for the result of this one.
+    # Remove what an earlier run left, so that nobody takes it for the result of this one.
     for leftover in (METRICS, "adapter_config.json", "adapter_model.safetensors"):
         (folder / leftover).unlink(missing_ok=True)
     for leftover in (STATE, MODEL):
@@ -49,7 +49,7 @@ def _told(value: Any) -> Any:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder, so that no second run writes into it; a killed run lets go of it."""
+    """Hold the folder, so that no second run writes into it. A killed run releases it."""
     import filelock
 
     if folder.exists() and not folder.is_dir():
@@ -67,7 +67,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def save(model: Any, tokenizer: Any, folder: Path, adapter: bool) -> int:
-    """Save what was trained, in one step; returns its size in bytes."""
+    """Save what was trained, in one step, and return its size in bytes."""
     if adapter:
         from peftlab.adapters.checkpoint import WEIGHTS, save_adapter
 
@@ -88,7 +88,7 @@ def save(model: Any, tokenizer: Any, folder: Path, adapter: bool) -> int:
 
 
 def replace_folder(new: Path, old: Path) -> None:
-    """Put a folder in another's place; if that fails, the other is there as before."""
+    """Replace a folder by another one. If that fails, the old one is still there."""
     aside = new.with_name(new.name + "-old")
     if old.exists():
         old.rename(aside)
@@ -102,5 +102,5 @@ def replace_folder(new: Path, old: Path) -> None:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a JSON file completely or not at all."""
     write_atomically(file, (json.dumps(value, indent=2) + "\n").encode())
