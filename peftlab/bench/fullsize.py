@@ -22,7 +22,7 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 
 
 def points() -> Iterator[dict[str, Any]]:
-    """Yield training runs (full, LoRA in peft and here, 16-bit adapters), then forward passes of the base and of LoRA."""
+    """Yield training runs (full, LoRA in peft and here, 16-bit adapters), then forward passes of base and LoRA."""
     for batch, checkpointing in ((1, True), (1, False), (4, True), (4, False)):
         yield train("full", "transformers", batch, checkpointing)
     for (batch, checkpointing), library in product(((1, True), (1, False), (4, True), (4, False)), ("peft", "peftlab")):
