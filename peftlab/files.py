@@ -40,7 +40,7 @@ Result = TypeVar("Result")
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     """Write a file so that a reader finds the old one or the new one whole, also after a kill or a power cut.
 
-    The file gets the mode of any new file, and after an error nothing is left behind. Raises OSError as `open` does.
+    The file gets the usual mode of a new file. After an error nothing is left behind. Raises OSError as `open` does.
     """
     path = Path(path)
     temporary = path.with_name(temporary_name(path.name))

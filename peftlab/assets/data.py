@@ -1,4 +1,4 @@
-"""Load data: the sets of this book, split once and for all, or anything that `datasets` can load."""
+"""Load data: the sets of this book, in fixed splits, or anything that `datasets` can load."""
 
 import bz2
 import contextlib
@@ -21,7 +21,7 @@ from peftlab.errors import PeftLabError, did_you_mean
 
 NAMES = ("reviews", "news", "support-desk")
 SPLITS = ("train", "validation", "test")
-HELD_OUT = 0.1  # of each class, once for validation and once for test
+HELD_OUT = 0.1  # the share of each class that goes to validation, and the same again to test
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -32,21 +32,30 @@ def load_data(
 
     Args:
         name: one of
-            `"reviews"`: 12,808 sentences about films; columns `text`, `label` (0 rotten, 1 fresh);
-            `"news"`: 2,225 BBC articles; columns `text`, `label` (0 business, 1 entertainment, 2 politics, 3 sport,
-            4 tech);
-            `"support-desk"`: generated messages of customers; columns `message`, `ticket` (canonical JSON), `intent`,
-            `product`, `urgency`, and `prompt` (the instruction with the message); see `support_desk`;
-            the path of a file (csv, tsv, json, jsonl, parquet, txt) or a folder of such files, or one that
-            `save_to_disk` wrote; or a hub id such as `"org/data"`.
-        sizes: at most so many rows in train, validation and test; for the names above only.
-        difficulty: of the support desk, from 0 to 1; for that one only.
+
+            - `"reviews"`: 12,808 sentences about films; columns `text`, `label` (0 rotten, 1 fresh);
+            - `"news"`: 2,225 BBC articles; columns `text`, `label` (0 business, 1 entertainment, 2 politics, 3 sport,
+              4 tech);
+            - `"support-desk"`: generated messages of customers; columns `message`, `ticket` (canonical JSON), `intent`,
+              `product`, `urgency`, and `prompt` (the instruction with the message); see `support_desk`;
+            - the path of a file (csv, tsv, json, jsonl, parquet, txt), or of a folder of such files, or of a folder
+              that `save_to_disk` wrote;
+            - a hub id such as `"org/data"`.
+        sizes: the most rows in train, validation and test. Only for the three named sets.
+        difficulty: the difficulty of the support desk, from 0 to 1. Only for that set.
         subset: the configuration of a hub data set that has several.
 
-    Returns a `DatasetDict`; for the names above with `train`, `validation` and `test`. These splits are the same on
-    every machine: 80, 10 and 10% of each class, in a fixed random order, and texts that differ only in case, spaces
-    or punctuation (for news also articles under one headline) never lie in different splits.
-    Raises PeftLabError for an unknown name, AssetError when the data cannot be fetched.
+    Returns:
+        A `DatasetDict`. The three named sets have the splits `train`, `validation` and `test`, with 80, 10 and 10% of
+        each class in a fixed random order. The splits are the same on every machine. Texts that differ only in case,
+        spaces or punctuation are always in the same split, and so are news articles with the same headline.
+
+    Raises:
+        PeftLabError: an unknown name.
+        AssetError: the data cannot be fetched.
+
+    >>> pl.load_data("support-desk", sizes=(3, 1, 1))["train"][0]["ticket"]
+    '{"intent":"refund","product":"printer","urgency":"urgent"}'
     """
     name = str(name)
     if sizes is not None:
@@ -74,7 +83,7 @@ def _desk(sizes: Sequence[int] | None, difficulty: float | None) -> DatasetDict:
 
 
 def _reviews() -> tuple[list[dict], list[str]]:
-    """Sentences with their labels; rows of category `plot` are summaries, not opinions, and are dropped."""
+    """Read the sentences with their labels. Drop rows of category `plot`: they are summaries, not opinions."""
     labels = ["rotten", "fresh"]
     with bz2.open(
         ensure("reviews") / "rotten_tomatoes_corpus_full.csv.bz2", "rt", encoding="utf-8", newline=""
@@ -84,7 +93,7 @@ def _reviews() -> tuple[list[dict], list[str]]:
 
 
 def _news() -> tuple[list[dict], list[str]]:
-    """Articles with their topics; the folder's `sports` is called `sport`, as at the BBC."""
+    """Read the articles with their topics. The folder `sports` is called `sport`, as at the BBC."""
     folders = ["business", "entertainment", "politics", "sports", "tech"]
     lines = (ensure("news") / "news.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
@@ -93,7 +102,7 @@ def _news() -> tuple[list[dict], list[str]]:
 
 
 def _classified(rows: list[dict], labels: list[str], sizes: Sequence[int] | None) -> DatasetDict:
-    """Split rows {text, label} by class and by groups of like texts; each split in a fixed random order."""
+    """Split rows {text, label} by class and by groups of similar texts, each split in a fixed random order."""
     groups = _groups([row["text"] for row in rows])
     by_class = defaultdict(list)
     for group in sorted(groups, key=lambda group: _rank(rows[group[0]]["text"])):
@@ -109,14 +118,14 @@ def _classified(rows: list[dict], labels: list[str], sizes: Sequence[int] | None
     features = Features({"text": Value("string"), "label": ClassLabel(names=labels)})
     result = {}
     for split, limit in zip(SPLITS, sizes or (None, None, None), strict=True):
-        # Another order than that of the split: there, where validation ends, one class begins before the other.
+        # Not the order in which the rows were divided: in that one the classes are not well mixed.
         order = sorted(chosen[split], key=lambda i: (_rank(rows[i]["text"], split), i))[:limit]
         result[split] = Dataset.from_list([rows[i] for i in order], features=features)
     return DatasetDict(result)
 
 
 def _groups(texts: list[str]) -> list[list[int]]:
-    """Indices of texts, those together that are alike but for case, spaces and punctuation, or share a headline."""
+    """Return groups of indices of texts that differ only in case, spaces and punctuation, or share a headline."""
     root = list(range(len(texts)))
 
     def find(i: int) -> int:
@@ -126,7 +135,7 @@ def _groups(texts: list[str]) -> list[list[int]]:
 
     first = {}
     for i, text in enumerate(texts):
-        # The first of several lines is a headline. Of a single line it is the text itself.
+        # The first of several lines is a headline. If there is only one line, it is the text itself.
         for key in {_plain(text), _plain(text.split("\n", 1)[0])}:
             root[find(i)] = find(first.setdefault(key, i))
     groups = defaultdict(list)
@@ -140,12 +149,12 @@ def _plain(text: str) -> str:
 
 
 def _rank(text: str, order: str = "") -> bytes:
-    """A place in a random order that depends on the text alone, so it is the same everywhere and for ever."""
+    """Return a place in a random order that depends only on the text, so it is always the same."""
     return hashlib.sha256(f"{order}{_plain(text)}".encode()).digest()
 
 
 def _elsewhere(name: str, subset: str | None) -> DatasetDict:
-    """A local file or folder, or a hub data set; as `datasets.load_dataset` gives it, always with splits."""
+    """Load a local file or folder, or a hub data set, with `datasets`. The result always has splits."""
     path = Path(name).expanduser()
     try:
         with quiet():
@@ -169,14 +178,14 @@ def _elsewhere(name: str, subset: str | None) -> DatasetDict:
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, PeftLabError):
             raise
-        reason = error.__cause__ or error  # a broken file hides behind "an error occurred while generating"
+        reason = error.__cause__ or error  # the first message is only "an error occurred while generating"
         raise PeftLabError(f"{name!r} cannot be loaded: {' '.join(str(reason).split())[:400]}") from error
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
 
 
 @contextlib.contextmanager
 def quiet():
-    """No bars and no chatter from `datasets` inside; the user's own settings again after it."""
+    """Silence the bars and messages of `datasets` inside the block, then restore the user's settings."""
     verbosity, bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
@@ -190,7 +199,10 @@ def quiet():
 
 @cache
 def articles(characters: int = 600, tested: int = 100) -> tuple[list[dict], list[dict]]:
-    """News articles as {"prompt", "headline"}: the first line, asked of the beginning of the rest; none twice."""
+    """Return news articles as {"prompt", "headline"} for training and test, without repeated headlines.
+
+    The prompt holds the first `characters` of the body and asks for the headline, the article's first line.
+    """
     data, seen = load_data("news"), set()
     splits = []
     for split in ("test", "train"):

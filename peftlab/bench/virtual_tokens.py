@@ -1,4 +1,4 @@
-"""Virtual tokens at real sizes, on a GPU: training steps of 7B and t5-base beside peft's, reading and writing at 7B."""
+"""Virtual tokens at real sizes on a GPU: training steps of 7B and t5-base, also in peft; reading and writing at 7B."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ READ = (0, 20, 100, 500, 2000)
 
 
 def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measures a point of the sections `reading` and `seq2seq`; returns its rows."""
+    """Measure a point of the sections `reading` and `seq2seq`, and return its rows."""
     if not torch.cuda.is_available():
         raise PeftLabError(f"Section {point['section']!r} measures a whole {point['shape']} and needs a CUDA GPU.")
     try:
@@ -36,7 +36,7 @@ def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def config_of(point: dict[str, Any], tokenizer: Any = None, task_type: str | None = None) -> Any:
-    """The point's config: `method` and, where it has virtual tokens, their number and start."""
+    """Return the config of a point: its method and, for virtual tokens, their number and start."""
     method, tokens = point["method"], point.get("tokens")
     text = {"init_text": INSTRUCTION, "tokenizer": tokenizer} if point.get("init") == "text" else {}
     shared = {"num_virtual_tokens": tokens, "task_type": task_type}
@@ -53,7 +53,7 @@ def config_of(point: dict[str, Any], tokenizer: Any = None, task_type: str | Non
 
 
 def attached(model: nn.Module, point: dict[str, Any]) -> nn.Module:
-    """The model as the point's library prepares it."""
+    """Return the model as the point's library prepares it."""
     if point["library"] == "peft":
         return in_peft(model, point["method"], point["tokens"], "CAUSAL_LM")
     # peft's own start, which needs no forward pass
@@ -62,7 +62,7 @@ def attached(model: nn.Module, point: dict[str, Any]) -> nn.Module:
 
 
 def in_peft(model: nn.Module, method: str, tokens: int, task: str) -> nn.Module:
-    """The model in Hugging Face peft."""
+    """Return the model in Hugging Face peft."""
     peft = require("peft")
 
     shared = {"num_virtual_tokens": tokens, "task_type": task}
@@ -76,7 +76,7 @@ def in_peft(model: nn.Module, method: str, tokens: int, task: str) -> nn.Module:
 
 @torch.no_grad()
 def reading(model: nn.Module, lengths: tuple[int, ...] = READ) -> Iterator[dict[str, Any]]:
-    """Batch 1: reading 512 tokens, and writing one more behind them; median of 20 after 5."""
+    """Measure batch 1: read 512 tokens, and write one more after them. Median of 20 runs after 5."""
     torch.manual_seed(0)
     text = torch.randint(model.config.vocab_size, (1, 512), device=model.device)
     for method in ("prefix", "prompt"):
@@ -109,7 +109,7 @@ def reading(model: nn.Module, lengths: tuple[int, ...] = READ) -> Iterator[dict[
 
 
 def t5_base() -> nn.Module:
-    """The t5-base architecture with random float32 weights, on the GPU."""
+    """Make the t5-base architecture with random float32 weights, on the GPU."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
@@ -120,7 +120,7 @@ def t5_base() -> nn.Module:
 
 
 def seq2seq_step(model: nn.Module, point: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Peak memory and time of a step: float32 weights, bf16 autocast, 64 tokens to write."""
+    """Measure peak memory and time of a step: float32 weights, bf16 autocast, 64 tokens to write."""
     if point["library"] == "peft":
         wrapped = in_peft(model, point["method"], point["tokens"], "SEQ_2_SEQ_LM")
     else:

@@ -1,9 +1,11 @@
 """From text to the numbers a model trains on, and from many examples to one batch.
 
-An encoded example is a dict with ``input_ids`` (list of int) and ``labels``: for a language model one label a token,
-where -100 means "not learned"; for a classifier one integer. Labels are set here, where the tokens' roles are known,
-and never derived from the padding id: many tokenizers pad with their end-of-text token, and a mask made from that id
-also takes the true end out of the loss, so that the model never learns to stop.
+An encoded example is a dict with `input_ids` (list of int) and `labels`. A language model has one label per token, and
+-100 means "not learned". A classifier has one integer.
+
+Labels are set here, where the role of each token is known. They are never derived from the padding id. Many tokenizers
+pad with their end-of-text token, so a mask made from that id would also remove the true end from the loss, and the
+model would never learn to stop.
 """
 
 from __future__ import annotations
@@ -18,32 +20,34 @@ from peftlab.checks import one_of, whole
 from peftlab.errors import PeftLabError
 
 IGNORE = -100  # the label that torch's cross-entropy leaves out
-_PROBE = "peftlab-probe"  # stands for an answer when a chat template is asked what follows one
+_PROBE = "peftlab-probe"  # stands for an answer, to find out what a chat template writes after one
 
 Prompt = str | Sequence[Mapping[str, str]]
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """The tokens a model reads before it answers.
+    """Return the tokens that a model reads before it answers.
 
     Args:
         tokenizer: a transformers tokenizer. With a chat template the prompt becomes a user's turn, followed by the
             opening of the assistant's; without one it is the plain text.
-        prompt: a string, or, with a chat template, a list of ``{"role": ..., "content": ...}``.
+        prompt: a string, or, with a chat template, a list of `{"role": ..., "content": ...}`.
     """
     if tokenizer.chat_template is not None:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote the special tokens
+        return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has added the special tokens
     if not isinstance(prompt, str):
         raise PeftLabError("This tokenizer has no chat template, so a prompt is one string, not a list of messages.")
     ids = tokenizer(prompt)["input_ids"]
-    # Encoders and T5 close every text with an end token; a prompt goes on.
+    # Encoders and T5 end every text with an end token, but a prompt goes on.
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def end_ids(tokenizer: Any) -> list[int]:
-    """The tokens that end an answer: first the one to learn (end of turn, in a chat), then end-of-text if it differs.
+    """Return the tokens that end an answer: first the one to learn (in a chat, end of turn), then end-of-text.
+
+    If both are the same token, it is listed once.
 
     Raises:
         PeftLabError: the tokenizer has no end token, so a model could never learn to stop.
@@ -52,7 +56,7 @@ def end_ids(tokenizer: Any) -> list[int]:
     if tokenizer.chat_template is not None:
         conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
         text = tokenizer.apply_chat_template(conversation, tokenize=False)
-        # What the template writes after an answer begins with the end of the turn; it counts if it is one special token
+        # After an answer the template writes the end of the turn. Take it if it is one special token.
         after = tokenizer(text.rpartition(_PROBE)[2], add_special_tokens=False)["input_ids"]
         if after and after[0] in tokenizer.all_special_ids:
             ids.append(after[0])
@@ -66,16 +70,19 @@ def end_ids(tokenizer: Any) -> list[int]:
 def encode_completion(
     tokenizer: Any, prompt: Prompt, completion: str, max_length: int | None = None
 ) -> dict[str, list[int]]:
-    """A prompt and the answer to learn: ``{"input_ids", "labels"}``, two lists of one length.
+    """Encode a prompt and the answer to learn as `{"input_ids", "labels"}`, two lists of equal length.
 
-    The prompt's labels are -100; the answer's tokens and the end token behind them are labelled.
+    The prompt's labels are -100. The answer's tokens and the end token after them are labelled.
 
     Args:
-        max_length: the most tokens an example may have. What is too much is cut from the prompt's beginning: an
-            answer is never cut, because a cut answer teaches the model not to end.
+        max_length: the most tokens that an example may have. A longer one loses tokens at the beginning of its prompt.
+            An answer is never cut, because a cut answer teaches the model not to stop.
 
     Raises:
-        PeftLabError: the answer with its end token, behind one token of prompt, is longer than ``max_length``.
+        PeftLabError: the answer, its end token and one token of prompt are together longer than `max_length`.
+
+    >>> pl.encode_completion(tokenizer, "the cat", "runs")
+    {'input_ids': [14, 10, 12, 0], 'labels': [-100, -100, 12, 0]}
     """
     before = prompt_ids(tokenizer, prompt)
     answer = tokenizer(completion, add_special_tokens=False)["input_ids"] + end_ids(tokenizer)[:1]
@@ -91,11 +98,14 @@ def encode_completion(
 
 
 def encode_text(tokenizer: Any, text: str, max_length: int | None = None, *, end: bool = True) -> dict[str, list[int]]:
-    """A text whose every token is learned: ``{"input_ids", "labels"}``.
+    """Encode a text, every token of which is learned, as `{"input_ids", "labels"}`.
 
     Args:
-        max_length: the most tokens kept; a cut text gets no end token, for it does not end there.
-        end: put the end-of-text token behind a whole text. Leave it out to measure perplexity on plain text.
+        max_length: the most tokens to keep. A cut text gets no end token, because it does not end there.
+        end: add the end-of-text token. Pass False to measure perplexity on plain text.
+
+    >>> pl.encode_text(tokenizer, "the cat runs")
+    {'input_ids': [14, 10, 12, 0], 'labels': [14, 10, 12, 0]}
     """
     ids = list(tokenizer(text)["input_ids"])
     eos = tokenizer.eos_token_id
@@ -112,9 +122,13 @@ def encode_text(tokenizer: Any, text: str, max_length: int | None = None, *, end
 def encode_classification(
     tokenizer: Any, text: str, label: int, max_length: int | None = None, *, pair: str | None = None
 ) -> dict[str, Any]:
-    """A text, or a ``pair`` of texts, and its class: what the tokenizer gives, and ``labels``, one int.
+    """Encode a text, or a `pair` of texts, with its class: the tokenizer's fields, and `labels`, one int.
 
-    ``max_length`` cuts the text as the tokenizer does, special tokens kept.
+    Args:
+        max_length: the most tokens to keep. The tokenizer cuts the text and keeps its special tokens.
+
+    >>> pl.encode_classification(tokenizer, "the cat", label=1)
+    {'input_ids': [14, 10], 'labels': 1}
     """
     encoded = tokenizer(text, pair, truncation=max_length is not None, max_length=max_length)
     example = {key: list(value) for key, value in encoded.items() if key != "attention_mask"}
@@ -123,17 +137,24 @@ def encode_classification(
 
 @dataclass
 class Collator:
-    """Pads encoded examples to one length and stacks them.
+    """Pad encoded examples to one length and stack them.
 
-    Calling it with a list of b examples gives a dict of tensors on the CPU: ``input_ids`` (b, t) int64 padded with the
-    tokenizer's padding id; ``attention_mask`` (b, t), 1 on real tokens; ``labels`` (b, t) padded with -100, or (b,) for
-    one label an example; any other per-token list (b, t) padded with 0.
+    Call it with a list of b examples. It returns a dict of tensors on the CPU:
+
+    - `input_ids` (b, t) int64, padded with the tokenizer's padding id;
+    - `attention_mask` (b, t), 1 on real tokens;
+    - `labels` (b, t), padded with -100, or (b,) if each example has one label;
+    - any other list with one value per token, (b, t), padded with 0.
 
     Args:
-        tokenizer: gives the padding id; its end token, or 0, serves where it has none: the mask and the labels say
-            what is padding, the id does not matter.
-        side: ``"right"`` to train, ``"left"`` to generate.
-        multiple_of: round t up to a multiple of this (8 suits tensor cores; a compiled model sees fewer shapes).
+        tokenizer: gives the padding id. If it has none, its end token or 0 is used. The id does not matter, because the
+            mask and the labels say what is padding.
+        side: `"right"` to train, `"left"` to generate.
+        multiple_of: round t up to a multiple of this. 8 suits tensor cores, and a compiled model meets fewer shapes.
+
+    >>> batch = pl.Collator(tokenizer)([{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [7], "labels": [7]}])
+    >>> batch["labels"].tolist()
+    [[5, 6], [7, -100]]
     """
 
     tokenizer: Any = None
@@ -171,7 +192,7 @@ class Collator:
         return 0
 
     def _pad(self, rows: list[torch.Tensor], fill: int) -> torch.Tensor:
-        """One-dimensional rows of any lengths as one tensor (b, t); rows of more dimensions must agree in shape."""
+        """Return rows of any lengths as one tensor (b, t). Rows with more dimensions must have equal shapes."""
         if rows[0].ndim > 1:
             return torch.stack(rows)
         longest = max(len(row) for row in rows)

@@ -27,19 +27,22 @@ def generate_text(
     batch_size: int = 16,
     progress: bool = True,
 ) -> list[str]:
-    """The model's most likely continuation of each prompt, token by token (greedy decoding).
+    """Continue each prompt with the most likely token, again and again (greedy decoding).
 
-    Prompts of like length share a batch, so little is spent on padding; prompts are padded on the left, so that every
-    answer starts in the same column. The answers are those of one prompt at a time, up to ties within rounding. The
-    model's mode, its generation config and the tokenizer's padding side are what they were before.
+    Prompts of similar length share a batch, which saves padding. They are padded on the left, so that all answers start
+    in the same column. Each answer is the same as if its prompt were alone, except where rounding decides a tie. The
+    model's mode, its generation config and the tokenizer's padding side do not change.
 
     Args:
-        model: a transformers model with ``generate``; compiled or wrapped ones are used without their wrapper.
-        prompts: strings, or conversations for a tokenizer with a chat template; one string alone gives a list of one.
-        max_new_tokens: the longest answer, in tokens; an answer ends earlier at the end token.
+        model: a transformers model with `generate`. A compiled or wrapped model is used without its wrapper.
+        prompts: strings, or conversations if the tokenizer has a chat template. One string gives a list of one answer.
+        max_new_tokens: the most tokens of an answer. An answer ends earlier at the end token.
 
     Returns:
-        One string a prompt, in the order of the prompts, without the prompt and without special tokens.
+        One string per prompt, in their order, without the prompt and without special tokens.
+
+    >>> pl.generate_text(model, tokenizer, ["the cat", "a dog"], max_new_tokens=3, progress=False)
+    ['...', '...']
     """
     if isinstance(prompts, str):
         prompts = [prompts]
@@ -50,7 +53,7 @@ def generate_text(
         raise PeftLabError(f"{type(core).__name__} has no generate(); load a language model, e.g. 'smollm2-135m'.")
     encoded = [{"input_ids": prompt_ids(tokenizer, prompt)} for prompt in prompts]
     parts = batches(core, [len(example["input_ids"]) for example in encoded], batch_size)
-    # An encoder reads padding on the right as well, and what stands in front of the text stays close to it.
+    # An encoder can be padded on the right; then a prompt in front of the text stays next to it.
     collate = Collator(tokenizer, side="right" if getattr(core.config, "is_encoder_decoder", False) else "left")
     stops = end_ids(tokenizer)
     answers = [""] * len(prompts)
@@ -70,14 +73,14 @@ def generate_text(
 
 
 def _new_tokens(model: nn.Module, batch: dict[str, torch.Tensor], output: torch.Tensor) -> list[list[int]]:
-    """The generated tokens of each row: all that follows the prompt, or all of it where a decoder has its own."""
+    """Return the generated tokens of each row. Only a decoder-only model's output starts with the prompt."""
     if getattr(model.config, "is_encoder_decoder", False):
         return output[:, 1:].tolist()  # the first is the decoder's start token
     return output[:, batch["input_ids"].shape[1] :].tolist()
 
 
 def _until(row: list[int], stops: list[int]) -> list[int]:
-    """The tokens before the first end token. What follows is padding, which need not be a special token."""
+    """Return the tokens before the first end token. Padding follows it, and that need not be a special token."""
     for position, token in enumerate(row):
         if token in stops:
             return row[:position]
@@ -86,10 +89,10 @@ def _until(row: list[int], stops: list[int]) -> list[int]:
 
 @contextmanager
 def _greedy(model: nn.Module, tokenizer: Any, stops: list[int], max_new_tokens: int) -> Iterator[None]:
-    """Give the model a plain greedy generation config for a while.
+    """Give the model a plain greedy generation config inside the block.
 
-    The model's own may sample, penalise or limit the length; passing ``do_sample=False`` beside it makes transformers
-    warn about each setting that then has no effect.
+    The model's own config may sample, penalise tokens or limit the length. With `do_sample=False` beside it,
+    transformers would warn about each setting that has no effect.
     """
     from transformers import GenerationConfig
 

@@ -1,12 +1,12 @@
 """Losses as a sum and a count, so that batches of unequal size can be averaged exactly.
 
-A loss is a function ``loss(model, batch) -> (total, count)``: the summed loss of everything labelled in the batch (a
-scalar tensor, float32 or better) and how many labels that were. Over any set of batches the mean is
+A loss is a function `loss(model, batch) -> (total, count)`. `total` is the loss summed over all labels of the batch (a
+scalar tensor, float32 or wider), and `count` is the number of these labels. The mean over any set of batches is
 
-    L = sum of totals / sum of counts,
+    L = sum of totals / sum of counts
 
-the same however the examples are cut into batches. The mean of batch means is another number: it gives a token in a
-batch with few labels more weight than one in a batch with many.
+It does not depend on how the examples are cut into batches. The mean of batch means does: it gives a token more weight
+in a batch with few labels than in a batch with many.
 """
 
 from __future__ import annotations
@@ -27,46 +27,50 @@ Loss = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]]
 
 
 def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Next-token negative log-likelihood: ``batch`` has input_ids (b, t), labels (b, t) with -100 where not learned."""
+    """Return the negative log-likelihood of the next tokens.
+
+    `batch` has input_ids (b, t) and labels (b, t), with -100 where nothing is learned.
+    """
     labels = batch["labels"]
     logits = _logits(model, {**batch, **_only_needed(model, labels)})  # (b, k, V), or (b, n + t, V): see below
-    # A prompt method may put n virtual tokens in front. They are never learned, but the last of them predicts the first
-    # real token. The labels are shifted rather than the logits, of which a slice would cost a copy in the backward.
+    # A prompt method may put n virtual tokens in front. They have no labels, but the last of them predicts the first
+    # real token. We shift the labels and not the logits, because a slice of the logits costs a copy in the backward
+    # pass.
     following = F.pad(labels, (max(0, logits.shape[1] - labels.shape[1]), 1), value=IGNORE)[:, -logits.shape[1] :]
-    # nll = - sum over i of log p(x_{i+1} | x_1 .. x_i), over the labelled x_{i+1} alone
+    # nll = - sum over i of log p(x_{i+1} | x_1 .. x_i), only over labelled x_{i+1}
     return _cross_entropy(logits, following)
 
 
 def _only_needed(model: nn.Module, labels: Tensor) -> dict[str, int]:
-    """The argument that spares a model the logits before the first learned token: of a prompt, nobody reads them."""
+    """Return the argument that makes a model skip the logits before the first learned token. They are not needed."""
     learned = (labels != IGNORE).any(0).nonzero()
     first = int(learned[0]) if len(learned) else 0
     if not first or "logits_to_keep" not in inspect.signature(unwrap(model).forward).parameters:
         return {}
-    return {"logits_to_keep": labels.shape[1] - first + 1}  # counted from the end, whatever stands in front
+    return {"logits_to_keep": labels.shape[1] - first + 1}  # counted from the end, so a prompt in front does not matter
 
 
 def seq2seq_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of an encoder-decoder model, which shifts its own labels (b, t) to feed the decoder."""
+    """Return the negative log-likelihood of an encoder-decoder. It shifts the labels (b, t) itself for its decoder."""
     logits = model(**batch).logits
     return _cross_entropy(logits, batch["labels"])
 
 
 def classification_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of logits (b, classes) with integer labels (b,)."""
+    """Return the cross-entropy of logits (b, classes) with integer labels (b,)."""
     return _cross_entropy(_logits(model, batch), batch["labels"])
 
 
 def default_loss(model: nn.Module, labels: Tensor | None) -> Loss:
-    """The loss that fits the labels: one a token is a language model, one an example a classifier.
+    """Return the loss that fits the labels: one per token for language models, one per example for classifiers.
 
     Raises:
-        PeftLabError: there are no labels, or they are no integers.
+        PeftLabError: there are no labels, or they are not integers.
     """
     if labels is None:
-        raise PeftLabError("The examples have no 'labels'; encode them with them, or pass loss=your own function.")
+        raise PeftLabError("The examples have no 'labels'. Encode them with labels, or pass loss=your own function.")
     if labels.is_floating_point():
-        raise PeftLabError("The labels are no integers; pass loss=a function (model, batch) -> (sum, count).")
+        raise PeftLabError("The labels are not integers; pass loss=a function (model, batch) -> (sum, count).")
     if labels.ndim == 1:
         return classification_loss
     config = getattr(unwrap(model), "config", None)
@@ -74,15 +78,15 @@ def default_loss(model: nn.Module, labels: Tensor | None) -> Loss:
 
 
 def _logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    # Without labels: the model's own loss is a mean, and computing it would upcast every logit.
+    # Do not pass the labels: the model would compute its own loss, which is a mean and upcasts every logit.
     output = model(**{key: value for key, value in batch.items() if key != "labels"})
     return getattr(output, "logits", output)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy over the labels that are not -100, and their number (int64)."""
+    """Return the cross-entropy summed over all labels but -100, and the number of these labels (int64)."""
     learned = labels != IGNORE
-    chosen = logits[learned]  # (labels, V): only these rows are upcast, a prompt's logits never
+    chosen = logits[learned]  # (labels, V): only these rows are upcast, never the logits of a prompt
     if chosen.dtype in (torch.float16, torch.bfloat16):
         chosen = chosen.float()
     return F.cross_entropy(chosen, labels[learned], reduction="sum"), learned.sum()

@@ -88,7 +88,7 @@ def test_default_loss_goes_by_the_labels():
     assert default_loss(model, torch.zeros(2, 3, dtype=torch.long)) is seq2seq_loss
     with pytest.raises(PeftLabError, match="no 'labels'"):
         default_loss(model, None)
-    with pytest.raises(PeftLabError, match="no integers"):
+    with pytest.raises(PeftLabError, match="not integers"):
         default_loss(model, torch.zeros(2))
 
 

@@ -1,4 +1,4 @@
-"""Pictures for the chapters on adapters, IA3 and BitFit: where a layer sits, and what a number of parameters buys."""
+"""Pictures for the chapters on adapters, IA3 and BitFit: where adapters sit, and scores against parameters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STREAM, BRANCH, BESIDE = 1.2, 4.6, 8.8  # where the three columns of a picture s
 
 @styled()
 def adapter_places() -> Figure:
-    """One block, read upwards, with its adapters in each of the three placements: houlsby, pfeiffer, parallel."""
+    """Draw one block, from bottom to top, with its adapters in three placements: houlsby, pfeiffer, parallel."""
     figure, grid = new(height=4.3, columns=3)
     for axes, name in zip(grid.flat, ("houlsby", "pfeiffer", "parallel"), strict=True):
         axes.set(xlim=(0.6, 10.4), ylim=(0, 17), aspect="equal")
@@ -36,7 +36,7 @@ def adapter_places() -> Figure:
 
 
 def _branch(axes, bottom, name, adapter, beside):
-    """A sub-layer: out of the stream, through norm and layer (and an adapter), and back into it."""
+    """Draw a sub-layer: from the stream through norm, layer and perhaps an adapter, and back into the stream."""
     top = bottom + (5.6 if adapter else 4.6)
     _line(axes, (STREAM, bottom), (BRANCH, bottom))
     _line(axes, (BRANCH, bottom), (BRANCH, top))
@@ -71,7 +71,7 @@ def _box(axes, x, y, height, name):
 
 
 def _bottleneck(axes, x, y):
-    """Down and up: two trapezoids, tip to tip."""
+    """Draw an adapter as two trapezoids, down and up, that meet at their narrow ends."""
     down = [(-1.4, 0), (1.4, 0), (0.5, 0.6), (-0.5, 0.6)]
     up = [(-0.5, 0.75), (0.5, 0.75), (1.4, 1.35), (-1.4, 1.35)]
     for corners in (down, up):
@@ -89,11 +89,11 @@ def budget(
     rows: Iterable[dict[str, Any]], x: str, y: str, by: str, *, x_label: str, y_label: str,
     reference: dict[str, float] | None = None,
 ) -> Figure:  # fmt: skip
-    """What a number of trained parameters buys: means over seeds, with a bar from the least to the greatest.
+    """Draw scores against the number of trained parameters: means over seeds, with bars from minimum to maximum.
 
     Args:
-        rows: dicts or ``Results``; rows of the same ``by`` and ``x`` are repeats, such as seeds.
-        by: column whose values make the lines; a value with one ``x`` is a point alone.
+        rows: dicts or `Results`. Rows with the same `by` and `x` are repeats, such as seeds.
+        by: the column whose values make the lines. A value with only one `x` is a single point.
         reference: {name: value} horizontal lines.
     """
     rows = list(rows)
@@ -105,7 +105,7 @@ def budget(
         middle = [math.fsum(values) / len(values) for values in repeats]
         reach = [[m - min(v) for m, v in zip(middle, repeats, strict=True)],
                  [max(v) - m for m, v in zip(middle, repeats, strict=True)]]
-        hollow = {"markerfacecolor": "white"} if number >= len(COLOURS) else {}  # more groups than looks
+        hollow = {"markerfacecolor": "white"} if number >= len(COLOURS) else {}  # there are more groups than colours
         axes.errorbar(places, middle, yerr=reach, label=str(group), capsize=3, elinewidth=1.2, **look(number), **hollow)
     for name, value in (reference or {}).items():
         axes.axhline(value, color=GREY, linestyle=":")

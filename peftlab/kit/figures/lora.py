@@ -21,18 +21,18 @@ STEPS = (
 
 @styled()
 def lora_dataflow(step: int | None = None, *, d_in: int = 576, d_out: int = 576, r: int = 8) -> Figure:
-    """The data flow of a LoRA layer, y = W₀x + (α/r) B A x: a frozen path and a low-rank path, summed.
+    """Draw the data flow of a LoRA layer, y = W₀x + (α/r) B A x: the sum of a frozen path and a low-rank path.
 
     Args:
-        step: 1 to 6 draws the layer up to that step, what comes later only in outline. None draws all six steps as
-            small pictures, for a page without a kernel.
-        d_in, d_out, r: sizes written beside the vectors of a single step.
+        step: 1 to 6 draws the layer up to that step, and the later ones in outline. None draws all six steps as small
+            pictures, for a page without a kernel.
+        d_in, d_out, r: the sizes written beside the vectors of a single step.
 
     Returns:
         Figure.
 
     Raises:
-        PeftLabError: step is no number from 1 to 6.
+        PeftLabError: step is not a number from 1 to 6.
     """
     if step is None:
         figure, grid = new(height=7.2, rows=3, columns=2)
@@ -48,7 +48,7 @@ def lora_dataflow(step: int | None = None, *, d_in: int = 576, d_out: int = 576,
 
 
 def _draw(axes, step, sizes):
-    """One picture, 0 to 12 across and 0 to 7 up; the frozen path above, the low-rank path below."""
+    """Draw one picture, 12 wide and 7 high: the frozen path above, the low-rank path below."""
     axes.set(xlim=(-0.2, 12.4), ylim=(0, 7), aspect="equal")
     axes.axis("off")
     big = sizes is not None
@@ -86,7 +86,7 @@ def _ink(on):
 def _block(axes, corners, name, fill, on, hatch):
     axes.add_patch(Polygon(corners, facecolor=fill if on else "white", edgecolor=_ink(on), linewidth=1.5,
                            linestyle="-" if on else ":"))
-    if on and hatch:  # its own patch, so that the hatch is pale and the name stays readable
+    if on and hatch:  # a patch of its own, so that the hatch is pale and the name readable
         axes.add_patch(Polygon(corners, facecolor="none", edgecolor=COLOURS[1], linewidth=0, hatch=hatch, alpha=0.45))
     across = sum(x for x, _ in corners) / len(corners)
     height = sum(y for _, y in corners) / len(corners)
