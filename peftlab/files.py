@@ -211,7 +211,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def temporary_name(name: str) -> str:
-    """Return the name of a draft of a file. It lies in the same folder: a rename is one step only within a file system."""
+    """Return the name of a draft of a file, in the same folder: only within a file system is a rename one step."""
     return f".{name}.{os.getpid()}-{threading.get_ident()}.tmp"
 
 
