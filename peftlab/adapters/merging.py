@@ -163,7 +163,9 @@ def check(root: nn.Module, record: Record, requantize: bool) -> None:
                         "dequantize_model(model) first and merge into whole weights; or merge(model, "
                         "requantize=True), and read its error."
                     )
-                if not is_quantized(parameter) and not parameter.is_floating_point():
+                # 8-bit floats are numbers of a code, whose scale lies beside them
+                plain = parameter.is_floating_point() and parameter.dtype.itemsize > 1
+                if not is_quantized(parameter) and not plain:
                     raise PeftLabError(
                         f"{path}.{parameter_name} is quantised to {parameter.dtype}, into which nothing can be merged "
                         "here; load the base in 16 or 32 bits."

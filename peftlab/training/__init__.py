@@ -26,9 +26,11 @@ from peftlab.core.modes import device_of, mode
 from peftlab.progress import Bar
 from peftlab.training import state
 from peftlab.training.encoding import Collator
+from peftlab.training.inputs import Inputs
 from peftlab.training.losses import Loss
 from peftlab.training.precision import choose_precision
 from peftlab.training.ranks import Ranks
+from peftlab.training.rows import EVALUATION, TRAINING, examples_of_steps, rows_of
 from peftlab.training.run import History, Run, TrainingError
 from peftlab.training.schedule import borrowed_generators
 from peftlab.training.settings import Settings
@@ -72,7 +74,9 @@ def train(
     """Train the parameters of ``model`` that require gradients, in place.
 
     Args:
-        train_data: encoded examples (see ``peftlab.training.encoding``): anything with a length and integer indices.
+        train_data: encoded examples (see ``peftlab.training.encoding``): a list, a data set, a ``DatasetDict`` (its
+            split train), columns, a DataFrame; with ``steps`` also a generator (``peftlab.training.rows``). Columns
+            that the model's forward does not name are ignored, as by transformers' Trainer.
         tokenizer: gives the padding id; only needed for the default ``collate``, ``Collator(tokenizer)``.
         evaluation_data: encoded examples for the evaluation loss; without it ``metrics`` alone are evaluated.
         steps, epochs: how long; one of the two. A step is one update; without either it is one epoch.
@@ -96,8 +100,8 @@ def train(
             on the same machine. Only trained values are in it; the model and its adapters must be made again first.
         save_every: write the state after so many steps (50, if there is a folder), at the start and at the end.
         resume: go on with the run in ``folder``, if one is there; False refuses a folder that holds one.
-        loss: ``(model, batch) -> (sum, number of labels)``; by default chosen by the labels
-            (``peftlab.training.losses``).
+        loss: ``(model, batch) -> (sum, number of labels)``; by default that of the model's task, as transformers has
+            it (``peftlab.training.losses``).
         metrics: by name, functions of the model (in eval mode, without gradients) that give a number.
         callback: called with the model and the step's row after each update, while the gradients are still there.
 
@@ -107,6 +111,14 @@ def train(
     """
     device = device_of(model)
     ranks = Ranks(model)
+    inputs = Inputs(model, collate or Collator(tokenizer), loss=loss)
+    wanted = examples_of_steps(steps, batch_size, accumulation)
+    train_data = rows_of(train_data, "train_data", splits=TRAINING, wanted=wanted, endless=wanted is not None)
+    if collate is None:  # a collate of your own gets the rows as they are
+        train_data = inputs.examples(train_data, "train_data")
+    if evaluation_data is not None:
+        evaluation_data = rows_of(evaluation_data, "evaluation_data", splits=EVALUATION, endless=False)
+        evaluation_data = evaluation_data if collate else inputs.examples(evaluation_data, "evaluation_data")
     settings = Settings(
         examples=len(train_data),
         evaluation_examples=None if evaluation_data is None else len(evaluation_data),
@@ -140,7 +152,7 @@ def train(
         ranks=ranks,
         train_data=train_data,
         evaluation_data=evaluation_data,
-        collate=collate or Collator(tokenizer),
+        collate=inputs,
         loss=loss,
         metrics=metrics or {},
     )

@@ -1,13 +1,15 @@
 """From text to the numbers a model trains on, and from many examples to one batch.
 
 An encoded example is a dict with ``input_ids`` (list of int) and ``labels``: for a language model one label a token,
-where -100 means "not learned"; for a classifier one integer. Labels are set here, where the tokens' roles are known,
-and never derived from the padding id: many tokenizers pad with their end-of-text token, and a mask made from that id
-also takes the true end out of the loss, so that the model never learns to stop.
+where -100 means "not learned"; for an encoder-decoder the answer's tokens, which its encoder does not read; for a
+classifier one integer, one number or, where several classes may be right, a 0 or 1 for each. Labels are set here, where
+the tokens' roles are known, and never derived from the padding id: many tokenizers pad with their end-of-text token,
+and a mask made from that id also takes the true end out of the loss, so that the model never learns to stop.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +17,13 @@ from typing import Any
 import torch
 
 from peftlab.errors import PeftLabError
+from peftlab.training.model_task import is_encoder_decoder
 
 IGNORE = -100  # the label that torch's cross-entropy leaves out
 _PROBE = "peftlab-probe"  # stands for an answer when a chat template is asked what follows one
 
 Prompt = str | Sequence[Mapping[str, str]]
+Completion = str | Sequence[Mapping[str, str]]
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -29,16 +33,25 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
         tokenizer: a transformers tokenizer. With a chat template the prompt becomes a user's turn, followed by the
             opening of the assistant's; without one it is the plain text.
         prompt: a string, or, with a chat template, a list of ``{"role": ..., "content": ...}``.
+
+    Raises:
+        PeftLabError: the prompt is neither, or the chat template refuses it.
     """
-    if tokenizer.chat_template is not None:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote the special tokens
-    if not isinstance(prompt, str):
-        raise PeftLabError("This tokenizer has no chat template, so a prompt is one string, not a list of messages.")
-    ids = tokenizer(prompt)["input_ids"]
+    ids = encoder_ids(tokenizer, prompt)
     # Encoders and T5 close every text with an end token; a prompt goes on.
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    plain = tokenizer.chat_template is None
+    return ids[:-1] if plain and ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def encoder_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """The tokens of a prompt that an encoder reads whole, to its end token where the tokenizer writes one."""
+    if tokenizer.chat_template is not None:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt, "prompt")
+        text = _from_template(tokenizer, messages, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template wrote the special tokens
+    if not isinstance(prompt, str) and isinstance(prompt, Sequence):
+        raise PeftLabError("This tokenizer has no chat template, so a prompt is one string, not a list of messages.")
+    return list(tokenizer(_text(prompt, "prompt"))["input_ids"])
 
 
 def end_ids(tokenizer: Any) -> list[int]:
@@ -50,7 +63,7 @@ def end_ids(tokenizer: Any) -> list[int]:
     ids = []
     if tokenizer.chat_template is not None:
         conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-        text = tokenizer.apply_chat_template(conversation, tokenize=False)
+        text = _from_template(tokenizer, conversation)
         # What the template writes after an answer begins with the end of the turn; it counts if it is one special token
         after = tokenizer(text.rpartition(_PROBE)[2], add_special_tokens=False)["input_ids"]
         if after and after[0] in tokenizer.all_special_ids:
@@ -62,31 +75,148 @@ def end_ids(tokenizer: Any) -> list[int]:
     return ids
 
 
-def encode_completion(
-    tokenizer: Any, prompt: Prompt, completion: str, max_length: int | None = None
-) -> dict[str, list[int]]:
-    """A prompt and the answer to learn: ``{"input_ids", "labels"}``, two lists of one length.
-
-    The prompt's labels are -100; the answer's tokens and the end token behind them are labelled.
-
-    Args:
-        max_length: the most tokens an example may have. What is too much is cut from the prompt's beginning: an
-            answer is never cut, because a cut answer teaches the model not to end.
+def completion_text(completion: Completion) -> str:
+    """The text of an answer, which may be given as messages: one, the assistant's.
 
     Raises:
-        PeftLabError: the answer with its end token, behind one token of prompt, is longer than ``max_length``.
+        PeftLabError: it is no text, several messages, or another's.
     """
+    if isinstance(completion, (str, int, float, type(None))) or not isinstance(completion, Sequence):
+        return _text(completion, "completion")
+    messages = _messages(completion, "completion")
+    roles = [message["role"] for message in messages]
+    if roles != ["assistant"]:
+        raise PeftLabError(
+            f"A completion as messages is one message of the assistant; found the roles {', '.join(map(str, roles))}. "
+            "Put what comes before the last answer into the prompt."
+        )
+    content = messages[0]["content"]
+    if isinstance(content, (list, tuple)) and all(isinstance(part, Mapping) and "text" in part for part in content):
+        content = "".join(part["text"] for part in content)
+    return _text(content, "completion's content")
+
+
+def encode_completion(
+    tokenizer: Any, prompt: Prompt, completion: Completion, max_length: int | None = None, *, model: Any = None
+) -> dict[str, list[int]]:
+    """A prompt and the answer to learn: ``{"input_ids", "labels"}``.
+
+    For a decoder these are two lists of one length: prompt and answer. The prompt's labels are -100; the answer's
+    tokens and the end token behind them are labelled. For an encoder-decoder ``input_ids`` are the prompt, which its
+    encoder reads, and ``labels`` the answer, which its decoder learns.
+
+    Args:
+        prompt, completion: texts, or messages as TRL has them; a completion has one message, the assistant's.
+        max_length: the most tokens an example may have, for an encoder-decoder each of both lists. What is too much is
+            cut from the prompt's beginning: an answer is never cut, because a cut answer teaches the model not to end.
+        model: the model to train. Needed for an encoder-decoder, which its tokenizer does not tell.
+
+    Raises:
+        PeftLabError: the answer with its end token, behind one token of prompt, is longer than ``max_length``; or
+            prompt or completion are no text, or the chat template refuses them.
+    """
+    answer = completion_text(completion)
+    if model is not None and is_encoder_decoder(model):
+        return _encode_for_encoder_decoder(tokenizer, prompt, answer, max_length)
     before = prompt_ids(tokenizer, prompt)
-    answer = tokenizer(completion, add_special_tokens=False)["input_ids"] + end_ids(tokenizer)[:1]
+    after = tokenizer(answer, add_special_tokens=False)["input_ids"] + end_ids(tokenizer)[:1]
     if max_length is not None:
-        room = max_length - len(answer)
+        room = max_length - len(after)
         if room < 1:
             raise PeftLabError(
-                f"The answer {completion[:40]!r} has {len(answer)} tokens with its end token and needs at least one "
-                f"token of prompt before it, but max_length is {max_length}. Raise max_length to {len(answer) + 1}."
+                f"The answer {answer[:40]!r} has {len(after)} tokens with its end token and needs at least one "
+                f"token of prompt before it, but max_length is {max_length}. Raise max_length to {len(after) + 1}."
             )
         before = before[-room:]
-    return {"input_ids": before + answer, "labels": [IGNORE] * len(before) + answer}
+    return {"input_ids": before + after, "labels": [IGNORE] * len(before) + after}
+
+
+def _encode_for_encoder_decoder(
+    tokenizer: Any, prompt: Prompt, answer: str, max_length: int | None
+) -> dict[str, list[int]]:
+    before = encoder_ids(tokenizer, prompt)
+    # As a target: some tokenizers mark it with its language. The decoder's start is the model's own to put in front.
+    after = list(tokenizer(text_target=answer)["input_ids"])
+    end = end_ids(tokenizer)[:1]
+    if end[0] not in after[-2:]:  # a mark of the language may stand behind the end
+        after += end
+    if max_length is not None:
+        if len(after) > max_length:
+            raise PeftLabError(
+                f"The answer {answer[:40]!r} has {len(after)} tokens with its end token, but max_length is "
+                f"{max_length}. Raise max_length to {len(after)}."
+            )
+        before = _cut(tokenizer, before, max_length)
+    return {"input_ids": before, "labels": after}
+
+
+def _cut(tokenizer: Any, ids: list[int], most: int) -> list[int]:
+    """The last tokens of a text, and the special ones around it."""
+    special = set(tokenizer.all_special_ids)
+    first = next((at for at, token in enumerate(ids) if token not in special), 0)
+    first = first if first < most else 0
+    return ids if len(ids) <= most else ids[:first] + ids[len(ids) - (most - first) :]
+
+
+def _text(value: Any, what: str) -> str:
+    """The value, if it is a text.
+
+    Raises:
+        PeftLabError: it is none; the message says what it is.
+    """
+    if isinstance(value, str):
+        return value
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        raise PeftLabError(
+            f"A {what} is missing ({value}). pandas reads texts such as 'NA' and 'None' as missing unless it is called "
+            "with keep_default_na=False."
+        )
+    raise PeftLabError(f"A {what} is a text, found {value!r:.60} ({type(value).__name__}); str(...) makes one of it.")
+
+
+def _messages(value: Any, what: str) -> list[dict[str, Any]]:
+    """A list of messages, each with a role and a content.
+
+    Raises:
+        PeftLabError: it is something else.
+    """
+    if not isinstance(value, Sequence):
+        _text(value, what)
+    messages = list(value)
+    for message in messages:
+        if not isinstance(message, Mapping) or "role" not in message or message.get("content") is None:
+            raise PeftLabError(
+                f"A {what} as messages is a list of {{'role': ..., 'content': ...}}, found {message!r:.80} in it."
+            )
+    if not messages:
+        raise PeftLabError(f"A {what} holds no message.")
+    return messages
+
+
+def _from_template(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
+    """The conversation as the tokenizer's chat template writes it.
+
+    Raises:
+        PeftLabError: the template, which is a program of the tokenizer's makers, refuses it or fails.
+    """
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        names = ", ".join(map(repr, tokenizer.chat_template))
+        first = next(iter(tokenizer.chat_template), "name")
+        raise PeftLabError(
+            f"The tokenizer has the chat templates {names} and none called 'default'. Choose one: "
+            f"tokenizer.chat_template = tokenizer.chat_template[{first!r}]."
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:
+        roles = ", ".join(str(message["role"]) for message in messages)
+        advice = ""
+        if any(message["role"] == "system" for message in messages):
+            advice = " If it takes no system turn, put that text at the beginning of the user's."
+        raise PeftLabError(
+            f"The tokenizer's chat template refuses a conversation of the roles {roles}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}.{advice}"
+        ) from error
 
 
 def encode_text(tokenizer: Any, text: str, max_length: int | None = None, *, end: bool = True) -> dict[str, list[int]]:
@@ -96,7 +226,7 @@ def encode_text(tokenizer: Any, text: str, max_length: int | None = None, *, end
         max_length: the most tokens kept; a cut text gets no end token, for it does not end there.
         end: put the end-of-text token behind a whole text. Leave it out to measure perplexity on plain text.
     """
-    ids = list(tokenizer(text)["input_ids"])
+    ids = list(tokenizer(_text(text, "text"))["input_ids"])
     eos = tokenizer.eos_token_id
     if not end and ids and ids[-1] == eos:
         ids.pop()
@@ -109,15 +239,36 @@ def encode_text(tokenizer: Any, text: str, max_length: int | None = None, *, end
 
 
 def encode_classification(
-    tokenizer: Any, text: str, label: int, max_length: int | None = None, *, pair: str | None = None
+    tokenizer: Any,
+    text: str,
+    label: int | float | Sequence[float],
+    max_length: int | None = None,
+    *,
+    pair: str | None = None,
 ) -> dict[str, Any]:
     """A text, or a ``pair`` of texts, and its class: what the tokenizer gives, and ``labels``, one int.
 
+    For a regression ``label`` may be any number, and where several classes may be right a list, a 0 or 1 for each.
     ``max_length`` cuts the text as the tokenizer does, special tokens kept.
     """
-    encoded = tokenizer(text, pair, truncation=max_length is not None, max_length=max_length)
+    pair = None if pair is None else _text(pair, "pair")
+    encoded = tokenizer(_text(text, "text"), pair, truncation=max_length is not None, max_length=max_length)
     example = {key: list(value) for key, value in encoded.items() if key != "attention_mask"}
-    return {**example, "labels": int(label)}
+    if hasattr(label, "tolist"):
+        label = label.tolist()
+    several = isinstance(label, Sequence) and not isinstance(label, (str, bytes))
+    return {**example, "labels": [_label(one) for one in label] if several else _label(label)}
+
+
+def _label(value: Any) -> int | float:
+    """A label as a plain number, a whole one as an int."""
+    value = value.item() if hasattr(value, "item") else value
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise PeftLabError(
+            f"A label is a number, found {value!r:.60}. Number your classes from 0 on, for example "
+            "{name: number for number, name in enumerate(sorted(names))}."
+        )
+    return int(value) if value == int(value) else float(value)
 
 
 @dataclass
@@ -146,13 +297,16 @@ class Collator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         if not examples:
             raise PeftLabError("A batch needs at least one example.")
+        for example in examples:
+            if not isinstance(example, Mapping):
+                raise PeftLabError(f"An example is a dict of numbers by name, not a {type(example).__name__}.")
         keys = list(examples[0])
         for example in examples:
             if set(example) != set(keys):
                 raise PeftLabError(f"The examples of a batch differ in their fields: {keys} and {list(example)}.")
         batch = {}
         for key in keys:
-            rows = [torch.as_tensor(example[key]) for example in examples]
+            rows = _same_kind([_tensor(example[key], key) for example in examples], key)
             if rows[0].ndim == 0:
                 batch[key] = torch.stack(rows)
             else:
@@ -174,9 +328,43 @@ class Collator:
         if rows[0].ndim > 1:
             return torch.stack(rows)
         longest = max(len(row) for row in rows)
+        if not longest:
+            raise PeftLabError("The examples of a batch are all empty.")
         longest += -longest % self.multiple_of
         padded = torch.full((len(rows), longest), fill, dtype=rows[0].dtype)
         for target, row in zip(padded, rows, strict=True):
             start = longest - len(row) if self.side == "left" else 0
             target[start : start + len(row)] = row
         return padded
+
+
+def _tensor(value: Any, name: str) -> torch.Tensor:
+    """A number, or a list or array of them, as a tensor.
+
+    Raises:
+        PeftLabError: it is something else, or its rows differ in length.
+    """
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PeftLabError(
+            f"{name} of an example cannot become a tensor: found {value!r:.80} ({' '.join(str(error).split())[:120]})."
+        ) from error
+
+
+def _same_kind(rows: list[torch.Tensor], name: str) -> list[torch.Tensor]:
+    """The rows in one dtype, wide enough for all; an empty list has none of its own.
+
+    Raises:
+        PeftLabError: they differ in their dimensions.
+    """
+    if len({row.ndim for row in rows}) > 1 or (rows[0].ndim > 1 and len({row.shape for row in rows}) > 1):
+        shapes = ", ".join(str(tuple(row.shape)) for row in rows[:4])
+        raise PeftLabError(f"{name} has another shape in each example of a batch: {shapes}; they cannot be stacked.")
+    kinds = {row.dtype for row in rows if row.numel()}
+    if len(kinds) < 2 and all(row.numel() for row in rows):
+        return rows
+    kind = next(iter(kinds), rows[0].dtype)
+    for other in kinds:
+        kind = torch.promote_types(kind, other)
+    return [row.to(kind) for row in rows]

@@ -15,6 +15,7 @@ from peftlab.core.modes import mode, to_device
 from peftlab.core.records import unwrap
 from peftlab.errors import PeftLabError
 from peftlab.training.buffers import Buffers
+from peftlab.training.inputs import example_lengths
 from peftlab.training.losses import Loss, default_loss
 from peftlab.training.metrics import mean_loss
 from peftlab.training.optimizers import make_optimizer
@@ -67,7 +68,7 @@ class Run:
 
     Args:
         collate: list of examples -> batch.
-        loss: the loss to use; None chooses by the labels.
+        loss: the loss to use; None is that of the model's task.
 
     Raises:
         PeftLabError: nothing requires gradients, or a trainable parameter is float16.
@@ -98,7 +99,7 @@ class Run:
                 "train: pl.load_adapter(..., trainable=True) or pl.activate(model, name, trainable=True)."
             )
         check_trainable_dtypes(self.trainable.items())
-        lengths = [len(example["input_ids"]) for example in train_data] if settings.group_by_length else None
+        lengths = example_lengths(train_data) if settings.group_by_length else None
         self.order = DataOrder(settings.examples, settings.batch, settings.total_examples, settings.seed, lengths)
         self.warmup = warmup_steps(settings.warmup, len(self.order))
         self.optimizer = make_optimizer(
@@ -144,7 +145,7 @@ class Run:
             mine, counted = self.ranks.share(part)
             batch = to_device(self.collate([self.train_data[index] for index in mine]), self.device)
             with autocast(self.device, self.settings.precision):
-                loss = self.loss or default_loss(self.model, batch.get("labels"))
+                loss = self.loss or default_loss(self.model, batch)
                 total, count = loss(self.model, batch)
             if not total.requires_grad:
                 raise TrainingError(
