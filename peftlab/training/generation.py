@@ -16,8 +16,10 @@ from peftlab.core.records import unwrap
 from peftlab.errors import PeftLabError
 from peftlab.progress import Bar
 from peftlab.training.batching import batches
-from peftlab.training.encoding import Collator, Prompt, encoder_ids, end_ids, prompt_ids
-from peftlab.training.model_task import is_encoder_decoder, vocabulary
+from peftlab.training.conversations import Prompt, encoder_ids, end_ids, prompt_ids
+from peftlab.training.encoding import Collator
+from peftlab.training.model_facts import vocabulary
+from peftlab.training.model_task import is_encoder_decoder
 
 # Settings of a generation config that choose by chance, or among several answers: greedy decoding has no use for them.
 NOT_GREEDY = (

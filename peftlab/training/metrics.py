@@ -176,10 +176,11 @@ def predict_labels(
         PeftLabError: the model predicts tokens, not classes.
     """
     inputs = Inputs(model, Collator(tokenizer), labelled=False)
-    if inputs.task not in (None, "classification", "token classification", "choice"):
-        raise PeftLabError(f"{inputs.name} is for {inputs.task}; predict_labels is for classifiers and taggers.")
+    name, task = inputs.facts.name, inputs.facts.task
+    if task not in (None, "classification", "token classification", "choice"):
+        raise PeftLabError(f"{name} is for {task}; predict_labels is for classifiers and taggers.")
     rows = rows_of(examples, "examples")
-    problem = _problem(model, rows) if inputs.task == "classification" else None
+    problem = _problem(model, rows) if task == "classification" else None
     rows = inputs.examples(rows, "the examples")
     parts = batches(model, [_length(example) for example in rows], batch_size)
     device = device_of(model)
@@ -190,7 +191,9 @@ def predict_labels(
             output = call(model, to_device(batch, device))
             logits = getattr(output, "logits", output)
             if not isinstance(logits, torch.Tensor):
-                raise PeftLabError(f"{inputs.name} gives {type(output).__name__}, which has no logits of classes.")
+                raise PeftLabError(
+                    f"{inputs.facts.name} gives {type(output).__name__}, which has no logits of classes."
+                )
             for index, row, answer in zip(chosen, range(len(chosen)), _answers(logits, problem), strict=True):
                 if logits.ndim == 3 and "attention_mask" in batch:  # not what is said of padding, nor of a prompt
                     tokens = int(batch["attention_mask"][row].sum())

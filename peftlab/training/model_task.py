@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from peftlab.core.records import unwrap
@@ -94,7 +93,7 @@ def task_of(model: nn.Module) -> str | None:
         PeftLabError: it is a transformers model of another kind, whose loss is not known here.
     """
     core = inner_model(model)
-    task, known = _task_of_class(type(core))
+    task, known = task_of_class(type(core))
     if task == "generation":
         return "sequence to sequence" if is_encoder_decoder(core) else "causal language modelling"
     if task is None and (known or is_known_class(core)):
@@ -106,7 +105,7 @@ def task_of(model: nn.Module) -> str | None:
 
 
 @lru_cache(maxsize=64)
-def _task_of_class(kind: type) -> tuple[str | None, bool]:
+def task_of_class(kind: type) -> tuple[str | None, bool]:
     """(task, whether a name was found)."""
     for one in kind.__mro__:
         for ending, task in ENDINGS:
@@ -198,65 +197,3 @@ def call(model: nn.Module, batch: Mapping[str, Any]) -> Any:
             f"{type(inner_model(model)).__name__} cannot read a batch of {found or 'no column that it knows'}: "
             f"{type(error).__name__}: {reason[:300]}"
         ) from error
-
-
-def output_size(model: nn.Module) -> int | None:
-    """How many tokens a language model can predict; None where that cannot be told."""
-    core = inner_model(model)
-    try:
-        head = core.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        head = None
-    size = getattr(head, "out_features", None)
-    if size is None and isinstance(getattr(head, "weight", None), Tensor):
-        size = len(head.weight)
-    return size if isinstance(size, int) else getattr(text_config(core), "vocab_size", None)
-
-
-def text_config(model: nn.Module) -> Any:
-    """The part of the model's config that is about its text; None for a module without a config."""
-    config = getattr(inner_model(model), "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def vocabulary(model: nn.Module) -> int | None:
-    """How many token ids the model can read; None where that cannot be told."""
-    try:
-        embedding = inner_model(model).get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    size = getattr(embedding, "num_embeddings", None)
-    return size if isinstance(size, int) else None
-
-
-def finds_the_last_token(model: nn.Module) -> bool:
-    """Whether the model's own forward looks for the padding id, to find the last token of a text before it."""
-    core = inner_model(model)
-    if _task_of_class(type(core))[0] != "classification" or is_encoder_decoder(core):
-        return False
-    for one in type(core).__mro__:
-        forward = inspect.unwrap(one.__dict__["forward"]) if "forward" in one.__dict__ else None
-        code = getattr(forward, "__code__", None)
-        if code is not None:
-            return "pad_token_id" in code.co_names
-    return False
-
-
-def position_limit(model: nn.Module) -> int | None:
-    """How many tokens the model has learned positions for; None where positions are computed and have no end."""
-    for path, module in inner_model(model).named_modules():
-        if path.rpartition(".")[2] in (
-            "wpe",
-            "position_embeddings",
-            "embed_positions",
-            "positions_embed",
-        ) and isinstance(module, nn.Embedding):
-            # RoBERTa counts from its padding id + 1, and BART and OPT leave two rows free
-            spare = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
-            return module.num_embeddings - (spare if isinstance(spare, int) else 0)
-    return None
-
-
-def is_tensor_on_cpu(value: Any) -> bool:
-    """Whether a value can be looked at without waiting for a GPU."""
-    return isinstance(value, torch.Tensor) and value.device.type == "cpu"
