@@ -108,7 +108,7 @@ def test(
 ) -> dict[str, float]:
     """Scores of the model on rows of the test split, the one that matters first."""
     from peftlab.training import metrics
-    from peftlab.training.conversations import completion_text
+    from peftlab.training.encoding import completion_text
     from peftlab.training.generation import generate_text
 
     if task.kind == "completion":

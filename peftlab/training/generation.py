@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,7 +54,8 @@ def generate_text(
 
     Args:
         model: a transformers model with ``generate``; compiled or wrapped ones are used without their wrapper.
-        prompts: strings, or conversations for a tokenizer with a chat template; one string alone gives a list of one.
+        prompts: strings, or conversations for a tokenizer with a chat template; one string or one conversation alone
+            gives a list of one.
         max_new_tokens: the longest answer, in tokens; an answer ends earlier at the end token.
 
     Returns:
@@ -62,8 +63,11 @@ def generate_text(
     """
     if isinstance(prompts, str):
         prompts = [prompts]
-    elif not isinstance(prompts, Sequence):
-        prompts = list(prompts)
+    elif not isinstance(prompts, Iterable) or isinstance(prompts, Mapping):
+        raise PeftLabError(f"prompts is {prompts!r:.60}; give a list of texts or of conversations.")
+    prompts = list(prompts)
+    if prompts and all(isinstance(one, Mapping) and "role" in one for one in prompts):
+        prompts = [prompts]
     if max_new_tokens < 1 or batch_size < 1:
         raise PeftLabError(f"max_new_tokens and batch_size are at least 1, not {max_new_tokens} and {batch_size}.")
     core = unwrap(model)

@@ -56,6 +56,10 @@ class Inputs:
     """
 
     def __init__(self, model: nn.Module, collate: Callable, *, loss: Loss | None = None, labelled: bool = True) -> None:
+        if not callable(collate):
+            raise PeftLabError(
+                f"collate is {collate!r}; it makes a batch of a list of examples, as pl.Collator() does."
+            )
         self.collate, self.own_loss, self.labelled = collate, loss is not None, labelled
         self.facts = facts_of(model, with_task=loss is None)
         self.main = getattr(inner_model(model), "main_input_name", None)

@@ -186,8 +186,10 @@ def call(model: nn.Module, batch: Mapping[str, Any]) -> Any:
         return model(**inputs)
     except PeftLabError:
         raise
-    except (IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
+        if isinstance(error, AttributeError) and not is_known_class(model):
+            raise  # a fault in a class of the user's own; of transformers' it is a setting that the config lacks
         if isinstance(error, RuntimeError) and not re.search(r"\b(size|shape|dimension|index|sequence)", reason):
             raise  # no memory left, a kernel that is missing: nothing that other data would mend
         found = ", ".join(

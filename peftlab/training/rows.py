@@ -81,6 +81,8 @@ def rows_of(
             )
         return rows_of(data[chosen], f"{name}[{chosen!r}]", wanted=wanted, endless=endless)
     if hasattr(data, "iloc") and hasattr(data, "columns"):
+        if not data.columns.is_unique:
+            raise PeftLabError(f"{name} has two columns of one name: {', '.join(map(str, data.columns))}.")
         return Columns({str(key): data[key] for key in data.columns}, name)
     for method in ("to_dicts", "to_pylist"):  # polars and pyarrow
         if hasattr(data, method):

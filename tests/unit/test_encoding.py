@@ -122,6 +122,9 @@ class TargetTokenizer:
         after = [0, 2] if text is None and self.mark else [0]
         return {"input_ids": ids + after if add_special_tokens else ids}
 
+    def decode(self, ids, skip_special_tokens):
+        return self.inner.decode(ids, skip_special_tokens=skip_special_tokens)
+
 
 def encoder_decoder(**settings):
     from transformers import T5Config, T5ForConditionalGeneration
@@ -169,6 +172,13 @@ def test_an_encoder_decoder_answers_as_it_was_taught():
         "green",
     ]
     assert pl.mean_loss(model, examples, Collator(tokenizer)) < 0.1
+
+
+def test_an_encoder_reads_the_same_in_training_and_in_generation():
+    tokenizer, model, seen = TargetTokenizer(), encoder_decoder(), []
+    model.encoder.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    generate_text(model, tokenizer, "the cat ?", 2, progress=False)
+    assert seen[0].tolist() == [encode_completion(tokenizer, "the cat ?", "yes", model=model)["input_ids"]]
 
 
 def test_completions_as_messages():

@@ -69,7 +69,8 @@ def bart():
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
              "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}  # fmt: skip
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 0, "decoder_start_token_id": 0}
-    config = MBartConfig(vocab_size=18, max_position_embeddings=64, init_std=1.0, **sizes, **ids, forced_eos_token_id=None)
+    places = {"max_position_embeddings": 64, "forced_eos_token_id": None}
+    config = MBartConfig(vocab_size=18, init_std=1.0, **sizes, **ids, **places)
     return MBartForConditionalGeneration(config).eval()
 
 
@@ -118,6 +119,7 @@ def test_sampling_and_beams_are_left_out_in_silence(make, capfd):
     model.generation_config.update(do_sample=True, temperature=0.1, top_k=3, top_p=0.2, min_p=0.1, typical_p=0.5,
                                    epsilon_cutoff=0.1, eta_cutoff=0.1, num_beams=4, length_penalty=3.0,
                                    early_stopping=True, num_return_sequences=2, max_length=3, output_scores=True,
+                                   prompt_lookup_num_tokens=2, penalty_alpha=0.5, force_words_ids=[[9]],
                                    return_dict_in_generate=True)  # fmt: skip
     capfd.readouterr()
     with warnings.catch_warnings():
@@ -139,8 +141,18 @@ def test_an_answer_ends_at_the_tokenizers_end_and_at_the_configs():
     assert generate_text(model, tokenizer, "the cat runs ?", 12) == [cut]
 
 
+def test_one_conversation_alone_is_one_prompt():
+    tokenizer, model = tiny.tokenizer(chat=True), decoder()
+    conversation = [{"role": "user", "content": "red ?"}]
+    assert generate_text(model, tokenizer, conversation, 4) == generate_text(model, tokenizer, [conversation], 4)
+    assert generate_text(model, tokenizer, iter([conversation]), 4) == generate_text(model, tokenizer, "red ?", 4)
+
+
 def test_prompts_that_a_model_cannot_read_are_told():
     tokenizer = tiny.tokenizer()
+    for wrong in (None, 3, {"role": "user"}):
+        with pytest.raises(PeftLabError, match="give a list of texts or of conversations"):
+            generate_text(tiny.llama(), tokenizer, wrong)
     with pytest.raises(PeftLabError, match="Prompt 1 has no token"):
         generate_text(tiny.llama(), tokenizer, ["no", ""])
     with pytest.raises(PeftLabError, match="Prompt 0 has the token 13, and the vocabulary of LlamaForCausalLM .* to 7"):

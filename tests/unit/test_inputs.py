@@ -153,6 +153,13 @@ def test_a_classification_data_set_trains_as_it_comes():
     assert set(metrics.predict_labels(made, encoded, tokenizer)) <= {0, 1}
 
 
+def test_columns_that_are_not_used_are_not_decoded():
+    """A picture that is not there is no fault where nobody looks at it."""
+    pictures = datasets.Dataset.from_list([{"picture": "/nowhere.png", **row} for row in ROWS])
+    pictures = pictures.cast_column("picture", datasets.Image())
+    assert run(pictures) == run(ROWS)
+
+
 def test_a_loss_of_ones_own_reads_any_column_of_numbers():
     seen = []
 
@@ -192,6 +199,12 @@ BAD = {
     "columns of two lengths": ({"input_ids": [[5]], "labels": [[5], [6]]}, "columns of different lengths"),
     "no train split": ({"test": ROWS}, "splits 'test'; it has none called 'train'"),
     "no rows": ([], "no example"),
+    "two columns of one name": (pandas.DataFrame([[1, 2]], columns=["a", "a"]), "two columns of one name: a, a"),
+    "a hole in a frame": (
+        pandas.DataFrame({"input_ids": [[5, 6], None], "labels": [[5, 6]] * 2}),
+        "Example 1 of train_data: input_ids is None",
+    ),
+    "a column of a data set": (datasets.Dataset.from_list(ROWS)["input_ids"], "train_data is a list"),
     "no input_ids": ([{"text": "a", "labels": [1]}], "columns 'text', 'labels', and Llama.* reads 'input_ids'"),
     "text alone": (datasets.Dataset.from_dict({"text": ["a"]}), "LlamaForCausalLM reads 'input_ids'"),
     "empty": ([{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [], "labels": []}], "Example 1 of .* is empty"),
@@ -276,6 +289,25 @@ def test_what_a_model_raises_of_a_batch_is_told_in_one_line():
     made = tf.BartForSequenceClassification(tf.BartConfig(**bart))
     with pytest.raises(PeftLabError, match="same number of <eos> tokens"):
         run([{"input_ids": [5, 2], "labels": 0}, {"input_ids": [5, 6], "labels": 0}], made, batch_size=2)
+
+
+@pytest.mark.parametrize("missing", ["pad_token_id", "decoder_start_token_id"])
+def test_an_encoder_decoder_whose_config_lacks_what_it_starts_from(missing):
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+    made = tf.T5ForConditionalGeneration(
+        tf.T5Config(**sizes, **({} if "start" in missing else {"decoder_start_token_id": 0}))
+    )
+    made.config.pad_token_id = None if "pad" in missing else 0
+    with pytest.raises(PeftLabError, match=f"T5ForConditionalGeneration cannot read a batch of .*{missing}"):
+        run([{"input_ids": [5, 6], "labels": [7, 8]}], made)
+
+
+@pytest.mark.parametrize("collate", [None, 3])
+def test_a_collate_that_is_none(collate):
+    with pytest.raises(PeftLabError, match="collate is .*; it makes a batch"):
+        metrics.mean_loss(tiny.llama(), ROWS, collate)
+    with pytest.raises(PeftLabError, match="collate gave a NoneType"):
+        run(ROWS, collate=lambda rows: None)
 
 
 def test_lengths_are_grouped_only_where_there_are_some():

@@ -311,6 +311,7 @@ def test_labels_that_do_not_fit_are_told():
         (several, [1, 0], "the label -100 lies outside 0 to 1"),
         (tagger, [0, 1, 7], "labels hold 7, and the classes"),
         (tagger, [0, 1], "3 input_ids and 2 labels.*for each token, not for each word"),
+        (masker, [IGNORE, -7, 3], "labels hold -7"),
         (masker, [IGNORE, 64, 3], "labels hold 64, and the tokens .* 0 to 63"),
         (decoder, [5, 6, 32], "labels hold 32, and the tokens .* 0 to 31"),
         (decoder, [5, -7, 6], "labels hold -7"),
@@ -377,6 +378,13 @@ def test_an_encoder_is_not_given_the_answer():
     ):
         with pytest.raises(PeftLabError, match="has its answer in input_ids.*model=model"):
             call()
+
+
+def test_one_answer_among_sound_examples_is_found():
+    made = model("BartForConditionalGeneration", BART)
+    sound = [{"input_ids": [5, 6, 7], "labels": [9, 8, 7, 6, 5]}] * 2
+    with pytest.raises(PeftLabError, match="Example 2 of train_data has its answer in input_ids"):
+        pl.train(made, [*sound, {"input_ids": [5, 6, 7], "labels": [IGNORE, 6, 7]}], batch_size=3, progress=False)
 
 
 def test_labels_that_can_be_copied_are_warned_of():
