@@ -7,6 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SITE := _build/html
+# how many tests run at once; `make test JOBS=1` runs them one after the other
+JOBS := 2
+PARALLEL := -n $(JOBS) --dist loadgroup
 
 help:  ## list what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,11 +19,17 @@ book: setup fetch  ## render the book into _build/html, from the stored outputs;
 
 test: setup fetch  ## everything: lint, unit and parity tests, every notebook, the rendered book in a browser
 	@$(BIN)/ruff check .
-	@$(BIN)/python -m pytest tests -m "not gpu"
+	@$(BIN)/python -m pytest tests -m "not gpu" $(PARALLEL)
+
+test-newest: setup fetch  ## every notebook, unit and parity tests with the newest releases, in an environment of its own
+	@$(BIN)/python tools/other_versions.py newest
+
+test-colab: setup fetch  ## the same with the versions that Colab has
+	@$(BIN)/python tools/other_versions.py colab
 
 check: setup fetch  ## lint and unit tests, under two minutes
 	@$(BIN)/ruff check .
-	@$(BIN)/python -m pytest tests/unit tests/notebooks/test_rules.py tests/notebooks/test_style.py -m "not gpu and not slow"
+	@$(BIN)/python -m pytest tests/unit tests/notebooks/test_rules.py tests/notebooks/test_style.py -m "not gpu and not slow" $(PARALLEL)
 
 test-gpu: setup fetch  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest tests -m gpu
@@ -42,7 +51,7 @@ constraints:  ## renew constraints.txt from a fresh environment, with today's re
 	@sh tools/constraints.sh
 
 clean:  ## remove the environment and everything built; fetched models and data stay
-	rm -rf $(VENV) _build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-colab _build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 setup: $(INSTALLED)
 
@@ -55,4 +64,4 @@ $(VENV)/.lab: $(INSTALLED)
 	@sh tools/setup.sh test,lab
 	@touch $@
 
-.PHONY: help book test check test-gpu lab refresh fetch screenshot constraints clean setup
+.PHONY: help book test test-newest test-colab check test-gpu lab refresh fetch screenshot constraints clean setup

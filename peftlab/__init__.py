@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from peftlab.catalogue import METHODS as _METHODS
 from peftlab.errors import did_you_mean
 from peftlab.optional import PACKAGES, missing
 
@@ -19,8 +20,7 @@ _PLACES = {
     "assets.models": "load_model",
     "assets.data": "load_data",
     "adapters.injection": "attach detach activate disabled attached count_parameters ParameterCount",
-    "methods": "LoRAConfig PromptTuningConfig PTuningConfig PrefixTuningConfig AdapterConfig IA3Config BitFitConfig "
-    "SelectiveConfig METHODS",
+    "methods": "METHODS",
     "adapters.merging": "merge unmerge MergeReport",
     "quantization.blockwise": "quantize quantize_nf4 Quantized",
     "quantization.model": "quantize_model dequantize_model",
@@ -43,7 +43,9 @@ _MODULES = {
     "support_desk": "assets.support_desk",
     **{name: f"kit.{name}" for name in ("exercises", "figures", "measurements", "notebook", "tables", "widgets")},
 }
-_WHERE = {name: module for module, names in _PLACES.items() for name in names.split()}
+_WHERE = {name: module for module, names in _PLACES.items() for name in names.split()} | {
+    row.config_name: row.config.partition(":")[0].removeprefix("peftlab.") for row in _METHODS.values() if row.config
+}
 
 __all__ = sorted([*_WHERE, *_MODULES])
 

@@ -16,4 +16,12 @@ $pip install -e ".[test,lab]" "$(grep '^torch==' constraints.txt)" "soupsieve<3"
         "$work/venv/bin/python" -c 'import sys; print(*sorted(sys.stdin.read().split(), key=str.lower), sep="\n")'
 } >"$work/constraints.txt"
 mv "$work/constraints.txt" constraints.txt
-echo "constraints: written; now make test"
+"$work/venv/bin/python" - <<'PY'
+import json, pathlib
+pins = dict(line.split("==") for line in pathlib.Path("constraints.txt").read_text().split() if "==" in line)
+file = pathlib.Path("peftlab/tested.json")
+tested = json.loads(file.read_text())
+tested["pinned"] = {name: pins.get(name, version) for name, version in tested["pinned"].items()}
+file.write_text(json.dumps(tested, indent=1) + "\n")
+PY
+echo "constraints: written, and noted in peftlab/tested.json; now make test"

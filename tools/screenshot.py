@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "_build" / "html"
-sys.path.insert(0, str(ROOT / "tests" / "book"))
+sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("book", "unit")]
 
 from browser import Browser, find_chromium  # noqa: E402
 

@@ -23,18 +23,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftlab.adapters.injection import add, prepare
+from peftlab.adapters.injection import add, prepare, settle
 from peftlab.adapters.integrity import base_sample, base_tensor, check_base, check_integrity, config_digest, digest
+from peftlab.catalogue import METHODS, resolve
 from peftlab.core.hooks import CHILD, base_modules, hosts
-from peftlab.core.records import known, unwrap
-from peftlab.core.targets import ALL_LINEAR, by_pattern, names_match
+from peftlab.core.interface import Config, Placement
+from peftlab.core.records import require_adapter, unwrap
+from peftlab.core.targets import ALL_LINEAR, Targets, by_pattern, names_match
 from peftlab.core.tensor_files import read_tensors, serialised, write
 from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.methods import METHODS
-from peftlab.methods.parts import Part
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-BESIDE = "adapter_encoder.safetensors"  # ours alone; Hugging Face peft does not look at it
+ENCODER = "adapter_encoder.safetensors"  # ours alone; Hugging Face peft does not look at it
 PREFIX = "base_model.model."
 TARGET_FIELDS = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "task_type",
@@ -54,23 +54,23 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
         PeftLabError: no such adapter, or a parameter that is not finite. Nothing is then written.
     """
     root = unwrap(model)
-    config = known(root, name).configs[name]
-    parts = placed(root, name)
+    config = require_adapter(root, name).configs[name]
+    placements = placed(root, name)
     tensors = {}
-    for key, parameter in key_table(parts).items():
+    for key, parameter in key_table(placements).items():
         if not torch.isfinite(parameter).all():
             raise PeftLabError(f"{key} holds values that are not finite; the adapter was not saved.")
         tensors[key] = parameter.detach().cpu().contiguous().clone()  # shared biases have several keys
-    encoder = {key: value.detach().cpu().contiguous().clone() for key, value in beside_table(parts).items()}
+    encoder = {key: value.detach().cpu().contiguous().clone() for key, value in encoder_table(placements).items()}
 
-    fields = to_fields(root, config, parts)
-    tensors |= embedding_copies(root, fields, parts)
+    fields = to_fields(root, config, placements)
+    tensors |= embedding_copies(root, fields, placements)
     text = json.dumps(fields, indent=2, sort_keys=True)
     metadata = {
         "format": "pt",
         "peftlab_tensors": digest(tensors),
         "peftlab_config": config_digest(fields),
-        "peftlab_base": json.dumps(base_sample(root, *sampled(parts))),
+        "peftlab_base": json.dumps(base_sample(root, *sampled(placements))),
     }
     if encoder:
         metadata["peftlab_encoder"] = digest(encoder)
@@ -78,11 +78,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
     folder.mkdir(parents=True, exist_ok=True)
     # Each file appears whole or not at all; a folder caught between the two is told by `peftlab_config`.
     if encoder:
-        write(folder / BESIDE, serialised(encoder, {"format": "pt"}))
+        write(folder / ENCODER, serialised(encoder, {"format": "pt"}))
     write(folder / CONFIG, text.encode())
     write(folder / WEIGHTS, serialised(tensors, metadata))
     if not encoder:
-        (folder / BESIDE).unlink(missing_ok=True)  # of an adapter that was here before
+        (folder / ENCODER).unlink(missing_ok=True)  # of an adapter that was here before
     return folder
 
 
@@ -109,11 +109,13 @@ def load_adapter(
     root = unwrap(model)
     saved = read_folder(Path(folder), name)
     config = from_fields(root, saved.fields)
-    if hasattr(config, "as_stored") and not (trainable and saved.encoder):
+    if not (trainable and saved.encoder):
         config = config.as_stored()
-    parts = prepare(root, name, config, adapter_dtype)
-    fill(root, parts, saved)
-    add(root, name, config, parts, trainable=trainable)
+    placements = prepare(root, name, config, adapter_dtype)
+    check_fit(root, placements, saved)
+    settle(root, placements)
+    fill(placements, saved)
+    add(root, name, config, placements, trainable=trainable)
     return model
 
 
@@ -135,45 +137,47 @@ def read_folder(folder: Path, name: str) -> Saved:
     tensors, metadata = read_tensors(folder / WEIGHTS)
     check_integrity(folder / CONFIG, folder / WEIGHTS, fields, tensors, metadata)
     encoder: dict[str, Tensor] = {}
-    if "peftlab_encoder" in metadata and (folder / BESIDE).is_file():
-        encoder, _ = read_tensors(folder / BESIDE)
+    if "peftlab_encoder" in metadata and (folder / ENCODER).is_file():
+        encoder, _ = read_tensors(folder / ENCODER)
         if digest(encoder) != metadata["peftlab_encoder"]:
             raise PeftLabError(
-                f"{folder / BESIDE} and {WEIGHTS} were not saved together, or one was changed. Save the adapter again, "
-                f"or delete {BESIDE}, which only further training needs."
+                f"{folder / ENCODER} and {WEIGHTS} were not saved together, or one was changed. Save the adapter "
+                f"again, or delete {ENCODER}, which only further training needs."
             )
     return Saved(folder, fields, tensors, metadata, encoder)
 
 
-@torch.no_grad()
-def fill(root: nn.Module, parts: Iterable[Part], saved: Saved) -> None:
-    """Copies saved tensors into an adapter's parts, once base, keys and shapes are known to fit."""
+def check_fit(root: nn.Module, placements: Iterable[Placement], saved: Saved) -> None:
+    """Requires that a folder's base, keys and shapes are those of this model and these parts."""
     check_base(root, saved.folder, saved.metadata, base_name(root) or type(root).__name__)
-    table = key_table(parts)
-    check_keys(root, saved.folder, saved.fields, table, saved.tensors)
-    encoder = beside_table(parts)
+    check_keys(root, saved.folder, saved.fields, key_table(placements), saved.tensors)
+    encoder = encoder_table(placements)
     if encoder and {key: tensor.shape for key, tensor in saved.encoder.items()} != {
         key: parameter.shape for key, parameter in encoder.items()
     }:
         raise PeftLabError(
-            f"{saved.folder} holds what the adapter's encoder made, but no {BESIDE} with that encoder, so its training "
-            "cannot go on here. Save it with this package, or attach the adapter without an encoder."
+            f"{saved.folder} holds what the adapter's encoder made, but no {ENCODER} with that encoder, so its "
+            "training cannot go on here. Save it with this package, or attach the adapter without an encoder."
         )
-    made = key_table(part for part in parts if getattr(part.layer, "beside", None))
-    for key, parameter in table.items():
-        if key not in made:  # what is made is made from what follows
-            parameter.copy_(saved.tensors[key])
-    for key, parameter in encoder.items():
+
+
+@torch.no_grad()
+def fill(placements: Iterable[Placement], saved: Saved) -> None:
+    """Copies saved tensors into an adapter's parts, where they replace what the parts started with."""
+    # The output of an encoder is not copied: it follows from the encoder's own weights, which are.
+    for key, parameter in key_table(p for p in placements if not p.part.encoder_keys).items():
+        parameter.copy_(saved.tensors[key])
+    for key, parameter in encoder_table(placements).items():
         parameter.copy_(saved.encoder[key])
 
 
-def check_config(root: nn.Module, name: str, parts: list[Part], saved: Saved) -> None:
+def check_config(root: nn.Module, name: str, placements: list[Placement], saved: Saved) -> None:
     """Requires that an attached adapter computes with a folder's weights what the saved one did.
 
     What it is placed on is for `check_keys`; both configs are brought to one form, since peft may write another.
     """
-    attached, other = to_fields(root, known(root, name).configs[name], parts), saved.fields
-    mine, theirs = (to_fields(root, from_fields(root, fields), parts) for fields in (attached, other))
+    attached, other = to_fields(root, require_adapter(root, name).configs[name], placements), saved.fields
+    mine, theirs = (to_fields(root, from_fields(root, fields), placements) for fields in (attached, other))
     for field in mine.keys() - {*TARGET_FIELDS}:
         if mine[field] != theirs.get(field):
             raise PeftLabError(
@@ -182,76 +186,68 @@ def check_config(root: nn.Module, name: str, parts: list[Part], saved: Saved) ->
             )
 
 
-def sampled(parts: Iterable[Part]) -> tuple[list[str], list[str]]:
-    """(paths by whose weights the base is known again, paths that trained copies answer for)."""
-    copied = [part.path for part in parts if part.name == "copy"]
-    return [part.path for part in parts], copied
+def sampled(placements: Iterable[Placement]) -> tuple[list[str], list[str]]:
+    """Returns (paths of the hosts, by whose weights the base is recognised; those of them with a trained copy)."""
+    copied = [placement.path for placement in placements if placement.name == "copy"]
+    return [placement.path for placement in placements], copied
 
 
-def placed(root: nn.Module, name: str) -> list[Part]:
-    """The parts of an attached adapter, in the model's order."""
+def placed(root: nn.Module, name: str) -> list[Placement]:
+    """The parts of an attached adapter and where they stand, in the model's order."""
     return [
-        Part(path, part_name, part)
+        Placement(path, part_name, part)
         for path, host in hosts(root)
         if name in host._modules[CHILD]
         for part_name, part in host._modules[CHILD][name].items()
     ]
 
 
-def key_table(parts: Iterable[Part]) -> dict[str, Tensor]:
+def key_table(placements: Iterable[Placement]) -> dict[str, Tensor]:
     """The one table: {key in Hugging Face's file: our parameter, or what an encoder makes}."""
     table = {}
-    for part in parts:
-        for own, keys in part.layer.keys.items():
+    for path, _, part in placements:
+        for own, keys in part.keys.items():
             owner, _, parameter_name = own.rpartition(".")
-            parameter = getattr(part.layer.get_submodule(owner), parameter_name)
+            parameter = getattr(part.get_submodule(owner), parameter_name)
             for key in (keys,) if isinstance(keys, str) else keys:
                 if parameter is not None:
-                    table[key.format(path=PREFIX + part.path, root=PREFIX, module=part.path)] = parameter
+                    table[key.format(path=PREFIX + path, root=PREFIX, module=path)] = parameter
     return table
 
 
-def beside_table(parts: Iterable[Part]) -> dict[str, nn.Parameter]:
-    """{name in the file beside: our parameter}, for what Hugging Face's format leaves out."""
-    return {
-        name: part.layer.get_parameter(own) for part in parts for own, name in getattr(part.layer, "beside", {}).items()
-    }
+def encoder_table(placements: Iterable[Placement]) -> dict[str, nn.Parameter]:
+    """{key in the file beside: our parameter}, for what Hugging Face's format leaves out."""
+    return {key: part.get_parameter(own) for _, _, part in placements for own, key in part.encoder_keys.items()}
 
 
-def to_fields(root: nn.Module, config: Any, parts: list[Part]) -> dict[str, Any]:
+def to_fields(root: nn.Module, config: Config, placements: list[Placement]) -> dict[str, Any]:
     """A config as the contents of `adapter_config.json`."""
-    places = {part.path: root.get_submodule(part.path) for part in parts}
+    hosts_by_path = {path: root.get_submodule(path) for path, _, _ in placements}
     fields = {name: getattr(config, name, None) for name in TARGET_FIELDS}
     targets = fields["target_modules"]
     found_here = isinstance(targets, str) and (targets.lower() == ALL_LINEAR or config.layers_to_transform)
-    if not hasattr(config, "target_modules"):  # it stands on the model itself
+    if not isinstance(config, Targets):  # it stands on the model itself
         fields = {name: fields[name] for name in ("modules_to_save", "task_type")}
     elif targets is None or found_here:
         # The names that were found, so that no library has to guess them again; and Hugging Face peft takes
         # layers_to_transform only beside a list.
-        fields["target_modules"] = sorted({part.path for part in parts if part.name not in ("bias", "copy")})
+        adapted = {path for path, part_name, _ in placements if part_name not in ("bias", "copy")}
+        fields["target_modules"] = sorted(adapted)
+    # Hugging Face's IA3 has no fields for layers, and warns about each that it finds in a file.
+    unset = [name for name in ("layers_to_transform", "layers_pattern") if fields.get(name) is None]
+    fields = {name: value for name, value in fields.items() if name not in unset}
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
     return fields | {
         "peft_type": config.peft_type,
         "base_model_name_or_path": base_name(root),
         "inference_mode": True,
-        **config.to_peft(root, places),
+        **config.to_peft(root, hosts_by_path),
     }
 
 
-def from_fields(root: nn.Module, fields: Mapping[str, Any]) -> Any:
+def from_fields(root: nn.Module, fields: Mapping[str, Any]) -> Config:
     """The contents of `adapter_config.json` as a config for this model."""
-    kinds = {kind.peft_type: kind for kind in METHODS.values()}
-    peft_type = fields.get("peft_type")
-    if peft_type not in kinds:
-        raise PeftLabError(
-            f"The adapter's peft_type is {peft_type!r}; this package loads {', '.join(kinds)}."
-            + did_you_mean(str(peft_type), kinds)
-        )
-    kind = kinds[peft_type]
-    for name in kind.unsupported:
-        if fields.get(name):
-            raise PeftLabError(f"The adapter uses {name}={fields[name]!r}, which this package does not have.")
+    kind = config_class(fields)
     takes = {field.name for field in fields_of(kind)}
     given = {name: fields.get(name) for name in TARGET_FIELDS if name in takes}
     shared = {name: None if value in ([], "") else value for name, value in given.items()}
@@ -263,7 +259,36 @@ def from_fields(root: nn.Module, fields: Mapping[str, Any]) -> Any:
         raise PeftLabError(f"{CONFIG} holds a field of a wrong type: {error}.") from None
 
 
-def only_present(root: nn.Module, config: Any) -> Any:
+def config_class(fields: Mapping[str, Any]) -> type[Config]:
+    """Chooses a folder's method by its `peft_type` and by the fields it uses: DoRA's is LoRA's, and `use_dora`.
+
+    Raises:
+        PeftLabError: no method here has this `peft_type` and these fields, or more than one has.
+    """
+    paths = dict.fromkeys(row.config for row in METHODS.values() if row.config)  # one class may serve several methods
+    kinds = [resolve(path) for path in paths]
+    peft_type = fields.get("peft_type")
+    alike = [kind for kind in kinds if kind.peft_type == peft_type and all(map(fields.get, kind.requires))]
+    if not alike:
+        types = list(dict.fromkeys(kind.peft_type for kind in kinds))
+        raise PeftLabError(
+            f"The adapter's peft_type is {peft_type!r}; this package loads {', '.join(types)}."
+            + did_you_mean(str(peft_type), types)
+        )
+    fitting = [kind for kind in alike if not any(map(fields.get, kind.unsupported))]
+    if not fitting:
+        closest = max(alike, key=lambda kind: len(kind.requires))
+        name = next(name for name in closest.unsupported if fields.get(name))
+        raise PeftLabError(f"The adapter uses {name}={fields[name]!r}, which this package does not have.")
+    if len(fitting) > 1:
+        raise PeftLabError(
+            f"The adapter's fields fit {' and '.join(kind.__name__ for kind in fitting)}. Each of these classes must "
+            "name, in `requires` or in `unsupported`, a field that tells its folders from the others'."
+        )
+    return fitting[0]
+
+
+def only_present(root: nn.Module, config: Config) -> Config:
     """Leaves out names and patterns that this model does not have: Hugging Face peft saves them, and the keys of the
     file say what was trained."""
     paths = list(base_modules(root))
@@ -346,7 +371,7 @@ def redundant(root: nn.Module, key: str, tensors: Mapping[str, Tensor]) -> bool:
     return torch.equal(tensors[key].to(dtype), own.detach().cpu().to(dtype))
 
 
-def embedding_copies(root: nn.Module, fields: Mapping[str, Any], parts: list[Part]) -> dict[str, Tensor]:
+def embedding_copies(root: nn.Module, fields: Mapping[str, Any], placements: list[Placement]) -> dict[str, Tensor]:
     """The base's weights that Hugging Face peft saves beside adapted embeddings, by its rule: the targets name
     `embed_tokens` or `lm_head`. A vocabulary that was lengthened before training then travels with the adapter."""
     targets, names = fields.get("target_modules") or (), ("embed_tokens", "lm_head")
@@ -359,10 +384,10 @@ def embedding_copies(root: nn.Module, fields: Mapping[str, Any], parts: list[Par
         return {}
     embeddings = (root.get_input_embeddings(), root.get_output_embeddings())
     copies = {}
-    for part in parts:
-        if part.name not in ("bias", "copy") and any(root.get_submodule(part.path) is layer for layer in embeddings):
-            weight = base_tensor(root, part.path, "weight")
-            copies[f"{PREFIX}{part.path}.base_layer.weight"] = weight.detach().cpu().contiguous().clone()
+    for path, part_name, _ in placements:
+        if part_name not in ("bias", "copy") and any(root.get_submodule(path) is layer for layer in embeddings):
+            weight = base_tensor(root, path, "weight")
+            copies[f"{PREFIX}{path}.base_layer.weight"] = weight.detach().cpu().contiguous().clone()
     return copies
 
 

@@ -10,18 +10,19 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from peftlab.core.hooks import CHILD, Activity, Adapters, bringers, hosts, place, plain, remove
-from peftlab.core.records import Record, home, known, record_of, tensor_at, unwrap
+from peftlab.catalogue import METHODS
+from peftlab.checks import number
+from peftlab.core.hooks import CHILD, Activity, Adapters, hosts, place, plain, prompt_parts, remove
+from peftlab.core.interface import Config, Placement
+from peftlab.core.records import Record, device_and_dtype_for, record_of, require_adapter, tensor_at, unwrap
 from peftlab.errors import PeftLabError
-from peftlab.methods import METHODS
-from peftlab.methods.parts import Part
-from peftlab.quantization.marks import tell_transformers, untell_transformers
-from peftlab.quantization.weights import give_back, unpack
+from peftlab.quantization.marks import restore_transformers_attributes, set_transformers_attributes
+from peftlab.quantization.weights import restore_parameter, unpack
 
 
 class ParameterCount(NamedTuple):
@@ -37,7 +38,7 @@ class ParameterCount(NamedTuple):
 
 def attach(
     model: nn.Module,
-    config: Any,
+    config: Config,
     name: str = "default",
     *,
     adapter_dtype: torch.dtype | None = None,
@@ -59,16 +60,18 @@ def attach(
             range. The model is then as it was.
     """
     root = unwrap(model)
-    add(root, name, config, prepare(root, name, config, adapter_dtype), trainable=True)
+    placements = prepare(root, name, config, adapter_dtype)
+    settle(root, placements)
+    add(root, name, config, placements, trainable=True)
     return model
 
 
-def prepare(root: nn.Module, name: str, config: Any, adapter_dtype: torch.dtype | None) -> list[Part]:
+def prepare(root: nn.Module, name: str, config: Config, adapter_dtype: torch.dtype | None) -> list[Placement]:
     """Builds all parts of an adapter, on the right devices and in the right dtypes, and changes nothing yet."""
     if not isinstance(root, nn.Module):
         raise PeftLabError(f"The model is a {type(root).__name__}; attach takes an nn.Module.")
-    if not hasattr(config, "parts") or isinstance(config, type):
-        known = ", ".join(dict.fromkeys(kind.__name__ for kind in METHODS.values()))
+    if not isinstance(config, Config) or isinstance(config, type):
+        known = ", ".join(dict.fromkeys(row.config_name for row in METHODS.values() if row.config_name))
         raise PeftLabError(f"The config is {config!r}; make one of {known}.")
     if adapter_dtype is not None and not (isinstance(adapter_dtype, torch.dtype) and adapter_dtype.is_floating_point):
         raise PeftLabError(f"adapter_dtype is {adapter_dtype!r}; give a floating dtype such as torch.float32.")
@@ -85,17 +88,18 @@ def prepare(root: nn.Module, name: str, config: Any, adapter_dtype: torch.dtype 
                 f"{path or 'The model'} carries adapters that were attached through another module. "
                 "Attach and detach through one and the same model."
             )
-    parts = list(config.parts(root))
-    for part in parts:
-        host = root.get_submodule(part.path)
-        device, dtype = home(host)
-        part.layer.to(device=device, dtype=adapter_dtype or dtype)
-        part.layer.train(host.training)
-    return parts
+    placements = list(config.parts(root))
+    for path, _, part in placements:
+        host = root.get_submodule(path)
+        device, dtype = device_and_dtype_for(host)
+        part.to(device=device, dtype=adapter_dtype or dtype)
+        part.train(host.training)
+    return placements
 
 
-def add(root: nn.Module, name: str, config: Any, parts: list[Part], trainable: bool) -> None:
-    """Puts prepared parts in place and activates them."""
+@torch.no_grad()
+def settle(root: nn.Module, placements: list[Placement]) -> None:
+    """Lets prepared parts compute what depends on the base's weights, which are first made readable."""
     repaired = sum(unpack(module) for module in root.modules())
     if repaired:
         warnings.warn(
@@ -104,6 +108,12 @@ def add(root: nn.Module, name: str, config: Any, parts: list[Part], trainable: b
             "forward pass in eval mode.",
             stacklevel=3,
         )
+    for path, _, part in placements:
+        part.settle(root.get_submodule(path))
+
+
+def add(root: nn.Module, name: str, config: Config, placements: list[Placement], trainable: bool) -> None:
+    """Puts settled parts in place and activates them."""
     record = record_of(root)
     if record is None:
         record = Record()
@@ -114,11 +124,11 @@ def add(root: nn.Module, name: str, config: Any, parts: list[Part], trainable: b
             # By its plain name: a layer may be compiled on its own between attach and detach.
             record.base_requires_grad[plain(parameter_name)] = parameter.requires_grad
             parameter.requires_grad_(False)
-    for part in parts:
-        place(root.get_submodule(part.path), record.activity, name, part.name, part.layer)
+    for path, part_name, part in placements:
+        place(root.get_submodule(path), record.activity, name, part_name, part)
     record.configs[name] = config
     record.trainable[name] = trainable
-    tell_transformers(root, record)
+    set_transformers_attributes(root, record)
     activate(root, name)
 
 
@@ -131,9 +141,9 @@ def detach(model: nn.Module, name: str = "default") -> nn.Module:
         PeftLabError: no such adapter (with near matches).
     """
     root = unwrap(model)
-    record = known(root, name)
+    record = require_adapter(root, name)
     if record.activity.merged:
-        restore(root, record)
+        restore_base(root, record)
     for _, host in list(hosts(root)):
         remove(host, name)
     del record.configs[name], record.trainable[name]
@@ -141,9 +151,9 @@ def detach(model: nn.Module, name: str = "default") -> nn.Module:
     if record.activity.rows and name in record.activity.rows:
         record.activity.rows = None
         refresh_requires_grad(root, record)
-    untell_transformers(root, record)
+    restore_transformers_attributes(root, record)
     if record.configs:
-        tell_transformers(root, record)
+        set_transformers_attributes(root, record)
     else:
         flags = record.base_requires_grad
         for parameter_name, parameter in root.named_parameters():
@@ -188,10 +198,8 @@ def activate(
         raise PeftLabError(f"activate was given {which!r}; give a name, a dict of weights, or a name for each row.")
     names = list(weights) if rows is None else [name for name in dict.fromkeys(rows) if name is not None]
     for name in names:
-        known(root, name)
-    for name, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise PeftLabError(f"The weight of {name!r} is {weight!r}; it is a finite number.")
+        require_adapter(root, name)
+    weights = {name: number(f"the weight of {name!r}", weight) for name, weight in weights.items()}
     record = record_of(root)
     if record is None:
         raise PeftLabError("No adapter is attached to this model; attach one first.")
@@ -210,7 +218,7 @@ def check_together(root: nn.Module, weights: dict[str, float], rows: tuple[str |
     wanted.weights, wanted.rows = weights, rows
     for _, host in hosts(root):
         parts = host._modules[CHILD]
-        here = {name: part.likeness for name, part in bringers(parts, wanted).items()}
+        here = {name: part.compatibility_key for name, part in prompt_parts(parts, wanted).items()}
         if rows is not None and here:
             here |= {str(name): "none" for name in rows if name not in here}
         if len(set(here.values())) > 1:
@@ -251,7 +259,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         record.activity.enabled = before
 
 
-def attached(model: nn.Module) -> dict[str, Any]:
+def attached(model: nn.Module) -> dict[str, Config]:
     """Returns {adapter name: its config}, in the order attached; empty for a plain model."""
     record = record_of(unwrap(model))
     return dict(record.configs) if record else {}
@@ -267,21 +275,21 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     trainable = total = 0
     root = unwrap(model)
     parts = (part for _, host in hosts(root) for mine in host._modules[CHILD].values() for part in mine.values())
-    standing_in = {id(p) for part in parts if getattr(part, "stands_in", False) for p in part.parameters()}
+    replacing = {id(p) for part in parts if part.replaces_base_parameters for p in part.parameters()}
     for parameter in root.parameters():
         state = getattr(parameter, "quant_state", None)
         size = math.prod(state.shape) if state is not None else parameter.numel()
-        total += 0 if id(parameter) in standing_in else size
+        total += 0 if id(parameter) in replacing else size
         trainable += size if parameter.requires_grad else 0
     return ParameterCount(trainable, total, 100 * trainable / total if total else 0.0)
 
 
-def restore(root: nn.Module, record: Record) -> None:
-    """Puts the base's own weights back after a merge, from the copies kept then."""
+def restore_base(root: nn.Module, record: Record) -> None:
+    """Restores the base's own weights after a merge, from the copies kept then."""
     for path, parameters in record.backup.items():
         host = root.get_submodule(path)
         for name, kept in parameters.items():
-            give_back(tensor_at(host, name), kept)
+            restore_parameter(tensor_at(host, name), kept)
     record.backup.clear()
     record.activity.merged = False
     refresh_requires_grad(root, record)

@@ -35,9 +35,10 @@ def check_integrity(
 def base_sample(root: nn.Module, paths: Iterable[str], copied: Iterable[str] = ()) -> dict[str, list[float]]:
     """A few of the base's weights, to know it again by: 8 numbers of each of 8 adapted modules.
 
-    What stands on the whole model adapts all its modules; and where no adapted module holds a matrix (a whole block; a
-    norm, whose weights are often ones) any module serves. One that a trained copy answers for (`copied`) says nothing:
-    a head is drawn anew whenever the base is loaded.
+    An adapter on the model itself adapts all modules. Where no adapted module holds a matrix (a whole block does not,
+    nor does a norm, whose weights are often ones), modules are taken from the whole model. Modules replaced by a
+    trained copy (`copied`) are skipped: a task head gets new random weights at every load, so it cannot identify the
+    base.
     """
     copied = tuple(copied)
     paths = {path for path in paths if not _within(path, copied)}

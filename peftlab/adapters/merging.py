@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftlab.adapters.injection import detach, refresh_requires_grad, restore
+from peftlab.adapters.injection import detach, refresh_requires_grad, restore_base
 from peftlab.core.hooks import CHILD, Activity, hosts
+from peftlab.core.interface import Part
 from peftlab.core.records import Record, record_of, tensor_at, unwrap
 from peftlab.errors import PeftLabError
 from peftlab.methods.parts import widened
@@ -84,7 +85,7 @@ def merge(model: nn.Module, *, unload: bool = False, requantize: bool = False) -
                     )
                 errors[path] = max(errors.get(path, 0.0), rounding_error(tensor, value, before))
     except BaseException:  # out of memory or Ctrl-C half-way too: all or nothing
-        restore(root, record)
+        restore_base(root, record)
         raise
     record.activity.merged = True
     refresh_requires_grad(root, record)
@@ -106,7 +107,7 @@ def unmerge(model: nn.Module) -> None:
     record = record_of(root)
     if record is None or not record.activity.merged:
         raise PeftLabError("The model is not merged, so there is nothing to unmerge.")
-    restore(root, record)
+    restore_base(root, record)
 
 
 def merged_parameters(host: nn.Module, activity: Activity) -> dict[str, Tensor]:
@@ -125,7 +126,7 @@ def merged_parameters(host: nn.Module, activity: Activity) -> dict[str, Tensor]:
     return result
 
 
-def active_parts(host: nn.Module, activity: Activity) -> Iterator[tuple[str, float, nn.Module]]:
+def active_parts(host: nn.Module, activity: Activity) -> Iterator[tuple[str, float, Part]]:
     """Yields (adapter name, weight, part) for the parts of a host that run."""
     for name, weight in activity.weights.items():
         if name in host._modules[CHILD]:
@@ -153,7 +154,7 @@ def check(root: nn.Module, record: Record, requantize: bool) -> None:
         raise PeftLabError("No adapter is active; call activate(model, name) before merging.")
     for path, host in hosts(root):
         for name, _, part in active_parts(host, activity):
-            if not hasattr(part, "merged"):
+            if not part.overrides("merged"):
                 kind = record.configs[name].method
                 raise PeftLabError(f"Adapter {name!r} ({kind}) changes more than weights and cannot be merged.")
             for parameter_name, parameter in host.named_parameters(recurse=False):

@@ -16,16 +16,16 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peftlab.adapters.checkpoint import check_config, fill, placed, read_folder, save_adapter
+from peftlab.adapters.checkpoint import check_config, check_fit, fill, placed, read_folder, save_adapter
 from peftlab.adapters.injection import attached
-from peftlab.core.records import known, unwrap
+from peftlab.core.records import require_adapter, unwrap
 from peftlab.errors import PeftLabError
 
 FOLDER = "adapter"
 
 
 class AdapterCallback(TrainerCallback):
-    """Saves the attached adapters with each checkpoint and puts them back when a run is resumed.
+    """Saves the attached adapters with each checkpoint and restores them when a run is resumed.
 
     Attributes:
         resume_from: the checkpoint folder that `train(resume_from_checkpoint=...)` was given; needed only when it lies
@@ -52,14 +52,14 @@ class AdapterCallback(TrainerCallback):
             PeftLabError: that checkpoint holds no adapter, another one, or a damaged one.
         """
         if state.global_step > 0:
-            put_back_all(model, Path(self.resume_from) if self.resume_from else checkpoint_folder(args, state))
+            restore_adapters(model, Path(self.resume_from) if self.resume_from else checkpoint_folder(args, state))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **rest: Any
     ) -> None:
         """With `load_best_model_at_end`: restores the adapters of the best checkpoint."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            put_back_all(model, Path(state.best_model_checkpoint))
+            restore_adapters(model, Path(state.best_model_checkpoint))
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
@@ -67,7 +67,7 @@ def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
-def put_back_all(model: nn.Module, checkpoint: Path) -> None:
+def restore_adapters(model: nn.Module, checkpoint: Path) -> None:
     """Copies the saved weights of every attached adapter into the model; the parameters stay the same objects."""
     if not (checkpoint / FOLDER).is_dir():
         raise PeftLabError(
@@ -75,10 +75,10 @@ def put_back_all(model: nn.Module, checkpoint: Path) -> None:
             "Resume from another checkpoint, or say where it lies with AdapterCallback(resume_from=...)."
         )
     for name in attached(model):
-        put_back(model, checkpoint / FOLDER, name)
+        restore_adapter(model, checkpoint / FOLDER, name)
 
 
-def put_back(model: nn.Module, folder: Path, name: str) -> None:
+def restore_adapter(model: nn.Module, folder: Path, name: str) -> None:
     """Copies an adapter folder's weights into the attached adapter of that name.
 
     Raises:
@@ -86,7 +86,8 @@ def put_back(model: nn.Module, folder: Path, name: str) -> None:
             then copied.
     """
     root = unwrap(model)
-    known(root, name)
-    saved, parts = read_folder(folder, name), placed(root, name)
-    check_config(root, name, parts, saved)
-    fill(root, parts, saved)
+    require_adapter(root, name)
+    saved, placements = read_folder(folder, name), placed(root, name)
+    check_config(root, name, placements, saved)
+    check_fit(root, placements, saved)
+    fill(placements, saved)

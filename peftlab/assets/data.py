@@ -16,6 +16,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from peftlab.assets import support_desk
 from peftlab.assets.fetch import ensure
+from peftlab.checks import whole
 from peftlab.errors import PeftLabError, did_you_mean
 
 NAMES = ("reviews", "news", "support-desk")
@@ -62,8 +63,10 @@ def load_data(
     Raises PeftLabError for an unknown name, AssetError when the data cannot be fetched.
     """
     name = str(name)
-    if sizes is not None and (len(sizes) != 3 or not all(isinstance(n, int) and n >= 0 for n in sizes)):
-        raise PeftLabError(f"sizes must be three whole numbers (train, validation, test), not {sizes!r}.")
+    if sizes is not None:
+        if len(sizes) != 3:
+            raise PeftLabError(f"sizes must be three whole numbers (train, validation, test), not {sizes!r}.")
+        sizes = tuple(whole("each of the sizes", size, least=0) for size in sizes)
     if difficulty is not None and name != "support-desk":
         raise PeftLabError(f"difficulty is a dial of support-desk; {name!r} has none.")
     if name == "support-desk":

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from peftlab.assets.catalogue import catalogue
 from peftlab.assets.fetch import ensure
+from peftlab.checks import whole
 from peftlab.errors import PeftLabError, did_you_mean, near_matches
 
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -44,9 +45,7 @@ def load_model(
     source = _source(name)
     options = {} if dtype is None else {"dtype": dtype}
     if num_labels is not None:
-        if not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 1:
-            raise PeftLabError(f"num_labels must be a positive whole number, not {num_labels!r}.")
-        options["num_labels"] = num_labels
+        options["num_labels"] = num_labels = whole("num_labels", num_labels, least=1)
     with quiet():
         try:
             config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)

@@ -25,6 +25,7 @@ import random
 from collections.abc import Sequence
 
 from peftlab.assets import phrases
+from peftlab.checks import number, one_of
 from peftlab.errors import PeftLabError
 
 FIELDS = ("intent", "product", "urgency")
@@ -53,10 +54,8 @@ def generate(split: str, size: int | None = None, *, difficulty: float = 0.15, s
     `ticket` (canonical JSON), `intent`, `product` and `urgency`. Raises PeftLabError for an unknown split, a
     difficulty outside [0, 1], or more messages than the phrases can make.
     """
-    if split not in SIZES:
-        raise PeftLabError(f"split must be one of {', '.join(SIZES)}, not {split!r}.")
-    if not 0 <= difficulty <= 1:
-        raise PeftLabError(f"difficulty lies between 0 and 1; got {difficulty!r}.")
+    split = one_of("split", split, SIZES)
+    difficulty = number("difficulty", difficulty, least=0, most=1)
     size = SIZES[split] if size is None else size
     draw = Draw(f"{seed}/{split}/{difficulty:.6f}")
     combinations = list(itertools.product(INTENTS, PRODUCTS, URGENCIES))

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import peftlab as pl
+from peftlab.core.checkpointing import switch_checkpointing
 from peftlab.errors import PeftLabError
 from peftlab.optional import require
 
@@ -80,8 +81,7 @@ def training_step(point: dict[str, Any], adapt: Adapt) -> Iterator[dict[str, Any
     wrapped = adapt(model, point)
     wrapped.train()
     if point["checkpointing"]:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        switch_checkpointing(model, "enable", {"use_reentrant": False})
     trainable = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=True)
     tokens = torch.randint(32000, (point["batch"], point["sequence"]), device="cuda")

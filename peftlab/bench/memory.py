@@ -22,6 +22,8 @@ import torch
 from torch import nn
 
 import peftlab as pl
+from peftlab.catalogue import METHODS
+from peftlab.core.checkpointing import switch_checkpointing
 from peftlab.errors import PeftLabError
 from peftlab.memory import estimate
 from peftlab.memory.counting.shapes import load_shape
@@ -49,7 +51,7 @@ def points() -> list[dict[str, Any]]:
 def run(shape: str, method: str, **changes: Any) -> dict[str, Any]:
     """One run; prompt methods have no targets, IA3 its own."""
     point = {"section": "grid", "shape": shape, "method": method, **RUN, **changes}
-    if method not in ("lora", "qlora", "dora", "adalora", "vera"):
+    if not METHODS[method].takes("r"):
         point |= {"r": None, "targets": None}
     return point
 
@@ -152,7 +154,7 @@ def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
 
 def autocast(point: dict[str, Any]) -> bool:
     """Mixed precision and a 4-bit base compute under autocast, as `estimate` takes it."""
-    return point["precision"] == "mixed" or point["method"] == "qlora"
+    return point["precision"] == "mixed" or METHODS[point["method"]].four_bit
 
 
 def build(point: dict[str, Any], device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
@@ -170,12 +172,12 @@ def build(point: dict[str, Any], device: torch.device) -> tuple[nn.Module, dict[
     config.use_cache = False
     dtype = torch.bfloat16 if point["precision"] == "bf16" else torch.float32
     torch.manual_seed(0)
-    with torch.device("meta" if point["method"] == "qlora" else device):
+    with torch.device("meta" if METHODS[point["method"]].four_bit else device):
         model = kinds[shape.kind].from_config(config, dtype=dtype)
-    if point["method"] == "qlora":
+    if METHODS[point["method"]].four_bit:
         four_bit(model, shape, device, torch.bfloat16 if autocast(point) else dtype)
     if point["checkpointing"]:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        switch_checkpointing(model, "enable", {"use_reentrant": False})
     wrapped = with_method(model, point, shape.kind)
     wrapped.train()
     ids = torch.randint(shape.config["vocab_size"], (point["batch"], point["sequence"]), device=device)

@@ -13,6 +13,7 @@ from torch import nn
 import peftlab as pl
 from peftlab.bench import fullsize
 from peftlab.errors import PeftLabError
+from peftlab.methods.caches import cache_in, cache_name
 from peftlab.optional import require
 
 INSTRUCTION = "Turn the customer's message into a JSON ticket with its intent, its product and its urgency."
@@ -89,10 +90,10 @@ def reading(model: nn.Module, lengths: tuple[int, ...] = READ) -> Iterator[dict[
             peak = torch.cuda.max_memory_allocated()
 
             def write(cache: Any) -> None:
-                model(input_ids=text[:, :1], past_key_values=cache, use_cache=True)
+                model(input_ids=text[:, :1], use_cache=True, **{cache_name(model): cache})
                 cache.crop(-1)  # that token again, each time
 
-            cache = model(input_ids=text, use_cache=True).past_key_values
+            cache = cache_in(model(input_ids=text, use_cache=True).values())
             written = fullsize.timed(lambda cache=cache: write(cache), repeats=20, warm_up=5)
             yield {
                 "method": method if tokens else "base",

@@ -19,12 +19,11 @@ from peftlab import __version__, bench
 from peftlab.assets.cache import cache_folder
 from peftlab.assets.catalogue import catalogue
 from peftlab.commands import count_and_memory, doctor, train
+from peftlab.commands.method_options import add_method_options, trainable
 from peftlab.commands.terminal import parse_targets, print_json, print_table
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.units import format_bytes
 
-# of `train`, without importing torch
-METHODS = "full, lora, qlora, prompt, p-tuning, prefix, ia3, bitfit, selective, houlsby, pfeiffer, parallel"
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
@@ -144,7 +143,7 @@ def _memory(arguments: argparse.Namespace) -> int:
 
 def _train_options(command: Parser) -> None:
     train.add_options(command)
-    count_and_memory.add_method_options(command, METHODS, r=8, ranks="8")
+    add_method_options(command, trainable())
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from peftlab.catalogue import METHODS
+from peftlab.commands.method_options import add_method_options, counted
 from peftlab.commands.terminal import parse_targets, print_json, print_table
 from peftlab.memory import cards
 from peftlab.memory.counting import totals as counting
 from peftlab.memory.counting.builtin import BUILT_IN
-from peftlab.memory.counting.methods import DEFAULT_R, METHODS
 from peftlab.memory.estimate import (
     ADAPTER_PRECISIONS,
     ATTENTIONS,
@@ -32,38 +33,10 @@ OF_A_RUN = (
 )  # fmt: skip
 
 
-def add_method_options(
-    command: argparse.ArgumentParser, methods: str, r: int | None, ranks: str, targets: str = ""
-) -> None:
-    """What describes a method. `ranks` and `targets` say what the defaults are."""
-    command.add_argument("--method", default="lora", metavar="M", help=f"{methods} (default: lora)")
-    command.add_argument("--r", type=int, default=r, metavar="N", help=f"rank of a low-rank update (default: {ranks})")
-    command.add_argument(
-        "--targets",
-        metavar="T",
-        help="modules to adapt: a comma-separated list of names, a regular expression for whole paths, "
-        f"or all-linear (default: the query and value projections{targets})",
-    )
-    command.add_argument(
-        "--bias", choices=("none", "all", "lora_only"), default="none", help="biases to train as well (default: none)"
-    )
-    add = command.add_argument
-    add("--virtual-tokens", type=int, default=20, metavar="N", help="length of a prompt or prefix (default: 20)")
-    add(
-        "--reduction-factor",
-        type=int,
-        default=16,
-        metavar="N",
-        help="hidden width / bottleneck of an adapter: houlsby, pfeiffer, parallel (default: 16)",
-    )
-
-
 def add_count_options(command: argparse.ArgumentParser) -> None:
     """SHAPE and what describes a method on it."""
     command.add_argument("shape", metavar="SHAPE", help=f"{', '.join(BUILT_IN)}; or the path of a config.json")
-    named = {r: "/".join(name for name in DEFAULT_R if DEFAULT_R[name] == r) for r in DEFAULT_R.values()}
-    ranks = ", ".join(f"{r} for {names}" for r, names in named.items())
-    add_method_options(command, ", ".join(METHODS), None, ranks, "; for ia3 keys, values and the last of the MLP")
+    add_method_options(command, counted())
     add = command.add_argument
     add("--labels", type=int, metavar="N", help="classes of an encoder's head (default: 2)")
 
@@ -99,11 +72,12 @@ def count(arguments: argparse.Namespace) -> int:
     result = counting.count(**described(arguments))
     if arguments.json:
         return print_json(result.as_dict())
-    rank = arguments.r or DEFAULT_R.get(result.method)
+    row = METHODS[result.method]
+    rank = f", r = {arguments.r or row.default('r')}" if row.takes("r") else ""
     names = list(dict.fromkeys(module.path.rsplit(".", 1)[-1] for module in result.adapted))
     rows = [
         ("shape", result.shape),
-        ("method", result.method + (f", r = {rank}" if result.method in DEFAULT_R else "")),
+        ("method", result.method + rank),
         ("adapted modules", f"{len(result.adapted)} ({', '.join(names)})" if names else "none"),
         ("trainable", format_count(result.trainable)),
         ("  of these in a new head", format_count(result.head) if result.head else ""),

@@ -6,11 +6,13 @@ chapter's needs stand in one table: a new chapter adds its line.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ ESSENTIAL = {
     "gguf": "0.16",
 }
 PYTHON = (3, 11)
+# {set of versions: {package: version}}, written by tools/other_versions.py when all tests have passed with them
+TESTED: dict[str, dict[str, str]] = json.loads(files("peftlab").joinpath("tested.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,10 @@ def examine(verify: bool = False) -> dict[str, Any]:
         verify: hash every file of the cache again, and do not trust the note of an earlier check.
 
     Returns:
-        A dict with ``python``, ``system``, ``packages``, ``devices``, ``four_bit``, ``sizes`` (for each CUDA GPU and
-        model, the methods of which a step of 512 tokens fits), ``cache``, ``assets``, ``chapters`` and two lists of
-        sentences: ``problems`` (nothing works until they are mended) and ``notes``.
+        A dict with ``python``, ``system``, ``packages``, ``tested`` (the versions of each package that all tests passed
+        with), ``devices``, ``four_bit``, ``sizes`` (for each CUDA GPU and model, the methods of which a step of 512
+        tokens fits), ``cache``, ``assets``, ``chapters`` and two lists of sentences: ``problems`` (nothing works until
+        they are mended) and ``notes``.
     """
     problems: list[str] = []
     notes: list[str] = []
@@ -84,11 +89,18 @@ def examine(verify: bool = False) -> dict[str, Any]:
             problems.append(f"{name} is not installed: pip install '{name}>={least}'.")
         elif _older(packages[name], least):
             problems.append(f"{name} {packages[name]} is too old: pip install --upgrade '{name}>={least}'.")
-    for name, (least, use, extra) in PACKAGES.items():
+    for name, (least, use, _) in PACKAGES.items():
         if packages[name] is None:
-            notes.append(f"{name} is not installed ({use}): pip install 'peftlab[{extra}]'.")
+            notes.append(f"{name} is not installed ({use}): pip install '{name}>={least}'.")
         elif _older(packages[name], least):
             notes.append(f"{name} {packages[name]} is older than {least} ({use}): pip install --upgrade '{name}'.")
+    tested = {name: sorted({row[name] for row in TESTED.values()}, key=_order) for name in packages}
+    for name, version in packages.items():
+        if version is not None and _order(tested[name][-1]) < _order(version):
+            notes.append(
+                f"{name} {version} is newer than every version that peftlab was tested with (the newest is "
+                f"{tested[name][-1]}). It may well work. If a result looks wrong, try that version first."
+            )
     devices = _devices(packages, problems, notes)
     total, free = machine.memory()
     cache = _cache(problems)
@@ -108,6 +120,7 @@ def examine(verify: bool = False) -> dict[str, Any]:
             "memory_free": free,
         },
         "packages": packages,
+        "tested": tested,
         "devices": devices,
         "four_bit": _four_bit(packages, devices),
         "sizes": {device["name"]: _sizes(device["memory"]) for device in devices if _is_cuda(device)},
@@ -213,6 +226,16 @@ def _version(name: str) -> str | None:
         return None
 
 
+def _order(version: str) -> Any:
+    """What versions are sorted by; an unreadable one comes first."""
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        return Version(Version(version).public)  # without a local build's mark, such as +cpu
+    except InvalidVersion:
+        return Version("0")
+
+
 def _older(version: str, least: str) -> bool:
     from packaging.version import InvalidVersion, Version
 
@@ -238,7 +261,9 @@ def render(report: dict[str, Any]) -> str:
         "",
         "Packages",
     ]
-    lines += [f"  {name:<14}{version or 'not installed'}" for name, version in report["packages"].items()]
+    for name, version in report["packages"].items():
+        told = version or "not installed"
+        lines.append(f"  {name:<14}{told:<16}tested with {', '.join(report['tested'][name])}")
     lines += ["", "Devices"]
     for device in report["devices"]:
         dtypes = [

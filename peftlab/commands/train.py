@@ -11,25 +11,23 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
+from peftlab.catalogue import LEARNING_RATE, METHODS, resolve
+from peftlab.checks import whole
 from peftlab.commands import tasks
+from peftlab.commands.method_options import options_of, trainable
 from peftlab.commands.run_folder import METRICS, STATE, claim, locked, save, write_json
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.units import format_both, format_count, format_percent
+from peftlab.settings import Settings, known_values
 
 # Arguments that change nothing about what is learned: a run goes on although they differ.
 INCIDENTAL = ("command", "run", "json", "out", "resume", "save_every", "device", "test_limit", "max_new_tokens")
-# Options that a method takes or not, by the field of its config that they fill
-OF_METHODS = {
-    "r": "r", "alpha": "alpha", "dropout": "dropout", "targets": "target_modules", "bias": "bias", "init": "init",
-    "virtual_tokens": "num_virtual_tokens", "init_text": "init_text", "projection": "projection", "encoder": "encoder",
-    "reduction_factor": "reduction_factor", "last_layers": "last_layers",
-}  # fmt: skip
-# Where the usual rate, 2e-4, would hardly move what trains (IA3: Liu et al. 2022, appendix D)
-RATES = {"full": 2e-5, "prompt": 1e-1, "p-tuning": 1e-3, "prefix": 1e-2, "ia3": 3e-3, "bitfit": 1e-3}
+# The training settings that have an option, by its name
+OPTIONS = {one.metadata["option"]: one for one in fields(Settings) if one.metadata["option"]}
 LOG_SECONDS = 30.0
 TEST_LIMIT = {"completion": 64, "classification": 1000, "text": 200}
 
@@ -37,7 +35,8 @@ TEST_LIMIT = {"completion": 64, "classification": 1000, "text": 200}
 def add_options(command: argparse.ArgumentParser) -> None:
     """The options of `peftlab train`, apart from those that describe the method."""
     add = command.add_argument
-    rates = ", ".join(f"{method} {rate:g}" for method, rate in RATES.items())
+    unusual = {name: row.learning_rate for name, row in trainable().items() if row.learning_rate != LEARNING_RATE}
+    rates = ", ".join(f"{method} {rate:g}" for method, rate in unusual.items())
     add("--model", required=True, metavar="M", help="smollm2-135m, minilm, a local folder or a hub id")
     add(
         "--data",
@@ -47,63 +46,35 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "text and label, or text",
     )
     add("--out", required=True, metavar="FOLDER", help="where the adapter and metrics.json go")
-    add("--alpha", type=float, default=16.0, metavar="A", help="the update is scaled by alpha / r (default: 16)")
-    add("--dropout", type=float, default=0.0, metavar="P", help="within the adapter (default: 0)")
-    add("--last-layers", type=int, default=0, metavar="N", help="of selective: how many last blocks train (default: 0)")
-    add("--init", metavar="I", help="where the adapter starts; for a prompt or prefix vocabulary, text or random")
-    add("--init-text", metavar="TEXT", help="the words that a prompt or prefix starts from, for --init text")
-    add(
-        "--projection",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="an MLP makes the prefix while it trains (default: no)",
-    )
-    add("--encoder", default="mlp", metavar="E", help="what makes the prompt of p-tuning: mlp or lstm (default: mlp)")
-    add("--steps", type=int, metavar="N", help="optimiser steps; or give --epochs")
-    add("--epochs", type=float, metavar="N", help="times through the training data (default: 1)")
-    add("--batch-size", type=int, default=8, metavar="N", help="examples at once (default: 8)")
-    add("--accumulation", type=int, default=1, metavar="N", help="batches a step (default: 1)")
-    add("--lr", type=float, metavar="X", help=f"peak learning rate (default: {rates}; others 2e-4)")
-    add("--warmup", type=float, default=0.0, metavar="X", help="share of the steps, or a number of them (default: 0)")
-    add("--schedule", choices=("linear", "cosine", "constant"), default="linear", help="(default: linear)")
-    add(
-        "--optimizer",
-        choices=("adamw", "adamw8bit", "paged-adamw8bit", "sgd"),
-        default="adamw",
-        help="the 8-bit ones are bitsandbytes' (default: adamw)",
-    )
-    add("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
-    add(
-        "--precision",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        default="auto",
-        help="what is computed in (default: auto, as the device can)",
-    )
-    add(
-        "--checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="recompute activations in the backward pass (default: no)",
-    )
-    add(
-        "--group-by-length",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="put examples of similar length into a batch, for less padding (default: no)",
-    )
+    defaults = {"lr": f"{rates}; others {LEARNING_RATE:g}", "resume": "yes; --no-resume starts again"}
+    for option, one in OPTIONS.items():
+        default = None if option == "lr" else one.default
+        add(f"--{option}", default=default, **_as_argument(one, defaults.get(option, _told(one.default))))
     add("--device", metavar="D", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     add("--limit", type=int, metavar="N", help="use the first N training examples")
     add("--max-length", type=int, metavar="N", help="tokens of an example (default: 512, or what the model can take)")
-    add("--eval-every", type=int, metavar="N", help="measure the validation loss every N steps")
     add("--test-limit", type=int, metavar="N", help="examples of the final test (default: 64 answers, 1000 texts)")
     add("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer in the final test (default: 64)")
-    add("--save-every", type=int, default=50, metavar="N", help="steps between saved states (default: 50)")
-    add(
-        "--resume",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="go on with the run in FOLDER (default); --no-resume starts again",
-    )
+
+
+def _as_argument(one: Field[Any], default: str) -> dict[str, Any]:
+    """What argparse is told of a setting."""
+    known = known_values(one)
+    kind: dict[str, Any] = {"type": float, "metavar": "X"}
+    if True in known:
+        kind = {"action": argparse.BooleanOptionalAction}
+    elif known:
+        kind = {"choices": known}
+    elif one.metadata["check"].func is whole:
+        kind = {"type": int, "metavar": "N"}
+    return kind | {"help": one.metadata["doc"] + (f" (default: {default})" if default else "")}
+
+
+def _told(default: Any) -> str:
+    """A default as the help says it; nothing for `None`."""
+    if default is None or isinstance(default, bool):
+        return {None: "", True: "yes", False: "no"}[default]
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def run(arguments: argparse.Namespace, targets: Any) -> dict[str, Any]:
@@ -115,7 +86,7 @@ def run(arguments: argparse.Namespace, targets: Any) -> dict[str, Any]:
     check(arguments)
     folder = Path(arguments.out).expanduser()
     with locked(folder):
-        left_out = INCIDENTAL + meaningless(arguments.method)
+        left_out = INCIDENTAL + foreign(arguments.method)
         settings = {key: value for key, value in vars(arguments).items() if key not in left_out}
         claim(folder, settings, arguments.resume)
         import torch
@@ -136,41 +107,33 @@ def run(arguments: argparse.Namespace, targets: Any) -> dict[str, Any]:
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuse, before anything is loaded, what cannot work."""
-    known = ("full", *configs())
+    known = trainable()
     method = arguments.method = arguments.method.lower()
     if method not in known:
         raise PeftLabError(f"train knows the methods {', '.join(known)}, not {method!r}.{did_you_mean(method, known)}")
     if arguments.steps is not None and arguments.epochs is not None:
         raise PeftLabError("Give --steps or --epochs, not both.")
+    row = known[method]
     if arguments.lr is None:
-        arguments.lr = RATES.get(method, 2e-4)
-    if method != "full" and arguments.bias != "none" and not hasattr(configs()[method], "bias"):
+        arguments.lr = row.learning_rate
+    for option in row.options:  # one whose default is another for other methods
+        if getattr(arguments, option.name) is None:
+            setattr(arguments, option.name, option.default)
+    if row.config and arguments.bias != "none" and not row.takes("bias"):
         raise PeftLabError(f"--bias {arguments.bias} has no meaning for {method}; use lora, or --method bitfit.")
-    for name in ("steps", "batch_size", "accumulation", "limit", "max_length", "eval_every", "test_limit",
-                 "max_new_tokens", "save_every", "virtual_tokens"):  # fmt: skip
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise PeftLabError(f"--{name.replace('_', '-')} must be at least 1, found {value}.")
-    for name in ("epochs", "lr"):
-        value = getattr(arguments, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise PeftLabError(f"--{name} must be above 0, found {value}.")
+    for option, one in OPTIONS.items():
+        one.metadata["check"](f"--{option}", _given(arguments, option))
+    for option in ("limit", "max-length", "test-limit", "max-new-tokens", "virtual-tokens"):
+        whole(f"--{option}", _given(arguments, option), least=1, optional=True)
 
 
-def configs() -> dict[str, Any]:
-    """The config of each method by its name here; qlora is LoRA on a base in four bits."""
-    from peftlab.methods import METHODS
-
-    known = {}
-    for name, config in METHODS.items():
-        known |= {name: config, "qlora": config} if name == "lora" else {name: config}
-    return known
+def _given(arguments: argparse.Namespace, option: str) -> Any:
+    return getattr(arguments, option.replace("-", "_"))
 
 
-def meaningless(method: str) -> tuple[str, ...]:
-    """The options that a method has no field for: they are no part of what a run is."""
-    has = {field.name for field in fields(configs()[method])} if method in configs() else set()
-    return tuple(option for option, name in OF_METHODS.items() if name not in has)
+def foreign(method: str) -> tuple[str, ...]:
+    """The options that only other methods take: they are no part of what a run is."""
+    return tuple(name for name in options_of(METHODS) if not METHODS[method].takes(name))
 
 
 def _train(arguments: argparse.Namespace, targets: Any, folder: Path) -> dict[str, Any]:
@@ -182,8 +145,8 @@ def _train(arguments: argparse.Namespace, targets: Any, folder: Path) -> dict[st
     from peftlab.assets.models import load_model
     from peftlab.training import train
 
-    started = time.monotonic()
-    if arguments.method != "full":
+    started, row = time.monotonic(), METHODS[arguments.method]
+    if row.config:
         _config(arguments, targets, tokenizer=arguments.model)  # a mistake in it is said before anything is loaded
     task = tasks.task_of(load_data(arguments.data), arguments.data, arguments.seed, arguments.limit)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -192,11 +155,11 @@ def _train(arguments: argparse.Namespace, targets: Any, folder: Path) -> dict[st
     tasks.check_model(task, model, arguments.model)
     if model.config.pad_token_id is None:  # a decoder that classifies looks for the last token before the padding
         model.config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    if arguments.method == "qlora":
+    if row.four_bit:
         from peftlab.quantization.model import quantize_model
 
         quantize_model(model)
-    if arguments.method != "full":
+    if row.config:
         task_type = "SEQ_CLS" if task.kind == "classification" else None
         attach(model, _config(arguments, targets, tokenizer=tokenizer, task_type=task_type))
     counted = count_parameters(model)
@@ -209,25 +172,11 @@ def _train(arguments: argparse.Namespace, targets: Any, folder: Path) -> dict[st
         examples,
         tokenizer=tokenizer,
         evaluation_data=watched,
-        steps=arguments.steps,
-        epochs=arguments.epochs,
-        batch_size=arguments.batch_size,
-        accumulation=arguments.accumulation,
-        learning_rate=arguments.lr,
-        warmup=arguments.warmup,
-        schedule=arguments.schedule,
-        optimizer=arguments.optimizer,
-        precision=arguments.precision,
-        checkpointing=arguments.checkpointing,
-        group_by_length=arguments.group_by_length,
-        seed=arguments.seed,
-        evaluate_every=arguments.eval_every,
         folder=folder / STATE,
-        save_every=arguments.save_every,
-        resume=arguments.resume,
         callback=None if sys.stderr.isatty() else _log(),
+        **{one.name: _given(arguments, option) for option, one in OPTIONS.items()},
     )
-    size = save(model, tokenizer, folder, arguments.method != "full")
+    size = save(model, tokenizer, folder, row.config is not None)
     rows = task.test[: arguments.test_limit or TEST_LIMIT[task.kind]]
     scores = tasks.test(task, model, tokenizer, rows, max_length, 2 * arguments.batch_size, arguments.max_new_tokens)
     return {
@@ -247,19 +196,25 @@ def _train(arguments: argparse.Namespace, targets: Any, folder: Path) -> dict[st
 
 
 def _config(arguments: argparse.Namespace, targets: Any, **more: Any) -> Any:
-    """The method's config, from those options that it has a field for."""
-    config = configs()[arguments.method]
-    options = {OF_METHODS.get(option, option): value for option, value in vars(arguments).items()}
-    given = {**options, "target_modules": targets, "placement": arguments.method, **more}
-    if given.get("init") is None:  # the method's own default
-        given = {**given, "init": "text"} if given.get("init_text") else {k: v for k, v in given.items() if k != "init"}
-    return config(**{field.name: given[field.name] for field in fields(config) if field.init and field.name in given})
+    """The method's config, from the options of its row, and from those of `more` that it has a field for."""
+    row = METHODS[arguments.method]
+    config = resolve(row.config)
+    given = {option.config_field: getattr(arguments, option.name) for option in row.options}
+    if "target_modules" in given:
+        given["target_modules"] = targets
+    if "init" in given and given["init"] is None:
+        if arguments.init_text:
+            given["init"] = "text"
+        else:  # the method's own default
+            del given["init"]
+    has = {field.name for field in fields(config)}
+    return config(**given, **row.fixed, **{name: value for name, value in more.items() if name in has})
 
 
 def _max_length(arguments: argparse.Namespace, model: Any) -> int | None:
     """The most tokens of an example: virtual ones take positions too."""
     asked, most = arguments.max_length, getattr(model.config, "max_position_embeddings", None)
-    virtual = 0 if "virtual_tokens" in meaningless(arguments.method) else arguments.virtual_tokens
+    virtual = arguments.virtual_tokens if METHODS[arguments.method].takes("virtual_tokens") else 0
     if most is not None:
         most -= virtual
         if most < 1:
@@ -297,6 +252,7 @@ def _log() -> Callable[[Any, dict[str, Any]], None]:
 def summary(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The result as rows for a person."""
     settings, test = result["settings"], result["test"]
+    saved = "model" if METHODS[settings["method"]].whole else "adapter"
     rows = [
         ("model", settings["model"]),
         ("method", settings["method"]),
@@ -310,7 +266,7 @@ def summary(result: dict[str, Any]) -> list[tuple[str, str]]:
         if name != "examples":
             rows.append((name.replace("_", " "), f"{value:.3f} on {test['examples']} test examples"))
     rows += [
-        ("saved", f"{'model' if settings['method'] == 'full' else 'adapter'}, {format_both(result['saved_bytes'])}"),
+        ("saved", f"{saved}, {format_both(result['saved_bytes'])}"),
         ("seconds", f"{result['training_seconds']:.1f} of training, {result['seconds']:.1f} in all"),
     ]
     return rows

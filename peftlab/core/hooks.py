@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from peftlab.core.interface import Part
 from peftlab.errors import PeftLabError
 
 CHILD = "peftlab"
@@ -62,7 +63,7 @@ class Adapters(nn.ModuleDict):
         return x
 
 
-def place(host: nn.Module, activity: Activity, adapter: str, part_name: str, part: nn.Module) -> None:
+def place(host: nn.Module, activity: Activity, adapter: str, part_name: str, part: Part) -> None:
     """Puts a part on a host, with the hooks that it needs."""
     if CHILD not in host._modules:
         host.add_module(CHILD, Adapters(activity))
@@ -70,10 +71,10 @@ def place(host: nn.Module, activity: Activity, adapter: str, part_name: str, par
     if adapter not in parts:
         parts[adapter] = nn.ModuleDict()
     parts[adapter][part_name] = part
-    # A host without, say, a `before` pays for none.
-    if hasattr(part, "before") and _before not in host._forward_pre_hooks.values():
+    # A host on which no part has a `before`, say, gets no hook for it.
+    if part.overrides("before") and _before not in host._forward_pre_hooks.values():
         host.register_forward_pre_hook(_before, with_kwargs=True)
-    if hasattr(part, "after") and _after not in host._forward_hooks.values():
+    if part.overrides("after") and _after not in host._forward_hooks.values():
         host.register_forward_hook(_after, with_kwargs=True)
 
 
@@ -110,52 +111,55 @@ def move(host: nn.Module, new: nn.Module) -> None:
 def _before(host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     inputs = args, kwargs
     parts = host._modules[CHILD]
-    bringing = bringers(parts, parts.activity) if parts.activity.running else {}
-    if bringing:
-        one = next(iter(bringing.values()))
-        inputs = one.before(host, args, kwargs, lambda: _brought(host, bringing, (args, kwargs)))
+    prompts = prompt_parts(parts, parts.activity) if parts.activity.running else {}
+    if prompts:  # one of them runs, for all: it puts in the active prompt, which is the mixture of theirs
+        inputs = next(iter(prompts.values())).before(host, args, kwargs)
 
-    def change(mine: list[nn.Module], inputs: tuple, base: tuple) -> tuple:
+    def change(mine: list[Part], inputs: tuple, base: tuple) -> tuple:
         for part in mine:
             inputs = part.before(host, *inputs)
         return inputs
 
-    changed = _apply(parts, inputs, inputs, change, lambda part: hasattr(part, "before") and not _brings(part))
-    return inputs if changed is None and bringing else changed
+    changed = _apply(parts, inputs, inputs, change, lambda part: part.overrides("before") and not _is_prompt(part))
+    return inputs if changed is None and prompts else changed
 
 
 def _after(host: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-    def change(mine: list[nn.Module], inputs: tuple, output: Any) -> Any:
+    def change(mine: list[Part], inputs: tuple, output: Any) -> Any:
         result = output
         for part in mine:
             result = part.after(host, *inputs, result, output)
         return result
 
-    return _apply(host._modules[CHILD], (args, kwargs), output, change, lambda part: hasattr(part, "after"))
+    return _apply(host._modules[CHILD], (args, kwargs), output, change, lambda part: part.overrides("after"))
 
 
-def _brings(part: nn.Module) -> bool:
-    return hasattr(part, "brings")
+def _is_prompt(part: Part) -> bool:
+    return part.compatibility_key is not None
 
 
-def bringers(parts: Adapters, activity: Activity) -> dict[str, nn.Module]:
-    """The parts here that bring a tensor of their own (a prompt, say), by adapter, of those that `activity` names."""
+def prompt_parts(parts: Adapters, activity: Activity) -> dict[str, Part]:
+    """{adapter: its part here that makes the input longer}, for the adapters that `activity` names."""
     names = activity.weights if activity.rows is None else [name for name in activity.rows if name is not None]
     there = ((name, part) for name in dict.fromkeys(names) if name in parts for part in parts[name].values())
-    return {name: part for name, part in there if _brings(part)}
+    return {name: part for name, part in there if _is_prompt(part)}
 
 
-def _brought(host: nn.Module, bringing: dict[str, nn.Module], inputs: tuple) -> Tensor | None:
-    """What the active adapters bring, as one tensor: their weighted sum or, with one more dimension, each row's."""
-    activity = host._modules[CHILD].activity
-    made = {name: part.brings(host) for name, part in bringing.items()}
+def active_prompt(host: nn.Module, batch: int) -> Tensor:
+    """The prompt for each row of a batch, (batch, n, width), as the active adapters on a host make it.
+
+    It is the weighted sum of their prompts or, where each row has an adapter of its own, that adapter's prompt.
+    """
+    parts = host._modules[CHILD]
+    activity = parts.activity
+    made = {name: part.make_prompt(host) for name, part in prompt_parts(parts, activity).items()}
     if activity.rows is not None:
-        order, repeat = list(made), _repeat(activity.rows, inputs)
+        order, repeat = list(made), _repeat(activity.rows, batch)
         stacked = torch.stack(list(made.values()))
         return stacked[[order.index(name) for name in activity.rows for _ in range(repeat)]]
-    # P = sum over adapters of weight P_adapter: there is no prompt of the base's that it would be a change of
+    # P = sum over adapters of weight P_adapter: the base has no prompt, so there is no change to add up
     first, *others = (tensor * activity.weights[name] for name, tensor in made.items())
-    return sum(others, start=first)
+    return sum(others, start=first).expand(batch, -1, -1)
 
 
 def _apply(
@@ -184,8 +188,8 @@ def _apply(
 
 def _by_rows(mine: dict[str, list], rows: tuple[str | None, ...], inputs: tuple, base: Any, change: Callable) -> Any:
     """Gives each row of the batch the adapter named for it: y[i] = y_{adapter of i}[i]."""
-    repeat = _repeat(rows, inputs)
-    batch, result = repeat * len(rows), base
+    batch = next(t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)).shape[0]
+    repeat, result = _repeat(rows, batch), base
     for name in dict.fromkeys(rows):
         if name is None or not mine.get(name):
             continue
@@ -205,9 +209,8 @@ def _by_rows(mine: dict[str, list], rows: tuple[str | None, ...], inputs: tuple,
     return result
 
 
-def _repeat(rows: tuple[str | None, ...], inputs: tuple) -> int:
+def _repeat(rows: tuple[str | None, ...], batch: int) -> int:
     """How many rows of the batch stand for each name: beams, returned sequences and flattened tokens lie in place."""
-    batch = next(t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)).shape[0]
     if batch % len(rows):
         raise PeftLabError(
             f"activate was given {len(rows)} names, one a row, but the batch has {batch} rows. "

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from peftlab.core.hooks import Activity
+from peftlab.core.interface import Config
 from peftlab.errors import PeftLabError, did_you_mean
 
 
@@ -18,7 +19,7 @@ class Record:
     """What `attach` noted about a model, so that `detach` can give it back."""
 
     activity: Activity = field(default_factory=Activity)
-    configs: dict[str, Any] = field(default_factory=dict)
+    configs: dict[str, Config] = field(default_factory=dict)
     trainable: dict[str, bool] = field(default_factory=dict)
     base_requires_grad: dict[str, bool] = field(default_factory=dict)
     attributes: list[tuple[str, str, Any]] = field(default_factory=list)
@@ -46,7 +47,7 @@ def record_of(root: nn.Module) -> Record | None:
     return root.__dict__.get("_peftlab")
 
 
-def known(root: nn.Module, name: str) -> Record:
+def require_adapter(root: nn.Module, name: str) -> Record:
     """The record of a model that has this adapter, or the error that names those it has."""
     record = record_of(root)
     if record is None:
@@ -63,7 +64,7 @@ def tensor_at(host: nn.Module, name: str) -> torch.Tensor | None:
     return getattr(host.get_submodule(inner), name, None)
 
 
-def home(host: nn.Module) -> tuple[torch.device, torch.dtype]:
+def device_and_dtype_for(host: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where a part of this host lives: its device, and its dtype (float32 beside 16-bit or quantised weights)."""
     own = getattr(host, "weight", None)
     tensor = own if isinstance(own, torch.Tensor) else next(host.parameters(), torch.empty(0))

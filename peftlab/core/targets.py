@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from torch import nn
 
+from peftlab.checks import one_of, whole
 from peftlab.core.hooks import base_modules
 from peftlab.errors import PeftLabError, did_you_mean
 
@@ -66,14 +67,19 @@ class Targets:
     modules_to_save: Iterable[str] | None = None
     task_type: str | None = None
 
+    # What every `Config` has, and few methods change.
+    requires: ClassVar[tuple[str, ...]] = ()
+    unsupported: ClassVar[tuple[str, ...]] = ()
+
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             check_names(self, name)
         layers = self.layers_to_transform
         if layers is not None:
-            layers = (layers,) if isinstance(layers, int) else tuple(layers)
-            if not layers or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in layers):
-                raise PeftLabError(f"layers_to_transform is {self.layers_to_transform!r}; give block indices from 0.")
+            indices = tuple(layers) if isinstance(layers, Iterable) else (layers,)
+            if not indices:
+                raise PeftLabError("layers_to_transform is empty; leave it out for all blocks, or name some.")
+            layers = tuple(whole("an index in layers_to_transform", index, least=0) for index in indices)
             object.__setattr__(self, "layers_to_transform", layers)
         pattern = self.layers_pattern
         if pattern is not None:
@@ -86,6 +92,10 @@ class Targets:
                 check_regex(name)
             object.__setattr__(self, "layers_pattern", pattern or None)
         check_task(self)
+
+    def as_stored(self) -> Self:
+        """Returns this config: an adapter folder holds all that it describes."""
+        return self
 
 
 def check_names(config: Any, name: str) -> None:
@@ -108,9 +118,7 @@ def check_task(config: Any) -> None:
     """Brings `task_type` to Hugging Face's word for it."""
     if config.task_type is not None:
         task = str(getattr(config.task_type, "value", config.task_type)).upper()
-        if task not in TASK_HEADS:
-            raise PeftLabError(f"task_type is {config.task_type!r}; it is one of {', '.join(TASK_HEADS)}.")
-        object.__setattr__(config, "task_type", task)
+        object.__setattr__(config, "task_type", one_of("task_type", task, TASK_HEADS))
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -153,7 +161,7 @@ def heads(model: nn.Module, config: Any) -> dict[str, nn.Module]:
     for name in (*named, *implied):
         matched = {path: module for path, module in modules.items() if path.endswith(name)}
         if name in named and not matched:
-            raise nothing(name, modules, f"modules_to_save names {name!r}, which matches no module")
+            raise no_match_error(name, modules, f"modules_to_save names {name!r}, which matches no module")
         found |= matched
     if implied and not found:
         raise PeftLabError(
@@ -203,10 +211,10 @@ def find(
                 f"; as a name, give it in a list: [{spec!r}]" if any(names_match((spec,), p) for p in modules) else ""
             )
             what = f"target_modules is the expression {spec!r}, which matches no module's whole path{hint}"
-            raise nothing(spec, modules, what)
+            raise no_match_error(spec, modules, what)
         for entry in () if isinstance(spec, str) else spec:
             if not any(names_match((entry,), path) for path in matched):
-                raise nothing(entry, modules, f"target_modules names {entry!r}, which matches no module")
+                raise no_match_error(entry, modules, f"target_modules names {entry!r}, which matches no module")
     if config.exclude_modules is not None:
         check_regex(config.exclude_modules)
         excluded = config.exclude_modules
@@ -297,7 +305,7 @@ def check_regex(spec: str | Iterable[str]) -> None:
             raise PeftLabError(f"{spec!r} is no regular expression: {error}. For one name, give a list.") from None
 
 
-def nothing(entry: str, modules: Mapping[str, nn.Module], what: str) -> PeftLabError:
+def no_match_error(entry: str, modules: Mapping[str, nn.Module], what: str) -> PeftLabError:
     """The error for a name that matches nothing, with the names the model has."""
     endings = list(dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if linear_shape(module)))
     suggestion = did_you_mean(entry, endings) or did_you_mean(entry, modules)

@@ -46,7 +46,6 @@ def quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     pattern = rf"({'|'.join(NOISY)})(\.|$)"
     for entry in warnings.filters:
         if entry[0] == "ignore" and getattr(entry[3], "pattern", None) == pattern:

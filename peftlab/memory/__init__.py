@@ -1,9 +1,14 @@
 """What a run costs, by arithmetic alone: shapes, parameter counts, memory. Imports neither torch nor transformers."""
 
+from functools import partial
+from typing import Any
+
+from peftlab import catalogue
 from peftlab.memory.cards import CARDS, fits, largest, what_fits
 from peftlab.memory.counting.families import Module
+from peftlab.memory.counting.methods import trained_by
 from peftlab.memory.counting.shapes import BUILT_IN, Shape, load_shape
-from peftlab.memory.counting.totals import METHODS, Count, count
+from peftlab.memory.counting.totals import Count, count
 from peftlab.memory.estimate import CUBLAS_WORKSPACE, Estimate, estimate
 from peftlab.memory.units import format_both, format_bytes, format_count, format_percent
 
@@ -27,3 +32,10 @@ __all__ = [
     "load_shape",
     "what_fits",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`METHODS`: by name, what each method of the catalogue that is counted trains, (shape, options) -> `Trained`."""
+    if name == "METHODS":
+        return {name: partial(trained_by, name) for name, row in catalogue.METHODS.items() if row.tensors}
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

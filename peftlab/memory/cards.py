@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from peftlab.checks import one_of
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.counting.shapes import load_shape
 from peftlab.memory.estimate import MOST, estimate, longest
@@ -52,8 +53,7 @@ def largest(what: str, card: str, shape: Any, method: str = "lora", **run: Any) 
         card: a name in ``CARDS``.
         run: what `estimate` takes.
     """
-    if what not in ("batch", "sequence"):
-        raise PeftLabError(f"what is batch or sequence; found {what!r}.{did_you_mean(what, ('batch', 'sequence'))}")
+    what = one_of("what", what, ("batch", "sequence"))
     room, shape = card_bytes(card), load_shape(shape, run.pop("labels", None))
     most = MOST if what == "batch" else longest(shape, method, run.get("virtual_tokens", 20))
 

@@ -14,8 +14,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
+from peftlab.catalogue import METHODS
+from peftlab.checks import number, one_of, whole
 from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.memory.counting.methods import METHODS, method_name
+from peftlab.memory.counting.methods import method_name, trained_by
 from peftlab.memory.counting.options import Options, Trained
 from peftlab.memory.counting.shapes import Shape, load_shape
 from peftlab.memory.counting.totals import count
@@ -28,7 +30,6 @@ PARALLEL = ("ddp", "fsdp")
 LIBRARIES = ("peft", "peftlab")
 ATTENTIONS = ("sdpa", "eager")
 ADAPTER_PRECISIONS = {"fp32": 4, "bf16": 2}
-VIRTUAL = ("prompt", "p-tuning", "prefix")  # methods with virtual tokens
 MOST = 2**24  # tokens, and examples
 CONTIGUOUS_BIAS = (5, 20)  # of transformers
 POINTS = 2000  # of a step's history that are kept
@@ -72,9 +73,8 @@ class Estimate:
 
         Arithmetic alone: a step of many small kernels waits for launches, and takes longer whatever the efficiency.
         """
-        if peak_flops <= 0 or not 0 < efficiency <= 1:
-            raise PeftLabError(f"peak_flops is above 0, efficiency up to 1; found {peak_flops!r} and {efficiency!r}.")
-        return self.flops / (efficiency * peak_flops)
+        peak_flops = number("peak_flops", peak_flops, above=0)
+        return self.flops / (number("efficiency", efficiency, above=0, most=1) * peak_flops)
 
     def as_dict(self) -> dict[str, int | str]:
         """As ``peftlab memory --json`` prints it."""
@@ -111,7 +111,7 @@ def estimate(
 
     Args:
         shape: a built-in name, the path of a ``config.json`` or of its folder, its dict, or a ``Shape``.
-        method: a name in ``METHODS``; ``r`` to ``projection`` are what ``count`` takes.
+        method: a method's name, such as ``"lora"``; ``r`` to ``projection`` are what ``count`` takes.
         batch: examples at once. sequence: tokens of each, padding included.
         precision: ``"bf16"`` (weights, gradients and states follow), ``"fp32"``, or ``"mixed"`` (float32 weights and
             bf16 autocast). A 4-bit base keeps embeddings, norms and the output head in this precision.
@@ -133,33 +133,29 @@ def estimate(
             method that this model cannot have, an architecture whose activations are not known.
     """
     shape, method = load_shape(shape, labels), method_name(method)
-    for name, value in (("batch", batch), ("sequence", sequence)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise PeftLabError(f"{name} must be a positive whole number, found {value!r}.")
-        if value > MOST:
-            raise PeftLabError(f"{name} is at most {MOST:,}, found {value:,}.")
-    if isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 1:
-        raise PeftLabError(f"gpus must be a positive whole number, found {gpus!r}.")
-    _one_of("parallel", parallel, PARALLEL)
-    _one_of("library", library, LIBRARIES)
-    _one_of("precision", precision, PRECISIONS)
-    _one_of("optimizer", optimizer, OPTIMIZERS)
-    _one_of("adapter_precision", adapter_precision, ADAPTER_PRECISIONS)
-    _one_of("attention", attention, ATTENTIONS)
-    _refuse_what_cannot_run(shape, method, sequence, virtual_tokens, checkpointing)
+    row = METHODS[method]
+    batch, sequence = whole("batch", batch, least=1, most=MOST), whole("sequence", sequence, least=1, most=MOST)
+    gpus = whole("gpus", gpus, least=1)
+    one_of("parallel", parallel, PARALLEL)
+    one_of("library", library, LIBRARIES)
+    one_of("precision", precision, PRECISIONS)
+    one_of("optimizer", optimizer, OPTIMIZERS)
+    one_of("adapter_precision", adapter_precision, ADAPTER_PRECISIONS)
+    one_of("attention", attention, ATTENTIONS)
+    _refuse_what_cannot_run(shape, method, sequence, virtual_tokens)
     if targets is not None and not isinstance(targets, str):
         targets = tuple(targets)
     options = Options(r, targets, bias, virtual_tokens, reduction_factor, projection)
-    trained = METHODS[method](shape, options)
+    trained = trained_by(method, shape, options)
     recipe = Recipe(
         batch=batch,
         sequence=sequence,
         weight_bytes=PRECISIONS[precision],
         adapter_bytes=ADAPTER_PRECISIONS[adapter_precision],
-        autocast=precision == "mixed" or method == "qlora" if autocast is None else autocast,
+        autocast=precision == "mixed" or row.four_bit if autocast is None else autocast,
         checkpointing=checkpointing,
         optimizer=optimizer,
-        four_bit=method == "qlora",
+        four_bit=row.four_bit,
         fused_attention=attention == "sdpa",
         contiguous_bias=shape.kind != "encoder-decoder" or _contiguous_bias(transformers),
         library=library,
@@ -179,7 +175,7 @@ def estimate(
     return Estimate(
         shape.name, method, memory.peak + CUBLAS_WORKSPACE, **parts,
         moment=memory.peak_moment, flops=memory.flops - before,
-        file_bytes=_file_bytes(shape, method, trained, recipe), trainable=counted.trainable, total=counted.total,
+        file_bytes=_file_bytes(shape, trained, recipe), trainable=counted.trainable, total=counted.total,
         history=_thinned(memory.history),
     )  # fmt: skip
 
@@ -197,26 +193,17 @@ def _contiguous_bias(transformers: str | None) -> bool:
         raise PeftLabError(f"transformers is a version such as '5.20.0'; found {transformers!r}.") from None
 
 
-def _refuse_what_cannot_run(shape: Shape, method: str, sequence: int, virtual_tokens: int, checkpointing: bool) -> None:
-    """What transformers or peft would stop at, and what is not known here."""
+def _refuse_what_cannot_run(shape: Shape, method: str, sequence: int, virtual_tokens: int) -> None:
+    """What transformers would stop at, and what is not known here. What a method cannot do, its replay refuses."""
     if shape.family not in FORWARD:
         raise PeftLabError(
             f"The activations of {shape.family} models are not known yet; known: {', '.join(FORWARD)}."
             f"{did_you_mean(shape.family, FORWARD)} Its parameters are: peftlab count {shape.name}."
         )
-    if method == "prefix" and checkpointing:
-        raise PeftLabError(
-            "Prefix tuning in peft needs the cache of keys and values, which checkpointing switches off; peftlab's own "
-            "trains so, and is not replayed yet."
-        )
     most = longest(shape, method, virtual_tokens)
     if sequence > most:
-        taken = f" beside {virtual_tokens} virtual ones" if method in VIRTUAL else ""
+        taken = f" beside {virtual_tokens} virtual ones" if METHODS[method].takes("virtual_tokens") else ""
         raise PeftLabError(f"{shape.name} has positions for {most:,} tokens{taken}, too few for {sequence:,}.")
-    if method == "prefix" and shape.kind == "encoder-decoder" and not _prefix_runs(shape):
-        raise PeftLabError(
-            f"{shape.name}: peft's prefix has the encoder's depth and the model's width, and this decoder has another."
-        )
 
 
 def longest(shape: Shape, method: str, virtual_tokens: int) -> int:
@@ -227,26 +214,17 @@ def longest(shape: Shape, method: str, virtual_tokens: int) -> int:
     rows = [m.inputs for m in shape.modules if m.path.endswith(("transformer.wpe", "embeddings.position_embeddings"))]
     if not rows:
         return MOST
-    taken = virtual_tokens if method in VIRTUAL else 0
+    taken = virtual_tokens if METHODS[method_name(method)].takes("virtual_tokens") else 0
     return rows[0] - taken - (2 if shape.kind == "encoder" and shape.family != "bert" else 0)
 
 
-def _prefix_runs(shape: Shape) -> bool:
-    """Whether T5's decoder is as deep as its encoder, and its attention as wide as the model."""
-    blocks = [{m.layer for m in shape.modules if m.path.startswith(f"{kind}.block")} for kind in ("encoder", "decoder")]
-    inner = next(m.outputs for m in shape.modules if m.path.endswith("SelfAttention.q"))
-    return blocks[0] == blocks[1] and inner == shape.modules[0].outputs
-
-
-def _file_bytes(shape: Shape, method: str, trained: Trained, recipe: Recipe) -> int:
-    """What is saved: all weights, or what trains; of prompts and prefixes what their encoder makes, not the encoder."""
+def _file_bytes(shape: Shape, trained: Trained, recipe: Recipe) -> int:
+    """What is saved: all weights, or what trains."""
     if trained.whole:
         return recipe.weight_bytes * shape.parameters
-    added = [tensor for tensor in trained.added if tensor.trains and not tensor.buffer]
-    elements = sum(tensor.elements for tensor in added)
-    if method in ("p-tuning", "prefix"):
-        rows, width = added[0].size
-        elements = rows * (added[-1].size[0] if method == "prefix" and len(added) > 1 else width)
+    elements = trained.saved
+    if elements is None:
+        elements = sum(tensor.elements for tensor in trained.added if tensor.trains and not tensor.buffer)
     own = sum(m.outputs if kind == "bias" else m.weight for m, kind in trained.own)
     head = sum(module.parameters for module in shape.head)
     return recipe.adapter_bytes * elements + recipe.weight_bytes * (own + head)
@@ -256,8 +234,3 @@ def _thinned(history: list[tuple[str, int]]) -> list[tuple[str, int]]:
     """At most `POINTS` of them: the highest of each stretch, so that no peak is lost."""
     width = -(-len(history) // POINTS)
     return [max(history[i : i + width], key=lambda point: point[1]) for i in range(0, len(history), width)]
-
-
-def _one_of(name: str, value: object, known: Iterable[str]) -> None:
-    if value not in known:
-        raise PeftLabError(f"{name} is one of {', '.join(known)}; found {value!r}.{did_you_mean(str(value), known)}")

@@ -1,21 +1,29 @@
-"""The methods, one file each. A new one is a file and a line in `METHODS`; DESIGN.md shows how each fits."""
+"""The methods, one file each. `peftlab.catalogue` has a row for each; DESIGN.md shows how each fits."""
 
-from peftlab.methods.adapter import PLACEMENTS, AdapterConfig
-from peftlab.methods.bitfit import BitFitConfig, SelectiveConfig
-from peftlab.methods.ia3 import IA3Config
-from peftlab.methods.lora import LoRAConfig
-from peftlab.methods.p_tuning import PTuningConfig
-from peftlab.methods.prefix_tuning import PrefixTuningConfig
-from peftlab.methods.prompt_tuning import PromptTuningConfig
+from __future__ import annotations
 
-# The method's name on the command line, and its config; `config.peft_type` is its name in Hugging Face's files.
-METHODS = {
-    "lora": LoRAConfig,
-    "prompt": PromptTuningConfig,
-    "p-tuning": PTuningConfig,
-    "prefix": PrefixTuningConfig,
-    "ia3": IA3Config,
-    "bitfit": BitFitConfig,
-    "selective": SelectiveConfig,
-    **dict.fromkeys(PLACEMENTS, AdapterConfig),
-}
+from importlib import import_module
+from typing import Any
+
+from peftlab import catalogue
+
+
+def __getattr__(name: str) -> Any:
+    """Load a config (`methods.LoRAConfig`), a file (`methods.lora`) or `METHODS` when it is first used.
+
+    `METHODS` has the config class of each method by its name on the command line. QLoRA is LoRA on a base in four bits
+    and has no config of its own.
+    """
+    rows = {name: row for name, row in catalogue.METHODS.items() if row.config}
+    if name == "METHODS":
+        return {name: catalogue.resolve(row.config) for name, row in rows.items() if not row.four_bit}
+    for row in rows.values():
+        if name == row.config_name:
+            return catalogue.resolve(row.config)
+    module = f"{__name__}.{name}"
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,10 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlab.checks import check_fields, number, one_of, whole
 from peftlab.core.hooks import base_modules
+from peftlab.core.interface import Part, Placement
 from peftlab.core.targets import Targets, check_called, find, heads, linear_shape
-from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.methods.parts import Part, cast, first_input, trained_copies
+from peftlab.errors import PeftLabError
+from peftlab.methods.parts import cast, first_input, trained_copies
 
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "linear": lambda x: x}
@@ -66,24 +68,16 @@ class AdapterConfig(Targets):
     init: str = "identity"
 
     peft_type: ClassVar[str] = "BOTTLENECK"  # Hugging Face peft has no such method; the folder has the form of its own
-    unsupported: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("placement", PLACEMENTS), ("activation", tuple(ACTIVATIONS)), ("init", INITS)):
-            value = getattr(self, name)
-            if value not in known:
-                raise PeftLabError(
-                    f"{name} is {value!r}; it is one of {', '.join(map(repr, known))}.{did_you_mean(str(value), known)}"
-                )
-        sizes = {"reduction_factor": self.reduction_factor, "width": 1 if self.width is None else self.width}
-        for name, value in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise PeftLabError(f"{name} is {value!r}; it is a positive whole number.")
-        if not _number(self.scaling) or self.scaling <= 0:
-            raise PeftLabError(f"scaling is {self.scaling!r}; it is a positive number, usually 1 to 4.")
-        if not _number(self.dropout) or not 0 <= self.dropout < 1:
-            raise PeftLabError(f"dropout is {self.dropout!r}; it is a probability from 0 up to, not including, 1.")
+        check_fields(self, one_of, "placement", known=PLACEMENTS)
+        check_fields(self, one_of, "activation", known=ACTIVATIONS)
+        check_fields(self, one_of, "init", known=INITS)
+        check_fields(self, whole, "reduction_factor", least=1)
+        check_fields(self, whole, "width", least=1, optional=True)
+        check_fields(self, number, "scaling", above=0, usual="1 to 4")
+        check_fields(self, number, "dropout", least=0, below=1)
 
     @property
     def method(self) -> str:
@@ -94,7 +88,7 @@ class AdapterConfig(Targets):
         """m, the width of the bottleneck on a stream of width d."""
         return self.width or max(1, d // self.reduction_factor)
 
-    def parts(self, model: nn.Module) -> Iterator[Part]:
+    def parts(self, model: nn.Module) -> Iterator[Placement]:
         """Yields a bottleneck for each place, and the trained copies."""
         whole = heads(model, self)
 
@@ -109,7 +103,7 @@ class AdapterConfig(Targets):
             return found
 
         for path, host in find(model, self, default, check_host).items():
-            yield Part(path, "adapter", kind_at(path, self.placement)(Bottleneck(width_of(host), self)))
+            yield Placement(path, "adapter", kind_at(path, self.placement)(Bottleneck(width_of(host), self)))
         yield from trained_copies(model, self)
 
     def to_peft(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -150,7 +144,7 @@ KEYS = {
 }
 
 
-class After(nn.Module):
+class After(Part):
     """y + a(y): reads what its host returns."""
 
     keys: ClassVar[dict[str, str]] = KEYS
@@ -166,7 +160,7 @@ class After(nn.Module):
         return (result, *output[1:]) if isinstance(output, tuple) else result
 
 
-class Beside(nn.Module):
+class Beside(Part):
     """F(x) + a(x): reads what its host F reads."""
 
     keys: ClassVar[dict[str, str]] = KEYS
@@ -180,7 +174,7 @@ class Beside(nn.Module):
         return (output + self.bottleneck(first_input(args, kwargs))).to(output.dtype)
 
 
-class AroundNorm(nn.Module):
+class AroundNorm(Part):
     """LN(z + a(LN z)): reads what a norm returns and adds to what the norm reads, z = x + h."""
 
     keys: ClassVar[dict[str, str]] = KEYS
@@ -195,7 +189,7 @@ class AroundNorm(nn.Module):
         return host.forward((z + self.bottleneck(output)).to(z.dtype))
 
 
-class BesideResidual(nn.Module):
+class BesideResidual(Part):
     """LN(h + x + a(x)): BERT's feed-forward ends in a module that is given h and x and adds them, so x carries a(x)."""
 
     keys: ClassVar[dict[str, str]] = KEYS
@@ -214,7 +208,7 @@ class BesideResidual(nn.Module):
 
 # Where the adapters stand: for each architecture and placement the modules, by regular expression for the whole path,
 # and the part that stands there. The expressions of one architecture all match, or it is another one.
-ARCHITECTURES: tuple[dict[str, tuple[str, type[nn.Module]]], ...] = (
+ARCHITECTURES: tuple[dict[str, tuple[str, type[After | Beside | AroundNorm | BesideResidual]]], ...] = (
     {  # Llama, Mistral, Qwen, Gemma
         "houlsby": (r"(.*\.)?layers\.\d+\.(self_attn\.o_proj|mlp\.down_proj)", After),
         "pfeiffer": (r"(.*\.)?layers\.\d+", After),
@@ -291,7 +285,3 @@ def start(down: nn.Linear, up: nn.Linear, init: str) -> None:
         nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
         for tensor in (down.bias, up.weight, up.bias):
             nn.init.zeros_(tensor)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -15,9 +15,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from peftlab.checks import check_fields, whole
+from peftlab.core.interface import Placement
 from peftlab.core.targets import Targets, find
 from peftlab.errors import PeftLabError
-from peftlab.methods.parts import Part, bias_copies, leaf_copies, trained_copies
+from peftlab.methods.parts import bias_copies, leaf_copies, trained_copies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +37,13 @@ class BitFitConfig(Targets):
 
     method: ClassVar[str] = "bitfit"
     peft_type: ClassVar[str] = "BITFIT"  # Hugging Face peft has no such method; the folder has the form of its own
-    unsupported: ClassVar[tuple[str, ...]] = ()
 
-    def parts(self, model: nn.Module) -> Iterator[Part]:
+    def parts(self, model: nn.Module) -> Iterator[Placement]:
         """Yields a trained bias for each module, and the trained copies."""
         copies = list(trained_copies(model, self))
         hosts = find(model, self, lambda modules: with_biases(model, modules), check_bias)
         instead = "Leave it out (exclude_modules), or use IA3Config or LoRAConfig."
-        yield from bias_copies(model, hosts, instead, copied=[part.path for part in copies])
+        yield from bias_copies(model, hosts, instead, copied=[copy.path for copy in copies])
         yield from copies
 
     def to_peft(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -74,22 +75,20 @@ class SelectiveConfig(Targets):
 
     method: ClassVar[str] = "selective"
     peft_type: ClassVar[str] = "SELECTIVE"
-    unsupported: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.last_layers, bool) or not isinstance(self.last_layers, int) or self.last_layers < 0:
-            raise PeftLabError(f"last_layers is {self.last_layers!r}; it is a whole number, 0 or more.")
+        check_fields(self, whole, "last_layers", least=0)
         if self.last_layers and self.target_modules is not None:
             raise PeftLabError("Give last_layers or target_modules, not both.")
 
-    def parts(self, model: nn.Module) -> Iterator[Part]:
+    def parts(self, model: nn.Module) -> Iterator[Placement]:
         """Yields a copy for each module with parameters of its own, and for each head."""
         copies = list(trained_copies(model, self))
         if self.last_layers or self.target_modules is not None:
             chosen = find(model, self, lambda modules: last_blocks(model, modules, self.last_layers), check_whole)
-            parts = (part for path, module in chosen.items() for part in leaf_copies(model, path, module))
-            yield from {part.path: part for part in parts}.values()  # targets may lie within one another
+            leaves = (leaf for path, module in chosen.items() for leaf in leaf_copies(model, path, module))
+            yield from {leaf.path: leaf for leaf in leaves}.values()  # targets may lie within one another
         elif not copies:
             raise PeftLabError(
                 "Nothing is chosen to train. Name a task_type that has a head, modules_to_save, last_layers or "

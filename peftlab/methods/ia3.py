@@ -19,10 +19,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from peftlab.checks import check_fields, one_of
 from peftlab.core.hooks import base_modules
+from peftlab.core.interface import Part, Placement
 from peftlab.core.targets import Targets, check_carrier, check_regex, find, is_conv1d, linear_shape, names_match
 from peftlab.errors import PeftLabError
-from peftlab.methods.parts import Part, first_input, trained_copies, widened
+from peftlab.methods.parts import first_input, trained_copies, widened
 
 # Keys, values and what ends the feed-forward, by the names of an architecture's layers; and, of these, those whose
 # input is scaled. As in Hugging Face peft, but for Gemma and Qwen, whose queries it names in the place of the keys.
@@ -45,8 +47,8 @@ class IA3Config(Targets):
         feedforward_modules: those of the targets whose input is scaled in the place of their output: a list of
             strings in which a path may end (`"dense"` also means `output.dense`), or a regular expression; `None` with
             `target_modules` means those that a known architecture has.
-        fan_in_fan_out: whether the layers store their weight as (in, out). It is known of Linear and Conv1D, whatever
-            is said here; say it for layers of your own.
+        fan_in_fan_out: detected automatically for Linear and Conv1D (the flag is ignored there). Set it only for custom
+            layers that store their weight as (in, out).
         init: `"ones"`, or `"random"` (for tests: the model's output then changes before the first step).
 
     Raises:
@@ -59,12 +61,10 @@ class IA3Config(Targets):
 
     method: ClassVar[str] = "ia3"
     peft_type: ClassVar[str] = "IA3"
-    unsupported: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init not in ("ones", "random"):
-            raise PeftLabError(f"init is {self.init!r}; it is 'ones' or 'random'.")
+        check_fields(self, one_of, "init", known=("ones", "random"))
         modules = self.feedforward_modules
         if isinstance(modules, str):
             check_regex(modules)
@@ -83,12 +83,12 @@ class IA3Config(Targets):
     def _is_of(self, name: str) -> bool:
         return any(target.endswith(name) or name.endswith(target) for target in self.target_modules)
 
-    def parts(self, model: nn.Module) -> Iterator[Part]:
+    def parts(self, model: nn.Module) -> Iterator[Placement]:
         """Yields a scale for each target, and the trained copies."""
         inputs = self.inputs(model)
         for path, host in find(model, self, lambda modules: default(model, modules), check_linear).items():
             layer = IA3Input if scales_input(inputs, path) else IA3Output
-            yield Part(path, "ia3", layer(host, self))
+            yield Placement(path, "ia3", layer(host, self))
         yield from trained_copies(model, self)
 
     def inputs(self, model: nn.Module) -> str | tuple[str, ...]:
@@ -125,7 +125,7 @@ class IA3Config(Targets):
         }
 
 
-class IA3Output(nn.Module):
+class IA3Output(Part):
     """l * y: the output of a layer, scaled feature by feature.
 
     Attributes:
@@ -153,7 +153,7 @@ class IA3Output(nn.Module):
         return parameters
 
 
-class IA3Input(nn.Module):
+class IA3Input(Part):
     """W (l * x): the input of a layer, scaled feature by feature.
 
     Attributes:

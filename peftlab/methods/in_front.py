@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from peftlab.core.hooks import CHILD
+from peftlab.core.hooks import CHILD, active_prompt
+from peftlab.core.interface import Part, Placement
 from peftlab.errors import PeftLabError
 from peftlab.methods.caches import begins, given_cache, require_cache_argument
-from peftlab.methods.parts import Part
 from peftlab.methods.virtual import (
-    Brought,
     by_name,
     check_room,
     in_front,
@@ -26,7 +25,7 @@ from peftlab.methods.virtual import (
 )
 
 
-class InFront(nn.Module):
+class InFront(Part):
     """A prompt on a model, or on the encoder of an encoder-decoder: X' = [P; X], with P (n, d) and X (t, d).
 
     Attributes:
@@ -37,24 +36,24 @@ class InFront(nn.Module):
     def __init__(self, source: nn.Module, count: int, limit: int | None = None) -> None:
         super().__init__()
         self.source, self.count, self.limit = source, count, limit
-        self.likeness = f"a prompt of {count} virtual tokens"
-        self.keys, self.beside = stored_names(source)
+        self.compatibility_key = f"a prompt of {count} virtual tokens"
+        self.keys, self.encoder_keys = stored_names(source)
 
     @property
     def made(self) -> Tensor:
         """What the source makes, (rows, d)."""
         return self.source()
 
-    def brings(self, host: nn.Module) -> Tensor:
+    def make_prompt(self, host: nn.Module) -> Tensor:
         """The prompt, (n, d)."""
         return self.source()[: self.count]
 
-    def before(self, host: nn.Module, args: tuple, kwargs: dict, brought: Brought) -> tuple[tuple, dict]:
+    def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Turns token ids (b, t) into embeddings (b, n + t, d) with the prompt in front.
 
-        The attention mask, and labels and token types where there is one for each token, are lengthened alike. Position
-        ids are left to the model, which counts virtual tokens and padding (within `text_positions` they are kept, and
-        move on); in training yours would be lost, so that they are an error.
+        The attention mask is lengthened too, and so are labels and token types where there is one for each token.
+        Caller-supplied position_ids raise an error in training, are dropped in eval, and are shifted inside
+        `text_positions`.
         """
         kwargs = by_name(host, args, kwargs)
         activity = host._modules[CHILD].activity
@@ -90,7 +89,7 @@ class InFront(nn.Module):
             virtual = torch.arange(self.count, device=embeddings.device).expand(batch, -1)
             kwargs["position_ids"] = torch.cat([virtual, kwargs["position_ids"].expand(batch, -1)], 1)
         # X' = [P; X]; the rows' gradients are summed in the prompt's own dtype, so it is repeated before it is cast
-        kwargs["inputs_embeds"] = in_front(brought().expand(batch, -1, -1), embeddings)
+        kwargs["inputs_embeds"] = in_front(active_prompt(host, batch), embeddings)
         for name, fill in (("labels", -100), ("token_type_ids", 0)):
             value = kwargs.get(name)
             # a label, or a vector of scores, for each example stays as it is
@@ -99,19 +98,14 @@ class InFront(nn.Module):
         return (), kwargs
 
 
-class LongerMemory(nn.Module):
+class LongerMemory(Part):
     """On a decoder whose encoder reads a prompt: the mask of what the encoder gives is longer by it."""
-
-    keys: Mapping[str, str] = {}
 
     def __init__(self, count: int) -> None:
         super().__init__()
-        self.count, self.likeness = count, f"a prompt of {count} virtual tokens"
+        self.count, self.compatibility_key = count, f"a prompt of {count} virtual tokens"
 
-    def brings(self, host: nn.Module) -> None:
-        """Nothing of its own: the prompt is with the encoder."""
-
-    def before(self, host: nn.Module, args: tuple, kwargs: dict, brought: Brought) -> tuple[tuple, dict]:
+    def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Lengthens `encoder_attention_mask` (b, t) to the length of the encoder's states."""
         kwargs = by_name(host, args, kwargs)
         mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
@@ -120,12 +114,12 @@ class LongerMemory(nn.Module):
         return (), kwargs
 
 
-def prompt_parts(model: nn.Module, source: nn.Module, count: int) -> Iterator[Part]:
+def prompt_parts(model: nn.Module, source: nn.Module, count: int) -> Iterator[Placement]:
     """Yields a prompt's part: on the model or, where there is an encoder apart, there and a longer mask behind it."""
     if not is_encoder_decoder(model):
         require_cache_argument(model)
-        yield Part("", "prompt", InFront(source, count, position_limit(model)))
+        yield Placement("", "prompt", InFront(source, count, position_limit(model)))
         return
     encoder, decoder = model.get_encoder(), model.get_decoder()
-    yield Part(path_of(model, encoder), "prompt", InFront(source, count, position_limit(encoder)))
-    yield Part(path_of(model, decoder), "prompt", LongerMemory(count))
+    yield Placement(path_of(model, encoder), "prompt", InFront(source, count, position_limit(encoder)))
+    yield Placement(path_of(model, decoder), "prompt", LongerMemory(count))

@@ -7,42 +7,41 @@ and values itself, made anew from the parameters each time it runs.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peftlab.core.hooks import active_prompt
+from peftlab.core.interface import Part
 from peftlab.methods.caches import NAMES, cache_argument, is_cache
-from peftlab.methods.virtual import Brought
 
 
-class LayerPrefix(nn.Module):
+class LayerPrefix(Part):
     """A layer's share of a prefix, for its attention module.
 
     Attributes:
         prefix: the model's part, which owns the parameters. index: the layer. window: how far it sees, or None.
     """
 
-    keys: ClassVar[dict[str, str]] = {}
-
     def __init__(self, prefix: nn.Module, index: int, window: int | None) -> None:
         super().__init__()
         self.__dict__["prefix"] = prefix  # not a child: its parameters belong to the model's part
-        self.index, self.window, self.likeness = index, window, prefix.likeness
+        self.index, self.window, self.compatibility_key = index, window, prefix.compatibility_key
 
-    def brings(self, host: nn.Module) -> Tensor:
+    def make_prompt(self, host: nn.Module) -> Tensor:
         """This layer's keys and values, (n, 2 k)."""
         width = 2 * self.prefix.sizes.heads * self.prefix.sizes.width
         start = self.prefix.pair(self.index) * width
         return self.prefix.source.part(start, start + width)
 
-    def before(self, host: nn.Module, args: tuple, kwargs: dict, brought: Brought) -> tuple[tuple, dict]:
+    def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Gives the module a cache that only puts the share in front, if it got none while training."""
         name = cache_argument(host)
         if not host.training or kwargs.get(name) is not None:
             return args, kwargs
         states = args[0] if args else kwargs["hidden_states"]
-        keys, values = self.prefix.laid_out(brought(), states.shape[0])
+        keys, values = self.prefix.laid_out(active_prompt(host, states.shape[0]))
         if self.window is not None:  # as a cache of such a layer keeps it: one less than the window, before any word
             start = max(0, self.prefix.count - self.window + 1)
             keys, values = keys[:, :, start:], values[:, :, start:]
@@ -63,24 +62,20 @@ class Fixed:
         return torch.cat([self.keys.to(keys.dtype), keys], 2), torch.cat([self.values.to(values.dtype), values], 2)
 
 
-class WithoutCache(nn.Module):
+class WithoutCache(Part):
     """Takes the cache away from a checkpointed layer before transformers does, and warns that it is lost.
 
     Older versions of transformers do both ahead of any hook; the warning then means nothing.
     """
 
-    keys: ClassVar[dict[str, str]] = {}
-
     def __init__(self, count: int) -> None:
         super().__init__()
-        self.likeness = f"a prefix of {count} virtual tokens"
+        self.compatibility_key = f"a prefix of {count} virtual tokens"
 
-    def brings(self, host: nn.Module) -> None:
-        """Nothing of its own."""
-
-    def before(self, host: nn.Module, args: tuple, kwargs: dict, brought: Brought) -> tuple[tuple, dict]:
+    def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The layer's call without a cache, if it is checkpointed."""
-        if host.training and getattr(host, "gradient_checkpointing", False):
+        # Since transformers 5.24 a checkpointed layer keeps its cache when there is nothing to run again.
+        if host.training and torch.is_grad_enabled() and getattr(host, "gradient_checkpointing", False):
             kwargs = {
                 name: None if name in NAMES or is_cache(value) else value for name, value in kwargs.items()
             }

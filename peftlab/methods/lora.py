@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlab.checks import check_fields, number, one_of, whole
+from peftlab.core.interface import Part, Placement
 from peftlab.core.targets import Targets, by_pattern, check_regex, find, in_any_order, is_conv1d, linear_shape
-from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.methods.parts import BIAS_MODES, Part, cast, first_input, trained_biases, trained_copies, widened
+from peftlab.errors import PeftLabError
+from peftlab.methods.parts import BIAS_MODES, cast, first_input, trained_biases, trained_copies, widened
 
 INITS = ("kaiming", "gaussian", "orthogonal", "random")
 # Values of peft's `init_lora_weights` (in lower case) that leave the base's weights alone.
@@ -40,8 +42,8 @@ class LoRAConfig(Targets):
             (normal, standard deviation 1 / r), `"orthogonal"`, or `"random"` (B random too: for tests, since the
             model's output then changes before the first step).
         lora_bias: give B a bias of its own, started at zero.
-        fan_in_fan_out: whether the layers store their weight as (in, out). It is known of Linear and Conv1D, whatever
-            is said here; say it for layers of your own.
+        fan_in_fan_out: detected automatically for Linear and Conv1D (the flag is ignored there). Set it only for custom
+            layers that store their weight as (in, out).
         rank_pattern, alpha_pattern: another r or alpha for paths whose end matches a key, e.g. `{"layers.0.*": 4}`.
 
     Raises:
@@ -66,27 +68,22 @@ class LoRAConfig(Targets):
         super().__post_init__()
         for key in (*self.rank_pattern, *self.alpha_pattern):
             check_regex(key)
-        for where, r in (("r", self.r), *((f"rank_pattern[{key!r}]", r) for key, r in self.rank_pattern.items())):
-            if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-                raise PeftLabError(f"{where} is {r!r}; a rank is a positive whole number, usually 4 to 64.")
-        for where, a in (("alpha", self.alpha), *((f"alpha_pattern[{k!r}]", a) for k, a in self.alpha_pattern.items())):
-            if isinstance(a, bool) or not isinstance(a, (int, float)) or not math.isfinite(a) or a <= 0:
-                raise PeftLabError(f"{where} is {a!r}; it is a positive number, usually r to 4 r.")
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
-            raise PeftLabError(f"dropout is {self.dropout!r}; it is a probability from 0 up to, not including, 1.")
-        for name, known in (("bias", BIAS_MODES), ("init", INITS)):
-            value = getattr(self, name)
-            if value not in known:
-                raise PeftLabError(
-                    f"{name} is {value!r}; it is one of {', '.join(map(repr, known))}.{did_you_mean(str(value), known)}"
-                )
+        check_fields(self, whole, "r", least=1, usual="4 to 64")
+        check_fields(self, number, "alpha", above=0, usual="r to 4 r")
+        check_fields(self, number, "dropout", least=0, below=1)
+        check_fields(self, one_of, "bias", known=BIAS_MODES)
+        check_fields(self, one_of, "init", known=INITS)
+        ranks = {key: whole(f"rank_pattern[{key!r}]", r, least=1) for key, r in self.rank_pattern.items()}
+        alphas = {key: number(f"alpha_pattern[{key!r}]", a, above=0) for key, a in self.alpha_pattern.items()}
+        object.__setattr__(self, "rank_pattern", ranks)
+        object.__setattr__(self, "alpha_pattern", alphas)
 
     def scaling(self, path: str = "") -> float:
         """The factor s in front of BA: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
         r, alpha = by_pattern(self.rank_pattern, path, self.r), by_pattern(self.alpha_pattern, path, self.alpha)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
-    def parts(self, model: nn.Module) -> Iterator[Part]:
+    def parts(self, model: nn.Module) -> Iterator[Placement]:
         """Yields what this config places on a model: one low-rank update for each target, trained biases and copies."""
         targets = find(model, self)
         for table in (self.rank_pattern, self.alpha_pattern):
@@ -94,10 +91,11 @@ class LoRAConfig(Targets):
                 if not any(by_pattern({key: True}, path, False) for path in targets):
                     raise PeftLabError(f"The pattern {key!r} matches none of the {len(targets)} target modules.")
         for path, host in targets.items():
-            layer = LoRAEmbedding if isinstance(host, nn.Embedding) else LoRALinear
-            yield Part(path, "lora", layer(host, by_pattern(self.rank_pattern, path, self.r), self.scaling(path), self))
+            kind = LoRAEmbedding if isinstance(host, nn.Embedding) else LoRALinear
+            part = kind(host, by_pattern(self.rank_pattern, path, self.r), self.scaling(path), self)
+            yield Placement(path, "lora", part)
         copies = list(trained_copies(model, self))
-        yield from trained_biases(model, self.bias, targets, copied=[part.path for part in copies])
+        yield from trained_biases(model, self.bias, targets, copied=[copy.path for copy in copies])
         yield from copies
 
     def to_peft(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -153,7 +151,7 @@ class LoRAConfig(Targets):
     )  # fmt: skip
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(Part):
     """The update of one linear layer (Linear, Conv1D, or a quantised linear).
 
     Attributes:
@@ -203,7 +201,7 @@ class LoRALinear(nn.Module):
         return parameters
 
 
-class LoRAEmbedding(nn.Module):
+class LoRAEmbedding(Part):
     """The update of an embedding: rows of A picked by token, then B.
 
     Attributes:

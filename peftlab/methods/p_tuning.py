@@ -12,15 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.checks import check_fields, number, one_of, whole
+from peftlab.core.interface import Placement
 from peftlab.methods.in_front import prompt_parts
-from peftlab.methods.parts import Part
-from peftlab.methods.virtual import Table, VirtualTokens, positive, submodules, word_embeddings
+from peftlab.methods.virtual import Table, VirtualTokens, submodules, word_embeddings
 
 ENCODERS = ("mlp", "lstm", "none")
 
@@ -48,28 +48,23 @@ class PTuningConfig(VirtualTokens):
 
     method: ClassVar[str] = "p-tuning"
     peft_type: ClassVar[str] = "P_TUNING"
-    unsupported: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.encoder not in ENCODERS:
-            hint = did_you_mean(str(self.encoder), ENCODERS)
-            raise PeftLabError(f"encoder is {self.encoder!r}; it is one of {', '.join(map(repr, ENCODERS))}.{hint}")
-        positive(self, "encoder_hidden", optional=True)
-        positive(self, "encoder_layers")
-        p = self.encoder_dropout
-        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
-            raise PeftLabError(f"encoder_dropout is {p!r}; it is a probability from 0 up to, not including, 1.")
+        check_fields(self, one_of, "encoder", known=ENCODERS)
+        check_fields(self, whole, "encoder_hidden", least=1, optional=True)
+        check_fields(self, whole, "encoder_layers", least=1)
+        check_fields(self, number, "encoder_dropout", least=0, below=1)
 
-    def parts(self, model: nn.Module) -> Iterator[Part]:
+    def parts(self, model: nn.Module) -> Iterator[Placement]:
         """Yields the prompt in front of the input, and the copies of heads."""
         d, n = word_embeddings(model).embedding_dim, self.num_virtual_tokens
         rows = torch.randn(n * submodules(model), d)
         source = Table(rows) if self.encoder == "none" else PromptEncoder(rows, self)
         yield from prompt_parts(model, source, n)
-        yield from self.heads(model)
+        yield from self.task_heads(model)
 
-    def as_stored(self) -> PTuningConfig:
+    def as_stored(self) -> Self:
         """The config of what an adapter folder holds: the prompt without its encoder."""
         return replace(self, encoder="none")
 

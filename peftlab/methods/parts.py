@@ -1,34 +1,16 @@
-"""What the methods share: the part that stands on one module, and two parts that any method may use.
-
-A part is an `nn.Module` on a host module. It may have
-
-    before(host, args, kwargs) -> (args, kwargs)             what the host is called with
-    after(host, args, kwargs, output, base) -> output        what the host returns; `base` is what it returned itself
-    merged(host) -> {parameter name: tensor}                 the host's parameters with the part folded in
-    keys: {own parameter: "{path}..."}                       its name (or names) in Hugging Face's adapter file
-    stands_in = True                                         its parameters replace some of the base's own in counts
-
-A part that changes how long an input is cannot be mixed by its results. It brings a tensor of its own instead:
-
-    brings(host) -> tensor                                   what it would put in, the same for every input
-    before(host, args, kwargs, brought) -> (args, kwargs)    `brought()` is that of all active adapters: their weighted
-                                                             sum, or (rows, ...) with an adapter for each row
-    likeness: str                                            only parts of equal likeness can run together
-    beside: {own parameter: name}                            what makes the tensor, where the file holds that alone
-
-and nothing else: which parts are active, at what weight and for which rows of a batch is `injection`'s business.
-"""
+"""Parts that any method may use (a bias or a module of the base, trained as a copy), and what parts compute with."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftlab.core.hooks import CHILD, base_modules, remove
+from peftlab.core.interface import Part, Placement
 from peftlab.core.targets import check_called, heads
 from peftlab.errors import PeftLabError
 from peftlab.methods.caches import cache_argument
@@ -37,21 +19,13 @@ from peftlab.quantization.weights import dense, is_quantized
 BIAS_MODES = ("none", "lora_only", "all")
 
 
-class Part(NamedTuple):
-    """One module to be placed: on which host (path in the model, "" for the model itself), under which name."""
-
-    path: str
-    name: str
-    layer: nn.Module
-
-
-class TrainedBias(nn.Module):
+class TrainedBias(Part):
     """A bias of the base, trained as a copy: y + (bias - host.bias). The base's own bias never moves.
 
     Holds the whole bias and not its change, so that it is saved, loaded and decayed as the base's own would be.
     """
 
-    stands_in = True
+    replaces_base_parameters = True
 
     def __init__(self, host: nn.Module, keys: tuple[str, ...]) -> None:
         super().__init__()
@@ -73,7 +47,7 @@ class TrainedBias(nn.Module):
         return {"bias": self.bias}
 
 
-class TrainedCopy(nn.Module):
+class TrainedCopy(Part):
     """A module trained in full beside an adapter: its copy answers in its place (`modules_to_save`).
 
     The base's module still runs first, so that rows, mixtures and `disabled` work as for any part; a head is cheap.
@@ -105,7 +79,7 @@ class TrainedCopy(nn.Module):
 
 def trained_biases(
     model: nn.Module, mode: str, targets: Mapping[str, nn.Module], copied: Iterable[str] = ()
-) -> Iterator[Part]:
+) -> Iterator[Placement]:
     """Yields a trained bias for each target that has one (`"lora_only"`) or for every module that has one (`"all"`).
 
     Modules in `copied` are trained in full already, bias and all. A bias that several modules share is one parameter
@@ -126,7 +100,7 @@ def bias_copies(
     instead: str,
     copied: Iterable[str] = (),
     wrapped: Iterable[str] = (),
-) -> Iterator[Part]:
+) -> Iterator[Placement]:
     """Yields a trained bias for each of these modules that has one; `trained_biases` says how.
 
     Args:
@@ -149,11 +123,11 @@ def bias_copies(
                 f"{names[0]} of {type(modules[paths[0]]).__name__} is not simply added to what that module returns, "
                 f"so it cannot be trained beside it. {instead}"
             )
-        layer = TrainedBias(modules[users[0]], tuple("{root}" + name for name in names))
-        yield from (Part(path, "bias", layer) for path in users)
+        bias = TrainedBias(modules[users[0]], tuple("{root}" + name for name in names))
+        yield from (Placement(path, "bias", bias) for path in users)
 
 
-def trained_copies(model: nn.Module, config: Any, key: str = "{path}") -> Iterator[Part]:
+def trained_copies(model: nn.Module, config: Any, key: str = "{path}") -> Iterator[Placement]:
     """Yields a trained copy for each module that `modules_to_save` names (and for the head that a task implies).
 
     `key` is how a module is called in Hugging Face's file.
@@ -171,19 +145,19 @@ def trained_copies(model: nn.Module, config: Any, key: str = "{path}") -> Iterat
         if any(cache_argument(module) for module in base_modules(host).values()):
             yield from leaf_copies(model, path, host, key)
         else:
-            yield Part(path, "copy", TrainedCopy(host, key))
+            yield Placement(path, "copy", TrainedCopy(host, key))
 
 
-def leaf_copies(model: nn.Module, path: str, module: nn.Module, key: str = "{path}") -> Iterator[Part]:
+def leaf_copies(model: nn.Module, path: str, module: nn.Module, key: str = "{path}") -> Iterator[Placement]:
     """Yields a trained copy for each module with parameters of its own within a module.
 
     A copy runs after the base's module. A whole block that runs twice would fill the cache twice; its layers may.
     """
     for inner, leaf in base_modules(module).items():
         if next(leaf.parameters(recurse=False), None) is not None:
-            place = f"{path}.{inner}".rstrip(".")
-            check_called(model, place)
-            yield Part(place, "copy", TrainedCopy(leaf, key))
+            whole_path = f"{path}.{inner}".rstrip(".")
+            check_called(model, whole_path)
+            yield Placement(whole_path, "copy", TrainedCopy(leaf, key))
 
 
 def first_input(args: tuple, kwargs: dict) -> Tensor:

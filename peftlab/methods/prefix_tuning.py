@@ -15,15 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from peftlab.checks import check_fields, whole
+from peftlab.core.hooks import active_prompt
+from peftlab.core.interface import Part, Placement
 from peftlab.errors import PeftLabError
 from peftlab.methods.caches import NAMES, begins, cache_name, given_cache
 from peftlab.methods.layer_prefix import LayerPrefix, WithoutCache
-from peftlab.methods.parts import Part
 from peftlab.methods.states import (
     Attention,
     attention_of,
@@ -36,7 +38,6 @@ from peftlab.methods.states import (
     windows,
 )
 from peftlab.methods.virtual import (
-    Brought,
     Table,
     VirtualTokens,
     by_name,
@@ -48,7 +49,6 @@ from peftlab.methods.virtual import (
     lengthened,
     path_of,
     position_limit,
-    positive,
     stored_names,
     text_ids,
     word_embeddings,
@@ -83,11 +83,10 @@ class PrefixTuningConfig(VirtualTokens):
 
     method: ClassVar[str] = "prefix"
     peft_type: ClassVar[str] = "PREFIX_TUNING"
-    unsupported: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, "encoder_hidden", optional=True)
+        check_fields(self, whole, "encoder_hidden", least=1, optional=True)
         if self.init is not None:
             check_start(self, INITS)
         if self.projection and self.init in ("vocabulary", "text"):
@@ -96,7 +95,7 @@ class PrefixTuningConfig(VirtualTokens):
                 "Leave the projection out, or start from 'random' or 'zero'."
             )
 
-    def parts(self, model: nn.Module) -> Iterator[Part]:
+    def parts(self, model: nn.Module) -> Iterator[Placement]:
         """Yields the prefix on the model, what gets it past gradient checkpointing, and the copies of heads."""
         word_embeddings(model)  # or the error that says what kind of model is needed
         body = model.get_decoder() if is_encoder_decoder(model) else model
@@ -126,15 +125,15 @@ class PrefixTuningConfig(VirtualTokens):
         stride = 2 if is_encoder_decoder(model) else 1
         prefix = Prefix(source, sizes, n, position_limit(model), stride, named)
         prefix.carried = len(carriers) == sizes.layers
-        yield Part("", "prefix", prefix)
+        yield Placement("", "prefix", prefix)
         for index, path in carriers.items():
             at = ".".join(filter(None, (path_of(model, body), path)))
-            yield Part(at, "prefix", LayerPrefix(prefix, index, seen.get(index)))
+            yield Placement(at, "prefix", LayerPrefix(prefix, index, seen.get(index)))
         for block in blocks(body):
-            yield Part(path_of(model, block), "prefix", WithoutCache(n))
-        yield from self.heads(model)
+            yield Placement(path_of(model, block), "prefix", WithoutCache(n))
+        yield from self.task_heads(model)
 
-    def as_stored(self) -> PrefixTuningConfig:
+    def as_stored(self) -> Self:
         """The config of what an adapter folder holds: the prefix without its projection."""
         return replace(self, projection=False)
 
@@ -161,7 +160,7 @@ class PrefixTuningConfig(VirtualTokens):
         }
 
 
-class Prefix(nn.Module):
+class Prefix(Part):
     """A prefix on a model: keys and values of each layer, put into an empty cache.
 
     Attributes:
@@ -178,19 +177,19 @@ class Prefix(nn.Module):
         super().__init__()
         self.source, self.sizes, self.count, self.limit, self.stride = source, sizes, count, limit, stride
         self.named = named
-        self.likeness = f"a prefix of {count} virtual tokens"
-        self.keys, self.beside = stored_names(source)
+        self.compatibility_key = f"a prefix of {count} virtual tokens"
+        self.keys, self.encoder_keys = stored_names(source)
 
     @property
     def made(self) -> Tensor:
         """What the source makes, (n, 2 L k)."""
         return self.source()
 
-    def brings(self, host: nn.Module) -> Tensor:
+    def make_prompt(self, host: nn.Module) -> Tensor:
         """The whole table, (n, 2 L k)."""
         return self.source()
 
-    def before(self, host: nn.Module, args: tuple, kwargs: dict, brought: Brought) -> tuple[tuple, dict]:
+    def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Lengthens the mask and moves the positions on; fills an empty cache with the prefix, in the base's dtype."""
         kwargs = by_name(host, args, kwargs)
         kwargs.pop("cache_position", None)
@@ -215,9 +214,8 @@ class Prefix(nn.Module):
                 f"Under gradient checkpointing {type(host).__name__} drops its cache, and the prefix with it, and its "
                 "attention modules cannot be told apart. Train without checkpointing, or use a prompt."
             )
-        table = brought()
         base = word_embeddings(host).weight
-        pairs = self.laid_out(table, text.shape[0]).to(cache_dtype(base.dtype, base.device))
+        pairs = self.laid_out(active_prompt(host, text.shape[0])).to(cache_dtype(base.dtype, base.device))
         for index in range(self.sizes.layers):
             at = 2 * self.pair(index)
             own_cache(cache).update(pairs[at], pairs[at + 1], index)
@@ -227,10 +225,9 @@ class Prefix(nn.Module):
         """Which pair of keys and values of the table a layer reads."""
         return self.stride * layer % self.sizes.layers
 
-    def laid_out(self, table: Tensor, batch: int) -> Tensor:
-        """(n, l k) or (b, n, l k) as l keys and values in turn: (l, b, heads, n, width)."""
-        table = table.expand(batch, -1, -1)
-        return table.view(batch, self.count, -1, self.sizes.heads, self.sizes.width).permute(2, 0, 3, 1, 4)
+    def laid_out(self, table: Tensor) -> Tensor:
+        """(b, n, l k) as l keys and values in turn: (l, b, heads, n, width)."""
+        return table.view(len(table), self.count, -1, self.sizes.heads, self.sizes.width).permute(2, 0, 3, 1, 4)
 
 
 # What tells the batch's size, in the order of preference, without and with an encoder apart.

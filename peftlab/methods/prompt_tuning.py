@@ -17,14 +17,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftlab.core.hooks import CHILD
+from peftlab.core.hooks import CHILD, active_prompt
+from peftlab.core.interface import Part, Placement
 from peftlab.errors import PeftLabError
 from peftlab.methods.caches import cache_in
 from peftlab.methods.in_front import prompt_parts
-from peftlab.methods.parts import Part
 from peftlab.methods.states import blocks, states_of
 from peftlab.methods.virtual import (
-    Brought,
     Table,
     VirtualTokens,
     check_start,
@@ -64,13 +63,12 @@ class PromptTuningConfig(VirtualTokens):
 
     method: ClassVar[str] = "prompt"
     peft_type: ClassVar[str] = "PROMPT_TUNING"
-    unsupported: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_start(self, INITS)
 
-    def parts(self, model: nn.Module) -> Iterator[Part]:
+    def parts(self, model: nn.Module) -> Iterator[Placement]:
         """Yields the prompt in front of the input, those of the deeper layers, and the copies of heads."""
         embeddings, n = word_embeddings(model), self.num_virtual_tokens
         rows = n if self.deep else n * submodules(model)
@@ -81,14 +79,14 @@ class PromptTuningConfig(VirtualTokens):
         front, *rest = prompt_parts(model, Table(start), n)
         if self.deep:
             # not Hugging Face's name: there this prompt would load as a shallow one, and mean something else
-            front.layer.keys = {"source.rows": "deep_prompt_embeddings"}
+            front.part.keys = {"source.rows": "deep_prompt_embeddings"}
         yield front
         yield from rest
         if self.deep:
             yield from self.deeper(model, tokens)
-        yield from self.heads(model)
+        yield from self.task_heads(model)
 
-    def deeper(self, model: nn.Module, tokens: Tensor | None) -> Iterator[Part]:
+    def deeper(self, model: nn.Module, tokens: Tensor | None) -> Iterator[Placement]:
         """Yields a prompt for each block but the first."""
         stack = model.get_encoder() if is_encoder_decoder(model) else model
         found = blocks(stack)
@@ -99,7 +97,7 @@ class PromptTuningConfig(VirtualTokens):
         for index, block in enumerate(found[1:], 1):
             width = word_embeddings(model).embedding_dim
             start = torch.randn(self.num_virtual_tokens, width) if states is None else states[index]
-            yield Part(path_of(model, block), "prompt", DeepPrompt(start))
+            yield Placement(path_of(model, block), "prompt", DeepPrompt(start))
 
     def to_peft(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:
         """The fields of Hugging Face's `adapter_config.json` for prompt tuning.
@@ -120,8 +118,8 @@ class PromptTuningConfig(VirtualTokens):
         }
 
 
-class DeepPrompt(nn.Module):
-    """A layer's own prompt, put in the place of what the layer before made of its own.
+class DeepPrompt(Part):
+    """A prompt for this layer. It overwrites the previous layer's output at the prompt positions.
 
     Attributes:
         rows: (n, d).
@@ -132,13 +130,13 @@ class DeepPrompt(nn.Module):
     def __init__(self, rows: Tensor) -> None:
         super().__init__()
         self.rows = nn.Parameter(rows)
-        self.likeness = f"a deep prompt of {len(rows)} virtual tokens"
+        self.compatibility_key = f"a deep prompt of {len(rows)} virtual tokens"
 
-    def brings(self, host: nn.Module) -> Tensor:
+    def make_prompt(self, host: nn.Module) -> Tensor:
         """This layer's prompt, (n, d)."""
         return self.rows
 
-    def before(self, host: nn.Module, args: tuple, kwargs: dict, brought: Brought) -> tuple[tuple, dict]:
+    def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Replace the first n of the states (b, n + t, d), unless this call goes on with a text in the cache."""
         # A checkpointed block runs again in the backward pass, after other calls of the model: it has no cache then.
         cached = not host.training or cache_in((*args, *kwargs.values())) is not None
@@ -146,8 +144,8 @@ class DeepPrompt(nn.Module):
             return args, kwargs
         if not args:
             raise PeftLabError(f"{type(host).__name__} is not called with its states first; a deep prompt cannot act.")
-        states, prompt = args[0], brought()
-        prompt = prompt.expand(states.shape[0], -1, -1)
+        states = args[0]
+        prompt = active_prompt(host, len(states))
         # H_i' = [P_i; H_i[n:]]
         return (in_front(prompt, states[:, prompt.shape[1] :]), *args[1:]), kwargs
 

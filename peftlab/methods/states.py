@@ -119,10 +119,16 @@ def new_cache(model: nn.Module, whole: bool = False) -> Any:
 
 
 def only_attention(model: nn.Module) -> bool:
-    """Say whether every layer keeps keys and values; those of Mamba and its like keep states instead."""
+    """Say whether every layer keeps keys and values; those of Mamba and its like keep states instead.
+
+    The config says so in most models. Where it does not, the kind of the layers of an empty cache does.
+    """
     from transformers.cache_utils import DynamicCache
 
     config = model.config.get_text_config(decoder=True)
+    named = (getattr(config, name, None) for name in ("layer_types", "layers_block_type", "block_types"))
+    if not all("attention" in kind and "linear" not in kind for kinds in named for kind in kinds or ()):
+        return False
     return all(hasattr(layer, "keys") for layer in DynamicCache(config=config).layers)
 
 

@@ -8,18 +8,19 @@ are in the model's cache. Positions count them, and padding too, as in Hugging F
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from peftlab.checks import check_fields, one_of, whole
+from peftlab.core.interface import Placement
 from peftlab.core.targets import check_names, check_task
-from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.methods.parts import Part, trained_copies
+from peftlab.errors import PeftLabError
+from peftlab.methods.parts import trained_copies
 
-Brought = Callable[[], Tensor]
 # The task's head has this name in the files of Hugging Face's prompt methods, whose wrapper holds the model itself.
 HEAD_KEY = "base_model.{module}"
 # Where positions are learned vectors
@@ -40,12 +41,20 @@ class VirtualTokens:
     modules_to_save: Iterable[str] | None = None
     task_type: str | None = None
 
+    # What every `Config` has, and few methods change.
+    requires: ClassVar[tuple[str, ...]] = ()
+    unsupported: ClassVar[tuple[str, ...]] = ()
+
     def __post_init__(self) -> None:
-        positive(self, "num_virtual_tokens")
+        check_fields(self, whole, "num_virtual_tokens", least=1)
         check_names(self, "modules_to_save")
         check_task(self)
 
-    def heads(self, model: nn.Module) -> Iterator[Part]:
+    def as_stored(self) -> Self:
+        """Returns this config: an adapter folder holds all that it describes."""
+        return self
+
+    def task_heads(self, model: nn.Module) -> Iterator[Placement]:
         """Yields the trained copies of `modules_to_save` and of the task's head."""
         return trained_copies(model, self, key=HEAD_KEY)
 
@@ -84,9 +93,10 @@ class Table(nn.Module):
 
 
 def stored_names(source: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
-    """(`keys`, `beside`) of a part that a source makes.
+    """Returns the `keys` and the `encoder_keys` of a part whose prompt this source makes.
 
-    Hugging Face's file holds what is made, not the network that makes it; that lies beside, for going on training.
+    Hugging Face's file holds the prompt alone. A network that makes it is saved in a second file, so that it can be
+    trained further.
     """
     if isinstance(source, Table):
         return {"source.rows": "prompt_embeddings"}, {}
@@ -123,23 +133,13 @@ def text_ids(config: Any) -> list[int]:
 
 def check_start(config: Any, known: tuple[str, ...]) -> None:
     """Checks `init`, and that a text to start from comes with what turns it into tokens."""
-    if config.init not in known:
-        listed = ", ".join(map(repr, known))
-        raise PeftLabError(f"init is {config.init!r}; it is one of {listed}.{did_you_mean(str(config.init), known)}")
+    check_fields(config, one_of, "init", known=known)
     if config.init == "text" and config.init_text is None:
         raise PeftLabError("init is 'text' but there is no init_text; give the text to start from.")
     if config.init != "text" and config.init_text is not None:
         raise PeftLabError(f"init_text was given, but init is {config.init!r}; say init='text' to start from it.")
     if config.init == "text" and isinstance(config.init_text, str) and config.tokenizer is None:
         raise PeftLabError("init_text needs a tokenizer: give the model's, or its name; or give token ids.")
-
-
-def positive(config: Any, name: str, optional: bool = False) -> None:
-    """Requires a positive whole number."""
-    value = getattr(config, name)
-    if (value is None and optional) or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-        return
-    raise PeftLabError(f"{name} is {value!r}; it is a positive whole number.")
 
 
 def word_embeddings(model: nn.Module) -> nn.Embedding:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.checks import one_of
+from peftlab.errors import PeftLabError
 from peftlab.optional import available, require
 from peftlab.quantization import blockwise
 from peftlab.quantization.blockwise import SCALE_BLOCK, Quantized, QuantState
@@ -123,9 +124,7 @@ BACKENDS = {backend.name: backend for backend in (BitsAndBytes(), Reference())}
 
 def check_backend(name: str, format: str, block_size: int, device: torch.device) -> None:
     """Refuses a backend that is not there, or that cannot do what is asked."""
-    known = (AUTO, *BACKENDS)
-    if name not in known:
-        raise PeftLabError(f"backend is one of {', '.join(known)}, not {name!r}.{did_you_mean(str(name), known)}")
+    one_of("backend", name, (AUTO, *BACKENDS))
     reason = None if name == AUTO else BACKENDS[name].cannot(format, block_size, device)
     if reason:
         raise PeftLabError(f"backend={name!r} cannot be used: {reason}. With backend='auto' one that can is chosen.")

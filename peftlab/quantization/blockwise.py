@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from peftlab.checks import whole
 from peftlab.errors import PeftLabError
 from peftlab.quantization.codebooks import (
     BINS,
@@ -140,8 +141,9 @@ def quantize(
         PeftLabError: a value that is not finite, an unknown format, a block size or dtype that cannot be.
     """
     check_format(format)
-    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 2 or block_size.bit_count() > 1:
-        raise PeftLabError(f"block_size is {block_size!r}; it is a power of two, 32 to 4096 in bitsandbytes.")
+    block_size = whole("block_size", block_size, least=2, usual="64, always a power of two")
+    if block_size.bit_count() > 1:
+        raise PeftLabError(f"block_size must be a power of two, 32 to 4096 in bitsandbytes, not {block_size}.")
     if not weight.is_floating_point() or weight.numel() == 0:
         kind = f"{tuple(weight.shape)} of {weight.dtype}"
         raise PeftLabError(f"{name} is {kind}; only floating weights can be quantised.")

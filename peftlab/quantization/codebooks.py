@@ -13,7 +13,7 @@ from functools import cache, wraps
 import torch
 from torch import Tensor
 
-from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.checks import one_of
 
 BINS = 65_536
 CPU = torch.device("cpu")
@@ -91,9 +91,7 @@ FORMATS = {"nf4": normal_quantiles, "fp4": four_bit_floats, "int4": four_bit_int
 
 def check_format(name: str) -> None:
     """Refuses a name that is no format, with near matches."""
-    if name not in FORMATS:
-        near = did_you_mean(str(name), FORMATS)
-        raise PeftLabError(f"The format is one of {', '.join(FORMATS)}, not {name!r}.{near}")
+    one_of("format", name, FORMATS)
 
 
 @made_once

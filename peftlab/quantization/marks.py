@@ -6,10 +6,10 @@ from torch import nn
 
 from peftlab.core.hooks import is_adapter_name
 from peftlab.core.records import Record, unwrap
-from peftlab.quantization.weights import REPACKS, spared
+from peftlab.quantization.weights import REPACKS, layers_that_repack
 
 
-def tell_transformers(root: nn.Module, record: Record) -> None:
+def set_transformers_attributes(root: nn.Module, record: Record) -> None:
     """Keeps transformers and bitsandbytes working on an attached model, with the attributes that they read for that.
 
     `_keys_to_ignore_on_save`: `save_pretrained` of the model, or of one inside it, then holds no adapter keys.
@@ -18,8 +18,8 @@ def tell_transformers(root: nn.Module, record: Record) -> None:
     `support_avx512bf16_for_cpu`: a 4-bit layer that has it repacks its weight at the first forward pass in eval mode,
     after which nothing passes a gradient through it and nothing can be merged into it.
     """
-    untell_transformers(root, record)
-    for path, layer in spared(root):
+    restore_transformers_attributes(root, record)
+    for path, layer in layers_that_repack(root):
         record.attributes.append((path, REPACKS, layer.__dict__.get(REPACKS, _ABSENT)))
         setattr(layer, REPACKS, False)
     ours = [name for name, _ in (*root.named_parameters(), *root.named_buffers()) if is_adapter_name(name)]
@@ -36,8 +36,8 @@ def tell_transformers(root: nn.Module, record: Record) -> None:
             setattr(module, attribute, value)
 
 
-def untell_transformers(root: nn.Module, record: Record) -> None:
-    """Gives back the attributes as they were before the last `tell_transformers`."""
+def restore_transformers_attributes(root: nn.Module, record: Record) -> None:
+    """Restores the attributes as they were before the last `set_transformers_attributes`."""
     for path, attribute, value in record.attributes:
         module = unwrap(root.get_submodule(path))  # it may have been compiled since
         if value is _ABSENT:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftlab.checks import one_of
 from peftlab.core.checkpointing import switch_checkpointing
 from peftlab.core.hooks import is_adapter_name
 from peftlab.core.records import unwrap
@@ -65,8 +66,7 @@ def prepare_for_training(
     """
     root = unwrap(model)
     chosen = find_norms(root, norms) if norms else {}
-    if checkpointing not in (True, False, "reentrant"):
-        raise PeftLabError(f"checkpointing is True, False or 'reentrant', not {checkpointing!r}.")
+    checkpointing = one_of("checkpointing", checkpointing, (True, False, "reentrant"))
     steps = []
     if freeze:
         steps.append(freeze_base(root))

@@ -2,8 +2,8 @@
 
 Both mark it by an attribute `quant_state`. bitsandbytes' own layers have one trap: on a CPU with AVX512-BF16, a
 forward pass in eval mode and without gradients rearranges the codes in place and rounds the scales to bf16. From then
-on the weight cannot be read as what it was, and nothing passes a gradient through it. `spared` and `unpack` are about
-that.
+on the weight cannot be read as what it was, and nothing passes a gradient through it. `layers_that_repack` finds such
+layers before that happens, and `unpack` undoes it.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ def held_tensors(parameter: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def keep(parameter: Tensor) -> list[Tensor]:
-    """Copies of what makes up a parameter, for `give_back`."""
+    """Copies of what makes up a parameter, for `restore_parameter`."""
     return [tensor.clone() for tensor in held_tensors(parameter)]
 
 
 @torch.no_grad()
-def give_back(parameter: Tensor, kept: list[Tensor]) -> None:
-    """Puts a parameter back as it was at `keep`, bit for bit and in place."""
+def restore_parameter(parameter: Tensor, kept: list[Tensor]) -> None:
+    """Restores a parameter as it was at `keep`, bit for bit and in place."""
     for tensor, value in zip(held_tensors(parameter), kept, strict=True):
         tensor.copy_(value)
 
@@ -83,7 +83,7 @@ def store(parameter: Tensor, value: Tensor, name: str = "weight") -> None:
         return
     state = quantized(parameter).state
     new = quantize(value, state.format, block_size=state.block_size, double_quant=state.nested, name=name)
-    give_back(parameter, [new.packed, *new.state.tensors().values()])
+    restore_parameter(parameter, [new.packed, *new.state.tensors().values()])
 
 
 def is_repacked(parameter: Tensor) -> bool:
@@ -91,7 +91,7 @@ def is_repacked(parameter: Tensor) -> bool:
     return bool(getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False))
 
 
-def spared(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def layers_that_repack(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields bitsandbytes' layers that would repack their weights, by path."""
     for path, module in model.named_modules():
         if getattr(module, REPACKS, False):

@@ -20,10 +20,10 @@ class Buffers:
         self._versions = {name: _version(buffer) for name, buffer in self._all.items()}
 
     def hold(self) -> dict[str, Tensor]:
-        """Copies of the small ones, to put back when a step fails."""
+        """Copies of the small ones, for `restore` when a step fails."""
         return {name: buffer.clone() for name, buffer in self._all.items() if buffer.numel() <= SMALL_BUFFER}
 
-    def put_back(self, values: dict[str, Tensor]) -> None:
+    def restore(self, values: dict[str, Tensor]) -> None:
         """Copy values into the buffers of these names."""
         with torch.no_grad():
             for name, value in values.items():

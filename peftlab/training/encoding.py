@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from peftlab.checks import one_of, whole
 from peftlab.errors import PeftLabError
 from peftlab.training.conversations import (
     Completion,
@@ -165,8 +166,8 @@ class Collator:
     multiple_of: int = 1
 
     def __post_init__(self) -> None:
-        if self.side not in ("left", "right"):
-            raise PeftLabError(f"side is 'left' or 'right', not {self.side!r}.")
+        one_of("side", self.side, ("left", "right"))
+        whole("multiple_of", self.multiple_of, least=1)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         if not examples:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftlab.checks import whole
 from peftlab.core.hooks import text_positions
 from peftlab.core.modes import device_of, mode, to_device
 from peftlab.core.records import unwrap
@@ -68,8 +69,8 @@ def generate_text(
     prompts = list(prompts)
     if prompts and all(isinstance(one, Mapping) and "role" in one for one in prompts):
         prompts = [prompts]
-    if max_new_tokens < 1 or batch_size < 1:
-        raise PeftLabError(f"max_new_tokens and batch_size are at least 1, not {max_new_tokens} and {batch_size}.")
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, least=1)
+    batch_size = whole("batch_size", batch_size, least=1)
     core = unwrap(model)
     if not hasattr(core, "generate"):
         raise PeftLabError(f"{type(core).__name__} has no generate(); load a language model, e.g. 'smollm2-135m'.")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peftlab import optional
-from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.checks import one_of
 
 Groups = list[dict[str, Any]]
 
@@ -79,9 +79,7 @@ def make_optimizer(
     name: str, parameters: Mapping[str, nn.Parameter], lr: float, weight_decay: float, device: torch.device
 ) -> torch.optim.Optimizer:
     """The optimiser of that name over two groups: what decays, and what does not."""
-    if name not in OPTIMIZERS:
-        raise PeftLabError(f"optimizer is one of {list(OPTIMIZERS)}, not {name!r}.{did_you_mean(name, OPTIMIZERS)}")
-    return OPTIMIZERS[name](decay_groups(parameters, weight_decay), lr, device)
+    return OPTIMIZERS[one_of("optimizer", name, OPTIMIZERS)](decay_groups(parameters, weight_decay), lr, device)
 
 
 def decay_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> Groups:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from peftlab.checks import one_of
 from peftlab.errors import PeftLabError
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,8 +24,7 @@ def choose_precision(wish: str, device: torch.device) -> str:
     Raises:
         PeftLabError: no such precision, or one that the device cannot do.
     """
-    if wish != "auto" and wish not in AUTOCAST:
-        raise PeftLabError(f"precision is 'auto', 'fp32', 'bf16' or 'fp16', not {wish!r}.")
+    one_of("precision", wish, ("auto", *AUTOCAST))
     real_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if wish == "auto":
         if device.type != "cuda":

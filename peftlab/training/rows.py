@@ -106,14 +106,6 @@ def rows_of(
     return list(data if wanted is None else itertools.islice(data, wanted))
 
 
-def examples_of_steps(steps: Any, batch_size: Any, accumulation: Any) -> int | None:
-    """How many examples so many steps take; None where a setting is missing or wrong."""
-    values = (steps, batch_size, accumulation)
-    if not all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in values):
-        return None
-    return steps * batch_size * accumulation
-
-
 def _holds_splits(data: Mapping[str, Any]) -> bool:
     """Whether the values are data sets, and not columns of one."""
     if not data:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from peftlab.core.modes import mode, to_device
 from peftlab.core.records import unwrap
 from peftlab.errors import PeftLabError
+from peftlab.settings import Settings
 from peftlab.training.buffers import Buffers
-from peftlab.training.inputs import example_lengths
-from peftlab.training.losses import Loss, default_loss
+from peftlab.training.encoding import Collator
+from peftlab.training.inputs import Inputs, example_lengths
+from peftlab.training.losses import default_loss
 from peftlab.training.metrics import mean_loss
 from peftlab.training.optimizers import make_optimizer
 from peftlab.training.precision import autocast, check_trainable_dtypes
 from peftlab.training.ranks import Ranks
+from peftlab.training.rows import EVALUATION, TRAINING, rows_of
 from peftlab.training.schedule import DataOrder, derived_seed, learning_rate_at, seed_everything, warmup_steps
-from peftlab.training.settings import Settings
 
 
 class TrainingError(PeftLabError):
@@ -66,30 +68,25 @@ class History:
 class Run:
     """The state of a run between two steps, and the way from one step to the next.
 
-    Args:
-        collate: list of examples -> batch.
-        loss: the loss to use; None is that of the model's task.
-
     Raises:
-        PeftLabError: nothing requires gradients, or a trainable parameter is float16.
+        PeftLabError: there is no example, nothing requires gradients, or a trainable parameter is float16.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        train_data: Sequence[Mapping[str, Any]],
         settings: Settings,
         *,
         device: torch.device,
         ranks: Ranks,
-        train_data: Sequence[Mapping[str, Any]],
-        evaluation_data: Sequence[Mapping[str, Any]] | None,
-        collate: Callable[[list], dict[str, Any]],
-        loss: Loss | None,
-        metrics: Mapping[str, Callable[[nn.Module], float]],
     ):
         self.model, self.settings, self.device, self.ranks = model, settings, device, ranks
-        self.train_data, self.evaluation_data = train_data, evaluation_data
-        self.collate, self.loss, self.metrics = collate, loss, metrics
+        self.collate = Inputs(model, settings.collate or Collator(settings.tokenizer), loss=settings.loss)
+        self.train_data, self.evaluation_data = self._read(train_data), self._read_evaluation()
+        if not len(self.train_data):
+            raise PeftLabError("The training data holds no example.")
+        self.loss, self.metrics = settings.loss, settings.metrics or {}
         self.core = unwrap(model)
         self.trainable = {name: p for name, p in self.core.named_parameters() if p.requires_grad}
         if not self.trainable:
@@ -99,8 +96,9 @@ class Run:
                 "train: pl.load_adapter(..., trainable=True) or pl.activate(model, name, trainable=True)."
             )
         check_trainable_dtypes(self.trainable.items())
-        lengths = example_lengths(train_data) if settings.group_by_length else None
-        self.order = DataOrder(settings.examples, settings.batch, settings.total_examples, settings.seed, lengths)
+        lengths = example_lengths(self.train_data) if settings.group_by_length else None
+        examples = len(self.train_data)
+        self.order = DataOrder(examples, settings.batch, settings.total_examples(examples), settings.seed, lengths)
         self.warmup = warmup_steps(settings.warmup, len(self.order))
         self.optimizer = make_optimizer(
             settings.optimizer, self.trainable, settings.learning_rate, settings.weight_decay, device
@@ -113,6 +111,19 @@ class Run:
         self.buffers = Buffers(self.core)
         self.identity: dict[str, Any] = {}
         self._looked_for_gradients = False
+
+    def _read(self, data: Any) -> Sequence[Any]:
+        """The training data as rows, checked when they are read; a collate of the user's own gets them as they are."""
+        steps = self.settings.steps
+        wanted = None if steps is None else steps * self.settings.batch
+        rows = rows_of(data, "train_data", splits=TRAINING, wanted=wanted, endless=wanted is not None)
+        return rows if self.settings.collate else self.collate.examples(rows, "train_data")
+
+    def _read_evaluation(self) -> Sequence[Any] | None:
+        if self.settings.evaluation_data is None:
+            return None
+        rows = rows_of(self.settings.evaluation_data, "evaluation_data", splits=EVALUATION, endless=False)
+        return rows if self.settings.collate else self.collate.examples(rows, "evaluation_data")
 
     # -- one update ----------------------------------------------------------------------------------------------
 
@@ -129,7 +140,7 @@ class Run:
             loss, labels = self._gradients(parts)
             norm = self._clip(chosen)
         except TrainingError:
-            self.buffers.put_back(held)  # the forward pass has moved running statistics already
+            self.buffers.restore(held)  # the forward pass has moved running statistics already
             raise
         self.scaler.step(self.optimizer)  # a plain optimizer.step() but for fp16
         self.scaler.update()

@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 import numpy
 import torch
 
-SCHEDULES = ("linear", "cosine", "constant")
-
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup_steps: int = 0, schedule: str = "linear") -> float:
     """The learning rate of update ``step`` = 0 .. steps - 1, as transformers' schedulers have it.

@@ -13,8 +13,8 @@ from peftlab.training import files
 from peftlab.training.identity import differences, run_identity
 from peftlab.training.run import Run
 
-# Settings that do not change a result, and the numbers of examples, which the data's own digests hold
-NO_IDENTITY = ("save_every", "examples", "evaluation_examples")
+# Settings that do not change a result, what the digest of the data holds, and functions that have no name to compare
+NO_IDENTITY = ("tokenizer", "evaluation_data", "folder", "save_every", "resume", "progress", "collate", "callback")
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> tuple[dict[str, Tensor], dict]:
@@ -71,13 +71,16 @@ def save(run: Run, folder: Path) -> None:
     run.ranks.wait()
 
 
-def take_up(run: Run, folder: Path, resume: bool) -> None:
+def resume_or_start(run: Run, folder: Path, resume: bool) -> None:
     """Put the run where the one in the folder stopped, or begin it there; nothing is loaded before all is checked.
 
     Raises:
         PeftLabError: ``resume`` is False and there is one; or it is another run; or it cannot be read.
     """
-    settings = {key: value for key, value in dataclasses.asdict(run.settings).items() if key not in NO_IDENTITY}
+    settings = {key: value for key, value in vars(run.settings).items() if key not in NO_IDENTITY}
+    if run.loss is not None:
+        settings["loss"] = getattr(run.loss, "__qualname__", type(run.loss).__name__)
+    settings |= {"metrics": sorted(run.metrics), "processes": run.ranks.world}
     run.identity = run_identity(settings, run.core, run.train_data, run.evaluation_data)
     if run.ranks.first:
         files.clean(folder)
@@ -103,7 +106,7 @@ def take_up(run: Run, folder: Path, resume: bool) -> None:
     with torch.no_grad():
         for name, parameter in run.trainable.items():
             parameter.copy_(tensors[f"trainable/{name}"])
-    run.buffers.put_back(_part(tensors, "buffer"))
+    run.buffers.restore(_part(tensors, "buffer"))
     run.best_values = {name: value.to(run.device) for name, value in _part(tensors, "best").items()}
     if run.scaler.is_enabled():
         run.scaler.load_state_dict(record["scaler"])

@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from patience import HUNG_SECONDS
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = (
     "--headless",
@@ -112,7 +114,7 @@ class Browser:
         while (message := self._message(deadline)) is not None:
             self._sort(message)
 
-    def command(self, method: str, session: str | None = None, timeout: float = 60, **parameters) -> dict:
+    def command(self, method: str, session: str | None = None, timeout: float = HUNG_SECONDS, **parameters) -> dict:
         """Send one command and return its result; events that arrive meanwhile are kept for their page."""
         self._last_id += 1
         message = {"id": self._last_id, "method": method, "params": parameters}
@@ -150,14 +152,14 @@ class Page:
         motion = {"name": "prefers-reduced-motion", "value": "reduce"}
         self.command("Emulation.setEmulatedMedia", features=[scheme, motion])
 
-    def command(self, method: str, timeout: float = 60, **parameters) -> dict:
+    def command(self, method: str, timeout: float = HUNG_SECONDS, **parameters) -> dict:
         return self.browser.command(method, session=self.session, timeout=timeout, **parameters)
 
     def resize(self, width: int, height: int) -> None:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.command("Emulation.setDeviceMetricsOverride", **size)
 
-    def open(self, url: str, timeout: float = 60) -> None:
+    def open(self, url: str, timeout: float = HUNG_SECONDS) -> None:
         """Load `url` and wait until it has loaded and MathJax, where there is any, has typeset."""
         self.command("Page.navigate", url=url)
         deadline = time.monotonic() + timeout
@@ -168,7 +170,7 @@ class Page:
         self.evaluate("window.MathJax && MathJax.startup ? MathJax.startup.promise.then(() => true) : true")
         self.browser.pump(0.1)
 
-    def evaluate(self, expression: str, timeout: float = 60):
+    def evaluate(self, expression: str, timeout: float = HUNG_SECONDS):
         """The value of a JavaScript expression; a promise is waited for."""
         parameters = {"expression": expression, "awaitPromise": True, "returnByValue": True}
         answer = self.command("Runtime.evaluate", timeout=timeout, **parameters)

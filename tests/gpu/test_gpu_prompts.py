@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 import tiny  # noqa: E402
 
 import peftlab as pl  # noqa: E402
+from peftlab.core.checkpointing import switch_checkpointing  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -51,7 +52,7 @@ def test_checkpointing_gives_the_same_gradients(kind, attention):
         one.set_attn_implementation(attention)
         one.config.use_cache = False
         if checkpointing:
-            one.gradient_checkpointing_enable({"use_reentrant": False})
+            switch_checkpointing(one, "enable", {"use_reentrant": False})
         one.train()
         ids = torch.arange(1, 19, device="cuda").reshape(3, 6)
         mask = torch.ones_like(ids)

@@ -1,5 +1,6 @@
 """The package as a reader gets it: built into a wheel and installed in a place of its own."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,35 +8,21 @@ import sys
 from pathlib import Path
 
 import pytest
+from wheel import build
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("peftlab", "pyproject.toml", "README.md", "LICENSE")
+OTHER_PYTHON = "PEFTLAB_READER_PYTHON"
 LIMIT_SECONDS = 180  # on two CPU cores that do nothing else; only reported, so that a busy machine fails no test
-
-
-def run(*command: str, cwd: Path) -> None:
-    done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        pytest.fail(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}", pytrace=False)
 
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory) -> Path:
-    """A folder that holds the installed wheel and nothing else.
-
-    The wheel is built from a copy: setuptools would leave a build folder in the checkout, and take stale files from it.
-    """
+    """A folder that holds the installed wheel and nothing else."""
     work = tmp_path_factory.mktemp("wheel")
-    source, target = work / "source", work / "installed"
-    source.mkdir()
-    for name in SOURCES:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
-        extra = {"ignore": shutil.ignore_patterns("__pycache__")} if (ROOT / name).is_dir() else {}
-        copy(ROOT / name, source / name, **extra)
-    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
-    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(work), str(source), cwd=work)
-    run(*pip, "install", "--no-deps", "--target", str(target), str(next(work.glob("peftlab-*.whl"))), cwd=work)
-    return target
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    command = [*pip, "install", "--no-deps", "--target", str(work / "installed"), str(build(ROOT, work))]
+    subprocess.run(command, cwd=work, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return work / "installed"
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +34,26 @@ def reader_environment(installed) -> dict[str, str]:
     # the kernel chooses its own way of drawing, as it does for a reader
     ours = ("PYTEST_", "COV_", "MPLBACKEND")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
-    return environment | {"PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    shutil.copyfile(Path(__file__).with_name("only_these.py"), installed / "sitecustomize.py")
+    return environment | {
+        "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "PEFTLAB_STRICT": "1",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def kernel(tmp_path_factory) -> tuple[list[str], dict[str, str]]:
+    """nbval's options and environment for the kernel of OTHER_PYTHON, or for this environment's own.
+
+    `make test-newest` and `make test-colab` name the Python of an environment that holds what a reader installed, and
+    nothing else: there the wheel is installed, and nothing has to be hidden.
+    """
+    if not (python := os.environ.get(OTHER_PYTHON)):
+        return ["--nbval-current-env"], {}
+    folder = tmp_path_factory.mktemp("jupyter")
+    spec = {"argv": [python, "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "reader"}
+    (folder / "kernels" / "reader").mkdir(parents=True)
+    (folder / "kernels" / "reader" / "kernel.json").write_text(json.dumps(spec | {"language": "python"}))
+    return ["--nbval-kernel-name=reader"], {"JUPYTER_PATH": str(folder), "PYTHONPATH": ""}
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -10,12 +10,13 @@ from pathlib import Path
 import normalise
 import pytest
 import rules
+from patience import HUNG_SECONDS
+from surroundings import hidden
 
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
 EVERY = sorted(BOOK.glob("*.ipynb"))
 NOTEBOOKS = [path for path in EVERY if rules.code_cells(normalise.read(path))]
-KILL_SECONDS = 600
 
 
 def title(path: Path) -> str:
@@ -38,18 +39,43 @@ def test_the_wheel_is_what_runs(installed, reader_environment, tmp_path):
     assert Path(done.stdout.strip()).is_relative_to(installed)
 
 
+def hidden_from(path: Path) -> set[str]:
+    return hidden(rules.extras(normalise.read(path)))
+
+
+def test_what_a_set_up_cell_does_not_bring_is_hidden():
+    chapter = hidden(("notebooks",))
+    assert {"bitsandbytes", "pytest", "hypothesis", "sphinx"} <= chapter
+    assert not chapter & {"torch", "transformers", "peft", "matplotlib", "IPython", "ipykernel", "numpy", "gguf"}
+    assert "bitsandbytes" not in hidden(("notebooks", "gpu"))
+
+
+def test_a_kernel_cannot_import_what_is_hidden(reader_environment, tmp_path):
+    code = "import sys\ntry:\n    import yaml\nexcept ModuleNotFoundError:\n    print('hidden')\nimport torch"
+    environment = reader_environment | {"PEFTLAB_HIDDEN": "yaml"}
+    for argument, told in (("ipykernel_launcher", "hidden\n"), ("other", "")):
+        command = [sys.executable, "-c", code, argument]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout == told
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=title)
-def test_prints_what_is_stored(path, reader_environment, tmp_path, record_property):
-    """nbval, strict: every output that is stored is compared with a fresh one."""
+def test_prints_what_is_stored(path, reader_environment, kernel, tmp_path, record_property):
+    """nbval, strict: every output that is stored is compared with a fresh one.
+
+    The kernel sees only the packages that the notebook's set-up cell brings.
+    """
     shutil.copy(path, tmp_path)
-    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", f"--nbval-cell-timeout={KILL_SECONDS}"]
+    options, variables = kernel
+    environment = {**reader_environment, "PEFTLAB_HIDDEN": ",".join(hidden_from(path)), **variables}
+    command = [sys.executable, "-m", "pytest", "--nbval", *options, f"--nbval-cell-timeout={HUNG_SECONDS}"]
     command += ["--nbval-sanitize-with", str(Path(__file__).with_name("sanitise.cfg"))]
     command += ["-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", str(tmp_path), "-q", "--color=no", path.name]
     started = time.monotonic()
     # a kernel that hangs is ended with its process group by nbval's own cell time-out
     done = subprocess.run(
-        command, cwd=tmp_path, env=reader_environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     record_property("notebook", title(path))
     record_property("seconds", time.monotonic() - started)

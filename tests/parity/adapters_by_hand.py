@@ -35,11 +35,9 @@ def llama_block(self, hidden_states, **rest):
     return y + self.second(y) if self.placement == "pfeiffer" else y
 
 
-def gpt2_block(self, hidden_states, past_key_values=None, attention_mask=None, *unused, **rest):
-    h, _ = self.attn(
-        self.ln_1(hidden_states), past_key_values=past_key_values, attention_mask=attention_mask,
-        use_cache=rest.get("use_cache"),
-    )  # fmt: skip
+def gpt2_block(self, hidden_states, cache=None, attention_mask=None, *unused, **rest):
+    # by position: the argument for the cache has another name since transformers 5.24
+    h, _ = self.attn(self.ln_1(hidden_states), cache, attention_mask=attention_mask, use_cache=rest.get("use_cache"))
     if self.placement == "houlsby":
         h = h + self.first(h)
     x = hidden_states + h

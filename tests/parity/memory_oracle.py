@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.integrations.sdpa_attention import create_position_bias_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from peftlab.core.checkpointing import switch_checkpointing
+
 BLOCK = 512
 AUTO = {
     "decoder": AutoModelForCausalLM,
@@ -136,7 +138,7 @@ def measure(
     with torch.device(device):
         model = AUTO[kind].from_config(config, dtype=dtype)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        switch_checkpointing(model, "enable", {"use_reentrant": False})
     if adapter is not None:
         model = peft.get_peft_model(model, adapter)
     model.train()

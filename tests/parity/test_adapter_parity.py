@@ -35,7 +35,7 @@ def pair(kind, placement, **settings):
     theirs = copy.deepcopy(ours)
     pl.attach(ours, pl.AdapterConfig(placement=placement, width=5, init="random", **settings))
     by_hand = adapters_by_hand.put_in(theirs, placement, 5, **settings)
-    mine = {part.path: part.layer.bottleneck for part in placed(ours, "default")}
+    mine = {path: part.bottleneck for path, _, part in placed(ours, "default")}
     if placement != "houlsby":  # one a block, on whichever module
         mine = {block_of(path): layer for path, layer in mine.items()}
         by_hand = {block_of(path): layer for path, layer in by_hand.items()}

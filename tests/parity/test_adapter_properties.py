@@ -10,13 +10,14 @@ from torch import nn
 
 import peftlab as pl
 from peftlab.adapters.checkpoint import placed
+from peftlab.core.checkpointing import switch_checkpointing
 from peftlab.methods.adapter import PLACEMENTS
 
 CONFIG = pl.AdapterConfig(width=4, init="random")
 
 
 def parts(model, name="default"):
-    return {part.path: part.layer for part in placed(model, name)}
+    return {path: part for path, _, part in placed(model, name)}
 
 
 def test_reduction_factor_16_is_a_bottleneck_of_48_at_768():
@@ -152,9 +153,9 @@ def test_saved_and_loaded_with_a_head(kind, placement, tmp_path):
     )  # fmt: skip
     pl.attach(model, config, name="one")
     with torch.no_grad():
-        for part in placed(model, "one"):
-            if part.name == "copy":
-                next(part.layer.parameters()).add_(0.3)
+        for _, part_name, part in placed(model, "one"):
+            if part_name == "copy":
+                next(part.parameters()).add_(0.3)
     expected = model(**batch(kind)).logits
     folder = pl.save_adapter(model, tmp_path, name="one")
     assert folder == tmp_path / "one"
@@ -210,14 +211,14 @@ def test_it_cannot_be_merged_and_says_so():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(placement="pfeifer"), "placement is 'pfeifer'.*Did you mean 'pfeiffer'"),
-        (dict(activation="relo"), "activation is 'relo'.*Did you mean 'relu'"),
-        (dict(init="zero"), "init is 'zero'"),
-        (dict(reduction_factor=0), "reduction_factor is 0; it is a positive whole number"),
-        (dict(reduction_factor=2.5), "reduction_factor is 2.5"),
-        (dict(width=True), "width is True"),
-        (dict(scaling=float("nan")), "scaling is nan"),
-        (dict(dropout=1), "dropout is 1"),
+        (dict(placement="pfeifer"), "placement must be .* found 'pfeifer'.*Did you mean 'pfeiffer'"),
+        (dict(activation="relo"), "activation must be .* found 'relo'.*Did you mean 'relu'"),
+        (dict(init="zero"), "init must be .* found 'zero'"),
+        (dict(reduction_factor=0), "reduction_factor must be a positive whole number, found 0"),
+        (dict(reduction_factor=2.5), "reduction_factor must be .* found 2.5"),
+        (dict(width=True), "width must be .* found True"),
+        (dict(scaling=float("nan")), "scaling must be .* found nan"),
+        (dict(dropout=1), "dropout must be .* found 1"),
     ],
 )
 def test_values_that_are_refused(settings, message):
@@ -265,7 +266,7 @@ def test_checkpointing_and_compile_give_the_same_gradients(placement):
         torch.manual_seed(1)
         pl.attach(model, pl.AdapterConfig(placement=placement, width=4, init="random"))
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            switch_checkpointing(model, "enable", {"use_reentrant": False})
         model(**batch("llama"), use_cache=False).loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     for one, two in zip(*gradients, strict=True):

@@ -59,9 +59,9 @@ def theirs_by_place(model):
 
 def ours_by_place(model):
     found = {}
-    for part in placed(model, "default"):
-        block = int(next(name for name in part.path.split(".") if name.isdigit()))
-        found[block, "att" in part.path] = part.layer.bottleneck
+    for path, _, part in placed(model, "default"):
+        block = int(next(name for name in path.split(".") if name.isdigit()))
+        found[block, "att" in path] = part.bottleneck
     return found
 
 

@@ -100,6 +100,13 @@ def test_config_says_the_same(tmp_path):
         ), name
 
 
+def test_peft_reads_the_config_without_a_warning(tmp_path):
+    pl.save_adapter(pl.attach(base("llama"), pl.IA3Config()), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        peft.PeftConfig.from_pretrained(tmp_path)
+
+
 def test_some_layers_are_saved_as_paths_that_peft_finds(tmp_path):
     """peft's IA3 has no layers_to_transform: what was found is named path by path."""
     model = base("llama")

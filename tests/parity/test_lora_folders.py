@@ -12,7 +12,7 @@ from test_lora_parity import CASES
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import peftlab as pl
-from peftlab.adapters.trainer_callback import put_back
+from peftlab.adapters.trainer_callback import restore_adapter
 
 
 def output(model, kind):
@@ -210,8 +210,8 @@ def test_a_folder_of_peft_is_put_back_only_into_the_same_adapter(tmp_path):
     with torch.no_grad():
         for parameter in our_state(ours).values():
             parameter.zero_()
-    put_back(ours, tmp_path, "default")
+    restore_adapter(ours, tmp_path, "default")
     assert relative(output(ours, "llama"), output(theirs, "llama")) < 1e-12
     other = pl.attach(base("llama"), pl.LoRAConfig(**{**settings, "alpha_pattern": {}}))
     with pytest.raises(pl.PeftLabError, match="alpha_pattern"):
-        put_back(other, tmp_path, "default")
+        restore_adapter(other, tmp_path, "default")

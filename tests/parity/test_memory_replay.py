@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from peftlab.errors import PeftLabError
-from peftlab.memory.counting.methods import METHODS
+from peftlab.memory.counting.methods import trained_by
 from peftlab.memory.counting.options import Options
 from peftlab.memory.counting.shapes import load_shape
 from peftlab.memory.replay.nets import Recipe
@@ -47,7 +47,7 @@ def replayed(shape, method, *, batch, sequence, bytes, checkpointing=False, auto
              contiguous_bias=True):
     """Bytes above the parameters, at the most, of forward and of backward, in the second of two steps."""
     targets = None if method == "ia3" else ALL
-    trained = METHODS[method](shape, Options(r=r, targets=targets, virtual_tokens=tokens))
+    trained = trained_by(method, shape, Options(r=r, targets=targets, virtual_tokens=tokens))
     run = Run(shape, method, trained, Recipe(
         batch=batch, sequence=sequence, weight_bytes=bytes, adapter_bytes=4, autocast=autocast,
         checkpointing=checkpointing, optimizer="sgd", four_bit=False, fused_attention=fused,

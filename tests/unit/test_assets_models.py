@@ -127,7 +127,7 @@ def test_dtype_and_device():
         pl.load_model("minilm", device="gpu")
     with pytest.raises(PeftLabError, match="no device cuda:99 here"):
         pl.load_model("minilm", device="cuda:99")
-    with pytest.raises(PeftLabError, match="num_labels must be a positive whole number, not 0"):
+    with pytest.raises(PeftLabError, match="num_labels must be a positive whole number, found 0"):
         pl.load_model("minilm", num_labels=0)
 
 

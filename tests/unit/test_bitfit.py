@@ -68,8 +68,8 @@ def test_models_that_are_refused():
             pl.attach(model, config)
     assert_same(before, snapshot(model))
     for settings, message in [
-        (dict(last_layers=-1), "last_layers is -1"),
-        (dict(last_layers=True), "last_layers is True"),
+        (dict(last_layers=-1), "last_layers must be .* found -1"),
+        (dict(last_layers=True), "last_layers must be .* found True"),
         (dict(last_layers=1, target_modules=["head"]), "Give last_layers or target_modules, not both"),
     ]:
         with pytest.raises(pl.PeftLabError, match=message):

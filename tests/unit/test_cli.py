@@ -11,9 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+from patience import HUNG_SECONDS
 
 from peftlab import __version__
+from peftlab.catalogue import METHODS, Method, Option
 from peftlab.commands import cli, terminal
+from peftlab.commands.method_options import counted, trainable
 from peftlab.errors import PeftLabError
 from peftlab.memory import count
 
@@ -60,12 +63,12 @@ except SystemExit:
     pass
 print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)
 """
-    _, err = python("-c", code).communicate(timeout=60)
+    _, err = python("-c", code).communicate(timeout=HUNG_SECONDS)
     assert err.strip().splitlines()[-1] == "[]"
 
 
 def test_the_module_and_the_version(capsys):
-    out, err = python("-m", "peftlab", "--version").communicate(timeout=60)
+    out, err = python("-m", "peftlab", "--version").communicate(timeout=HUNG_SECONDS)
     assert (out, err) == (f"peftlab {__version__}\n", "")
     assert run(capsys, "--version")[:2] == (0, f"peftlab {__version__}\n")
 
@@ -144,10 +147,10 @@ MISTAKES = [
     ("train --model m --data d", "--out"),
     ("train --model m --data d --out o --method qlra", "not 'qlra'. Did you mean 'qlora'"),
     ("train --model m --data d --out o --steps 3 --epochs 1", "not both"),
-    ("train --model m --data d --out o --steps 0", "--steps must be at least 1, found 0"),
-    ("train --model m --data d --out o --batch-size -1", "--batch-size must be at least 1, found -1"),
-    ("train --model m --data d --out o --lr 0", "--lr must be above 0"),
-    ("train --model m --data d --out o --lr nan", "--lr must be above 0"),
+    ("train --model m --data d --out o --steps 0", "--steps must be a positive whole number, found 0"),
+    ("train --model m --data d --out o --batch-size -1", "--batch-size must be a positive whole number, found -1"),
+    ("train --model m --data d --out o --lr 0", "--lr must be a positive number"),
+    ("train --model m --data d --out o --lr nan", "--lr must be a positive number"),
     ("train --model tiny --data support-desc --out o", "Did you mean 'support-desk'"),
 ]
 
@@ -201,7 +204,7 @@ def test_a_reader_who_has_gone_is_no_reason_to_complain(command):
     command = [sys.executable, "-m", "peftlab", *command.split()]
     process = subprocess.Popen(command, stdout=write, stderr=subprocess.PIPE, text=True, env=environment)
     os.close(write)
-    assert process.communicate(timeout=60)[1] == ""
+    assert process.communicate(timeout=HUNG_SECONDS)[1] == ""
     assert process.returncode == 141
 
 
@@ -359,7 +362,6 @@ def test_every_method_trains_from_the_shell_and_its_folder_loads(place, capsys, 
 
     import peftlab as pl
     from peftlab.assets.models import load_model
-    from peftlab.methods import METHODS
 
     more = ["--last-layers", 1] if method == "selective" else ["--reduction-factor", 4]
     command = train_command("ask.jsonl", "run", "--method", method, "--steps", 6, "--json", *more)
@@ -374,13 +376,14 @@ def test_every_method_trains_from_the_shell_and_its_folder_loads(place, capsys, 
     assert pl.count_parameters(model).trainable == result["trainable"]
     if method != "selective":
         assert result["trainable"] == count("tiny", method, reduction_factor=4).trainable
-    assert method in METHODS and method in cli.METHODS.split(", ")
 
 
-def test_the_help_names_every_method():
-    from peftlab.commands.train import configs
-
-    assert cli.METHODS.split(", ") == ["full", *configs()]
+def test_the_help_names_every_method(capsys):
+    for command, known in (("train", trainable()), ("count", counted()), ("memory", counted())):
+        _, out, _ = run(capsys, command, "--help")
+        assert f"--method M {', '.join(known)} (default: lora)" in " ".join(out.split())
+    names = "full lora qlora ia3 bitfit selective prompt p-tuning prefix houlsby pfeiffer parallel"
+    assert list(trainable()) == names.split()
 
 
 def test_a_method_that_this_model_has_no_place_for_is_one_line(place, capsys):
@@ -442,11 +445,15 @@ def test_a_method_is_given_the_options_that_it_has_fields_for(monkeypatch):
     from peftlab.commands import train
 
     config = dataclasses.make_dataclass("Config", [("dropout", float), ("target_modules", object), ("width", int, 3)])
-    monkeypatch.setattr("peftlab.methods.METHODS", {"narrow": config})
+    monkeypatch.setattr("test_cli.Narrow", config, raising=False)
+    options = (Option(name="dropout", help=""), Option(name="targets", fills="target_modules", help=""))
+    monkeypatch.setitem(METHODS, "narrow", Method(config="test_cli:Narrow", options=options))
     given = cli.argparse.Namespace(method="narrow", r=8, alpha=16.0, dropout=0.5, bias="none", targets="q", lr=1.0)
     assert train._config(given, ["q"], task_type="SEQ_CLS") == config(0.5, ["q"], 3)
-    with pytest.raises(PeftLabError, match="train knows the methods full, narrow, not 'lora'"):
-        train.check(cli.argparse.Namespace(method="lora"))
+    known = ", ".join(name for name, row in METHODS.items() if row.trains)
+    assert known.startswith("full, lora, qlora, ia3, ") and known.endswith(", narrow")
+    with pytest.raises(PeftLabError, match=f"train knows the methods {known}, not 'dora'"):
+        train.check(cli.argparse.Namespace(method="dora"))
 
 
 def test_a_killed_run_and_an_interrupted_one_go_on_to_the_same_adapter(place, capsys, monkeypatch):
@@ -455,12 +462,12 @@ def test_a_killed_run_and_an_interrupted_one_go_on_to_the_same_adapter(place, ca
     command = train_command("ask.jsonl", "stopped", "--steps", 150, "--save-every", 15, "--dropout", 0.1)
     states = place / "stopped" / "run"
     process = python("-m", "peftlab", *command, cwd=place)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HUNG_SECONDS
     while not list(states.glob("step-*")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.kill()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=HUNG_SECONDS)
     reached = max(states.glob("step-*"), default=None)
     assert reached is not None, err
 
@@ -494,5 +501,5 @@ def test_a_real_ctrl_c_is_one_line():
     process = python("-c", code)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=HUNG_SECONDS)
     assert (process.returncode, err) == (130, "peftlab: interrupted\n")

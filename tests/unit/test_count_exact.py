@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 
+from peftlab.catalogue import METHODS
 from peftlab.errors import PeftLabError
 from peftlab.memory import BUILT_IN, count, load_shape
 from peftlab.memory.counting import families, methods
@@ -271,7 +272,7 @@ def same_count(config, method, **options):
     theirs = [(name, p) for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in name]
     if isinstance(options.get("targets"), (list, tuple)):
         options = {**options, "targets": tuple(options["targets"])}
-    trained = methods.METHODS[method](shape, methods.Options(**options))
+    trained = methods.trained_by(method, shape, methods.Options(**options))
     added = {f"{t.path}.{t.name}".removeprefix("."): t.size for t in trained.added if t.trains and not t.buffer}
     own = {f"{m.path}.{part}": (m.outputs,) for m, part in trained.own}
     assert added | own == {plain(name): tuple(p.shape) for name, p in theirs}
@@ -347,9 +348,10 @@ def test_the_defaults_are_those_of_peft():
     peft = pytest.importorskip("peft")
     from peft.utils import constants
 
-    assert methods.DEFAULT_R["lora"] == methods.DEFAULT_R["dora"] == methods.DEFAULT_R["qlora"] == peft.LoraConfig().r
-    assert methods.DEFAULT_R["adalora"] == peft.AdaLoraConfig(total_step=1).init_r
-    assert methods.DEFAULT_R["vera"] == peft.VeraConfig().r
+    rank = {name: row.default("r") for name, row in METHODS.items()}
+    assert rank["lora"] == rank["dora"] == rank["qlora"] == peft.LoraConfig().r
+    assert rank["adalora"] == peft.AdaLoraConfig(total_step=1).init_r
+    assert rank["vera"] == peft.VeraConfig().r
     for name, family in families.FAMILIES.items():
         known = "roberta" if name in ("xlm-roberta", "camembert") else name
         # peft scales the queries of Gemma and Qwen, where the paper, and this package, scale the keys

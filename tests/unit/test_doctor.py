@@ -89,7 +89,7 @@ def test_what_is_optional_is_a_note_with_the_command_that_helps(monkeypatch):
     report = doctor.examine()
     assert report["problems"] == [] and report["four_bit"] == {"bitsandbytes": None, "devices": []}
     notes = " ".join(report["notes"])
-    assert "pip install 'peftlab[gpu]'" in notes and "peft 0.1 is older than 0.18" in notes
+    assert "pip install 'bitsandbytes>=0.45'" in notes and "peft 0.1 is older than 0.18" in notes
     assert "no: bitsandbytes is missing or too old" in doctor.render(report)
 
 
@@ -188,3 +188,21 @@ def test_every_chapter_of_the_book_has_its_line():
         line = known.get(facts["chapter"]["number"])
         assert line is not None and line.title == facts["chapter"]["title"], file.name
         assert line.memory >= 1e9 * facts.get("run", {}).get("memory_gb", 0), file.name
+
+
+def test_a_version_newer_than_all_tested_ones_is_noted(capsys, monkeypatch):
+    newest = max(doctor.TESTED.values(), key=lambda row: doctor._order(row["transformers"]))["transformers"]
+    versions(monkeypatch, transformers="99.1", torch=doctor.TESTED["pinned"]["torch"] + "+cpu")
+    status, page = status_of(capsys)
+    told = f"transformers 99.1 is newer than every version that peftlab was tested with (the newest is {newest})"
+    assert status == 0 and told in page and "+cpu is newer" not in page
+    versions(monkeypatch, transformers=newest)
+    assert f"transformers {newest} is newer" not in status_of(capsys)[1]
+
+
+def test_the_tested_versions_are_those_of_the_pins():
+    root = Path(__file__).parents[2]
+    pins = dict(line.split("==") for line in (root / "constraints.txt").read_text().split() if "==" in line)
+    assert set(doctor.TESTED["pinned"]) == {"python", *doctor.ESSENTIAL, *PACKAGES}
+    for name, version in doctor.TESTED["pinned"].items():
+        assert name == "python" or pins[name] == version, f"{name}: peftlab/tested.json and constraints.txt differ"

@@ -105,7 +105,7 @@ def test_collator_needs_no_padding_token():
 def test_collator_refuses(rows, message):
     with pytest.raises(PeftLabError, match=message):
         Collator()(rows)
-    with pytest.raises(PeftLabError, match="'left' or 'right'"):
+    with pytest.raises(PeftLabError, match="'left', 'right'"):
         Collator(side="middle")
 
 

@@ -120,8 +120,8 @@ def test_arithmetic_of_a_step():
 def test_seconds_at_a_stated_efficiency():
     found = estimate("gpt2", "lora", sequence=64)
     assert found.seconds(1e12, 0.5) == pytest.approx(2 * found.flops / 1e12)
-    for peak, share in ((0, 0.5), (1e12, 0), (1e12, 1.5)):
-        with pytest.raises(PeftLabError, match="efficiency up to 1"):
+    for peak, share, name in ((0, 0.5, "peak_flops"), (1e12, 0, "efficiency"), (1e12, 1.5, "efficiency")):
+        with pytest.raises(PeftLabError, match=f"{name} must be a positive"):
             found.seconds(peak, share)
 
 
@@ -176,16 +176,16 @@ def test_the_largest_that_fits():
         ("llama-2-7b --method lore", "Did you mean 'lora'"),
         ("llama-2-7b --targets q_prj", "Did you mean 'q_proj'"),
         ("llama-2-7b --method bitfit", "has no biases"),
-        ("llama-2-7b --batch 0", "batch must be a positive whole number, found 0"),
+        ("llama-2-7b --batch 0", "batch must be a positive whole number of at most 16,777,216, found 0"),
         ("llama-2-7b --sequence -4", "sequence must be a positive whole number"),
-        ("llama-2-7b --precision fp8", "precision is one of bf16, fp32, mixed"),
+        ("llama-2-7b --precision fp8", "precision must be one of 'bf16', 'fp32', 'mixed'"),
         ("llama-2-7b --optimizer adamw4bit", "Did you mean 'adamw8bit'"),
-        ("llama-2-7b --attention flash", "attention is one of sdpa, eager"),
+        ("llama-2-7b --attention flash", "attention must be one of 'sdpa', 'eager'"),
         ("llama-2-7b --card H1000", "Did you mean 'H100'"),
         ("gpt2 --method prefix --checkpointing", "checkpointing switches off"),
         ("gpt2 --sequence 2000", "gpt2 has positions for 1,024 tokens, too few for 2,000"),
         ("bert-base --method prompt --sequence 500", "492 tokens beside 20 virtual ones, too few for 500"),
-        ("llama-2-7b --sequence 99999999999999", "sequence is at most 16,777,216"),
+        ("llama-2-7b --sequence 99999999999999", "sequence must be a positive whole number of at most 16,777,216"),
         ("smollm2-135m --method dora --targets embed_tokens", "DoRA on the embedding model.embed_tokens"),
         ("gpt2 --method lora --r 0", "r must be a positive whole number"),
     ],

@@ -332,7 +332,7 @@ def test_the_wings_stand_as_drawn():
         ("core/hooks.py", "from peftlab.core.records import unwrap", "a circle: "),
         ("core/hooks.py", "def f():\n    from peftlab.core.records import unwrap", "a circle: "),
         ("core/hooks.py", "if TYPE_CHECKING:\n    from peftlab.core.records import Record", "a circle: "),
-        ("methods/lora.py", "from peftlab.methods import METHODS", "a circle: "),
+        ("methods/parts.py", "from peftlab.methods.lora import LoRAConfig", "a circle: "),
         ("core/modes.py", "from peftlab.methods import lora", "an arrow upwards: peftlab.core.modes -> peftlab."),
         ("errors.py", "from peftlab.memory import units", "an arrow upwards: peftlab.errors -> peftlab.memory"),
         ("training/losses.py", "import peftlab as pl", "an arrow upwards: peftlab.training.losses -> peftlab"),

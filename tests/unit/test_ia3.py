@@ -69,7 +69,7 @@ def test_merging_folds_the_scale_into_rows_or_columns(transposed):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(init="zeros"), "init is 'zeros'; it is 'ones' or 'random'"),
+        (dict(init="zeros"), "init must be one of 'ones', 'random'; found 'zeros'"),
         (dict(feedforward_modules=3), "feedforward_modules is 3; give a list"),
         (dict(feedforward_modules="("), "is no regular expression"),
         (dict(target_modules=["k_proj"], feedforward_modules=["down_proj"]), "names 'down_proj', which is none of"),

@@ -111,5 +111,5 @@ def test_spectrum_is_sorted_relative_and_positive():
 
 def test_steps_of_the_data_flow():
     assert len(figures.lora_dataflow().axes) == 6
-    with pytest.raises(PeftLabError, match="from 1 to 6.*found 7"):
+    with pytest.raises(PeftLabError, match="positive whole number of at most 6, found 7"):
         figures.lora_dataflow(7)

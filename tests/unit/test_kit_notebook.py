@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from patience import HUNG_SECONDS
 
 import peftlab.kit.exercises.grading as grading
 from peftlab.errors import PeftLabError
@@ -143,7 +144,7 @@ def executed(tmp_path_factory):
     kernel = {"name": "python3", "display_name": "Python 3"}
     made = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
     folder = tmp_path_factory.mktemp("notebook")
-    client = NotebookClient(made, timeout=60, resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(made, timeout=HUNG_SECONDS, resources={"metadata": {"path": str(folder)}})
     client.execute(env=environment())
     return made
 

@@ -81,15 +81,17 @@ def test_count_and_shapes():
 
 
 @pytest.mark.parametrize("settings, said", [
-    (dict(r=0), "positive whole number"), (dict(r=-4), "r is -4"), (dict(r=2.0), "r is 2.0"),
-    (dict(r=True), "r is True"),
-    (dict(r="8"), "r is '8'"), (dict(rank_pattern={"up": 0}), "rank_pattern"), (dict(alpha=0), "alpha is 0"),
-    (dict(alpha=math.inf), "alpha is inf"), (dict(alpha=math.nan), "alpha is nan"),
-    (dict(alpha="16"), "alpha is '16'"),
-    (dict(alpha_pattern={"up": -1}), "alpha_pattern"), (dict(dropout=1.0), "dropout is 1.0"),
+    (dict(r=0), "positive whole number"), (dict(r=-4), "r must be .* found -4"),
+    (dict(r=2.0), "r must be .* found 2.0"),
+    (dict(r=True), "r must be .* found True"),
+    (dict(r="8"), "r must be .* found '8'"), (dict(rank_pattern={"up": 0}), "rank_pattern"),
+    (dict(alpha=0), "alpha must be .* found 0"),
+    (dict(alpha=math.inf), "alpha must be .* found inf"), (dict(alpha=math.nan), "alpha must be .* found nan"),
+    (dict(alpha="16"), "alpha must be .* found '16'"),
+    (dict(alpha_pattern={"up": -1}), "alpha_pattern"), (dict(dropout=1.0), "dropout must be .* found 1.0"),
     (dict(dropout=-0.1), "dropout"),
-    (dict(init="kaming"), "Did you mean 'kaiming'"), (dict(bias="some"), "bias is 'some'"),
-    (dict(bias=None), "bias is None"),
+    (dict(init="kaming"), "Did you mean 'kaiming'"), (dict(bias="some"), "bias must be .* found 'some'"),
+    (dict(bias=None), "bias must be .* found None"),
 ])  # fmt: skip
 def test_values_out_of_range(settings, said):
     with pytest.raises(pl.PeftLabError, match=said):

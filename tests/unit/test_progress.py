@@ -4,6 +4,7 @@ import io
 import queue
 
 import pytest
+from patience import HUNG_SECONDS
 
 from peftlab import progress
 
@@ -86,7 +87,7 @@ def outputs(client, allow_stdin):
     messages = []
     while True:
         try:
-            message = client.get_iopub_msg(timeout=30)
+            message = client.get_iopub_msg(timeout=HUNG_SECONDS)
         except queue.Empty:
             pytest.fail("the kernel says nothing")
         if message["msg_type"] == "status" and message["content"]["execution_state"] == "idle":

@@ -32,6 +32,7 @@ from transformers import (
 
 import peftlab as pl
 from peftlab.commands.cli import main
+from peftlab.core.checkpointing import switch_checkpointing
 from peftlab.training import files
 
 N = 5
@@ -143,7 +144,7 @@ def test_rows_give_what_each_gives_alone(kind, checkpointing):
     torch.manual_seed(5)
     pl.attach(model, CONFIGS[kind], name="other")
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        switch_checkpointing(model, "enable", {"use_reentrant": False})
         model.train()
     batch = inputs(rows=4)
     alone = {}
@@ -229,7 +230,7 @@ def test_checkpointing_gives_the_same_gradients(name, kind, reentrant, monkeypat
         model = model_with(config, MODELS[name])
         model.config.use_cache = False
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            switch_checkpointing(model, "enable", {"use_reentrant": reentrant})
             if reentrant:
                 model.enable_input_require_grads()
         for module in model.modules():
@@ -358,7 +359,7 @@ def test_other_models_write_and_train(name, kind):
     for checkpointing in (False, True):
         model.zero_grad()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            switch_checkpointing(model, "enable", {"use_reentrant": False})
         model(**batch, labels=batch["input_ids"]).loss.backward()
         found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
     assert all((grad - found[1][n]).abs().max() < 1e-12 for n, grad in found[0].items())
@@ -399,7 +400,7 @@ def test_a_copy_of_the_model_has_prompts_of_its_own(kind):
                 parameter.zero_()
     for checkpointing in (False, True):
         if checkpointing:
-            twin.gradient_checkpointing_enable({"use_reentrant": False})
+            switch_checkpointing(twin, "enable", {"use_reentrant": False})
             twin.train()
         assert (twin(**inputs()).logits - expected).abs().max() < 1e-12
 
@@ -533,14 +534,17 @@ def test_from_the_shell(method, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("make", "message"), [
-    (lambda: pl.PromptTuningConfig(num_virtual_tokens=0), "num_virtual_tokens is 0; it is a positive whole number"),
+    (
+        lambda: pl.PromptTuningConfig(num_virtual_tokens=0),
+        "num_virtual_tokens must be a positive whole number, found 0",
+    ),
     (lambda: pl.PromptTuningConfig(init="vocabluary"), "Did you mean 'vocabulary'"),
     (lambda: pl.PromptTuningConfig(init="text"), "there is no init_text"),
     (lambda: pl.PromptTuningConfig(init="text", init_text="a cat"), "needs a tokenizer"),
     (lambda: pl.PromptTuningConfig(init_text="a cat"), "say init='text'"),
     (lambda: pl.PromptTuningConfig(task_type="CASUAL_LM"), "task_type"),
     (lambda: pl.PTuningConfig(encoder="lstn"), "Did you mean 'lstm'"),
-    (lambda: pl.PTuningConfig(encoder_dropout=1.0), "probability"),
+    (lambda: pl.PTuningConfig(encoder_dropout=1.0), "encoder_dropout must be a number of at least 0 and below 1"),
     (lambda: pl.PrefixTuningConfig(projection=True, init="text", init_text=[1]), "cannot be had with a projection"),
 ])  # fmt: skip
 def test_a_wrong_config_says_what_is_wrong(make, message):
@@ -576,7 +580,7 @@ def test_a_prefix_that_checkpointing_would_lose_is_refused():
         del layer.self_attn.layer_idx  # as in models whose attention does not know its place
     pl.attach(model, pl.PrefixTuningConfig(num_virtual_tokens=N, init="random"))
     model.config.use_cache = False
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    switch_checkpointing(model, "enable", {"use_reentrant": False})
     with pytest.raises(pl.PeftLabError, match="drops its cache"):
         model.train()(**inputs())
 

@@ -203,7 +203,7 @@ def test_what_is_not_finite_is_named(value, size):
 @pytest.mark.parametrize(
     "settings, said",
     [
-        (dict(format="nf5"), "one of nf4, fp4, int4, not 'nf5'. Did you mean 'nf4'"),
+        (dict(format="nf5"), "one of 'nf4', 'fp4', 'int4'; found 'nf5'. Did you mean 'nf4'"),
         (dict(block_size=48), "a power of two"), (dict(block_size=True), "a power of two"),
         (dict(weight=torch.arange(8)), "only floating"), (dict(weight=torch.zeros(0)), "only floating"),
         (dict(weight=torch.full((640,), 3e38)), "double_quant=False"),

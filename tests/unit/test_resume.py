@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from patience import HUNG_SECONDS
 from safetensors.torch import load_file
 
 from peftlab.errors import PeftLabError
@@ -53,7 +54,7 @@ def worker():
     worker = Worker()
     yield worker
     worker.process.stdin.close()
-    worker.process.wait(timeout=30)
+    worker.process.wait(timeout=HUNG_SECONDS)
 
 
 @pytest.fixture(scope="module")

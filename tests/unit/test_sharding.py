@@ -69,7 +69,7 @@ def test_four_bits_are_sharded_but_for_their_scales():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [({"gpus": 0}, "gpus must be a positive whole number, found 0"), ({"gpus": True}, "found True"),
-     ({"gpus": 2, "parallel": "fsdb"}, "parallel is one of ddp, fsdp; found 'fsdb'.*'fsdp'")],
+     ({"gpus": 2, "parallel": "fsdb"}, "parallel must be one of 'ddp', 'fsdp'; found 'fsdb'.*'fsdp'")],
 )  # fmt: skip
 def test_mistakes(wrong, message):
     with pytest.raises(PeftLabError, match=message):

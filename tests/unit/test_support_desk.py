@@ -163,10 +163,10 @@ def test_scores():
 
 
 def test_mistakes():
-    with pytest.raises(PeftLabError, match="split must be one of train, validation, test, not 'dev'"):
+    with pytest.raises(PeftLabError, match="split must be one of 'train', 'validation', 'test'; found 'dev'"):
         support_desk.generate("dev")
     for wrong in (-0.1, 1.1, float("nan")):
-        with pytest.raises(PeftLabError, match="difficulty lies between 0 and 1"):
+        with pytest.raises(PeftLabError, match="difficulty must be a number of at least 0 and of at most 1"):
             support_desk.generate("test", difficulty=wrong)
 
 

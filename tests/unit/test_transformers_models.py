@@ -1,7 +1,6 @@
 """transformers' own machinery on an attached model: generate, save_pretrained, gradient checkpointing."""
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from tiny import llama
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import peftlab as pl
+from peftlab.core.checkpointing import switch_checkpointing
 
 PROMPTS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10], [11, 12, 13, 14]])
 
@@ -148,9 +148,7 @@ def test_no_layer_is_silently_untrained(build, targets, when, reentrant):
     """With the reentrant kind and a frozen embedding, blocks would get no gradient at all, and only the head train."""
 
     def enable(model):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        switch_checkpointing(model, "enable", {"use_reentrant": reentrant})
 
     plain = build().double().train()
     model = copy.deepcopy(plain)

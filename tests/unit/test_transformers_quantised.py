@@ -1,12 +1,11 @@
 """Adapters on a base that bitsandbytes holds in 4 bits: forward, gradients, counts, Trainer, saving."""
 
 import copy
-import warnings
 
 import pytest
 import torch
 from nets import assert_same, snapshot
-from tiny import examples, llama
+from tiny import checkpointing_arguments, examples, llama
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import peftlab as pl
@@ -117,7 +116,7 @@ def test_trainer_trains_it(folder, tmp_path, checkpointing):
     data = [{name: value[:5] for name, value in row.items()} for row in data]
     settings = {}
     if checkpointing is not None:
-        settings = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+        settings = checkpointing_arguments(checkpointing)
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], disable_tqdm=True,
         use_cpu=True, save_steps=2, learning_rate=0.01, logging_strategy="no", **settings,
@@ -126,9 +125,7 @@ def test_trainer_trains_it(folder, tmp_path, checkpointing):
         Trainer(model=model, args=arguments, train_dataset=data)
     pl.attach(model, config(init="kaiming"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        Trainer(model=model, args=arguments, train_dataset=data).train()
+    Trainer(model=model, args=arguments, train_dataset=data).train()
     after = model.state_dict()
     for name, value in before.items():
         moved = not torch.equal(value, after[name])

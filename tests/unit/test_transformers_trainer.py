@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import llama
+from tiny import checkpointing_arguments, llama
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import peftlab as pl
-from peftlab.adapters.trainer_callback import AdapterCallback, put_back
+from peftlab.adapters.trainer_callback import AdapterCallback, restore_adapter
 
 DATA = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in torch.arange(1, 97).reshape(16, 6) % 30 + 1]
 
@@ -129,8 +129,7 @@ def test_the_best_adapter_comes_back_at_the_end(tmp_path):
 def test_with_gradient_checkpointing_every_adapter_trains(tmp_path, reentrant):
     plain, model = model_with_adapters(), model_with_adapters()
     trainer(plain, tmp_path / "a").train()
-    settings = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    trainer(model, tmp_path / "b", **settings).train()
+    trainer(model, tmp_path / "b", **checkpointing_arguments(reentrant)).train()
     found = weights(model)
     for name, value in weights(plain).items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
@@ -145,8 +144,8 @@ def test_an_adapter_of_another_config_is_not_put_back(tmp_path, change):
     model = pl.attach(llama(), pl.LoRAConfig(**{**settings, **change}))
     before = weights(model)
     with pytest.raises(pl.PeftLabError, match="alpha=16|use_rslora=False"):
-        put_back(model, tmp_path, "default")
+        restore_adapter(model, tmp_path, "default")
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
     same = pl.attach(llama(), pl.LoRAConfig(**{**settings, "target_modules": ["v_proj", "q_proj"]}))
-    put_back(same, tmp_path, "default")
+    restore_adapter(same, tmp_path, "default")
     assert all(torch.equal(value, weights(saved)[name]) for name, value in weights(same).items())

@@ -1,10 +1,11 @@
 """Models and tokenizers small enough to train in a test, built from nothing: no download, fixed by a seed."""
 
+import dataclasses
 import random
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 torch.set_num_threads(1)  # at this size a second thread only waits for the first
 
@@ -49,6 +50,13 @@ def llama(seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float32, **
         "pad_token_id": None,
     }
     return LlamaForCausalLM(LlamaConfig(**{**values, **settings})).to(dtype)
+
+
+def checkpointing_arguments(reentrant: bool) -> dict:
+    """Gradient checkpointing for `TrainingArguments`, which newer transformers call activation checkpointing there."""
+    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    kind = "activation" if "activation_checkpointing" in fields else "gradient"
+    return {f"{kind}_checkpointing": True, f"{kind}_checkpointing_kwargs": {"use_reentrant": reentrant}}
 
 
 def examples(count: int = 24, seed: int = 0, vocabulary: int = 32) -> list[dict]:

@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from patience import HUNG_SECONDS
+
 HERE = Path(__file__).parent
-SECONDS = 100
 
 
 def run(*workers: list, **environment: str) -> None:
@@ -21,7 +22,7 @@ def run(*workers: list, **environment: str) -> None:
     processes = [subprocess.Popen([sys.executable, *map(str, worker)], env=env, **pipe) for worker in workers]
     try:
         assert [process.stdout.readline() for process in processes] == ["done\n"] * len(processes)
-        assert [process.communicate(timeout=SECONDS) and process.returncode for process in processes] == [0] * len(
+        assert [process.communicate(timeout=HUNG_SECONDS) and process.returncode for process in processes] == [0] * len(
             processes
         )
     finally:
@@ -31,7 +32,7 @@ def run(*workers: list, **environment: str) -> None:
 
 def arrive() -> None:
     """Called first: should the process hang, it ends with the stack of each of its threads on stderr."""
-    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    faulthandler.dump_traceback_later(HUNG_SECONDS, exit=True)
 
 
 def leave() -> None:

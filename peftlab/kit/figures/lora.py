@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, Polygon, Rectangle
 
-from peftlab.errors import PeftLabError
+from peftlab.checks import whole
 from peftlab.kit.figures.style import BLACK, COLOURS, HATCHES, SMALLEST, WIDTH, new, styled
 
 FROZEN, TRAINED = "#dfe5ec", "#f3d3b9"
@@ -40,8 +40,7 @@ def lora_dataflow(step: int | None = None, *, d_in: int = 576, d_out: int = 576,
             _draw(axes, number, None)
             axes.set_title(f"{number}. {STEPS[number - 1]}", fontsize=SMALLEST)
         return figure
-    if step not in range(1, len(STEPS) + 1):
-        raise PeftLabError(f"step is a number from 1 to {len(STEPS)}, or None for all of them; found {step!r}")
+    step = whole("step", step, least=1, most=len(STEPS))
     figure, axes = new(width=WIDTH, height=4.0)
     _draw(axes, step, (d_in, d_out, r))
     axes.set_title(f"{step}. {STEPS[step - 1]}")

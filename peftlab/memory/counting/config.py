@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from peftlab.checks import number, whole
 from peftlab.errors import PeftLabError
 
 
@@ -20,9 +21,7 @@ class Config:
             value = self.values.get(name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise PeftLabError(f"{self.source}: {name} must be a positive whole number, found {value!r}.")
-            return value
+            return whole(f"{self.source}: {name}", value, least=1)
         if default is None:
             raise PeftLabError(f"{self.source}: {names[0]} is missing; a {self.values['model_type']} config needs it.")
         return default
@@ -33,17 +32,13 @@ class Config:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise PeftLabError(f"{self.source}: {name} must be true or false, found {value!r}.")
+            raise PeftLabError(f"{self.source}: {name} must be true or false, not {value!r}.")
         return value
 
     def share(self, name: str, default: float) -> float:
         """A number from 0 up to 1, as a dropout's probability."""
         value = self.values.get(name)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-            raise PeftLabError(f"{self.source}: {name} must lie between 0 and 1, found {value!r}.")
-        return float(value)
+        return default if value is None else float(number(f"{self.source}: {name}", value, least=0, below=1))
 
     def text(self, name: str, default: str) -> str:
         """A string under ``name``."""

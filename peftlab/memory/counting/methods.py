@@ -1,6 +1,6 @@
 """What each method adds to a model and what it unfreezes, tensor by tensor.
 
-A method is one function from a shape and its options to the tensors it brings, and one line in ``METHODS``. Counts and
+A method is one function from a shape and its options to the tensors it brings; the catalogue's row names it. Counts and
 bytes are sums over these tensors. Names, sizes and defaults are Hugging Face peft's, and the papers' for the bottleneck
 adapters and BitFit, which peft has not. An encoder's classification head is not listed: it trains beside every adapter.
 """
@@ -11,13 +11,31 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
+from peftlab.catalogue import METHODS, resolve
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.counting.families import FAMILIES, Module
 from peftlab.memory.counting.options import Added, Options, Trained
 from peftlab.memory.counting.shapes import Shape
 
-# The rank where none is given: peft's own. AdaLoRA's is the one it starts with (init_r), before it prunes.
-DEFAULT_R = {"lora": 8, "qlora": 8, "dora": 8, "adalora": 12, "vera": 256}
+
+def method_name(method: str) -> str:
+    """A method's name in the catalogue, whatever its case.
+
+    Raises:
+        PeftLabError: a method that is not there or that is not counted, with near matches.
+    """
+    name, known = str(method).lower(), [name for name, row in METHODS.items() if row.tensors]
+    if name not in known:
+        raise PeftLabError(f"Unknown method {method!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
+    return name
+
+
+def trained_by(method: str, shape: Shape, options: Options) -> Trained:
+    """What a method of the catalogue trains on a shape. Without a rank in `options`, that of its row is taken."""
+    row = METHODS[method]
+    if options.r is None:
+        options = replace(options, r=row.default("r"))
+    return resolve(row.tensors)(shape, options)
 
 
 def full(shape: Shape, options: Options) -> Trained:
@@ -59,9 +77,9 @@ def vera(shape: Shape, options: Options) -> Trained:
     def vectors(m: Module, r: int) -> list[Added]:
         return [Added(m.path, "vera_lambda_b", (m.outputs,)), Added(m.path, "vera_lambda_d", (r,))]
 
-    found, r = _low_rank(shape, options, "vera", vectors), options.r or DEFAULT_R["vera"]
-    a = Added("", "vera_A", (r, max(m.inputs for m in found.adapted)), buffer=True)
-    b = Added("", "vera_B", (max(m.outputs for m in found.adapted), r), buffer=True)
+    found = _low_rank(shape, options, "vera", vectors)
+    a = Added("", "vera_A", (options.r, max(m.inputs for m in found.adapted)), buffer=True)
+    b = Added("", "vera_B", (max(m.outputs for m in found.adapted), options.r), buffer=True)
     return replace(found, added=(a, b, *found.added))
 
 
@@ -109,7 +127,8 @@ def p_tuning(shape: Shape, options: Options) -> Trained:
     d = _hidden(shape)
     h = options.encoder_hidden or d
     head = [("mlp_head.0", d, h), ("mlp_head.2", h, h), ("mlp_head.4", h, d)]
-    added = [Added("", "embedding.weight", (_prompt_rows(shape, options), d))]
+    made = Added("", "embedding.weight", (_prompt_rows(shape, options), d))  # as large as the prompt itself
+    added = [made]
     if options.encoder == "lstm":
         for i in range(options.encoder_layers):
             for way in (f"l{i}", f"l{i}_reverse"):
@@ -118,7 +137,7 @@ def p_tuning(shape: Shape, options: Options) -> Trained:
                     added.append(Added("", f"lstm_head.weight_{kind}_{way}", (4 * h, inputs)))
                     added.append(Added("", f"lstm_head.bias_{kind}_{way}", (4 * h,)))
         head = [("mlp_head.0", 2 * h, 2 * h), ("mlp_head.2", 2 * h, d)]
-    return Trained((*added, *_dense("", head)))
+    return Trained((*added, *_dense("", head)), saved=made.elements)
 
 
 def prefix(shape: Shape, options: Options) -> Trained:
@@ -135,7 +154,7 @@ def prefix(shape: Shape, options: Options) -> Trained:
         return Trained((Added("", "embedding.weight", (n, 2 * depth * k)),))
     h = options.encoder_hidden or k
     dense = _dense("", [("transform.0", k, h), ("transform.2", h, 2 * depth * k)])
-    return Trained((Added("", "embedding.weight", (n, k)), *dense))
+    return Trained((Added("", "embedding.weight", (n, k)), *dense), saved=n * 2 * depth * k)
 
 
 def houlsby(shape: Shape, options: Options) -> Trained:
@@ -159,34 +178,6 @@ def parallel(shape: Shape, options: Options) -> Trained:
     return _bottlenecks(shape, options, FAMILIES[shape.family].outputs[1:])
 
 
-# QLoRA trains what LoRA trains: only the base is held otherwise.
-METHODS: dict[str, Callable[[Shape, Options], Trained]] = {
-    "full": full,
-    "lora": lora,
-    "qlora": lora,
-    "dora": dora,
-    "adalora": adalora,
-    "vera": vera,
-    "ia3": ia3,
-    "bitfit": bitfit,
-    "prompt": prompt,
-    "p-tuning": p_tuning,
-    "prefix": prefix,
-    "houlsby": houlsby,
-    "pfeiffer": pfeiffer,
-    "parallel": parallel,
-}
-
-
-def method_name(method: str) -> str:
-    """The name in ``METHODS``, whatever its case. Raises PeftLabError, with near matches, for one that is not there."""
-    name = str(method).lower()
-    if name not in METHODS:
-        hint = did_you_mean(name, METHODS)
-        raise PeftLabError(f"Unknown method {method!r}.{hint} Known: {', '.join(METHODS)}.")
-    return name
-
-
 def _low_rank(
     shape: Shape, options: Options, method: str, tensors: Callable[[Module, int], Iterable[Added]]
 ) -> Trained:
@@ -195,10 +186,9 @@ def _low_rank(
     ``bias="lora_only"`` unfreezes the biases of the adapted modules, ``bias="all"`` every bias of the model outside a
     classification head, which trains anyway. peft adapts embeddings with LoRA and DoRA alone.
     """
-    r = options.r or DEFAULT_R[method]
     adapted = shape.match(options.targets) if method in ("lora", "dora") else _linear(shape, options.targets, method)
     unfrozen = {"none": (), "lora_only": adapted, "all": _body(shape)}
-    added = tuple(tensor for module in adapted for tensor in tensors(module, r))
+    added = tuple(tensor for module in adapted for tensor in tensors(module, options.r))
     return Trained(added, _biases(unfrozen[options.bias]), adapted)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.checks import check_fields, one_of, whole
 from peftlab.memory.counting.families import Module
 
 
@@ -13,7 +13,7 @@ from peftlab.memory.counting.families import Module
 class Options:
     """What the methods can be told; each reads the fields that concern it."""
 
-    r: int | None = None  # None: the method's own, in DEFAULT_R
+    r: int | None = None  # None: the default of the method's row in the catalogue
     targets: str | tuple[str, ...] | None = None  # None: query and value, for IA3 the family's own (see Family.ia3)
     bias: str = "none"  # of the LoRA family; "lora_only" is what peft calls "vera_only" for VeRA
     virtual_tokens: int = 20
@@ -24,17 +24,10 @@ class Options:
     encoder_layers: int = 2  # P-tuning's LSTM; the MLP always has three linear layers
 
     def __post_init__(self) -> None:
-        for name in ("r", "virtual_tokens", "reduction_factor", "encoder_hidden", "encoder_layers"):
-            value = getattr(self, name)
-            if value is None and name in ("r", "encoder_hidden"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise PeftLabError(f"{name} must be a positive whole number, found {value!r}.")
-        for name, known in (("bias", ("none", "all", "lora_only")), ("encoder", ("mlp", "lstm"))):
-            value = getattr(self, name)
-            if value not in known:
-                hint = did_you_mean(str(value), known)
-                raise PeftLabError(f"{name} is one of {', '.join(known)}; found {value!r}.{hint}")
+        check_fields(self, whole, "r", "encoder_hidden", least=1, optional=True)
+        check_fields(self, whole, "virtual_tokens", "reduction_factor", "encoder_layers", least=1)
+        check_fields(self, one_of, "bias", known=("none", "all", "lora_only"))
+        check_fields(self, one_of, "encoder", known=("mlp", "lstm"))
 
 
 @dataclass(frozen=True)
@@ -61,3 +54,4 @@ class Trained:
     own: tuple[tuple[Module, str], ...] = ()  # the model's own tensors that it unfreezes: (module, "weight" or "bias")
     adapted: tuple[Module, ...] = ()  # the modules that it adapts
     whole: bool = False  # everything trains, the head in its place, so no copy of the head is added
+    saved: int | None = None  # elements in a file of what it adds; None: of all that trains of it

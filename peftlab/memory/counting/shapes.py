@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peftlab.checks import whole
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.counting.builtin import BUILT_IN
 from peftlab.memory.counting.config import Config
@@ -163,9 +164,7 @@ def _from_config(values: dict[str, Any], name: str, labels: int | None) -> Shape
         hint = did_you_mean(family, FAMILIES)
         raise PeftLabError(f"{name}: model_type {family!r} is not known.{hint} Known: {', '.join(FAMILIES)}.")
     if labels is not None:
-        if isinstance(labels, bool) or not isinstance(labels, int) or labels < 1:
-            raise PeftLabError(f"labels must be a positive whole number, found {labels!r}.")
-        values = {**values, "id2label": None, "num_labels": labels}
+        values = {**values, "id2label": None, "num_labels": whole("labels", labels, least=1)}
     entry = FAMILIES[family]
     modules = tuple(entry.table(Config(values, name), **entry.options))
     return Shape(name, family, entry.kind, modules, values)

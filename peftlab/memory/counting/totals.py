@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from peftlab.memory.counting.families import Module
-from peftlab.memory.counting.methods import METHODS, method_name
+from peftlab.memory.counting.methods import method_name, trained_by
 from peftlab.memory.counting.options import Options
 from peftlab.memory.counting.shapes import Shape, load_shape
 
@@ -62,7 +62,7 @@ def count(
 
     Args:
         shape: a built-in name, the path of a ``config.json`` or of its folder, or a ``Shape``.
-        method: a name in ``METHODS``.
+        method: a method's name, such as ``"lora"``; ``METHODS`` has them all.
         r: the rank of a low-rank update; None: the method's own in peft (8, AdaLoRA 12, VeRA 256).
         targets: names, ``"all-linear"`` or a regular expression (see ``Shape.match``), for the LoRA family and IA3;
             None: query and value, for IA3 peft's own (mostly keys, values and down projection; see ``methods.ia3``).
@@ -86,7 +86,7 @@ def count(
     options = Options(
         r, targets, bias, virtual_tokens, reduction_factor, projection, encoder, encoder_hidden, encoder_layers
     )
-    trained = METHODS[name](shape, options)
+    trained = trained_by(name, shape, options)
     # peft trains a copy of the classification head and keeps the original beside it: both are in the total.
     head = 0 if trained.whole else sum(module.parameters for module in shape.head)
     parameters = [tensor for tensor in trained.added if not tensor.buffer]

@@ -1,8 +1,9 @@
 """A layer under each method: what Hugging Face peft's forward passes allocate around the frozen layer.
 
-Each function takes the model, a path and the method's own tensors by name, and returns the layer's call, x -> output.
-The adapters are float32 by default, as in peft, also on a base of 16 bits; a call then casts its input and, at the end,
-its output back. Three tables say where a method stands: around a layer, beside a feed-forward, or in front of it all.
+Each function takes the model, a path and the tensors that the method has there, by name, and puts the method in its
+place: around a layer (`net.layers`), beside a feed-forward (`net.beside`), or in front of it all (`net.front`). The
+catalogue's row names the function. The adapters are float32 by default, as in peft, also on a base of 16 bits; a call
+then casts its input and, at the end, its output back.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peftlab.errors import PeftLabError
+from peftlab.memory.counting.shapes import Shape
 from peftlab.memory.replay import ops
 from peftlab.memory.replay.nets import Net
 from peftlab.memory.replay.tape import Parameter, Tensor
@@ -18,13 +20,14 @@ Call = Callable[[Tensor], Tensor]
 Own = dict[str, Parameter]
 
 
-def lora(net: Net, path: str, own: Own) -> Call:
+def lora(net: Net, path: str, own: Own) -> None:
     """y + B(A x) s: peft's `lora.Linear.forward`, or that of its 4-bit layer, which clones y and casts the update.
 
     peftlab's own does neither, and under autocast leaves the input as it is, where peft makes a float32 copy first.
     """
     if net.modules[path].kind == "embedding":
-        return _embedding_lora(net, path, own)
+        _embedding_lora(net, path, own)
+        return
     ours = net.recipe.library == "peftlab"
     quantised = path in net.quantised and not ours
 
@@ -41,10 +44,10 @@ def lora(net: Net, path: str, own: Own) -> Call:
         result = ops.add(result, update)
         return result if quantised else ops.cast(result, bytes)
 
-    return call
+    net.layers[path] = call
 
 
-def _embedding_lora(net: Net, path: str, own: Own) -> Call:
+def _embedding_lora(net: Net, path: str, own: Own) -> None:
     """W[i] + A^T[i] B^T s for token i."""
 
     def call(ids: Tensor) -> Tensor:
@@ -53,10 +56,10 @@ def _embedding_lora(net: Net, path: str, own: Own) -> Call:
         chosen = ops.embedding_rows(ids, own["lora_embedding_A"])
         return ops.cast(ops.add(result, ops.scale(net.product(chosen, own["lora_embedding_B"]))), bytes)
 
-    return call
+    net.layers[path] = call
 
 
-def dora(net: Net, path: str, own: Own) -> Call:
+def dora(net: Net, path: str, own: Own) -> None:
     """(m/n - 1) W x + (m/n) B(A x) s, where n, the norms of W + s B A, is computed anew in each forward pass.
 
     For that peft multiplies B A by an identity of d_in x d_in and casts W to the adapter's dtype; nothing of it is
@@ -95,10 +98,10 @@ def dora(net: Net, path: str, own: Own) -> Call:
         del first, second, update, base, held
         return ops.cast(ops.add(result, total), bytes)
 
-    return call
+    net.layers[path] = call
 
 
-def adalora(net: Net, path: str, own: Own) -> Call:
+def adalora(net: Net, path: str, own: Own) -> None:
     """y += x (A * E)^T B^T s / rank, the sum in place.
 
     peft's rank numbers do not train on a CPU in float32; moved to another device or dtype, they have a gradient.
@@ -113,10 +116,10 @@ def adalora(net: Net, path: str, own: Own) -> Call:
             result, ops.divide_by_trained(ops.scale(net.product(net.product(x, scaled), own["lora_B"])), rank)
         )
 
-    return call
+    net.layers[path] = call
 
 
-def vera(net: Net, path: str, own: Own) -> Call:
+def vera(net: Net, path: str, own: Own) -> None:
     """y + b * B(d * A x), with A and B frozen and shared: the products with them keep nothing, the scalings do."""
 
     def call(x: Tensor) -> Tensor:
@@ -130,10 +133,10 @@ def vera(net: Net, path: str, own: Own) -> Call:
         del inner
         return ops.cast(ops.cast(ops.add(result, update), bytes), before)  # at last as wide as the input
 
-    return call
+    net.layers[path] = call
 
 
-def ia3(net: Net, path: str, own: Own) -> Call:
+def ia3(net: Net, path: str, own: Own) -> None:
     """l * (W x), or W (l * x) for a feed-forward layer, in the dtype of l and back."""
     scale = own["ia3_l"]
 
@@ -145,22 +148,22 @@ def ia3(net: Net, path: str, own: Own) -> Call:
         result = net.plain(path, x)
         return ops.cast(ops.mul_vector(result, scale), result.bytes)
 
-    return before if scale.shape[0] == 1 else after
+    net.layers[path] = before if scale.shape[0] == 1 else after
 
 
-def bottleneck(net: Net, path: str, own: Own) -> Call:
+def bottleneck(net: Net, path: str, own: Own) -> None:
     """y + up(relu(down y)): a bottleneck after the layer."""
 
     def call(x: Tensor) -> Tensor:
         result = net.plain(path, x)
         return _through_bottleneck(net, own, result, result)
 
-    return call
+    net.layers[path] = call
 
 
-def parallel(net: Net, own: Own) -> Callable[[Tensor, Call], Tensor]:
+def parallel(net: Net, path: str, own: Own) -> None:
     """f(x) + up(relu(down x)): a bottleneck beside a feed-forward f, from its input to its output."""
-    return lambda x, function: _through_bottleneck(net, own, x, function(x))
+    net.beside[path] = lambda x, function: _through_bottleneck(net, own, x, function(x))
 
 
 def _through_bottleneck(net: Net, own: Own, x: Tensor, result: Tensor) -> Tensor:
@@ -172,12 +175,12 @@ def _through_bottleneck(net: Net, own: Own, x: Tensor, result: Tensor) -> Tensor
     return ops.cast(ops.add(result, update), bytes)
 
 
-def prompt(net: Net, own: Own) -> None:
+def prompt(net: Net, path: str, own: Own) -> None:
     """n learned vectors before the word embeddings of each example; for T5 there are 2 n, the first n are taken."""
     _in_front(net, own, lambda virtual: virtual)
 
 
-def p_tuning(net: Net, own: Own) -> None:
+def p_tuning(net: Net, path: str, own: Own) -> None:
     """A prompt that an MLP of three layers makes of learned vectors, for each example anew."""
 
     def encode(virtual: Tensor) -> Tensor:
@@ -201,8 +204,18 @@ def _in_front(net: Net, own: Own, encode: Call) -> None:
     net.front = front
 
 
-def prefix(net: Net, own: Own) -> None:
+def prefix(net: Net, path: str, own: Own) -> None:
     """Keys and values of n virtual tokens for each block, from one table; each block's cache is a copy with them."""
+    if net.recipe.checkpointing:
+        raise PeftLabError(
+            "Prefix tuning in peft needs the cache of keys and values, which checkpointing switches off; peftlab's own "
+            "trains so, and is not replayed yet."
+        )
+    if net.shape.kind == "encoder-decoder" and not _prefix_runs(net.shape):
+        raise PeftLabError(
+            f"{net.shape.name}: peft's prefix has the encoder's depth and the model's width, and this decoder has "
+            "another."
+        )
     rows = own["embedding.weight"]
     made: list[Tensor] = []
 
@@ -222,15 +235,8 @@ def prefix(net: Net, own: Own) -> None:
     net.front, net.extend = front, extend
 
 
-LAYERS: dict[str, Callable[[Net, str, Own], Call]] = {
-    "lora": lora,
-    "qlora": lora,
-    "dora": dora,
-    "adalora": adalora,
-    "vera": vera,
-    "ia3": ia3,
-    "houlsby": bottleneck,
-    "pfeiffer": bottleneck,
-}
-BESIDE: dict[str, Callable[[Net, Own], Callable[[Tensor, Call], Tensor]]] = {"parallel": parallel}
-FRONTS: dict[str, Callable[[Net, Own], None]] = {"prompt": prompt, "p-tuning": p_tuning, "prefix": prefix}
+def _prefix_runs(shape: Shape) -> bool:
+    """Whether T5's decoder is as deep as its encoder, and its attention as wide as the model."""
+    blocks = [{m.layer for m in shape.modules if m.path.startswith(f"{kind}.block")} for kind in ("encoder", "decoder")]
+    inner = next(m.outputs for m in shape.modules if m.path.endswith("SelfAttention.q"))
+    return blocks[0] == blocks[1] and inner == shape.modules[0].outputs

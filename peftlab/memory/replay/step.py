@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from peftlab.catalogue import METHODS, resolve
+from peftlab.errors import PeftLabError
 from peftlab.memory.counting.options import Trained
 from peftlab.memory.counting.shapes import Shape
 from peftlab.memory.replay import ops
 from peftlab.memory.replay.decoders import gated_decoder, gpt2
 from peftlab.memory.replay.encoders import bert, t5
-from peftlab.memory.replay.layers import BESIDE, FRONTS, LAYERS
 from peftlab.memory.replay.nets import Net, Recipe
 from peftlab.memory.replay.sharding import Sharding
 from peftlab.memory.replay.tape import Memory, Parameter, Tensor, backward
@@ -60,13 +61,14 @@ class Run:
             tensor = Parameter(self.memory, added.size, recipe.adapter_bytes, "adapter", True, recipe.shards)
             net.added.append((added.path, tensor))
             grouped.setdefault(added.path, {})[added.name] = tensor
+        replay = METHODS[method].replay
+        if grouped and replay is None:
+            raise PeftLabError(
+                f"The activations of {method} are not known yet. Its parameters are: peftlab count {shape.name} "
+                f"--method {method}."
+            )
         for path, tensors in grouped.items():
-            if method in FRONTS:
-                FRONTS[method](net, tensors)
-            elif method in BESIDE:
-                net.beside[path] = BESIDE[method](net, tensors)
-            else:
-                net.layers[path] = LAYERS[method](net, path, tensors)
+            resolve(replay)(net, path, tensors)
         if recipe.gpus > 1 and not recipe.sharded:  # DDP's buckets, of the size of all gradients
             size = sum(one.elements * one.bytes for one in net.parameters)
             self.held.append(Tensor(self.memory, (size,), 1, "gradients"))

@@ -1,0 +1,63 @@
+"""The options that describe a method, as the rows of the catalogue list them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from peftlab.catalogue import METHODS, Method, Option
+
+
+def trainable() -> dict[str, Method]:
+    """The methods that `peftlab train` knows."""
+    return {name: row for name, row in METHODS.items() if row.trains}
+
+
+def counted() -> dict[str, Method]:
+    """The methods that `peftlab count` and `peftlab memory` know, with those of their options that count."""
+    rows = {name: row for name, row in METHODS.items() if row.tensors}
+    return {name: replace(row, options=tuple(o for o in row.options if o.counted)) for name, row in rows.items()}
+
+
+def options_of(rows: Mapping[str, Method]) -> dict[str, Option]:
+    """The options of all rows by name, each once."""
+    return {option.name: option for row in rows.values() for option in row.options}
+
+
+def defaults_of(name: str, rows: Mapping[str, Method]) -> dict[Any, list[str]]:
+    """The defaults of an option, and for each the methods that have it."""
+    found: dict[Any, list[str]] = {}
+    for method, row in rows.items():
+        if row.takes(name):
+            found.setdefault(row.default(name), []).append(method)
+    return found
+
+
+def add_method_options(command: argparse.ArgumentParser, rows: Mapping[str, Method]) -> None:
+    """Give a command `--method` and the options of these rows.
+
+    The default of an option is set where all rows agree on it. Otherwise it is None, and the method's row decides.
+    """
+    command.add_argument("--method", default="lora", metavar="M", help=f"{', '.join(rows)} (default: lora)")
+    for name, option in options_of(rows).items():
+        defaults = defaults_of(name, rows)
+        (default, *others) = defaults
+        told = [_shown(default)] if not others else [f"{_shown(d)} for {'/'.join(defaults[d])}" for d in defaults]
+        more: dict[str, Any] = {"type": option.kind, "metavar": option.metavar, "choices": option.choices}
+        if option.kind is bool:
+            more = {"action": argparse.BooleanOptionalAction}
+        command.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=None if others else default,
+            help=option.help + ("" if default is None else f" (default: {', '.join(told)})"),
+            **more,
+        )
+
+
+def _shown(default: Any) -> str:
+    """A default as `--help` shows it."""
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return f"{default:g}" if isinstance(default, float) else str(default)

@@ -1,0 +1,137 @@
+"""What a method provides: a config, which yields placements, and parts, which stand on the modules of a model.
+
+Read this file to add a method. `Part` and `Config` list everything that the rest of the package asks of a method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
+
+from torch import Tensor, nn
+
+
+class Part(nn.Module):
+    """A module with trained parameters that stands on a host: one of the base's own modules.
+
+    A subclass overrides what it needs. A host gets a hook only for a `before` or an `after` that a part overrides, so
+    what a part leaves out costs nothing.
+
+    Which parts run, with what weight and for which rows of a batch, is decided outside: a part computes as if it were
+    alone. When several adapters are active, each starts from the same input and output of the host, and the changes
+    that they make are added up.
+
+    Attributes:
+        keys: {own parameter: its key in Hugging Face's adapter file}. In a key, `{path}` stands for
+            `base_model.model.` and the host's path, `{module}` for the host's path alone, and `{root}` for
+            `base_model.model.` alone. A parameter that several modules share has a tuple of keys.
+        encoder_keys: {own parameter: its key in the file beside}. For parameters that Hugging Face's file leaves out
+            because it holds only the tensor that they compute, such as the encoder of a prompt.
+        replaces_base_parameters: whether the part's parameters take the place of the base's own, as a trained copy of a
+            bias does. They then count once among all parameters, not twice.
+        compatibility_key: None for a part whose results can be mixed. A part that makes the input longer has a text
+            here, such as "a prompt of 20 virtual tokens", which error messages show. Its results cannot be mixed, so
+            the prompts are: only parts with equal texts can be active together, and of these one runs its `before`,
+            with the mixture that `hooks.active_prompt` makes of what each of them returns from `make_prompt`.
+    """
+
+    keys: Mapping[str, str | tuple[str, ...]] = {}
+    encoder_keys: Mapping[str, str] = {}
+    replaces_base_parameters: ClassVar[bool] = False
+    compatibility_key: str | None = None
+
+    def settle(self, host: nn.Module) -> None:
+        """Computes the values that depend on the base's weights.
+
+        Runs once, without gradients, when the part has its device and dtype but does not stand on the host yet. Values
+        computed in `__init__` are rounded to float32, since a part is moved to its host's dtype afterwards. When an
+        adapter is loaded, the tensors of its file are copied in after this and so replace the values computed here.
+        """
+
+    def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Returns the inputs that the host is called with."""
+        return args, kwargs
+
+    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Any, base: Any) -> Any:
+        """Returns the output that the host's caller gets.
+
+        Args:
+            args, kwargs: the inputs that the host was called with.
+            output: the host's output, as changed by the parts of the same adapter that ran before this one.
+            base: the host's own output.
+        """
+        return output
+
+    def merged(self, host: nn.Module) -> dict[str, Tensor]:
+        """Returns {parameter of the host: its value with the part folded in}, not yet rounded to the host's dtype.
+
+        `merge` refuses an adapter with a part that does not override this.
+        """
+        raise NotImplementedError
+
+    def make_prompt(self, host: nn.Module) -> Tensor:
+        """Returns this part's own prompt, (n, width); it does not depend on the input."""
+        raise NotImplementedError
+
+    def overrides(self, method: str) -> bool:
+        """Says whether this kind of part has a `before`, an `after` or a `merged` of its own."""
+        return getattr(type(self), method) is not getattr(Part, method)
+
+
+class Placement(NamedTuple):
+    """A part and where it stands.
+
+    Attributes:
+        path: the host's path in the model; "" is the model itself.
+        name: the part's name among the parts of its adapter on this host.
+    """
+
+    path: str
+    name: str
+    part: Part
+
+
+@runtime_checkable
+class Config(Protocol):
+    """The settings of a method, and what the method places on a model.
+
+    A config is a frozen dataclass. `Targets` (for methods that stand on chosen modules) and `VirtualTokens` (for
+    prompts) hold the common fields and the defaults of what is listed here.
+
+    Attributes:
+        method: the method's name on the command line.
+        peft_type: its name in Hugging Face's `adapter_config.json`. Several methods may share one.
+        requires: fields of `adapter_config.json` that a folder of this method always uses, such as `use_dora`.
+        unsupported: fields that Hugging Face's method has and this one does not. A folder that uses one of them is not
+            loaded as this method: it would compute something else.
+    """
+
+    peft_type: ClassVar[str]
+    requires: ClassVar[tuple[str, ...]]
+    unsupported: ClassVar[tuple[str, ...]]
+    modules_to_save: Iterable[str] | None
+    task_type: str | None
+
+    @property
+    def method(self) -> str: ...
+
+    def parts(self, model: nn.Module) -> Iterable[Placement]:
+        """Yields what the method places on a model, and changes nothing yet."""
+        ...
+
+    def as_stored(self) -> Self:
+        """Returns the config of what Hugging Face's format keeps of the adapter: a prompt without its encoder, say."""
+        ...
+
+    def to_peft(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:
+        """Returns the fields of `adapter_config.json` that only this method has.
+
+        Args:
+            hosts: the modules that the adapter's parts stand on, by path.
+        """
+        ...
+
+    @staticmethod
+    def from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns keyword arguments for the config: the reverse of `to_peft`."""
+        ...

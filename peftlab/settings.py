@@ -1,0 +1,211 @@
+"""The settings of `train`, each written once: name, type, default, meaning and check.
+
+The signature and documentation of `peftlab.train`, the options of `peftlab train` and the checks all come from
+`Settings`. The file stands outside `peftlab.training` because the command line reads it before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+
+from peftlab.checks import check_fields, number, one_of, whole
+from peftlab.errors import PeftLabError, did_you_mean
+
+SCHEDULES = ("linear", "cosine", "constant")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+OPTIMIZERS = ("adamw", "adamw8bit", "paged-adamw8bit", "sgd")
+
+Model = TypeVar("Model")
+Data = TypeVar("Data")
+Result = TypeVar("Result")
+Given = ParamSpec("Given")
+
+
+def setting(
+    default: Any, doc: str, check: Callable[..., Any] | None = None, *, option: str = "", more: str = "", **limits: Any
+) -> Any:
+    """Make the field of one setting.
+
+    Args:
+        doc: its meaning, for the documentation of `train` and for the help of the command line.
+        check: `whole`, `number` or `one_of`; `limits` are what it takes beside the name and the value.
+        option: its name on the command line, if it has one.
+        more: what only a caller in Python needs to know.
+    """
+    known = {"doc": doc, "check": check and partial(check, **limits), "option": option, "more": more}
+    return field(default=default, metadata=known)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings of a run of training, checked before a model is touched.
+
+    Raises:
+        PeftLabError: a value that no run can have, or two that do not go together.
+    """
+
+    # fmt: off
+    tokenizer: Any = setting(None, "gives the padding id; only the default `collate` needs it")
+    evaluation_data: Sequence[Mapping[str, Any]] | None = setting(
+        None, "encoded examples for the evaluation loss; without them only `metrics` are evaluated")
+    steps: int | None = setting(
+        None, "number of updates; give this or epochs", whole, least=1, optional=True, option="steps")
+    epochs: float | None = setting(
+        None, "times through the training data; one if neither this nor steps is given",
+        number, above=0, optional=True, option="epochs")
+    batch_size: int = setting(8, "examples in memory at once", whole, least=1, option="batch-size")
+    accumulation: int = setting(
+        1, "batches in one update", whole, least=1, option="accumulation",
+        more="How `batch_size` x `accumulation` is split changes memory and time, but not the result.")
+    learning_rate: float = setting(2e-4, "peak learning rate", number, above=0, most=1000, option="lr")
+    weight_decay: float = setting(
+        0.0, "decay of matrices; biases, norms and other vectors do not decay", number, least=0)
+    warmup: float = setting(
+        0.0, "length of the warm-up: below 1 a share of the steps, from 1 on a number of steps",
+        number, least=0, option="warmup")
+    schedule: str = setting(
+        "linear", "how the learning rate goes on after the warm-up", one_of, known=SCHEDULES, option="schedule",
+        more="The formulas are in `peftlab.training.schedule.learning_rate_at`.")
+    max_grad_norm: float | None = setting(
+        1.0, "gradients are scaled down to this global norm; None leaves them", number, above=0, optional=True)
+    precision: str = setting(
+        "auto", "what is computed in; auto chooses for the device", one_of, known=PRECISIONS, option="precision",
+        more="'fp32' is without autocast: each module computes in its own dtype.")
+    checkpointing: bool | str = setting(
+        False, "recompute activations in the backward pass instead of keeping them",
+        one_of, known=(True, False, "reentrant"), option="checkpointing", more="'reentrant' is torch's older kind.")
+    optimizer: str = setting(
+        "adamw", "the 8-bit ones are bitsandbytes'; without it you get a warning and adamw",
+        one_of, known=OPTIMIZERS, option="optimizer")
+    seed: int = setting(
+        0, "decides the order of the data and every random number of the run", whole, option="seed",
+        more="The global generators of torch, Python and numpy are used during the run and put back after it.")
+    group_by_length: bool = setting(
+        False, "put examples of similar length into a batch, for less padding",
+        one_of, known=(True, False), option="group-by-length")
+    evaluate_every: int | None = setting(
+        None, "evaluate every N steps and after the last", whole, least=1, optional=True, option="eval-every",
+        more="Without it there is one evaluation, after the last step.")
+    patience: int | None = setting(
+        None, "stop after so many evaluations without a better `monitor`", whole, least=1, optional=True)
+    monitor: str = setting(
+        "loss", "what is watched: 'loss', where lower is better, or the name of a metric, where higher is better")
+    restore_best: bool = setting(
+        False, "end with the parameters of the best evaluation instead of those of the last step",
+        one_of, known=(True, False))
+    folder: str | Path | None = setting(
+        None, "where to keep the run, so that it can be killed at any moment and go on to the same result",
+        more="On the same machine the result is the same to the bit. Only trained values are stored; make the model "
+        "and its adapters again before you go on.")
+    save_every: int | None = setting(
+        None, "steps between saved states, 50 if not given; the first and the last state are saved too",
+        whole, least=1, optional=True, option="save-every")
+    resume: bool = setting(
+        True, "go on with the run in the folder, if there is one", one_of, known=(True, False), option="resume",
+        more="False refuses a folder that holds a run.")
+    progress: bool = setting(True, "show a progress bar", one_of, known=(True, False))
+    loss: Callable[..., Any] | None = setting(
+        None, "`(model, batch) -> (sum, number of labels)`; by default that of the model's task "
+        "(`peftlab.training.losses`)")
+    metrics: Mapping[str, Callable[[Any], float]] | None = setting(
+        None, "by name, functions of the model (in eval mode, without gradients) that give a number")
+    collate: Callable[[list[Any]], dict[str, Any]] | None = setting(
+        None, "makes a batch of a list of examples; by default `Collator(tokenizer)`")
+    callback: Callable[[Any, dict[str, Any]], None] | None = setting(
+        None, "called with the model and the step's row after each update, while the gradients are still there")
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            if one.metadata["check"]:
+                check_fields(self, one.metadata["check"], one.name)
+        if self.steps is not None and self.epochs is not None:
+            raise PeftLabError(f"Give steps ({self.steps}) or epochs ({self.epochs}), not both.")
+        if hasattr(self.evaluation_data, "__len__") and not len(self.evaluation_data):
+            raise PeftLabError("The evaluation data holds no example; pass evaluation_data=None to do without.")
+        self._check_evaluation()
+
+    @property
+    def batch(self) -> int:
+        """The number of examples in one update."""
+        return self.batch_size * self.accumulation
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is something to evaluate."""
+        return self.evaluation_data is not None or bool(self.metrics)
+
+    def total_examples(self, examples: int) -> int:
+        """The examples of the whole run, counted with repetition, from so many examples of training data."""
+        if self.steps is not None:
+            return self.steps * self.batch
+        return max(1, math.ceil((1 if self.epochs is None else self.epochs) * examples))
+
+    def _check_evaluation(self) -> None:
+        metrics = sorted(self.metrics or ())
+        taken = {"step", "loss"} & set(metrics)
+        if taken:
+            raise PeftLabError(
+                f"A metric cannot be called {sorted(taken)[0]!r}: the evaluation's own rows use that name."
+            )
+        wants = [name for name in ("evaluate_every", "patience", "restore_best") if getattr(self, name)]
+        if wants and not self.evaluates:
+            raise PeftLabError(f"{wants[0]} needs something to evaluate: pass evaluation_data or metrics.")
+        if self.patience and not self.evaluate_every:
+            raise PeftLabError("patience counts evaluations: say how often with evaluate_every=...")
+        one_of("monitor", self.monitor, ("loss", *metrics))
+        if self.monitor == "loss" and self.evaluation_data is None and (self.patience or self.restore_best):
+            raise PeftLabError(f"monitor='loss' needs evaluation_data; or choose one of the metrics {metrics}.")
+
+
+def settings_from(given: Mapping[str, Any], kind: type[Settings] = Settings) -> Settings:
+    """Make the settings from keyword arguments.
+
+    Raises:
+        PeftLabError: a name that is no setting (with near matches), or a value that cannot be.
+    """
+    options = {one.metadata["option"]: one.name for one in fields(kind)}
+    names = [one.name for one in fields(kind)]
+    for name in given:
+        if name not in names:
+            near = did_you_mean(options.get(name, name), names) or f" There are {', '.join(names)}."
+            raise PeftLabError(f"train has no setting {name!r}.{near}")
+    return kind(**given)
+
+
+def known_values(one: Field[Any]) -> tuple[Any, ...]:
+    """The values that a field of `Settings` may have, where they are a list; else nothing."""
+    return one.metadata["check"].keywords.get("known", ()) if one.metadata["check"] else ()
+
+
+def takes(
+    kind: Callable[Given, Settings],
+) -> Callable[[Callable[Concatenate[Model, Data, ...], Result]], Callable[Concatenate[Model, Data, Given], Result]]:
+    """Show the settings, in the place of `**given`, in a function's signature and at `{settings}` in its docstring."""
+
+    def show(function: Any) -> Any:
+        own = list(inspect.signature(function).parameters.values())[:-1]
+        every = inspect.signature(kind).parameters.values()
+        function.__signature__ = inspect.signature(function).replace(parameters=[*own, *every])
+        told = "\n".join(map(_described, fields(cast(type[Settings], kind))))
+        function.__doc__ = inspect.cleandoc(function.__doc__ or "").replace("    {settings}", told)
+        return function
+
+    return show
+
+
+def _described(one: Field[Any]) -> str:
+    """The lines of a docstring on one setting."""
+    words = known_values(one)
+    told = f"{one.name}: {one.metadata['doc']}" + (f" ({', '.join(map(repr, words))})." if words[2:] else ".")
+    return textwrap.fill(
+        f"{told} {one.metadata['more']}".rstrip(), 112, initial_indent=" " * 4, subsequent_indent=" " * 8,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip

@@ -1,0 +1,289 @@
+"""The catalogue of methods: its rows are true, and one more row is all that a new method asks of the package."""
+
+import ast
+import dataclasses
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+import peftlab as pl
+from peftlab import catalogue
+from peftlab.assets.models import load_model
+from peftlab.catalogue import METHODS, Method, Option, resolve
+from peftlab.commands import cli
+from peftlab.core.interface import Part, Placement
+from peftlab.core.targets import Targets, find
+from peftlab.errors import PeftLabError
+from peftlab.memory import count, estimate, load_shape
+from peftlab.memory.counting.methods import trained_by
+from peftlab.memory.counting.options import Added, Options, Trained
+from peftlab.memory.replay import ops
+
+HEAVY = ("torch", "transformers", "datasets", "peft", "numpy")
+ROWS = pytest.mark.parametrize("name", METHODS)
+
+
+# ------------------------------------------------------------------------------------------------------ the rows
+
+
+@ROWS
+def test_every_path_leads_to_what_the_row_says(name):
+    row = METHODS[name]
+    places = {"config": "peftlab.methods.", "tensors": "peftlab.memory.counting.", "replay": "peftlab.memory.replay."}
+    for field, place in places.items():
+        path = getattr(row, field)
+        assert path is None or (path.startswith(place) and callable(resolve(path))), field
+    assert row.config or row.tensors
+    if row.config:
+        config = resolve(row.config)
+        assert getattr(pl, row.config_name) is config and getattr(pl.methods, row.config_name) is config
+        assert row.four_bit or config(**row.fixed).method == name
+    if row.tensors:
+        added = trained_by(name, load_shape("bert-base"), Options()).added
+        assert bool(added) == bool(row.replay), "what adds tensors needs a replay"
+
+
+@ROWS
+def test_every_option_is_a_field_of_the_config_or_an_argument_of_count(name):
+    row = METHODS[name]
+    fields = {field.name: field for field in dataclasses.fields(resolve(row.config))} if row.config else {}
+    assert set(row.fixed) <= set(fields)
+    for option in row.options:
+        if row.config:
+            default = fields[option.config_field].default
+            assert option.default is None or option.default == default, f"--{option.name} and the config disagree"
+        else:
+            assert option.counted, f"{name} is only counted, and --{option.name} does not count"
+        if option.counted:
+            assert option.name in {field.name for field in dataclasses.fields(Options)}
+            for function in (count, estimate):
+                assert option.name in inspect.signature(function).parameters
+
+
+def test_every_config_in_the_folder_of_methods_has_a_row():
+    known = {resolve(row.config) for row in METHODS.values() if row.config}
+    files = [path.stem for path in Path(pl.methods.__file__).parent.glob("*.py") if path.stem != "__init__"]
+    found = {
+        thing
+        for file in files
+        for thing in vars(import_module(f"peftlab.methods.{file}")).values()
+        if getattr(thing, "peft_type", None) and getattr(thing, "__module__", None) == f"peftlab.methods.{file}"
+    }
+    assert found == known and len(found) >= 8
+
+
+def test_the_table_of_configs_is_made_from_the_rows():
+    assert pl.METHODS == {name: resolve(row.config) for name, row in METHODS.items() if row.config and name != "qlora"}
+    assert list(pl.memory.METHODS) == [name for name in METHODS if name != "selective"]
+    assert pl.memory.METHODS["vera"](load_shape("gpt2"), Options()) == trained_by("vera", load_shape("gpt2"), Options())
+    for module in (pl.methods, pl.memory):
+        with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+            module.nothing  # noqa: B018
+
+
+def test_the_catalogue_imports_nothing_of_the_package():
+    tree = ast.parse(Path(catalogue.__file__).read_text(encoding="utf-8"))
+    imported = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    imported += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    assert imported and not [name for name in imported if name.split(".")[0] == "peftlab"]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import peftlab.catalogue",
+        "from peftlab.commands import cli; cli.build_parser()",
+        "from peftlab.memory import METHODS, count, estimate; "
+        "[(count('bert-base', m), estimate('bert-base', m, sequence=16)) for m in METHODS]",
+    ],
+    ids=["catalogue", "command line", "memory"],
+)
+def test_reading_the_rows_loads_no_torch_and_no_method(code):
+    code += f"; import sys; print([m for m in sys.modules if m in {HEAVY} or m.startswith('peftlab.methods')])"
+    root = Path(catalogue.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+# ------------------------------------------------------------------------------------------------------ a toy method
+# All that a new method needs: a config and its part, its tensors, its replay, and a row. In the package the first is
+# one file in peftlab/methods/; the two functions lie beside those of the other methods.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyConfig(Targets):
+    """A learned number s for each output of a layer, o_proj by default: y = s * (W x)."""
+
+    start: float = 1.0
+
+    method: ClassVar[str] = "toy"
+    peft_type: ClassVar[str] = "TOY"
+    unsupported: ClassVar[tuple[str, ...]] = ()
+
+    def parts(self, model: nn.Module) -> Iterator[Placement]:
+        for path, host in find(model, self, ends_in_o_proj).items():
+            yield Placement(path, "toy", ToyScale(host, self.start))
+
+    def to_peft(self, model: nn.Module, hosts: dict[str, nn.Module]) -> dict[str, Any]:
+        return {"start": self.start}
+
+    @staticmethod
+    def from_peft(fields: dict[str, Any]) -> dict[str, Any]:
+        return {"start": fields["start"]}
+
+
+class ToyScale(Part):
+    keys: ClassVar[dict[str, str]] = {"scale": "{path}.scale"}
+
+    def __init__(self, host: nn.Linear, start: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((host.out_features,), start))
+
+    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor, base: Any) -> torch.Tensor:
+        return (output * self.scale).to(output.dtype)
+
+    def merged(self, host: nn.Module) -> dict[str, torch.Tensor]:
+        return {"weight": host.weight * self.scale[:, None]}
+
+
+def ends_in_o_proj(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    return {path: module for path, module in modules.items() if path.endswith(".o_proj")}
+
+
+def toy_tensors(shape, options):
+    adapted = shape.match(options.targets or ["o_proj"])
+    return Trained(tuple(Added(m.path, "scale", (m.outputs,)) for m in adapted), adapted=adapted)
+
+
+def toy_replay(net, path, own):
+    def call(x):
+        result = net.plain(path, x)
+        return ops.cast(ops.mul_vector(result, own["scale"]), result.bytes)
+
+    net.layers[path] = call
+
+
+START = Option(name="start", kind=float, default=1.0, metavar="S", help="where the scale of toy starts")
+TOY = Method(
+    config=f"{__name__}:ToyConfig",
+    options=(catalogue.TARGETS, START),
+    learning_rate=0.25,
+    tensors=f"{__name__}:toy_tensors",
+    replay=f"{__name__}:toy_replay",
+)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.setitem(METHODS, "toy", TOY)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a tiny model and a data file, as the current one."""
+    from tiny import llama, tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    llama().save_pretrained("tiny")
+    tokenizer(pad=False).save_pretrained("tiny")
+    rows = [{"prompt": f"the {a} cat ?", "completion": "yes" if a == "red" else "no"} for a in ("red", "green", "blue")]
+    (tmp_path / "ask.jsonl").write_text("\n".join(json.dumps(row) for row in rows * 8))
+    return tmp_path
+
+
+def run(capsys, *arguments):
+    """What a command printed with --json."""
+    status = cli.main([*map(str, arguments), "--json"])
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    return json.loads(out)
+
+
+def test_a_toy_attaches_and_is_counted_and_estimated(toy, place, capsys):
+    model, _ = load_model("./tiny")
+    pl.attach(model, ToyConfig(start=2.0))
+    counted = run(capsys, "count", "tiny", "--method", "toy")
+    assert pl.count_parameters(model).trainable == counted["trainable"] == 2 * 16  # two layers, 16 wide
+    assert pl.count_parameters(model).total == counted["total"]
+    assert run(capsys, "count", "tiny", "--method", "toy", "--targets", "q_proj,o_proj")["trainable"] == 4 * 16
+
+    # IA3 on the same layers computes the same, so a step of it takes as much
+    told = run(capsys, "memory", "tiny", "--method", "toy", "--sequence", 32)
+    twin = run(capsys, "memory", "tiny", "--method", "ia3", "--targets", "o_proj", "--sequence", 32)
+    assert told == {**twin, "method": "toy"} and told["adapter"] > 0
+
+
+def test_a_toy_trains_from_the_command_line_and_its_folder_loads(toy, place, capsys):
+    data = ("--model", "./tiny", "--data", "ask.jsonl", "--out", "run", "--steps", 12)
+    result = run(capsys, "train", *data, "--method", "toy", "--start", 0.5)
+    assert result["trainable"] == 2 * 16 and result["settings"]["lr"] == 0.25
+    settings = result["settings"].keys() & {option.name for row in METHODS.values() for option in row.options}
+    assert settings == {"targets", "start"}, "options of other methods are no part of the run"
+
+    ids = torch.tensor([[5, 6, 7]])
+    plain, trained = load_model("./tiny")[0], load_model("./tiny")[0]
+    pl.load_adapter(trained, "run")
+    scales = [p for name, p in trained.named_parameters() if name.endswith(".scale")]
+    assert len(scales) == 2 and all(0 < (scale - 0.5).abs().max() < 5 for scale in scales)  # from 0.5 on
+    assert not torch.allclose(trained(ids).logits, plain(ids).logits, atol=1e-3)
+
+    pl.save_adapter(trained, "again")
+    other = load_model("./tiny")[0]
+    pl.load_adapter(other, "again")
+    assert torch.equal(other(ids).logits, trained(ids).logits)
+    assert json.loads((place / "again" / "adapter_config.json").read_text())["start"] == 0.5
+    pl.merge(other)
+    assert torch.allclose(other(ids).logits, trained(ids).logits, atol=1e-5)
+
+
+def test_the_help_and_the_messages_name_a_toy(toy, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")  # no word is broken
+    for command in ("train", "count", "memory"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        out = " ".join(capsys.readouterr().out.split())
+        assert "parallel, toy (default: lora)" in out
+        assert ("--start S where the scale of toy starts (default: 1)" in out) == (command == "train")
+        assert ("toy 0.25; others 0.0002" in out) == (command == "train")
+    with pytest.raises(PeftLabError, match=r"make one of .*, ToyConfig\."):
+        pl.attach(nn.Linear(2, 2), ToyConfig)
+    assert pl.METHODS["toy"] is ToyConfig and "toy" in pl.memory.METHODS
+
+
+def test_without_its_row_a_toy_is_unknown(place):
+    with pytest.raises(PeftLabError, match="Unknown method 'toy'"):
+        count("tiny", "toy")
+    model, _ = load_model("./tiny")
+    pl.save_adapter(pl.attach(model, ToyConfig()), "toy")  # a config of one's own needs no row to attach and save
+    with pytest.raises(PeftLabError, match="peft_type is 'TOY'"):
+        pl.load_adapter(load_model("./tiny")[0], "toy")
+
+
+def test_a_method_without_a_replay_is_counted_and_not_estimated(monkeypatch):
+    monkeypatch.setitem(METHODS, "toy", dataclasses.replace(TOY, replay=None))
+    assert count("llama-2-7b", "toy").trainable == 32 * 4096
+    with pytest.raises(PeftLabError, match="activations of toy are not known yet.*count llama-2-7b --method toy"):
+        estimate("llama-2-7b", "toy")
+
+
+def test_where_defaults_differ_the_row_decides(monkeypatch, capsys):
+    other = dataclasses.replace(TOY, options=(catalogue.TARGETS, dataclasses.replace(START, default=3.0)))
+    monkeypatch.setitem(METHODS, "toy", TOY)
+    monkeypatch.setitem(METHODS, "other", other)
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    assert "starts (default: 1 for toy, 3 for other)" in " ".join(capsys.readouterr().out.split())
+    for method, start in (("toy", 1.0), ("other", 3.0), ("lora", None)):
+        line = ["train", "--model", "m", "--data", "d", "--out", "o", "--method", method]
+        arguments = cli.parse(line)
+        cli.train.check(arguments)
+        assert arguments.start == start
