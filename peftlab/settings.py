@@ -112,7 +112,7 @@ class Settings:
         more="False refuses a folder that holds a run.")
     progress: bool = setting(True, "show a progress bar", one_of, known=(True, False))
     loss: Callable[..., Any] | None = setting(
-        None, "`(model, batch) -> (sum, number of labels)`; by default chosen by the labels "
+        None, "`(model, batch) -> (sum, number of labels)`; by default that of the model's task "
         "(`peftlab.training.losses`)")
     metrics: Mapping[str, Callable[[Any], float]] | None = setting(
         None, "by name, functions of the model (in eval mode, without gradients) that give a number")
@@ -128,7 +128,7 @@ class Settings:
                 check_fields(self, one.metadata["check"], one.name)
         if self.steps is not None and self.epochs is not None:
             raise PeftLabError(f"Give steps ({self.steps}) or epochs ({self.epochs}), not both.")
-        if self.evaluation_data is not None and not len(self.evaluation_data):
+        if hasattr(self.evaluation_data, "__len__") and not len(self.evaluation_data):
             raise PeftLabError("The evaluation data holds no example; pass evaluation_data=None to do without.")
         self._check_evaluation()
 

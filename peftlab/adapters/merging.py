@@ -180,7 +180,9 @@ def check(root: nn.Module, record: Record, requantize: bool) -> None:
                         "dequantize_model(model) first and merge into weights of full precision. Or call merge(model, "
                         "requantize=True), and read the error in its report."
                     )
-                if not is_quantized(parameter) and not parameter.is_floating_point():
+                # 8-bit floats are numbers of a code, whose scale lies beside them
+                plain = parameter.is_floating_point() and parameter.dtype.itemsize > 1
+                if not is_quantized(parameter) and not plain:
                     raise PeftLabError(
                         f"{path}.{parameter_name} is quantised to {parameter.dtype}, and nothing can be merged into "
                         "such weights here. Load the base in 16 or 32 bits."

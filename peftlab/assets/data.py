@@ -25,6 +25,19 @@ HELD_OUT = 0.1  # the share of each class that goes to validation, and the same 
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 
+def text_as_written(cell: str) -> str | None:
+    """A cell of a table as the text that stands there: "NA" and "007" too; an empty one is None."""
+    return cell or None
+
+
+# How tables are read: only an empty cell is a missing value, and a column of texts is one also where they are numbers
+AS_WRITTEN = {
+    "keep_default_na": False,
+    "na_values": [""],
+    "converters": dict.fromkeys(("text", "prompt", "completion", "ticket", "message"), text_as_written),
+}
+
+
 def load_data(
     name: str, *, sizes: Sequence[int] | None = None, difficulty: float | None = None, subset: str | None = None
 ) -> DatasetDict:
@@ -32,17 +45,16 @@ def load_data(
 
     Args:
         name: one of
-
-            - `"reviews"`: 12,808 sentences about films; columns `text`, `label` (0 rotten, 1 fresh);
-            - `"news"`: 2,225 BBC articles; columns `text`, `label` (0 business, 1 entertainment, 2 politics, 3 sport,
-              4 tech);
-            - `"support-desk"`: generated messages of customers; columns `message`, `ticket` (canonical JSON), `intent`,
-              `product`, `urgency`, and `prompt` (the instruction with the message); see `support_desk`;
-            - the path of a file (csv, tsv, json, jsonl, parquet, txt), or of a folder of such files, or of a folder
-              that `save_to_disk` wrote;
-            - a hub id such as `"org/data"`.
-        sizes: the most rows in train, validation and test. Only for the three named sets.
-        difficulty: the difficulty of the support desk, from 0 to 1. Only for that set.
+            `"reviews"`: 12,808 sentences about films; columns `text`, `label` (0 rotten, 1 fresh);
+            `"news"`: 2,225 BBC articles; columns `text`, `label` (0 business, 1 entertainment, 2 politics, 3 sport,
+            4 tech);
+            `"support-desk"`: generated messages of customers; columns `message`, `ticket` (canonical JSON), `intent`,
+            `product`, `urgency`, and `prompt` (the instruction with the message); see `support_desk`;
+            the path of a file (csv, tsv, json, jsonl, parquet, txt) or a folder of such files, or one that
+            `save_to_disk` wrote; or a hub id such as `"org/data"`. Of csv and tsv files only an empty cell is a
+            missing value, "NA" is a text; the columns text, prompt, completion, ticket and message are always texts.
+        sizes: at most so many rows in train, validation and test; for the names above only.
+        difficulty: of the support desk, from 0 to 1; for that one only.
         subset: the configuration of a hub data set that has several.
 
     Returns:
@@ -165,11 +177,16 @@ def _elsewhere(name: str, subset: str | None) -> DatasetDict:
                         f"{path}: a {suffix or 'nameless'} file is not known; use {', '.join(BUILDERS)}."
                     )
                 options = {"sep": "\t"} if suffix == ".tsv" else {}
+                options |= AS_WRITTEN if BUILDERS[suffix] == "csv" else {}
                 loaded = datasets.load_dataset(BUILDERS[suffix], data_files=str(path), **options)
             elif path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
                 loaded = datasets.load_from_disk(str(path))
             elif path.is_dir() or "/" in name:
-                loaded = datasets.load_dataset(str(path) if path.is_dir() else name, subset)
+                tables = path.is_dir() and {file.suffix.lower() for file in path.rglob("*.*")} & set(BUILDERS) == {
+                    ".csv"
+                }
+                options = AS_WRITTEN if tables else {}
+                loaded = datasets.load_dataset(str(path) if path.is_dir() else name, subset, **options)
             else:
                 raise PeftLabError(
                     f"There is no data set {name!r}.{did_you_mean(name, NAMES)} Known: {', '.join(NAMES)}; "

@@ -65,10 +65,10 @@ def task_of(data: Any, name: str, seed: int = 0, limit: int | None = None) -> Ta
     splits = [[] if part is None else list(part) for part in (train, validation, test)]
     if not splits[0]:
         raise PeftLabError(f"{name} has no rows to train on.")
+    texts = ("prompt", answer) if kind == "completion" else ("text",)
     for row in (row for rows in splits for row in rows):
-        for column in ("prompt" if kind == "completion" else "text", answer):
-            if row[column] is None:
-                raise PeftLabError(f"{name} has a row without {column}: {str(row)[:80]}.")
+        for column in dict.fromkeys((*texts, answer)):
+            row[column] = _cell(row, column, column in texts, name)
     classes: tuple[str, ...] = ()
     if kind == "classification":
         classes = _classes(data["train"], splits, name)
@@ -108,13 +108,14 @@ def test(
 ) -> dict[str, float]:
     """Return scores of the model on rows of the test split, the most important one first."""
     from peftlab.training import metrics
+    from peftlab.training.encoding import completion_text
     from peftlab.training.generation import generate_text
 
     if task.kind == "completion":
         answers = generate_text(
             model, tokenizer, [row["prompt"] for row in rows], max_new_tokens=max_new_tokens, batch_size=batch_size
         )
-        wanted = [row[task.answer] for row in rows]
+        wanted = [completion_text(row[task.answer]) for row in rows]
         if task.answer == "ticket":
             return score(answers, wanted)
         return {"exact_match": metrics.exact_match(answers, wanted)}
@@ -124,6 +125,22 @@ def test(
         wanted = [example["labels"] for example in examples]
         return {"accuracy": metrics.accuracy(found, wanted), "macro_f1": metrics.macro_f1(found, wanted)}
     return {"perplexity": metrics.perplexity(model, examples, tokenizer, batch_size=batch_size, progress=True)}
+
+
+def _cell(row: dict[str, Any], column: str, is_text: bool, name: str) -> Any:
+    """A row's value as it is learned from: a whole number among texts is a text; a list is a conversation.
+
+    Raises:
+        PeftLabError: nothing is there, or something that is no text.
+    """
+    value = row[column]
+    if value is None or value != value:  # not a number
+        raise PeftLabError(f"{name} has a row without {column}: {str(row)[:80]}. Fill it in, or take the row out.")
+    if not is_text or isinstance(value, (str, list)):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise PeftLabError(f"{name}: {column} is a text, found {value!r:.60} in {str(row)[:80]}. Put it in quotes.")
 
 
 def _held_out(train: Any, seed: int, name: str) -> tuple[Any, Any]:

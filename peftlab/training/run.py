@@ -17,11 +17,13 @@ from peftlab.errors import PeftLabError
 from peftlab.settings import Settings
 from peftlab.training.buffers import Buffers
 from peftlab.training.encoding import Collator
+from peftlab.training.inputs import Inputs, example_lengths
 from peftlab.training.losses import default_loss
 from peftlab.training.metrics import mean_loss
 from peftlab.training.optimizers import make_optimizer
 from peftlab.training.precision import autocast, check_trainable_dtypes
 from peftlab.training.ranks import Ranks
+from peftlab.training.rows import EVALUATION, TRAINING, rows_of
 from peftlab.training.schedule import DataOrder, derived_seed, learning_rate_at, seed_everything, warmup_steps
 
 
@@ -85,11 +87,11 @@ class Run:
         device: torch.device,
         ranks: Ranks,
     ):
-        if not len(train_data):
-            raise PeftLabError("The training data holds no example.")
         self.model, self.settings, self.device, self.ranks = model, settings, device, ranks
-        self.train_data, self.evaluation_data = train_data, settings.evaluation_data
-        self.collate = settings.collate or Collator(settings.tokenizer)
+        self.collate = Inputs(model, settings.collate or Collator(settings.tokenizer), loss=settings.loss)
+        self.train_data, self.evaluation_data = self._read(train_data), self._read_evaluation()
+        if not len(self.train_data):
+            raise PeftLabError("The training data holds no example.")
         self.loss, self.metrics = settings.loss, settings.metrics or {}
         self.core = unwrap(model)
         self.trainable = {name: p for name, p in self.core.named_parameters() if p.requires_grad}
@@ -100,8 +102,8 @@ class Run:
                 "train: pl.load_adapter(..., trainable=True) or pl.activate(model, name, trainable=True)."
             )
         check_trainable_dtypes(self.trainable.items())
-        lengths = [len(example["input_ids"]) for example in train_data] if settings.group_by_length else None
-        examples = len(train_data)
+        lengths = example_lengths(self.train_data) if settings.group_by_length else None
+        examples = len(self.train_data)
         self.order = DataOrder(examples, settings.batch, settings.total_examples(examples), settings.seed, lengths)
         self.warmup = warmup_steps(settings.warmup, len(self.order))
         self.optimizer = make_optimizer(
@@ -115,6 +117,19 @@ class Run:
         self.buffers = Buffers(self.core)
         self.identity: dict[str, Any] = {}
         self._looked_for_gradients = False
+
+    def _read(self, data: Any) -> Sequence[Any]:
+        """The training data as rows, checked when they are read; a collate of the user's own gets them as they are."""
+        steps = self.settings.steps
+        wanted = None if steps is None else steps * self.settings.batch
+        rows = rows_of(data, "train_data", splits=TRAINING, wanted=wanted, endless=wanted is not None)
+        return rows if self.settings.collate else self.collate.examples(rows, "train_data")
+
+    def _read_evaluation(self) -> Sequence[Any] | None:
+        if self.settings.evaluation_data is None:
+            return None
+        rows = rows_of(self.settings.evaluation_data, "evaluation_data", splits=EVALUATION, endless=False)
+        return rows if self.settings.collate else self.collate.examples(rows, "evaluation_data")
 
     # -- one update ----------------------------------------------------------------------------------------------
 
@@ -147,7 +162,7 @@ class Run:
             mine, counted = self.ranks.share(part)
             batch = to_device(self.collate([self.train_data[index] for index in mine]), self.device)
             with autocast(self.device, self.settings.precision):
-                loss = self.loss or default_loss(self.model, batch.get("labels"))
+                loss = self.loss or default_loss(self.model, batch)
                 total, count = loss(self.model, batch)
             if not total.requires_grad:
                 raise TrainingError(
