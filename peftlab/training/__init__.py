@@ -41,8 +41,8 @@ def train(model: nn.Module, train_data: Sequence[Mapping[str, Any]], **given: An
 
     Args:
         model: the model with whatever is to train.
-        train_data: encoded examples (see ``peftlab.training.encoding``): a list, a data set, a ``DatasetDict`` (its
-            split train), columns, a DataFrame; with ``steps`` also a generator (``peftlab.training.rows``). Columns
+        train_data: encoded examples (see `peftlab.training.encoding`): a list, a data set, a `DatasetDict` (its
+            split train), columns, a DataFrame; with `steps` also a generator (`peftlab.training.rows`). Columns
             that the model's forward does not name are ignored, as by transformers' Trainer.
         {settings}
 

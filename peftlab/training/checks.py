@@ -137,7 +137,7 @@ def _check_values(wrong: Tensor, values: Tensor, reason: str, where: Where) -> N
 def _check_range(
     values: Any, limit: float | None, found: str, what: str, advice: str, where: Where, but: int | None = None
 ) -> None:
-    """Require whole numbers from 0 to below a limit; ``but`` is one that is allowed beside them."""
+    """Require whole numbers from 0 to below a limit; `but` is one that is allowed beside them."""
     if limit is None or not on_cpu(values) or not values.numel():
         return
     if values.is_floating_point() or values.dtype == torch.bool:

@@ -20,7 +20,7 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     Args:
         tokenizer: a transformers tokenizer. With a chat template the prompt becomes a user's turn, followed by the
             opening of the assistant's; without one it is the plain text.
-        prompt: a string, or, with a chat template, a list of ``{"role": ..., "content": ...}``.
+        prompt: a string, or, with a chat template, a list of `{"role": ..., "content": ...}`.
 
     Raises:
         PeftLabError: the prompt is neither, or the chat template refuses it.

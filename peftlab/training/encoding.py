@@ -1,6 +1,6 @@
 """From text to the numbers a model trains on, and from many examples to one batch.
 
-An encoded example is a dict with ``input_ids`` (list of int) and ``labels``: for a language model one label a token,
+An encoded example is a dict with `input_ids` (list of int) and `labels`: for a language model one label a token,
 where -100 means "not learned"; for an encoder-decoder the answer's tokens, which its encoder does not read; for a
 classifier one integer, one number or, where several classes may be right, a 0 or 1 for each. Labels are set here, where
 the tokens' roles are known, and never derived from the padding id: many tokenizers pad with their end-of-text token,
@@ -35,11 +35,11 @@ IGNORE = -100  # the label that torch's cross-entropy leaves out
 def encode_completion(
     tokenizer: Any, prompt: Prompt, completion: Completion, max_length: int | None = None, *, model: Any = None
 ) -> dict[str, list[int]]:
-    """A prompt and the answer to learn: ``{"input_ids", "labels"}``.
+    """A prompt and the answer to learn: `{"input_ids", "labels"}`.
 
     For a decoder these are two lists of one length: prompt and answer. The prompt's labels are -100; the answer's
-    tokens and the end token behind them are labelled. For an encoder-decoder ``input_ids`` are the prompt, which its
-    encoder reads, and ``labels`` the answer, which its decoder learns.
+    tokens and the end token behind them are labelled. For an encoder-decoder `input_ids` are the prompt, which its
+    encoder reads, and `labels` the answer, which its decoder learns.
 
     Args:
         prompt, completion: texts, or messages as TRL has them; a completion has one message, the assistant's.
@@ -48,8 +48,11 @@ def encode_completion(
         model: the model to train. Needed for an encoder-decoder, which its tokenizer does not tell.
 
     Raises:
-        PeftLabError: the answer with its end token, behind one token of prompt, is longer than ``max_length``; or
+        PeftLabError: the answer with its end token, behind one token of prompt, is longer than `max_length`; or
             prompt or completion are no text, or the chat template refuses them.
+
+    >>> pl.encode_completion(tokenizer, "the cat", "runs")
+    {'input_ids': [14, 10, 12, 0], 'labels': [-100, -100, 12, 0]}
     """
     answer = completion_text(completion)
     if model is not None and is_encoder_decoder(model):
@@ -126,8 +129,11 @@ def encode_classification(
 ) -> dict[str, Any]:
     """Encode a text, or a `pair` of texts, with its class: the tokenizer's fields, and `labels`, one int.
 
-    For a regression ``label`` may be any number, and where several classes may be right a list, a 0 or 1 for each.
-    ``max_length`` cuts the text as the tokenizer does, special tokens kept.
+    For a regression `label` may be any number, and where several classes may be right a list, a 0 or 1 for each.
+    `max_length` cuts the text as the tokenizer does, special tokens kept.
+
+    >>> pl.encode_classification(tokenizer, "the cat", label=1)
+    {'input_ids': [14, 10], 'labels': 1}
     """
     pair = None if pair is None else text_of(pair, "pair")
     encoded = tokenizer(text_of(text, "text"), pair, truncation=max_length is not None, max_length=max_length)

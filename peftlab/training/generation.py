@@ -54,7 +54,7 @@ def generate_text(
     tokenizer.
 
     Args:
-        model: a transformers model with ``generate``; compiled or wrapped ones are used without their wrapper.
+        model: a transformers model with `generate`; compiled or wrapped ones are used without their wrapper.
         prompts: strings, or conversations for a tokenizer with a chat template; one string or one conversation alone
             gives a list of one.
         max_new_tokens: the longest answer, in tokens; an answer ends earlier at the end token.
@@ -147,7 +147,7 @@ def _stops(model: nn.Module, tokenizer: Any) -> list[int]:
 def _greedy(model: nn.Module, tokenizer: Any, stops: list[int], max_new_tokens: int) -> Iterator[None]:
     """Make the model's generation config a greedy one for a while, with all else that it says.
 
-    Passing ``do_sample=False`` beside a config that samples makes transformers warn about each setting that then has no
+    Passing `do_sample=False` beside a config that samples makes transformers warn about each setting that then has no
     effect, so these are left out.
     """
     from transformers import GenerationConfig

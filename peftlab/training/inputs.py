@@ -72,7 +72,7 @@ class Inputs:
         return rows if isinstance(rows, Examples) else Examples(rows, self, name)
 
     def narrowed(self, rows: Sequence[Any]) -> Sequence[Any]:
-        """A ``datasets.Dataset`` without the columns that are not used: it would decode each of them."""
+        """A `datasets.Dataset` without the columns that are not used: it would decode each of them."""
         names = getattr(rows, "column_names", None)
         if self.own_loss or not isinstance(names, list) or not hasattr(rows, "select_columns"):
             return rows

@@ -8,8 +8,8 @@ scalar tensor, float32 or wider), and `count` is the number of these labels. The
 the same however the examples are cut into batches. The mean of batch means is another number: it gives a token in a
 batch with few labels more weight than one in a batch with many.
 
-Which loss a model is trained with follows from its task (``peftlab.training.model_task``): on one batch, each gives
-the mean that the model's own ``model(**batch).loss`` gives.
+Which loss a model is trained with follows from its task (`peftlab.training.model_task`): on one batch, each gives
+the mean that the model's own `model(**batch).loss` gives.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ Loss = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]]
 
 
 def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Next-token negative log-likelihood: ``batch`` has input_ids (b, t), labels (b, t) with -100 where not learned.
+    """Next-token negative log-likelihood: `batch` has input_ids (b, t), labels (b, t) with -100 where not learned.
 
-    A mixture of experts that returns its routers' balancing loss (``output_router_logits`` in its config) gets it added
+    A mixture of experts that returns its routers' balancing loss (`output_router_logits` in its config) gets it added
     with the weight that its config names, as in the model's own loss.
     """
     labels = batch["labels"]
@@ -107,7 +107,7 @@ def regression_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor,
 
 
 def question_answering_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of an answer's first and last token, ``start_positions`` and ``end_positions`` (b,).
+    """Cross-entropy of an answer's first and last token, `start_positions` and `end_positions` (b,).
 
     Each of both counts as one label. A position behind the text's end, where the text was cut, counts as none.
     """
@@ -146,7 +146,7 @@ def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> Loss:
     """The loss of the model's task, as transformers has it.
 
     A module that transformers does not know is taken for a classifier where there is one integer an example, and for a
-    causal language model where there is one a token (``peftlab.training.inputs`` checks that these labels are the
+    causal language model where there is one a token (`peftlab.training.inputs` checks that these labels are the
     tokens themselves).
 
     Raises:

@@ -109,6 +109,9 @@ def perplexity(
     Raises:
         PeftLabError: the model predicts no tokens; or plain texts are given to one that does not predict a text's next
             token from those before it.
+
+    >>> round(pl.perplexity(model, ["the cat runs"], tokenizer))
+    34
     """
     if isinstance(examples, str):
         raise PeftLabError("perplexity takes a list of texts; put the one text into a list.")
@@ -146,9 +149,9 @@ def mean_loss(
     The model runs in eval mode and without gradients.
 
     Args:
-        examples: encoded examples, in any form that ``peftlab.train`` takes.
-        collate: list of examples -> batch, for example ``Collator(tokenizer)``.
-        loss: ``(model, batch) -> (sum, number of labels)``; by default that of the model's task.
+        examples: encoded examples, in any form that `peftlab.train` takes.
+        collate: list of examples -> batch, for example `Collator(tokenizer)`.
+        loss: `(model, batch) -> (sum, number of labels)`; by default that of the model's task.
 
     Raises:
         PeftLabError: there is no example, or no example has a label.
@@ -190,11 +193,18 @@ def predict_labels(
     """What a classifier says of each encoded example, in their order; labels in the examples are not needed.
 
     That is the most likely class, an int; for a tagger a list of ints, one a token; for a regression a number, or a
-    list of them; and where several classes may be right (``config.problem_type``, or labels in the examples with a
+    list of them; and where several classes may be right (`config.problem_type`, or labels in the examples with a
     number for each class) a list with 1 for each class above one half and 0 for the others.
 
     Raises:
         PeftLabError: the model predicts tokens, not classes.
+
+    >>> from transformers import LlamaForSequenceClassification
+    >>> model.config.pad_token_id = tokenizer.pad_token_id
+    >>> classifier = LlamaForSequenceClassification(model.config)
+    >>> examples = [pl.encode_classification(tokenizer, text, label=0) for text in ("the cat", "a dog")]
+    >>> len(pl.predict_labels(classifier, examples, tokenizer))
+    2
     """
     inputs = Inputs(model, Collator(tokenizer), labelled=False)
     name, task = inputs.facts.name, inputs.facts.task

@@ -1,6 +1,6 @@
 """What a model is made for, told from its class and config as transformers does, and what its call reads.
 
-transformers names its classes after their task, and chooses their loss by that name and by ``config.problem_type``.
+transformers names its classes after their task, and chooses their loss by that name and by `config.problem_type`.
 The same is read here, so that a loss follows the model's task and not the shape of the labels.
 """
 
@@ -115,7 +115,7 @@ def task_of_class(kind: type) -> tuple[str | None, bool]:
 
 
 def problem_of(model: nn.Module, task: str | None, labels: Tensor) -> str:
-    """The task, or for a classifier the kind of its labels, as transformers tells it: one of the keys of ``OF_TASKS``.
+    """The task, or for a classifier the kind of its labels, as transformers tells it: one of the keys of `OF_TASKS`.
 
     Raises:
         PeftLabError: the labels are not of the form that the task has.

@@ -2,11 +2,11 @@
 
 | what is given | what is read |
 | --- | --- |
-| a list, a ``datasets.Dataset``, a torch ``Dataset`` with a length | itself, row by row, when a row is needed |
-| a ``DatasetDict``, or a dict of such | the split called train (for evaluation: validation) |
+| a list, a `datasets.Dataset`, a torch `Dataset` with a length | itself, row by row, when a row is needed |
+| a `DatasetDict`, or a dict of such | the split called train (for evaluation: validation) |
 | a dict of columns, what a tokenizer gives for many texts | a row of each place |
 | a pandas DataFrame, a polars DataFrame, an Arrow table | its rows |
-| a generator, an ``IterableDataset`` | as many examples as the steps take, read at the start |
+| a generator, an `IterableDataset` | as many examples as the steps take, read at the start |
 """
 
 from __future__ import annotations
