@@ -16,6 +16,7 @@ from torch import nn
 
 from peftlab.checks import one_of, whole
 from peftlab.core.hooks import base_modules
+from peftlab.core.records import as_transformer, own_tensor
 from peftlab.errors import PeftLabError, did_you_mean
 
 ALL_LINEAR = "all-linear"
@@ -129,12 +130,20 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
     if is_conv1d(module):
-        return tuple(module.weight.shape)
+        stored = own_tensor(module, "weight")
+        return stored.shape[0], stored.shape[1]
     # Quantised linears pack their weight, so the shape is read from the attributes that nn.Linear promises.
     inside, outside = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(inside, int) and isinstance(outside, int) and hasattr(module, "weight"):
         return inside, outside
     return None
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """Returns (in, out) of a layer that `check_carrier` has let through."""
+    shape = linear_shape(module)
+    assert shape is not None
+    return shape
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -199,6 +208,7 @@ def find(
     check_regex(spec or ())
 
     if spec is None:
+        assert default is not None
         matched = default(modules)
     elif isinstance(spec, str) and spec.lower() == ALL_LINEAR:
         matched = all_linear(model, modules)
@@ -247,7 +257,7 @@ def default_targets(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
 
 def all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """All linear layers except the output head. (A task's head is trained in full, and so no target either.)"""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = as_transformer(model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return {
         path: module
         for path, module in modules.items()
@@ -260,10 +270,11 @@ def in_layers(matched: dict[str, nn.Module], config: Targets) -> dict[str, nn.Mo
     wanted = config.layers_to_transform
     if wanted is None:
         return matched
+    wanted = {wanted} if isinstance(wanted, int) else set(wanted)
     before = rf"(?:^|.*?\.)(?:{'|'.join(config.layers_pattern)})" if config.layers_pattern else r".*?\.[^.]*"
     found = {path: re.match(rf"{before}\.(\d+)\.", path + ".") for path in matched}  # a block itself counts as well
     index = {path: int(match.group(1)) for path, match in found.items() if match}
-    missing = sorted(set(wanted) - set(index.values()))
+    missing = sorted(wanted - set(index.values()))
     if missing:
         there = sorted(set(index.values()))
         span = f"blocks {there[0]} to {there[-1]}" if there else "no numbered blocks"

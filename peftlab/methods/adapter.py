@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -35,7 +35,9 @@ from peftlab.errors import PeftLabError
 from peftlab.methods.parts import cast, first_input, trained_copies
 
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "linear": lambda x: x}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "linear": lambda x: x
+}
 INITS = ("identity", "houlsby", "random")
 
 
@@ -103,7 +105,7 @@ class AdapterConfig(Targets):
             return found
 
         for path, host in find(model, self, default, check_host).items():
-            yield Placement(path, "adapter", kind_at(path, self.placement)(Bottleneck(width_of(host), self)))
+            yield Placement(path, "adapter", kind_at(path, self.placement)(Bottleneck(known_width(host), self)))
         yield from trained_copies(model, self)
 
     def to_peft(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -147,7 +149,7 @@ KEYS = {
 class After(Part):
     """y + a(y): reads what its host returns."""
 
-    keys: ClassVar[dict[str, str]] = KEYS
+    keys = KEYS
 
     def __init__(self, bottleneck: Bottleneck) -> None:
         super().__init__()
@@ -163,7 +165,7 @@ class After(Part):
 class Beside(Part):
     """F(x) + a(x): reads what its host F reads."""
 
-    keys: ClassVar[dict[str, str]] = KEYS
+    keys = KEYS
 
     def __init__(self, bottleneck: Bottleneck) -> None:
         super().__init__()
@@ -177,7 +179,7 @@ class Beside(Part):
 class AroundNorm(Part):
     """LN(z + a(LN z)): reads what a norm returns and adds to what the norm reads, z = x + h."""
 
-    keys: ClassVar[dict[str, str]] = KEYS
+    keys = KEYS
 
     def __init__(self, bottleneck: Bottleneck) -> None:
         super().__init__()
@@ -192,7 +194,7 @@ class AroundNorm(Part):
 class BesideResidual(Part):
     """LN(h + x + a(x)): BERT's feed-forward ends in a module that is given h and x and adds them, so x carries a(x)."""
 
-    keys: ClassVar[dict[str, str]] = KEYS
+    keys = KEYS
 
     def __init__(self, bottleneck: Bottleneck) -> None:
         super().__init__()
@@ -206,9 +208,10 @@ class BesideResidual(Part):
         return args, {**kwargs, "input_tensor": (x + self.bottleneck(x)).to(x.dtype)}
 
 
+Standing = After | Beside | AroundNorm | BesideResidual
 # Where the adapters stand: for each architecture and placement the modules, by regular expression for the whole path,
 # and the part that stands there. The expressions of one architecture all match, or it is another one.
-ARCHITECTURES: tuple[dict[str, tuple[str, type[After | Beside | AroundNorm | BesideResidual]]], ...] = (
+ARCHITECTURES: tuple[dict[str, tuple[str, type[Standing]]], ...] = (
     {  # Llama, Mistral, Qwen, Gemma
         "houlsby": (r"(.*\.)?layers\.\d+\.(self_attn\.o_proj|mlp\.down_proj)", After),
         "pfeiffer": (r"(.*\.)?layers\.\d+", After),
@@ -248,7 +251,7 @@ def places(model: nn.Module, modules: Mapping[str, nn.Module], placement: str) -
     )
 
 
-def kind_at(path: str, placement: str) -> type[nn.Module]:
+def kind_at(path: str, placement: str) -> type[Standing]:
     """The part for a module: that of a known place, or the plain one of the placement."""
     for architecture in ARCHITECTURES:
         regex, kind = architecture[placement]
@@ -262,6 +265,13 @@ def width_of(host: nn.Module) -> int | None:
     inner = [shape for module in base_modules(host).values() if (shape := linear_shape(module))]
     own = getattr(host, "weight", None)
     return inner[-1][1] if inner else own.numel() if isinstance(own, Tensor) and own.dim() == 1 else None
+
+
+def known_width(host: nn.Module) -> int:
+    """d of a module that `check_host` has let through."""
+    d = width_of(host)
+    assert d is not None
+    return d
 
 
 def check_host(model: nn.Module, path: str, host: nn.Module) -> None:

@@ -7,7 +7,7 @@ and values itself, made anew from the parameters each time it runs.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,28 @@ from torch import Tensor, nn
 from peftlab.core.hooks import active_prompt
 from peftlab.core.interface import Part
 from peftlab.methods.caches import NAMES, cache_argument, is_cache
+from peftlab.methods.states import Attention
+
+
+class Columns(Protocol):
+    """What makes a prefix."""
+
+    def part(self, start: int, end: int) -> Tensor: ...
+
+
+class WholePrefix(Protocol):
+    """What a layer asks of the model's part, `prefix_tuning.Prefix`."""
+
+    sizes: Attention
+    count: int
+    compatibility_key: str | None
+
+    @property
+    def source(self) -> Columns: ...
+
+    def pair(self, layer: int) -> int: ...
+
+    def laid_out(self, table: Tensor) -> Tensor: ...
 
 
 class LayerPrefix(Part):
@@ -24,7 +46,9 @@ class LayerPrefix(Part):
         prefix: the model's part, which owns the parameters. index: the layer. window: how far it sees, or None.
     """
 
-    def __init__(self, prefix: nn.Module, index: int, window: int | None) -> None:
+    prefix: WholePrefix
+
+    def __init__(self, prefix: WholePrefix, index: int, window: int | None) -> None:
         super().__init__()
         self.__dict__["prefix"] = prefix  # not a child: its parameters belong to the model's part
         self.index, self.window, self.compatibility_key = index, window, prefix.compatibility_key

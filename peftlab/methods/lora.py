@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from peftlab.checks import check_fields, number, one_of, whole
 from peftlab.core.interface import Part, Placement
-from peftlab.core.targets import Targets, by_pattern, check_regex, find, in_any_order, is_conv1d, linear_shape
+from peftlab.core.records import own_tensor, tensor_at
+from peftlab.core.targets import Targets, by_pattern, check_regex, find, in_any_order, is_conv1d, shape_of
 from peftlab.errors import PeftLabError
 from peftlab.methods.parts import BIAS_MODES, cast, first_input, trained_biases, trained_copies, widened
 
@@ -91,7 +92,7 @@ class LoRAConfig(Targets):
                 if not any(by_pattern({key: True}, path, False) for path in targets):
                     raise PeftLabError(f"The pattern {key!r} matches none of the {len(targets)} target modules.")
         for path, host in targets.items():
-            kind = LoRAEmbedding if isinstance(host, nn.Embedding) else LoRALinear
+            kind: type[Part] = LoRAEmbedding if isinstance(host, nn.Embedding) else LoRALinear
             part = kind(host, by_pattern(self.rank_pattern, path, self.r), self.scaling(path), self)
             yield Placement(path, "lora", part)
         copies = list(trained_copies(model, self))
@@ -158,7 +159,7 @@ class LoRALinear(Part):
         lora_A: (r, in). lora_B: (out, r). lora_B_bias: (out,) or None. scaling: s.
     """
 
-    keys: ClassVar[dict[str, str]] = {
+    keys = {
         "lora_A": "{path}.lora_A.weight",
         "lora_B": "{path}.lora_B.weight",
         "lora_B_bias": "{path}.lora_B.bias",
@@ -166,7 +167,7 @@ class LoRALinear(Part):
 
     def __init__(self, host: nn.Module, r: int, scaling: float, config: LoRAConfig) -> None:
         super().__init__()
-        inside, outside = linear_shape(host)
+        inside, outside = shape_of(host)
         self.scaling, self.dropout = scaling, config.dropout
         # Conv1D stores its weight (in, out)
         self.transposed = is_conv1d(host) or (config.fan_in_fan_out and not isinstance(host, nn.Linear))
@@ -193,11 +194,12 @@ class LoRALinear(Part):
         # not delta(): a product of 16-bit factors would be rounded before it is added
         delta = (widened(self.lora_B) @ widened(self.lora_A)) * self.scaling
         delta = delta.T if self.transposed else delta
-        parameters = {"weight": widened(host.weight) + delta}
+        parameters = {"weight": widened(own_tensor(host, "weight")) + delta}
         if self.lora_B_bias is not None:
-            if host.bias is None:
+            bias = tensor_at(host, "bias")
+            if bias is None:
                 raise PeftLabError("lora_bias cannot be merged into a layer without a bias.")
-            parameters["bias"] = widened(host.bias) + widened(self.lora_B_bias) * self.scaling
+            parameters["bias"] = widened(bias) + widened(self.lora_B_bias) * self.scaling
         return parameters
 
 
@@ -208,13 +210,13 @@ class LoRAEmbedding(Part):
         lora_A: (r, vocabulary), zero at the start. lora_B: (width, r), normal at the start.
     """
 
-    keys: ClassVar[dict[str, str]] = {"lora_A": "{path}.lora_embedding_A", "lora_B": "{path}.lora_embedding_B"}
+    keys = {"lora_A": "{path}.lora_embedding_A", "lora_B": "{path}.lora_embedding_B"}
 
     def __init__(self, host: nn.Embedding, r: int, scaling: float, config: LoRAConfig) -> None:
         super().__init__()
         if config.lora_bias:
             raise PeftLabError("lora_bias has no meaning on an embedding; leave it out, or leave the embedding out.")
-        vocabulary, width = linear_shape(host)
+        vocabulary, width = shape_of(host)
         self.scaling = scaling
         # The looked-up factor is the zero one here (as in loralib and peft): only rows that occur then ever move.
         self.lora_A = nn.Parameter(torch.zeros(r, vocabulary))
@@ -222,8 +224,9 @@ class LoRAEmbedding(Part):
         if config.init == "random":
             nn.init.normal_(self.lora_A)
 
-    def after(self, host: nn.Embedding, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
+    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
         """Adds the update. tokens: (...), output: (..., width)."""
+        assert isinstance(host, nn.Embedding)
         rows = F.embedding(
             first_input(args, kwargs), self.lora_A.T, host.padding_idx, host.max_norm, host.norm_type,
             host.scale_grad_by_freq, host.sparse,
@@ -236,10 +239,10 @@ class LoRAEmbedding(Part):
         """The update of the weight as a matrix, (vocabulary, width), in the adapter's dtype and with gradients."""
         return (self.lora_B @ self.lora_A).T * self.scaling
 
-    def merged(self, host: nn.Embedding) -> dict[str, Tensor]:
+    def merged(self, host: nn.Module) -> dict[str, Tensor]:
         """The host's weight with the update folded in, not yet rounded to the host's dtype."""
         delta = (widened(self.lora_B) @ widened(self.lora_A)).T * self.scaling
-        return {"weight": widened(host.weight) + delta}
+        return {"weight": widened(own_tensor(host, "weight")) + delta}
 
 
 def start(lora_A: Tensor, lora_B: Tensor, init: str) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from peftlab.checks import check_fields, whole
 from peftlab.core.hooks import active_prompt
 from peftlab.core.interface import Part, Placement
+from peftlab.core.records import as_transformer
 from peftlab.errors import PeftLabError
 from peftlab.methods.caches import NAMES, begins, cache_name, given_cache
 from peftlab.methods.layer_prefix import LayerPrefix, WithoutCache
@@ -98,7 +99,7 @@ class PrefixTuningConfig(VirtualTokens):
     def parts(self, model: nn.Module) -> Iterator[Placement]:
         """Yields the prefix on the model, what gets it past gradient checkpointing, and the copies of heads."""
         word_embeddings(model)  # or the error that says what kind of model is needed
-        body = model.get_decoder() if is_encoder_decoder(model) else model
+        body = as_transformer(model).get_decoder() if is_encoder_decoder(model) else model
         named = cache_name(model)
         if named is None:
             raise PeftLabError(f"{type(model).__name__} takes no past keys and values, so no prefix. Use a prompt.")
@@ -114,6 +115,7 @@ class PrefixTuningConfig(VirtualTokens):
                 "no room for in Hugging Face's layout. Start from 'random' or 'zero'."
             )
         total = 2 * sizes.layers * sizes.heads * sizes.width
+        source: Table | Projection
         if self.projection:
             source = Projection(n, sizes, self.encoder_hidden, init)
         elif init in ("vocabulary", "text"):
@@ -170,9 +172,10 @@ class Prefix(Part):
     """
 
     carried = True
+    source: Table | Projection
 
     def __init__(
-        self, source: nn.Module, sizes: Attention, count: int, limit: int | None, stride: int, named: str
+        self, source: Table | Projection, sizes: Attention, count: int, limit: int | None, stride: int, named: str
     ) -> None:
         super().__init__()
         self.source, self.sizes, self.count, self.limit, self.stride = source, sizes, count, limit, stride

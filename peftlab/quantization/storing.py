@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from peftlab.core.hooks import is_adapter_name
-from peftlab.core.records import record_of, unwrap
+from peftlab.core.records import as_transformer, record_of, unwrap
 from peftlab.core.tensor_files import read_tensors, serialised, write
 from peftlab.errors import PeftLabError
 from peftlab.quantization.backends import AUTO, check_backend
@@ -23,6 +24,9 @@ from peftlab.quantization.linear import Linear4bit
 from peftlab.quantization.model import mark, replace
 from peftlab.quantization.serialised import MARK, from_tensors, to_tensors
 from peftlab.quantization.weights import is_quantized, quantized
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -37,7 +41,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike) -> Path:
         PeftLabError: no layer is quantised; no transformers model; a merged model. Nothing is then written.
     """
     root = unwrap(model)
-    config = getattr(root, "config", None)
+    config: Any = getattr(root, "config", None)
     if not hasattr(config, "to_dict"):
         raise PeftLabError(f"{type(root).__name__} has no transformers config, without which it cannot be made again.")
     record = record_of(root)
@@ -83,7 +87,7 @@ def load_quantized(
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise PeftLabError(f"{folder} lacks {CONFIG} or {WEIGHTS}; save_quantized writes both.")
     config = transformers.AutoConfig.from_pretrained(folder)
-    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    kind: Any = getattr(transformers, (config.architectures or [""])[0], None)
     tensors, _ = read_tensors(folder / WEIGHTS)
     layers = {key.partition(f".weight.{MARK}")[0] for key in tensors if f".weight.{MARK}" in key}
     if kind is None or not layers:
@@ -110,20 +114,20 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
     if extra:
         raise PeftLabError(f"{folder} has {len(extra)} keys without a place in its model, the first {extra[0]!r}.")
     model.load_state_dict(tensors, strict=False, assign=True)
-    model.tie_weights()
+    as_transformer(model).tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise PeftLabError(f"{folder} lacks {len(missing)} of its model's weights, the first {missing[0]!r}.")
     fresh = {name for name, buffer in model.named_buffers() if buffer.is_meta}
     if fresh:  # buffers that no file holds: rotary frequencies and the like, which the config decides
-        twin = type(model)._from_config(_smaller(model.config))
+        twin = type(as_transformer(model))._from_config(_smaller(as_transformer(model).config))
         values = dict(twin.named_buffers())
         for name in fresh:
             path, _, last = name.rpartition(".")
             model.get_submodule(path)._buffers[last] = values[name].clone()
 
 
-def _smaller(config: object) -> object:
+def _smaller(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config with one layer: its buffers are the whole model's."""
     import copy
 

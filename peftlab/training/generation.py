@@ -12,7 +12,7 @@ from torch import nn
 from peftlab.checks import whole
 from peftlab.core.hooks import text_positions
 from peftlab.core.modes import device_of, mode, to_device
-from peftlab.core.records import unwrap
+from peftlab.core.records import as_transformer, unwrap
 from peftlab.errors import PeftLabError
 from peftlab.progress import Bar
 from peftlab.training.batching import batches
@@ -46,7 +46,8 @@ def generate_text(
     max_new_tokens = whole("max_new_tokens", max_new_tokens, least=1)
     batch_size = whole("batch_size", batch_size, least=1)
     core = unwrap(model)
-    if not hasattr(core, "generate"):
+    generate = getattr(core, "generate", None)
+    if generate is None:
         raise PeftLabError(f"{type(core).__name__} has no generate(); load a language model, e.g. 'smollm2-135m'.")
     encoded = [{"input_ids": prompt_ids(tokenizer, prompt)} for prompt in prompts]
     parts = batches(core, [len(example["input_ids"]) for example in encoded], batch_size)
@@ -62,7 +63,7 @@ def generate_text(
     ):
         for chosen in parts:
             batch = to_device(collate([encoded[index] for index in chosen]), device_of(core))
-            output = core.generate(**batch)
+            output = generate(**batch)
             for index, row in zip(chosen, _new_tokens(core, batch, output), strict=True):
                 answers[index] = tokenizer.decode(_until(row, stops), skip_special_tokens=True)
             bar.update(len(chosen))
@@ -85,7 +86,7 @@ def _until(row: list[int], stops: list[int]) -> list[int]:
 
 
 @contextmanager
-def _greedy(model: nn.Module, tokenizer: Any, stops: list[int], max_new_tokens: int) -> Iterator[None]:
+def _greedy(core: nn.Module, tokenizer: Any, stops: list[int], max_new_tokens: int) -> Iterator[None]:
     """Give the model a plain greedy generation config for a while.
 
     The model's own may sample, penalise or limit the length; passing ``do_sample=False`` beside it makes transformers
@@ -93,6 +94,7 @@ def _greedy(model: nn.Module, tokenizer: Any, stops: list[int], max_new_tokens: 
     """
     from transformers import GenerationConfig
 
+    model: Any = as_transformer(core)  # a mixin gives it `generate` and this config
     before = model.generation_config
     model.generation_config = GenerationConfig(
         do_sample=False,

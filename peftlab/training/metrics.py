@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ def perplexity(
 def mean_loss(
     model: nn.Module,
     examples: Sequence[Mapping[str, Any]],
-    collate: Collator,
+    collate: Callable[[list[Any]], dict[str, Any]],
     *,
     loss: Loss | None = None,
     batch_size: int = 8,

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peftlab.memory.replay.nets import Net
-from peftlab.memory.replay.tape import Parameter, Tensor, record
+from peftlab.memory.replay.tape import Gradients, Parameter, Tensor, record
 
 
 class Sharding:
@@ -99,7 +99,7 @@ class Sharding:
 def signal(x: Tensor, call: Callable[[], None]) -> Tensor:
     """The same tensor; `call` is called when the backward pass comes to it."""
 
-    def apply(g: Tensor):
+    def apply(g: Tensor) -> Gradients:
         call()
         return (g,)
 

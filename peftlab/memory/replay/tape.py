@@ -89,6 +89,8 @@ class Tensor:
     """A shape, a size per element, the storage, and the node that made it (None: nothing to differentiate)."""
 
     __slots__ = ("base", "bytes", "node", "shape", "storage")
+    base: Storage | None
+    node: Node | Leaf | None
 
     def __init__(self, memory: Memory, shape: Sequence[int], bytes: int, kind: str | None = None, shards: int = 1):
         self.shape, self.bytes, self.node, self.base = tuple(shape), bytes, None, None
@@ -133,6 +135,7 @@ class Parameter(Tensor):
     """A leaf. Its gradient, once there, stays until `grad` is set to None. Of several shards this process holds one."""
 
     __slots__ = ("grad", "held")
+    grad: Tensor | None
 
     def __init__(
         self, memory: Memory, shape: Sequence[int], bytes: int, kind: str = "weights", trains: bool = False,
@@ -159,8 +162,9 @@ class Node:
     """An operation in the graph: where its gradients go, and how they are computed."""
 
     __slots__ = ("apply", "edges", "order")
+    apply: Callable[[Tensor], Gradients] | None
 
-    def __init__(self, memory: Memory, edges: Sequence[Node | Leaf | None], apply: Callable | None):
+    def __init__(self, memory: Memory, edges: Sequence[Node | Leaf | None], apply: Callable[..., Gradients]):
         self.edges, self.apply, self.order = tuple(edges), apply, next(memory.order)
 
 
@@ -181,7 +185,12 @@ class Leaf:
             self.into.grad = gradient.detach()
 
 
-def record(output: Tensor, inputs: Sequence[Tensor], apply: Callable, saved: Sequence[Tensor] = ()) -> Tensor:
+Gradients = Sequence[Tensor | None]  # one for each input
+
+
+def record(
+    output: Tensor, inputs: Sequence[Tensor], apply: Callable[..., Gradients], saved: Sequence[Tensor] = ()
+) -> Tensor:
     """Puts an operation into the graph: `apply(gradient)` returns one gradient (or None) for each input.
 
     `saved` are the tensors among those that `apply` refers to which count as activations; `apply` holds them.
@@ -194,13 +203,15 @@ def record(output: Tensor, inputs: Sequence[Tensor], apply: Callable, saved: Seq
     return output
 
 
-def backward(root: Node, gradients: list[Tensor]) -> None:
+def backward(root: Node | Leaf | None, gradients: list[Tensor]) -> None:
     """The backward pass from one node. Takes its gradient out of the list, and gives up the graph on the way."""
+    assert isinstance(root, Node)  # a loss is the output of an operation
     waiting = _uses(root)
     buffers: dict[Node, Tensor] = {root: gradients.pop()}
     ready = [(-root.order, root)]
     while ready:
         _, node = heapq.heappop(ready)
+        assert node.apply is not None  # a node runs once
         results = list(node.apply(buffers.pop(node)))
         node.apply = None
         for edge in node.edges:
