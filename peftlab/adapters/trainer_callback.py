@@ -53,7 +53,8 @@ class AdapterCallback(TrainerCallback):
             PeftLabError: that checkpoint holds no adapter, another one, or a damaged one.
         """
         if state.global_step > 0:
-            restore_adapters(rest["model"], Path(self.resume_from) if self.resume_from else checkpoint_folder(args, state))
+            given = self.resume_from
+            restore_adapters(rest["model"], Path(given) if given else checkpoint_folder(args, state))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any

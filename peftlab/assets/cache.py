@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import filelock
@@ -83,7 +84,7 @@ def stamp(folder: Path, entry: dict) -> None:
 
 
 @contextlib.contextmanager
-def locked(name: str, waiting=None):
+def locked(name: str, waiting: Callable[[], object] | None = None) -> Iterator[None]:
     """Hold the lock of one asset; the system lets go of it even when the holder is killed.
 
     `waiting()` is called about once a second while another process holds it. Raises AssetError when the cache folder
@@ -112,7 +113,7 @@ def locked(name: str, waiting=None):
 
 
 @contextlib.contextmanager
-def staging(name: str):
+def staging(name: str) -> Iterator[Path]:
     """A temporary folder beside the final one, removed at the end; hold the asset's lock around it.
 
     Whatever earlier, killed processes left for this asset is removed first.

@@ -169,7 +169,8 @@ def write_safetensors(path: Path, weights: dict[str, np.ndarray]) -> None:
 
     Written here because the library may order tensors anew in any version, and the file's hash is to stay.
     """
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name in sorted(weights):
         begin, end = end, end + weights[name].size * 4
         header[name] = {"dtype": "F32", "shape": list(weights[name].shape), "data_offsets": [begin, end]}

@@ -23,8 +23,10 @@ from peftlab.progress import Bar
 
 MEGABYTE = 1_000_000
 # Words in pip's report that tell a broken network from a package that does not exist.
-NETWORK_SIGNS = ("Retrying (", "Connection", "timed out", "resolution", "ProxyError", "SSLError", "IncompleteRead")
-NETWORK_SIGNS += ("incomplete-download",)
+NETWORK_SIGNS = (
+    "Retrying (", "Connection", "timed out", "resolution", "ProxyError", "SSLError", "IncompleteRead",
+    "incomplete-download",
+)  # fmt: skip
 
 
 def fetch(
@@ -104,7 +106,8 @@ def _download(name: str, found: dict, stage: Path, bar: Bar) -> Path:
     requirement = stage / "requirement.txt"
     requirement.write_text(f"{found['package']}=={found['version']} --hash=sha256:{found['wheel_sha256']}\n")
     # -P: a file of the user's that is called like a module of pip's must not be imported from the current folder.
-    command = [sys.executable, "-P", "-m", "pip", "download", "--requirement", requirement, "--dest", target]
+    command = [sys.executable, "-P", "-m", "pip", "download"]
+    command += ["--requirement", str(requirement), "--dest", str(target)]
     command += ["--no-deps", "--require-hashes", "--only-binary", ":all:", "--ignore-requires-python", "--no-cache-dir"]
     command += ["--no-input", "--no-color", "--disable-pip-version-check", "--progress-bar", "off"]
     # pip downloads into its temporary folder: given one of ours, its size is the progress, and the disk the right one.
@@ -116,7 +119,7 @@ def _download(name: str, found: dict, stage: Path, bar: Bar) -> Path:
         try:
             while process.poll() is None:
                 time.sleep(0.1)
-                bar.update(max(0, min(bar.total, _size(temporary) // MEGABYTE) - bar.done))
+                bar.update(max(0, min(bar.total or 0, _size(temporary) // MEGABYTE) - bar.done))
         finally:
             if process.poll() is None:  # interrupted
                 process.kill()

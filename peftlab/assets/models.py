@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ def load_model(
 
 
 @contextlib.contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """No bars and no load report from transformers inside; the user's own settings again after it.
 
     The hub's download bars stay as the user has them: whoever waits for gigabytes wants to see them move.

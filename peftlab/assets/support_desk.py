@@ -23,10 +23,13 @@ import itertools
 import json
 import random
 from collections.abc import Sequence
+from typing import TypeVar
 
 from peftlab.assets import phrases
 from peftlab.checks import number, one_of
 from peftlab.errors import PeftLabError
+
+Item = TypeVar("Item")
 
 FIELDS = ("intent", "product", "urgency")
 INTENTS = tuple(phrases.INTENTS)
@@ -59,10 +62,12 @@ def generate(split: str, size: int | None = None, *, difficulty: float = 0.15, s
     size = SIZES[split] if size is None else size
     draw = Draw(f"{seed}/{split}/{difficulty:.6f}")
     combinations = list(itertools.product(INTENTS, PRODUCTS, URGENCIES))
-    rows, seen = [], set()
+    rows: list[dict[str, str]] = []
+    seen: set[str] = set()
     while len(rows) < size:
         for labels in draw.shuffled(combinations):
-            text = message(split, *labels, difficulty, draw)
+            intent, product, urgency = labels
+            text = message(split, intent, product, urgency, difficulty, draw)
             failures = 0
             while text in seen:
                 failures += 1
@@ -71,7 +76,7 @@ def generate(split: str, size: int | None = None, *, difficulty: float = 0.15, s
                         f"Difficulty {difficulty} makes no {size:,} distinct messages for {split!r}; it made "
                         f"{len(rows):,}. Ask for fewer, or raise the difficulty."
                     )
-                text = message(split, *labels, difficulty, draw)
+                text = message(split, intent, product, urgency, difficulty, draw)
             seen.add(text)
             rows.append({"message": text, "ticket": ticket(*labels)} | dict(zip(FIELDS, labels, strict=True)))
     return rows[:size]
@@ -89,7 +94,7 @@ def message(split: str, intent: str, product: str, urgency: str, difficulty: flo
     body = [request.replace("{p}", named)]
     if soon:
         body.insert(draw.below(2), soon)  # before the request or after it
-    asides = (
+    asides: tuple[tuple[dict, float], ...] = (
         (phrases.OTHERS, difficulty),
         (phrases.PASSING, hard),
         (phrases.FEELINGS, difficulty),
@@ -151,7 +156,7 @@ class Draw:
         """A whole number from 0 to n - 1."""
         return int(self._random.random() * n)
 
-    def one(self, items: Sequence):
+    def one(self, items: Sequence[Item]) -> Item:
         """One of the items."""
         return items[self.below(len(items))]
 
@@ -159,6 +164,6 @@ class Draw:
         """True in this share of calls."""
         return self._random.random() < share
 
-    def shuffled(self, items: Sequence) -> list:
+    def shuffled(self, items: Sequence[Item]) -> list[Item]:
         """The items in a random order."""
         return sorted(items, key=lambda _: self._random.random())

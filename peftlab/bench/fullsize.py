@@ -14,6 +14,7 @@ from torch import nn
 
 import peftlab as pl
 from peftlab.core.checkpointing import switch_checkpointing
+from peftlab.core.records import as_transformer
 from peftlab.errors import PeftLabError
 from peftlab.optional import require
 
@@ -107,6 +108,12 @@ def with_adapter(model: nn.Module, point: dict[str, Any]) -> nn.Module:
         return peft.get_peft_model(model, peft.LoraConfig(r=point["r"], lora_alpha=32, target_modules=list(ALL_LINEAR)))
     config = pl.LoRAConfig(r=point["r"], alpha=32, target_modules=ALL_LINEAR)
     return pl.attach(model, config, adapter_dtype=getattr(torch, point["adapter_dtype"]))
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    """How many tokens a transformers model knows."""
+    config: Any = as_transformer(model).config
+    return config.vocab_size
 
 
 @torch.no_grad()

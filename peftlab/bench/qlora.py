@@ -27,6 +27,7 @@ from torch import nn
 import peftlab as pl
 from peftlab.bench import fourbit, kernels
 from peftlab.bench.fourbit import Row
+from peftlab.core.records import as_transformer
 from peftlab.errors import PeftLabError
 from peftlab.optional import require
 from peftlab.quantization.blockwise import quantize
@@ -179,12 +180,13 @@ def curve(point: Row, device: torch.device, layers: int | None = None) -> Iterat
 
     ours, tokenizer = in_format("nf4", device)
     if layers is not None:
-        ours.model.layers = ours.model.layers[:layers]
+        body: Any = ours.get_submodule("model")
+        body.layers = body.layers[:layers]
     theirs = copy.deepcopy(ours)
     for path, layer in list(theirs.named_modules()):
         if isinstance(layer, fourbit.Linear4bit):
             replace(theirs, path, fourbit.as_bitsandbytes(layer))
-    theirs.is_loaded_in_4bit = True
+    as_transformer(theirs).is_loaded_in_4bit = True
     targets = list(fourbit.ALL_LINEAR)
     pl.attach(ours, pl.LoRAConfig(r=8, alpha=20, target_modules=targets)).train()
     wrapped = peft.get_peft_model(theirs, peft.LoraConfig(r=8, lora_alpha=20, target_modules=targets)).train()

@@ -12,6 +12,7 @@ from torch import nn
 
 import peftlab as pl
 from peftlab.bench import fullsize
+from peftlab.core.modes import device_of
 from peftlab.errors import PeftLabError
 from peftlab.methods.caches import cache_in, cache_name
 from peftlab.optional import require
@@ -78,7 +79,7 @@ def in_peft(model: nn.Module, method: str, tokens: int, task: str) -> nn.Module:
 def reading(model: nn.Module, lengths: tuple[int, ...] = READ) -> Iterator[dict[str, Any]]:
     """Batch 1: reading 512 tokens, and writing one more behind them; median of 20 after 5."""
     torch.manual_seed(0)
-    text = torch.randint(model.config.vocab_size, (1, 512), device=model.device)
+    text = torch.randint(fullsize.vocabulary_of(model), (1, 512), device=device_of(model))
     for method in ("prefix", "prompt"):
         for tokens in lengths:
             if tokens:
@@ -90,7 +91,7 @@ def reading(model: nn.Module, lengths: tuple[int, ...] = READ) -> Iterator[dict[
             peak = torch.cuda.max_memory_allocated()
 
             def write(cache: Any) -> None:
-                model(input_ids=text[:, :1], use_cache=True, **{cache_name(model): cache})
+                model(input_ids=text[:, :1], use_cache=True, **{str(cache_name(model)): cache})
                 cache.crop(-1)  # that token again, each time
 
             cache = cache_in(model(input_ids=text, use_cache=True).values())
@@ -128,7 +129,7 @@ def seq2seq_step(model: nn.Module, point: dict[str, Any]) -> Iterator[dict[str, 
     wrapped.train()
     trainable = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=True)
-    ids = torch.randint(model.config.vocab_size, (point["batch"], point["sequence"]), device=model.device)
+    ids = torch.randint(fullsize.vocabulary_of(model), (point["batch"], point["sequence"]), device=device_of(model))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, :64].contiguous()}
 
     def step() -> None:

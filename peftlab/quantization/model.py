@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peftlab.core.hooks import move
-from peftlab.core.records import as_transformer, own_tensor, record_of, unwrap
+from peftlab.core.records import as_transformer, own_tensor, record_of, tensor_at, unwrap
 from peftlab.core.targets import TASK_HEADS, is_conv1d, names_match
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.quantization.backends import AUTO, check_backend, choose
@@ -79,15 +79,15 @@ def quantize_layers(
     """Replaces the layers at these paths, one after the other."""
     for path in paths:
         layer = root.get_submodule(path)
-        assert isinstance(layer, nn.Linear) or is_conv1d(layer)
-        weight = own_tensor(layer, "weight").detach()
+        weight, bias = own_tensor(layer, "weight").detach(), tensor_at(layer, "bias")
+        assert bias is None or isinstance(bias, nn.Parameter)
         weight = weight.T if is_conv1d(layer) else weight
         weight = weight.to(device) if device is not None else weight
         worker = choose(backend, format, block_size, weight.device)
         held = worker.quantize(weight, format, block_size, double_quant, f"{path}.weight")
-        new = Linear4bit(held, layer.bias, backend)
+        new = Linear4bit(held, bias, backend)
         replace(root, path, new.train(layer.training))
-        del layer, weight, held, new  # before the next one is made
+        del layer, weight, bias, held, new  # before the next one is made
 
 
 def candidates(root: nn.Module, skip: Iterable[str]) -> Iterator[str]:

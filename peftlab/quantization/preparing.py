@@ -127,7 +127,8 @@ def enable_checkpointing(root: nn.Module, reentrant: bool) -> Step:
     """Turns gradient checkpointing on, and the key-value cache off, which it excludes."""
     switch_checkpointing(root, "enable", {"use_reentrant": reentrant})
     if not reentrant and hasattr(root, "disable_input_require_grads") and getattr(root, "_require_grads_hooks", None):
-        as_transformer(root).disable_input_require_grads()  # transformers asks for them in both kinds; only one needs them
+        # transformers asks for them in both kinds; only one needs them
+        as_transformer(root).disable_input_require_grads()
     if getattr(getattr(root, "config", None), "use_cache", None):
         as_transformer(root).config.use_cache = False
     on = [path for path, module in root.named_modules() if getattr(module, "gradient_checkpointing", False)]

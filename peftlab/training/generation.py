@@ -41,25 +41,25 @@ def generate_text(
     Returns:
         One string a prompt, in the order of the prompts, without the prompt and without special tokens.
     """
-    if isinstance(prompts, str):
-        prompts = [prompts]
+    # A list of messages alone looks like one of prompts to a type checker, so the kind is named here.
+    listed: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
     max_new_tokens = whole("max_new_tokens", max_new_tokens, least=1)
     batch_size = whole("batch_size", batch_size, least=1)
     core = unwrap(model)
     generate = getattr(core, "generate", None)
     if generate is None:
         raise PeftLabError(f"{type(core).__name__} has no generate(); load a language model, e.g. 'smollm2-135m'.")
-    encoded = [{"input_ids": prompt_ids(tokenizer, prompt)} for prompt in prompts]
+    encoded = [{"input_ids": prompt_ids(tokenizer, prompt)} for prompt in listed]
     parts = batches(core, [len(example["input_ids"]) for example in encoded], batch_size)
     # An encoder reads padding on the right as well, and what stands in front of the text stays close to it.
     collate = Collator(tokenizer, side="right" if getattr(core.config, "is_encoder_decoder", False) else "left")
     stops = end_ids(tokenizer)
-    answers = [""] * len(prompts)
+    answers = [""] * len(listed)
     with (
         mode(core, False),
         text_positions(core),
         _greedy(core, tokenizer, stops, max_new_tokens),
-        Bar(len(prompts), "Generating", unit="answer", enabled=progress) as bar,
+        Bar(len(listed), "Generating", unit="answer", enabled=progress) as bar,
     ):
         for chosen in parts:
             batch = to_device(collate([encoded[index] for index in chosen]), device_of(core))

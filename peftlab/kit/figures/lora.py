@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, Polygon, Rectangle
 
 from peftlab.checks import whole
-from peftlab.kit.figures.style import BLACK, COLOURS, HATCHES, SMALLEST, WIDTH, new, styled
+from peftlab.kit.figures.style import BLACK, COLOURS, HATCHES, SMALLEST, WIDTH, Point, new, styled
 
 FROZEN, TRAINED = "#dfe5ec", "#f3d3b9"
 STEPS = (
@@ -47,7 +48,7 @@ def lora_dataflow(step: int | None = None, *, d_in: int = 576, d_out: int = 576,
     return figure
 
 
-def _draw(axes, step, sizes):
+def _draw(axes: Axes, step: int, sizes: tuple[int, int, int] | None) -> None:
     """One picture, 0 to 12 across and 0 to 7 up; the frozen path above, the low-rank path below."""
     axes.set(xlim=(-0.2, 12.4), ylim=(0, 7), aspect="equal")
     axes.axis("off")
@@ -79,11 +80,11 @@ def _draw(axes, step, sizes):
         axes.text(4.6, 3.3, "trained", ha="center", va="center", fontsize=SMALLEST, color=_ink(step >= 3))
 
 
-def _ink(on):
+def _ink(on: bool) -> str:
     return BLACK if on else "#8a8a8a"
 
 
-def _block(axes, corners, name, fill, on, hatch):
+def _block(axes: Axes, corners: list[Point], name: str, fill: str, on: bool, hatch: str) -> None:
     axes.add_patch(Polygon(corners, facecolor=fill if on else "white", edgecolor=_ink(on), linewidth=1.5,
                            linestyle="-" if on else ":"))
     if on and hatch:  # its own patch, so that the hatch is pale and the name stays readable
@@ -94,18 +95,18 @@ def _block(axes, corners, name, fill, on, hatch):
     axes.text(across, height, name, ha="center", va="center", fontsize=14, color=_ink(on), bbox=plate)
 
 
-def _vector(axes, x, y, height, name, on):
+def _vector(axes: Axes, x: float, y: float, height: float, name: str, on: bool) -> None:
     axes.add_patch(Rectangle((x - 0.4, y - height / 2), 0.8, height, facecolor=COLOURS[0] if on else "white",
                              edgecolor=_ink(on), linewidth=1.5, linestyle="-" if on else ":"))
     axes.text(x, y, name, ha="center", va="center", fontsize=14, color="white" if on else _ink(on))
 
 
-def _round(axes, centre, name, on):
+def _round(axes: Axes, centre: Point, name: str, on: bool) -> None:
     axes.add_patch(Circle(centre, 0.65, facecolor="white", edgecolor=_ink(on), linewidth=1.5,
                           linestyle="-" if on else ":"))
     axes.text(*centre, name, ha="center", va="center", fontsize=15, color=_ink(on))
 
 
-def _arrow(axes, start, end, on):
+def _arrow(axes: Axes, start: Point, end: Point, on: bool) -> None:
     axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=14, linewidth=1.8 if on else 1.0,
                                    linestyle="-" if on else ":", color=_ink(on), shrinkA=1, shrinkB=1))

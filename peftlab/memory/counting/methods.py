@@ -35,6 +35,7 @@ def trained_by(method: str, shape: Shape, options: Options) -> Trained:
     row = METHODS[method]
     if options.r is None:
         options = replace(options, r=row.default("r"))
+    assert row.tensors is not None  # `known_method` has refused the others
     return resolve(row.tensors)(shape, options)
 
 
@@ -78,8 +79,8 @@ def vera(shape: Shape, options: Options) -> Trained:
         return [Added(m.path, "vera_lambda_b", (m.outputs,)), Added(m.path, "vera_lambda_d", (r,))]
 
     found = _low_rank(shape, options, "vera", vectors)
-    a = Added("", "vera_A", (options.r, max(m.inputs for m in found.adapted)), buffer=True)
-    b = Added("", "vera_B", (max(m.outputs for m in found.adapted), options.r), buffer=True)
+    a = Added("", "vera_A", (rank_of(options), max(m.inputs for m in found.adapted)), buffer=True)
+    b = Added("", "vera_B", (max(m.outputs for m in found.adapted), rank_of(options)), buffer=True)
     return replace(found, added=(a, b, *found.added))
 
 
@@ -94,7 +95,7 @@ def ia3(shape: Shape, options: Options) -> Trained:
         raise PeftLabError(f"ia3 trains no biases; found bias={options.bias!r}. Leave it out, or use lora or bitfit.")
     family, targets = FAMILIES[shape.family], options.targets
     if targets is None:  # as in peft, a default that this model has not (mT5 without a gate) is left out
-        targets = [name for name in family.ia3 if any(m.path.endswith(f".{name}") for m in shape.modules)]
+        targets = tuple(name for name in family.ia3 if any(m.path.endswith(f".{name}") for m in shape.modules))
     adapted = _linear(shape, targets, "ia3")
     # the end of the string, as in peft, and not the end of the path
     sizes = [(1, m.inputs) if m.path.endswith(family.ia3_inputs) else (m.outputs, 1) for m in adapted]
@@ -188,8 +189,14 @@ def _low_rank(
     """
     adapted = shape.match(options.targets) if method in ("lora", "dora") else _linear(shape, options.targets, method)
     unfrozen = {"none": (), "lora_only": adapted, "all": _body(shape)}
-    added = tuple(tensor for module in adapted for tensor in tensors(module, options.r))
+    added = tuple(tensor for module in adapted for tensor in tensors(module, rank_of(options)))
     return Trained(added, _biases(unfrozen[options.bias]), adapted)
+
+
+def rank_of(options: Options) -> int:
+    """The rank, which `trained_by` has filled in where none was given."""
+    assert options.r is not None
+    return options.r
 
 
 def _pair(m: Module, r: int) -> list[Added]:

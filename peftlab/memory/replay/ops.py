@@ -270,7 +270,7 @@ def first_of(x: Tensor) -> Tensor:
     return record(output, [x], lambda g: (g.new(shape),))
 
 
-def linear(x: Tensor, weight: Parameter, bias: Parameter | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b. Keeps x only for the gradient of W."""
     kept = x if weight.needs_grad else None
     needs, shape, bytes = x.needs_grad, x.shape, x.bytes
