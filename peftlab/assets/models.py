@@ -4,6 +4,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -121,7 +122,7 @@ def _on_hub(name: str) -> bool:
     return True
 
 
-def _model_class(config: transformers.PretrainedConfig, num_labels: int | None) -> type:
+def _model_class(config: transformers.PretrainedConfig, num_labels: int | None) -> Any:
     """The auto class that fits a config."""
     architecture = (config.architectures or [""])[0]
     if num_labels is not None or architecture.endswith("ForSequenceClassification"):

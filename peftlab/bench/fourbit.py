@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
+from typing import Any
 
 import torch
 from torch import nn
@@ -106,7 +107,7 @@ def under(model: nn.Module, library: str, run: Row) -> Iterator[nn.Module]:
 
         for path, layer in own.items():
             replace(model, path, as_bitsandbytes(layer))
-        as_transformer(model).is_loaded_in_4bit = bool(own)
+        say_four_bit(model, bool(own))
         if library == "peft, prepared":
             kind = {"use_reentrant": False}
             peft.prepare_model_for_kbit_training(model, run["checkpointing"], kind)
@@ -123,7 +124,7 @@ def under(model: nn.Module, library: str, run: Row) -> Iterator[nn.Module]:
             wrapped.unload()
             for path, layer in own.items():
                 replace(model, path, layer)
-            as_transformer(model).is_loaded_in_4bit = False
+            say_four_bit(model, False)
         if run["checkpointing"]:
             switch_checkpointing(model, "disable")
             if hasattr(model, "disable_input_require_grads") and getattr(model, "_require_grads_hooks", None):
@@ -136,6 +137,12 @@ def under(model: nn.Module, library: str, run: Row) -> Iterator[nn.Module]:
 
 
 # ------------------------------------------------------------------------------------------------------ one step
+
+
+def say_four_bit(model: nn.Module, so: bool) -> None:
+    """Sets the flag by which peft knows that layers are bitsandbytes'."""
+    transformer: Any = model
+    transformer.is_loaded_in_4bit = so
 
 
 def optimizer_of(name: str, trained: list[nn.Parameter]) -> torch.optim.Optimizer:

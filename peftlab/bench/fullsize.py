@@ -6,6 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -129,7 +130,7 @@ def forward_passes(point: dict[str, Any]) -> Iterator[dict[str, Any]]:
             pl.merge(model, unload=True)
         for count in (1, 512):
             tokens = torch.randint(32000, (1, count), device="cuda")
-            times = timed(lambda tokens=tokens: model(input_ids=tokens), repeats=20, warm_up=5)
+            times = timed(partial(model, input_ids=tokens), repeats=20, warm_up=5)
             spread = max(times) - min(times)
             yield {"state": state, "tokens": count, "seconds": statistics.median(times), "seconds_spread": spread}
 

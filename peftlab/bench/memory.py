@@ -24,7 +24,6 @@ from torch import nn
 import peftlab as pl
 from peftlab.catalogue import METHODS
 from peftlab.core.checkpointing import switch_checkpointing
-from peftlab.core.records import as_transformer
 from peftlab.errors import PeftLabError
 from peftlab.memory import estimate
 from peftlab.memory.counting.shapes import load_shape
@@ -220,7 +219,7 @@ def four_bit(model: nn.Module, shape: Any, device: torch.device, compute: torch.
                 value = real.normal_(std=0.02) if tensor.is_floating_point() else real
                 is_parameter = isinstance(tensor, nn.Parameter)
                 setattr(module, name, nn.Parameter(value) if is_parameter else value)
-    transformer = as_transformer(model)
+    transformer: Any = model
     transformer.tie_weights()
     transformer.is_loaded_in_4bit = True  # by which peft knows its layers
 

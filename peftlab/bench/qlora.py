@@ -27,7 +27,6 @@ from torch import nn
 import peftlab as pl
 from peftlab.bench import fourbit, kernels
 from peftlab.bench.fourbit import Row
-from peftlab.core.records import as_transformer
 from peftlab.errors import PeftLabError
 from peftlab.optional import require
 from peftlab.quantization.blockwise import quantize
@@ -186,7 +185,7 @@ def curve(point: Row, device: torch.device, layers: int | None = None) -> Iterat
     for path, layer in list(theirs.named_modules()):
         if isinstance(layer, fourbit.Linear4bit):
             replace(theirs, path, fourbit.as_bitsandbytes(layer))
-    as_transformer(theirs).is_loaded_in_4bit = True
+    fourbit.say_four_bit(theirs, True)
     targets = list(fourbit.ALL_LINEAR)
     pl.attach(ours, pl.LoRAConfig(r=8, alpha=20, target_modules=targets)).train()
     wrapped = peft.get_peft_model(theirs, peft.LoraConfig(r=8, lora_alpha=20, target_modules=targets)).train()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def reading(model: nn.Module, lengths: tuple[int, ...] = READ) -> Iterator[dict[
                 cache.crop(-1)  # that token again, each time
 
             cache = cache_in(model(input_ids=text, use_cache=True).values())
-            written = fullsize.timed(lambda cache=cache: write(cache), repeats=20, warm_up=5)
+            written = fullsize.timed(partial(write, cache), repeats=20, warm_up=5)
             yield {
                 "method": method if tokens else "base",
                 "tokens": tokens,
@@ -114,8 +115,9 @@ def t5_base() -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
+    fields: dict[str, Any] = {"decoder_start_token_id": 0}
     config = T5Config(d_model=768, d_ff=3072, d_kv=64, num_layers=12, num_heads=12, vocab_size=32128,
-                      decoder_start_token_id=0, use_cache=False)  # fmt: skip
+                      use_cache=False, **fields)  # fmt: skip
     with torch.device("cuda"):
         return T5ForConditionalGeneration(config)
 

@@ -52,7 +52,6 @@ def _draw(axes: Axes, step: int, sizes: tuple[int, int, int] | None) -> None:
     """One picture, 0 to 12 across and 0 to 7 up; the frozen path above, the low-rank path below."""
     axes.set(xlim=(-0.2, 12.4), ylim=(0, 7), aspect="equal")
     axes.axis("off")
-    big = sizes is not None
     up, down = 5.2, 1.8
 
     _vector(axes, 0.6, 3.5, 2.6, "x", True)
@@ -71,7 +70,7 @@ def _draw(axes: Axes, step: int, sizes: tuple[int, int, int] | None) -> None:
     _round(axes, (10.1, 3.5), "+", step >= 6)
     _arrow(axes, (10.75, 3.5), (11.4, 3.5), step >= 6)
     _vector(axes, 11.8, 3.5, 2.6, "y", step >= 6)
-    if big:
+    if sizes is not None:
         d_in, d_out, r = sizes
         axes.text(0.6, 1.95, f"{d_in}", ha="center", va="top", fontsize=SMALLEST)
         axes.text(11.8, 1.95, f"{d_out}", ha="center", va="top", fontsize=SMALLEST, color=_ink(step >= 6))

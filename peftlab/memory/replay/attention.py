@@ -91,7 +91,7 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style: 
         k = ops.copy(k)
     scores = matmul(ops.copy(q), k, (batch, heads, length, k.shape[2]))
     del k
-    if bias is not None:
+    if bias is not None and mask is not None:
         scores = ops.add_in_place(scores, mask)
     weights = ops.safe_softmax(scores)
     del scores
