@@ -79,7 +79,7 @@ class Method:
         return self.config and self.config.partition(":")[2]
 
     def config_class(self) -> Any:
-        """Loads the config class of a row that has one."""
+        """Load the config class of a row that has one."""
         assert self.config is not None
         return resolve(self.config)
 

@@ -140,7 +140,7 @@ def under(model: nn.Module, library: str, run: Row) -> Iterator[nn.Module]:
 
 
 def say_four_bit(model: nn.Module, so: bool) -> None:
-    """Sets the flag by which peft knows that layers are bitsandbytes'."""
+    """Set the flag by which peft knows that layers are bitsandbytes'."""
     transformer: Any = model
     transformer.is_loaded_in_4bit = so
 

@@ -112,7 +112,7 @@ def with_adapter(model: nn.Module, point: dict[str, Any]) -> nn.Module:
 
 
 def vocabulary_of(model: nn.Module) -> int:
-    """How many tokens a transformers model knows."""
+    """Return how many tokens a transformers model knows."""
     config: Any = as_transformer(model).config
     return config.vocab_size
 

@@ -1,4 +1,4 @@
-"""Safetensors files: read whole, written whole or not at all, and equal bytes for equal contents."""
+"""Read and write safetensors files. A file is written whole or not at all, and equal contents give equal bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peftlab.files import write_atomically
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads all tensors and the metadata of a safetensors file."""
+    """Read all tensors and the metadata of a safetensors file."""
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
@@ -24,7 +24,10 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def serialised(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The bytes of a safetensors file. Equal contents give equal bytes: the library itself shuffles the metadata."""
+    """Return the bytes of a safetensors file.
+
+    Equal contents give equal bytes. The library alone would not do that: it shuffles the metadata.
+    """
     raw = to_bytes(tensors, dict(metadata))
     start = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:start])
@@ -35,5 +38,5 @@ def serialised(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes
 
 
 def write(file: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
+    """Write a file whole or not at all."""
     write_atomically(file, content)

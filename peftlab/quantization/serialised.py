@@ -1,8 +1,8 @@
-"""How 4-bit weights are called in a file: bitsandbytes' keys, so that transformers opens such a file too.
+"""Name 4-bit weights in a file by bitsandbytes' keys, so that transformers opens such a file too.
 
-Beside `...weight` (the codes) lie `weight.absmax`, `weight.quant_map` (the code book), with double quantisation
-`weight.nested_absmax` and `weight.nested_quant_map`, and `weight.quant_state.bitsandbytes__nf4`: the rest as JSON in
-bytes.
+Next to `...weight` (the codes) are `weight.absmax`, `weight.quant_map` (the code book), and
+`weight.quant_state.bitsandbytes__nf4` (the rest, as JSON in bytes). With double quantisation there are also
+`weight.nested_absmax` and `weight.nested_quant_map`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from peftlab.quantization.blockwise import SCALE_BLOCK, QuantState
 from peftlab.quantization.codebooks import FORMATS, code_book, dynamic_book
 
 MARK = "quant_state."
-# int4 is not one of bitsandbytes' formats; a file of ours must not claim to be one of theirs
+# int4 is not a format of bitsandbytes, so a file with it must not carry bitsandbytes' mark
 OWNERS = {"nf4": "bitsandbytes__nf4", "fp4": "bitsandbytes__fp4", "int4": "peftlab__int4"}
 
 
 def to_tensors(state: QuantState) -> dict[str, Tensor]:
-    """What is stored beside the codes, by the end of its key. The code books are copies: a file may share no tensor."""
+    """Return what is stored beside the codes, by the end of its key.
+
+    The code books are copies: tensors in a file may not share memory.
+    """
     device = state.absmax.device
     tensors = {"absmax": state.absmax.detach(), "quant_map": code_book(state.format, device).clone()}
     facts = {
@@ -40,10 +43,10 @@ def to_tensors(state: QuantState) -> dict[str, Tensor]:
 
 
 def from_tensors(tensors: Mapping[str, Tensor], device: torch.device) -> QuantState:
-    """The reverse of `to_tensors`.
+    """Return the `QuantState` of stored tensors: the reverse of `to_tensors`.
 
     Raises:
-        PeftLabError: a key is missing, or says something that this package does not compute with.
+        PeftLabError: a key is missing, or holds something that this package does not compute with.
     """
     marks = [key for key in tensors if key.startswith(MARK)]
     if len(marks) != 1 or "absmax" not in tensors:
@@ -55,7 +58,10 @@ def from_tensors(tensors: Mapping[str, Tensor], device: torch.device) -> QuantSt
                            f"this package knows {', '.join(FORMATS)}, and blocks of {SCALE_BLOCK}.")
     for key, book in (("quant_map", code_book(name)), ("nested_quant_map", dynamic_book())):
         if key in tensors and not torch.equal(tensors[key].cpu().float(), book):
-            raise PeftLabError(f"The file's {key} is another code book than {name}'s; its codes mean other values.")
+            raise PeftLabError(
+                f"The file's {key} is not the code book of {name}, so its codes mean other values. Save it again with "
+                "this package or with bitsandbytes."
+            )
     nested = "nested_absmax" in tensors
     return QuantState(
         tensors["absmax"].to(device),

@@ -1,7 +1,8 @@
-"""A 4-bit base on disk: one safetensors file with bitsandbytes' keys, and the model's config. Adapters lie apart.
+"""Save and load a 4-bit base: one safetensors file with bitsandbytes' keys, and the model's config, without adapters.
 
-`load_quantized` needs no bitsandbytes; transformers' `from_pretrained` opens the same folder with it. Saved are the
-codes, not the weights they stand for: a quarter of the 16-bit file, and no rounding on the way.
+`load_quantized` needs no bitsandbytes. With it, transformers' `from_pretrained` opens the same folder. The file holds
+the codes, not the weights that they stand for. So it has a quarter of the size of the 16-bit file, and nothing is
+rounded again.
 """
 
 from __future__ import annotations
@@ -32,18 +33,26 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def save_quantized(model: nn.Module, folder: str | os.PathLike) -> Path:
-    """Writes a transformers model with 4-bit layers, this package's or bitsandbytes', without its adapters.
+    """Write a transformers model with 4-bit layers, this package's or bitsandbytes', without its adapters.
 
     Returns:
         The folder, which holds `config.json` and `model.safetensors`.
 
     Raises:
-        PeftLabError: no layer is quantised; no transformers model; a merged model. Nothing is then written.
+        PeftLabError: no layer is quantised, the model is no transformers model, or it is merged. Nothing is then
+            written.
+
+    >>> folder = pl.save_quantized(pl.quantize_model(model), "four-bits")
+    >>> sorted(file.name for file in folder.iterdir())
+    ['config.json', 'model.safetensors']
     """
     root = unwrap(model)
     config: Any = getattr(root, "config", None)
     if not hasattr(config, "to_dict"):
-        raise PeftLabError(f"{type(root).__name__} has no transformers config, without which it cannot be made again.")
+        raise PeftLabError(
+            f"{type(root).__name__} has no transformers config, and without one it cannot be loaded again. Save its "
+            "state_dict yourself."
+        )
     record = record_of(root)
     if record is not None and record.activity.merged:
         raise PeftLabError("The model is merged; call unmerge(model) first: the base and the adapter are saved apart.")
@@ -51,7 +60,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike) -> Path:
     if not held:
         raise PeftLabError(f"No layer of this {type(root).__name__} is quantised; use its own save_pretrained.")
     tensors = {name: t.detach() for name, t in root.state_dict().items() if not is_adapter_name(name)}
-    for name, parameter in held.items():  # bitsandbytes' own way of saving would change a repacked weight
+    for name, parameter in held.items():  # bitsandbytes' own saving would change a repacked weight
         value = quantized(parameter)
         tensors |= {f"{name}.{key}": tensor for key, tensor in to_tensors(value.state).items()} | {name: value.packed}
     first = quantized(next(iter(held.values()))).state
@@ -72,14 +81,21 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike) -> Path:
 def load_quantized(
     folder: str | os.PathLike, *, backend: str = AUTO, device: torch.device | str = "cpu"
 ) -> nn.Module:
-    """Loads what `save_quantized`, or transformers with bitsandbytes, wrote: the same codes and scales, bit for bit.
+    """Load a folder that `save_quantized`, or transformers with bitsandbytes, wrote.
+
+    Codes and scales are equal bit for bit.
 
     Args:
         backend: as for `quantize_model`.
         device: where the model goes.
 
     Raises:
-        PeftLabError: a file is missing or damaged, or is no 4-bit model; a key is missing or has no place.
+        PeftLabError: a file is missing or damaged, or holds no 4-bit model; a key is missing or has no place.
+
+    >>> folder = pl.save_quantized(pl.quantize_model(model), "four-bits")
+    >>> same = pl.load_quantized(folder)
+    >>> same.model.layers[0].mlp.up_proj.weight.numel()  # bytes, for 512 weights
+    256
     """
     import transformers
 
@@ -108,7 +124,10 @@ def load_quantized(
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Puts the whole tensors of the file into a model on the meta device, and makes the rest of its buffers."""
+    """Put the tensors of the file that are not quantised into a model on the meta device.
+
+    Its other buffers are made from the config.
+    """
     own = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
     extra = sorted(set(tensors) - own)
     if extra:
@@ -119,7 +138,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
     if missing:
         raise PeftLabError(f"{folder} lacks {len(missing)} of its model's weights, the first {missing[0]!r}.")
     fresh = {name for name, buffer in model.named_buffers() if buffer.is_meta}
-    if fresh:  # buffers that no file holds: rotary frequencies and the like, which the config decides
+    if fresh:  # buffers that are not in the file, such as rotary frequencies: the config determines them
         twin = type(as_transformer(model))._from_config(_smaller(as_transformer(model).config))
         values = dict(twin.named_buffers())
         for name in fresh:
@@ -128,7 +147,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def _smaller(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config with one layer: its buffers are the whole model's."""
+    """Return the config with one layer. A model of it has the same buffers as the whole model."""
     import copy
 
     config = copy.deepcopy(config)

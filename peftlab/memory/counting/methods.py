@@ -194,7 +194,7 @@ def _low_rank(
 
 
 def rank_of(options: Options) -> int:
-    """The rank, which `trained_by` has filled in where none was given."""
+    """Return the rank, which `trained_by` has filled in where none was given."""
     assert options.r is not None
     return options.r
 
