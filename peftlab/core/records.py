@@ -82,10 +82,9 @@ def tensor_at(host: nn.Module, name: str) -> torch.Tensor | None:
 
 
 def own_tensor(host: nn.Module, name: str) -> torch.Tensor:
-    """Return a parameter or buffer that the host is known to have."""
-    tensor = tensor_at(host, name)
-    assert tensor is not None
-    return tensor
+    """Return a parameter or buffer that the host must have. The name may lie deeper (`dense.weight`)."""
+    inner, _, name = name.rpartition(".")
+    return getattr(host.get_submodule(inner), name)
 
 
 def device_and_dtype_for(host: nn.Module) -> tuple[torch.device, torch.dtype]:
