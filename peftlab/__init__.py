@@ -44,7 +44,9 @@ _MODULES = {
     **{name: f"kit.{name}" for name in ("exercises", "figures", "measurements", "notebook", "tables", "widgets")},
 }
 _WHERE = {name: module for module, names in _PLACES.items() for name in names.split()} | {
-    row.config_name: row.config.partition(":")[0].removeprefix("peftlab.") for row in _METHODS.values() if row.config
+    str(row.config_name): row.config.partition(":")[0].removeprefix("peftlab.")
+    for row in _METHODS.values()
+    if row.config
 }
 
 __all__ = sorted([*_WHERE, *_MODULES])

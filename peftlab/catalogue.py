@@ -78,6 +78,11 @@ class Method:
         """The public name of the config class."""
         return self.config and self.config.partition(":")[2]
 
+    def config_class(self) -> Any:
+        """Load the config class of a row that has one."""
+        assert self.config is not None
+        return resolve(self.config)
+
     @property
     def trains(self) -> bool:
         """Whether `peftlab train` knows the method."""

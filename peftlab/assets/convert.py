@@ -170,7 +170,8 @@ def write_safetensors(path: Path, weights: dict[str, np.ndarray]) -> None:
     We do not use the library, because a new version of it might order tensors differently, and the hash must not
     change.
     """
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name in sorted(weights):
         begin, end = end, end + weights[name].size * 4
         header[name] = {"dtype": "F32", "shape": list(weights[name].shape), "data_offsets": [begin, end]}

@@ -7,9 +7,10 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
@@ -86,7 +87,7 @@ def load_data(
 
 
 def _desk(sizes: Sequence[int] | None, difficulty: float | None) -> DatasetDict:
-    options = {} if difficulty is None else {"difficulty": difficulty}
+    options: dict[str, Any] = {} if difficulty is None else {"difficulty": difficulty}
     splits = {}
     for split, size in zip(SPLITS, sizes or (None, None, None), strict=True):
         rows = support_desk.generate(split, size, **options)
@@ -116,10 +117,10 @@ def _news() -> tuple[list[dict], list[str]]:
 def _classified(rows: list[dict], labels: list[str], sizes: Sequence[int] | None) -> DatasetDict:
     """Split rows {text, label} by class and by groups of similar texts, each split in a fixed random order."""
     groups = _groups([row["text"] for row in rows])
-    by_class = defaultdict(list)
+    by_class: defaultdict[str, list[list[int]]] = defaultdict(list)
     for group in sorted(groups, key=lambda group: _rank(rows[group[0]]["text"])):
         by_class[rows[group[0]]["label"]].append(group)
-    chosen = {split: [] for split in SPLITS}
+    chosen: dict[str, list[int]] = {split: [] for split in SPLITS}
     for found in by_class.values():
         share = HELD_OUT * sum(len(group) for group in found)
         room = {"test": share, "validation": share, "train": float("inf")}
@@ -145,12 +146,12 @@ def _groups(texts: list[str]) -> list[list[int]]:
             i = root[i]
         return i
 
-    first = {}
+    first: dict[str, int] = {}
     for i, text in enumerate(texts):
         # The first of several lines is a headline. If there is only one line, it is the text itself.
         for key in {_plain(text), _plain(text.split("\n", 1)[0])}:
             root[find(i)] = find(first.setdefault(key, i))
-    groups = defaultdict(list)
+    groups: defaultdict[int, list[int]] = defaultdict(list)
     for i in range(len(texts)):
         groups[find(i)].append(i)
     return list(groups.values())

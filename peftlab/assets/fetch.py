@@ -123,7 +123,7 @@ def _download(name: str, found: dict, stage: Path, bar: Bar) -> Path:
         try:
             while process.poll() is None:
                 time.sleep(0.1)
-                bar.update(max(0, min(bar.total, _size(temporary) // MEGABYTE) - bar.done))
+                bar.update(max(0, min(bar.total or 0, _size(temporary) // MEGABYTE) - bar.done))
         finally:
             if process.poll() is None:  # interrupted
                 process.kill()

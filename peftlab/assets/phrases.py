@@ -6,6 +6,10 @@ same words occur in all three: the names of products, and the words that reveal 
 wait). So a score says only that the model understands known words in new sentences.
 """
 
+from collections.abc import Sequence
+
+Phrases = dict[str, dict[str, Sequence[str]]]  # by label, then by split
+
 PRODUCTS = ("kettle", "lamp", "printer", "router", "camera", "blender", "heater", "keyboard")
 
 INTENTS = {
@@ -255,7 +259,7 @@ def _each(frames: tuple[str, ...], words: tuple[str, ...]) -> tuple[str, ...]:
 
 
 # How soon, in the label's own words.
-STATED = {
+STATED: Phrases = {
     "urgent": {
         "train": (
             "This is urgent.",
@@ -307,7 +311,7 @@ _URGENT = ("urgent", "very urgent", "really urgent")
 _HURRY = ("hurry", "rush")
 _WAIT = ("can wait", "can wait a while", "can wait for months")
 
-URGENCY = {
+URGENCY: Phrases = {
     "urgent": {
         "train": (
             *_each(("I need an answer {w}.", "Please act {w}.", "This has to be settled {w}."), _SOON),
@@ -483,7 +487,7 @@ DESCRIBED = {
 }
 
 # ... and the urgency has to be inferred.
-IMPLIED = {
+IMPLIED: Phrases = {
     "urgent": {
         "train": (
             "My guests arrive this evening and I depend on it.",

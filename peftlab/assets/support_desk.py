@@ -23,10 +23,13 @@ import itertools
 import json
 import random
 from collections.abc import Sequence
+from typing import TypeVar
 
 from peftlab.assets import phrases
 from peftlab.checks import number, one_of
 from peftlab.errors import PeftLabError
+
+Item = TypeVar("Item")
 
 FIELDS = ("intent", "product", "urgency")
 INTENTS = tuple(phrases.INTENTS)
@@ -65,10 +68,12 @@ def generate(split: str, size: int | None = None, *, difficulty: float = 0.15, s
     size = SIZES[split] if size is None else size
     draw = Draw(f"{seed}/{split}/{difficulty:.6f}")
     combinations = list(itertools.product(INTENTS, PRODUCTS, URGENCIES))
-    rows, seen = [], set()
+    rows: list[dict[str, str]] = []
+    seen: set[str] = set()
     while len(rows) < size:
         for labels in draw.shuffled(combinations):
-            text = message(split, *labels, difficulty, draw)
+            intent, product, urgency = labels
+            text = message(split, intent, product, urgency, difficulty, draw)
             failures = 0
             while text in seen:
                 failures += 1
@@ -77,7 +82,7 @@ def generate(split: str, size: int | None = None, *, difficulty: float = 0.15, s
                         f"Difficulty {difficulty} makes no {size:,} distinct messages for {split!r}; it made "
                         f"{len(rows):,}. Ask for fewer, or raise the difficulty."
                     )
-                text = message(split, *labels, difficulty, draw)
+                text = message(split, intent, product, urgency, difficulty, draw)
             seen.add(text)
             rows.append({"message": text, "ticket": ticket(*labels)} | dict(zip(FIELDS, labels, strict=True)))
     return rows[:size]
@@ -95,7 +100,7 @@ def message(split: str, intent: str, product: str, urgency: str, difficulty: flo
     body = [request.replace("{p}", named)]
     if soon:
         body.insert(draw.below(2), soon)  # before the request or after it
-    asides = (
+    asides: tuple[tuple[dict, float], ...] = (
         (phrases.OTHERS, difficulty),
         (phrases.PASSING, hard),
         (phrases.FEELINGS, difficulty),

@@ -108,7 +108,7 @@ def config_of(point: dict[str, Any], head: list[str] | None = None) -> Any:
         return None
     if method in ("head", "last block"):
         return pl.SelectiveConfig(last_layers=int(method == "last block"), modules_to_save=head)
-    given = {name: point[name] for name in ("r", "width", "reduction_factor") if name in point}
+    given: dict[str, Any] = {name: point[name] for name in ("r", "width", "reduction_factor") if name in point}
     if method == "lora":
         given["alpha"] = 2 * point["r"]
         targets = list(ALL) if point.get("shape") == "llama-2-7b" else targets
@@ -199,7 +199,8 @@ def encoded(name: str, max_length: int) -> tuple[list[dict], list[dict], list[di
         [pl.encode_classification(tokenizer, row["text"], row["label"], max_length) for row in data[split]]
         for split in ("train", "validation", "test")
     ]
-    return *splits, len(data["train"].features["label"].names)
+    train, validation, test = splits
+    return train, validation, test, len(data["train"].features["label"].names)
 
 
 def desk(point: dict[str, Any]) -> dict[str, Any]:

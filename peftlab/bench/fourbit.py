@@ -12,14 +12,16 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
+from typing import Any
 
 import torch
 from torch import nn
 
 import peftlab as pl
-from peftlab.bench.fullsize import ALL_LINEAR, timed
+from peftlab.bench.fullsize import ALL_LINEAR, timed, vocabulary_of
 from peftlab.bench.kernels import Row, forward_passes, kernels_of, profile_of
 from peftlab.core.checkpointing import switch_checkpointing
+from peftlab.core.records import as_transformer
 from peftlab.memory.counting.shapes import load_shape
 from peftlab.optional import available, require
 from peftlab.quantization import Linear4bit
@@ -105,7 +107,7 @@ def under(model: nn.Module, library: str, run: Row) -> Iterator[nn.Module]:
 
         for path, layer in own.items():
             replace(model, path, as_bitsandbytes(layer))
-        model.is_loaded_in_4bit = bool(own)
+        say_four_bit(model, bool(own))
         if library == "peft, prepared":
             kind = {"use_reentrant": False}
             peft.prepare_model_for_kbit_training(model, run["checkpointing"], kind)
@@ -122,7 +124,7 @@ def under(model: nn.Module, library: str, run: Row) -> Iterator[nn.Module]:
             wrapped.unload()
             for path, layer in own.items():
                 replace(model, path, layer)
-            model.is_loaded_in_4bit = False
+            say_four_bit(model, False)
         if run["checkpointing"]:
             switch_checkpointing(model, "disable")
             if hasattr(model, "disable_input_require_grads") and getattr(model, "_require_grads_hooks", None):
@@ -137,6 +139,12 @@ def under(model: nn.Module, library: str, run: Row) -> Iterator[nn.Module]:
 # ------------------------------------------------------------------------------------------------------ one step
 
 
+def say_four_bit(model: nn.Module, so: bool) -> None:
+    """Set the flag by which peft knows that layers are bitsandbytes'."""
+    transformer: Any = model
+    transformer.is_loaded_in_4bit = so
+
+
 def optimizer_of(name: str, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
     """Return the optimiser with this name in `pl.train`."""
     if name == "adamw":
@@ -149,7 +157,7 @@ def stepper(wrapped: nn.Module, run: Row, device: torch.device) -> Callable[[], 
     """Return one training step as a function: forward under bf16 autocast, backward, optimiser."""
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer = optimizer_of(run["optimizer"], trained)
-    tokens = torch.randint(wrapped.config.vocab_size, (run["batch"], run["sequence"]), device=device)
+    tokens = torch.randint(vocabulary_of(wrapped), (run["batch"], run["sequence"]), device=device)
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16):

@@ -6,6 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 import peftlab as pl
 from peftlab.core.checkpointing import switch_checkpointing
+from peftlab.core.records import as_transformer
 from peftlab.errors import PeftLabError
 from peftlab.optional import require
 
@@ -109,6 +111,12 @@ def with_adapter(model: nn.Module, point: dict[str, Any]) -> nn.Module:
     return pl.attach(model, config, adapter_dtype=getattr(torch, point["adapter_dtype"]))
 
 
+def vocabulary_of(model: nn.Module) -> int:
+    """Return how many tokens a transformers model knows."""
+    config: Any = as_transformer(model).config
+    return config.vocab_size
+
+
 @torch.no_grad()
 def forward_passes(point: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Time one forward pass at batch 1: the base, with LoRA attached, and merged. Median of 20 after 5."""
@@ -122,7 +130,7 @@ def forward_passes(point: dict[str, Any]) -> Iterator[dict[str, Any]]:
             pl.merge(model, unload=True)
         for count in (1, 512):
             tokens = torch.randint(32000, (1, count), device="cuda")
-            times = timed(lambda tokens=tokens: model(input_ids=tokens), repeats=20, warm_up=5)
+            times = timed(partial(model, input_ids=tokens), repeats=20, warm_up=5)
             spread = max(times) - min(times)
             yield {"state": state, "tokens": count, "seconds": statistics.median(times), "seconds_spread": spread}
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import peftlab as pl
-from peftlab.bench.fullsize import timed
+from peftlab.bench.fullsize import timed, vocabulary_of
 from peftlab.quantization import blockwise
 from peftlab.quantization.backends import choose
 
@@ -66,7 +66,7 @@ def forward_passes(model: nn.Module, device: torch.device) -> Iterator[Row]:
     """
     model.eval()
     for count in (1, 512):
-        tokens = torch.randint(model.config.vocab_size, (1, count), device=device)
+        tokens = torch.randint(vocabulary_of(model), (1, count), device=device)
 
         def answer(tokens: torch.Tensor = tokens) -> None:
             model(input_ids=tokens)

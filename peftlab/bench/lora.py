@@ -25,10 +25,11 @@ from torch import nn
 
 import peftlab as pl
 from peftlab.bench import fullsize
+from peftlab.core.records import own_tensor
 from peftlab.training import subspace
 
 # The recipe of the chapter's live run; a point names what it changes.
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "method": "lora", "r": 8, "alpha": 16, "targets": "q_proj,v_proj", "layers": "all", "rslora": False,
     "dropout": 0.0, "learning_rate": 5e-3, "weight_decay": 0.0, "steps": 70, "batch_size": 8, "examples": 2000,
     "seed": 0,
@@ -185,8 +186,8 @@ def spectrum(point: dict[str, Any]) -> list[dict[str, Any]]:
     rows = [{**point, "module": "all", **measured}]
     for name in ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
         path = f"model.layers.{LAYERS // 2}.{name}"
-        weight = before.get_submodule(path).weight.double()
-        update = after.get_submodule(path).weight.detach().cpu().double() - weight
+        weight = own_tensor(before.get_submodule(path), "weight").double()
+        update = own_tensor(after.get_submodule(path), "weight").detach().cpu().double() - weight
         values = zip(torch.linalg.svdvals(weight).tolist(), torch.linalg.svdvals(update).tolist(), strict=True)
         rows += [
             {"section": "spectrum", "module": path, "index": i, "weight": w, "update": u}

@@ -198,6 +198,7 @@ def four_bit(model: nn.Module, shape: Any, device: torch.device, compute: torch.
         if module.kind != "linear" or module.role != "body":
             continue
         old = model.get_submodule(module.path)
+        assert isinstance(old, nn.Linear)
         new = bnb.nn.Linear4bit(
             old.in_features, old.out_features, bias=old.bias is not None, compute_dtype=compute,
             compress_statistics=True, quant_type="nf4", device="meta",
@@ -218,8 +219,9 @@ def four_bit(model: nn.Module, shape: Any, device: torch.device, compute: torch.
                 value = real.normal_(std=0.02) if tensor.is_floating_point() else real
                 is_parameter = isinstance(tensor, nn.Parameter)
                 setattr(module, name, nn.Parameter(value) if is_parameter else value)
-    model.tie_weights()
-    model.is_loaded_in_4bit = True  # by which peft knows its layers
+    transformer: Any = model
+    transformer.tie_weights()
+    transformer.is_loaded_in_4bit = True  # by which peft knows its layers
 
 
 def with_method(model: nn.Module, point: dict[str, Any], kind: str) -> nn.Module:

@@ -76,4 +76,5 @@ def shard(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.ModuleList):
             for block in module:
                 fully_shard(block)
-    return fully_shard(model)
+    fully_shard(model)  # in place
+    return model

@@ -179,12 +179,13 @@ def curve(point: Row, device: torch.device, layers: int | None = None) -> Iterat
 
     ours, tokenizer = in_format("nf4", device)
     if layers is not None:
-        ours.model.layers = ours.model.layers[:layers]
+        body: Any = ours.get_submodule("model")
+        body.layers = body.layers[:layers]
     theirs = copy.deepcopy(ours)
     for path, layer in list(theirs.named_modules()):
         if isinstance(layer, fourbit.Linear4bit):
             replace(theirs, path, fourbit.as_bitsandbytes(layer))
-    theirs.is_loaded_in_4bit = True
+    fourbit.say_four_bit(theirs, True)
     targets = list(fourbit.ALL_LINEAR)
     pl.attach(ours, pl.LoRAConfig(r=8, alpha=20, target_modules=targets)).train()
     wrapped = peft.get_peft_model(theirs, peft.LoraConfig(r=8, lora_alpha=20, target_modules=targets)).train()

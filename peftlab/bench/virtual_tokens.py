@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 import peftlab as pl
 from peftlab.bench import fullsize
+from peftlab.core.modes import device_of
 from peftlab.errors import PeftLabError
 from peftlab.methods.caches import cache_in, cache_name
 from peftlab.optional import require
@@ -78,7 +80,7 @@ def in_peft(model: nn.Module, method: str, tokens: int, task: str) -> nn.Module:
 def reading(model: nn.Module, lengths: tuple[int, ...] = READ) -> Iterator[dict[str, Any]]:
     """Measure batch 1: read 512 tokens, and write one more after them. Median of 20 runs after 5."""
     torch.manual_seed(0)
-    text = torch.randint(model.config.vocab_size, (1, 512), device=model.device)
+    text = torch.randint(fullsize.vocabulary_of(model), (1, 512), device=device_of(model))
     for method in ("prefix", "prompt"):
         for tokens in lengths:
             if tokens:
@@ -90,11 +92,11 @@ def reading(model: nn.Module, lengths: tuple[int, ...] = READ) -> Iterator[dict[
             peak = torch.cuda.max_memory_allocated()
 
             def write(cache: Any) -> None:
-                model(input_ids=text[:, :1], use_cache=True, **{cache_name(model): cache})
+                model(input_ids=text[:, :1], use_cache=True, **{str(cache_name(model)): cache})
                 cache.crop(-1)  # that token again, each time
 
             cache = cache_in(model(input_ids=text, use_cache=True).values())
-            written = fullsize.timed(lambda cache=cache: write(cache), repeats=20, warm_up=5)
+            written = fullsize.timed(partial(write, cache), repeats=20, warm_up=5)
             yield {
                 "method": method if tokens else "base",
                 "tokens": tokens,
@@ -113,8 +115,9 @@ def t5_base() -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
+    fields: dict[str, Any] = {"decoder_start_token_id": 0}
     config = T5Config(d_model=768, d_ff=3072, d_kv=64, num_layers=12, num_heads=12, vocab_size=32128,
-                      decoder_start_token_id=0, use_cache=False)  # fmt: skip
+                      use_cache=False, **fields)  # fmt: skip
     with torch.device("cuda"):
         return T5ForConditionalGeneration(config)
 
@@ -128,7 +131,7 @@ def seq2seq_step(model: nn.Module, point: dict[str, Any]) -> Iterator[dict[str, 
     wrapped.train()
     trainable = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=True)
-    ids = torch.randint(model.config.vocab_size, (point["batch"], point["sequence"]), device=model.device)
+    ids = torch.randint(fullsize.vocabulary_of(model), (point["batch"], point["sequence"]), device=device_of(model))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, :64].contiguous()}
 
     def step() -> None:

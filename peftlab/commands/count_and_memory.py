@@ -49,7 +49,7 @@ def add_memory_options(command: argparse.ArgumentParser) -> None:
     add("--sequence", type=int, default=512, metavar="N", help="tokens of an example (default: 512)")
     add("--precision", default="bf16", metavar="P", help=f"{', '.join(PRECISIONS)} (default: bf16)")
     add("--optimizer", default="adamw", metavar="O", help=f"{', '.join(OPTIMIZERS)} (default: adamw)")
-    switch = {"action": argparse.BooleanOptionalAction}
+    switch: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
     add("--checkpointing", **switch, default=False, help="recompute activations in the backward pass (default: no)")
     add("--autocast", **switch, help="compute in bf16, as Trainer(bf16=True) does (default: for mixed and qlora)")
     named = ", ".join(ADAPTER_PRECISIONS)

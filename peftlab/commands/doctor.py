@@ -85,15 +85,17 @@ def examine(verify: bool = False) -> dict[str, Any]:
             f"Python {platform.python_version()} is too old; peftlab needs {PYTHON[0]}.{PYTHON[1]} or newer."
         )
     for name, least in ESSENTIAL.items():
-        if packages[name] is None:
+        version = packages[name]
+        if version is None:
             problems.append(f"{name} is not installed: pip install '{name}>={least}'.")
-        elif _older(packages[name], least):
-            problems.append(f"{name} {packages[name]} is too old: pip install --upgrade '{name}>={least}'.")
+        elif _older(version, least):
+            problems.append(f"{name} {version} is too old: pip install --upgrade '{name}>={least}'.")
     for name, (least, use, _) in PACKAGES.items():
-        if packages[name] is None:
+        version = packages[name]
+        if version is None:
             notes.append(f"{name} is not installed ({use}): pip install '{name}>={least}'.")
-        elif _older(packages[name], least):
-            notes.append(f"{name} {packages[name]} is older than {least} ({use}): pip install --upgrade '{name}'.")
+        elif _older(version, least):
+            notes.append(f"{name} {version} is older than {least} ({use}): pip install --upgrade '{name}'.")
     tested = {name: sorted({row[name] for row in TESTED.values()}, key=_order) for name in packages}
     for name, version in packages.items():
         if version is not None and _order(tested[name][-1]) < _order(version):

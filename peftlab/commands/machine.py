@@ -119,7 +119,7 @@ def _windows_memory() -> tuple[int | None, int | None]:
         ]
 
     status = Status(length=ctypes.sizeof(Status))
-    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):  # type: ignore[attr-defined]  # only Windows has it
         return None, None
     return status.total, status.free
 

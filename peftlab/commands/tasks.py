@@ -72,7 +72,8 @@ def task_of(data: Any, name: str, seed: int = 0, limit: int | None = None) -> Ta
     classes: tuple[str, ...] = ()
     if kind == "classification":
         classes = _classes(data["train"], splits, name)
-    return Task(kind, answer, *splits, classes)
+    first, second, third = splits
+    return Task(kind, answer, first, second, third, classes)
 
 
 def check_model(task: Task, model: Any, name: str) -> None:

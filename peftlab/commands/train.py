@@ -135,10 +135,10 @@ def check(arguments: argparse.Namespace) -> None:
             setattr(arguments, option.name, option.default)
     if row.config and arguments.bias != "none" and not row.takes("bias"):
         raise PeftLabError(f"--bias {arguments.bias} has no meaning for {method}; use lora, or --method bitfit.")
-    for option, one in OPTIONS.items():
-        one.metadata["check"](f"--{option}", _given(arguments, option))
-    for option in ("limit", "max-length", "test-limit", "max-new-tokens", "virtual-tokens"):
-        whole(f"--{option}", _given(arguments, option), least=1, optional=True)
+    for name, one in OPTIONS.items():
+        one.metadata["check"](f"--{name}", _given(arguments, name))
+    for name in ("limit", "max-length", "test-limit", "max-new-tokens", "virtual-tokens"):
+        whole(f"--{name}", _given(arguments, name), least=1, optional=True)
 
 
 def _given(arguments: argparse.Namespace, option: str) -> Any:
@@ -225,7 +225,7 @@ def _train(
 def _config(arguments: argparse.Namespace, targets: Any, **more: Any) -> Any:
     """Make the method's config from the options of its row, and from those in `more` that it has a field for."""
     row = METHODS[arguments.method]
-    config = resolve(row.config)
+    config = row.config_class()
     given = {option.config_field: getattr(arguments, option.name) for option in row.options}
     if "target_modules" in given:
         given["target_modules"] = targets

@@ -6,6 +6,7 @@ Read this file to add a method. `Part` and `Config` list everything that the res
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import Field
 from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 from torch import Tensor, nn
@@ -108,6 +109,7 @@ class Config(Protocol):
             loaded as this method: it would compute something else.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     peft_type: ClassVar[str]
     requires: ClassVar[tuple[str, ...]]
     unsupported: ClassVar[tuple[str, ...]]

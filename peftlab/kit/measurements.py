@@ -165,8 +165,8 @@ def _fault(content: Any) -> str | None:
     if not isinstance(given.get("command"), str) or not given["command"].strip():
         return "its provenance has no command that repeats the measurement"
     try:
-        datetime.date.fromisoformat(given.get("date"))
-    except (TypeError, ValueError):
+        datetime.date.fromisoformat(given["date"])
+    except (KeyError, TypeError, ValueError):
         return f"its provenance has no date of the form YYYY-MM-DD (found {given.get('date')!r})"
     rows = content.get("rows")
     if not isinstance(rows, list) or not rows:

@@ -110,7 +110,7 @@ def show_source(
 
 
 def _source(item: Any, docstring: bool, methods: str | Sequence[str] | None, between: tuple[str, str] | None) -> str:
-    name = getattr(item, "__qualname__", None) or getattr(item, "__name__", repr(item))
+    name = str(getattr(item, "__qualname__", None) or getattr(item, "__name__", repr(item)))
     try:
         code = textwrap.dedent(inspect.getsource(item)).rstrip()
     except (TypeError, OSError):
@@ -144,11 +144,12 @@ def _first_line(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def _without_docstrings(code: str) -> str:
-    lines, drop = code.splitlines(), set()
+    lines = code.splitlines()
+    drop: set[int] = set()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and len(node.body) > 1:
             if ast.get_docstring(node, clean=False) is not None:
-                end = node.body[0].end_lineno
+                end = node.body[0].end_lineno or node.body[0].lineno
                 drop.update(range(node.body[0].lineno, end + 1))
                 if end < len(lines) and not lines[end].strip():
                     drop.add(end + 1)  # the empty line below it
@@ -160,7 +161,7 @@ def _cut(code: str, name: str, first: str, last: str) -> str:
     start_at = next((i for i, line in enumerate(lines) if first in line), None)
     if start_at is None:
         raise PeftLabError(f"the source of {name} has no line with {first!r}")
-    end_at = next((i for i, line in enumerate(lines) if i >= start_at and last in line), None)
+    end_at = next((i for i in range(start_at, len(lines)) if last in lines[i]), None)
     if end_at is None:
         raise PeftLabError(f"the source of {name} has no line with {last!r} after the one with {first!r}")
     return textwrap.dedent("\n".join(lines[start_at:end_at + 1]))
@@ -254,8 +255,10 @@ def _display(data: dict[str, Any], metadata: dict[str, Any] | None = None) -> No
         from IPython import get_ipython
         from IPython.display import display
     except ImportError:
-        get_ipython = display = None
-    if display is None or get_ipython() is None:
+        inside = False
+    else:
+        inside = get_ipython() is not None
+    if not inside:
         if "text/plain" in data:
             print(data["text/plain"])
         return

@@ -33,7 +33,8 @@ def lay_out(
         if name not in names:
             raise PeftLabError(f"no row has a column {name!r}; there are: {', '.join(names)}."
                                + did_you_mean(name, names))
-    headings, cells = [], [[] for _ in listed]
+    headings: list[str] = []
+    cells: list[list[str]] = [[] for _ in listed]
     for name, wish in columns.items():
         heading, fmt = wish if isinstance(wish, tuple) else (wish, "")
         headings.append(str(heading))

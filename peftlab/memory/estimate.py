@@ -167,7 +167,8 @@ def estimate(
     run = Run(shape, method, trained, recipe)
     run.step()
     before = run.memory.flops
-    run.memory.history = []
+    history: list[tuple[str, int]] = []
+    run.memory.history = history
     run.step()
     run.close()
     memory = run.memory
@@ -178,7 +179,7 @@ def estimate(
         shape.name, method, memory.peak + CUBLAS_WORKSPACE, **parts,
         moment=memory.peak_moment, flops=memory.flops - before,
         file_bytes=_file_bytes(shape, trained, recipe), trainable=counted.trainable, total=counted.total,
-        history=_thinned(memory.history),
+        history=_thinned(history),
     )  # fmt: skip
 
 

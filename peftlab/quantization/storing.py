@@ -33,6 +33,9 @@ from peftlab.quantization.model import mark, replace
 from peftlab.quantization.serialised import MARK, from_tensors, packed_codes, to_tensors
 from peftlab.quantization.weights import is_quantized, quantized
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FILES = (WEIGHTS, CONFIG)  # the order in which they are put in place; other programs look for the config first
 # What a folder with a model holds, and what no other library's model may lie beside
@@ -54,7 +57,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike) -> Path:
     ['config.json', 'model.safetensors']
     """
     root = unwrap(model)
-    config = getattr(root, "config", None)
+    config: Any = getattr(root, "config", None)
     if not hasattr(config, "to_dict"):
         raise PeftLabError(
             f"{type(root).__name__} has no transformers config, and without one it cannot be loaded again. Save its "
@@ -282,13 +285,13 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
                 f"{tuple(own[name].shape)} of {own[name].dtype}. The files do not belong together; save them again."
             )
     model.load_state_dict(tensors, strict=False, assign=True)
-    model.tie_weights()
+    as_transformer(model).tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise PeftLabError(f"{folder} lacks {len(missing)} of its model's weights, the first {missing[0]!r}.")
     fresh = {name for name, buffer in model.named_buffers() if buffer.is_meta}
     if fresh:  # buffers that are not in the file, such as rotary frequencies: the config determines them
-        twin = type(model)._from_config(_smaller(model.config))
+        twin = type(as_transformer(model))._from_config(_smaller(as_transformer(model).config))
         values = dict(twin.named_buffers())
         for name in fresh:
             path, _, last = name.rpartition(".")

@@ -13,7 +13,7 @@ from torch import nn
 from peftlab.checks import whole
 from peftlab.core.hooks import text_positions
 from peftlab.core.modes import device_of, mode, to_device
-from peftlab.core.records import unwrap
+from peftlab.core.records import as_transformer, unwrap
 from peftlab.errors import PeftLabError
 from peftlab.progress import Bar
 from peftlab.training.batching import batches
@@ -75,7 +75,8 @@ def generate_text(
     max_new_tokens = whole("max_new_tokens", max_new_tokens, least=1)
     batch_size = whole("batch_size", batch_size, least=1)
     core = unwrap(model)
-    if not hasattr(core, "generate"):
+    generate = getattr(core, "generate", None)
+    if generate is None:
         raise PeftLabError(f"{type(core).__name__} has no generate(); load a language model, e.g. 'smollm2-135m'.")
     apart = is_encoder_decoder(core)
     # An encoder reads a text to its end token, as in training; a decoder goes on.
@@ -93,7 +94,7 @@ def generate_text(
         mode(core, False),
         text_positions(core),
         _greedy(core, tokenizer, stops, max_new_tokens),
-        Bar(len(prompts), "Generating", unit="answer", enabled=progress) as bar,
+        Bar(len(listed), "Generating", unit="answer", enabled=progress) as bar,
     ):
         for chosen in parts:
             batch = to_device(collate([encoded[index] for index in chosen]), device_of(core))

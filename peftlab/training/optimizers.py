@@ -52,7 +52,7 @@ def paged_adamw8bit(groups: Groups, lr: float, device: torch.device) -> torch.op
 
 
 def _eight_bit(kind: str, groups: Groups, lr: float, device: torch.device) -> torch.optim.Optimizer:
-    library = optional.available("bitsandbytes")
+    library: Any = optional.available("bitsandbytes")
     reason = "bitsandbytes is not installed (pip install bitsandbytes)" if library is None else None
     if library is not None and device.type != "cuda":
         # Whether there are kernels for this device depends on the release. Try a small step.

@@ -81,16 +81,16 @@ class DataOrder:
             order = list(range(self.examples))
             draw.shuffle(order)
             if self.lengths is not None:
-                order = self._grouped(order, draw)
+                order = self._grouped(order, self.lengths, draw)
             self._epochs = {key: value for key, value in self._epochs.items() if key == epoch - 1}
             self._epochs[epoch] = order
         return self._epochs[epoch]
 
-    def _grouped(self, order: list[int], draw: random.Random) -> list[int]:
+    def _grouped(self, order: list[int], lengths: Sequence[int], draw: random.Random) -> list[int]:
         stretch = 32 * self.batch
         batches = []
         for start in range(0, len(order), stretch):
-            near = sorted(order[start : start + stretch], key=lambda index: self.lengths[index])
+            near = sorted(order[start : start + stretch], key=lambda index: lengths[index])
             batches += [near[at : at + self.batch] for at in range(0, len(near), self.batch)]
         draw.shuffle(batches)
         return [index for batch in batches for index in batch]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> 
     Args:
         names: {`id` of a parameter: its name}.
     """
-    tensors, scalars, seen = {}, {}, set()
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    seen: set[int] = set()
     for parameter, states in optimizer.state.items():
         name = names[id(parameter)]
         for key, value in states.items():

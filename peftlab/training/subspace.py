@@ -24,6 +24,7 @@ class Along(nn.Module):
 
     def __init__(self, z: nn.Parameter, weight: Tensor, offset: int, generator: torch.Generator) -> None:
         super().__init__()
+        self.signs: Tensor
         self.z, self.start = z, offset % len(z)
         signs = torch.randint(2, weight.shape, generator=generator, device=weight.device, dtype=torch.int8)
         self.register_buffer("signs", 2 * signs - 1, persistent=False)

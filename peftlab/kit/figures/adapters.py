@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, Polygon, Rectangle
 from matplotlib.ticker import PercentFormatter
 
-from peftlab.kit.figures.style import BLACK, COLOURS, GREY, SMALLEST, look, new, styled
+from peftlab.kit.figures.style import BLACK, COLOURS, GREY, SMALLEST, Point, look, new, styled
 
 FROZEN, TRAINED = "#dfe5ec", "#f3d3b9"
 STREAM, BRANCH, BESIDE = 1.2, 4.6, 8.8  # where the three columns of a picture stand
@@ -54,18 +55,18 @@ def _branch(axes, bottom, name, adapter, beside):
     _join(axes, top)
 
 
-def _join(axes, y):
+def _join(axes: Axes, y: float) -> None:
     _line(axes, (BRANCH, y), (STREAM + 0.4, y), arrow=True)
     _sum(axes, STREAM, y)
 
 
-def _line(axes, start, end, arrow=False):
+def _line(axes: Axes, start: Point, end: Point, arrow: bool = False) -> None:
     style = "-|>" if arrow else "-"
     axes.add_patch(FancyArrowPatch(start, end, arrowstyle=style, mutation_scale=11, linewidth=1.4, color=BLACK,
                                    shrinkA=0, shrinkB=0, zorder=1))
 
 
-def _box(axes, x, y, height, name):
+def _box(axes: Axes, x: float, y: float, height: float, name: str) -> None:
     axes.add_patch(Rectangle((x - 2.5, y), 5.0, height, facecolor=FROZEN, edgecolor=BLACK, linewidth=1.2, zorder=2))
     axes.text(x, y + height / 2, name, ha="center", va="center", fontsize=SMALLEST, zorder=3, linespacing=0.85)
 
@@ -79,7 +80,7 @@ def _bottleneck(axes, x, y):
         axes.add_patch(Polygon(moved, facecolor=TRAINED, edgecolor=COLOURS[1], linewidth=1.4, hatch="//", zorder=2))
 
 
-def _sum(axes, x, y):
+def _sum(axes: Axes, x: float, y: float) -> None:
     axes.add_patch(Circle((x, y), 0.42, facecolor="white", edgecolor=BLACK, linewidth=1.2, zorder=3))
     axes.text(x, y, "+", ha="center", va="center", fontsize=SMALLEST, zorder=4)
 

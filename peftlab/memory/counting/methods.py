@@ -36,6 +36,7 @@ def trained_by(method: str, shape: Shape, options: Options) -> Trained:
     row = METHODS[method]
     if options.r is None:
         options = replace(options, r=row.default("r"))
+    assert row.tensors is not None  # `known_method` has refused the others
     return resolve(row.tensors)(shape, options)
 
 
@@ -79,8 +80,8 @@ def vera(shape: Shape, options: Options) -> Trained:
         return [Added(m.path, "vera_lambda_b", (m.outputs,)), Added(m.path, "vera_lambda_d", (r,))]
 
     found = _low_rank(shape, options, "vera", vectors)
-    a = Added("", "vera_A", (options.r, max(m.inputs for m in found.adapted)), buffer=True)
-    b = Added("", "vera_B", (max(m.outputs for m in found.adapted), options.r), buffer=True)
+    a = Added("", "vera_A", (rank_of(options), max(m.inputs for m in found.adapted)), buffer=True)
+    b = Added("", "vera_B", (max(m.outputs for m in found.adapted), rank_of(options)), buffer=True)
     return replace(found, added=(a, b, *found.added))
 
 
@@ -193,8 +194,14 @@ def _low_rank(
     """
     adapted = shape.match(options.targets) if method in ("lora", "dora") else _linear(shape, options.targets, method)
     unfrozen = {"none": (), "lora_only": adapted, "all": _body(shape)}
-    added = tuple(tensor for module in adapted for tensor in tensors(module, options.r))
+    added = tuple(tensor for module in adapted for tensor in tensors(module, rank_of(options)))
     return Trained(added, _biases(unfrozen[options.bias]), adapted)
+
+
+def rank_of(options: Options) -> int:
+    """Return the rank, which `trained_by` has filled in where none was given."""
+    assert options.r is not None
+    return options.r
 
 
 def _pair(m: Module, r: int) -> list[Added]:

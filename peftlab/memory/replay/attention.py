@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peftlab.memory.replay import ops
-from peftlab.memory.replay.tape import Tensor, record
+from peftlab.memory.replay.tape import Gradients, Tensor, record
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def packed_attention(x: Tensor, heads: int) -> Tensor:
     flops = 4 * batch * length * length * three // 3
     x.memory.flops += flops
 
-    def apply(g: Tensor, kept: tuple = (x, output.detach(), sums)):
+    def apply(g: Tensor, kept: tuple = (x, output.detach(), sums)) -> Gradients:
         g.memory.flops += 5 * flops // 2
         parts = [g.new() for _ in range(3)]
         whole = g.new((batch, length, three))
@@ -64,9 +64,9 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None)
     kept = [q, k, v, output.detach(), sums] + ([bias] if bias is not None else [])
     needs = [x.needs_grad for x in (q, k, v)]
     of_bias = bias is not None and bias.needs_grad
-    inputs = [q, k, v] + ([bias] if of_bias else [])
+    inputs = [q, k, v] + ([bias] if bias is not None and of_bias else [])
 
-    def apply(g: Tensor, kept: list = kept):
+    def apply(g: Tensor, kept: list = kept) -> Gradients:
         g.memory.flops += 5 * flops // 2
         gradients = [x.new() if need else None for x, need in zip(kept, needs, strict=False)]
         return gradients + ([kept[-1].new()] if of_bias else [])
@@ -91,7 +91,7 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style: 
         k = ops.copy(k)
     scores = matmul(ops.copy(q), k, (batch, heads, length, k.shape[2]))
     del k
-    if bias is not None:
+    if bias is not None and mask is not None:
         scores = ops.add_in_place(scores, mask)
     weights = ops.safe_softmax(scores)
     del scores
@@ -147,7 +147,7 @@ def matmul(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
     flops = 2 * a.elements * shape[-1]
     a.memory.flops += flops
 
-    def apply(g: Tensor, kept: tuple = (a if needs[1] else None, b if needs[0] else None)):
+    def apply(g: Tensor, kept: tuple = (a if needs[1] else None, b if needs[0] else None)) -> Gradients:
         g.memory.flops += flops * sum(needs)
         return tuple(g.new(size) if need else None for size, need in zip(sizes, needs, strict=True))
 

@@ -6,7 +6,7 @@ than one expects. b is the batch, s the length, h the width.
 
 from __future__ import annotations
 
-from peftlab.memory.replay.tape import Parameter, Tensor, record
+from peftlab.memory.replay.tape import Gradients, Parameter, Tensor, record
 
 FLOAT32 = 4
 INT64 = 8
@@ -66,7 +66,7 @@ def mul(a: Tensor, b: Tensor) -> Tensor:
     output = a.new(bytes=max(a.bytes, b.bytes))
     sizes = a.bytes, b.bytes
 
-    def apply(g: Tensor):
+    def apply(g: Tensor) -> Gradients:
         of_a = _fit(g.new(), sizes[0]) if kept["b"] is not None else None
         return of_a, _fit(g.new(), sizes[1]) if kept["a"] is not None else None
 
@@ -79,7 +79,7 @@ def mul_broadcast(x: Tensor, b: Tensor) -> Tensor:
     output = x.new(bytes=max(x.bytes, b.bytes))
     sizes, shape = (x.bytes, b.bytes), b.shape
 
-    def apply(g: Tensor):
+    def apply(g: Tensor) -> Gradients:
         of_x = _fit(g.new(), sizes[0]) if kept["b"] is not None else None
         if kept["x"] is None:
             return of_x, None
@@ -95,7 +95,7 @@ def mul_vector(x: Tensor, weight: Parameter) -> Tensor:
     needs, bytes = x.needs_grad, x.bytes
     output = x.new(bytes=max(x.bytes, weight.bytes))
 
-    def apply(g: Tensor, kept: Tensor | None = kept):
+    def apply(g: Tensor, kept: Tensor | None = kept) -> Gradients:
         of_x = _fit(g.new(), bytes) if needs else None
         if kept is None:
             return of_x, None
@@ -108,7 +108,7 @@ def mul_vector(x: Tensor, weight: Parameter) -> Tensor:
 def divide(a: Tensor, b: Tensor) -> Tensor:
     """Replay a / b where b needs no gradient and is kept."""
 
-    def apply(g: Tensor, kept: Tensor = b):
+    def apply(g: Tensor, kept: Tensor = b) -> Gradients:
         return (g.new(),)
 
     return record(a.new(), [a], apply, [b])
@@ -118,7 +118,7 @@ def divide_by_trained(x: Tensor, b: Tensor) -> Tensor:
     """Replay x / b for a scalar b with a gradient: x is kept, and the gradient of b is computed at the size of x."""
     shape = b.shape
 
-    def apply(g: Tensor, kept: Tensor = x):
+    def apply(g: Tensor, kept: Tensor = x) -> Gradients:
         of_x = g.new()
         held = [g.new() for _ in range(3)]  # -g x / b^2
         whole = g.new()
@@ -131,7 +131,7 @@ def divide_by_trained(x: Tensor, b: Tensor) -> Tensor:
 def mul_rows(x: Tensor, column: Tensor) -> Tensor:
     """Replay x (r, n) times a column (r, 1): the gradient of each needs the other."""
 
-    def apply(g: Tensor, kept: tuple = (x, column)):
+    def apply(g: Tensor, kept: tuple = (x, column)) -> Gradients:
         of_x = g.new()
         whole = g.new()
         return of_x, whole.new(column.shape)
@@ -146,7 +146,7 @@ def add_in_place(x: Tensor, b: Tensor) -> Tensor:
     output.node = None
     needs = x.needs_grad, b.needs_grad
 
-    def apply(g: Tensor):
+    def apply(g: Tensor) -> Gradients:
         of_b = (g if g.shape == shape else g.new(shape)) if needs[1] else None
         return g if needs[0] else None, of_b if of_b is None else _fit(of_b, bytes)
 
@@ -158,7 +158,7 @@ def mul_constant(x: Tensor, constant: Tensor) -> Tensor:
     bytes = x.bytes
     output = x.new(bytes=max(x.bytes, constant.bytes))
 
-    def apply(g: Tensor, kept: Tensor = constant):
+    def apply(g: Tensor, kept: Tensor = constant) -> Gradients:
         return (_fit(g.new(), bytes),)
 
     return record(output, [x], apply, [constant])
@@ -167,7 +167,7 @@ def mul_constant(x: Tensor, constant: Tensor) -> Tensor:
 def square(x: Tensor) -> Tensor:
     """Replay x.pow(2). Its gradient, g (2 x^1), is one expression whose three factors live at the same time."""
 
-    def apply(g: Tensor, x: Tensor = x):
+    def apply(g: Tensor, x: Tensor = x) -> Gradients:
         power = x.new()
         twice = x.new()
         result = g.new()
@@ -188,7 +188,7 @@ def from_result(x: Tensor) -> Tensor:
     output = x.new()
     result = output.detach()
 
-    def apply(g: Tensor, kept: Tensor = result):
+    def apply(g: Tensor, kept: Tensor = result) -> Gradients:
         return (g.new(),)
 
     return record(output, [x], apply, [output])
@@ -211,7 +211,7 @@ def over_its_size(x: Tensor) -> Tensor:
 def from_input(x: Tensor) -> Tensor:
     """Replay silu or gelu: one kernel for each pass. The gradient needs x, which is kept."""
 
-    def apply(g: Tensor, kept: Tensor = x):
+    def apply(g: Tensor, kept: Tensor = x) -> Gradients:
         return (g.new(),)
 
     return record(x.new(), [x], apply, [x])
@@ -233,7 +233,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
         return x
     mask = x.new(bytes=BOOL)
 
-    def apply(g: Tensor, kept: Tensor = mask):
+    def apply(g: Tensor, kept: Tensor = mask) -> Gradients:
         return (g.new(),)
 
     return record(x.new(), [x], apply, [mask])
@@ -245,7 +245,7 @@ def layer_norm(x: Tensor, weight: Parameter, bias: Parameter) -> Tensor:
     rows = x.new((*x.shape[:-1], 1), FLOAT32), x.new((*x.shape[:-1], 1), FLOAT32)
     needs = x.needs_grad
 
-    def apply(g: Tensor, kept: tuple = (x, *rows)):
+    def apply(g: Tensor, kept: tuple = (x, *rows)) -> Gradients:
         of_x = kept[0].new() if needs else None
         return of_x, weight.new() if weight.needs_grad else None, bias.new() if bias.needs_grad else None
 
@@ -278,7 +278,7 @@ def linear(x: Tensor, weight: Parameter, bias: Parameter | None = None) -> Tenso
     flops = 2 * x.elements * weight.shape[0]
     x.memory.flops += flops
 
-    def apply(g: Tensor, kept: Tensor | None = kept):
+    def apply(g: Tensor, kept: Tensor | None = kept) -> Gradients:
         g.memory.flops += flops * (needs + weight.needs_grad)
         of_bias = g.new(bias.shape) if bias is not None and bias.needs_grad else None
         of_x = g.new(shape, bytes).viewed() if needs else None  # the product flattens (b, s, h)
@@ -294,7 +294,7 @@ def frozen_linear(x: Tensor, outputs: int) -> Tensor:
     shape, bytes, flops = x.shape, x.bytes, 2 * x.elements * outputs
     x.memory.flops += flops
 
-    def apply(g: Tensor):
+    def apply(g: Tensor) -> Gradients:
         g.memory.flops += flops
         return (g.new(shape, bytes).viewed(),)
 
@@ -318,7 +318,7 @@ def quantised_linear(x: Tensor, outputs: int, inputs: int, compute: int) -> Tens
     flops = 2 * x.elements * outputs
     x.memory.flops += flops
 
-    def apply(g: Tensor):
+    def apply(g: Tensor) -> Gradients:
         g.memory.flops += flops
         held = unpacked(g)
         result = g.new(shape)
@@ -335,7 +335,7 @@ def embedding(ids: Tensor, weight: Parameter) -> Tensor:
     """Replay an embedding: rows of a table. The table's gradient is dense."""
     output = weight.new((*ids.shape, weight.shape[1]))
 
-    def apply(g: Tensor, kept: Tensor = ids):
+    def apply(g: Tensor, kept: Tensor = ids) -> Gradients:
         return (g.new(weight.shape),)
 
     return record(output, [weight], apply)
@@ -345,7 +345,7 @@ def embedding_rows(ids: Tensor, table: Parameter) -> Tensor:
     """Replay the lookup of columns of a table (r, V), as rows of its transpose. The gradient is dense."""
     output = table.new((*ids.shape, table.shape[0]))
 
-    def apply(g: Tensor, kept: Tensor = ids):
+    def apply(g: Tensor, kept: Tensor = ids) -> Gradients:
         return (g.new(table.shape, table.bytes),)
 
     return record(output, [table], apply)
@@ -388,7 +388,7 @@ def cross_entropy(logits: Tensor) -> Tensor:
     logged = logits.new()
     loss = logits.new((1,))
 
-    def apply(g: Tensor, logged: Tensor = logged):
+    def apply(g: Tensor, logged: Tensor = logged) -> Gradients:
         of_logged = logged.new()
         return (of_logged.new(),)
 

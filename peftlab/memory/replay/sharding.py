@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peftlab.memory.replay.nets import Net
-from peftlab.memory.replay.tape import Parameter, Tensor, record
+from peftlab.memory.replay.tape import Gradients, Parameter, Tensor, record
 
 
 class Sharding:
@@ -110,7 +110,7 @@ class Sharding:
 def signal(x: Tensor, call: Callable[[], None]) -> Tensor:
     """Return the same tensor, and let the backward pass call `call` when it reaches it."""
 
-    def apply(g: Tensor):
+    def apply(g: Tensor) -> Gradients:
         call()
         return (g,)
 

@@ -69,6 +69,7 @@ class Run:
                 f"--method {method}."
             )
         for path, tensors in grouped.items():
+            assert replay is not None
             resolve(replay)(net, path, tensors)
         if recipe.gpus > 1 and not recipe.sharded:  # DDP's buckets are as large as all gradients
             size = sum(one.elements * one.bytes for one in net.parameters)

@@ -92,6 +92,8 @@ class Tensor:
     """A shape, the bytes per element, a storage, and the node that made it (None if it needs no gradient)."""
 
     __slots__ = ("base", "bytes", "node", "shape", "storage")
+    base: Storage | None
+    node: Node | Leaf | None
 
     def __init__(self, memory: Memory, shape: Sequence[int], bytes: int, kind: str | None = None, shards: int = 1):
         self.shape, self.bytes, self.node, self.base = tuple(shape), bytes, None, None
@@ -136,6 +138,7 @@ class Parameter(Tensor):
     """A leaf. Its gradient stays until `grad` is set to None. If it has several shards, this process holds one."""
 
     __slots__ = ("grad", "held")
+    grad: Tensor | None
 
     def __init__(
         self, memory: Memory, shape: Sequence[int], bytes: int, kind: str = "weights", trains: bool = False,
@@ -162,8 +165,9 @@ class Node:
     """An operation in the graph. `edges` says where its gradients go, and `apply` computes them."""
 
     __slots__ = ("apply", "edges", "order")
+    apply: Callable[[Tensor], Gradients] | None
 
-    def __init__(self, memory: Memory, edges: Sequence[Node | Leaf | None], apply: Callable | None):
+    def __init__(self, memory: Memory, edges: Sequence[Node | Leaf | None], apply: Callable[..., Gradients]):
         self.edges, self.apply, self.order = tuple(edges), apply, next(memory.order)
 
 
@@ -211,6 +215,7 @@ def backward(root: Node, gradients: list[Tensor]) -> None:
     ready = [(-root.order, root)]
     while ready:
         _, node = heapq.heappop(ready)
+        assert node.apply is not None  # a node runs once
         results = list(node.apply(buffers.pop(node)))
         node.apply = None
         for edge in node.edges:
