@@ -17,9 +17,11 @@ from torch import nn
 
 from peftlab.catalogue import METHODS
 from peftlab.checks import number
+from peftlab.core.calls import observed, passed_weights
 from peftlab.core.hooks import CHILD, Activity, Adapters, hosts, place, plain, prompt_parts, remove
 from peftlab.core.interface import Config, Placement
 from peftlab.core.records import Record, device_and_dtype_for, record_of, require_adapter, tensor_at, unwrap
+from peftlab.core.targets import ALL_LINEAR
 from peftlab.errors import PeftLabError
 from peftlab.quantization.marks import restore_transformers_attributes, set_transformers_attributes
 from peftlab.quantization.weights import restore_parameter, unpack
@@ -88,13 +90,50 @@ def prepare(root: nn.Module, name: str, config: Config, adapter_dtype: torch.dty
                 f"{path or 'The model'} carries adapters that were attached through another module. "
                 "Attach and detach through one and the same model."
             )
-    placements = list(config.parts(root))
+    placements = within_reach(root, config, list(config.parts(root)))
     for path, _, part in placements:
         host = root.get_submodule(path)
         device, dtype = device_and_dtype_for(host)
         part.to(device=device, dtype=adapter_dtype or dtype)
         part.train(host.training)
     return placements
+
+
+def within_reach(root: nn.Module, config: Config, placements: list[Placement]) -> list[Placement]:
+    """Leaves out parts, or refuses them, that would never run because the model reads their host's weight past it.
+
+    What a rule chose ("all-linear", or a method's default) is left out with a warning; what was named is refused.
+    """
+    calls = observed(root)
+    unreached = calls.unreached if calls is not None else frozenset()
+    lost = list(dict.fromkeys(path for path, _, _ in placements if path in unreached))
+    left = [placement for placement in placements if placement.path not in unreached]
+    if lost:
+        targets = getattr(config, "target_modules", ())
+        by_rule = targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR)
+        copied = any(name == "copy" for path, name, _ in placements if path in unreached)
+        what = f"{type(root).__name__} reads the weights of {some(lost)} without calling these modules"
+        if not by_rule or copied or not left:
+            raise PeftLabError(
+                f"{what}, so an adapter there would never run. Name other modules in target_modules (and "
+                "modules_to_save), or load the model with another attention implementation."
+            )
+        warnings.warn(f"{what}, so an adapter there would never run. They are left out.", stacklevel=4)
+    passed = passed_weights(root)
+    doubtful = [path for path in dict.fromkeys(path for path, _, _ in left) if path in passed]
+    if doubtful:
+        warnings.warn(
+            f"In training, fused kernels of {type(root).__name__} read the weights of {some(doubtful)} without calling "
+            "these modules. Where such kernels are installed, an adapter there does not run; leave these modules out.",
+            stacklevel=4,
+        )
+    return left
+
+
+def some(paths: Sequence[str]) -> str:
+    """The first of several paths, and how many more there are."""
+    rest = f" and {len(paths) - 2} more" if len(paths) > 2 else ""
+    return ", ".join(paths[:2]) + rest
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.adapters.injection import detach, refresh_requires_grad, restore_base
+from peftlab.core.calls import observed
 from peftlab.core.hooks import CHILD, Activity, hosts
 from peftlab.core.interface import Part
 from peftlab.core.records import Record, record_of, tensor_at, unwrap
@@ -152,8 +153,15 @@ def check(root: nn.Module, record: Record, requantize: bool) -> None:
         raise PeftLabError("Each row has its own adapter; activate one adapter or one mixture before merging.")
     if not activity.weights:
         raise PeftLabError("No adapter is active; call activate(model, name) before merging.")
+    calls = observed(root)
+    past = calls.past if calls is not None else frozenset()
     for path, host in hosts(root):
         for name, _, part in active_parts(host, activity):
+            if path in past:
+                raise PeftLabError(
+                    f"{type(root).__name__} also reads the weight of {path} without calling it, and there the adapter "
+                    "does not run, so a merge would change more than the adapter does. Keep the adapter apart."
+                )
             if not part.overrides("merged"):
                 kind = record.configs[name].method
                 raise PeftLabError(f"Adapter {name!r} ({kind}) changes more than weights and cannot be merged.")
@@ -178,5 +186,6 @@ def check_target(path: str, name: str, tensor: Tensor | None, uses: Counter) -> 
     if uses[id(tensor)] > 1:
         raise PeftLabError(
             f"{path}.{name} is shared with another module (tied weights), which a merge would change as well. "
-            "Keep the adapter apart, or load the model with tie_word_embeddings=False."
+            "Keep the adapter apart: save it with save_adapter and load it beside the base. (Loading the base untied "
+            "does not help: a tied checkpoint holds no head, so the head would get random weights.)"
         )

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from peftlab.core.calls import observed, passed_weights
 from peftlab.core.hooks import move
 from peftlab.core.records import record_of, unwrap
 from peftlab.core.targets import TASK_HEADS, is_conv1d, names_match
@@ -35,9 +36,9 @@ def quantize_model(
     """Turns a model's linear layers into frozen 4-bit ones, in place; then `attach` works as on any model.
 
     The output head, the heads of tasks (`classifier`, `score`, ...), tied weights, embeddings and norms stay as they
-    are, and so does `nn.MultiheadAttention`, which reads its weight past its layer. Each layer's old weight is let go
-    before the next is touched, so that the peak is the model so far plus one layer. GPT-2's Conv1D becomes a linear
-    layer of the transposed weight.
+    are, and so does each layer whose weight the model reads without calling it (`nn.MultiheadAttention`, WavLM's
+    attention, some layers of Mamba). Each layer's old weight is let go before the next is touched, so that the peak is
+    the model so far plus one layer. GPT-2's Conv1D becomes a linear layer of the transposed weight.
 
     Args:
         backend: `"auto"` (bitsandbytes' kernels where they can be used, the reference elsewhere), or either by name.
@@ -98,13 +99,16 @@ def candidates(root: nn.Module, skip: Iterable[str]) -> Iterator[str]:
             raise PeftLabError(f"skip names {name!r}, which matches no module.{did_you_mean(name, modules)}")
     skip += tuple(name for names in TASK_HEADS.values() for name in names)
     head = root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None
+    calls = observed(root)
+    past = passed_weights(root) | (calls.past | calls.unreached if calls is not None else frozenset())
     uses = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
     for path, module in modules.items():
         if type(module) is not nn.Linear and not is_conv1d(module):
             continue  # a subclass may use its weight in ways of its own
         parent = modules[path.rpartition(".")[0]]
         within = any(names_match(skip, ".".join(path.split(".")[:n])) for n in range(1, path.count(".") + 2))
-        if module is head or within or uses[id(module.weight)] > 1 or isinstance(parent, nn.MultiheadAttention):
+        shared = uses[id(module.weight)] > 1
+        if module is head or within or shared or path in past or isinstance(parent, nn.MultiheadAttention):
             continue
         yield path
 
