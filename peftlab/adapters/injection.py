@@ -20,7 +20,16 @@ from peftlab.checks import number
 from peftlab.core.calls import observed, passed_weights
 from peftlab.core.hooks import CHILD, Activity, Adapters, hosts, place, plain, prompt_parts, remove
 from peftlab.core.interface import Config, Placement
-from peftlab.core.records import Record, device_and_dtype_for, record_of, require_adapter, tensor_at, unwrap
+from peftlab.core.records import (
+    Record,
+    check_hosts,
+    device_and_dtype_for,
+    hosts_now,
+    record_of,
+    require_adapter,
+    tensor_at,
+    unwrap,
+)
 from peftlab.core.targets import ALL_LINEAR
 from peftlab.errors import PeftLabError
 from peftlab.quantization.marks import restore_transformers_attributes, set_transformers_attributes
@@ -78,6 +87,7 @@ def prepare(root: nn.Module, name: str, config: Config, adapter_dtype: torch.dty
     if adapter_dtype is not None and not (isinstance(adapter_dtype, torch.dtype) and adapter_dtype.is_floating_point):
         raise PeftLabError(f"adapter_dtype is {adapter_dtype!r}; give a floating dtype such as torch.float32.")
     record = record_of(root)
+    check_hosts(root)
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(Adapters(Activity()), name):
         raise PeftLabError(f"{name!r} cannot name an adapter; use letters, digits, '_' and '-'.")
     if record and name in record.configs:
@@ -115,8 +125,8 @@ def within_reach(root: nn.Module, config: Config, placements: list[Placement]) -
         what = f"{type(root).__name__} reads the weights of {some(lost)} without calling these modules"
         if not by_rule or copied or not left:
             raise PeftLabError(
-                f"{what}, so an adapter there would never run. Name other modules in target_modules (and "
-                "modules_to_save), or load the model with another attention implementation."
+                f"{what}, so an adapter there would never run. Name other modules in target_modules "
+                "(and modules_to_save), and use bias=\"none\"."
             )
         warnings.warn(f"{what}, so an adapter there would never run. They are left out.", stacklevel=4)
     passed = passed_weights(root)
@@ -167,6 +177,7 @@ def add(root: nn.Module, name: str, config: Config, placements: list[Placement],
         place(root.get_submodule(path), record.activity, name, part_name, part)
     record.configs[name] = config
     record.trainable[name] = trainable
+    record.placed[name] = hosts_now(root).get(name, {})
     set_transformers_attributes(root, record)
     activate(root, name)
 
@@ -185,7 +196,7 @@ def detach(model: nn.Module, name: str = "default") -> nn.Module:
         restore_base(root, record)
     for _, host in list(hosts(root)):
         remove(host, name)
-    del record.configs[name], record.trainable[name]
+    del record.configs[name], record.trainable[name], record.placed[name]
     record.activity.weights.pop(name, None)
     if record.activity.rows and name in record.activity.rows:
         record.activity.rows = None
@@ -242,6 +253,7 @@ def activate(
     record = record_of(root)
     if record is None:
         raise PeftLabError("No adapter is attached to this model; attach one first.")
+    check_hosts(root)
     if record.activity.merged:
         raise PeftLabError("The model is merged; call unmerge(model) before switching adapters.")
     check_together(root, weights, rows)
@@ -313,6 +325,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """
     trainable = total = 0
     root = unwrap(model)
+    check_hosts(root)
     parts = (part for _, host in hosts(root) for mine in host._modules[CHILD].values() for part in mine.values())
     replacing = {id(p) for part in parts if part.replaces_base_parameters for p in part.parameters()}
     for parameter in root.parameters():

@@ -23,7 +23,7 @@ from peftlab.adapters.injection import detach, refresh_requires_grad, restore_ba
 from peftlab.core.calls import observed
 from peftlab.core.hooks import CHILD, Activity, hosts
 from peftlab.core.interface import Part
-from peftlab.core.records import Record, record_of, tensor_at, unwrap
+from peftlab.core.records import Record, check_hosts, record_of, tensor_at, unwrap
 from peftlab.errors import PeftLabError
 from peftlab.methods.parts import widened
 from peftlab.quantization.weights import is_quantized, keep, store
@@ -68,6 +68,7 @@ def merge(model: nn.Module, *, unload: bool = False, requantize: bool = False) -
     record = record_of(root)
     if record is None:
         raise PeftLabError("No adapter is attached to this model, so there is nothing to merge.")
+    check_hosts(root)
     check(root, record, requantize)
     uses = Counter(id(tensor) for module in root.modules() for tensor in module.parameters(recurse=False))
     errors: dict[str, float] = {}
@@ -108,6 +109,7 @@ def unmerge(model: nn.Module) -> None:
     record = record_of(root)
     if record is None or not record.activity.merged:
         raise PeftLabError("The model is not merged, so there is nothing to unmerge.")
+    check_hosts(root)
     restore_base(root, record)
 
 
