@@ -257,6 +257,8 @@ def activate(
     if record.activity.merged:
         raise PeftLabError("The model is merged; call unmerge(model) before switching adapters.")
     check_together(root, weights, rows)
+    if rows is not None:
+        check_rows(root, record, names)
     record.activity.weights, record.activity.rows = weights, rows
     if trainable is not None:
         record.trainable.update(dict.fromkeys(names, trainable))
@@ -279,6 +281,19 @@ def check_together(root: nn.Module, weights: dict[str, float], rows: tuple[str |
                 f"{'in one batch' if rows is not None else 'at once'}: inputs and caches would differ in length. "
                 "Activate adapters of one kind and length, or one at a time."
             )
+
+
+def check_rows(root: nn.Module, record: Record, names: Sequence[str]) -> None:
+    """Refuses an adapter for each row on layers that do not have the batch as their first dimension."""
+    if record.without_rows is None:
+        calls = observed(root)
+        record.without_rows = calls.without_rows if calls is not None else frozenset()
+    wrong = [path for name in names for path in record.placed[name] if path in record.without_rows]
+    if wrong:
+        raise PeftLabError(
+            f"{type(root).__name__} calls {some(wrong)} with a tensor that does not have the batch as its first "
+            "dimension, so an adapter for each row would change other rows. Activate one adapter for the whole batch."
+        )
 
 
 def refresh_requires_grad(root: nn.Module, record: Record) -> None:

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from peftlab.adapters.checkpoint import check_config, check_fit, fill, placed, read_folder, save_adapter
 from peftlab.adapters.injection import attached
-from peftlab.core.records import require_adapter, unwrap
+from peftlab.core.records import record_of, require_adapter, unwrap
 from peftlab.errors import PeftLabError
 
 FOLDER = "adapter"
@@ -51,6 +51,9 @@ class AdapterCallback(TrainerCallback):
         Raises:
             PeftLabError: that checkpoint holds no adapter, another one, or a damaged one.
         """
+        record = record_of(unwrap(model))
+        if record is not None:
+            record.activity.saving_known = True  # `Trainer` calls save_pretrained, and this callback adds the adapters
         if state.global_step > 0:
             restore_adapters(model, Path(self.resume_from) if self.resume_from else checkpoint_folder(args, state))
 

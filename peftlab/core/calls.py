@@ -28,7 +28,8 @@ from peftlab.core.hooks import CHILD, plain
 
 # A weight that a forward gives to a function as it is. In training, Mamba's fused kernels are called so.
 PASSED = re.compile(r"(?<!isinstance)[(,=]\s*self\.(\w+)\.weight\b(?!\s*[.\[])")
-TOKENS, SOUND, FRAMES = 4, 16_000, 3_000
+# No tensor has a multiple of ROWS in front by chance: the lengths that follow are none.
+ROWS, TOKENS, SOUND, FRAMES = 3, 5, 16_000, 3_001
 
 
 class Calls(NamedTuple):
@@ -38,20 +39,23 @@ class Calls(NamedTuple):
         called: modules that were called.
         past: modules whose weight was read while no module that has this weight was running.
         unreached: modules that were not called although they, or modules in them, were used.
+        without_rows: modules that were called with a tensor whose first dimension is not the batch's.
     """
 
     called: frozenset[str]
     past: frozenset[str]
     unreached: frozenset[str]
+    without_rows: frozenset[str]
 
 
 def observed(root: nn.Module) -> Calls | None:
     """Runs a copy of a transformers model on the meta device; None where no copy or no inputs can be made."""
     try:
-        for inputs in made_inputs(root):
-            calls = watch(meta_copy(root), inputs)
-            if calls is not None:
-                return calls
+        for rows in (ROWS, 1):  # some models take one row only, a classifier without a padding token for one
+            for inputs in made_inputs(root, rows):
+                calls = watch(meta_copy(root), inputs, rows)
+                if calls is not None:
+                    return calls
     except Exception:  # whatever a foreign model raises when it is copied or asked for its sizes
         return None
     return None
@@ -76,6 +80,7 @@ def meta_copy(root: nn.Module) -> nn.Module:
     """A model of the same structure without numbers, hooks and adapters, ready to be evaluated."""
     known: dict[int, Any] = {}
     for module in root.modules():
+        known[id(vars(module).get("_peftlab"))] = None
         if CHILD in module._modules:
             known[id(module._modules[CHILD])] = None
         if "_hf_hook" in vars(module) or "_orig_mod" in module._modules:
@@ -104,7 +109,7 @@ def meta_copy(root: nn.Module) -> nn.Module:
     return other.eval()
 
 
-def made_inputs(root: nn.Module) -> Iterator[dict[str, Tensor]]:
+def made_inputs(root: nn.Module, rows: int) -> Iterator[dict[str, Tensor]]:
     """Yields inputs for a model's forward, without numbers, the likeliest first."""
     config, name = getattr(root, "config", None), getattr(root, "main_input_name", None)
     if config is None or name is None:
@@ -122,16 +127,16 @@ def made_inputs(root: nn.Module) -> Iterator[dict[str, Tensor]]:
     dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
     size = setting("image_size", 224)
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    picture = zeros(1, setting("num_channels", 3), height, width)
+    picture = zeros(rows, setting("num_channels", 3), height, width)
     bins = setting("num_mel_bins input_feat_per_channel feature_size", 80)
     frames = 2 * setting("max_source_positions", FRAMES // 2)
     shapes = {
-        "input_ids": [zeros(1, TOKENS, whole=True)],
+        "input_ids": [zeros(rows, TOKENS, whole=True)],
         "pixel_values": [picture],
-        "input_values": [zeros(1, SOUND), zeros(1, setting("max_length", 1024), bins)],
-        "input_features": [zeros(1, bins, frames), zeros(1, FRAMES, bins)],
+        "input_values": [zeros(rows, SOUND), zeros(rows, setting("max_length", 1024), bins)],
+        "input_features": [zeros(rows, bins, frames), zeros(rows, FRAMES, bins)],
     }
-    answer = {"decoder_input_ids": zeros(1, TOKENS, whole=True)} if "decoder_input_ids" in takes else {}
+    answer = {"decoder_input_ids": zeros(rows, TOKENS, whole=True)} if "decoder_input_ids" in takes else {}
     for tensor in shapes.get(name, ()):
         yield {name: tensor, **answer}
     if name == "input_ids" and "pixel_values" in takes:
@@ -141,7 +146,7 @@ def made_inputs(root: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def watch(model: nn.Module, inputs: dict[str, Tensor]) -> Calls | None:
+def watch(model: nn.Module, inputs: dict[str, Tensor], rows: int) -> Calls | None:
     """Runs a model whose numbers do not matter, and notes which modules are called and which weights are read.
 
     Returns None for a pass that does not reach its end.
@@ -155,8 +160,10 @@ def watch(model: nn.Module, inputs: dict[str, Tensor]) -> Calls | None:
     running: dict[str, int] = dict.fromkeys(modules, 0)
     called: set[str] = set()
     past: set[str] = set()
+    without_rows: set[str] = set()
     for path, module in modules.items():
         module.register_forward_pre_hook(_counter(running, path, 1, called))
+        module.register_forward_pre_hook(_rows_of(path, rows, without_rows), with_kwargs=True)
         module.register_forward_hook(_counter(running, path, -1))
     twins = skip_twins(modules)
     # A pass may draw numbers even when it is evaluated (for layers left out, say): the person's run does not see it.
@@ -167,12 +174,13 @@ def watch(model: nn.Module, inputs: dict[str, Tensor]) -> Calls | None:
             return None
     for path, first in twins.items():
         if path in called:
-            for seen in (called, past):
+            for seen in (called, past, without_rows):
                 seen.update([path + name[len(first) :] for name in seen if name.startswith(first + ".")])
     used = called | past
     above = {path.rsplit(".", n)[0] for path in used for n in range(path.count(".") + 1)}
     lists = {path for path, module in modules.items() if type(module).forward is nn.Module.forward}
-    return Calls(frozenset(called), frozenset(past), frozenset((used | above) - called - lists))
+    unreached = (used | above) - called - lists
+    return Calls(frozenset(called), frozenset(past), frozenset(unreached), frozenset(without_rows))
 
 
 def skip_twins(modules: dict[str, nn.Module]) -> dict[str, str]:
@@ -220,6 +228,15 @@ def _counter(running: dict[str, int], path: str, step: int, called: set[str] | N
         running[path] += step
         if called is not None:
             called.add(path)
+
+    return hook
+
+
+def _rows_of(path: str, rows: int, without: set[str]) -> Any:
+    def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        if first is not None and (first.dim() == 0 or first.shape[0] % rows):
+            without.add(path)
 
     return hook
 

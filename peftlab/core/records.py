@@ -37,6 +37,7 @@ class Record:
     """What `attach` noted about a model, so that `detach` can give it back.
 
     Attributes:
+        without_rows: modules that do not have the batch first, once a model was asked to run an adapter for each row.
         placed: {adapter: {path: its host}}, by which `check_hosts` sees that the base has changed since.
     """
 
@@ -46,6 +47,7 @@ class Record:
     base_requires_grad: dict[str, bool] = field(default_factory=dict)
     attributes: list[tuple[str, str, Any]] = field(default_factory=list)
     backup: dict[str, dict[str, list[torch.Tensor]]] = field(default_factory=dict)
+    without_rows: frozenset[str] | None = None
     placed: dict[str, dict[str, Host]] = field(default_factory=dict)
 
 

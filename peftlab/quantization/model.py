@@ -11,7 +11,7 @@ from torch import nn
 from peftlab.core.calls import observed, passed_weights
 from peftlab.core.hooks import move
 from peftlab.core.records import record_of, unwrap
-from peftlab.core.targets import TASK_HEADS, is_conv1d, names_match
+from peftlab.core.targets import TASK_HEADS, is_conv1d, names_match, warn_of_experts
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.quantization.backends import AUTO, check_backend, choose
 from peftlab.quantization.blockwise import quantize
@@ -66,6 +66,7 @@ def quantize_model(
             quantize(weight, name=f"{path}.weight")  # which says how many are wrong
     if not paths:
         raise PeftLabError(f"{type(root).__name__} has no linear layer left to quantise.")
+    warn_of_experts(root, "quantize_model leaves whole")
     quantize_layers(root, paths, backend, format, block_size, double_quant, device)
     if device is not None:
         root.to(device)

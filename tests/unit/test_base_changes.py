@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -127,3 +128,20 @@ def test_resizing_first_is_what_the_error_advises(tmp_path):
     pl.save_adapter(pl.attach(model, config), tmp_path)
     pl.load_adapter(other, tmp_path)
     assert torch.equal(model(torch.arange(5)[None]).logits, other(torch.arange(5)[None]).logits)
+
+
+@pytest.mark.parametrize("build", [llama, bert])
+def test_saving_the_model_names_what_saves_the_adapter_once(build, tmp_path):
+    model = pl.attach(build(), pl.LoRAConfig(r=2))
+    same = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    with pytest.warns(UserWarning, match=r"pl\.save_adapter.*AdapterCallback"):
+        model.save_pretrained(tmp_path / "one")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path / "two")
+        pl.detach(model).save_pretrained(tmp_path / "three")
+    assert "save_pretrained" not in vars(model)
+    same.save_pretrained(tmp_path / "four")
+    assert (tmp_path / "one" / "model.safetensors").stat().st_size == (
+        tmp_path / "three" / "model.safetensors"
+    ).stat().st_size

@@ -185,3 +185,53 @@ def test_looking_changes_nothing_and_is_quick():
     assert time.process_time() - started < 0.5
     assert not seen and torch.equal(state, torch.get_rng_state())
     assert snapshot(model)["attributes"] == before["attributes"]
+
+
+def xlnet() -> nn.Module:
+    return make(tf.XLNetLMHeadModel, vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=64)
+
+
+@pytest.mark.parametrize("targets", [["ff.layer_1"], ["layer_2", "lm_loss"]])
+def test_an_adapter_for_each_row_is_refused_where_the_batch_is_not_first(targets):
+    model = pl.attach(xlnet(), pl.LoRAConfig(target_modules=targets), "a")
+    pl.attach(model, pl.LoRAConfig(target_modules=["lm_loss"]), "b")
+    with pytest.raises(PeftLabError, match=r"layer_\d .*batch as its first dimension"):
+        pl.activate(model, ["a", None, "b"])
+    pl.activate(model, ["b", None, "b"])  # the head has it first
+    pl.activate(model, {"a": 0.5, "b": 0.5})
+
+
+@pytest.mark.parametrize("name", ["bert", "tied llama", "t5", "hubert"])
+def test_an_adapter_for_each_row_is_taken_where_the_batch_is_first(name):
+    model = pl.attach(REACHED[name](), pl.LoRAConfig(), "a")
+    pl.activate(model, ["a", None])
+
+
+EXPERTS = {
+    "mixtral": lambda: make(
+        tf.MixtralForCausalLM, **(SIZES | {"hidden_size": 64}), num_key_value_heads=2, num_local_experts=4
+    ),
+    "gpt-oss": lambda: make(
+        tf.GptOssForCausalLM, **(SIZES | {"hidden_size": 64}), num_key_value_heads=2, num_local_experts=4, head_dim=16
+    ),
+    "olmoe": lambda: make(tf.OlmoeForCausalLM, **(SIZES | {"hidden_size": 64}), num_experts=8),
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_that_are_left_alone_are_named_with_their_share(name):
+    model = EXPERTS[name]()
+    held = [p.numel() for key, p in model.named_parameters() if "experts" in key and p.dim() == 3]
+    share = f"{sum(held) / sum(p.numel() for p in model.parameters()):.0%}"
+    with pytest.warns(UserWarning, match=f"all-linear' does not adapt the experts .* hold {share} of its weights"):
+        pl.attach(model, pl.LoRAConfig(target_modules="all-linear"))
+    with pytest.warns(UserWarning, match=f"leaves whole the experts .* hold {share} of its weights"):
+        pl.quantize_model(EXPERTS[name]())
+
+
+def test_models_without_fused_experts_get_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for build in (REACHED["bert"], REACHED["hubert"]):
+            pl.attach(build(), pl.LoRAConfig(target_modules="all-linear"))
+            pl.quantize_model(build())
