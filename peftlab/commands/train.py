@@ -1,13 +1,15 @@
 """`peftlab train`: one fine-tuning run from the shell, from names to an adapter folder.
 
 FOLDER holds, at the end, the adapter (or, after full fine-tuning, `model/`), `metrics.json`, `settings.json` and
-`run/`, the state of the training. Everything random comes from the seed, so the same command goes on after a kill as
-if nothing had happened; another command in the same folder is refused.
+`run/`, the state of the training. It is to be new, empty or an earlier run's: no other file is replaced or removed.
+Everything random comes from the seed, so the same command goes on after a kill as if nothing had happened; another
+command in the same folder is refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -15,25 +17,26 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
+from peftlab.assets.catalogue import catalogue
 from peftlab.catalogue import LEARNING_RATE, METHODS, resolve
 from peftlab.checks import whole
 from peftlab.commands import tasks
 from peftlab.commands.method_options import options_of, trainable
-from peftlab.commands.run_folder import METRICS, STATE, claim, locked, save, write_json
+from peftlab.commands.run_folder import LOCK, STATE, Place, claim, locked, look, save, write_metrics
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.units import format_both, format_count, format_percent
 from peftlab.settings import Settings, known_values
 
-# Arguments that change nothing about what is learned: a run goes on although they differ.
+# Arguments that do not change what is learned. A run continues even if they differ.
 INCIDENTAL = ("command", "run", "json", "out", "resume", "save_every", "device", "test_limit", "max_new_tokens")
-# The training settings that have an option, by its name
+# The training settings that have an option, by the name of the option
 OPTIONS = {one.metadata["option"]: one for one in fields(Settings) if one.metadata["option"]}
 LOG_SECONDS = 30.0
 TEST_LIMIT = {"completion": 64, "classification": 1000, "text": 200}
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """The options of `peftlab train`, apart from those that describe the method."""
+    """Add the options of `peftlab train`, except those that describe the method."""
     add = command.add_argument
     unusual = {name: row.learning_rate for name, row in trainable().items() if row.learning_rate != LEARNING_RATE}
     rates = ", ".join(f"{method} {rate:g}" for method, rate in unusual.items())
@@ -58,7 +61,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def _as_argument(one: Field[Any], default: str) -> dict[str, Any]:
-    """What argparse is told of a setting."""
+    """Return argparse's arguments for a setting."""
     known = known_values(one)
     kind: dict[str, Any] = {"type": float, "metavar": "X"}
     if True in known:
@@ -71,28 +74,39 @@ def _as_argument(one: Field[Any], default: str) -> dict[str, Any]:
 
 
 def _told(default: Any) -> str:
-    """A default as the help says it; nothing for `None`."""
+    """Return the help's words for a default, or an empty string for `None`."""
     if default is None or isinstance(default, bool):
         return {None: "", True: "yes", False: "no"}[default]
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def run(arguments: argparse.Namespace, targets: Any) -> dict[str, Any]:
-    """Train, save, test; returns what `metrics.json` holds.
+    """Train, save and test. Return the contents of `metrics.json`.
 
     Raises:
         PeftLabError: a mistake in the arguments or the data, a run of other settings in the folder, or no memory left.
     """
     check(arguments)
-    folder = Path(arguments.out).expanduser()
-    with locked(folder):
-        left_out = INCIDENTAL + foreign(arguments.method)
-        settings = {key: value for key, value in vars(arguments).items() if key not in left_out}
-        claim(folder, settings, arguments.resume)
-        import torch
+    left_out = INCIDENTAL + foreign(arguments.method)
+    settings = {key: value for key, value in vars(arguments).items() if key not in left_out}
+    named = {*catalogue(), "support-desk"}
+    inputs = [given for given in (arguments.model, arguments.data) if given not in named]
+    asked = (arguments.out, settings, arguments.resume, inputs, METHODS[arguments.method].config is None)
+    folder = look(*asked).folder
+    if (folder / LOCK).exists():
+        with locked(folder):
+            pass  # a run that is writing there is told of now, not after the model is loaded
+    import torch
+
+    with contextlib.ExitStack() as held:
+
+        def begin() -> Place:
+            held.enter_context(locked(folder))
+            return claim(*asked)
 
         try:
-            result = {"settings": settings, **_train(arguments, targets, folder)}
+            place, measured = _train(arguments, targets, begin)
+            result = {"settings": settings, **measured}
         except torch.OutOfMemoryError as error:
             text = str(error).split(".")[0]
             raise PeftLabError(
@@ -101,12 +115,12 @@ def run(arguments: argparse.Namespace, targets: Any) -> dict[str, Any]:
             ) from error
         except KeyboardInterrupt:
             raise KeyboardInterrupt("interrupted; the same command goes on from the last saved state") from None
-        write_json(folder / METRICS, result)
+        write_metrics(place, result)
         return result
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Refuse, before anything is loaded, what cannot work."""
+    """Refuse what cannot work, before anything is loaded."""
     known = trainable()
     method = arguments.method = arguments.method.lower()
     if method not in known:
@@ -116,15 +130,15 @@ def check(arguments: argparse.Namespace) -> None:
     row = known[method]
     if arguments.lr is None:
         arguments.lr = row.learning_rate
-    for option in row.options:  # one whose default is another for other methods
+    for option in row.options:  # one with another default for other methods
         if getattr(arguments, option.name) is None:
             setattr(arguments, option.name, option.default)
     if row.config and arguments.bias != "none" and not row.takes("bias"):
         raise PeftLabError(f"--bias {arguments.bias} has no meaning for {method}; use lora, or --method bitfit.")
-    for option, one in OPTIONS.items():
-        one.metadata["check"](f"--{option}", _given(arguments, option))
-    for option in ("limit", "max-length", "test-limit", "max-new-tokens", "virtual-tokens"):
-        whole(f"--{option}", _given(arguments, option), least=1, optional=True)
+    for name, one in OPTIONS.items():
+        one.metadata["check"](f"--{name}", _given(arguments, name))
+    for name in ("limit", "max-length", "test-limit", "max-new-tokens", "virtual-tokens"):
+        whole(f"--{name}", _given(arguments, name), least=1, optional=True)
 
 
 def _given(arguments: argparse.Namespace, option: str) -> Any:
@@ -132,12 +146,18 @@ def _given(arguments: argparse.Namespace, option: str) -> Any:
 
 
 def foreign(method: str) -> tuple[str, ...]:
-    """The options that only other methods take: they are no part of what a run is."""
+    """Return the options that only other methods take. They do not belong to this run."""
     return tuple(name for name in options_of(METHODS) if not METHODS[method].takes(name))
 
 
-def _train(arguments: argparse.Namespace, targets: Any, folder: Path) -> dict[str, Any]:
-    """The run itself, with the folder held and its settings agreed."""
+def _train(
+    arguments: argparse.Namespace, targets: Any, begin: Callable[[], Place]
+) -> tuple[Place, dict[str, Any]]:
+    """The run itself.
+
+    Args:
+        begin: takes the folder; called once model, data and settings are known to be good.
+    """
     import torch
 
     from peftlab.adapters.injection import attach, count_parameters
@@ -147,10 +167,10 @@ def _train(arguments: argparse.Namespace, targets: Any, folder: Path) -> dict[st
 
     started, row = time.monotonic(), METHODS[arguments.method]
     if row.config:
-        _config(arguments, targets, tokenizer=arguments.model)  # a mistake in it is said before anything is loaded
+        _config(arguments, targets, tokenizer=arguments.model)  # report a mistake in it before anything is loaded
     task = tasks.task_of(load_data(arguments.data), arguments.data, arguments.seed, arguments.limit)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(arguments.seed)  # a new head and the adapter start from the seed
+    torch.manual_seed(arguments.seed)  # the seed decides the start of a new head and of the adapter
     model, tokenizer = load_model(arguments.model, num_labels=len(task.classes) or None, device=device)
     tasks.check_model(task, model, arguments.model)
     if model.config.pad_token_id is None:  # a decoder that classifies looks for the last token before the padding
@@ -166,20 +186,27 @@ def _train(arguments: argparse.Namespace, targets: Any, folder: Path) -> dict[st
     max_length = _max_length(arguments, model)
     examples = tasks.encode(task, tokenizer, task.train, max_length)
     watched = tasks.encode(task, tokenizer, task.validation or task.test, max_length) if arguments.eval_every else None
+    places: list[Place] = []
+
+    def state_folder() -> Path:
+        places.append(begin())
+        return places[0].folder / STATE
+
     say(f"{arguments.model} on {device}, {len(examples):,} examples, {counted}")
     history = train(
         model,
         examples,
         tokenizer=tokenizer,
         evaluation_data=watched,
-        folder=folder / STATE,
+        folder=state_folder,
         callback=None if sys.stderr.isatty() else _log(),
         **{one.name: _given(arguments, option) for option, one in OPTIONS.items()},
     )
-    size = save(model, tokenizer, folder, row.config is not None)
+    (place,) = places
+    size = save(model, tokenizer, place, row.config is not None)
     rows = task.test[: arguments.test_limit or TEST_LIMIT[task.kind]]
     scores = tasks.test(task, model, tokenizer, rows, max_length, 2 * arguments.batch_size, arguments.max_new_tokens)
-    return {
+    return place, {
         "trainable": counted.trainable,
         "total": counted.total,
         "percent": counted.percent,
@@ -196,9 +223,9 @@ def _train(arguments: argparse.Namespace, targets: Any, folder: Path) -> dict[st
 
 
 def _config(arguments: argparse.Namespace, targets: Any, **more: Any) -> Any:
-    """The method's config, from the options of its row, and from those of `more` that it has a field for."""
+    """Make the method's config from the options of its row, and from those in `more` that it has a field for."""
     row = METHODS[arguments.method]
-    config = resolve(row.config)
+    config = row.config_class()
     given = {option.config_field: getattr(arguments, option.name) for option in row.options}
     if "target_modules" in given:
         given["target_modules"] = targets
@@ -212,7 +239,7 @@ def _config(arguments: argparse.Namespace, targets: Any, **more: Any) -> Any:
 
 
 def _max_length(arguments: argparse.Namespace, model: Any) -> int | None:
-    """The most tokens of an example: virtual ones take positions too."""
+    """Return the most tokens of an example. Virtual tokens take positions too."""
     asked, most = arguments.max_length, getattr(model.config, "max_position_embeddings", None)
     virtual = arguments.virtual_tokens if METHODS[arguments.method].takes("virtual_tokens") else 0
     if most is not None:
@@ -226,18 +253,18 @@ def _max_length(arguments: argparse.Namespace, model: Any) -> int | None:
 
 
 def _last_loss(history: Any) -> float | None:
-    """The mean loss of the last ten steps: a single batch says little."""
+    """Return the mean loss of the last ten steps, because a single batch says little."""
     losses = [row["loss"] for row in history.steps][-10:]
     return sum(losses) / len(losses) if losses else None
 
 
 def say(line: str) -> None:
-    """A line for whoever watches, apart from the result on stdout."""
+    """Print a line for a person to stderr, apart from the result on stdout."""
     print(line, file=sys.stderr, flush=True)
 
 
 def _log() -> Callable[[Any, dict[str, Any]], None]:
-    """A line now and then, for a log file, where no bar is drawn."""
+    """Print a line now and then if no bar is drawn, for a log file."""
     said = time.monotonic()
 
     def callback(model: Any, row: dict[str, Any]) -> None:
@@ -250,7 +277,7 @@ def _log() -> Callable[[Any, dict[str, Any]], None]:
 
 
 def summary(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """The result as rows for a person."""
+    """Return the result as rows for a person."""
     settings, test = result["settings"], result["test"]
     saved = "model" if METHODS[settings["method"]].whole else "adapter"
     rows = [

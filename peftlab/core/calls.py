@@ -49,7 +49,7 @@ class Calls(NamedTuple):
 
 
 def observed(root: nn.Module) -> Calls | None:
-    """Runs a copy of a transformers model on the meta device; None where no copy or no inputs can be made."""
+    """Run a copy of a transformers model on the meta device; None where no copy or no inputs can be made."""
     try:
         for rows in (ROWS, 1):  # some models take one row only, a classifier without a padding token for one
             for inputs in made_inputs(root, rows):
@@ -62,7 +62,7 @@ def observed(root: nn.Module) -> Calls | None:
 
 
 def passed_weights(root: nn.Module) -> set[str]:
-    """The paths of modules whose weight their parent's `forward` gives to a function, as its source says."""
+    """Return the paths of modules whose weight their parent's `forward` gives to a function, as its source says."""
     found: dict[type, set[str]] = {}
     paths = set()
     for path, module in root.named_modules():
@@ -77,7 +77,7 @@ def passed_weights(root: nn.Module) -> set[str]:
 
 
 def meta_copy(root: nn.Module) -> nn.Module:
-    """A model of the same structure without numbers, hooks and adapters, ready to be evaluated."""
+    """Return a model of the same structure without numbers, hooks and adapters, ready to be evaluated."""
     known: dict[int, Any] = {}
     for module in root.modules():
         known[id(vars(module).get("_peftlab"))] = None
@@ -110,7 +110,7 @@ def meta_copy(root: nn.Module) -> nn.Module:
 
 
 def made_inputs(root: nn.Module, rows: int) -> Iterator[dict[str, Tensor]]:
-    """Yields inputs for a model's forward, without numbers, the likeliest first."""
+    """Yield inputs for a model's forward, without numbers, the likeliest first."""
     config, name = getattr(root, "config", None), getattr(root, "main_input_name", None)
     if config is None or name is None:
         return
@@ -147,7 +147,7 @@ def made_inputs(root: nn.Module, rows: int) -> Iterator[dict[str, Tensor]]:
 
 @torch.no_grad()
 def watch(model: nn.Module, inputs: dict[str, Tensor], rows: int) -> Calls | None:
-    """Runs a model whose numbers do not matter, and notes which modules are called and which weights are read.
+    """Run a model whose numbers do not matter, and note which modules are called and which weights are read.
 
     Returns None for a pass that does not reach its end.
     """
@@ -184,7 +184,7 @@ def watch(model: nn.Module, inputs: dict[str, Tensor], rows: int) -> Calls | Non
 
 
 def skip_twins(modules: dict[str, nn.Module]) -> dict[str, str]:
-    """Lets only the first of several blocks of one structure run; the others return what it returned, to save time.
+    """Let only the first of several blocks of one structure run; the others return what it returned, to save time.
 
     Returns {path of a block that does not run: path of the one that runs for it}.
     """

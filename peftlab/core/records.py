@@ -1,18 +1,20 @@
-"""What a model with adapters remembers about itself."""
+"""Record what a model with adapters must remember about itself."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from peftlab.core.hooks import CHILD, Activity, base_modules, hosts
+from peftlab.core.hooks import Activity, adapters_on, base_modules, hosts
 from peftlab.core.interface import Config
-from peftlab.core.targets import linear_shape
 from peftlab.errors import PeftLabError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -27,17 +29,23 @@ class Host:
     """
 
     parts: tuple[str, ...]
-    shape: tuple[int, int] | None
+    shape: tuple[int, ...]
     tied: tuple[str, ...]
     on_meta: bool
 
 
 @dataclass
 class Record:
-    """What `attach` noted about a model, so that `detach` can give it back.
+    """Hold what `attach` noted about a model, so that `detach` can restore it.
 
     Attributes:
-        without_rows: modules that do not have the batch first, once a model was asked to run an adapter for each row.
+        activity: which adapters run.
+        configs: each adapter's config, by name.
+        trainable: whether each adapter trains when it is active.
+        base_requires_grad: the base's `requires_grad` flags before the first adapter.
+        attributes: attributes of modules that were changed: (path, name, value before).
+        backup: copies of the base's weights while the model is merged, by path and name.
+        without_rows: modules that do not have the batch first; None until an adapter for each row is asked for.
         placed: {adapter: {path: its host}}, by which `check_hosts` sees that the base has changed since.
     """
 
@@ -52,7 +60,7 @@ class Record:
 
 
 def wrappings(model: nn.Module) -> Iterator[nn.Module]:
-    """Yields the model, then what torch.compile's and DistributedDataParallel's wrappers hold, outermost first."""
+    """Yield the model, then what the wrappers of `torch.compile` and DistributedDataParallel hold, outermost first."""
     inner: nn.Module | None = model
     while inner is not None:
         yield inner
@@ -63,17 +71,22 @@ def wrappings(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and DistributedDataParallel's wrappers."""
+    """Return the model inside the wrappers of `torch.compile` and DistributedDataParallel."""
     return list(wrappings(model))[-1]
 
 
+def as_transformer(model: nn.Module) -> PreTrainedModel:
+    """Type a model as transformers' own, whose methods `nn.Module` does not declare. It stays as it is."""
+    return cast("PreTrainedModel", model)
+
+
 def record_of(root: nn.Module) -> Record | None:
-    """What `attach` noted on this very module."""
+    """Return what `attach` noted on this very module, or None."""
     return root.__dict__.get("_peftlab")
 
 
 def require_adapter(root: nn.Module, name: str) -> Record:
-    """The record of a model that has this adapter, or the error that names those it has."""
+    """Return the record of a model that has this adapter; otherwise raise an error that names the adapters it has."""
     record = record_of(root)
     if record is None:
         raise PeftLabError(f"No adapter is attached to this model, so there is no {name!r}.")
@@ -84,8 +97,14 @@ def require_adapter(root: nn.Module, name: str) -> Record:
     return record
 
 
+def sizes_of(module: nn.Module) -> tuple[int, ...]:
+    """Return the sizes that a linear layer or an embedding gives as attributes; empty for other modules."""
+    names = ("num_embeddings", "embedding_dim", "in_features", "out_features", "nx", "nf")
+    return tuple(value for name in names if isinstance(value := getattr(module, name, None), int))
+
+
 def hosts_now(root: nn.Module) -> dict[str, dict[str, Host]]:
-    """{adapter: {path: its host}}, as they are at this moment."""
+    """Return {adapter: {path: its host}}, as they are at this moment."""
     sharing: dict[int, list[str]] = {}
     for path, module in base_modules(root).items():
         weight = module._parameters.get("weight")
@@ -95,14 +114,16 @@ def hosts_now(root: nn.Module) -> dict[str, dict[str, Host]]:
     for path, host in hosts(root):
         weight = host._parameters.get("weight")
         tied = tuple(other for other in sharing.get(id(weight), ()) if other != path)
-        for name, parts in host._modules[CHILD].items():
-            on_meta = any(parameter.is_meta for parameter in parts.parameters())
-            now.setdefault(name, {})[path] = Host(tuple(parts), linear_shape(host), tied, on_meta)
+        child = adapters_on(host)
+        for name in child:
+            parts = child.parts_of(name)
+            on_meta = any(parameter.is_meta for part in parts.values() for parameter in part.parameters())
+            now.setdefault(name, {})[path] = Host(tuple(parts.keys()), sizes_of(host), tied, on_meta)
     return now
 
 
 def check_hosts(root: nn.Module) -> None:
-    """Refuses to go on with a base that was changed after an adapter was attached.
+    """Refuse to go on with a base that was changed after an adapter was attached.
 
     Raises:
         PeftLabError: a host was replaced or resized, tied or untied, or its parts were moved to the meta device.
@@ -135,13 +156,21 @@ def check_hosts(root: nn.Module) -> None:
 
 
 def tensor_at(host: nn.Module, name: str) -> torch.Tensor | None:
-    """The parameter or buffer with this name, which may lie deeper (`dense.weight`); None without one."""
+    """Return the parameter or buffer with this name, which may lie deeper (`dense.weight`); None if there is none."""
     inner, _, name = name.rpartition(".")
     return getattr(host.get_submodule(inner), name, None)
 
 
+def own_tensor(host: nn.Module, name: str) -> torch.Tensor:
+    """Return a parameter or buffer that the host must have. The name may lie deeper (`dense.weight`)."""
+    inner, _, name = name.rpartition(".")
+    return getattr(host.get_submodule(inner), name)
+
+
 def device_and_dtype_for(host: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a part of this host lives: its device, and its dtype (float32 beside 16-bit or quantised weights)."""
+    """Return the device and dtype for a part of this host: the host's, but float32 beside 16-bit or quantised
+    weights.
+    """
     own = getattr(host, "weight", None)
     tensor = own if isinstance(own, torch.Tensor) else next(host.parameters(), torch.empty(0))
     wide = tensor.is_floating_point() and tensor.dtype in (torch.float32, torch.float64)

@@ -1,4 +1,4 @@
-"""The methods, one file each. `peftlab.catalogue` has a row for each; DESIGN.md shows how each fits."""
+"""Load the methods, one file each. `peftlab.catalogue` has a row for each; DESIGN.md shows how each fits."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def __getattr__(name: str) -> Any:
     """
     rows = {name: row for name, row in catalogue.METHODS.items() if row.config}
     if name == "METHODS":
-        return {name: catalogue.resolve(row.config) for name, row in rows.items() if not row.four_bit}
+        return {name: row.config_class() for name, row in rows.items() if not row.four_bit}
     for row in rows.values():
         if name == row.config_name:
-            return catalogue.resolve(row.config)
+            return row.config_class()
     module = f"{__name__}.{name}"
     try:
         return import_module(module)

@@ -1,4 +1,4 @@
-"""What a model with adapters tells transformers and bitsandbytes about itself, and how that is taken back."""
+"""Set the attributes by which transformers and bitsandbytes know a model with adapters, and restore them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 
 from torch import nn
 
-from peftlab.core.hooks import CHILD, hosts, is_adapter_name
+from peftlab.core.hooks import adapters_on, hosts, is_adapter_name
 from peftlab.core.records import Record, unwrap
 from peftlab.quantization.weights import REPACKS, layers_that_repack
 
 
 def set_transformers_attributes(root: nn.Module, record: Record) -> None:
-    """Keeps transformers and bitsandbytes working on an attached model, with the attributes that they read for that.
+    """Set the attributes that keep transformers and bitsandbytes working on a model with adapters.
 
     `_keys_to_ignore_on_save`: `save_pretrained` of the model, or of one inside it, then holds no adapter keys.
-    `save_pretrained`: the model's own, which first warns, once, that the adapters are not in what it writes.
-    `is_quantized`: `Trainer` refuses "purely quantized models"; with an adapter the model is none, but the mark by
-    which it would know (`_hf_peft_config_loaded`) also makes `save_pretrained` look for peft's own layers.
-    `support_avx512bf16_for_cpu`: a 4-bit layer that has it repacks its weight at the first forward pass in eval mode,
-    after which nothing passes a gradient through it and nothing can be merged into it.
+    `save_pretrained`: the model's own, which first warns, once, that it leaves the adapters out.
+    `is_quantized`: `Trainer` refuses "purely quantized models". A model with an adapter is not one. The usual mark for
+    that, `_hf_peft_config_loaded`, would also make `save_pretrained` look for peft's own layers, so it is not used.
+    `support_avx512bf16_for_cpu`: if it is set, a 4-bit layer repacks its weight at the first forward pass in eval mode.
+    Afterwards no gradient passes through it and nothing can be merged into it.
     """
     restore_transformers_attributes(root, record)
     for path, layer in layers_that_repack(root):
@@ -33,7 +33,8 @@ def set_transformers_attributes(root: nn.Module, record: Record) -> None:
             continue
         prefix = path + "." if path else ""
         mine = {name.removeprefix(prefix) for name in ours if name.startswith(prefix)}
-        changes = {"_keys_to_ignore_on_save": set(getattr(module, "_keys_to_ignore_on_save", None) or ()) | mine}
+        ignored = set(getattr(module, "_keys_to_ignore_on_save", None) or ())
+        changes: dict[str, Any] = {"_keys_to_ignore_on_save": ignored | mine}
         if mine:
             changes["save_pretrained"] = MethodType(save_pretrained, module)
         if getattr(module, "is_quantized", False):
@@ -44,7 +45,7 @@ def set_transformers_attributes(root: nn.Module, record: Record) -> None:
 
 
 def restore_transformers_attributes(root: nn.Module, record: Record) -> None:
-    """Restores the attributes as they were before the last `set_transformers_attributes`."""
+    """Restore the attributes as they were before the last `set_transformers_attributes`."""
     for path, attribute, value in record.attributes:
         module = unwrap(root.get_submodule(path))  # it may have been compiled since
         if value is _ABSENT:
@@ -54,9 +55,9 @@ def restore_transformers_attributes(root: nn.Module, record: Record) -> None:
     record.attributes.clear()
 
 
-def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Calls the model's own `save_pretrained`; the first time, warns that adapters are saved apart."""
-    activity = next((host._modules[CHILD].activity for _, host in hosts(self)), None)
+def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call the model's own `save_pretrained`; the first time, warn that adapters are saved apart."""
+    activity = next((adapters_on(host).activity for _, host in hosts(self)), None)
     if activity is not None and not activity.saving_known:
         activity.saving_known = True
         warnings.warn(
@@ -67,6 +68,6 @@ def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(self).save_pretrained(self, *args, **kwargs)
 
 
-# A class, so that a deep copy of a model still finds it to be the same object.
+# A class, since a deep copy of a model keeps it the same object.
 class _ABSENT:
     pass

@@ -408,6 +408,15 @@ def test_all_weights_train_on_plain_text_and_the_model_is_saved(place, capsys):
     assert json.loads(run(capsys, *again)[1])["final_loss"] < 2.5
 
 
+def test_answers_that_pandas_takes_for_missing_are_learned(place, capsys):
+    """"NA" is the code of Namibia, and numbers are answers too."""
+    lines = [f"the {a} {b} ?,{'NA' if a == 'red' else '007'}" for a in SUBJECTS for b in ENDS] * 4
+    (place / "codes.csv").write_text("\n".join(["prompt,completion", *lines]))
+    status, out, err = run(capsys, *train_command("codes.csv", "run", "--steps", 3, "--json"))
+    assert status == 0, err
+    assert json.loads(out)["test"]["examples"] > 0
+
+
 def test_data_that_cannot_be_used_is_told(place, capsys):
     hole = '{"prompt": "a", "completion": "yes"}\n{"prompt": "a", "completion": null}\n'
     bad = {
@@ -438,13 +447,13 @@ def test_a_method_is_given_the_options_that_it_has_fields_for(monkeypatch):
     config = dataclasses.make_dataclass("Config", [("dropout", float), ("target_modules", object), ("width", int, 3)])
     monkeypatch.setattr("test_cli.Narrow", config, raising=False)
     options = (Option(name="dropout", help=""), Option(name="targets", fills="target_modules", help=""))
-    for name in METHODS.keys() - {"full"}:
-        monkeypatch.delitem(METHODS, name)
     monkeypatch.setitem(METHODS, "narrow", Method(config="test_cli:Narrow", options=options))
     given = cli.argparse.Namespace(method="narrow", r=8, alpha=16.0, dropout=0.5, bias="none", targets="q", lr=1.0)
     assert train._config(given, ["q"], task_type="SEQ_CLS") == config(0.5, ["q"], 3)
-    with pytest.raises(PeftLabError, match="train knows the methods full, narrow, not 'lora'"):
-        train.check(cli.argparse.Namespace(method="lora"))
+    known = ", ".join(name for name, row in METHODS.items() if row.trains)
+    assert known.startswith("full, lora, qlora, ia3, ") and known.endswith(", narrow")
+    with pytest.raises(PeftLabError, match=f"train knows the methods {known}, not 'dora'"):
+        train.check(cli.argparse.Namespace(method="dora"))
 
 
 def test_a_killed_run_and_an_interrupted_one_go_on_to_the_same_adapter(place, capsys, monkeypatch):
