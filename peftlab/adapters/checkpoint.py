@@ -29,7 +29,7 @@ from peftlab.adapters.judging import Allowance, check_fields, check_sizes
 from peftlab.catalogue import METHODS, resolve
 from peftlab.core.hooks import adapters_on, base_modules, hosts
 from peftlab.core.interface import Config, Placement
-from peftlab.core.records import require_adapter, unwrap
+from peftlab.core.records import as_transformer, require_adapter, unwrap
 from peftlab.core.sums import check_sums, digest, with_sums
 from peftlab.core.targets import ALL_LINEAR, Targets, by_pattern, names_match
 from peftlab.core.tensor_files import read_shapes, read_tensors, serialised

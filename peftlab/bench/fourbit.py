@@ -21,7 +21,6 @@ import peftlab as pl
 from peftlab.bench.fullsize import ALL_LINEAR, timed, vocabulary_of
 from peftlab.bench.kernels import Row, forward_passes, kernels_of, profile_of
 from peftlab.core.checkpointing import switch_checkpointing
-from peftlab.core.records import as_transformer
 from peftlab.memory.counting.shapes import load_shape
 from peftlab.optional import available, require
 from peftlab.quantization import Linear4bit

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from peftlab.assets.catalogue import catalogue
-from peftlab.catalogue import LEARNING_RATE, METHODS, resolve
+from peftlab.catalogue import LEARNING_RATE, METHODS
 from peftlab.checks import whole
 from peftlab.commands import tasks
 from peftlab.commands.method_options import options_of, trainable

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.core.hooks import is_adapter_name
-from peftlab.core.records import record_of, unwrap
+from peftlab.core.records import as_transformer, record_of, unwrap
 from peftlab.core.sums import check_sums, with_sums
 from peftlab.core.targets import linear_shape
 from peftlab.core.tensor_files import read_shapes, read_tensors, serialised
@@ -32,9 +32,6 @@ from peftlab.quantization.linear import Linear4bit
 from peftlab.quantization.model import mark, replace
 from peftlab.quantization.serialised import MARK, from_tensors, packed_codes, to_tensors
 from peftlab.quantization.weights import is_quantized, quantized
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FILES = (WEIGHTS, CONFIG)  # the order in which they are put in place; other programs look for the config first

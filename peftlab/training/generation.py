@@ -13,7 +13,7 @@ from torch import nn
 from peftlab.checks import whole
 from peftlab.core.hooks import text_positions
 from peftlab.core.modes import device_of, mode, to_device
-from peftlab.core.records import as_transformer, unwrap
+from peftlab.core.records import unwrap
 from peftlab.errors import PeftLabError
 from peftlab.progress import Bar
 from peftlab.training.batching import batches
@@ -94,7 +94,7 @@ def generate_text(
         mode(core, False),
         text_positions(core),
         _greedy(core, tokenizer, stops, max_new_tokens),
-        Bar(len(listed), "Generating", unit="answer", enabled=progress) as bar,
+        Bar(len(prompts), "Generating", unit="answer", enabled=progress) as bar,
     ):
         for chosen in parts:
             batch = to_device(collate([encoded[index] for index in chosen]), device_of(core))

@@ -188,6 +188,9 @@ class Leaf:
             self.into.grad = gradient.detach()
 
 
+Gradients = Sequence[Tensor | None]  # one for each input
+
+
 def record(output: Tensor, inputs: Sequence[Tensor], apply: Callable, saved: Sequence[Tensor] = ()) -> Tensor:
     """Put an operation into the graph and return its output.
 
