@@ -86,18 +86,19 @@ def meta_copy(root: nn.Module) -> nn.Module:
         if "_hf_hook" in vars(module) or "_orig_mod" in module._modules:
             raise TypeError("A module that is offloaded or compiled is not copied.")
         weight = module._parameters.get("weight")
-        if weight is not None and getattr(weight, "quant_state", None) is not None:
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
             bias = module._parameters.get("bias") is not None
-            dtype = getattr(weight.quant_state, "dtype", None)
-            dtype = dtype if isinstance(dtype, torch.dtype) else None
-            known[id(module)] = nn.Linear(module.in_features, module.out_features, bias, device="meta", dtype=dtype)
+            dtype = state.dtype if isinstance(state.dtype, torch.dtype) else None
+            inside, outside = int(getattr(module, "in_features", 0)), int(getattr(module, "out_features", 0))
+            known[id(module)] = nn.Linear(inside, outside, bias, device="meta", dtype=dtype)
             continue
         own = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
         for tensor in own:
             if isinstance(tensor, Tensor) and id(tensor) not in known:
                 empty = torch.empty_like(tensor, device="meta", requires_grad=False)
                 known[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
-    other = copy.deepcopy(root, known)
+    other: Any = copy.deepcopy(root, known)
     for module in other.modules():
         for child in [name for name, child in module._modules.items() if name == CHILD]:
             del module._modules[child]

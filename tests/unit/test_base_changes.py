@@ -145,3 +145,16 @@ def test_saving_the_model_names_what_saves_the_adapter_once(build, tmp_path):
     assert (tmp_path / "one" / "model.safetensors").stat().st_size == (
         tmp_path / "three" / "model.safetensors"
     ).stat().st_size
+
+
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens"]}])
+def test_the_advice_for_tied_weights_keeps_the_models_answers(settings, tmp_path):
+    model = pl.attach(llama(tie_word_embeddings=True).eval(), pl.LoRAConfig(r=2, init="random", **settings))
+    tokens = torch.arange(1, 6)[None]
+    answer = model(tokens).logits
+    with pytest.raises(PeftLabError, match="tied weights.*save it with save_adapter and load it beside") as caught:
+        pl.merge(model)
+    assert "tie_word_embeddings" not in str(caught.value)
+    pl.save_adapter(model, tmp_path)
+    other = pl.load_adapter(llama(tie_word_embeddings=True).eval(), tmp_path)
+    assert torch.equal(other(tokens).logits, answer)
