@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from peftlab.adapters.injection import add, prepare, settle
 from peftlab.adapters.integrity import base_sample, base_tensor, check_base, check_integrity, config_digest, digest
+from peftlab.adapters.task_type import task_type_of
 from peftlab.catalogue import METHODS, resolve
 from peftlab.core.hooks import CHILD, base_modules, hosts
 from peftlab.core.interface import Config, Placement
@@ -224,6 +225,7 @@ def to_fields(root: nn.Module, config: Config, placements: list[Placement]) -> d
     """A config as the contents of `adapter_config.json`."""
     hosts_by_path = {path: root.get_submodule(path) for path, _, _ in placements}
     fields = {name: getattr(config, name, None) for name in TARGET_FIELDS}
+    fields["task_type"] = fields["task_type"] or task_type_of(root, sampled(placements)[1])
     targets = fields["target_modules"]
     found_here = isinstance(targets, str) and (targets.lower() == ALL_LINEAR or config.layers_to_transform)
     if not isinstance(config, Targets):  # it stands on the model itself
