@@ -100,10 +100,10 @@ class Settings:
     restore_best: bool = setting(
         False, "end with the parameters of the best evaluation instead of those of the last step",
         one_of, known=(True, False))
-    folder: str | Path | None = setting(
+    folder: str | Path | Callable[[], Path] | None = setting(
         None, "where to keep the run, so that it can be killed at any moment and go on to the same result",
         more="On the same machine the result is the same to the bit. Only trained values are stored; make the model "
-        "and its adapters again before you go on.")
+        "and its adapters again before you go on. A function is called for it once all else is known to be good.")
     save_every: int | None = setting(
         None, "steps between saved states, 50 if not given; the first and the last state are saved too",
         whole, least=1, optional=True, option="save-every")

@@ -1,1 +1,1 @@
-"""What one does with adapters on a model: place them, merge them, save them, and tell whether their files are whole."""
+"""Work with adapters on a model: place them, merge them, save and load them, and check their files."""

@@ -1,19 +1,19 @@
-"""Adapter folders in Hugging Face peft's format, both ways, from one table of keys.
+"""Save and load adapter folders in Hugging Face peft's format, both ways from one table of keys.
 
-A folder holds `adapter_config.json` and `adapter_model.safetensors`; an adapter that is not called `default` lies in
-a subfolder of its name. Each part of an adapter says under which key each of its parameters is stored; saving reads
-that table forwards and loading reads it backwards, so the two cannot disagree. Where Hugging Face's format holds only
-what a network made (a prompt, say), the network itself lies in a file beside, so that training can go on.
+A folder holds `adapter_config.json` and `adapter_model.safetensors`. An adapter that is not called `default` lies in a
+subfolder of its name. Each part of an adapter says under which key each of its parameters is stored. Saving reads that
+table forwards and loading reads it backwards, so the two cannot disagree. Hugging Face's format holds only what a
+network made (a prompt, say). The network itself lies in a second file, so that training can continue.
 
-The file's metadata (which Hugging Face peft ignores) also holds SHA-256 sums of the tensors and of the config, and a
-few numbers of the base's weights, so that damage, mixed-up files and another base model are noticed.
+The file's metadata, which Hugging Face peft ignores, also holds SHA-256 sums of the tensors and of the config, and a
+few numbers of the base's weights. So damage, mixed-up files and another base model are noticed. The files are written
+together: if a save is killed, the folder loads as the whole old adapter or as the whole new one.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields as fields_of
 from dataclasses import replace
@@ -24,18 +24,25 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.adapters.injection import add, prepare, settle
-from peftlab.adapters.integrity import base_sample, base_tensor, check_base, check_integrity, config_digest, digest
+from peftlab.adapters.integrity import base_sample, base_tensor, check_base
+from peftlab.adapters.judging import Allowance, check_fields, check_sizes
 from peftlab.adapters.task_type import task_type_of
 from peftlab.catalogue import METHODS, resolve
 from peftlab.core.hooks import CHILD, base_modules, hosts
 from peftlab.core.interface import Config, Placement
 from peftlab.core.records import require_adapter, unwrap
+from peftlab.core.sums import check_sums, digest, with_sums
 from peftlab.core.targets import ALL_LINEAR, Targets, by_pattern, names_match
-from peftlab.core.tensor_files import read_tensors, serialised, write
+from peftlab.core.tensor_files import read_shapes, read_tensors, serialised
 from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.files import read_settled, settled, write_together
+from peftlab.foreign import read_fields
+from peftlab.patterns import bounded
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-ENCODER = "adapter_encoder.safetensors"  # ours alone; Hugging Face peft does not look at it
+ENCODER = "adapter_encoder.safetensors"  # only this package reads it
+FILES = (ENCODER, WEIGHTS, CONFIG)  # the order in which they are put in place; peft looks for the config first
+FREE = ("base_model_name_or_path", "inference_mode", "revision", "peft_version")  # fields that may be edited
 PREFIX = "base_model.model."
 TARGET_FIELDS = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "task_type",
@@ -43,48 +50,88 @@ TARGET_FIELDS = (
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> Path:
-    """Writes an adapter so that both this package and Hugging Face peft can load it.
+    """Write an adapter so that both this package and Hugging Face peft can load it.
 
     Args:
-        folder: where to write; an adapter not called "default" goes into a subfolder of its name.
+        folder: where to write. An adapter that is not called "default" goes into a subfolder of its name.
 
     Returns:
         The folder that holds the two files.
 
     Raises:
-        PeftLabError: no such adapter, or a parameter that is not finite. Nothing is then written.
+        PeftLabError: there is no such adapter, a parameter is not finite, or the folder holds files of these names that
+            are no adapter's. Nothing is then written.
+
+    >>> model = pl.attach(model, pl.LoRAConfig(r=4))
+    >>> folder = pl.save_adapter(model, "my-adapter")
+    >>> sorted(file.name for file in folder.iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors']
     """
+    with bounded():
+        contents = adapter_files(model, name)
+    folder = Path(folder) if name == "default" else Path(folder) / name
+    _check_place(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if contents[ENCODER] is None and not _has_encoder(folder):
+        del contents[ENCODER]  # the file, if there is one, is no adapter's
+    write_together(folder, contents)
+    return folder
+
+
+def _check_place(folder: Path) -> None:
+    """Refuse a folder with files of these names that are no adapter's; an adapter may be replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise PeftLabError(f"{folder} is a file; save_adapter writes into a folder. Give another path.")
+    paths = settled(folder, (WEIGHTS, CONFIG))
+    try:
+        if CONFIG in paths and "peft_type" not in read_fields(paths[CONFIG]):
+            raise PeftLabError(f"it has no peft_type, which every adapter's {CONFIG} has")
+        if WEIGHTS in paths and CONFIG not in paths:
+            read_shapes(paths[WEIGHTS])
+    except PeftLabError as error:
+        raise PeftLabError(
+            f"{folder} holds {' and '.join(sorted(paths))} of something else than an adapter ({error}), and "
+            "save_adapter would overwrite it. Save into another folder, or move that away."
+        ) from None
+
+
+def adapter_files(model: nn.Module, name: str = "default") -> dict[str, bytes | None]:
+    """Return the files of an adapter's folder by name, in the order of `FILES`; None for one that it does not have."""
     root = unwrap(model)
     config = require_adapter(root, name).configs[name]
     placements = placed(root, name)
     tensors = {}
     for key, parameter in key_table(placements).items():
         if not torch.isfinite(parameter).all():
-            raise PeftLabError(f"{key} holds values that are not finite; the adapter was not saved.")
+            raise PeftLabError(
+                f"{key} holds values that are not finite; the adapter was not saved. Look at how it was trained: the "
+                "loss has probably diverged."
+            )
         tensors[key] = parameter.detach().cpu().contiguous().clone()  # shared biases have several keys
     encoder = {key: value.detach().cpu().contiguous().clone() for key, value in encoder_table(placements).items()}
 
     fields = to_fields(root, config, placements)
     tensors |= embedding_copies(root, fields, placements)
     text = json.dumps(fields, indent=2, sort_keys=True)
-    metadata = {
-        "format": "pt",
-        "peftlab_tensors": digest(tensors),
-        "peftlab_config": config_digest(fields),
-        "peftlab_base": json.dumps(base_sample(root, *sampled(placements))),
-    }
+    metadata = {"format": "pt", "peftlab_base": json.dumps(base_sample(root, *sampled(placements)))}
     if encoder:
         metadata["peftlab_encoder"] = digest(encoder)
-    folder = Path(folder) if name == "default" else Path(folder) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    # Each file appears whole or not at all; a folder caught between the two is told by `peftlab_config`.
-    if encoder:
-        write(folder / ENCODER, serialised(encoder, {"format": "pt"}))
-    write(folder / CONFIG, text.encode())
-    write(folder / WEIGHTS, serialised(tensors, metadata))
-    if not encoder:
-        (folder / ENCODER).unlink(missing_ok=True)  # of an adapter that was here before
-    return folder
+    return {
+        ENCODER: serialised(encoder, {"format": "pt"}) if encoder else None,
+        WEIGHTS: serialised(tensors, with_sums(tensors, json.loads(text), metadata, FREE)),
+        CONFIG: text.encode(),
+    }
+
+
+def _has_encoder(folder: Path) -> bool:
+    """Say whether the adapter in a folder has an encoder in a second file."""
+    paths = settled(folder, FILES)
+    if WEIGHTS not in paths or ENCODER not in paths:
+        return False
+    try:
+        return "peftlab_encoder" in read_tensors(paths[WEIGHTS])[1]
+    except PeftLabError:
+        return False
 
 
 def load_adapter(
@@ -95,24 +142,32 @@ def load_adapter(
     trainable: bool = False,
     adapter_dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Loads an adapter folder of this package or of Hugging Face peft, attaches it and makes it the active one.
+    """Load an adapter folder of this package or of Hugging Face peft, attach it and make it the active one.
 
     Args:
-        folder: the folder, or its parent when the adapter lies in a subfolder of its name.
-        trainable: whether it goes on training; by default a loaded adapter is frozen. A prompt that a network made
-            goes on with that network, if this package saved it; else, and frozen, it is the prompt alone.
+        folder: the folder, or its parent if the adapter lies in a subfolder of its name.
+        trainable: whether the adapter trains further; by default a loaded adapter is frozen. If a network made a prompt
+            and this package saved it, a trainable prompt has that network again; otherwise it is the prompt alone.
         adapter_dtype: as for `attach`.
 
     Raises:
-        PeftLabError: a folder or file that is missing, damaged or pickled, another method or base model, missing,
-            extra or misshapen keys, a name in use. The model is then as it was.
+        PeftLabError: a folder or file is missing, damaged or pickled; the method or the base model is another one; keys
+            are missing, extra or misshapen; the name is in use. The model is then as it was.
+
+    >>> model = pl.attach(model, pl.LoRAConfig(r=4))
+    >>> folder = pl.save_adapter(model, "my-adapter")
+    >>> model = pl.load_adapter(pl.detach(model), folder, name="copy")
+    >>> pl.attached(model)["copy"].r
+    4
     """
     root = unwrap(model)
-    saved = read_folder(Path(folder), name)
-    config = from_fields(root, saved.fields)
-    if not (trainable and saved.encoder):
-        config = config.as_stored()
-    placements = prepare(root, name, config, adapter_dtype)
+    with bounded():
+        saved = read_folder(Path(folder), name)
+        config = from_fields(root, saved.fields)
+        if not (trainable and saved.encoder):
+            config = config.as_stored()
+        allowance = Allowance(saved.folder, saved.tensors, saved.encoder)
+        placements = prepare(root, name, config, adapter_dtype, allowance)
     check_fit(root, placements, saved)
     settle(root, placements)
     fill(placements, saved)
@@ -121,8 +176,15 @@ def load_adapter(
 
 
 class Saved(NamedTuple):
-    """An adapter's folder, read: where it lies, its config's fields, its tensors, the file's metadata, and what made
-    those tensors, where that was saved beside."""
+    """Hold an adapter's folder after reading.
+
+    Attributes:
+        folder: where it lies.
+        fields: the fields of its config.
+        tensors: its tensors.
+        metadata: the metadata of their file.
+        encoder: the weights of the network that made those tensors, if it was saved.
+    """
 
     folder: Path
     fields: dict[str, Any]
@@ -132,24 +194,33 @@ class Saved(NamedTuple):
 
 
 def read_folder(folder: Path, name: str) -> Saved:
-    """Reads an adapter's two files and checks that they are whole and belong together."""
+    """Read an adapter's files, and check that they are whole and belong together.
+
+    The config is judged by the tensors' shapes before a tensor is read.
+    """
     folder = locate(folder, name)
-    fields = read_config(folder)
-    tensors, metadata = read_tensors(folder / WEIGHTS)
-    check_integrity(folder / CONFIG, folder / WEIGHTS, fields, tensors, metadata)
-    encoder: dict[str, Tensor] = {}
-    if "peftlab_encoder" in metadata and (folder / ENCODER).is_file():
-        encoder, _ = read_tensors(folder / ENCODER)
-        if digest(encoder) != metadata["peftlab_encoder"]:
-            raise PeftLabError(
-                f"{folder / ENCODER} and {WEIGHTS} were not saved together, or one was changed. Save the adapter "
-                f"again, or delete {ENCODER}, which only further training needs."
-            )
-    return Saved(folder, fields, tensors, metadata, encoder)
+
+    def read(paths: dict[str, Path]) -> Saved:
+        config, file, second = (paths.get(kind, folder / kind) for kind in (CONFIG, WEIGHTS, ENCODER))
+        fields, there = read_fields(config), ENCODER in paths
+        check_sizes(folder, fields, read_shapes(file), read_shapes(second) if there else {})
+        tensors, metadata = read_tensors(file)
+        check_sums(folder / CONFIG, folder / WEIGHTS, fields, tensors, metadata, FREE)
+        encoder: dict[str, Tensor] = {}
+        if "peftlab_encoder" in metadata and there:
+            encoder, _ = read_tensors(second)
+            if digest(encoder) != metadata["peftlab_encoder"]:
+                raise PeftLabError(
+                    f"{folder / ENCODER} and {WEIGHTS} were not saved together, or one was changed. Save the adapter "
+                    f"again, or delete {ENCODER}, which only further training needs."
+                )
+        return Saved(folder, fields, tensors, metadata, encoder)
+
+    return read_settled(folder, FILES, read)
 
 
 def check_fit(root: nn.Module, placements: Iterable[Placement], saved: Saved) -> None:
-    """Requires that a folder's base, keys and shapes are those of this model and these parts."""
+    """Require that a folder's base, keys and shapes are those of this model and these parts."""
     check_base(root, saved.folder, saved.metadata, base_name(root) or type(root).__name__)
     check_keys(root, saved.folder, saved.fields, key_table(placements), saved.tensors)
     encoder = encoder_table(placements)
@@ -157,15 +228,16 @@ def check_fit(root: nn.Module, placements: Iterable[Placement], saved: Saved) ->
         key: parameter.shape for key, parameter in encoder.items()
     }:
         raise PeftLabError(
-            f"{saved.folder} holds what the adapter's encoder made, but no {ENCODER} with that encoder, so its "
-            "training cannot go on here. Save it with this package, or attach the adapter without an encoder."
+            f"{saved.folder} holds the output of the adapter's encoder, but the encoder itself is not there (no "
+            f"{ENCODER}, or one of other shapes), so training cannot continue. Save it with this package, or attach "
+            "the adapter without an encoder."
         )
 
 
 @torch.no_grad()
 def fill(placements: Iterable[Placement], saved: Saved) -> None:
-    """Copies saved tensors into an adapter's parts, where they replace what the parts started with."""
-    # The output of an encoder is not copied: it follows from the encoder's own weights, which are.
+    """Copy saved tensors into an adapter's parts, in place of the values that the parts started with."""
+    # An encoder's output is not copied; its weights (next loop) reproduce it.
     for key, parameter in key_table(p for p in placements if not p.part.encoder_keys).items():
         parameter.copy_(saved.tensors[key])
     for key, parameter in encoder_table(placements).items():
@@ -173,9 +245,10 @@ def fill(placements: Iterable[Placement], saved: Saved) -> None:
 
 
 def check_config(root: nn.Module, name: str, placements: list[Placement], saved: Saved) -> None:
-    """Requires that an attached adapter computes with a folder's weights what the saved one did.
+    """Require that with a folder's weights an attached adapter computes the same as the saved one did.
 
-    What it is placed on is for `check_keys`; both configs are brought to one form, since peft may write another.
+    Where the adapter stands is checked by `check_keys`. Both configs are brought to one form first, since peft may
+    write another.
     """
     attached, other = to_fields(root, require_adapter(root, name).configs[name], placements), saved.fields
     mine, theirs = (to_fields(root, from_fields(root, fields), placements) for fields in (attached, other))
@@ -188,13 +261,13 @@ def check_config(root: nn.Module, name: str, placements: list[Placement], saved:
 
 
 def sampled(placements: Iterable[Placement]) -> tuple[list[str], list[str]]:
-    """Returns (paths of the hosts, by whose weights the base is recognised; those of them with a trained copy)."""
+    """Return (modules whose weights fingerprint the base, modules replaced by trained copies)."""
     copied = [placement.path for placement in placements if placement.name == "copy"]
     return [placement.path for placement in placements], copied
 
 
 def placed(root: nn.Module, name: str) -> list[Placement]:
-    """The parts of an attached adapter and where they stand, in the model's order."""
+    """Return the parts of an attached adapter and where they stand, in the model's order."""
     return [
         Placement(path, part_name, part)
         for path, host in hosts(root)
@@ -204,7 +277,7 @@ def placed(root: nn.Module, name: str) -> list[Placement]:
 
 
 def key_table(placements: Iterable[Placement]) -> dict[str, Tensor]:
-    """The one table: {key in Hugging Face's file: our parameter, or what an encoder makes}."""
+    """Return the one table: {key in Hugging Face's file: our parameter, or the output of an encoder}."""
     table = {}
     for path, _, part in placements:
         for own, keys in part.keys.items():
@@ -217,25 +290,25 @@ def key_table(placements: Iterable[Placement]) -> dict[str, Tensor]:
 
 
 def encoder_table(placements: Iterable[Placement]) -> dict[str, nn.Parameter]:
-    """{key in the file beside: our parameter}, for what Hugging Face's format leaves out."""
+    """Return {key in the second file: our parameter}, for what Hugging Face's format leaves out."""
     return {key: part.get_parameter(own) for _, _, part in placements for own, key in part.encoder_keys.items()}
 
 
 def to_fields(root: nn.Module, config: Config, placements: list[Placement]) -> dict[str, Any]:
-    """A config as the contents of `adapter_config.json`."""
+    """Return a config as the contents of `adapter_config.json`."""
     hosts_by_path = {path: root.get_submodule(path) for path, _, _ in placements}
     fields = {name: getattr(config, name, None) for name in TARGET_FIELDS}
     fields["task_type"] = fields["task_type"] or task_type_of(root, sampled(placements)[1])
     targets = fields["target_modules"]
     found_here = isinstance(targets, str) and (targets.lower() == ALL_LINEAR or config.layers_to_transform)
-    if not isinstance(config, Targets):  # it stands on the model itself
+    if not isinstance(config, Targets):  # its adapter stands on the model itself
         fields = {name: fields[name] for name in ("modules_to_save", "task_type")}
     elif targets is None or found_here:
-        # The names that were found, so that no library has to guess them again; and Hugging Face peft takes
-        # layers_to_transform only beside a list.
+        # Write the names that were found, so that no library has to guess them again. Also, Hugging Face peft takes
+        # layers_to_transform only together with a list.
         adapted = {path for path, part_name, _ in placements if part_name not in ("bias", "copy")}
         fields["target_modules"] = sorted(adapted)
-    # Hugging Face's IA3 has no fields for layers, and warns about each that it finds in a file.
+    # Hugging Face's IA3 has no fields for layers, and warns about each one in a file.
     unset = [name for name in ("layers_to_transform", "layers_pattern") if fields.get(name) is None]
     fields = {name: value for name, value in fields.items() if name not in unset}
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
@@ -248,21 +321,27 @@ def to_fields(root: nn.Module, config: Config, placements: list[Placement]) -> d
 
 
 def from_fields(root: nn.Module, fields: Mapping[str, Any]) -> Config:
-    """The contents of `adapter_config.json` as a config for this model."""
+    """Return the contents of `adapter_config.json` as a config for this model."""
+    check_fields(root, fields)
     kind = config_class(fields)
     takes = {field.name for field in fields_of(kind)}
     given = {name: fields.get(name) for name in TARGET_FIELDS if name in takes}
     shared = {name: None if value in ([], "") else value for name, value in given.items()}
     if "layers_to_transform" in takes and shared["layers_to_transform"] is None:
-        shared["layers_pattern"] = None  # without layers to count it says nothing
+        shared["layers_pattern"] = None  # without layers it has no meaning
     try:
-        return only_present(root, kind(**shared, **kind.from_peft(fields)))
-    except (TypeError, AttributeError) as error:
+        with bounded():
+            return only_present(root, kind(**shared, **kind.from_peft(fields)))
+    except PeftLabError:
+        raise
+    except (TypeError, AttributeError, ValueError, OverflowError) as error:
         raise PeftLabError(f"{CONFIG} holds a field of a wrong type: {error}.") from None
 
 
 def config_class(fields: Mapping[str, Any]) -> type[Config]:
-    """Chooses a folder's method by its `peft_type` and by the fields it uses: DoRA's is LoRA's, and `use_dora`.
+    """Return the config class of a folder's method, by its `peft_type` and by the fields it uses.
+
+    DoRA's `peft_type`, for example, is LoRA's; `use_dora` tells them apart.
 
     Raises:
         PeftLabError: no method here has this `peft_type` and these fields, or more than one has.
@@ -281,7 +360,10 @@ def config_class(fields: Mapping[str, Any]) -> type[Config]:
     if not fitting:
         closest = max(alike, key=lambda kind: len(kind.requires))
         name = next(name for name in closest.unsupported if fields.get(name))
-        raise PeftLabError(f"The adapter uses {name}={fields[name]!r}, which this package does not have.")
+        raise PeftLabError(
+            f"The adapter uses {name}={fields[name]!r}, which this package does not have. Load it with Hugging Face "
+            "peft."
+        )
     if len(fitting) > 1:
         raise PeftLabError(
             f"The adapter's fields fit {' and '.join(kind.__name__ for kind in fitting)}. Each of these classes must "
@@ -291,8 +373,10 @@ def config_class(fields: Mapping[str, Any]) -> type[Config]:
 
 
 def only_present(root: nn.Module, config: Config) -> Config:
-    """Leaves out names and patterns that this model does not have: Hugging Face peft saves them, and the keys of the
-    file say what was trained."""
+    """Return the config without the names and patterns that this model does not have.
+
+    Hugging Face peft saves such names. The keys of the file say what was really trained.
+    """
     paths = list(base_modules(root))
     changes: dict[str, Any] = {}
     for field in ("target_modules", "modules_to_save"):
@@ -310,9 +394,9 @@ def only_present(root: nn.Module, config: Config) -> Config:
 
 
 def locate(folder: Path, name: str) -> Path:
-    """The folder that holds an adapter's two files."""
+    """Return the folder that holds an adapter's two files."""
     for candidate in (folder / name, folder) if name != "default" else (folder,):
-        if (candidate / CONFIG).is_file() and (candidate / WEIGHTS).is_file():
+        if {CONFIG, WEIGHTS} <= settled(candidate, FILES).keys():
             return candidate
     if not folder.is_dir():
         near = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
@@ -320,28 +404,17 @@ def locate(folder: Path, name: str) -> Path:
     if any(folder.glob("adapter_model.bin")):
         raise PeftLabError(
             f"{folder} holds adapter_model.bin, a pickle, which can run code when it is opened. "
-            "Convert it to adapter_model.safetensors where you trust it."
+            "If you trust it, convert it to adapter_model.safetensors."
         )
     there = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
     hint = f" It holds adapters named {', '.join(map(repr, there))}; give one as name." if there else ""
     raise PeftLabError(f"{folder} lacks {CONFIG} or {WEIGHTS}.{hint}")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Reads `adapter_config.json`."""
-    try:
-        fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PeftLabError(f"{folder / CONFIG} cannot be read: {error}.") from None
-    if not isinstance(fields, dict):
-        raise PeftLabError(f"{folder / CONFIG} holds a {type(fields).__name__}, not the fields of a config.")
-    return fields
-
-
 def check_keys(
     root: nn.Module, folder: Path, fields: Mapping, table: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Requires exactly the keys that the config implies for this model, in the right shapes."""
+    """Require exactly the keys that the config implies for this model, in the right shapes."""
     trained_on = fields.get("base_model_name_or_path") or "an unnamed base"
     origin = f" The adapter was trained on {trained_on!r}; this model is {base_name(root) or type(root).__name__!r}."
     missing = [key for key in table if key not in tensors]
@@ -358,8 +431,11 @@ def check_keys(
 
 
 def redundant(root: nn.Module, key: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Says whether a key only repeats what is known: Hugging Face peft saves the base's own weight beside an adapted
-    embedding, and, with bias="all", the insides of its wrapper around a module trained in full."""
+    """Say whether a key only repeats what the model holds already.
+
+    Hugging Face peft saves the base's own weight beside an adapted embedding. With bias="all" it also saves the inside
+    of its wrapper around a module trained in full.
+    """
     twin = key.replace(".modules_to_save.", ".")
     if twin != key:
         return twin in tensors and torch.equal(tensors[twin], tensors[key])
@@ -368,18 +444,21 @@ def redundant(root: nn.Module, key: str, tensors: Mapping[str, Tensor]) -> bool:
     own = base_tensor(root, module, name) if module in base_modules(root) else None
     if own is None or own.shape != tensors[key].shape:
         return False
-    # The base may have been loaded in another dtype: equal in the coarser of the two is equal.
+    # The base may have been loaded in another dtype, so the two are compared in the coarser dtype.
     dtype = min(own.dtype, tensors[key].dtype, key=lambda dtype: dtype.itemsize)
     return torch.equal(tensors[key].to(dtype), own.detach().cpu().to(dtype))
 
 
 def embedding_copies(root: nn.Module, fields: Mapping[str, Any], placements: list[Placement]) -> dict[str, Tensor]:
-    """The base's weights that Hugging Face peft saves beside adapted embeddings, by its rule: the targets name
-    `embed_tokens` or `lm_head`. A vocabulary that was lengthened before training then travels with the adapter."""
+    """Return the base's weights that Hugging Face peft saves beside adapted embeddings.
+
+    Its rule: the targets name `embed_tokens` or `lm_head`. A vocabulary that was lengthened before training then
+    travels with the adapter.
+    """
     targets, names = fields.get("target_modules") or (), ("embed_tokens", "lm_head")
     if isinstance(targets, str):
         paths = (path for path in base_modules(root) if path.rpartition(".")[2] in names)
-        named = any(re.fullmatch(targets, path) for path in paths)
+        named = any(names_match(targets, path) for path in paths)
     else:
         named = any(name in targets for name in names)
     if not named or not hasattr(root, "get_input_embeddings"):
@@ -394,6 +473,6 @@ def embedding_copies(root: nn.Module, fields: Mapping[str, Any], placements: lis
 
 
 def base_name(root: nn.Module) -> str | None:
-    """The base's name or path, as transformers knows it."""
+    """Return the base's name or path, as transformers knows it."""
     config = getattr(root, "config", None)
     return getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None) or None

@@ -1,4 +1,4 @@
-"""Adapters on a model: attach, detach, activate, disable, count.
+"""Attach, detach, activate, disable and count adapters on a model.
 
 The model is changed in place and keeps its class. See DESIGN.md for why hooks and not wrappers.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -21,12 +21,19 @@ from peftlab.core.hooks import CHILD, Activity, Adapters, hosts, place, plain, p
 from peftlab.core.interface import Config, Placement
 from peftlab.core.records import Record, device_and_dtype_for, record_of, require_adapter, tensor_at, unwrap
 from peftlab.errors import PeftLabError
+from peftlab.patterns import bounded
 from peftlab.quantization.marks import restore_transformers_attributes, set_transformers_attributes
 from peftlab.quantization.weights import restore_parameter, unpack
 
 
 class ParameterCount(NamedTuple):
-    """How many parameters a model has and how many of them train. `total` counts a 4-bit weight by its real shape."""
+    """Say how many parameters a model has and how many of them train.
+
+    Attributes:
+        trainable: how many parameters train.
+        total: how many there are; a 4-bit weight counts as the matrix it stands for.
+        percent: 100 trainable / total.
+    """
 
     trainable: int
     total: int
@@ -43,21 +50,25 @@ def attach(
     *,
     adapter_dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Attaches an adapter, freezes the base, and makes the new adapter the active one.
+    """Attach an adapter, freeze the base, and make the new adapter the active one.
 
     Args:
-        model: any `nn.Module`, a transformers model among them; it is changed in place.
+        model: any `nn.Module`, for example a transformers model; it is changed in place.
         config: what to attach, for example `LoRAConfig(r=8, alpha=16)`.
         name: the adapter's name; letters, digits, `_` and `-`.
-        adapter_dtype: dtype of the adapter's parameters. By default that of the layer, and float32 on a
-            half-precision or quantised one, as in Hugging Face peft: an optimiser's small steps vanish in 16 bits.
+        adapter_dtype: the dtype of the adapter's parameters. By default it is that of the layer, and float32 on a
+            half-precision or quantised layer, as in Hugging Face peft: an optimiser's small steps vanish in 16 bits.
 
     Returns:
         The same model.
 
     Raises:
-        PeftLabError: a name used twice, targets that match nothing or only in part, a merged model, a value out of
-            range. The model is then as it was.
+        PeftLabError: a name is used twice, a target matches nothing, the model is merged, or a value is out of range.
+            The model is then as it was.
+
+    >>> model = pl.attach(model, pl.LoRAConfig(r=8, target_modules=["q_proj", "v_proj"]))
+    >>> print(pl.count_parameters(model))
+    896 of 6,608 parameters train (13.5593%)
     """
     root = unwrap(model)
     placements = prepare(root, name, config, adapter_dtype)
@@ -66,8 +77,17 @@ def attach(
     return model
 
 
-def prepare(root: nn.Module, name: str, config: Config, adapter_dtype: torch.dtype | None) -> list[Placement]:
-    """Builds all parts of an adapter, on the right devices and in the right dtypes, and changes nothing yet."""
+def prepare(
+    root: nn.Module,
+    name: str,
+    config: Config,
+    adapter_dtype: torch.dtype | None,
+    check: Callable[[Placement], None] | None = None,
+) -> list[Placement]:
+    """Build all parts of an adapter, with their devices and dtypes, and leave the model unchanged.
+
+    `check` gets each part before the next one is built, and may refuse it.
+    """
     if not isinstance(root, nn.Module):
         raise PeftLabError(f"The model is a {type(root).__name__}; attach takes an nn.Module.")
     if not isinstance(config, Config) or isinstance(config, type):
@@ -86,9 +106,14 @@ def prepare(root: nn.Module, name: str, config: Config, adapter_dtype: torch.dty
         if record is None or host._modules[CHILD].activity is not record.activity:
             raise PeftLabError(
                 f"{path or 'The model'} carries adapters that were attached through another module. "
-                "Attach and detach through one and the same model."
+                "Attach and detach through the same model."
             )
-    placements = list(config.parts(root))
+    placements = []
+    with bounded():
+        for placement in config.parts(root):
+            if check is not None:
+                check(placement)
+            placements.append(placement)
     for path, _, part in placements:
         host = root.get_submodule(path)
         device, dtype = device_and_dtype_for(host)
@@ -99,7 +124,10 @@ def prepare(root: nn.Module, name: str, config: Config, adapter_dtype: torch.dty
 
 @torch.no_grad()
 def settle(root: nn.Module, placements: list[Placement]) -> None:
-    """Lets prepared parts compute what depends on the base's weights, which are first made readable."""
+    """Let prepared parts compute what depends on the base's weights.
+
+    Weights that bitsandbytes repacked are unpacked first.
+    """
     repaired = sum(unpack(module) for module in root.modules())
     if repaired:
         warnings.warn(
@@ -113,15 +141,15 @@ def settle(root: nn.Module, placements: list[Placement]) -> None:
 
 
 def add(root: nn.Module, name: str, config: Config, placements: list[Placement], trainable: bool) -> None:
-    """Puts settled parts in place and activates them."""
+    """Put settled parts in place and activate them."""
     record = record_of(root)
     if record is None:
         record = Record()
-        # A plain attribute, not a module: nothing of it is in the tree or in a state dict.
+        # A plain attribute, not a module, so it is neither in the module tree nor in a state dict.
         object.__setattr__(root, "_peftlab", record)
     if not record.configs:
         for parameter_name, parameter in root.named_parameters():
-            # By its plain name: a layer may be compiled on its own between attach and detach.
+            # Use the plain name, since a layer may be compiled by itself between attach and detach.
             record.base_requires_grad[plain(parameter_name)] = parameter.requires_grad
             parameter.requires_grad_(False)
     for path, part_name, part in placements:
@@ -133,12 +161,17 @@ def add(root: nn.Module, name: str, config: Config, placements: list[Placement],
 
 
 def detach(model: nn.Module, name: str = "default") -> nn.Module:
-    """Takes an adapter off. With the last one the model is as it was before the first, bit for bit.
+    """Take an adapter off. After the last one the model is as it was before the first, bit for bit.
 
-    Base weights, `requires_grad` flags, hooks and state-dict keys are all restored; a merged model is unmerged first.
+    Base weights, `requires_grad` flags, hooks and state-dict keys are all restored. A merged model is unmerged first.
 
     Raises:
-        PeftLabError: no such adapter (with near matches).
+        PeftLabError: there is no such adapter (with near matches).
+
+    >>> model = pl.attach(model, pl.LoRAConfig(r=4))
+    >>> model = pl.detach(model)
+    >>> print(pl.count_parameters(model))
+    5,712 of 5,712 parameters train (100.0000%)
     """
     root = unwrap(model)
     record = require_adapter(root, name)
@@ -168,22 +201,30 @@ def activate(
     *,
     trainable: bool | None = None,
 ) -> None:
-    """Chooses the adapters that run, and trains those that may.
+    """Choose the adapters that run. Those of them that may train then train.
 
     With gradient checkpointing the backward pass runs the model again, so call `backward` before switching.
 
     Args:
-        which: a name; or `{"a": 0.7, "b": 0.3}`, which adds 0.7 times what `a` changes and 0.3 times what `b`
-            changes (`{}` is the base alone); or a list with one name (or None, for the base) a row of the batch.
-            A batch of k times as many rows repeats each name k times in place, as beams and returned sequences lie:
-            rows 0 to k - 1 run the first. Layers that see tokens in another order than the batch's, such as the
-            experts of a mixture behind their router, cannot be told apart by rows: activate one adapter there.
-            Prompts and prefixes are mixed by their vectors, 0.7 P_a + 0.3 P_b, and need equal lengths for that, and
-            in rows.
-        trainable: whether the named adapters train; `None` leaves that as attached (yes) or loaded (no).
+        which: one of three. A name. A dict such as `{"a": 0.7, "b": 0.3}`, which adds 0.7 times what `a` changes and
+            0.3 times what `b` changes (`{}` is the base alone). A list with one name, or None for the base, per row of
+            the batch. If the batch has k times as many rows as names, the first k rows run the first name and so on, as
+            beams and returned sequences lie. Some layers see tokens in another order than the batch's, such as the
+            experts of a mixture behind their router; rows cannot be told apart there, so activate one adapter. Prompts
+            and prefixes are mixed by their vectors, 0.7 P_a + 0.3 P_b, so they need equal lengths. So do prompts and
+            prefixes in the rows of one batch.
+        trainable: whether the named adapters train. `None` changes nothing: attached adapters train, loaded ones do
+            not.
 
     Raises:
-        PeftLabError: an unknown name (with near matches), a weight that is no finite number, a merged model.
+        PeftLabError: an unknown name (with near matches), a weight that is no finite number, or a merged model.
+
+    >>> for name in ("calm", "brisk"):
+    ...     model = pl.attach(model, pl.LoRAConfig(r=4), name=name)
+    >>> pl.activate(model, {"calm": 0.7, "brisk": 0.3})  # a mixture of the two
+    >>> pl.activate(model, ["calm", None])  # row 0 runs an adapter, row 1 the base alone
+    >>> model(torch.ones(2, 3, dtype=torch.long)).logits.shape
+    torch.Size([2, 3, 32])
     """
     root = unwrap(model)
     weights: dict[str, float] = {}
@@ -213,7 +254,7 @@ def activate(
 
 
 def check_together(root: nn.Module, weights: dict[str, float], rows: tuple[str | None, ...] | None) -> None:
-    """Refuses adapters that cannot run at once, because they make inputs of different lengths."""
+    """Refuse adapters that cannot run at once, because they make inputs of different lengths."""
     wanted = Activity()
     wanted.weights, wanted.rows = weights, rows
     for _, host in hosts(root):
@@ -231,7 +272,7 @@ def check_together(root: nn.Module, weights: dict[str, float], rows: tuple[str |
 
 
 def refresh_requires_grad(root: nn.Module, record: Record) -> None:
-    """Lets exactly the active adapters' trainable parameters train; none while the model is merged."""
+    """Let exactly the active adapters' trainable parameters train, and none while the model is merged."""
     activity = record.activity
     active = set(activity.weights if activity.rows is None else activity.rows)
     for _, host in hosts(root):
@@ -241,17 +282,25 @@ def refresh_requires_grad(root: nn.Module, record: Record) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block the model gives the base's own output; afterwards the adapters run as before.
+    """Run the base alone inside the block. After it the adapters run as before.
 
     Raises:
-        PeftLabError: the model is merged: its weights then are not the base's.
+        PeftLabError: the model is merged, so its weights are not the base's.
+
+    >>> model = pl.attach(model, pl.LoRAConfig(r=4, init="random"))
+    >>> tokens = torch.ones(1, 3, dtype=torch.long)
+    >>> adapted = model(tokens).logits
+    >>> with pl.disabled(model):
+    ...     base = model(tokens).logits
+    >>> torch.equal(adapted, base)
+    False
     """
     record = record_of(unwrap(model))
     if record is None:
         yield model
         return
     if record.activity.merged:
-        raise PeftLabError("The model is merged, so the base's output is not there; call unmerge(model) first.")
+        raise PeftLabError("The model is merged, so it cannot give the base's output; call unmerge(model) first.")
     before, record.activity.enabled = record.activity.enabled, False
     try:
         yield model
@@ -260,17 +309,25 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def attached(model: nn.Module) -> dict[str, Config]:
-    """Returns {adapter name: its config}, in the order attached; empty for a plain model."""
+    """Return {adapter name: its config}, in the order attached; empty for a plain model.
+
+    >>> model = pl.attach(model, pl.LoRAConfig(r=4), name="mine")
+    >>> {name: config.r for name, config in pl.attached(model).items()}
+    {'mine': 4}
+    """
     record = record_of(unwrap(model))
     return dict(record.configs) if record else {}
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Counts parameters: those that train, all of them (adapters included, tied ones once), and the percentage.
+    """Count the parameters that train, count all of them, and give the percentage.
 
-    A bias trained in place of the base's own is one parameter, not two, as in Hugging Face peft.
+    Adapters are included, and tied parameters count once. A bias trained instead of the base's own is one parameter,
+    not two, as in Hugging Face peft. A 4-bit weight counts as the matrix it stands for, not as its packed bytes.
 
-    A 4-bit weight counts as the matrix it stands for, not as its packed bytes.
+    >>> model = pl.attach(model, pl.LoRAConfig(r=4, target_modules=["q_proj"]))
+    >>> print(pl.count_parameters(model))
+    256 of 5,968 parameters train (4.2895%)
     """
     trainable = total = 0
     root = unwrap(model)
@@ -285,7 +342,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def restore_base(root: nn.Module, record: Record) -> None:
-    """Restores the base's own weights after a merge, from the copies kept then."""
+    """Restore the base's own weights after a merge, from the copies kept then."""
     for path, parameters in record.backup.items():
         host = root.get_submodule(path)
         for name, kept in parameters.items():

@@ -1,13 +1,15 @@
-"""Merging: the active adapters folded into the base's weights, and taken out again.
+"""Merge the active adapters into the base's weights, and take them out again.
 
-    W' = W + sum over adapters of weight (W_adapter - W),    for LoRA W_adapter - W = s B A
+    W' = W + sum over adapters of weight (W_adapter - W),    for LoRA W_adapter - W = s B A,  W: (out, in)
 
-(Hu et al., 2021, arXiv:2106.09685, section 4.1: "no additional inference latency".) The update and the sum are
-computed in float64 (float32 on mps, which has none) and rounded once to the base's dtype. In bf16 that rounding is not
-small beside a small update; the report says how much of it is lost.
+Paper: Hu et al., 2021, arXiv:2106.09685, section 4.1: "no additional inference latency".
+Book: section 2.14, "Merging"; for 4-bit weights section 3.11, "Merging".
 
-Into a 4-bit weight an update is merged only when asked for: there it is rounded to one of sixteen values a block of
-64, and an update much smaller than the distance between two of them is lost, or becomes noise of its own size.
+The update and the sum are computed in float64 (float32 on mps, which has no float64) and rounded once to the base's
+dtype. In bf16 this rounding can be large compared with a small update. The report says how much of the update is lost.
+
+An update is merged into a 4-bit weight only when asked for. There it is rounded to one of sixteen values per block of
+64. If it is much smaller than the distance between two of them, it is lost, or becomes noise of its own size.
 """
 
 from __future__ import annotations
@@ -29,12 +31,12 @@ from peftlab.quantization.weights import is_quantized, keep, store
 
 
 class MergeReport(NamedTuple):
-    """What merging did.
+    """Say what merging did.
 
     Attributes:
-        modules: number of modules whose weights changed.
-        relative_error: the largest over modules of |stored - exact| / |exact - W|: the share of the update that
-            rounding to the base's dtype, or quantising the sum again, lost. At 1 the error is as large as the update.
+        modules: the number of modules whose weights changed.
+        relative_error: the share of the update that was lost by rounding to the base's dtype, or by quantising the sum
+            again: the largest over modules of |stored - exact| / |exact - W|. At 1 the error is as large as the update.
         by_module: the same for each module, by path.
     """
 
@@ -48,20 +50,25 @@ class MergeReport(NamedTuple):
 
 @torch.no_grad()
 def merge(model: nn.Module, *, unload: bool = False, requantize: bool = False) -> MergeReport:
-    """Folds the active adapters into the base's weights, in place.
+    """Fold the active adapters into the base's weights, in place.
 
     Args:
         model: a model with active adapters.
         unload: also detach all adapters, and keep no copy of the weights: what remains is a plain model to ship.
-            Otherwise a copy of each changed weight is kept, so that `unmerge` restores the base bit for bit; it
-            costs as much memory as the changed weights.
-        requantize: merge into 4-bit weights, too, by quantising the sum again. Read the report's error; to lose nothing
-            more, `dequantize_model` first and merge into 16 or 32 bits.
+            Otherwise a copy of each changed weight is kept, so that `unmerge` restores the base bit for bit. The copies
+            need as much memory as the changed weights.
+        requantize: also merge into 4-bit weights, by quantising the sum again. Read the report's error. To lose less,
+            call `dequantize_model` first and merge into 16 or 32 bits.
 
     Raises:
-        PeftLabError: already merged, disabled, no active adapter, an adapter for each row, a method that cannot be
-            merged, a weight that is quantised (without `requantize`) or shared with another module. The model is then
-            as it was.
+        PeftLabError: the model is merged already; the adapters are disabled; none is active; each row has its own; the
+            method cannot be merged; a weight is shared with another module, or quantised (without `requantize`). The
+            model is then as it was.
+
+    >>> model = pl.attach(model, pl.LoRAConfig(r=4, init="random"))
+    >>> report = pl.merge(model)
+    >>> report.modules, report.relative_error < 1e-5
+    (4, True)
     """
     root = unwrap(model)
     record = record_of(root)
@@ -84,13 +91,13 @@ def merge(model: nn.Module, *, unload: bool = False, requantize: bool = False) -
                         "Look at the adapter's values, or merge in a wider dtype."
                     )
                 errors[path] = max(errors.get(path, 0.0), rounding_error(tensor, value, before))
-    except BaseException:  # out of memory or Ctrl-C half-way too: all or nothing
+    except BaseException:  # merge all or nothing, also if memory runs out or Ctrl-C is pressed
         restore_base(root, record)
         raise
     record.activity.merged = True
     refresh_requires_grad(root, record)
     if unload:
-        record.activity.merged = False  # detach must leave the merged weights
+        record.activity.merged = False  # so that detach leaves the merged weights
         record.backup.clear()
         for name in list(record.configs):
             detach(root, name)
@@ -98,10 +105,17 @@ def merge(model: nn.Module, *, unload: bool = False, requantize: bool = False) -
 
 
 def unmerge(model: nn.Module) -> None:
-    """Gives the base its own weights back, bit for bit, and lets the adapters run beside it again.
+    """Restore the base's own weights, bit for bit, and let the adapters run beside them again.
 
     Raises:
         PeftLabError: the model is not merged.
+
+    >>> before = model.lm_head.weight.clone()
+    >>> model = pl.attach(model, pl.LoRAConfig(r=4, init="random", target_modules=["lm_head"]))
+    >>> report = pl.merge(model)
+    >>> pl.unmerge(model)
+    >>> torch.equal(model.lm_head.weight, before)
+    True
     """
     root = unwrap(model)
     record = record_of(root)
@@ -111,7 +125,7 @@ def unmerge(model: nn.Module) -> None:
 
 
 def merged_parameters(host: nn.Module, activity: Activity) -> dict[str, Tensor]:
-    """The host's parameters with the active mixture folded in, before rounding to the host's dtype."""
+    """Return the host's parameters with the active mixture folded in, before rounding to the host's dtype."""
     changed: dict[str, list[tuple[float, Tensor]]] = {}
     for _, weight, part in active_parts(host, activity):
         for name, value in part.merged(host).items():
@@ -127,7 +141,7 @@ def merged_parameters(host: nn.Module, activity: Activity) -> dict[str, Tensor]:
 
 
 def active_parts(host: nn.Module, activity: Activity) -> Iterator[tuple[str, float, Part]]:
-    """Yields (adapter name, weight, part) for the parts of a host that run."""
+    """Yield (adapter name, weight, part) for the parts of a host that run."""
     for name, weight in activity.weights.items():
         if name in host._modules[CHILD]:
             for part in host._modules[CHILD][name].values():
@@ -135,14 +149,14 @@ def active_parts(host: nn.Module, activity: Activity) -> Iterator[tuple[str, flo
 
 
 def rounding_error(stored: Tensor, exact: Tensor, before: Tensor) -> float:
-    """|stored - exact| / |exact - before|; 0 where nothing changed. `before` is widened already."""
+    """Return |stored - exact| / |exact - before|, or 0 if nothing changed. `before` is widened already."""
     stored, exact = widened(stored), widened(exact)
     change = (exact - before).norm().item()
     return (stored - exact).norm().item() / change if change else 0.0
 
 
 def check(root: nn.Module, record: Record, requantize: bool) -> None:
-    """Refuses what can be told before anything is computed."""
+    """Refuse what can be known to fail before anything is computed."""
     activity = record.activity
     if activity.merged:
         raise PeftLabError("The model is merged already; merging twice would add the update twice.")
@@ -156,27 +170,31 @@ def check(root: nn.Module, record: Record, requantize: bool) -> None:
         for name, _, part in active_parts(host, activity):
             if not part.overrides("merged"):
                 kind = record.configs[name].method
-                raise PeftLabError(f"Adapter {name!r} ({kind}) changes more than weights and cannot be merged.")
+                raise PeftLabError(
+                    f"Adapter {name!r} ({kind}) changes more than weights and cannot be merged; keep it attached."
+                )
             for parameter_name, parameter in host.named_parameters(recurse=False):
                 if is_quantized(parameter) and not requantize:
                     raise PeftLabError(
                         f"{path}.{parameter_name} is held in four bits, where much of a small update is lost. Call "
-                        "dequantize_model(model) first and merge into whole weights; or merge(model, "
-                        "requantize=True), and read its error."
+                        "dequantize_model(model) first and merge into weights of full precision. Or call merge(model, "
+                        "requantize=True), and read the error in its report."
                     )
                 if not is_quantized(parameter) and not parameter.is_floating_point():
                     raise PeftLabError(
-                        f"{path}.{parameter_name} is quantised to {parameter.dtype}, into which nothing can be merged "
-                        "here; load the base in 16 or 32 bits."
+                        f"{path}.{parameter_name} is quantised to {parameter.dtype}, and nothing can be merged into "
+                        "such weights here. Load the base in 16 or 32 bits."
                     )
 
 
 def check_target(path: str, name: str, tensor: Tensor | None, uses: Counter) -> None:
-    """Refuses a parameter that is not there or that another module reads as well."""
+    """Refuse a parameter that does not exist, or that another module reads as well."""
     if tensor is None:
-        raise PeftLabError(f"{path}.{name} is not there, so no update can be merged into it.")
+        raise PeftLabError(
+            f"{path}.{name} does not exist, so no update can be merged into it; keep the adapter attached."
+        )
     if uses[id(tensor)] > 1:
         raise PeftLabError(
             f"{path}.{name} is shared with another module (tied weights), which a merge would change as well. "
-            "Keep the adapter apart, or load the model with tie_word_embeddings=False."
+            "Keep the adapter attached, or load the model with tie_word_embeddings=False."
         )

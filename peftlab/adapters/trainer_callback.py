@@ -1,7 +1,7 @@
-"""Adapters in the checkpoints of transformers' `Trainer`.
+"""Save and restore adapters in the checkpoints of transformers' `Trainer`.
 
 `Trainer` saves a model by `save_pretrained`, which holds the base alone. With this callback each `checkpoint-N` also
-holds every attached adapter, in Hugging Face's format in its folder `adapter`, and a resumed run starts from it:
+holds every attached adapter, in Hugging Face's format, in its folder `adapter`. A resumed run starts from it:
 
     trainer = Trainer(model=model, ..., callbacks=[AdapterCallback()])
     trainer.train(resume_from_checkpoint=True)
@@ -25,11 +25,11 @@ FOLDER = "adapter"
 
 
 class AdapterCallback(TrainerCallback):
-    """Saves the attached adapters with each checkpoint and restores them when a run is resumed.
+    """Save the attached adapters with each checkpoint, and restore them when a run is resumed.
 
     Attributes:
-        resume_from: the checkpoint folder that `train(resume_from_checkpoint=...)` was given; needed only when it lies
-            outside `output_dir`, since `Trainer` does not tell its callbacks.
+        resume_from: the checkpoint folder that `train(resume_from_checkpoint=...)` was given. It is needed only if the
+            folder lies outside `output_dir`, since `Trainer` does not tell its callbacks.
     """
 
     def __init__(self, resume_from: str | os.PathLike | None = None) -> None:
@@ -38,7 +38,7 @@ class AdapterCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **rest: Any
     ) -> None:
-        """Writes the adapters into the checkpoint that was just saved."""
+        """Write the adapters into the checkpoint that was just saved."""
         if args.should_save:
             for name in attached(model):
                 save_adapter(model, checkpoint_folder(args, state) / FOLDER, name)
@@ -46,7 +46,7 @@ class AdapterCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **rest: Any
     ) -> None:
-        """Restores the adapters of the checkpoint that the run resumes from.
+        """Restore the adapters of the checkpoint that the run resumes from.
 
         Raises:
             PeftLabError: that checkpoint holds no adapter, another one, or a damaged one.
@@ -57,18 +57,18 @@ class AdapterCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **rest: Any
     ) -> None:
-        """With `load_best_model_at_end`: restores the adapters of the best checkpoint."""
+        """Restore the adapters of the best checkpoint, if `load_best_model_at_end` is set."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             restore_adapters(model, Path(state.best_model_checkpoint))
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """The folder that `Trainer` uses for the current step."""
+    """Return the folder that `Trainer` uses for the current step."""
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
 def restore_adapters(model: nn.Module, checkpoint: Path) -> None:
-    """Copies the saved weights of every attached adapter into the model; the parameters stay the same objects."""
+    """Copy the saved weights of every attached adapter into the model; the parameters stay the same objects."""
     if not (checkpoint / FOLDER).is_dir():
         raise PeftLabError(
             f"{checkpoint} holds no adapter: it was saved without AdapterCallback, or the run stopped while saving. "
@@ -79,11 +79,11 @@ def restore_adapters(model: nn.Module, checkpoint: Path) -> None:
 
 
 def restore_adapter(model: nn.Module, folder: Path, name: str) -> None:
-    """Copies an adapter folder's weights into the attached adapter of that name.
+    """Copy an adapter folder's weights into the attached adapter of that name.
 
     Raises:
-        PeftLabError: a folder that is missing or damaged, or holds another config, base, keys or shapes. Nothing is
-            then copied.
+        PeftLabError: the folder is missing or damaged, or holds another config, base, keys or shapes. Nothing is then
+            copied.
     """
     root = unwrap(model)
     require_adapter(root, name)

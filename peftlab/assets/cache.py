@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import filelock
@@ -127,14 +126,22 @@ def staging(name: str):
 
 
 def publish(prepared: Path, final: Path) -> None:
-    """Move a prepared folder to its final name, in one step, with its contents on the disk first."""
+    """Move a prepared folder to its final name, in one step, with its contents on the disk first.
+
+    A damaged folder of that name is mended file by file, the stamp last: what else somebody put there stays.
+    """
     for path in prepared.iterdir():
         _sync(path)
     _sync(prepared)
     os.chmod(prepared, 0o755)  # temporary folders are made private; a class may share one cache
-    if final.exists():  # only ever a damaged one: move it out of the way, to be removed with the staging folder
-        os.replace(final, prepared.parent / f"damaged-{time.time_ns()}")
-    os.replace(prepared, final)
+    if final.exists():
+        (final / STAMP).unlink(missing_ok=True)
+        for path in sorted(prepared.rglob("*"), key=lambda path: path.name == STAMP):
+            if path.is_file():
+                (final / path.relative_to(prepared)).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, final / path.relative_to(prepared))
+    else:
+        os.replace(prepared, final)
     _sync(final.parent)
 
 

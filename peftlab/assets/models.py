@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -14,7 +15,10 @@ from peftlab.assets.catalogue import catalogue
 from peftlab.assets.fetch import ensure
 from peftlab.checks import whole
 from peftlab.errors import PeftLabError, did_you_mean, near_matches
+from peftlab.foreign import check_code, read_fields
 
+# transformers would put an adapter that lies beside a model into it, and unpickle it; that is for load_adapter
+NO_ADAPTER = {"subfolder": "no-adapter"}
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -48,13 +52,21 @@ def load_model(
         options["num_labels"] = num_labels = whole("num_labels", num_labels, least=1)
     with quiet():
         try:
+            check_code(f"The config of {str(name)!r}", _fields(source))
             config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
             kind = _model_class(config, num_labels)
             model, report = kind.from_pretrained(
-                source, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **options
+                source,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                adapter_kwargs=NO_ADAPTER,
+                **options,
             )
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        except (OSError, ValueError) as error:
+        except (PeftLabError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a malformed folder makes anything of transformers' own code
             raise PeftLabError(_load_fault(name, error)) from error
     _warn_about_missing(name, model, report)
     if name in catalogue():  # for the model card of an adapter; the config names the folder, which loads again
@@ -62,6 +74,14 @@ def load_model(
         licence = entry.get("licence", "").split(" (")[0]
         model.peftlab_origin = {"name": str(name), "hub": entry.get("hub"), "licence": licence}
     return model.eval() if device is None else model.eval().to(device), tokenizer
+
+
+def _fields(source: str) -> dict[str, Any]:
+    """The config of a folder or a hub id as it is written, before anything is made of it."""
+    file = Path(source) / "config.json"
+    if file.is_file():
+        return read_fields(file, infinite=True)
+    return transformers.PretrainedConfig.get_config_dict(source)[0]
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from peftlab.kit import measurements
 from peftlab.progress import Bar
 
 TOPICS = ("memory", "lora", "qlora", "prompts", "adapters", "parallel")
+BEGINNING = b'{"gpu": '  # of FILE.partial
 LIBRARIES = ("torch", "transformers", "peft", "peftlab", "bitsandbytes", "triton")
 
 
@@ -48,6 +49,8 @@ def run(topic: str, out: str | os.PathLike, *, only: Iterable[str] | None = None
     out = Path(out)
     if not out.parent.is_dir():
         raise PeftLabError(f"The folder {str(out.parent)!r} is not there; make it first.")
+    if out.is_dir() or (out.exists() and not _is_results(out)):
+        raise PeftLabError(f"{out} is there and holds no results of a bench; --out would overwrite it. Give another.")
     module = import_module(f"peftlab.bench.{topic}")
     points = list(module.points())
     sections = list(dict.fromkeys(point["section"] for point in points))
@@ -136,6 +139,9 @@ class Partial:
         self.head = {name: here[name] for name in ("gpu", "cpu", "versions")}
         first, *lines = list(self._lines()) or [None]
         if first is None:
+            begun = file.read_bytes() if file.is_file() else b""
+            if not (begun.startswith(BEGINNING) or BEGINNING.startswith(begun)):
+                raise PeftLabError(f"{file} holds no points of a bench. Move it away, or use another --out.")
             file.unlink(missing_ok=True)  # killed before its first line was whole
             return
         before = first if isinstance(first, dict) else {}
@@ -162,11 +168,21 @@ class Partial:
 
     def _lines(self) -> Iterator[Any]:
         if self.file.is_file():
-            for line in self.file.read_text(encoding="utf-8").splitlines():
+            for line in self.file.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     yield json.loads(line)
                 except json.JSONDecodeError:
                     continue
+
+
+def _is_results(file: Path) -> bool:
+    """Whether a file is a results file or empty, so that a new measurement may replace it."""
+    try:
+        if not file.stat().st_size:
+            return True
+        return {"topic", "provenance", "rows"} <= json.loads(file.read_text(encoding="utf-8")).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def provenance() -> dict[str, Any]:

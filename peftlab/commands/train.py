@@ -1,13 +1,15 @@
 """`peftlab train`: one fine-tuning run from the shell, from names to an adapter folder.
 
 FOLDER holds, at the end, the adapter (or, after full fine-tuning, `model/`), `metrics.json`, `settings.json` and
-`run/`, the state of the training. Everything random comes from the seed, so the same command goes on after a kill as
-if nothing had happened; another command in the same folder is refused.
+`run/`, the state of the training. It is to be new, empty or an earlier run's: no other file is replaced or removed.
+Everything random comes from the seed, so the same command goes on after a kill as if nothing had happened; another
+command in the same folder is refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -15,11 +17,12 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
+from peftlab.assets.catalogue import catalogue
 from peftlab.catalogue import LEARNING_RATE, METHODS, resolve
 from peftlab.checks import whole
 from peftlab.commands import tasks
 from peftlab.commands.method_options import options_of, trainable
-from peftlab.commands.run_folder import METRICS, STATE, claim, locked, save, write_json
+from peftlab.commands.run_folder import LOCK, STATE, Place, claim, locked, look, save, write_metrics
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.units import format_both, format_count, format_percent
 from peftlab.settings import Settings, known_values
@@ -84,15 +87,26 @@ def run(arguments: argparse.Namespace, targets: Any) -> dict[str, Any]:
         PeftLabError: a mistake in the arguments or the data, a run of other settings in the folder, or no memory left.
     """
     check(arguments)
-    folder = Path(arguments.out).expanduser()
-    with locked(folder):
-        left_out = INCIDENTAL + foreign(arguments.method)
-        settings = {key: value for key, value in vars(arguments).items() if key not in left_out}
-        claim(folder, settings, arguments.resume)
-        import torch
+    left_out = INCIDENTAL + foreign(arguments.method)
+    settings = {key: value for key, value in vars(arguments).items() if key not in left_out}
+    named = {*catalogue(), "support-desk"}
+    inputs = [given for given in (arguments.model, arguments.data) if given not in named]
+    asked = (arguments.out, settings, arguments.resume, inputs, METHODS[arguments.method].config is None)
+    folder = look(*asked).folder
+    if (folder / LOCK).exists():
+        with locked(folder):
+            pass  # a run that is writing there is told of now, not after the model is loaded
+    import torch
+
+    with contextlib.ExitStack() as held:
+
+        def begin() -> Place:
+            held.enter_context(locked(folder))
+            return claim(*asked)
 
         try:
-            result = {"settings": settings, **_train(arguments, targets, folder)}
+            place, measured = _train(arguments, targets, begin)
+            result = {"settings": settings, **measured}
         except torch.OutOfMemoryError as error:
             text = str(error).split(".")[0]
             raise PeftLabError(
@@ -101,7 +115,7 @@ def run(arguments: argparse.Namespace, targets: Any) -> dict[str, Any]:
             ) from error
         except KeyboardInterrupt:
             raise KeyboardInterrupt("interrupted; the same command goes on from the last saved state") from None
-        write_json(folder / METRICS, result)
+        write_metrics(place, result)
         return result
 
 
@@ -136,8 +150,14 @@ def foreign(method: str) -> tuple[str, ...]:
     return tuple(name for name in options_of(METHODS) if not METHODS[method].takes(name))
 
 
-def _train(arguments: argparse.Namespace, targets: Any, folder: Path) -> dict[str, Any]:
-    """The run itself, with the folder held and its settings agreed."""
+def _train(
+    arguments: argparse.Namespace, targets: Any, begin: Callable[[], Place]
+) -> tuple[Place, dict[str, Any]]:
+    """The run itself.
+
+    Args:
+        begin: takes the folder; called once model, data and settings are known to be good.
+    """
     import torch
 
     from peftlab.adapters.injection import attach, count_parameters
@@ -166,20 +186,27 @@ def _train(arguments: argparse.Namespace, targets: Any, folder: Path) -> dict[st
     max_length = _max_length(arguments, model)
     examples = tasks.encode(task, tokenizer, task.train, max_length)
     watched = tasks.encode(task, tokenizer, task.validation or task.test, max_length) if arguments.eval_every else None
+    places: list[Place] = []
+
+    def state_folder() -> Path:
+        places.append(begin())
+        return places[0].folder / STATE
+
     say(f"{arguments.model} on {device}, {len(examples):,} examples, {counted}")
     history = train(
         model,
         examples,
         tokenizer=tokenizer,
         evaluation_data=watched,
-        folder=folder / STATE,
+        folder=state_folder,
         callback=None if sys.stderr.isatty() else _log(),
         **{one.name: _given(arguments, option) for option, one in OPTIONS.items()},
     )
-    size = save(model, tokenizer, folder, row.config is not None)
+    (place,) = places
+    size = save(model, tokenizer, place, row.config is not None)
     rows = task.test[: arguments.test_limit or TEST_LIMIT[task.kind]]
     scores = tasks.test(task, model, tokenizer, rows, max_length, 2 * arguments.batch_size, arguments.max_new_tokens)
-    return {
+    return place, {
         "trainable": counted.trainable,
         "total": counted.total,
         "percent": counted.percent,

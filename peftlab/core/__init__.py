@@ -1,1 +1,1 @@
-"""What every method stands on: hooks, targets, records, modes, gradient checkpointing and tensor files."""
+"""Hold what every method stands on: hooks, targets, records, modes, gradient checkpointing and tensor files."""

@@ -1,4 +1,4 @@
-"""Gradient checkpointing, switched on for a while, that leaves the model as it was."""
+"""Switch gradient checkpointing on for a while, and leave the model as it was."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from peftlab.errors import PeftLabError
 
 @contextmanager
 def memory_settings(model: nn.Module, checkpointing: bool | str) -> Iterator[None]:
-    """Training's memory settings for a while: no key-value cache, and gradient checkpointing if asked for.
+    """Set the model up for training inside the block: no key-value cache, and gradient checkpointing if asked for.
 
     Args:
-        checkpointing: True for the non-reentrant kind; ``"reentrant"`` for the older one, whose layers learn nothing
-            under a frozen embedding unless its output is made to require gradients, which is done here. A model whose
-            checkpointing is on already keeps its own kind.
+        checkpointing: True for the non-reentrant kind; `"reentrant"` for the older one. Under a frozen embedding the
+            layers of the older kind learn nothing unless the embedding's output requires gradients, so this turns that
+            on. A model whose checkpointing is on already keeps its own kind.
 
     Raises:
         PeftLabError: the model offers no checkpointing.
@@ -27,15 +27,15 @@ def memory_settings(model: nn.Module, checkpointing: bool | str) -> Iterator[Non
     config = getattr(core, "config", None)
     cache = getattr(config, "use_cache", None)
     if cache is not None:
-        config.use_cache = False  # a cache of keys and values serves generation alone, and checkpointing forbids it
+        config.use_cache = False  # the key-value cache helps only generation, and checkpointing forbids it
     switched = bool(checkpointing) and not any(getattr(m, "gradient_checkpointing", False) for m in core.modules())
     reentrant = checkpointing == "reentrant"
     required_before = _inputs_require_gradients(core)
     try:
         if switched:
             switch_checkpointing(core, "enable", {"use_reentrant": reentrant})
-            # Only the reentrant kind needs inputs that require gradients. transformers asks for them in both, and the
-            # backward pass would then run through every frozen layer below the first adapter.
+            # Only the reentrant kind needs inputs that require gradients. transformers turns that on for both kinds,
+            # and then the backward pass also runs through every frozen layer below the first adapter.
             if not required_before:
                 _require_input_gradients(core, reentrant)
         yield
@@ -49,7 +49,7 @@ def memory_settings(model: nn.Module, checkpointing: bool | str) -> Iterator[Non
 
 
 def switch_checkpointing(model: nn.Module, verb: str, *arguments: dict) -> None:
-    # newer transformers call it activation checkpointing and warn about the old names
+    # newer versions of transformers call it activation checkpointing and warn about the old name
     for name in (f"activation_checkpointing_{verb}", f"gradient_checkpointing_{verb}"):
         if hasattr(model, name):
             try:
@@ -57,7 +57,7 @@ def switch_checkpointing(model: nn.Module, verb: str, *arguments: dict) -> None:
             except ValueError as error:
                 raise PeftLabError(f"{type(model).__name__} cannot checkpoint gradients: {error}") from error
     raise PeftLabError(
-        f"{type(model).__name__} offers no gradient checkpointing (it is no transformers model); pass "
+        f"{type(model).__name__} offers no gradient checkpointing (it is no transformers model). Pass "
         "checkpointing=False and call torch.utils.checkpoint in its forward."
     )
 

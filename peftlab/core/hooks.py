@@ -1,9 +1,9 @@
-"""How an adapter meets a module: one child and two module-level hooks.
+"""Let an adapter act on a module through one child and two hooks.
 
-Around a module's call something happens *before* (its inputs change) and *after* (its output changes). Both are
-forward hooks that find their parts in the module's child `peftlab`. Nothing is wrapped, so classes, the module tree
-and the base's parameter names stay as they were, and removing the child and the hooks is all of detaching. The hooks
-are plain functions of the module they stand on: `deepcopy` of a model gives hooks that look into the copy's child.
+An adapter can change a module's inputs *before* its call and its output *after* it. Both are forward hooks, and they
+find their parts in the module's child `peftlab`. Nothing is wrapped, so classes, the module tree and the base's
+parameter names stay as they were. To detach is to remove the child and the hooks. The hooks are plain functions of the
+module that they stand on. So after a `deepcopy` of the model they look into the copy's child.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ CHILD = "peftlab"
 
 
 class Activity:
-    """Which adapters of one model run. All its hosts share this object, so that one assignment switches all.
+    """Hold which adapters of one model run. All its hosts share this object, so one assignment switches all of them.
 
     Attributes:
         weights: {adapter name: weight} of the mixture in use; empty means the base model alone.
-        rows: one adapter name (or None, the base) for each row of the batch; replaces `weights` when set.
-        enabled: False within `disabled`.
+        rows: one adapter name (or None for the base) for each row of the batch. If set, it replaces `weights`.
+        enabled: False inside `disabled`.
         merged: whether the base's weights already hold the mixture.
         text_positions: if True, position_ids passed by the caller are kept and shifted by the prompt's length (they do
             not count padding). If False, as in Hugging Face peft, they are dropped and the model numbers the positions
             itself, padding included.
-        text_begins: whether the call that is running reads the beginning of a text. A later step of a generation does
-            not: its beginning, with the prompt, is in the cache. The prompt on the model tells those on its layers.
+        text_begins: whether the running call reads the beginning of a text. A later step of a generation does not: the
+            cache already holds the beginning and the prompt. The prompt on the model sets this for the prompts on its
+            layers.
     """
 
     def __init__(self) -> None:
@@ -47,31 +48,31 @@ class Activity:
 
     @property
     def running(self) -> bool:
-        """Whether adapters act at all: neither disabled nor folded into the weights."""
+        """Say whether adapters act at all: they are neither disabled nor merged into the weights."""
         return self.enabled and not self.merged
 
 
 class Adapters(nn.ModuleDict):
-    """The child of a host: {adapter name: {part name: part}}."""
+    """Hold the parts of a host: {adapter name: {part name: part}}."""
 
     def __init__(self, activity: Activity) -> None:
         super().__init__()
         self.activity = activity
 
     def forward(self, x: Any) -> Any:
-        """Passes its input on: an `nn.Sequential` calls all its children, this one too."""
+        """Return the input unchanged. An `nn.Sequential` calls all its children, and this is one of them."""
         return x
 
 
 def place(host: nn.Module, activity: Activity, adapter: str, part_name: str, part: Part) -> None:
-    """Puts a part on a host, with the hooks that it needs."""
+    """Put a part on a host, with the hooks that it needs."""
     if CHILD not in host._modules:
         host.add_module(CHILD, Adapters(activity))
     parts = host._modules[CHILD]
     if adapter not in parts:
         parts[adapter] = nn.ModuleDict()
     parts[adapter][part_name] = part
-    # A host on which no part has a `before`, say, gets no hook for it.
+    # If no part on a host has a `before`, the host gets no hook for it; the same holds for `after`.
     if part.overrides("before") and _before not in host._forward_pre_hooks.values():
         host.register_forward_pre_hook(_before, with_kwargs=True)
     if part.overrides("after") and _after not in host._forward_hooks.values():
@@ -79,7 +80,7 @@ def place(host: nn.Module, activity: Activity, adapter: str, part_name: str, par
 
 
 def remove(host: nn.Module, adapter: str | None = None) -> None:
-    """Takes one adapter (or all) off a host; with the last one go the child and the hooks."""
+    """Take one adapter (or all) off a host. With the last adapter, the child and the hooks go too."""
     parts = host._modules.get(CHILD)
     if parts is None:
         return
@@ -99,7 +100,7 @@ def remove(host: nn.Module, adapter: str | None = None) -> None:
 
 
 def move(host: nn.Module, new: nn.Module) -> None:
-    """Puts all parts of a host, and nothing else of it, onto the module that takes its place."""
+    """Move all parts of a host onto the module that takes its place. Nothing else of the host is moved."""
     parts = host._modules.get(CHILD)
     if parts is None:
         return
@@ -112,7 +113,7 @@ def _before(host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | 
     inputs = args, kwargs
     parts = host._modules[CHILD]
     prompts = prompt_parts(parts, parts.activity) if parts.activity.running else {}
-    if prompts:  # one of them runs, for all: it puts in the active prompt, which is the mixture of theirs
+    if prompts:  # one of these parts runs for all of them: it inserts the active prompt, a mixture of their prompts
         inputs = next(iter(prompts.values())).before(host, args, kwargs)
 
     def change(mine: list[Part], inputs: tuple, base: tuple) -> tuple:
@@ -139,16 +140,16 @@ def _is_prompt(part: Part) -> bool:
 
 
 def prompt_parts(parts: Adapters, activity: Activity) -> dict[str, Part]:
-    """{adapter: its part here that makes the input longer}, for the adapters that `activity` names."""
+    """Return {adapter: its part here that makes the input longer}, for the adapters that `activity` names."""
     names = activity.weights if activity.rows is None else [name for name in activity.rows if name is not None]
     there = ((name, part) for name in dict.fromkeys(names) if name in parts for part in parts[name].values())
     return {name: part for name, part in there if _is_prompt(part)}
 
 
 def active_prompt(host: nn.Module, batch: int) -> Tensor:
-    """The prompt for each row of a batch, (batch, n, width), as the active adapters on a host make it.
+    """Return the prompt for each row of a batch, (batch, n, width), as the active adapters on a host make it.
 
-    It is the weighted sum of their prompts or, where each row has an adapter of its own, that adapter's prompt.
+    It is the weighted sum of their prompts. If each row has its own adapter, it is that adapter's prompt.
     """
     parts = host._modules[CHILD]
     activity = parts.activity
@@ -157,7 +158,7 @@ def active_prompt(host: nn.Module, batch: int) -> Tensor:
         order, repeat = list(made), _repeat(activity.rows, batch)
         stacked = torch.stack(list(made.values()))
         return stacked[[order.index(name) for name in activity.rows for _ in range(repeat)]]
-    # P = sum over adapters of weight P_adapter: the base has no prompt, so there is no change to add up
+    # P = sum over adapters of weight P_adapter. The base has no prompt, so whole prompts are summed, not changes.
     first, *others = (tensor * activity.weights[name] for name, tensor in made.items())
     return sum(others, start=first).expand(batch, -1, -1)
 
@@ -165,9 +166,9 @@ def active_prompt(host: nn.Module, batch: int) -> Tensor:
 def _apply(
     parts: Adapters, inputs: tuple, base: Any, change: Callable[[list, tuple, Any], Any], acts: Callable[..., bool]
 ) -> Any:
-    """Runs the active adapters of a host on `base` (its inputs, or its output) and mixes what they make of it.
+    """Run the active adapters of a host on `base` (its inputs, or its output) and mix their results.
 
-    Returns None, which leaves `base` as it is, when no adapter is active here.
+    Return None, which leaves `base` as it is, if no adapter is active here.
     """
     activity = parts.activity
     if not activity.running:
@@ -181,13 +182,13 @@ def _apply(
         return None
     if len(here) == 1 and here[0][1] == 1:
         return change(mine[here[0][0]], inputs, base)
-    # y = y0 + sum over adapters of weight (y_adapter - y0): a mixture adds the weighted changes
+    # y = y0 + sum over adapters of weight (y_adapter - y0)
     changed = [(weight, change(mine[name], inputs, base)) for name, weight in here]
     return _combine(base, changed, lambda y0, ys: sum((w * (y - y0) for w, y in ys), start=y0).to(y0.dtype))
 
 
 def _by_rows(mine: dict[str, list], rows: tuple[str | None, ...], inputs: tuple, base: Any, change: Callable) -> Any:
-    """Gives each row of the batch the adapter named for it: y[i] = y_{adapter of i}[i]."""
+    """Give each row of the batch the adapter named for it: y[i] = y_{adapter of i}[i]."""
     batch = next(t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)).shape[0]
     repeat, result = _repeat(rows, batch), base
     for name in dict.fromkeys(rows):
@@ -210,17 +211,20 @@ def _by_rows(mine: dict[str, list], rows: tuple[str | None, ...], inputs: tuple,
 
 
 def _repeat(rows: tuple[str | None, ...], batch: int) -> int:
-    """How many rows of the batch stand for each name: beams, returned sequences and flattened tokens lie in place."""
+    """Return how many neighbouring rows of the batch belong to each name.
+
+    They are the beams, returned sequences or flattened tokens of one text.
+    """
     if batch % len(rows):
         raise PeftLabError(
-            f"activate was given {len(rows)} names, one a row, but the batch has {batch} rows. "
+            f"activate was given {len(rows)} names, one per row, but the batch has {batch} rows. "
             "Give as many names as the batch has rows."
         )
     return batch // len(rows)
 
 
 def _combine(base: Any, changed: list[tuple[float, Any]], how: Callable[[Tensor, list], Tensor]) -> Any:
-    """Combines results of the same structure tensor by tensor; whatever is no floating tensor stays the base's."""
+    """Combine results of the same structure, tensor by tensor. Anything but a floating tensor stays as in the base."""
     leaves, spec = tree_flatten(base)
     columns = [(weight, tree_flatten(result)[0]) for weight, result in changed]
     return tree_unflatten(
@@ -236,7 +240,7 @@ def _combine(base: Any, changed: list[tuple[float, Any]], how: Callable[[Tensor,
 
 @contextmanager
 def base_alone(model: nn.Module) -> Iterator[None]:
-    """Within the block no adapter of the model runs."""
+    """Run no adapter of the model inside the block."""
     running = {id(host._modules[CHILD].activity): host._modules[CHILD].activity for _, host in hosts(model)}
     before = [(activity, activity.enabled) for activity in running.values()]
     try:
@@ -250,7 +254,7 @@ def base_alone(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def text_positions(model: nn.Module) -> Iterator[None]:
-    """Within the block a row that is padded on the left reads its prompt from where it would read it alone."""
+    """Keep the caller's position_ids inside the block, so that padding on the left does not move a row's prompt."""
     active = {id(host._modules[CHILD].activity): host._modules[CHILD].activity for _, host in hosts(model)}
     try:
         for activity in active.values():
@@ -262,22 +266,25 @@ def text_positions(model: nn.Module) -> Iterator[None]:
 
 
 def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields the modules that carry parts, with their paths."""
+    """Yield the modules that carry parts, with their paths."""
     for path, module in model.named_modules():
         if CHILD in module._modules:
             yield plain(path), module
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's own modules by path, without what adapters added; the model itself has the path ""."""
+    """Return the model's own modules by path, without what adapters added. The model itself has the path ""."""
     return {plain(path): module for path, module in model.named_modules() if not is_adapter_name(path)}
 
 
 def plain(path: str) -> str:
-    """A path without what `torch.compile` puts into it; `get_submodule` finds the same module by it."""
+    """Return a path without the names that `torch.compile` puts into it.
+
+    `get_submodule` finds the same module by it.
+    """
     return ".".join(name for name in path.split(".") if name != "_orig_mod")
 
 
 def is_adapter_name(parameter_name: str) -> bool:
-    """Says whether a parameter's name lies in a child of ours."""
+    """Say whether a parameter's name lies in an adapter's child."""
     return CHILD in parameter_name.split(".")

@@ -1,4 +1,4 @@
-"""What a method provides: a config, which yields placements, and parts, which stand on the modules of a model.
+"""Declare what a method provides: a config, which yields placements, and parts, which stand on modules of a model.
 
 Read this file to add a method. `Part` and `Config` list everything that the rest of the package asks of a method.
 """
@@ -41,19 +41,20 @@ class Part(nn.Module):
     compatibility_key: str | None = None
 
     def settle(self, host: nn.Module) -> None:
-        """Computes the values that depend on the base's weights.
+        """Compute the values that depend on the base's weights.
 
-        Runs once, without gradients, when the part has its device and dtype but does not stand on the host yet. Values
-        computed in `__init__` are rounded to float32, since a part is moved to its host's dtype afterwards. When an
-        adapter is loaded, the tensors of its file are copied in after this and so replace the values computed here.
+        This runs once, without gradients, when the part has its device and dtype but does not stand on the host yet. A
+        value computed in `__init__` would be rounded to float32, since a part is moved to its host's dtype afterwards.
+        When an adapter is loaded, the tensors of its file are copied in after this, and replace the values computed
+        here.
         """
 
     def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Returns the inputs that the host is called with."""
+        """Return the inputs that the host is called with."""
         return args, kwargs
 
     def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Any, base: Any) -> Any:
-        """Returns the output that the host's caller gets.
+        """Return the output that the host's caller gets.
 
         Args:
             args, kwargs: the inputs that the host was called with.
@@ -63,27 +64,28 @@ class Part(nn.Module):
         return output
 
     def merged(self, host: nn.Module) -> dict[str, Tensor]:
-        """Returns {parameter of the host: its value with the part folded in}, not yet rounded to the host's dtype.
+        """Return {parameter of the host: its value with the part folded in}, not yet rounded to the host's dtype.
 
         `merge` refuses an adapter with a part that does not override this.
         """
         raise NotImplementedError
 
     def make_prompt(self, host: nn.Module) -> Tensor:
-        """Returns this part's own prompt, (n, width); it does not depend on the input."""
+        """Return this part's own prompt, (n, width); it does not depend on the input."""
         raise NotImplementedError
 
     def overrides(self, method: str) -> bool:
-        """Says whether this kind of part has a `before`, an `after` or a `merged` of its own."""
+        """Say whether this kind of part has a `before`, an `after` or a `merged` of its own."""
         return getattr(type(self), method) is not getattr(Part, method)
 
 
 class Placement(NamedTuple):
-    """A part and where it stands.
+    """Hold a part and where it stands.
 
     Attributes:
         path: the host's path in the model; "" is the model itself.
         name: the part's name among the parts of its adapter on this host.
+        part: the part.
     """
 
     path: str
@@ -116,15 +118,15 @@ class Config(Protocol):
     def method(self) -> str: ...
 
     def parts(self, model: nn.Module) -> Iterable[Placement]:
-        """Yields what the method places on a model, and changes nothing yet."""
+        """Yield what the method places on a model, and changes nothing yet."""
         ...
 
     def as_stored(self) -> Self:
-        """Returns the config of what Hugging Face's format keeps of the adapter: a prompt without its encoder, say."""
+        """Return the config of what Hugging Face's format keeps of the adapter: a prompt without its encoder, say."""
         ...
 
     def to_peft(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:
-        """Returns the fields of `adapter_config.json` that only this method has.
+        """Return the fields of `adapter_config.json` that only this method has.
 
         Args:
             hosts: the modules that the adapter's parts stand on, by path.
@@ -133,5 +135,5 @@ class Config(Protocol):
 
     @staticmethod
     def from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns keyword arguments for the config: the reverse of `to_peft`."""
+        """Return keyword arguments for the config: the reverse of `to_peft`."""
         ...

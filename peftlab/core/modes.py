@@ -1,4 +1,4 @@
-"""Train or eval mode for a while, and where a model computes."""
+"""Set train or eval mode for a while, and find where a model computes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peftlab.core.records import unwrap
 def mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Put the model in train or eval mode inside the block, and give every module its own mode back after it.
 
-    One flag is not enough: a frozen encoder may rest in eval mode under a head in train mode.
+    One flag is not enough: an encoder may stay in eval mode while the head above it is in train mode.
     """
     before = [(module, module.training) for module in model.modules()]
     model.train(training)
@@ -27,7 +27,7 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's inputs belong: the device of its input embedding where it has one, else of its first tensor."""
+    """Return the device that the model's inputs must be on: that of its input embedding, or of its first tensor."""
     core = unwrap(model)
     try:
         return core.get_input_embeddings().weight.device
@@ -39,7 +39,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    """The batch with its tensors on the device; what is no tensor stays as it is."""
+    """Return the batch with its tensors on the device. Values that are not tensors stay as they are."""
     return {
         key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()

@@ -1,4 +1,4 @@
-"""What a model with adapters remembers about itself."""
+"""Record what a model with adapters must remember about itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ from peftlab.errors import PeftLabError, did_you_mean
 
 @dataclass
 class Record:
-    """What `attach` noted about a model, so that `detach` can give it back."""
+    """Hold what `attach` noted about a model, so that `detach` can restore it.
+
+    Attributes:
+        activity: which adapters run.
+        configs: each adapter's config, by name.
+        trainable: whether each adapter trains when it is active.
+        base_requires_grad: the base's `requires_grad` flags before the first adapter.
+        attributes: attributes of modules that were changed: (path, name, value before).
+        backup: copies of the base's weights while the model is merged, by path and name.
+    """
 
     activity: Activity = field(default_factory=Activity)
     configs: dict[str, Config] = field(default_factory=dict)
@@ -27,7 +36,7 @@ class Record:
 
 
 def wrappings(model: nn.Module) -> Iterator[nn.Module]:
-    """Yields the model, then what torch.compile's and DistributedDataParallel's wrappers hold, outermost first."""
+    """Yield the model, then what the wrappers of `torch.compile` and DistributedDataParallel hold, outermost first."""
     inner: nn.Module | None = model
     while inner is not None:
         yield inner
@@ -38,17 +47,17 @@ def wrappings(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and DistributedDataParallel's wrappers."""
+    """Return the model inside the wrappers of `torch.compile` and DistributedDataParallel."""
     return list(wrappings(model))[-1]
 
 
 def record_of(root: nn.Module) -> Record | None:
-    """What `attach` noted on this very module."""
+    """Return what `attach` noted on this very module, or None."""
     return root.__dict__.get("_peftlab")
 
 
 def require_adapter(root: nn.Module, name: str) -> Record:
-    """The record of a model that has this adapter, or the error that names those it has."""
+    """Return the record of a model that has this adapter; otherwise raise an error that names the adapters it has."""
     record = record_of(root)
     if record is None:
         raise PeftLabError(f"No adapter is attached to this model, so there is no {name!r}.")
@@ -59,13 +68,15 @@ def require_adapter(root: nn.Module, name: str) -> Record:
 
 
 def tensor_at(host: nn.Module, name: str) -> torch.Tensor | None:
-    """The parameter or buffer with this name, which may lie deeper (`dense.weight`); None without one."""
+    """Return the parameter or buffer with this name, which may lie deeper (`dense.weight`); None if there is none."""
     inner, _, name = name.rpartition(".")
     return getattr(host.get_submodule(inner), name, None)
 
 
 def device_and_dtype_for(host: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a part of this host lives: its device, and its dtype (float32 beside 16-bit or quantised weights)."""
+    """Return the device and dtype for a part of this host: the host's, but float32 beside 16-bit or quantised
+    weights.
+    """
     own = getattr(host, "weight", None)
     tensor = own if isinstance(own, torch.Tensor) else next(host.parameters(), torch.empty(0))
     wide = tensor.is_floating_point() and tensor.dtype in (torch.float32, torch.float64)

@@ -1,8 +1,8 @@
-"""Which modules of a model a config means: by name, suffix, regular expression or `"all-linear"`.
+"""Find the modules of a model that a config names: by name, ending, regular expression or `"all-linear"`.
 
-The rules are those of Hugging Face peft, so that a saved `adapter_config.json` selects the same modules in both
-libraries. One thing is stricter: every entry has to match. A list of which only half matches is the quietest way
-to train less than one thinks.
+The rules are those of Hugging Face peft, so a saved `adapter_config.json` selects the same modules in both libraries.
+One rule is stricter: every entry has to match. If half of a list matched nothing, less would train than the user
+thinks, and nothing would show it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any, ClassVar, Self
 
 from torch import nn
 
+from peftlab import patterns
 from peftlab.checks import one_of, whole
 from peftlab.core.hooks import base_modules
 from peftlab.errors import PeftLabError, did_you_mean
 
 ALL_LINEAR = "all-linear"
-# Where the query and value projections live in the architectures of transformers, most specific first.
+# The names of the query and value projections in the architectures of transformers, most specific first.
 QUERY_VALUE = (
     ("q_proj", "v_proj"),
     ("query", "value"),
@@ -31,7 +32,7 @@ QUERY_VALUE = (
     ("Wqkv",),
     ("q", "v"),
 )
-# Hugging Face's words for the tasks, and the freshly made heads that each trains in full beside an adapter.
+# Hugging Face's words for the tasks, and the new heads that each task trains in full beside an adapter.
 TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -44,19 +45,19 @@ TASK_HEADS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """The fields that every method applied to chosen modules shares.
+    """Hold the fields that all methods on chosen modules share.
 
     Attributes:
         target_modules: `None` (the query and value projections), `"all-linear"` (every linear layer but the output
             head), a list of module names or their endings, or a regular expression for the whole path.
-        exclude_modules: names, endings or a regular expression taken out of the match.
+        exclude_modules: names, endings or a regular expression of modules to leave out.
         layers_to_transform: indices of the blocks to adapt; `None` for all.
-        layers_pattern: the name (or names) of the list of blocks (`"layers"`, `"h"`), for `layers_to_transform`; `None`
-            takes the first number in a path.
+        layers_pattern: the name (or names) of the list of blocks (`"layers"`, `"h"`) in which `layers_to_transform`
+            counts. `None` takes the first number in a path.
         modules_to_save: modules trained in full beside the adapter (a classification head, say): every module whose
-            path ends in one of these strings. As in Hugging Face peft the end may lie within a name: `"norm"` also
+            path ends in one of these strings. As in Hugging Face peft, the end may lie within a name: `"norm"` also
             means `input_layernorm`, `".norm"` does not.
-        task_type: Hugging Face's word for the task (`"CAUSAL_LM"`, `"SEQ_CLS"`, ...); `"SEQ_CLS"`, `"TOKEN_CLS"` and
+        task_type: Hugging Face's word for the task (`"CAUSAL_LM"`, `"SEQ_CLS"`, ...). `"SEQ_CLS"`, `"TOKEN_CLS"` and
             `"QUESTION_ANS"` also train the model's head for that task.
     """
 
@@ -67,7 +68,7 @@ class Targets:
     modules_to_save: Iterable[str] | None = None
     task_type: str | None = None
 
-    # What every `Config` has, and few methods change.
+    # Every `Config` has these; few methods change them.
     requires: ClassVar[tuple[str, ...]] = ()
     unsupported: ClassVar[tuple[str, ...]] = ()
 
@@ -85,7 +86,7 @@ class Targets:
         if pattern is not None:
             if layers is None:
                 raise PeftLabError(
-                    "layers_pattern says where layers_to_transform counts; give layers_to_transform too."
+                    "layers_pattern says in which list layers_to_transform counts; give layers_to_transform too."
                 )
             pattern = (pattern,) if isinstance(pattern, str) else tuple(pattern)
             for name in pattern:
@@ -94,16 +95,16 @@ class Targets:
         check_task(self)
 
     def as_stored(self) -> Self:
-        """Returns this config: an adapter folder holds all that it describes."""
+        """Return this config: an adapter folder holds all that it describes."""
         return self
 
 
 def check_names(config: Any, name: str) -> None:
-    """Brings a field that lists module names to one form: a tuple without repetitions, or None."""
+    """Bring a field that lists module names to one form: a tuple without repetitions, or None."""
     value = getattr(config, name)
     if value is None or (isinstance(value, str) and name != "modules_to_save"):
         return
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise PeftLabError(f"{name} is {value!r}; give a list of module names, such as ['lm_head'].")
     entries = tuple(dict.fromkeys(value))
     wrong = [entry for entry in entries if not isinstance(entry, str) or not entry]
@@ -115,14 +116,14 @@ def check_names(config: Any, name: str) -> None:
 
 
 def check_task(config: Any) -> None:
-    """Brings `task_type` to Hugging Face's word for it."""
+    """Bring `task_type` to Hugging Face's word for it."""
     if config.task_type is not None:
         task = str(getattr(config.task_type, "value", config.task_type)).upper()
         object.__setattr__(config, "task_type", one_of("task_type", task, TASK_HEADS))
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """Returns (in, out) of a layer that LoRA can stand beside, or `None` for any other module.
+    """Return (in, out) of a layer that LoRA can stand beside, or `None` for any other module.
 
     An embedding counts as a linear layer from one-hot vectors: (vocabulary, width).
     """
@@ -130,7 +131,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
         return module.num_embeddings, module.embedding_dim
     if is_conv1d(module):
         return tuple(module.weight.shape)
-    # Quantised linears pack their weight, so the shape is read from the attributes that nn.Linear promises.
+    # A quantised linear packs its weight, so the shape is read from the attributes of nn.Linear.
     inside, outside = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(inside, int) and isinstance(outside, int) and hasattr(module, "weight"):
         return inside, outside
@@ -138,22 +139,24 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Says whether this is GPT-2's `Conv1D`, a linear layer whose weight is stored (in, out)."""
+    """Say whether a module is GPT-2's `Conv1D`, a linear layer whose weight is stored (in, out)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def names_match(spec: str | Iterable[str], path: str) -> bool:
-    """Matches a path against a regular expression (a string) or against names and endings (a list)."""
+    """Say whether a path matches a regular expression (a string), or one of a list of names and endings."""
     if isinstance(spec, str):
-        return re.fullmatch(spec, path) is not None
+        return patterns.fullmatch(spec, path)
     return any(path == name or path.endswith("." + name) for name in spec)
 
 
 def heads(model: nn.Module, config: Any) -> dict[str, nn.Module]:
-    """The modules trained in full beside an adapter, by path: `modules_to_save`, and the head that a task implies.
+    """Return the modules trained in full beside an adapter, by path.
+
+    They are those that `modules_to_save` names, and the head that a task implies.
 
     Raises:
-        PeftLabError: a name that matches nothing (with near matches), or a module inside another one.
+        PeftLabError: a name matches nothing (with near matches), or a module lies inside another one that is named too.
     """
     modules = {path: module for path, module in base_modules(model).items() if path}
     named, implied = config.modules_to_save or (), TASK_HEADS.get(config.task_type, ())
@@ -181,16 +184,15 @@ def find(
     default: Callable[[dict[str, nn.Module]], dict[str, nn.Module]] | None = None,
     check: Callable[[nn.Module, str, nn.Module], None] | None = None,
 ) -> dict[str, nn.Module]:
-    """Finds the modules that a config names, by path, in the model's order.
+    """Return the modules that a config names, by path, in the model's order.
 
     Args:
-        default: picks from all modules those of a config without `target_modules`; the query and value projections
-            otherwise.
-        check: raises for a module that cannot carry the method; `check_carrier` otherwise.
+        default: picks the modules for a config without `target_modules`; without it, the query and value projections.
+        check: raises for a module that cannot carry the method; without it, `check_carrier`.
 
     Raises:
-        PeftLabError: an entry, an index or a pattern that matches nothing (with near matches), a module of a kind
-            that cannot carry a low-rank update, or one whose weight is used past its own call.
+        PeftLabError: an entry, an index or a pattern matches nothing (with near matches); a module is of a kind that
+            cannot carry a low-rank update, or something other than the module's own call uses its weight.
     """
     modules = {path: module for path, module in base_modules(model).items() if path}
     spec = config.target_modules
@@ -227,14 +229,17 @@ def find(
     }
     matched = in_layers(matched, config)
     if not matched:
-        raise PeftLabError("After exclude_modules, modules_to_save and layers_to_transform no target module is left.")
+        raise PeftLabError(
+            "exclude_modules, modules_to_save and layers_to_transform leave no target module; exclude fewer, or name "
+            "other target_modules."
+        )
     for path, module in matched.items():
         (check or check_carrier)(model, path, module)
     return matched
 
 
 def default_targets(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """The query and value projections of a known architecture."""
+    """Return the names of the query and value projections of a known architecture."""
     endings = {path.rpartition(".")[2] for path, module in modules.items() if linear_shape(module)}
     for names in QUERY_VALUE:
         if endings.issuperset(names):
@@ -246,7 +251,7 @@ def default_targets(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
 
 
 def all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """All linear layers except the output head. (A task's head is trained in full, and so no target either.)"""
+    """Return all linear layers except the output head. (A task's head is trained in full, so `find` drops it too.)"""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return {
         path: module
@@ -256,13 +261,14 @@ def all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, 
 
 
 def in_layers(matched: dict[str, nn.Module], config: Targets) -> dict[str, nn.Module]:
-    """Keeps the modules whose block index is in `layers_to_transform`."""
+    """Return the modules whose block index is in `layers_to_transform`."""
     wanted = config.layers_to_transform
     if wanted is None:
         return matched
     before = rf"(?:^|.*?\.)(?:{'|'.join(config.layers_pattern)})" if config.layers_pattern else r".*?\.[^.]*"
-    found = {path: re.match(rf"{before}\.(\d+)\.", path + ".") for path in matched}  # a block itself counts as well
-    index = {path: int(match.group(1)) for path, match in found.items() if match}
+    # so a block itself counts too
+    found = {path: patterns.match(rf"{before}\.(?P<index>\d+)\.", path + ".") for path in matched}
+    index = {path: int(match.group("index")) for path, match in found.items() if match}
     missing = sorted(set(wanted) - set(index.values()))
     if missing:
         there = sorted(set(index.values()))
@@ -272,17 +278,17 @@ def in_layers(matched: dict[str, nn.Module], config: Targets) -> dict[str, nn.Mo
 
 
 def check_carrier(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Refuses a module that cannot carry a low-rank update, and says what can."""
+    """Refuse a module that cannot carry a low-rank update, and say which modules inside it can."""
     check_called(model, path)
     if linear_shape(module) is None:
         raise PeftLabError(
-            f"{path} is a {type(module).__name__}; adapters stand beside Linear, Conv1D and Embedding layers."
+            f"{path} is a {type(module).__name__}; this adapter stands only beside Linear, Conv1D and Embedding layers."
             + _layers_within(path, module)
         )
 
 
 def check_called(model: nn.Module, path: str) -> None:
-    """Refuses a module whose weight is read without a call, so that nothing could stand around it."""
+    """Refuse a module whose weight is read without calling it: an adapter on it would never run."""
     parent = model.get_submodule(path.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
         raise PeftLabError(
@@ -297,16 +303,13 @@ def _layers_within(path: str, module: nn.Module) -> str:
 
 
 def check_regex(spec: str | Iterable[str]) -> None:
-    """Refuses an expression that does not compile."""
+    """Refuse an expression that does not compile, or that is too large."""
     if isinstance(spec, str):
-        try:
-            re.compile(spec)
-        except re.error as error:
-            raise PeftLabError(f"{spec!r} is no regular expression: {error}. For one name, give a list.") from None
+        patterns.check(spec)
 
 
 def no_match_error(entry: str, modules: Mapping[str, nn.Module], what: str) -> PeftLabError:
-    """The error for a name that matches nothing, with the names the model has."""
+    """Return the error for a name that matches nothing, with the names that the model has."""
     endings = list(dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if linear_shape(module)))
     suggestion = did_you_mean(entry, endings) or did_you_mean(entry, modules)
     return PeftLabError(
@@ -315,16 +318,18 @@ def no_match_error(entry: str, modules: Mapping[str, nn.Module], what: str) -> P
 
 
 def by_pattern(table: Mapping[str, Any], path: str, default: Any) -> Any:
-    """Looks a path up in `rank_pattern` or `alpha_pattern`: the first key that matches its end (as peft)."""
+    """Return the value for a path in `rank_pattern` or `alpha_pattern`: that of the first key that matches its end."""
     for key, value in table.items():
-        if re.match(rf"(.*\.)?({key})$", path):
+        if patterns.ends(key, path):
             return value
     return default
 
 
 def in_any_order(table: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
-    """A pattern table that says the same after its keys are sorted, as they are in a file: if overlapping keys would
-    change places, each path is named with its own value instead."""
+    """Return a pattern table that means the same after its keys are sorted, as they are in a file.
+
+    The first key that matches counts. If sorting would change which one that is, each path gets a key of its own.
+    """
     wanted = {path: by_pattern(table, path, None) for path in paths}
     if all(by_pattern(dict(sorted(table.items())), path, None) == value for path, value in wanted.items()):
         return dict(table)

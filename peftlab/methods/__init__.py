@@ -1,4 +1,4 @@
-"""The methods, one file each. `peftlab.catalogue` has a row for each; DESIGN.md shows how each fits."""
+"""Load the methods, one file each. `peftlab.catalogue` has a row for each; DESIGN.md shows how each fits."""
 
 from __future__ import annotations
 

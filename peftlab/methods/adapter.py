@@ -1,9 +1,10 @@
-"""Bottleneck adapters: a small two-layer network inside each block, with a residual connection around it.
+"""Put a small two-layer network, a bottleneck, into each block, with a residual connection around it.
 
-    a(x) = s (W_up f(W_down x + b_down) + b_up),    W_down: (m, d),  W_up: (d, m),  m = d / reduction factor
+    a(x) = s (W_up f(W_down x + b_down) + b_up),    x: (..., d),  W_down: (m, d),  W_up: (d, m)
 
-What it reads, and where its answer is added, is the placement (F the feed-forward, h what a sub-layer computed, x what
-entered it, LN the norm after the addition in models that have it there, such as BERT):
+m = d / reduction factor. The placement says what the bottleneck reads and where its answer is added. Below, F is the
+feed-forward, h is what a sub-layer computed, x is what entered it, and LN is the norm after the addition in models that
+have it there, such as BERT.
 
     houlsby    h + a(h)             after attention and after the feed-forward, before the block adds x
                (Houlsby et al. 2019, arXiv:1902.00751, section 2.1)
@@ -12,7 +13,9 @@ entered it, LN the norm after the addition in models that have it there, such as
     parallel   F(x) + a(x)          beside the feed-forward, reading what it reads
                (He et al. 2022, arXiv:2110.04366, section 3.3; s = 4 in their experiments)
 
-The model's own dropout, where it has one after a projection, comes after a houlsby adapter and not before it.
+Some models have a dropout after a projection. A houlsby adapter runs before that dropout, not after it.
+
+Book: section 5.1, "Where they sit"; also 5.2, "Nothing changes at the start".
 """
 
 from __future__ import annotations
@@ -34,29 +37,142 @@ from peftlab.core.targets import Targets, check_called, find, heads, linear_shap
 from peftlab.errors import PeftLabError
 from peftlab.methods.parts import cast, first_input, trained_copies
 
-PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "linear": lambda x: x}
+KEYS = {
+    f"bottleneck.{name}.{kind}": f"{{path}}.adapter_{name}.{kind}"
+    for name in ("down", "up")
+    for kind in ("weight", "bias")
+}
+
+
+class Bottleneck(nn.Module):
+    """Compute a(x) = s (W_up f(W_down x + b_down) + b_up). x: (..., d)."""
+
+    def __init__(self, d: int, config: AdapterConfig) -> None:
+        super().__init__()
+        m = config.bottleneck(d)
+        self.scaling, self.dropout, self.activation = config.scaling, config.dropout, ACTIVATIONS[config.activation]
+        self.down, self.up = nn.Linear(d, m), nn.Linear(m, d)
+        start(self.down, self.up, config.init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the adapter adds, in its own dtype."""
+        x = cast(x, self.down.weight.dtype)
+        # a(x) = s (W_up f(W_down x + b_down) + b_up)
+        update = self.up(self.activation(self.down(x)))
+        update = update if self.scaling == 1 else update * self.scaling
+        return F.dropout(update, self.dropout, self.training)
+
+
+class After(Part):
+    """Return y + a(y): read what the host returns and add to it."""
+
+    keys: ClassVar[dict[str, str]] = KEYS
+
+    def __init__(self, bottleneck: Bottleneck) -> None:
+        super().__init__()
+        self.bottleneck = bottleneck
+
+    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Any, base: Any) -> Any:
+        """Add the update to the output, or to its first entry where a block returns several."""
+        y = output[0] if isinstance(output, tuple) else output
+        result = (y + self.bottleneck(y)).to(y.dtype)
+        return (result, *output[1:]) if isinstance(output, tuple) else result
+
+
+class Beside(Part):
+    """Return F(x) + a(x): read what the host F reads and add to what it returns."""
+
+    keys: ClassVar[dict[str, str]] = KEYS
+
+    def __init__(self, bottleneck: Bottleneck) -> None:
+        super().__init__()
+        self.bottleneck = bottleneck
+
+    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
+        """Add the update of the input to the output."""
+        return (output + self.bottleneck(first_input(args, kwargs))).to(output.dtype)
+
+
+class AroundNorm(Part):
+    """Return LN(z + a(LN z)): read what a norm returns, and add to what the norm reads, z = x + h."""
+
+    keys: ClassVar[dict[str, str]] = KEYS
+
+    def __init__(self, bottleneck: Bottleneck) -> None:
+        super().__init__()
+        self.bottleneck = bottleneck
+
+    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
+        """Run the norm once more, on the sum. This calls `forward`, so that the norm's hooks do not run again."""
+        z = first_input(args, kwargs)
+        return host.forward((z + self.bottleneck(output)).to(z.dtype))
+
+
+class BesideResidual(Part):
+    """Return LN(h + x + a(x)): add to the residual of BERT's feed-forward.
+
+    The feed-forward ends in a module that is given h and x and adds them. Here it is given h and x + a(x).
+    """
+
+    keys: ClassVar[dict[str, str]] = KEYS
+
+    def __init__(self, bottleneck: Bottleneck) -> None:
+        super().__init__()
+        self.bottleneck = bottleneck
+
+    def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Add the update to the residual, the host's second argument."""
+        if len(args) > 1:
+            return (args[0], (args[1] + self.bottleneck(args[1])).to(args[1].dtype), *args[2:]), kwargs
+        x = kwargs["input_tensor"]
+        return args, {**kwargs, "input_tensor": (x + self.bottleneck(x)).to(x.dtype)}
+
+
+def start(down: nn.Linear, up: nn.Linear, init: str) -> None:
+    """Draw the weights of a bottleneck.
+
+    If W_up is zero, the adapter adds nothing, and in the first step only W_up and its bias get gradients.
+    """
+    if init == "houlsby":
+        for layer in (down, up):
+            nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)
+            nn.init.zeros_(layer.bias)
+    elif init == "identity":
+        # W_down ~ U(-1/sqrt(d), 1/sqrt(d)), as LoRA's A
+        nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+        for tensor in (down.bias, up.weight, up.bias):
+            nn.init.zeros_(tensor)
+
+
+PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
 INITS = ("identity", "houlsby", "random")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(Targets):
-    """What bottleneck adapters train, where they stand, and how they start.
+    """Say what bottleneck adapters train, where they stand and how they start.
 
     Attributes:
-        placement: `"pfeiffer"` (one a block), `"houlsby"` (two a block) or `"parallel"` (one, beside the feed-forward).
-        reduction_factor: d / m, the model's width over the bottleneck's, which is rounded down, and at least one.
-        width: m itself, in the place of `reduction_factor`.
+        placement: `"pfeiffer"` (one adapter per block), `"houlsby"` (two per block) or `"parallel"` (one per block,
+            beside the feed-forward).
+        reduction_factor: d / m, the model's width over the bottleneck's. m is rounded down and is at least one.
+        width: m itself, instead of `reduction_factor`.
         activation: f: `"relu"`, `"gelu"`, `"silu"`, `"tanh"` or `"linear"` (none).
-        scaling: s, in front of what the adapter adds.
-        dropout: probability of dropping an entry of what the adapter adds while training; in [0, 1).
-        init: `"identity"` (up and the biases zero: the model starts as it was, exactly), `"houlsby"` (both weights
-            normal, standard deviation 0.01, cut at two of them: nearly so), or `"random"` (everything; for tests).
-        target_modules: `None`, the places of the placement in a known architecture; otherwise the modules after each of
-            which (`"parallel"`: beside each of which) an adapter stands.
+        scaling: s, the factor in front of what the adapter adds.
+        dropout: the probability of dropping an entry of what the adapter adds in training; in [0, 1).
+        init: `"identity"` sets W_up and the biases to zero, so the model starts exactly as it was. `"houlsby"` draws
+            both weights from a normal distribution with standard deviation 0.01, cut at two of them, so the model
+            starts nearly as it was. `"random"` draws everything; it is for tests.
+        target_modules: the modules after which an adapter stands (with `"parallel"`: beside which). `None` takes the
+            places of the placement in a known architecture.
 
     Raises:
-        PeftLabError: a value that is out of range, with what was found.
+        PeftLabError: a value is out of range; the message says what was found.
+
+    >>> model = pl.attach(model, pl.AdapterConfig(placement="pfeiffer", reduction_factor=4))
+    >>> pl.count_parameters(model).trainable
+    296
     """
 
     placement: str = "pfeiffer"
@@ -67,7 +183,7 @@ class AdapterConfig(Targets):
     dropout: float = 0.0
     init: str = "identity"
 
-    peft_type: ClassVar[str] = "BOTTLENECK"  # Hugging Face peft has no such method; the folder has the form of its own
+    peft_type: ClassVar[str] = "BOTTLENECK"  # Hugging Face peft has no such method; the folder has its form
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,15 +197,15 @@ class AdapterConfig(Targets):
 
     @property
     def method(self) -> str:
-        """The name on the command line: that of the placement."""
+        """Return the name on the command line, which is that of the placement."""
         return self.placement
 
     def bottleneck(self, d: int) -> int:
-        """m, the width of the bottleneck on a stream of width d."""
+        """Return m, the width of the bottleneck on a stream of width d."""
         return self.width or max(1, d // self.reduction_factor)
 
     def parts(self, model: nn.Module) -> Iterator[Placement]:
-        """Yields a bottleneck for each place, and the trained copies."""
+        """Yield a bottleneck for each place, and the trained copies."""
         whole = heads(model, self)
 
         def default(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -107,107 +223,22 @@ class AdapterConfig(Targets):
         yield from trained_copies(model, self)
 
     def to_peft(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:
-        """The fields of `adapter_config.json` that only this method has; `init` is past once there are weights."""
+        """Return the fields of `adapter_config.json` that only this method has.
+
+        `init` is left out, since the weights are in the file.
+        """
         names = ("placement", "reduction_factor", "width", "activation", "scaling", "dropout")
         return {name: getattr(self, name) for name in names}
 
     @staticmethod
     def from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The reverse of `to_peft`: the keyword arguments for this class."""
+        """Return the keyword arguments for this class: the reverse of `to_peft`."""
         names = ("placement", "reduction_factor", "width", "activation", "scaling", "dropout")
         return {name: fields[name] for name in names if name in fields}
 
 
-class Bottleneck(nn.Module):
-    """a(x) = s (W_up f(W_down x + b_down) + b_up). x: (..., d)."""
-
-    def __init__(self, d: int, config: AdapterConfig) -> None:
-        super().__init__()
-        m = config.bottleneck(d)
-        self.scaling, self.dropout, self.activation = config.scaling, config.dropout, ACTIVATIONS[config.activation]
-        self.down, self.up = nn.Linear(d, m), nn.Linear(m, d)
-        start(self.down, self.up, config.init)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """What the adapter adds, in its own dtype."""
-        x = cast(x, self.down.weight.dtype)
-        # a(x) = s (W_up f(W_down x + b_down) + b_up)
-        update = self.up(self.activation(self.down(x)))
-        update = update if self.scaling == 1 else update * self.scaling
-        return F.dropout(update, self.dropout, self.training)
-
-
-KEYS = {
-    f"bottleneck.{name}.{kind}": f"{{path}}.adapter_{name}.{kind}"
-    for name in ("down", "up")
-    for kind in ("weight", "bias")
-}
-
-
-class After(Part):
-    """y + a(y): reads what its host returns."""
-
-    keys: ClassVar[dict[str, str]] = KEYS
-
-    def __init__(self, bottleneck: Bottleneck) -> None:
-        super().__init__()
-        self.bottleneck = bottleneck
-
-    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Any, base: Any) -> Any:
-        """Adds the update to the output, or to its first entry where a block returns several."""
-        y = output[0] if isinstance(output, tuple) else output
-        result = (y + self.bottleneck(y)).to(y.dtype)
-        return (result, *output[1:]) if isinstance(output, tuple) else result
-
-
-class Beside(Part):
-    """F(x) + a(x): reads what its host F reads."""
-
-    keys: ClassVar[dict[str, str]] = KEYS
-
-    def __init__(self, bottleneck: Bottleneck) -> None:
-        super().__init__()
-        self.bottleneck = bottleneck
-
-    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
-        """Adds the update of the input to the output."""
-        return (output + self.bottleneck(first_input(args, kwargs))).to(output.dtype)
-
-
-class AroundNorm(Part):
-    """LN(z + a(LN z)): reads what a norm returns and adds to what the norm reads, z = x + h."""
-
-    keys: ClassVar[dict[str, str]] = KEYS
-
-    def __init__(self, bottleneck: Bottleneck) -> None:
-        super().__init__()
-        self.bottleneck = bottleneck
-
-    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
-        """Runs the norm once more, on the sum; `forward`, so that its hooks do not run again."""
-        z = first_input(args, kwargs)
-        return host.forward((z + self.bottleneck(output)).to(z.dtype))
-
-
-class BesideResidual(Part):
-    """LN(h + x + a(x)): BERT's feed-forward ends in a module that is given h and x and adds them, so x carries a(x)."""
-
-    keys: ClassVar[dict[str, str]] = KEYS
-
-    def __init__(self, bottleneck: Bottleneck) -> None:
-        super().__init__()
-        self.bottleneck = bottleneck
-
-    def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Adds the update to the residual, the host's second argument."""
-        if len(args) > 1:
-            return (args[0], (args[1] + self.bottleneck(args[1])).to(args[1].dtype), *args[2:]), kwargs
-        x = kwargs["input_tensor"]
-        return args, {**kwargs, "input_tensor": (x + self.bottleneck(x)).to(x.dtype)}
-
-
-# Where the adapters stand: for each architecture and placement the modules, by regular expression for the whole path,
-# and the part that stands there. The expressions of one architecture all match, or it is another one.
+# Where the adapters stand: for each architecture and placement, a regular expression for the whole path of a module,
+# and the part that stands there. A model is of an architecture if each of the three expressions matches a module of it.
 ARCHITECTURES: tuple[dict[str, tuple[str, type[After | Beside | AroundNorm | BesideResidual]]], ...] = (
     {  # Llama, Mistral, Qwen, Gemma
         "houlsby": (r"(.*\.)?layers\.\d+\.(self_attn\.o_proj|mlp\.down_proj)", After),
@@ -224,7 +255,7 @@ ARCHITECTURES: tuple[dict[str, tuple[str, type[After | Beside | AroundNorm | Bes
         "pfeiffer": (r"(.*\.)?layer\.\d+\.output\.LayerNorm", AroundNorm),
         "parallel": (r"(.*\.)?layer\.\d+\.output", BesideResidual),
     },
-    {  # T5: the feed-forward is the last sub-layer, and its module adds the residual
+    {  # T5: the feed-forward is the last sub-layer, and the module of that sub-layer adds the residual
         "houlsby": (r"(.*\.)?block\.\d+\.layer\.(0\.SelfAttention\.o|\d\.DenseReluDense\.wo)", After),
         "pfeiffer": (r"(.*\.)?(encoder\.block\.\d+\.layer\.1|decoder\.block\.\d+\.layer\.2)", After),
         "parallel": (r"(.*\.)?block\.\d+\.layer\.\d\.DenseReluDense", Beside),
@@ -233,7 +264,7 @@ ARCHITECTURES: tuple[dict[str, tuple[str, type[After | Beside | AroundNorm | Bes
 
 
 def places(model: nn.Module, modules: Mapping[str, nn.Module], placement: str) -> dict[str, nn.Module]:
-    """The modules on which the adapters of a placement stand, by path.
+    """Return the modules on which the adapters of a placement stand, by path.
 
     Raises:
         PeftLabError: the architecture is not known.
@@ -243,13 +274,13 @@ def places(model: nn.Module, modules: Mapping[str, nn.Module], placement: str) -
             return {path: module for path, module in modules.items() if re.fullmatch(architecture[placement][0], path)}
     endings = dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if linear_shape(module))
     raise PeftLabError(
-        f"The places of a {placement} adapter in {type(model).__name__} are not known; name the modules after which "
+        f"The places of a {placement} adapter in {type(model).__name__} are not known. Name the modules after which "
         f"(or beside which) it stands in target_modules. Linear layers here end in {', '.join(endings) or 'nothing'}."
     )
 
 
 def kind_at(path: str, placement: str) -> type[nn.Module]:
-    """The part for a module: that of a known place, or the plain one of the placement."""
+    """Return the kind of part for a module: that of a known place, or else the plain one of the placement."""
     for architecture in ARCHITECTURES:
         regex, kind = architecture[placement]
         if re.fullmatch(regex, path):
@@ -258,30 +289,17 @@ def kind_at(path: str, placement: str) -> type[nn.Module]:
 
 
 def width_of(host: nn.Module) -> int | None:
-    """d: how wide a module's output is, by its last linear layer, or by its own weight where it is a norm."""
+    """Return d, the width of a module's output: that of its last linear layer, or of its own weight if it is a norm."""
     inner = [shape for module in base_modules(host).values() if (shape := linear_shape(module))]
     own = getattr(host, "weight", None)
     return inner[-1][1] if inner else own.numel() if isinstance(own, Tensor) and own.dim() == 1 else None
 
 
 def check_host(model: nn.Module, path: str, host: nn.Module) -> None:
-    """Refuses a module that nothing calls, or whose width is not to be seen."""
+    """Refuse a module that nothing calls, or whose width cannot be found."""
     check_called(model, path)
     if width_of(host) is None or type(host).forward is nn.Module.forward:
         raise PeftLabError(
             f"{path} is a {type(host).__name__}; an adapter stands after (or beside) a module that is called and that "
             "holds a linear layer, or is a norm."
         )
-
-
-def start(down: nn.Linear, up: nn.Linear, init: str) -> None:
-    """Draws the weights of a bottleneck. With `up` zero the adapter adds nothing; only `up` has a first gradient."""
-    if init == "houlsby":
-        for layer in (down, up):
-            nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)
-            nn.init.zeros_(layer.bias)
-    elif init == "identity":
-        # U(-1/sqrt(d), 1/sqrt(d)), as LoRA's A
-        nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
-        for tensor in (down.bias, up.weight, up.bias):
-            nn.init.zeros_(tensor)

@@ -1,10 +1,10 @@
-"""The cache in a model's call: what its argument is called, and how much of the text it holds already.
+"""Find the cache in a model's call, and say how much of the text it holds already.
 
 A prompt or a prefix enters a generation once, with the first tokens. At every later step it is in the cache, and adding
 it again would give wrong text. So the cache must be found. transformers 5.24 renamed its argument from
 `past_key_values` to `cache`, and some models had names of their own before. A cache is therefore found by any of these
-names or, under an unknown name, by what it can do. Where it cannot be found, or where the call does not fit what the
-cache holds, there is an error.
+names or, under an unknown name, by what it can do. If it cannot be found, or if the call does not fit what the cache
+holds, there is an error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import nn
 
 from peftlab.errors import PeftLabError
 
-# What the forward methods of transformers call their cache: since 5.24, before, in Mamba before, in GPT-J before 5.
+# The names of the cache in the forward methods of transformers: since version 5.24; before it; before it in Mamba;
+# before version 5 in GPT-J.
 NAMES = ("cache", "past_key_values", "cache_params", "layer_past")
 
 
@@ -102,16 +103,18 @@ def begins(cache: Any, tokens: int, mask: Any, count: int) -> bool:
 
 
 def require_cache_argument(model: nn.Module) -> None:
-    """Refuse a model that generates text but names no cache that we know: it would read its prompt anew each time.
+    """Refuse a model that generates text but takes no cache under a known name.
+
+    Such a model would read its prompt again at each step.
 
     Raises:
-        PeftLabError: as said.
+        PeftLabError: the model is such a model.
     """
     generates = getattr(model, "can_generate", None)
     if generates is None or not generates() or cache_argument(model) is not None:
         return
     parameters = inspect.signature(type(model).forward).parameters
-    if "input_ids" not in parameters:  # a wrapper that hands everything on: its cache is found by what it can do
+    if "input_ids" not in parameters:  # a wrapper that passes everything on; its cache is found by what it can do
         return
     raise PeftLabError(
         f"{type(model).__name__}.forward takes no cache under a name that peftlab knows ({', '.join(NAMES)}); it takes "

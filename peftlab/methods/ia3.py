@@ -1,12 +1,13 @@
-"""IA3: learned scales on keys, values and the feed-forward's inner activations.
+"""Multiply keys, values and the feed-forward's inner activations by learned scales l.
 
-Liu et al., *Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning*, 2022,
-arXiv:2205.05638, section 3.3: "Infused Adapter by Inhibiting and Amplifying Inner Activations".
-
-    keys, values:               y = l * (W x + b),    l: (out,)
-    the feed-forward's end:     y = W (l * x) + b,    l: (in,)
+    keys, values:               y = l * (W x + b),    x: (..., in),  y: (..., out),  l: (out,)
+    the feed-forward's end:     y = W (l * x) + b,    x: (..., in),  y: (..., out),  l: (in,)
 
 l starts at one, so the model starts as it was.
+
+Paper: Liu et al., *Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning*, 2022,
+arXiv:2205.05638, section 3.3: "Infused Adapter by Inhibiting and Amplifying Inner Activations".
+Book: section 6.1, "A scale instead of a sum"; also 6.3, "Merging a scale".
 """
 
 from __future__ import annotations
@@ -26,33 +27,94 @@ from peftlab.core.targets import Targets, check_carrier, check_regex, find, is_c
 from peftlab.errors import PeftLabError
 from peftlab.methods.parts import first_input, trained_copies, widened
 
-# Keys, values and what ends the feed-forward, by the names of an architecture's layers; and, of these, those whose
-# input is scaled. As in Hugging Face peft, but for Gemma and Qwen, whose queries it names in the place of the keys.
+
+class IA3Output(Part):
+    """Scale the output of a layer feature by feature: l * y.
+
+    Attributes:
+        ia3_l: (out, 1), as Hugging Face stores it.
+    """
+
+    keys: ClassVar[dict[str, str]] = {"ia3_l": "{path}.ia3_l"}
+
+    def __init__(self, host: nn.Module, config: IA3Config) -> None:
+        super().__init__()
+        self.transposed = stores_transposed(host, config)
+        self.ia3_l = nn.Parameter(drawn((linear_shape(host)[1], 1), config.init))
+
+    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
+        """Scale the output. output: (..., out)."""
+        # y = l * (W x + b)
+        return (output * self.ia3_l.flatten()).to(output.dtype)
+
+    def merged(self, host: nn.Module) -> dict[str, Tensor]:
+        """Return the host's parameters with the scale folded in: diag(l) W and l * b."""
+        scale = widened(self.ia3_l)  # (out, 1): a factor for each row of W
+        parameters = {"weight": widened(host.weight) * (scale.T if self.transposed else scale)}
+        if host.bias is not None:
+            parameters["bias"] = widened(host.bias) * scale.flatten()
+        return parameters
+
+
+class IA3Input(Part):
+    """Scale the input of a layer feature by feature: W (l * x).
+
+    Attributes:
+        ia3_l: (1, in), as Hugging Face stores it.
+    """
+
+    keys: ClassVar[dict[str, str]] = {"ia3_l": "{path}.ia3_l"}
+
+    def __init__(self, host: nn.Module, config: IA3Config) -> None:
+        super().__init__()
+        self.transposed = stores_transposed(host, config)
+        self.ia3_l = nn.Parameter(drawn((1, linear_shape(host)[0]), config.init))
+
+    def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Scale the input. x: (..., in)."""
+        x = first_input(args, kwargs)
+        # y = W (l * x) + b
+        scaled = (x.to(self.ia3_l.dtype) * self.ia3_l.flatten()).to(x.dtype)
+        return ((scaled, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): scaled})
+
+    def merged(self, host: nn.Module) -> dict[str, Tensor]:
+        """Return the host's weight with the scale folded in: W diag(l)."""
+        scale = widened(self.ia3_l)  # (1, in): a factor for each column of W
+        return {"weight": widened(host.weight) * (scale.T if self.transposed else scale)}
+
+
+# For each architecture: the layers of keys, of values and at the end of the feed-forward; and which of them have their
+# input scaled. The same as in Hugging Face peft, except for Gemma and Qwen, where peft names the queries, not the keys.
 DEFAULTS = (
     (("k_proj", "v_proj", "down_proj"), ("down_proj",)),
     (("key", "value", "output.dense"), ("output.dense",)),
     (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
     (("k", "v", "wo"), ("wo",)),
 )
-MT5 = (("k", "v", "wi_1"), ())  # the layers of T5, but peft scales what wi_1 returns, which is the same function
+MT5 = (("k", "v", "wi_1"), ())  # T5's layers; peft scales the output of wi_1, which is the same function
 
 
 @dataclass(frozen=True, kw_only=True)
 class IA3Config(Targets):
-    """What IA3 scales.
+    """Say what IA3 scales.
 
     Attributes:
-        target_modules: `None` means the paper's: keys, values, and what enters the last layer of the feed-forward. On a
-            BERT `output.dense` is also the last layer of attention, whose input is scaled too, as in Hugging Face peft.
-        feedforward_modules: those of the targets whose input is scaled in the place of their output: a list of
-            strings in which a path may end (`"dense"` also means `output.dense`), or a regular expression; `None` with
-            `target_modules` means those that a known architecture has.
+        target_modules: the modules to scale. `None` takes the paper's: keys, values, and the input of the
+            feed-forward's last layer. On a BERT, `output.dense` is also the last layer of attention, so that layer's
+            input is scaled too, as in Hugging Face peft.
+        feedforward_modules: the targets whose input is scaled instead of their output. Give a list of strings in which
+            a path may end (`"dense"` also means `output.dense`), or a regular expression. `None` takes those of a known
+            architecture.
         fan_in_fan_out: detected automatically for Linear and Conv1D (the flag is ignored there). Set it only for custom
             layers that store their weight as (in, out).
-        init: `"ones"`, or `"random"` (for tests: the model's output then changes before the first step).
+        init: `"ones"`; or `"random"`, which changes the model's output before the first step and is for tests.
 
     Raises:
-        PeftLabError: a value that is out of range, with what was found.
+        PeftLabError: a value is out of range; the message says what was found.
+
+    >>> model = pl.attach(model, pl.IA3Config())
+    >>> pl.count_parameters(model).trainable
+    96
     """
 
     feedforward_modules: str | Iterable[str] | None = None
@@ -76,7 +138,7 @@ class IA3Config(Targets):
                 strange = [name for name in self.feedforward_modules if not self._is_of(name)]
                 if strange:
                     raise PeftLabError(
-                        f"feedforward_modules names {strange[0]!r}, which is none of target_modules "
+                        f"feedforward_modules names {strange[0]!r}, which is not in target_modules "
                         f"({', '.join(self.target_modules)}); name it there as well."
                     )
 
@@ -84,7 +146,7 @@ class IA3Config(Targets):
         return any(target.endswith(name) or name.endswith(target) for target in self.target_modules)
 
     def parts(self, model: nn.Module) -> Iterator[Placement]:
-        """Yields a scale for each target, and the trained copies."""
+        """Yield a scale for each target, and the trained copies."""
         inputs = self.inputs(model)
         for path, host in find(model, self, lambda modules: default(model, modules), check_linear).items():
             layer = IA3Input if scales_input(inputs, path) else IA3Output
@@ -92,21 +154,21 @@ class IA3Config(Targets):
         yield from trained_copies(model, self)
 
     def inputs(self, model: nn.Module) -> str | tuple[str, ...]:
-        """The modules whose input is scaled: those named, or a known architecture's."""
+        """Return the modules whose input is scaled: those the config names, or a known architecture's."""
         if self.feedforward_modules is not None:
             return self.feedforward_modules
         known = architecture(model, base_modules(model))
         return known[1] if known else ()
 
     def to_peft(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:
-        """The fields of Hugging Face's `adapter_config.json` that only IA3 has."""
+        """Return the fields of Hugging Face's `adapter_config.json` that only IA3 has."""
         inputs = self.inputs(model)
         if not isinstance(inputs, str):
             named = self.target_modules if isinstance(self.target_modules, tuple) else ()
             scaled = sorted(path for path in hosts if scales_input(inputs, path) and linear_shape(hosts[path]))
             if set(inputs) <= set(named):
                 inputs = sorted(inputs)
-            # peft wants a subset of target_modules where both are lists; the paths are none of a list of names
+            # If both are lists, peft wants a subset of target_modules. Whole paths are not in a list of short names.
             else:
                 inputs = "|".join(map(re.escape, scaled)) if named and scaled else scaled
         return {
@@ -117,7 +179,7 @@ class IA3Config(Targets):
 
     @staticmethod
     def from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The reverse of `to_peft`: the keyword arguments for this class."""
+        """Return the keyword arguments for this class: the reverse of `to_peft`."""
         inputs = fields.get("feedforward_modules")
         return {
             "feedforward_modules": inputs if isinstance(inputs, str) else tuple(inputs or ()),
@@ -125,63 +187,8 @@ class IA3Config(Targets):
         }
 
 
-class IA3Output(Part):
-    """l * y: the output of a layer, scaled feature by feature.
-
-    Attributes:
-        ia3_l: (out, 1), as Hugging Face stores it.
-    """
-
-    keys: ClassVar[dict[str, str]] = {"ia3_l": "{path}.ia3_l"}
-
-    def __init__(self, host: nn.Module, config: IA3Config) -> None:
-        super().__init__()
-        self.transposed = stores_transposed(host, config)
-        self.ia3_l = nn.Parameter(drawn((linear_shape(host)[1], 1), config.init))
-
-    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
-        """Scales the output. output: (..., out)."""
-        # y = l * (W x + b)
-        return (output * self.ia3_l.flatten()).to(output.dtype)
-
-    def merged(self, host: nn.Module) -> dict[str, Tensor]:
-        """The host's parameters with the scale folded in: diag(l) W and l * b."""
-        scale = widened(self.ia3_l)  # (out, 1): a factor for each row of W
-        parameters = {"weight": widened(host.weight) * (scale.T if self.transposed else scale)}
-        if host.bias is not None:
-            parameters["bias"] = widened(host.bias) * scale.flatten()
-        return parameters
-
-
-class IA3Input(Part):
-    """W (l * x): the input of a layer, scaled feature by feature.
-
-    Attributes:
-        ia3_l: (1, in), as Hugging Face stores it.
-    """
-
-    keys: ClassVar[dict[str, str]] = {"ia3_l": "{path}.ia3_l"}
-
-    def __init__(self, host: nn.Module, config: IA3Config) -> None:
-        super().__init__()
-        self.transposed = stores_transposed(host, config)
-        self.ia3_l = nn.Parameter(drawn((1, linear_shape(host)[0]), config.init))
-
-    def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Scales the input. x: (..., in)."""
-        x = first_input(args, kwargs)
-        # y = W (l * x) + b
-        scaled = (x.to(self.ia3_l.dtype) * self.ia3_l.flatten()).to(x.dtype)
-        return ((scaled, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): scaled})
-
-    def merged(self, host: nn.Module) -> dict[str, Tensor]:
-        """The host's weight with the scale folded in: W diag(l)."""
-        scale = widened(self.ia3_l)  # (1, in): a factor for each column of W
-        return {"weight": widened(host.weight) * (scale.T if self.transposed else scale)}
-
-
 def architecture(model: nn.Module, paths: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-    """(targets, those of them whose input is scaled) of a known architecture, or None."""
+    """Return (the targets, those of them whose input is scaled) of a known architecture, or None."""
     if getattr(getattr(model, "config", None), "model_type", None) == "mt5":
         return MT5
     paths = list(paths)
@@ -192,12 +199,12 @@ def architecture(model: nn.Module, paths: Iterable[str]) -> tuple[tuple[str, ...
 
 
 def default(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The targets of a config that names none."""
+    """Return the targets of a config that names none."""
     known = architecture(model, modules)
     if known is None:
         endings = dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if linear_shape(module))
         raise PeftLabError(
-            f"Where the keys, values and feed-forward of {type(model).__name__} are is not known. Name them in "
+            f"The names of the keys, values and feed-forward of {type(model).__name__} are not known. Name them in "
             "target_modules, and the last layer of the feed-forward in feedforward_modules too. Linear layers here "
             f"end in {', '.join(endings) or 'nothing'}."
         )
@@ -205,22 +212,22 @@ def default(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.
 
 
 def scales_input(inputs: str | tuple[str, ...], path: str) -> bool:
-    """Says whether a module counts as feed-forward: by the end of its path as a string, as in Hugging Face peft."""
+    """Say whether a module counts as feed-forward: by the end of its path as a string, as in Hugging Face peft."""
     return names_match(inputs, path) if isinstance(inputs, str) else path.endswith(inputs)
 
 
 def check_linear(model: nn.Module, path: str, host: nn.Module) -> None:
-    """Refuses what cannot carry a scale."""
+    """Refuse a module that cannot carry a scale."""
     check_carrier(model, path, host)
     if isinstance(host, nn.Embedding):
         raise PeftLabError(f"{path} is an embedding; IA3 scales linear layers. Leave it out, or use LoRAConfig.")
 
 
 def stores_transposed(host: nn.Module, config: IA3Config) -> bool:
-    """Conv1D stores its weight (in, out)."""
+    """Say whether the layer stores its weight as (in, out), as Conv1D does."""
     return is_conv1d(host) or (config.fan_in_fan_out and not isinstance(host, nn.Linear))
 
 
 def drawn(size: tuple[int, int], init: str) -> Tensor:
-    """Ones, or, for tests, ones and noise."""
+    """Return ones; for tests, ones plus noise."""
     return torch.ones(size) if init == "ones" else 1 + 0.3 * torch.randn(size)

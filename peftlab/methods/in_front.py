@@ -1,4 +1,4 @@
-"""A prompt in front of a model's input, whatever makes the prompt: the part that prompt tuning and P-tuning share."""
+"""Put a prompt in front of a model's input: X' = [P; X]. Prompt tuning and P-tuning share this part."""
 
 from __future__ import annotations
 
@@ -26,11 +26,15 @@ from peftlab.methods.virtual import (
 
 
 class InFront(Part):
-    """A prompt on a model, or on the encoder of an encoder-decoder: X' = [P; X], with P (n, d) and X (t, d).
+    """Put a prompt in front of the input of a model, or of an encoder-decoder's encoder.
+
+        X' = [P; X],    P: (n, d),  X: (t, d),  X': (n + t, d)
+
+    The book derives it in section 4.1.
 
     Attributes:
-        source: a module that makes the prompt: called, it gives (rows, d), of which the first n are taken. (For an
-            encoder-decoder Hugging Face peft counts and stores 2 n rows, and uses n.)
+        source: a module that makes the prompt. Called, it gives (rows, d), and the first n rows are used. (For an
+            encoder-decoder, Hugging Face peft stores 2 n rows and uses n, and so does this part.)
     """
 
     def __init__(self, source: nn.Module, count: int, limit: int | None = None) -> None:
@@ -41,17 +45,17 @@ class InFront(Part):
 
     @property
     def made(self) -> Tensor:
-        """What the source makes, (rows, d)."""
+        """Return what the source makes, (rows, d)."""
         return self.source()
 
     def make_prompt(self, host: nn.Module) -> Tensor:
-        """The prompt, (n, d)."""
+        """Return the prompt, (n, d)."""
         return self.source()[: self.count]
 
     def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Turns token ids (b, t) into embeddings (b, n + t, d) with the prompt in front.
+        """Turn token ids (b, t) into embeddings (b, n + t, d) with the prompt in front.
 
-        The attention mask is lengthened too, and so are labels and token types where there is one for each token.
+        The attention mask is lengthened too. So are labels and token types, if there is one for each token.
         Caller-supplied position_ids raise an error in training, are dropped in eval, and are shifted inside
         `text_positions`.
         """
@@ -80,7 +84,7 @@ class InFront(Part):
         batch, length = embeddings.shape[:2]
         check_room(length, self.count, self.limit)
         if pools_the_last(host) and mask is not None:
-            # It reads the last column, as it cannot look for padding among embeddings: the text must end there.
+            # Such a host cannot find padding among embeddings, so it reads the last column. Move the text to end there.
             order = kwargs["attention_mask"][:, self.count :].bool().long().argsort(dim=1, stable=True)
             embeddings = embeddings.gather(1, order[..., None].expand_as(embeddings))
             kwargs["attention_mask"] = torch.cat([mask[:, : self.count], mask[:, self.count :].gather(1, order)], 1)
@@ -88,25 +92,25 @@ class InFront(Part):
         if kwargs.get("position_ids") is not None:
             virtual = torch.arange(self.count, device=embeddings.device).expand(batch, -1)
             kwargs["position_ids"] = torch.cat([virtual, kwargs["position_ids"].expand(batch, -1)], 1)
-        # X' = [P; X]; the rows' gradients are summed in the prompt's own dtype, so it is repeated before it is cast
+        # X' = [P; X]. P is repeated for the rows before it is cast, so the rows' gradients are summed in P's own dtype.
         kwargs["inputs_embeds"] = in_front(active_prompt(host, batch), embeddings)
         for name, fill in (("labels", -100), ("token_type_ids", 0)):
             value = kwargs.get(name)
-            # a label, or a vector of scores, for each example stays as it is
+            # labels for whole examples (one each, or a vector of scores) stay as they are
             if value is not None and value.shape == (batch, length) and not value.is_floating_point():
                 kwargs[name] = torch.cat([value.new_full((batch, self.count), fill), value], dim=1)
         return (), kwargs
 
 
 class LongerMemory(Part):
-    """On a decoder whose encoder reads a prompt: the mask of what the encoder gives is longer by it."""
+    """Lengthen the mask of the encoder's output, on a decoder whose encoder reads a prompt."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
         self.count, self.compatibility_key = count, f"a prompt of {count} virtual tokens"
 
     def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Lengthens `encoder_attention_mask` (b, t) to the length of the encoder's states."""
+        """Lengthen `encoder_attention_mask` (b, t) to the length of the encoder's states."""
         kwargs = by_name(host, args, kwargs)
         mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
         if mask is not None and states is not None and mask.shape[-1] == states.shape[1] - self.count:
@@ -115,7 +119,7 @@ class LongerMemory(Part):
 
 
 def prompt_parts(model: nn.Module, source: nn.Module, count: int) -> Iterator[Placement]:
-    """Yields a prompt's part: on the model or, where there is an encoder apart, there and a longer mask behind it."""
+    """Yield the parts of a prompt: one on the model; or, for an encoder-decoder, one on each half."""
     if not is_encoder_decoder(model):
         require_cache_argument(model)
         yield Placement("", "prompt", InFront(source, count, position_limit(model)))

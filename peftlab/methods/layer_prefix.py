@@ -1,8 +1,8 @@
-"""A prefix where gradient checkpointing takes the cache away.
+"""Keep a prefix working where gradient checkpointing takes the cache away.
 
-A checkpointed layer runs again in the backward pass. A cache would then be filled twice, so transformers drops it, and
-a prefix in it would be lost; Hugging Face peft refuses to run. Here each attention puts its share in front of its keys
-and values itself, made anew from the parameters each time it runs.
+A checkpointed layer runs again in the backward pass, which would fill a cache twice. So transformers drops the cache,
+and a prefix in it would be lost; Hugging Face peft refuses to run. Here each attention module puts its share of the
+prefix in front of its own keys and values. The share is made from the parameters each time the module runs.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from peftlab.methods.caches import NAMES, cache_argument, is_cache
 
 
 class LayerPrefix(Part):
-    """A layer's share of a prefix, for its attention module.
+    """Put a layer's share of a prefix in front of the keys and values of its attention module.
 
     Attributes:
-        prefix: the model's part, which owns the parameters. index: the layer. window: how far it sees, or None.
+        prefix: the model's part, which owns the parameters.
+        index: the layer's index.
+        window: how many tokens the layer sees, or None for all.
     """
 
     def __init__(self, prefix: nn.Module, index: int, window: int | None) -> None:
@@ -30,26 +32,26 @@ class LayerPrefix(Part):
         self.index, self.window, self.compatibility_key = index, window, prefix.compatibility_key
 
     def make_prompt(self, host: nn.Module) -> Tensor:
-        """This layer's keys and values, (n, 2 k)."""
+        """Return this layer's keys and values, (n, 2 k)."""
         width = 2 * self.prefix.sizes.heads * self.prefix.sizes.width
         start = self.prefix.pair(self.index) * width
         return self.prefix.source.part(start, start + width)
 
     def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Gives the module a cache that only puts the share in front, if it got none while training."""
+        """In training, give a module that got no cache one that only puts the share in front."""
         name = cache_argument(host)
         if not host.training or kwargs.get(name) is not None:
             return args, kwargs
         states = args[0] if args else kwargs["hidden_states"]
         keys, values = self.prefix.laid_out(active_prompt(host, states.shape[0]))
-        if self.window is not None:  # as a cache of such a layer keeps it: one less than the window, before any word
+        if self.window is not None:  # a cache of such a layer keeps one position less than the window before a new word
             start = max(0, self.prefix.count - self.window + 1)
             keys, values = keys[:, :, start:], values[:, :, start:]
         return args, {**kwargs, name: Fixed(keys, values, self.prefix.count)}
 
 
 class Fixed:
-    """What attention takes for a cache: it holds the same keys and values (b, heads, n, width) whatever is added."""
+    """Act as a cache for attention: hold the same keys and values (b, heads, n, width), whatever is added."""
 
     def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
         self.keys, self.values, self.length = keys, values, length
@@ -63,9 +65,9 @@ class Fixed:
 
 
 class WithoutCache(Part):
-    """Takes the cache away from a checkpointed layer before transformers does, and warns that it is lost.
+    """Take the cache away from a checkpointed layer before transformers does so and warns that it is lost.
 
-    Older versions of transformers do both ahead of any hook; the warning then means nothing.
+    Older versions of transformers do both before any hook runs. Their warning can be ignored.
     """
 
     def __init__(self, count: int) -> None:
@@ -73,8 +75,8 @@ class WithoutCache(Part):
         self.compatibility_key = f"a prefix of {count} virtual tokens"
 
     def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """The layer's call without a cache, if it is checkpointed."""
-        # Since transformers 5.24 a checkpointed layer keeps its cache when there is nothing to run again.
+        """Return the layer's inputs, without a cache if the layer is checkpointed."""
+        # Since transformers 5.24, a checkpointed layer that will not run again keeps its cache.
         if host.training and torch.is_grad_enabled() and getattr(host, "gradient_checkpointing", False):
             kwargs = {
                 name: None if name in NAMES or is_cache(value) else value for name, value in kwargs.items()

@@ -1,9 +1,11 @@
-"""LoRA: a frozen weight and, beside it, a trained product of two thin matrices.
+"""Add to a frozen weight W a trained product of two thin matrices, s B A.
 
-Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, 2021, arXiv:2106.09685, section 4.1; rank-stabilised
-scaling from Kalajdzievski, 2023, arXiv:2312.03732.
+    y = W x + b + s B A x,    x: (..., in),  y: (..., out),  A: (r, in),  B: (out, r),  s = alpha / r
 
-    y = W x + b + s B A x,    A: (r, in),  B: (out, r),  s = alpha / r
+Paper: Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, 2021, arXiv:2106.09685, section 4.1; the scaling
+alpha / sqrt(r) is from Kalajdzievski, 2023, arXiv:2312.03732.
+Book: section 2.2, "The update"; also 2.3, "The gradients, by hand", 2.4, "How to start, and how not to", and 2.10, "The
+scaling: alpha over r, or over its root".
 """
 
 from __future__ import annotations
@@ -23,6 +25,125 @@ from peftlab.core.targets import Targets, by_pattern, check_regex, find, in_any_
 from peftlab.errors import PeftLabError
 from peftlab.methods.parts import BIAS_MODES, cast, first_input, trained_biases, trained_copies, widened
 
+
+class LoRALinear(Part):
+    """Add the update s B (A x) to what a linear layer returns: `nn.Linear`, `Conv1D` or a quantised linear.
+
+    Attributes:
+        lora_A: (r, in).
+        lora_B: (out, r).
+        lora_B_bias: (out,) or None.
+        scaling: s.
+    """
+
+    keys: ClassVar[dict[str, str]] = {
+        "lora_A": "{path}.lora_A.weight",
+        "lora_B": "{path}.lora_B.weight",
+        "lora_B_bias": "{path}.lora_B.bias",
+    }
+
+    def __init__(self, host: nn.Module, r: int, scaling: float, config: LoRAConfig) -> None:
+        super().__init__()
+        inside, outside = linear_shape(host)
+        self.scaling, self.dropout = scaling, config.dropout
+        # Conv1D stores its weight (in, out)
+        self.transposed = is_conv1d(host) or (config.fan_in_fan_out and not isinstance(host, nn.Linear))
+        self.lora_A = nn.Parameter(torch.empty(r, inside))
+        self.lora_B = nn.Parameter(torch.zeros(outside, r))
+        self.lora_B_bias = nn.Parameter(torch.zeros(outside)) if config.lora_bias else None
+        start(self.lora_A, self.lora_B, config.init)
+
+    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
+        """Add the update. x: (..., in), output: (..., out)."""
+        x = cast(first_input(args, kwargs), self.lora_A.dtype)
+        x = F.dropout(x, self.dropout, self.training)
+        # y = W x + b + s B (A x): two thin products instead of one with the (out, in) matrix BA
+        update = F.linear(F.linear(x, self.lora_A), self.lora_B, self.lora_B_bias) * self.scaling
+        return (output + update).to(output.dtype)
+
+    def delta(self) -> Tensor:
+        """Return the update of the weight, (out, in), in the adapter's dtype and with gradients."""
+        # dW = s B A
+        return (self.lora_B @ self.lora_A) * self.scaling
+
+    def merged(self, host: nn.Module) -> dict[str, Tensor]:
+        """Return the host's parameters with the update folded in, not yet rounded to the host's dtype."""
+        # W' = W + s B A. Not delta(): it rounds a product of 16-bit factors before it is added.
+        delta = (widened(self.lora_B) @ widened(self.lora_A)) * self.scaling
+        delta = delta.T if self.transposed else delta
+        parameters = {"weight": widened(host.weight) + delta}
+        if self.lora_B_bias is not None:
+            if host.bias is None:
+                raise PeftLabError(
+                    "lora_bias cannot be merged into a layer without a bias; keep the adapter unmerged, or train it "
+                    "without lora_bias."
+                )
+            parameters["bias"] = widened(host.bias) + widened(self.lora_B_bias) * self.scaling
+        return parameters
+
+
+class LoRAEmbedding(Part):
+    """Add the update of an embedding: look up a column of A for each token, then multiply it by B.
+
+        y = W[token] + s B A[:, token],    W: (vocabulary, width)
+
+    Attributes:
+        lora_A: (r, vocabulary), zero at the start.
+        lora_B: (width, r), normal at the start.
+    """
+
+    keys: ClassVar[dict[str, str]] = {"lora_A": "{path}.lora_embedding_A", "lora_B": "{path}.lora_embedding_B"}
+
+    def __init__(self, host: nn.Embedding, r: int, scaling: float, config: LoRAConfig) -> None:
+        super().__init__()
+        if config.lora_bias:
+            raise PeftLabError("lora_bias cannot be used on an embedding; leave it out, or leave the embedding out.")
+        vocabulary, width = linear_shape(host)
+        self.scaling = scaling
+        # Here A is zero and B is not (as in loralib and peft). So a token that never occurs keeps its embedding.
+        self.lora_A = nn.Parameter(torch.zeros(r, vocabulary))
+        self.lora_B = nn.Parameter(torch.randn(width, r))
+        if config.init == "random":
+            nn.init.normal_(self.lora_A)
+
+    def after(self, host: nn.Embedding, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
+        """Add the update. tokens: (...), output: (..., width)."""
+        rows = F.embedding(
+            first_input(args, kwargs), self.lora_A.T, host.padding_idx, host.max_norm, host.norm_type,
+            host.scale_grad_by_freq, host.sparse,
+        )  # fmt: skip
+        # y = W[token] + s B A[:, token]. Gemma scales what it looks up, so the update is scaled too.
+        scaling = self.scaling * getattr(host, "embed_scale", 1.0)
+        return (output + F.linear(rows, self.lora_B) * scaling).to(output.dtype)
+
+    def delta(self) -> Tensor:
+        """Return the update of the weight, (vocabulary, width), in the adapter's dtype and with gradients."""
+        return (self.lora_B @ self.lora_A).T * self.scaling
+
+    def merged(self, host: nn.Embedding) -> dict[str, Tensor]:
+        """Return the host's weight with the update folded in, not yet rounded to the host's dtype."""
+        delta = (widened(self.lora_B) @ widened(self.lora_A)).T * self.scaling
+        return {"weight": widened(host.weight) + delta}
+
+
+def start(lora_A: Tensor, lora_B: Tensor, init: str) -> None:
+    """Draw A, (r, in), and for `"random"` also B, (out, r).
+
+    A must not be zero, or B gets no gradient. B must be zero, or the model starts from another function.
+    """
+    r = lora_A.shape[0]
+    if init == "orthogonal":
+        # A A^T = I: the r directions that the adapter reads do not overlap
+        nn.init.orthogonal_(lora_A)
+    elif init == "gaussian":
+        nn.init.normal_(lora_A, std=1 / r)
+    else:
+        # U(-1/sqrt(in), 1/sqrt(in)): Kaiming's bound sqrt(6 / ((1 + a^2) in)) at a = sqrt(5)
+        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+    if init == "random":
+        nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
+
+
 INITS = ("kaiming", "gaussian", "orthogonal", "random")
 # Values of peft's `init_lora_weights` (in lower case) that leave the base's weights alone.
 BASE_KEPT = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
@@ -30,24 +151,28 @@ BASE_KEPT = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig(Targets):
-    """What LoRA trains, and how it starts.
+    """Say what LoRA trains and how it starts.
 
     Attributes:
-        r: rank of the update; a positive whole number.
-        alpha: numerator of the scaling s = alpha / r.
-        dropout: probability of dropping an entry of the adapter's input while training; in [0, 1).
-        bias: which biases of the base train too: `"none"`, `"lora_only"` (of the adapted modules) or `"all"`.
+        r: the rank of the update; a positive whole number.
+        alpha: the numerator of the scaling s = alpha / r.
+        dropout: the probability of dropping an entry of the adapter's input in training; in [0, 1).
+        bias: which biases of the base train too: `"none"`, `"lora_only"` (those of the adapted modules) or `"all"`.
         use_rslora: scale by alpha / sqrt(r) instead, so that the update keeps its size as r grows.
-        init: how A starts (B is zero): `"kaiming"` (uniform within 1 / sqrt(in), as Hugging Face peft), `"gaussian"`
-            (normal, standard deviation 1 / r), `"orthogonal"`, or `"random"` (B random too: for tests, since the
-            model's output then changes before the first step).
-        lora_bias: give B a bias of its own, started at zero.
+        init: how A starts. `"kaiming"` is uniform within 1 / sqrt(in), as in Hugging Face peft. `"gaussian"` is normal
+            with standard deviation 1 / r. `"orthogonal"` makes the rows of A orthonormal. In all three B is zero.
+            `"random"` draws B too, so the model's output changes before the first step; it is for tests.
+        lora_bias: give B a bias of its own, zero at the start.
         fan_in_fan_out: detected automatically for Linear and Conv1D (the flag is ignored there). Set it only for custom
             layers that store their weight as (in, out).
-        rank_pattern, alpha_pattern: another r or alpha for paths whose end matches a key, e.g. `{"layers.0.*": 4}`.
+        rank_pattern, alpha_pattern: another r or alpha for the paths whose end matches a key, e.g. `{"layers.0.*": 4}`.
 
     Raises:
-        PeftLabError: a value that is out of range, with what was found.
+        PeftLabError: a value is out of range; the message says what was found.
+
+    >>> model = pl.attach(model, pl.LoRAConfig(r=4, target_modules=["q_proj"]))
+    >>> print(pl.count_parameters(model))
+    256 of 5,968 parameters train (4.2895%)
     """
 
     r: int = 8
@@ -79,17 +204,20 @@ class LoRAConfig(Targets):
         object.__setattr__(self, "alpha_pattern", alphas)
 
     def scaling(self, path: str = "") -> float:
-        """The factor s in front of BA: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
+        """Return s, the factor in front of B A: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
         r, alpha = by_pattern(self.rank_pattern, path, self.r), by_pattern(self.alpha_pattern, path, self.alpha)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
     def parts(self, model: nn.Module) -> Iterator[Placement]:
-        """Yields what this config places on a model: one low-rank update for each target, trained biases and copies."""
+        """Yield the adapter's parts: a low-rank update for each target, trained biases and trained copies."""
         targets = find(model, self)
         for table in (self.rank_pattern, self.alpha_pattern):
             for key in table:
                 if not any(by_pattern({key: True}, path, False) for path in targets):
-                    raise PeftLabError(f"The pattern {key!r} matches none of the {len(targets)} target modules.")
+                    raise PeftLabError(
+                        f"The pattern {key!r} matches none of the {len(targets)} target modules, the first of which is "
+                        f"{next(iter(targets))}."
+                    )
         for path, host in targets.items():
             kind = LoRAEmbedding if isinstance(host, nn.Embedding) else LoRALinear
             part = kind(host, by_pattern(self.rank_pattern, path, self.r), self.scaling(path), self)
@@ -99,7 +227,7 @@ class LoRAConfig(Targets):
         yield from copies
 
     def to_peft(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:
-        """The fields of Hugging Face's `adapter_config.json` that only LoRA has."""
+        """Return the fields of Hugging Face's `adapter_config.json` that only LoRA has."""
         return {
             "r": self.r,
             "lora_alpha": self.alpha,
@@ -108,7 +236,7 @@ class LoRAConfig(Targets):
             "use_rslora": self.use_rslora,
             "lora_bias": self.lora_bias,
             "fan_in_fan_out": self.fan_in_fan_out or any(is_conv1d(host) for host in hosts.values()),
-            # peft starts from it before it loads, and its "orthogonal" refuses odd ranks
+            # peft draws A by this before it loads, and its "orthogonal" refuses odd ranks
             "init_lora_weights": {"random": False, "gaussian": "gaussian"}.get(self.init, True),
             "rank_pattern": in_any_order(self.rank_pattern, hosts),
             "alpha_pattern": in_any_order(self.alpha_pattern, hosts),
@@ -116,13 +244,15 @@ class LoRAConfig(Targets):
 
     @staticmethod
     def from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The reverse of `to_peft`: the keyword arguments for this class.
+        """Return the keyword arguments for this class: the reverse of `to_peft`.
 
-        `init_lora_weights` says how a training run began. Where it only chose A and B it is not needed, for weights
-        are about to be loaded; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA also took s B A out of the base's weights.
+        `init_lora_weights` says how a training run began. If it only chose A and B, it is ignored, because the weights
+        are about to be loaded. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA also subtracted s B A from the base's weights, so
+        their adapters are refused.
 
         Raises:
-            PeftLabError: such an adapter: beside the base as published it would be another function.
+            PeftLabError: the run changed the base's weights, so on the published base the adapter would compute
+                something else.
         """
         init = fields.get("init_lora_weights", True)
         if str(init).lower() not in BASE_KEPT:
@@ -144,117 +274,8 @@ class LoRAConfig(Targets):
             "alpha_pattern": fields.get("alpha_pattern") or {},
         }
 
-    # What Hugging Face's LoRA can also do and this file does not: such an adapter must not load as something else.
+    # Options of Hugging Face's LoRA that this file does not have. An adapter that uses one must not load as another.
     unsupported: ClassVar[tuple[str, ...]] = (
         "use_dora", "use_qalora", "layer_replication", "alora_invocation_tokens", "trainable_token_indices",
         "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
     )  # fmt: skip
-
-
-class LoRALinear(Part):
-    """The update of one linear layer (Linear, Conv1D, or a quantised linear).
-
-    Attributes:
-        lora_A: (r, in). lora_B: (out, r). lora_B_bias: (out,) or None. scaling: s.
-    """
-
-    keys: ClassVar[dict[str, str]] = {
-        "lora_A": "{path}.lora_A.weight",
-        "lora_B": "{path}.lora_B.weight",
-        "lora_B_bias": "{path}.lora_B.bias",
-    }
-
-    def __init__(self, host: nn.Module, r: int, scaling: float, config: LoRAConfig) -> None:
-        super().__init__()
-        inside, outside = linear_shape(host)
-        self.scaling, self.dropout = scaling, config.dropout
-        # Conv1D stores its weight (in, out)
-        self.transposed = is_conv1d(host) or (config.fan_in_fan_out and not isinstance(host, nn.Linear))
-        self.lora_A = nn.Parameter(torch.empty(r, inside))
-        self.lora_B = nn.Parameter(torch.zeros(outside, r))
-        self.lora_B_bias = nn.Parameter(torch.zeros(outside)) if config.lora_bias else None
-        start(self.lora_A, self.lora_B, config.init)
-
-    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
-        """Adds the update. x: (..., in), output: (..., out)."""
-        x = cast(first_input(args, kwargs), self.lora_A.dtype)
-        x = F.dropout(x, self.dropout, self.training)
-        # y = W x + b + s B (A x): two thin products instead of one with the (out, in) matrix BA
-        update = F.linear(F.linear(x, self.lora_A), self.lora_B, self.lora_B_bias) * self.scaling
-        return (output + update).to(output.dtype)
-
-    def delta(self) -> Tensor:
-        """The update of the weight as a matrix, (out, in), in the adapter's dtype and with gradients."""
-        # dW = s B A
-        return (self.lora_B @ self.lora_A) * self.scaling
-
-    def merged(self, host: nn.Module) -> dict[str, Tensor]:
-        """The host's parameters with the update folded in, not yet rounded to the host's dtype."""
-        # not delta(): a product of 16-bit factors would be rounded before it is added
-        delta = (widened(self.lora_B) @ widened(self.lora_A)) * self.scaling
-        delta = delta.T if self.transposed else delta
-        parameters = {"weight": widened(host.weight) + delta}
-        if self.lora_B_bias is not None:
-            if host.bias is None:
-                raise PeftLabError("lora_bias cannot be merged into a layer without a bias.")
-            parameters["bias"] = widened(host.bias) + widened(self.lora_B_bias) * self.scaling
-        return parameters
-
-
-class LoRAEmbedding(Part):
-    """The update of an embedding: rows of A picked by token, then B.
-
-    Attributes:
-        lora_A: (r, vocabulary), zero at the start. lora_B: (width, r), normal at the start.
-    """
-
-    keys: ClassVar[dict[str, str]] = {"lora_A": "{path}.lora_embedding_A", "lora_B": "{path}.lora_embedding_B"}
-
-    def __init__(self, host: nn.Embedding, r: int, scaling: float, config: LoRAConfig) -> None:
-        super().__init__()
-        if config.lora_bias:
-            raise PeftLabError("lora_bias has no meaning on an embedding; leave it out, or leave the embedding out.")
-        vocabulary, width = linear_shape(host)
-        self.scaling = scaling
-        # The looked-up factor is the zero one here (as in loralib and peft): only rows that occur then ever move.
-        self.lora_A = nn.Parameter(torch.zeros(r, vocabulary))
-        self.lora_B = nn.Parameter(torch.randn(width, r))
-        if config.init == "random":
-            nn.init.normal_(self.lora_A)
-
-    def after(self, host: nn.Embedding, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
-        """Adds the update. tokens: (...), output: (..., width)."""
-        rows = F.embedding(
-            first_input(args, kwargs), self.lora_A.T, host.padding_idx, host.max_norm, host.norm_type,
-            host.scale_grad_by_freq, host.sparse,
-        )  # fmt: skip
-        # Gemma's embeddings scale what they look up; the update is part of the weight, so it is scaled alike.
-        scaling = self.scaling * getattr(host, "embed_scale", 1.0)
-        return (output + F.linear(rows, self.lora_B) * scaling).to(output.dtype)
-
-    def delta(self) -> Tensor:
-        """The update of the weight as a matrix, (vocabulary, width), in the adapter's dtype and with gradients."""
-        return (self.lora_B @ self.lora_A).T * self.scaling
-
-    def merged(self, host: nn.Embedding) -> dict[str, Tensor]:
-        """The host's weight with the update folded in, not yet rounded to the host's dtype."""
-        delta = (widened(self.lora_B) @ widened(self.lora_A)).T * self.scaling
-        return {"weight": widened(host.weight) + delta}
-
-
-def start(lora_A: Tensor, lora_B: Tensor, init: str) -> None:
-    """Draws A (and, for `"random"`, B). A: (r, in), B: (out, r).
-
-    A must not be zero, or no gradient reaches B; B must be zero, or the model starts from another function.
-    """
-    r = lora_A.shape[0]
-    if init == "orthogonal":
-        # rows of A orthonormal: the r directions that the adapter reads do not overlap
-        nn.init.orthogonal_(lora_A)
-    elif init == "gaussian":
-        nn.init.normal_(lora_A, std=1 / r)
-    else:
-        # U(-1/sqrt(in), 1/sqrt(in)): Kaiming's bound sqrt(6 / ((1 + a^2) in)) at a = sqrt(5)
-        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-    if init == "random":
-        nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))

@@ -1,11 +1,14 @@
-"""P-tuning: a prompt whose vectors a small network makes, so that they move together.
+"""Make a prompt P with a small network, so that its vectors move together.
 
-Liu et al., *GPT Understands, Too*, 2021, arXiv:2103.10385, section 3. There the network is an LSTM with an MLP on top,
-here, as in Hugging Face peft, that or an MLP of three layers:
+    P = MLP(E),          E, P: (n, d),    MLP: d -> h -> h -> d with ReLU between
+    P = MLP(LSTM(E)),    LSTM: d -> 2 h (two directions),    MLP: 2 h -> 2 h -> d with ReLU between
 
-    P = MLP(E),    E: (n, d);   MLP: d -> h -> h -> d with ReLU between
+`InFront` in `methods/in_front.py` puts P in front of the input. Only P is needed after training, and Hugging Face's
+format stores only P.
 
-Only P is needed once it is trained, and only P is stored in Hugging Face's format.
+Paper: Liu et al., *GPT Understands, Too*, 2021, arXiv:2103.10385, section 3, which has the second form. Hugging Face
+peft has both.
+Book: section 4.7, "P-tuning, and the three side by side".
 """
 
 from __future__ import annotations
@@ -22,23 +25,58 @@ from peftlab.core.interface import Placement
 from peftlab.methods.in_front import prompt_parts
 from peftlab.methods.virtual import Table, VirtualTokens, submodules, word_embeddings
 
+
+class PromptEncoder(nn.Module):
+    """Make the prompt P, (n, d), from learned vectors E of the same shape.
+
+    Attributes:
+        embedding: E, (n, d).
+        lstm_head: None for the MLP alone.
+        mlp_head: d -> h -> h -> d, or 2 h -> 2 h -> d after the LSTM.
+    """
+
+    def __init__(self, rows: Tensor, config: PTuningConfig) -> None:
+        super().__init__()
+        d = rows.shape[1]
+        h = config.encoder_hidden or d
+        self.embedding = nn.Parameter(rows)
+        self.lstm_head = None
+        if config.encoder == "lstm":
+            dropout = config.encoder_dropout if config.encoder_layers > 1 else 0.0  # no dropout after the last layer
+            self.lstm_head = nn.LSTM(d, h, config.encoder_layers, dropout=dropout, bidirectional=True, batch_first=True)
+            self.mlp_head = nn.Sequential(nn.Linear(2 * h, 2 * h), nn.ReLU(), nn.Linear(2 * h, d))
+        else:
+            self.mlp_head = nn.Sequential(nn.Linear(d, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, d))
+
+    def forward(self) -> Tensor:
+        """Return P = MLP(E), or MLP(LSTM(E))."""
+        rows = self.embedding
+        if self.lstm_head is not None:
+            rows = self.lstm_head(rows[None])[0][0]
+        return self.mlp_head(rows)
+
+
 ENCODERS = ("mlp", "lstm", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PTuningConfig(VirtualTokens):
-    """A prompt that a network makes.
+    """Say how many vectors a prompt has and which network makes them.
 
     Attributes:
         num_virtual_tokens, modules_to_save, task_type: as for every method with virtual tokens.
-        encoder: `"mlp"`, `"lstm"` (two directions, then an MLP of two layers), or `"none"`: the prompt itself, which is
-            what a saved adapter holds.
-        encoder_hidden: inner width h of the encoder; None for the model's width.
-        encoder_layers: layers of the LSTM.
-        encoder_dropout: between the layers of the LSTM, while training; in [0, 1).
+        encoder: `"mlp"`, `"lstm"` (two directions, then an MLP of two layers), or `"none"`, which trains the prompt
+            itself. A saved adapter holds only the prompt.
+        encoder_hidden: h, the inner width of the encoder; None for the model's width.
+        encoder_layers: the number of layers of the LSTM.
+        encoder_dropout: the dropout between the layers of the LSTM in training; in [0, 1).
 
     Raises:
-        PeftLabError: a value that is out of range, with what was found.
+        PeftLabError: a value is out of range; the message says what was found.
+
+    >>> model = pl.attach(model, pl.PTuningConfig(num_virtual_tokens=4, encoder_hidden=8))
+    >>> pl.count_parameters(model).trainable
+    416
     """
 
     encoder: str = "mlp"
@@ -57,7 +95,7 @@ class PTuningConfig(VirtualTokens):
         check_fields(self, number, "encoder_dropout", least=0, below=1)
 
     def parts(self, model: nn.Module) -> Iterator[Placement]:
-        """Yields the prompt in front of the input, and the copies of heads."""
+        """Yield the prompt in front of the input, and the copies of heads."""
         d, n = word_embeddings(model).embedding_dim, self.num_virtual_tokens
         rows = torch.randn(n * submodules(model), d)
         source = Table(rows) if self.encoder == "none" else PromptEncoder(rows, self)
@@ -65,11 +103,11 @@ class PTuningConfig(VirtualTokens):
         yield from self.task_heads(model)
 
     def as_stored(self) -> Self:
-        """The config of what an adapter folder holds: the prompt without its encoder."""
+        """Return the config of what an adapter folder holds: the prompt without its encoder."""
         return replace(self, encoder="none")
 
     def to_peft(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:
-        """The fields of Hugging Face's `adapter_config.json` for P-tuning."""
+        """Return the fields of Hugging Face's `adapter_config.json` for P-tuning."""
         return {
             **self.shared_fields(model),
             "encoder_reparameterization_type": "LSTM" if self.encoder == "lstm" else "MLP",
@@ -80,7 +118,7 @@ class PTuningConfig(VirtualTokens):
 
     @staticmethod
     def from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The reverse of `to_peft`: the keyword arguments for this class."""
+        """Return the keyword arguments for this class: the reverse of `to_peft`."""
         return {
             "num_virtual_tokens": fields.get("num_virtual_tokens"),
             "encoder": str(fields.get("encoder_reparameterization_type") or "MLP").lower(),
@@ -88,31 +126,3 @@ class PTuningConfig(VirtualTokens):
             "encoder_layers": fields.get("encoder_num_layers", 2),
             "encoder_dropout": fields.get("encoder_dropout", 0.0),
         }
-
-
-class PromptEncoder(nn.Module):
-    """Makes the prompt, (n, d), from learned vectors of the same shape.
-
-    Attributes:
-        embedding: (n, d). lstm: None for the MLP. mlp: d -> h -> h -> d, or 2 h -> 2 h -> d behind the LSTM.
-    """
-
-    def __init__(self, rows: Tensor, config: PTuningConfig) -> None:
-        super().__init__()
-        d = rows.shape[1]
-        h = config.encoder_hidden or d
-        self.embedding = nn.Parameter(rows)
-        self.lstm_head = None
-        if config.encoder == "lstm":
-            dropout = config.encoder_dropout if config.encoder_layers > 1 else 0.0  # there is no layer after the last
-            self.lstm_head = nn.LSTM(d, h, config.encoder_layers, dropout=dropout, bidirectional=True, batch_first=True)
-            self.mlp_head = nn.Sequential(nn.Linear(2 * h, 2 * h), nn.ReLU(), nn.Linear(2 * h, d))
-        else:
-            self.mlp_head = nn.Sequential(nn.Linear(d, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, d))
-
-    def forward(self) -> Tensor:
-        """P = MLP(E), or MLP(LSTM(E))."""
-        rows = self.embedding
-        if self.lstm_head is not None:
-            rows = self.lstm_head(rows[None])[0][0]
-        return self.mlp_head(rows)

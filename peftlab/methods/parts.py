@@ -1,4 +1,4 @@
-"""Parts that any method may use (a bias or a module of the base, trained as a copy), and what parts compute with."""
+"""Hold the parts that several methods share: a bias or a module of the base, trained as a copy; and small helpers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ BIAS_MODES = ("none", "lora_only", "all")
 
 
 class TrainedBias(Part):
-    """A bias of the base, trained as a copy: y + (bias - host.bias). The base's own bias never moves.
+    """Train a copy of the base's bias: y + (bias - host.bias). The base's own bias never moves.
 
-    Holds the whole bias and not its change, so that it is saved, loaded and decayed as the base's own would be.
+    The part holds the whole bias, not the change. So it is saved, loaded and decayed as the base's own bias would be.
+    The book derives it in section 6.4.
     """
 
     replaces_base_parameters = True
@@ -33,7 +34,8 @@ class TrainedBias(Part):
         self.keys = {"bias": keys}
 
     def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
-        """Replaces the bias. output: (..., out); convolutions and batch norms have their channels further left."""
+        """Replace the bias. output: (..., out). In convolutions and norms of images, the channels lie further left."""
+        # y + (b - b0)
         change = self.bias - host.bias.detach().to(self.bias.dtype)
         right_of_channels = 0
         if hasattr(host, "kernel_size"):
@@ -43,25 +45,26 @@ class TrainedBias(Part):
         return (output + change.view(-1, *(1,) * right_of_channels)).to(output.dtype)
 
     def merged(self, host: nn.Module) -> dict[str, Tensor]:
-        """The bias itself."""
+        """Return the trained bias."""
         return {"bias": self.bias}
 
 
 class TrainedCopy(Part):
-    """A module trained in full beside an adapter: its copy answers in its place (`modules_to_save`).
+    """Train a module in full beside an adapter (`modules_to_save`): its copy answers instead of it.
 
-    The base's module still runs first, so that rows, mixtures and `disabled` work as for any part; a head is cheap.
+    The base's module still runs first, so that rows, mixtures and `disabled` work as for any part. A head is small, so
+    this costs little.
     """
 
     def __init__(self, host: nn.Module, key: str = "{path}") -> None:
         super().__init__()
         self.module = copy.deepcopy(host)
         for module in self.module.modules():
-            remove(module)  # another adapter's parts are not the base's
+            remove(module)  # the copy is of the base, without the parts of other adapters
         self.keys = {f"module.{name}": f"{key}.{name}" for name in self.module.state_dict()}
 
     def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Any, base: Any) -> Any:
-        """Returns the copy's answer, in the base's dtype."""
+        """Return the copy's answer, in the base's dtype."""
         parameter = next(self.module.parameters())
 
         def cast(value: Any, dtype: torch.dtype) -> Any:
@@ -73,20 +76,21 @@ class TrainedCopy(Part):
         return cast(answer, base.dtype) if isinstance(base, Tensor) else answer
 
     def merged(self, host: nn.Module) -> dict[str, Tensor]:
-        """The copy's parameters and buffers."""
+        """Return the copy's parameters and buffers."""
         return self.module.state_dict()
 
 
 def trained_biases(
     model: nn.Module, mode: str, targets: Mapping[str, nn.Module], copied: Iterable[str] = ()
 ) -> Iterator[Placement]:
-    """Yields a trained bias for each target that has one (`"lora_only"`) or for every module that has one (`"all"`).
+    """Yield a trained bias for each target (`"lora_only"`) or each module (`"all"`) that has one.
 
-    Modules in `copied` are trained in full already, bias and all. A bias that several modules share is one parameter
-    under several keys; where one of them only hands it down to another (BERT's language head), that other uses it.
+    Modules in `copied` are left out: they are trained in full already, bias and all. Several modules may share one
+    bias. It is then one parameter that is saved under several keys. If one of those modules only passes the bias to
+    another, as BERT's language head does, the trained bias stands on the other.
 
     Raises:
-        PeftLabError: a bias that its module does not simply add, so that no copy can answer for it.
+        PeftLabError: a module does not simply add its bias to its output, so a copy cannot be trained beside it.
     """
     if mode != "none":
         modules = base_modules(model) if mode == "all" else targets
@@ -101,11 +105,12 @@ def bias_copies(
     copied: Iterable[str] = (),
     wrapped: Iterable[str] = (),
 ) -> Iterator[Placement]:
-    """Yields a trained bias for each of these modules that has one; `trained_biases` says how.
+    """Yield a trained bias for each of these modules that has one, as `trained_biases` describes.
 
     Args:
         instead: what to do about a bias that cannot be trained, for the error.
-        wrapped: paths of modules that Hugging Face peft would have wrapped, which changes their bias's name.
+        copied: paths of modules that are trained in full already.
+        wrapped: paths of modules that Hugging Face peft would wrap, which changes the name of their bias in its files.
     """
     sharing: dict[int, list[str]] = {}
     for path, host in modules.items():
@@ -128,20 +133,25 @@ def bias_copies(
 
 
 def trained_copies(model: nn.Module, config: Any, key: str = "{path}") -> Iterator[Placement]:
-    """Yields a trained copy for each module that `modules_to_save` names (and for the head that a task implies).
+    """Yield a trained copy for each module that `modules_to_save` names, and for the head that a task implies.
 
-    `key` is how a module is called in Hugging Face's file.
+    Args:
+        key: the module's name in Hugging Face's file.
     """
     for path, host in heads(model, config).items():
         if not any(True for _ in host.parameters()):
-            raise PeftLabError(f"modules_to_save names {path}, a {type(host).__name__} without parameters.")
-        if type(host).forward is nn.Module.forward:  # ModuleList, ModuleDict: nothing calls them, nothing would train
+            raise PeftLabError(
+                f"modules_to_save names {path}, a {type(host).__name__} without parameters; leave it out."
+            )
+        if type(host).forward is nn.Module.forward:  # ModuleList and ModuleDict are never called
             within = ", ".join(f"{path}.{name}" for name, _ in list(host.named_children())[:4])
             raise PeftLabError(
                 f"modules_to_save names {path}, a {type(host).__name__}, which is a list. Name {within}."
             )
         if any(not p.is_floating_point() for p in host.parameters()):
-            raise PeftLabError(f"modules_to_save names {path}, which is quantised and cannot train.")
+            raise PeftLabError(
+                f"modules_to_save names {path}, which is quantised and cannot train; skip it when you quantise."
+            )
         if any(cache_argument(module) for module in base_modules(host).values()):
             yield from leaf_copies(model, path, host, key)
         else:
@@ -149,9 +159,10 @@ def trained_copies(model: nn.Module, config: Any, key: str = "{path}") -> Iterat
 
 
 def leaf_copies(model: nn.Module, path: str, module: nn.Module, key: str = "{path}") -> Iterator[Placement]:
-    """Yields a trained copy for each module with parameters of its own within a module.
+    """Yield a trained copy for each module inside a module that has parameters of its own.
 
-    A copy runs after the base's module. A whole block that runs twice would fill the cache twice; its layers may.
+    A copy runs after the base's module. A whole block that ran twice would fill the cache twice. Its layers may run
+    twice.
     """
     for inner, leaf in base_modules(module).items():
         if next(leaf.parameters(recurse=False), None) is not None:
@@ -161,20 +172,23 @@ def leaf_copies(model: nn.Module, path: str, module: nn.Module, key: str = "{pat
 
 
 def first_input(args: tuple, kwargs: dict) -> Tensor:
-    """The tensor a layer was called with, by position or by name."""
+    """Return the tensor that a layer was called with, by position or by name."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """An input in the adapter's dtype; as it is under autocast, which picks the dtype of each product itself."""
-    kind = x.device.type  # "meta" holds no numbers, and has no autocast to ask for
+    """Return an input in the adapter's dtype.
+
+    Under autocast the input is returned unchanged, since autocast chooses each product's dtype.
+    """
+    kind = x.device.type  # the device "meta" has no autocast
     return x if kind != "meta" and torch.is_autocast_enabled(kind) else x.to(dtype)
 
 
 def widened(weight: Tensor) -> Tensor:
-    """A stored weight in float64 (float32 where a device has none), so that a merged sum is rounded once.
+    """Return a stored weight in float64, so that a merged sum is rounded once (float32 on devices without float64).
 
-    Of a quantised weight: what its codes stand for, computed in float32.
+    For a quantised weight, return what its codes stand for, computed in float32 first.
     """
     if is_quantized(weight):
         weight = dense(weight, torch.float32)

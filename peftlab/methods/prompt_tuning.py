@@ -1,11 +1,14 @@
-"""Prompt tuning: learned vectors in front of the input, and everything else frozen.
+"""Put learned vectors P in front of the input, and freeze everything else.
 
-Lester et al., *The Power of Scale for Parameter-Efficient Prompt Tuning*, 2021, arXiv:2104.08691, section 2; a prompt
-in front of every layer is VPT-deep of Jia et al., *Visual Prompt Tuning*, 2022, arXiv:2203.12119, section 3.2.
+    X' = [P; X],                X: (t, d),  P: (n, d)
+    H_i' = [P_i; H_i[n:]],      H_i: (n + t, d),  P_i: (n, d),  for a deep prompt in every layer i after the first
 
-    X' = [P; X],    X: (t, d),  P: (n, d)
+`InFront` in `methods/in_front.py` computes the first formula, since P-tuning shares it. `DeepPrompt` below computes the
+second.
 
-and, deep, the layers' outputs at the first n positions are replaced by a prompt of the next layer's own.
+Paper: Lester et al., *The Power of Scale for Parameter-Efficient Prompt Tuning*, 2021, arXiv:2104.08691, section 2. The
+deep prompt is VPT-deep of Jia et al., *Visual Prompt Tuning*, 2022, arXiv:2203.12119, section 3.2.
+Book: section 4.1, "Vectors that no word has"; also 4.2, "Why the start decides", and 4.5, "Shallow and deep".
 """
 
 from __future__ import annotations
@@ -36,24 +39,68 @@ from peftlab.methods.virtual import (
     word_embeddings,
 )
 
+
+class DeepPrompt(Part):
+    """A prompt for this layer. It overwrites the previous layer's output at the prompt positions.
+
+        H_i' = [P_i; H_i[n:]]
+
+    Attributes:
+        rows: P_i, (n, d).
+    """
+
+    keys: ClassVar[dict[str, str]] = {"rows": "{path}.prompt_embeddings"}
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(rows)
+        self.compatibility_key = f"a deep prompt of {len(rows)} virtual tokens"
+
+    def make_prompt(self, host: nn.Module) -> Tensor:
+        """Return this layer's prompt, (n, d)."""
+        return self.rows
+
+    def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Replace the first n of the states (b, n + t, d), unless this call continues a text that is in the cache."""
+        # A checkpointed block runs again in the backward pass. Then `text_begins` may be of a later call, but the block
+        # has no cache, which shows that its text begins.
+        cached = not host.training or cache_in((*args, *kwargs.values())) is not None
+        if cached and not host._modules[CHILD].activity.text_begins:
+            return args, kwargs
+        if not args:
+            raise PeftLabError(
+                f"{type(host).__name__} does not get its states as first argument, so a deep prompt cannot replace "
+                "them; use deep=False."
+            )
+        states = args[0]
+        prompt = active_prompt(host, len(states))
+        # H_i' = [P_i; H_i[n:]]
+        return (in_front(prompt, states[:, prompt.shape[1] :]), *args[1:]), kwargs
+
+
 INITS = ("vocabulary", "text", "random")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTuningConfig(VirtualTokens):
-    """A prompt of learned vectors.
+    """Say how many learned vectors a prompt has and where they start.
 
     Attributes:
         num_virtual_tokens, modules_to_save, task_type: as for every method with virtual tokens.
-        init: where the vectors start: `"vocabulary"` (the embeddings of tokens drawn at random), `"text"` (those of
-            `init_text`, repeated or cut to the length), or `"random"` (standard normal, the default of Hugging Face
-            peft, often far longer than any embedding).
+        init: where the vectors start. `"vocabulary"` takes the embeddings of tokens drawn at random. `"text"` takes
+            those of `init_text`, repeated or cut to the length. `"random"` is standard normal, the default of Hugging
+            Face peft; such vectors are often far longer than any embedding.
         init_text: the text for `init="text"`, or its token ids.
         tokenizer: the tokenizer of that text, or its name; not needed with token ids.
-        deep: a prompt in front of each layer, n L d parameters instead of n d. Hugging Face peft has no such method.
+        deep: put a prompt in front of each layer, n L d parameters instead of n d. Hugging Face peft has no such
+            method.
 
     Raises:
-        PeftLabError: a value that is out of range, with what was found.
+        PeftLabError: a value is out of range; the message says what was found.
+
+    >>> model = pl.attach(model, pl.PromptTuningConfig(num_virtual_tokens=4))
+    >>> pl.count_parameters(model).trainable
+    64
     """
 
     init: str = "vocabulary"
@@ -69,7 +116,7 @@ class PromptTuningConfig(VirtualTokens):
         check_start(self, INITS)
 
     def parts(self, model: nn.Module) -> Iterator[Placement]:
-        """Yields the prompt in front of the input, those of the deeper layers, and the copies of heads."""
+        """Yield the prompt in front of the input, the prompts of the deeper layers, and the copies of heads."""
         embeddings, n = word_embeddings(model), self.num_virtual_tokens
         rows = n if self.deep else n * submodules(model)
         tokens = None
@@ -78,7 +125,7 @@ class PromptTuningConfig(VirtualTokens):
         start = torch.randn(rows, embeddings.embedding_dim) if tokens is None else looked_up(embeddings, tokens)
         front, *rest = prompt_parts(model, Table(start), n)
         if self.deep:
-            # not Hugging Face's name: there this prompt would load as a shallow one, and mean something else
+            # not Hugging Face's name, or peft would load this prompt as a shallow one
             front.part.keys = {"source.rows": "deep_prompt_embeddings"}
         yield front
         yield from rest
@@ -87,12 +134,12 @@ class PromptTuningConfig(VirtualTokens):
         yield from self.task_heads(model)
 
     def deeper(self, model: nn.Module, tokens: Tensor | None) -> Iterator[Placement]:
-        """Yields a prompt for each block but the first."""
+        """Yield a prompt for each block but the first."""
         stack = model.get_encoder() if is_encoder_decoder(model) else model
         found = blocks(stack)
         if not found:
             raise PeftLabError(f"{type(stack).__name__} has no list of blocks; use a shallow prompt (deep=False).")
-        # what enters each block for those tokens, so that a prompt of real text computes at first what the text would
+        # Start from what enters each block for those tokens. A prompt of real text then first acts like the text.
         states = None if tokens is None else states_of(model, stack, found, tokens)
         for index, block in enumerate(found[1:], 1):
             width = word_embeddings(model).embedding_dim
@@ -100,7 +147,7 @@ class PromptTuningConfig(VirtualTokens):
             yield Placement(path_of(model, block), "prompt", DeepPrompt(start))
 
     def to_peft(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:
-        """The fields of Hugging Face's `adapter_config.json` for prompt tuning.
+        """Return the fields of Hugging Face's `adapter_config.json` for prompt tuning.
 
         A text to start from is left out: peft would ask for its tokenizer again, and the vectors are in the file.
         """
@@ -110,7 +157,10 @@ class PromptTuningConfig(VirtualTokens):
 
     @staticmethod
     def from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The reverse of `to_peft`: the keyword arguments for this class. How the prompt began no longer matters."""
+        """Return the keyword arguments for this class: the reverse of `to_peft`.
+
+        How the prompt began no longer matters.
+        """
         return {
             "num_virtual_tokens": fields.get("num_virtual_tokens"),
             "init": "random",
@@ -118,39 +168,7 @@ class PromptTuningConfig(VirtualTokens):
         }
 
 
-class DeepPrompt(Part):
-    """A prompt for this layer. It overwrites the previous layer's output at the prompt positions.
-
-    Attributes:
-        rows: (n, d).
-    """
-
-    keys: ClassVar[dict[str, str]] = {"rows": "{path}.prompt_embeddings"}
-
-    def __init__(self, rows: Tensor) -> None:
-        super().__init__()
-        self.rows = nn.Parameter(rows)
-        self.compatibility_key = f"a deep prompt of {len(rows)} virtual tokens"
-
-    def make_prompt(self, host: nn.Module) -> Tensor:
-        """This layer's prompt, (n, d)."""
-        return self.rows
-
-    def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Replace the first n of the states (b, n + t, d), unless this call goes on with a text in the cache."""
-        # A checkpointed block runs again in the backward pass, after other calls of the model: it has no cache then.
-        cached = not host.training or cache_in((*args, *kwargs.values())) is not None
-        if cached and not host._modules[CHILD].activity.text_begins:
-            return args, kwargs
-        if not args:
-            raise PeftLabError(f"{type(host).__name__} is not called with its states first; a deep prompt cannot act.")
-        states = args[0]
-        prompt = active_prompt(host, len(states))
-        # H_i' = [P_i; H_i[n:]]
-        return (in_front(prompt, states[:, prompt.shape[1] :]), *args[1:]), kwargs
-
-
 def looked_up(embeddings: nn.Embedding, tokens: Tensor) -> Tensor:
-    """The embeddings of tokens, as the model itself looks them up (some scale them), detached."""
+    """Return the embeddings of tokens, detached, as the model itself looks them up (some models scale them)."""
     with torch.no_grad():
         return embeddings(tokens).detach().clone()

@@ -1,4 +1,4 @@
-"""Inside a transformers model: its blocks, its attention modules, and what they compute for a few tokens."""
+"""Look inside a transformers model: find its blocks and attention modules, and what they compute for a few tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peftlab.methods.virtual import is_encoder_decoder
 
 
 class Attention(NamedTuple):
-    """The sizes of a model's keys and values: blocks, key/value heads in each, and the width of a head."""
+    """Hold the sizes of a model's keys and values: blocks, key/value heads in each, and the width of a head."""
 
     layers: int
     heads: int
@@ -25,10 +25,10 @@ class Attention(NamedTuple):
 
 
 def attention_of(model: nn.Module) -> Attention:
-    """The sizes of the keys and values of a model that reads on (of the decoder, where there is an encoder apart).
+    """Return the sizes of a model's keys and values (of its decoder's, in an encoder-decoder).
 
     Raises:
-        PeftLabError: layers of different sizes, or a config that does not tell them.
+        PeftLabError: layers have different sizes, or the config does not say them.
     """
     whole = model.config
     config = whole.get_text_config() if hasattr(whole, "get_text_config") else whole
@@ -52,19 +52,28 @@ def attention_of(model: nn.Module) -> Attention:
     queries, hidden = first("decoder_attention_heads", "num_attention_heads"), first("hidden_size", "d_model")
     width = first("head_dim", "d_kv") or (hidden // queries if hidden and queries else None)
     if not (layers and heads and width):
-        raise PeftLabError(f"The config of {type(model).__name__} does not tell its layers, heads and width.")
+        raise PeftLabError(
+            f"The config of {type(model).__name__} does not say how many layers and heads it has and how wide they "
+            "are. Use prompt tuning, or lora."
+        )
     return Attention(layers, heads, width)
 
 
 def blocks(stack: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a stack: the outermost list of as many modules as its config has layers, if any."""
+    """Return the transformer blocks of a stack, or [] if none are found.
+
+    They are the outermost list with as many modules as the config has layers.
+    """
     layers = getattr(stack.config, "num_hidden_layers", None) or getattr(stack.config, "num_layers", None)
     lists = [path for path, m in base_modules(stack).items() if isinstance(m, nn.ModuleList) and len(m) == layers]
     return list(stack.get_submodule(min(lists, key=lambda path: path.count(".")))) if lists else []
 
 
 def attentions(stack: nn.Module) -> dict[int, str]:
-    """The paths of the self-attention modules that take a cache, by layer; cross-attention comes after in a block."""
+    """Return {layer: path of its self-attention module that takes a cache}.
+
+    In a block, cross-attention comes after self-attention, so the first module found is the one.
+    """
     found: dict[int, str] = {}
     for path, module in base_modules(stack).items():
         index = getattr(module, "layer_idx", None)
@@ -75,7 +84,7 @@ def attentions(stack: nn.Module) -> dict[int, str]:
 
 
 def states_of(model: nn.Module, stack: nn.Module, found: list[nn.Module], tokens: Tensor) -> list[Tensor]:
-    """What enters each block when the base reads some tokens alone: tensors (n, d)."""
+    """Return what enters each block when the base alone reads some tokens: tensors (n, d)."""
     seen: list[Tensor] = []
     handles = [
         block.register_forward_pre_hook(lambda _, args: seen.append(args[0][0].detach().clone()), prepend=True)
@@ -91,9 +100,10 @@ def states_of(model: nn.Module, stack: nn.Module, found: list[nn.Module], tokens
 
 
 def keys_and_values(model: nn.Module, tokens: Tensor) -> Tensor:
-    """The keys and values that the base computes for some tokens alone: (n, 2 L k), as a prefix is stored.
+    """Return the keys and values that the base alone computes for some tokens: (n, 2 L k), as a prefix is stored.
 
-    An encoder-decoder's decoder has them as its own beginning, and reads them through its encoder as well.
+    In an encoder-decoder both halves read the tokens: the encoder as its text, the decoder as the beginning of its
+    answer.
     """
     cache = new_cache(model, whole=True)
     inputs: dict[str, Any] = {"input_ids": tokens[None], cache_name(model): cache}
@@ -108,20 +118,24 @@ def keys_and_values(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def new_cache(model: nn.Module, whole: bool = False) -> Any:
-    """An empty cache of the kind that the model's decoder takes; a whole one keeps what has left a sliding window."""
+    """Return an empty cache of the kind that the model's decoder takes.
+
+    Args:
+        whole: also keep the tokens that a sliding window has passed.
+    """
     from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
     if is_encoder_decoder(model):
         return EncoderDecoderCache(DynamicCache(), DynamicCache())
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    # the config tells which layers see only a window; an encoder's cache has no such layers
+    # the config says which layers see only a window; an encoder's cache has no such layers
     return DynamicCache(config=config) if getattr(config, "sliding_window", None) and not whole else DynamicCache()
 
 
 def only_attention(model: nn.Module) -> bool:
-    """Say whether every layer keeps keys and values; those of Mamba and its like keep states instead.
+    """Say whether every layer keeps keys and values. Layers such as Mamba's keep states instead.
 
-    The config says so in most models. Where it does not, the kind of the layers of an empty cache does.
+    In most models the config says so. If it does not, the kind of the layers of an empty cache does.
     """
     from transformers.cache_utils import DynamicCache
 
@@ -133,18 +147,18 @@ def only_attention(model: nn.Module) -> bool:
 
 
 def windows(model: nn.Module) -> dict[int, int]:
-    """The layers that see only a window of the text, and how wide it is."""
+    """Return {layer: width of its window} for the layers that see only a window of the text."""
     layers = own_cache(new_cache(model)).layers
     return {index: layer.sliding_window for index, layer in enumerate(layers) if getattr(layer, "is_sliding", False)}
 
 
 def own_cache(cache: Any) -> Any:
-    """The part of a cache that self-attention uses."""
+    """Return the part of a cache that self-attention uses."""
     return getattr(cache, "self_attention_cache", cache)
 
 
 @contextmanager
 def quietly(model: nn.Module) -> Iterator[None]:
-    """The base alone, in eval mode and without gradients."""
+    """Run the base alone inside the block, in eval mode and without gradients."""
     with base_alone(model), mode(model, False), torch.no_grad():
         yield

@@ -1,8 +1,9 @@
-"""What prompts and prefixes share: virtual tokens, which have no word, in front of what a model reads.
+"""Hold what prompts and prefixes share: virtual tokens, which stand for no word, in front of the text.
 
-A prompt stands in front of the input's embeddings, a prefix in front of each layer's keys and values. Both have as many
-virtual tokens as the config says, lengthen the attention mask by them, and enter a generation once: afterwards they
-are in the model's cache. Positions count them, and padding too, as in Hugging Face peft.
+A prompt stands in front of the input's embeddings. A prefix stands in front of each layer's keys and values. Both have
+as many virtual tokens as the config says, and both lengthen the attention mask by that number. In a generation they
+enter once; afterwards they are in the model's cache. Positions count virtual tokens, and padding too, as in Hugging
+Face peft.
 """
 
 from __future__ import annotations
@@ -21,27 +22,28 @@ from peftlab.core.targets import check_names, check_task
 from peftlab.errors import PeftLabError
 from peftlab.methods.parts import trained_copies
 
-# The task's head has this name in the files of Hugging Face's prompt methods, whose wrapper holds the model itself.
+# The name of a task's head in the files of Hugging Face's prompt methods, whose wrapper holds the model directly.
 HEAD_KEY = "base_model.{module}"
-# Where positions are learned vectors
+# The names of embeddings that hold learned positions
 POSITIONS = ("wpe", "position_embeddings", "embed_positions")
 
 
 @dataclass(frozen=True, kw_only=True)
 class VirtualTokens:
-    """The fields that prompts and prefixes share.
+    """Hold the fields that prompts and prefixes share.
 
     Attributes:
-        num_virtual_tokens: how many virtual tokens; a positive whole number.
+        num_virtual_tokens: how many virtual tokens there are; a positive whole number.
         modules_to_save: modules trained in full beside them, as for LoRA.
-        task_type: Hugging Face's word for the task; `"SEQ_CLS"` and its like also train the head for it.
+        task_type: Hugging Face's word for the task. `"SEQ_CLS"`, `"TOKEN_CLS"` and `"QUESTION_ANS"` also train the head
+            for it.
     """
 
     num_virtual_tokens: int = 20
     modules_to_save: Iterable[str] | None = None
     task_type: str | None = None
 
-    # What every `Config` has, and few methods change.
+    # Every `Config` has these; few methods change them.
     requires: ClassVar[tuple[str, ...]] = ()
     unsupported: ClassVar[tuple[str, ...]] = ()
 
@@ -51,17 +53,17 @@ class VirtualTokens:
         check_task(self)
 
     def as_stored(self) -> Self:
-        """Returns this config: an adapter folder holds all that it describes."""
+        """Return this config: an adapter folder holds all that it describes."""
         return self
 
     def task_heads(self, model: nn.Module) -> Iterator[Placement]:
-        """Yields the trained copies of `modules_to_save` and of the task's head."""
+        """Yield the trained copies of `modules_to_save` and of the task's head."""
         return trained_copies(model, self, key=HEAD_KEY)
 
     def shared_fields(self, model: nn.Module) -> dict[str, Any]:
-        """The fields of `adapter_config.json` that Hugging Face's prompt methods share.
+        """Return the fields of `adapter_config.json` that Hugging Face's prompt methods share.
 
-        A task is always said where it can be told: without one, peft wraps the model in a class that ignores prompts.
+        The task is always written if it is known. Without one, peft wraps the model in a class that ignores prompts.
         """
         config, task = model.config, self.task_type
         if task is None and hasattr(model, "prepare_inputs_for_generation"):
@@ -77,26 +79,26 @@ class VirtualTokens:
 
 
 class Table(nn.Module):
-    """A learned table of rows, which are used as they are."""
+    """Hold a learned table of rows, which are used as they are."""
 
     def __init__(self, rows: Tensor) -> None:
         super().__init__()
         self.rows = nn.Parameter(rows)
 
     def forward(self) -> Tensor:
-        """All rows."""
+        """Return all rows."""
         return self.rows
 
     def part(self, start: int, end: int) -> Tensor:
-        """The columns from `start` to `end` alone."""
+        """Return only the columns from `start` to `end`."""
         return self.rows[:, start:end]
 
 
 def stored_names(source: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
-    """Returns the `keys` and the `encoder_keys` of a part whose prompt this source makes.
+    """Return the `keys` and the `encoder_keys` of a part whose prompt this source makes.
 
-    Hugging Face's file holds the prompt alone. A network that makes it is saved in a second file, so that it can be
-    trained further.
+    Hugging Face's file holds the prompt alone. If a network makes the prompt, that network is saved in a second file,
+    so that it can be trained further.
     """
     if isinstance(source, Table):
         return {"source.rows": "prompt_embeddings"}, {}
@@ -104,7 +106,7 @@ def stored_names(source: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def initial_tokens(model: nn.Module, count: int, text: list[int] | None) -> Tensor:
-    """The `count` token ids to start from: those of a text, cut or repeated; without one, drawn evenly at random."""
+    """Return the `count` token ids to start from: those of a text, cut or repeated; without a text, random ones."""
     embeddings = word_embeddings(model)
     if text is None:
         return torch.randint(0, embeddings.num_embeddings, (count,)).to(embeddings.weight.device)
@@ -118,21 +120,34 @@ def initial_tokens(model: nn.Module, count: int, text: list[int] | None) -> Tens
 
 
 def text_ids(config: Any) -> list[int]:
-    """The token ids of `init_text`."""
+    """Return the token ids of `init_text`."""
     text, tokenizer = config.init_text, config.tokenizer
     if isinstance(text, str):
         if isinstance(tokenizer, str):
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            tokenizer = _tokenizer(tokenizer)
         text = list(tokenizer(text)["input_ids"])
     if not text:
         raise PeftLabError(f"init_text {config.init_text!r} has no tokens; give the text to start from.")
     return list(text)
 
 
+def _tokenizer(name: str) -> Any:
+    """A tokenizer by its name or folder, whose own Python is never run."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # a malformed folder makes anything of transformers' own code
+        told = " ".join(str(error).split())[:300]
+        if "trust_remote_code" in told:
+            told = "it needs Python code from its repository, and peftlab never runs such code"
+        raise PeftLabError(
+            f"The tokenizer {name!r} cannot be loaded: {told}. Give the tokenizer itself, or token ids as init_text."
+        ) from error
+
+
 def check_start(config: Any, known: tuple[str, ...]) -> None:
-    """Checks `init`, and that a text to start from comes with what turns it into tokens."""
+    """Check `init`, and that a text to start from comes with the tokenizer that it needs."""
     check_fields(config, one_of, "init", known=known)
     if config.init == "text" and config.init_text is None:
         raise PeftLabError("init is 'text' but there is no init_text; give the text to start from.")
@@ -143,7 +158,7 @@ def check_start(config: Any, known: tuple[str, ...]) -> None:
 
 
 def word_embeddings(model: nn.Module) -> nn.Embedding:
-    """The embedding of a transformers model's input.
+    """Return the input embedding of a transformers model.
 
     Raises:
         PeftLabError: the model has none.
@@ -156,41 +171,41 @@ def word_embeddings(model: nn.Module) -> nn.Embedding:
             found = None
     if not hasattr(found, "embedding_dim"):
         raise PeftLabError(
-            f"{type(model).__name__} has no input embedding that virtual tokens could stand beside. Prompts and "
-            "prefixes need a transformers model; lora works on any."
+            f"{type(model).__name__} has no input embedding, which virtual tokens need. Prompts and prefixes work on "
+            "transformers models; lora works on any model."
         )
     return found
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether a decoder reads what an encoder made."""
+    """Say whether the model has an encoder and a decoder that reads its output."""
     return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
 def submodules(model: nn.Module) -> int:
-    """How many prompts Hugging Face peft counts: one for an encoder-decoder's encoder and one for its decoder."""
+    """Return how many prompts Hugging Face peft counts: one, or two for an encoder-decoder (one for each half)."""
     return 2 if is_encoder_decoder(model) else 1
 
 
 def path_of(model: nn.Module, module: nn.Module) -> str:
-    """The path of a module within a model."""
+    """Return the path of a module within a model."""
     return next(path for path, other in model.named_modules() if other is module)
 
 
 def pools_the_last(host: nn.Module) -> bool:
-    """Whether this is a decoder that classifies by the last token of a text."""
+    """Say whether this is a decoder that classifies by the last token of a text."""
     return type(host).__name__.endswith("ForSequenceClassification") and hasattr(host, "score")
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """The number of positions, where they are learned and so have an end."""
+    """Return the number of positions if they are learned vectors; None if there is no such limit."""
     limit = getattr(model.config, "max_position_embeddings", None)
     named = (path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, nn.Embedding))
     return limit if limit and any(name in POSITIONS for name in named) else None
 
 
 def check_room(length: int, count: int, limit: int | None) -> None:
-    """Refuses a text that would run past the last learned position."""
+    """Refuse a text that would run past the last learned position."""
     if limit is not None and length + count > limit:
         raise PeftLabError(
             f"{length} tokens and {count} virtual ones are more than the model's {limit} positions; cut the text to "
@@ -199,33 +214,39 @@ def check_room(length: int, count: int, limit: int | None) -> None:
 
 
 def lengthened(mask: Tensor | None, count: int) -> Tensor | None:
-    """An attention mask (b, t) with `count` ones in front; None stays None."""
+    """Return an attention mask (b, t) with `count` ones in front; None stays None."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise PeftLabError(
-            f"The attention mask is {shape}; virtual tokens lengthen a mask (batch, tokens). Leave the model to make "
-            "its own of it, and generate with a dynamic cache."
+            f"The attention mask is {shape}, but virtual tokens can only lengthen a mask (batch, tokens). Pass such a "
+            "mask, and generate with a dynamic cache."
         )
     return torch.cat([mask.new_ones(mask.shape[0], count), mask], dim=1)
 
 
 def in_front(first: Tensor, then: Tensor) -> Tensor:
-    """[first; then] along the tokens, in the second's dtype, also where autocast knows neither of them."""
+    """Return [first; then], joined along the tokens, in the dtype of `then`.
+
+    Autocast is off here, since it may know neither dtype.
+    """
     with torch.autocast(then.device.type, enabled=False):
         return torch.cat([first.to(then.device, then.dtype), then], dim=1)
 
 
 def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What keys and values of a base in this dtype are stored in: under autocast, 16-bit bases compute in its dtype."""
+    """Return the dtype in which a base with weights of this dtype stores its keys and values.
+
+    Under autocast, bases with 16-bit weights compute in autocast's dtype.
+    """
     if torch.is_autocast_enabled(device.type) and dtype in (torch.float16, torch.bfloat16):
         return torch.get_autocast_dtype(device.type)
     return dtype
 
 
 def by_name(host: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """All inputs of a module's call by their names, as a new dict."""
+    """Return all inputs of a module's call by their names, as a new dict."""
     if not args:
         return dict(kwargs)
     names = [name for name in inspect.signature(type(host).forward).parameters if name != "self"]

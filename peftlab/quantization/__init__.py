@@ -1,7 +1,7 @@
-"""Weights in four bits: code books, block-wise quantisation, a frozen linear layer, and whole models.
+"""Hold weights in four bits: code books, block-wise quantisation, a frozen linear layer, and whole models.
 
     model            quantize_model, dequantize_model: in place, one layer at a time
-    storing          a 4-bit base to disk and back, in bitsandbytes' keys
+    storing          save a 4-bit base and load it, in bitsandbytes' keys
     preparing        what to do to a model before training it, each step by choice
        linear        the frozen layer: forward and backward by dequantisation
        weights       a quantised parameter, whoever made it

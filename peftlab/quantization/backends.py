@@ -1,7 +1,7 @@
-"""Who computes with 4-bit weights: the reference in plain PyTorch, or bitsandbytes' kernels. They give equal numbers.
+"""Compute with 4-bit weights: by the reference in plain PyTorch, or by bitsandbytes' kernels. Both give equal numbers.
 
-A backend turns a weight into codes and codes into a weight. A new one is a class with these four methods and a line in
-`BACKENDS`; `choose` asks each, in this order, whether it can.
+A backend turns a weight into codes and codes into a weight. A new backend is a class with these four methods and an
+entry in `BACKENDS`; `choose` asks each, in this order, whether it can.
 """
 
 from __future__ import annotations
@@ -21,33 +21,40 @@ from peftlab.quantization.blockwise import SCALE_BLOCK, Quantized, QuantState
 from peftlab.quantization.codebooks import dynamic_book
 
 AUTO = "auto"
-ZEROS = 0x77  # two zeros in NF4
+ZEROS = 0x77  # a byte with the code of zero twice, in NF4
 
 
 class Reference:
-    """Plain PyTorch: every format, block size and device."""
+    """Compute in plain PyTorch: every format, block size and device."""
 
     name = "reference"
 
     def cannot(self, format: str, block_size: int, device: torch.device) -> str | None:
-        """Why this backend cannot compute with such weights there; None if it can."""
+        """Return why this backend cannot compute with such weights on that device; None if it can."""
         return None
 
     def quantize(self, weight: Tensor, format: str, block_size: int, double_quant: bool, name: str) -> Quantized:
-        """A weight as codes. Raises PeftLabError for values that are not finite."""
+        """Return a weight as codes.
+
+        Raises:
+            PeftLabError: a value is not finite.
+        """
         return blockwise.quantize(weight, format, block_size=block_size, double_quant=double_quant, name=name)
 
     def dequantize(self, packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
-        """Codes as a weight, of the state's shape."""
+        """Return the weight that codes stand for, in the state's shape."""
         return blockwise.dequantize(packed, state, dtype)
 
     def linear(self, x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
-        """x W^T + b without a gradient, x: (..., in). The weight lives for this product only."""
+        """Return x W^T + b without a gradient, x: (..., in). The dequantised weight lives for this product only."""
         return F.linear(x, self.dequantize(packed, state, x.dtype), bias)
 
 
 class BitsAndBytes(Reference):
-    """bitsandbytes' kernels, on CUDA and on the CPU, called below its layers: those repack weights on some CPUs."""
+    """Compute with bitsandbytes' kernels on CUDA and on the CPU.
+
+    Its layers are not used, because on some CPUs they repack weights.
+    """
 
     name = "bitsandbytes"
     block_sizes = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -64,10 +71,10 @@ class BitsAndBytes(Reference):
         return None
 
     def quantize(self, weight: Tensor, format: str, block_size: int, double_quant: bool, name: str) -> Quantized:
-        if not weight.is_cuda or weight.dtype == torch.float64:  # on a CPU the reference is the faster of the two
+        if not weight.is_cuda or weight.dtype == torch.float64:  # on a CPU the reference is faster
             return super().quantize(weight, format, block_size, double_quant, name)
-        if not torch.isfinite(weight).all():  # its maxima pass over NaN
-            return super().quantize(weight, format, block_size, double_quant, name)  # which raises
+        if not torch.isfinite(weight).all():  # the kernel's maxima ignore NaN
+            return super().quantize(weight, format, block_size, double_quant, name)  # this raises
         packed, theirs = require("bitsandbytes").functional.quantize_4bit(
             weight.detach(), blocksize=block_size, quant_type=format, compress_statistics=double_quant
         )
@@ -77,8 +84,8 @@ class BitsAndBytes(Reference):
 
     def dequantize(self, packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
         size, block_size = math.prod(state.shape), state.block_size
-        # Its AVX-512 code takes wrong scales for rows that end within a block, and goes through torch.compile for odd
-        # sizes and large blocks. Rows of whole blocks are read rightly; the rest is the reference's.
+        # bitsandbytes' AVX-512 code uses wrong scales for rows that end inside a block. For odd sizes and large blocks
+        # it goes through torch.compile. So it gets one row per block here, and the reference does the other cases.
         on_cpu = packed.device.type == "cpu"
         if dtype == torch.float64 or (on_cpu and (size % block_size or block_size >= 2048)):
             return super().dequantize(packed, state, dtype)
@@ -95,7 +102,7 @@ class BitsAndBytes(Reference):
         fused = x.is_cuda and x.dtype != torch.float64 and state.shape[1] % state.block_size == 0
         if not fused or not hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
             return super().linear(x, packed, state, bias)
-        # For a few tokens it multiplies by the codes themselves, for more it dequantises: it knows where to change.
+        # For a few tokens the kernel multiplies by the codes, for more it dequantises first. It chooses by itself.
         nested = (state.nested_absmax, state.absmax, dynamic_book(x.device), state.offset)
         first, *more = nested if state.nested else (state.absmax, None, None, None)
         return torch.ops.bitsandbytes.gemm_4bit.default(
@@ -106,10 +113,11 @@ class BitsAndBytes(Reference):
 
 @torch.no_grad()
 def code_zeros(packed: Tensor, weight: Tensor, block_size: int) -> None:
-    """Codes blocks of nothing but zeros as zeros, in place.
+    """Write the code of zero into blocks that hold only zeros, in place.
 
-    bitsandbytes' CUDA kernel divides them by their largest value, which is zero, and writes the code of -1. Without
-    double quantisation the scale makes zeros of that; with it the scale comes back as a small number instead.
+    bitsandbytes' CUDA kernel divides such a block by its largest value, which is zero, and writes the code of -1.
+    Without double quantisation the scale is zero, so the values are zero again. With it the scale comes back as a small
+    number instead, and so do the values.
     """
     flat, size = weight.detach().reshape(-1), block_size // 2
     whole = flat.numel() // block_size
@@ -123,24 +131,27 @@ BACKENDS = {backend.name: backend for backend in (BitsAndBytes(), Reference())}
 
 
 def check_backend(name: str, format: str, block_size: int, device: torch.device) -> None:
-    """Refuses a backend that is not there, or that cannot do what is asked."""
+    """Refuse a backend that does not exist, or that cannot do what is asked."""
     one_of("backend", name, (AUTO, *BACKENDS))
     reason = None if name == AUTO else BACKENDS[name].cannot(format, block_size, device)
     if reason:
-        raise PeftLabError(f"backend={name!r} cannot be used: {reason}. With backend='auto' one that can is chosen.")
+        raise PeftLabError(f"backend={name!r} cannot be used: {reason}. Give backend='auto' to choose one that can.")
 
 
 @cache
 def choose(name: str, format: str, block_size: int, device: torch.device) -> Reference:
-    """The backend of that name; for `"auto"` the first that can: the layer may move between devices at any time."""
+    """Return the backend of that name; for `"auto"` the first that can compute this.
+
+    A layer asks at each call, since it may move between devices.
+    """
     if name != AUTO:
-        check_backend(name, format, block_size, device)  # which also imports it
+        check_backend(name, format, block_size, device)  # this also imports it
         return BACKENDS[name]
     return next(b for b in BACKENDS.values() if b.cannot(format, block_size, device) is None)
 
 
 def from_bitsandbytes(theirs: object) -> QuantState:
-    """bitsandbytes' record of a quantised weight as ours; the tensors are shared, not copied."""
+    """Return bitsandbytes' record of a quantised weight as a `QuantState`. The tensors are shared, not copied."""
     nested = theirs.state2 if theirs.nested else None
     return QuantState(
         theirs.absmax, theirs.shape, theirs.dtype, theirs.blocksize, theirs.quant_type,

@@ -1,8 +1,12 @@
-"""The sixteen values that four bits can name, in each format, and the 256 of the scales' second quantisation.
+"""Compute the sixteen values that four bits can name, in each format, and the 256 that the scales can take.
 
-NF4 is derived in Dettmers et al., *QLoRA*, 2023, arXiv:2305.14314, section 3 and appendix E; the dynamic 8-bit map in
-Dettmers et al., *8-bit Optimizers via Block-wise Quantization*, 2021, arXiv:2110.02861, section 1.3. Here they are
-computed, not typed, and equal to bitsandbytes' tables in every bit.
+    NF4:    q_i = Q(p_i) / max Q,    Q(p) = sqrt(2) erfinv(2p - 1),    q: (16,)
+
+Paper: for NF4, Dettmers et al., *QLoRA*, 2023, arXiv:2305.14314, section 3 and appendix E; for the dynamic 8-bit map,
+Dettmers et al., *8-bit Optimizers via Block-wise Quantization*, 2021, arXiv:2110.02861, section 1.3.
+Book: section 3.2, "Sixteen values from quantiles".
+
+The tables are computed, not typed, and equal to those of bitsandbytes in every bit.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def made_once(make: Callable) -> Callable:
-    """Keeps a table that was made once. It is made on the CPU in float32, whatever defaults are set at the moment."""
+    """Keep a table that was made once. It is made on the CPU in float32, whatever defaults are set at the moment."""
 
     @cache
     @wraps(make)
@@ -37,46 +41,47 @@ def made_once(make: Callable) -> Callable:
 
 
 def normal_quantiles() -> Tensor:
-    """NF4: sixteen quantiles of the standard normal distribution, (16,) float32, from -1 to 1, ascending.
+    """Return NF4: sixteen quantiles of the standard normal distribution, (16,) float32, ascending from -1 to 1.
 
     Weights of a trained layer are close to normal, so each of the sixteen is used about equally often. Seven lie below
-    zero and eight above, so that zero itself is one of them: a padded or pruned weight stays exactly zero.
+    zero and eight above, so that zero itself is one of them. A padded or pruned weight then stays exactly zero.
     """
-    # Half a bin is left outside at each end, the mean of 31/32 and 29/30: the quantile at 1 would be infinite.
+    # The quantile at 1 would be infinite, so half a bin is left out at each end: the mean of 31/32 and 29/30.
     offset = 0.9677083
     positive = quantile(torch.linspace(offset, 0.5, 9)[:-1])
     negative = -quantile(torch.linspace(offset, 0.5, 8)[:-1])
     values = torch.cat([negative, torch.zeros(1), positive]).sort().values
-    # q_i = Q(p_i) / max Q: the largest becomes 1, and so does, with its sign, the smallest
+    # q_i = Q(p_i) / max Q: the largest becomes 1, the smallest -1
     return values / values.max()
 
 
 def quantile(p: Tensor) -> Tensor:
-    """The standard normal's quantile function, Q(p) = sqrt(2) erfinv(2p - 1), computed in float64, as float32."""
+    """Return the standard normal's quantile function, Q(p) = sqrt(2) erfinv(2p - 1), as float32 from float64."""
     return (2**0.5 * torch.erfinv(2 * p.double() - 1)).float()
 
 
 def four_bit_floats() -> Tensor:
-    """FP4: a sign, two bits of exponent, one of mantissa, (16,) float32 in the order of their bit patterns.
+    """Return FP4: a sign, two bits of exponent, one of mantissa, (16,) float32 in the order of their bit patterns.
 
-    The seven magnitudes above zero are 2, 3, 4, 6, 8, 12 and one subnormal, 1/16, over 12: finer near zero, but not
-    as a normal distribution would have it. Zero occurs twice, with either sign, so fifteen values are distinct.
+    The seven magnitudes above zero are 2, 3, 4, 6, 8, 12 and one subnormal, 1/16, each divided by 12. They are finer
+    near zero, but not in the way that a normal distribution needs. Zero occurs twice, with either sign, so fifteen
+    values are distinct.
     """
     magnitudes = torch.tensor([0, 1 / 16, 8, 12, 4, 6, 2, 3])
     return torch.cat([magnitudes, -magnitudes]) / 12
 
 
 def four_bit_integers() -> Tensor:
-    """INT4: the whole numbers -7 to 7 over 7, (16,) float32 ascending and evenly spaced; the last occurs twice."""
+    """Return INT4: the whole numbers -7 to 7, divided by 7, (16,) float32, ascending. The last one occurs twice."""
     return torch.cat([torch.arange(-7, 8), torch.tensor([7])]) / 7
 
 
 def dynamic_map() -> Tensor:
-    """The 8-bit dynamic map, (256,) float32 ascending in [-1, 1]: for the scales in double quantisation.
+    """Return the 8-bit dynamic map, (256,) float32 ascending in [-1, 1], for the scales in double quantisation.
 
-    Each value is a power of ten, 10^0 to 10^-6, times a fraction in (0.1, 1): the smaller the power, the fewer bits are
-    left for the fraction, from six down to none. It covers seven orders of magnitude with a relative step below 2% at
-    the top.
+    Each value is a power of ten, 10^0 to 10^-6, times a fraction in (0.1, 1). The smaller the power, the fewer bits are
+    left for the fraction, from six down to none. The map covers seven orders of magnitude, with a relative step below
+    2% at the top.
     """
     values = [0.0, 1.0]
     for power in range(7):
@@ -90,20 +95,20 @@ FORMATS = {"nf4": normal_quantiles, "fp4": four_bit_floats, "int4": four_bit_int
 
 
 def check_format(name: str) -> None:
-    """Refuses a name that is no format, with near matches."""
+    """Refuse a name that is no format, with near matches."""
     one_of("format", name, FORMATS)
 
 
 @made_once
 def code_book(name: str, device: torch.device = CPU) -> Tensor:
-    """The values of a format, (16,) float32, by code: code i stands for the i-th value times its block's scale."""
+    """Return the values of a format, (16,) float32, by code. A code stands for its value times its block's scale."""
     check_format(name)
     return FORMATS[name]().to(device)
 
 
 @made_once
 def pairs(name: str, device: torch.device = CPU) -> Tensor:
-    """The two values that each byte stands for, (256, 2) float32: the first element lies in the high four bits."""
+    """Return the two values that each byte stands for, (256, 2) float32. The first lies in the high four bits."""
     book = code_book(name, device)
     byte = torch.arange(256, device=device)
     return torch.stack([book[byte >> 4], book[byte & 15]], dim=1)
@@ -111,25 +116,24 @@ def pairs(name: str, device: torch.device = CPU) -> Tensor:
 
 @made_once
 def boundaries(name: str, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
-    """Where one code ends and the next begins, (15,) float32, and the codes by ascending value, (16,) uint8."""
+    """Return where one code ends and the next begins, (15,) float32, and the codes by ascending value, (16,) uint8."""
     order = torch.argsort(code_book(name), stable=True)
     ascending = code_book(name)[order]
-    # half-way between two neighbours; a value on the boundary gets the lower one
+    # half-way between two neighbours; a value on the boundary gets the lower code
     return ((ascending[:-1] + ascending[1:]) / 2).to(device), order.to(torch.uint8).to(device)
 
 
 @made_once
 def dynamic_book(device: torch.device = CPU) -> Tensor:
-    """`dynamic_map` on a device."""
+    """Return `dynamic_map` on a device."""
     return dynamic_map().to(device)
 
 
 @made_once
 def dynamic_bins(device: torch.device = CPU) -> Tensor:
-    """The code of each of 65,536 bins of [-1, 1], (65536,) uint8: bitsandbytes' CPU kernel looks codes up in such a
-    table.
+    """Return the code of each of 65,536 bins of [-1, 1], (65536,) uint8, as in the table of bitsandbytes' CPU kernel.
 
-    A bin's code is the one nearest to the bin's middle, so within a bin the nearest code is not always the one given.
+    A bin's code is the one nearest to the bin's middle. So within a bin the nearest code is not always the one given.
     """
     book = dynamic_map().double()
     middles = torch.arange(BINS, dtype=torch.float64) / (BINS - 1) * 2 - 1

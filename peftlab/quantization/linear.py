@@ -1,12 +1,14 @@
-"""A linear layer whose weight is frozen in four bits.
+"""Compute with a linear layer whose weight is frozen in four bits.
 
-    y = x W^T + b,    W = q_i c    dequantised for this product, and thrown away after it
-    dL/dx = dL/dy W                dequantised once more
+    y = x W^T + b,    W = q_i c    x: (..., in),  y: (..., out),  W: (out, in), dequantised for this product only
+    dL/dx = dL/dy W                W is dequantised once more
 
-(Dettmers et al., 2023, arXiv:2305.14314, section 3.) Nothing else has a gradient: W is frozen. Left to autograd, the
-product would keep the dequantised W until the backward pass, and with that every layer's 16-bit weights at the same
-time; here the codes are kept, which are there anyway. (A backward pass that is itself to be differentiated, with
-`create_graph=True`, is recorded like any other and keeps W.)
+Paper: Dettmers et al., 2023, arXiv:2305.14314, section 3.
+Book: section 3.6, "A layer that computes with codes".
+
+W is frozen, so only x and b have gradients. Left to autograd, the product would keep the dequantised W until the
+backward pass, and so the 16-bit weights of all layers at once. Here only the codes are kept, which are in memory
+anyway. (With `create_graph=True` the backward pass is itself recorded, and W is kept.)
 """
 
 from __future__ import annotations
@@ -17,93 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftlab.errors import PeftLabError
 from peftlab.quantization.backends import AUTO, Reference, choose
 from peftlab.quantization.blockwise import Quantized, QuantState
 from peftlab.quantization.serialised import from_tensors, to_tensors
 
 
-class Linear4bit(nn.Linear):
-    """A frozen linear layer in four bits. It computes in the dtype of its input, or in autocast's.
-
-    It is an `nn.Linear`, so that whatever looks for linear layers finds it: `attach`, Hugging Face peft, transformers.
-
-    Attributes:
-        weight: the codes, (ceil(out in / 2), 1) uint8; `weight.quant_state` says what they stand for.
-        quant_state: the same `QuantState`. Casting the model (`half()`, `to(dtype)`) leaves its scales in float32.
-        bias: (out,) or None, as it was.
-        backend: `"auto"`, `"reference"` or `"bitsandbytes"`.
-    """
-
-    def __init__(self, quantized: Quantized, bias: nn.Parameter | None = None, backend: str = AUTO) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would make a weight of full size
-        self.out_features, self.in_features = quantized.shape
-        self.weight = nn.Parameter(quantized.packed, requires_grad=False)
-        self.register_parameter("bias", bias)
-        self.backend = backend
-        self.quant_state = quantized.state
-        self._link()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in) -> (..., out)."""
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        state, bias = self.quant_state, self.bias
-        bias = bias if bias is None else bias.to(x.dtype)
-        backend = choose(self.backend, state.format, state.block_size, x.device)
-        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            return _Product.apply(x, bias, backend, state, self.weight)
-        return backend.linear(x, self.weight, state, bias)
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight as the layer sees it, (out, in)."""
-        return Quantized(self.weight.detach(), self.quant_state).dequantize(dtype)
-
-    def extra_repr(self) -> str:
-        state = self.quant_state
-        scales = "8-bit" if state.nested else "float32"
-        held = f"{state.format} in blocks of {state.block_size}, {scales} scales"
-        return f"{super().extra_repr()}, {held}, {self.backend}"
-
-    def _link(self) -> None:
-        # count_parameters and merging ask the parameter itself, whoever made the layer
-        self.weight.quant_state = self.quant_state
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Moves the scales with the layer. A cast does not reach them: the codes mean little with rounded scales."""
-        super()._apply(fn, recurse)
-        moved = {name: (fn(tensor), tensor) for name, tensor in self.quant_state.tensors().items()}
-        kept = {name: new if new.dtype == old.dtype else old.to(new.device) for name, (new, old) in moved.items()}
-        self.quant_state = self.quant_state.with_tensors(kept)
-        self._link()
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._link()  # a copied parameter has lost its attributes
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for key, tensor in to_tensors(self.quant_state).items():
-            destination[f"{prefix}weight.{key}"] = tensor
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        start = f"{prefix}weight."
-        mine = {key.removeprefix(start): state_dict.pop(key) for key in list(state_dict) if key.startswith(start)}
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-        if mine:
-            self.quant_state = from_tensors(mine, self.weight.device)
-            self._link()
-
-
 class _Product(torch.autograd.Function):
-    """y = x W^T + b with a frozen W that is kept as codes between the two passes."""
+    """Compute y = x W^T + b with a frozen W that is kept as codes between the two passes."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, bias: Tensor | None, backend: Reference, state: QuantState, packed: Tensor
     ) -> Tensor:
-        # Not saved in autograd's way: under checkpointing that costs the host three calls a tensor, together some per
-        # cent of a step. An alias stays with the codes of this pass when the layer moves; writing to it is noticed.
+        # The codes are not saved by autograd: under checkpointing that takes three calls on the host per tensor, in
+        # total a few per cent of a step. The alias keeps the codes of this pass if the layer moves, and `versions`
+        # notices if they are written to.
+        # y = x W^T + b
         ctx.backend, ctx.state, ctx.packed = backend, state, packed.detach()
         ctx.versions = versions(ctx.packed, state)
         return backend.linear(x, packed, state, bias)
@@ -124,7 +56,87 @@ class _Product(torch.autograd.Function):
         return for_x, for_bias, None, None, None
 
 
+class Linear4bit(nn.Linear):
+    """Hold a frozen linear layer in four bits. It computes in the dtype of its input, or in autocast's.
+
+    It is an `nn.Linear`, so whatever looks for linear layers finds it: `attach`, Hugging Face peft, transformers.
+
+    Attributes:
+        weight: the codes, (ceil(out in / 2), 1) uint8; `weight.quant_state` says what they stand for.
+        quant_state: the same `QuantState`. Casting the model (`half()`, `to(dtype)`) leaves its scales in float32.
+        bias: (out,) or None, as it was.
+        backend: `"auto"`, `"reference"` or `"bitsandbytes"`.
+    """
+
+    def __init__(self, quantized: Quantized, bias: nn.Parameter | None = None, backend: str = AUTO) -> None:
+        nn.Module.__init__(self)  # nn.Linear.__init__ would make a weight of full size
+        self.out_features, self.in_features = quantized.shape
+        self.weight = nn.Parameter(quantized.packed, requires_grad=False)
+        self.register_parameter("bias", bias)
+        self.backend = backend
+        self.quant_state = quantized.state
+        self._link()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b: (..., in) -> (..., out)."""
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        state, bias = self.quant_state, self.bias
+        bias = bias if bias is None else bias.to(x.dtype)
+        backend = choose(self.backend, state.format, state.block_size, x.device)
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return _Product.apply(x, bias, backend, state, self.weight)
+        return backend.linear(x, self.weight, state, bias)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the weight that the layer computes with, (out, in)."""
+        return Quantized(self.weight.detach(), self.quant_state).dequantize(dtype)
+
+    def extra_repr(self) -> str:
+        state = self.quant_state
+        scales = "8-bit" if state.nested else "float32"
+        held = f"{state.format} in blocks of {state.block_size}, {scales} scales"
+        return f"{super().extra_repr()}, {held}, {self.backend}"
+
+    def _link(self) -> None:
+        # count_parameters and merging read this from the parameter, as they do for bitsandbytes' layers
+        self.weight.quant_state = self.quant_state
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Move the scales with the layer, but do not cast them: rounded scales would change the weight."""
+        super()._apply(fn, recurse)
+        moved = {name: (fn(tensor), tensor) for name, tensor in self.quant_state.tensors().items()}
+        kept = {name: new if new.dtype == old.dtype else old.to(new.device) for name, (new, old) in moved.items()}
+        self.quant_state = self.quant_state.with_tensors(kept)
+        self._link()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._link()  # a copied parameter loses its attributes
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key, tensor in to_tensors(self.quant_state).items():
+            destination[f"{prefix}weight.{key}"] = tensor
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        start = f"{prefix}weight."
+        mine = {key.removeprefix(start): state_dict.pop(key) for key in list(state_dict) if key.startswith(start)}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if mine:
+            name = f"{prefix}weight"
+            state = from_tensors(mine, self.weight.device, name)
+            if tuple(state.shape) != (self.out_features, self.in_features):
+                raise PeftLabError(
+                    f"{name} is stored as {tuple(state.shape)}, and this layer has "
+                    f"{(self.out_features, self.in_features)}. Load it into the model that it was saved from."
+                )
+            self.quant_state = state
+            self._link()
+
+
 def versions(packed: Tensor, state: QuantState) -> list[int]:
-    """How often codes and scales were written to; tensors of `torch.inference_mode` do not count it."""
+    """Return how often codes and scales were written to. Tensors of `torch.inference_mode` do not count it."""
     tensors = (packed, state.absmax, state.nested_absmax, state.offset)
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors if tensor is not None]

@@ -1,4 +1,4 @@
-"""What a model with adapters tells transformers and bitsandbytes about itself, and how that is taken back."""
+"""Set the attributes by which transformers and bitsandbytes know a model with adapters, and restore them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from peftlab.quantization.weights import REPACKS, layers_that_repack
 
 
 def set_transformers_attributes(root: nn.Module, record: Record) -> None:
-    """Keeps transformers and bitsandbytes working on an attached model, with the attributes that they read for that.
+    """Set the attributes that keep transformers and bitsandbytes working on a model with adapters.
 
     `_keys_to_ignore_on_save`: `save_pretrained` of the model, or of one inside it, then holds no adapter keys.
-    `is_quantized`: `Trainer` refuses "purely quantized models"; with an adapter the model is none, but the mark by
-    which it would know (`_hf_peft_config_loaded`) also makes `save_pretrained` look for peft's own layers.
-    `support_avx512bf16_for_cpu`: a 4-bit layer that has it repacks its weight at the first forward pass in eval mode,
-    after which nothing passes a gradient through it and nothing can be merged into it.
+    `is_quantized`: `Trainer` refuses "purely quantized models". A model with an adapter is not one. The usual mark for
+    that, `_hf_peft_config_loaded`, would also make `save_pretrained` look for peft's own layers, so it is not used.
+    `support_avx512bf16_for_cpu`: if it is set, a 4-bit layer repacks its weight at the first forward pass in eval mode.
+    Afterwards no gradient passes through it and nothing can be merged into it.
     """
     restore_transformers_attributes(root, record)
     for path, layer in layers_that_repack(root):
@@ -37,7 +37,7 @@ def set_transformers_attributes(root: nn.Module, record: Record) -> None:
 
 
 def restore_transformers_attributes(root: nn.Module, record: Record) -> None:
-    """Restores the attributes as they were before the last `set_transformers_attributes`."""
+    """Restore the attributes as they were before the last `set_transformers_attributes`."""
     for path, attribute, value in record.attributes:
         module = unwrap(root.get_submodule(path))  # it may have been compiled since
         if value is _ABSENT:
@@ -47,6 +47,6 @@ def restore_transformers_attributes(root: nn.Module, record: Record) -> None:
     record.attributes.clear()
 
 
-# A class, so that a deep copy of a model still finds it to be the same object.
+# A class, since a deep copy of a model keeps it the same object.
 class _ABSENT:
     pass

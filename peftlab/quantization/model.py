@@ -1,4 +1,4 @@
-"""A whole model's linear layers into four bits, and back: in place, one layer at a time."""
+"""Quantise the linear layers of a whole model to four bits, and back: in place, one layer at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peftlab.quantization.linear import Linear4bit
 from peftlab.quantization.marks import restore_transformers_attributes, set_transformers_attributes
 from peftlab.quantization.weights import dense, is_quantized, is_repacked, quantized
 
-# What transformers notes on a model that it loaded in four bits (5.15 all of it, 5.23 all but the last)
+# The attributes that transformers sets on a model that it loaded in four bits (5.15 sets all, 5.23 all but the last)
 MARKS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_quantized", "is_4bit_serializable")
 
 
@@ -32,27 +32,32 @@ def quantize_model(
     double_quant: bool = True,
     device: torch.device | str | None = None,
 ) -> nn.Module:
-    """Turns a model's linear layers into frozen 4-bit ones, in place; then `attach` works as on any model.
+    """Turn a model's linear layers into frozen 4-bit ones, in place. Then `attach` works as on any model.
 
-    The output head, the heads of tasks (`classifier`, `score`, ...), tied weights, embeddings and norms stay as they
-    are, and so does `nn.MultiheadAttention`, which reads its weight past its layer. Each layer's old weight is let go
-    before the next is touched, so that the peak is the model so far plus one layer. GPT-2's Conv1D becomes a linear
+    These stay as they are: the output head, the heads of tasks (`classifier`, `score`, ...), tied weights, embeddings,
+    norms, and `nn.MultiheadAttention`, which reads its weight without calling its layer. Each layer's old weight is
+    freed before the next is touched, so the peak is the model so far plus one layer. GPT-2's Conv1D becomes a linear
     layer of the transposed weight.
 
     Args:
-        backend: `"auto"` (bitsandbytes' kernels where they can be used, the reference elsewhere), or either by name.
+        backend: `"auto"` (bitsandbytes' kernels if they can be used, otherwise the reference), or either by name.
         skip: names, or endings of paths, of further modules to leave alone.
         format, block_size, double_quant: as for `quantize`.
-        device: quantise there: each weight is moved by itself, so a model in main memory needs a GPU's memory for
-            its 4-bit form and one layer. What is not quantised follows at the end.
+        device: where to quantise. Each weight is moved there by itself, so for a model in main memory the GPU needs
+            room for the 4-bit form and one layer. What is not quantised is moved at the end.
 
     Returns:
-        The same model. A transformers model's config also says how it is quantised, so that what its
-        `save_pretrained` writes loads again with bitsandbytes.
+        The same model. A transformers model's config also says how it is quantised, so that bitsandbytes can load what
+            its `save_pretrained` writes.
 
     Raises:
-        PeftLabError: adapters are attached; a name in `skip` or a setting that is not there; a weight that holds NaN
-            or infinity (named); nothing to quantise. The model is then as it was.
+        PeftLabError: adapters are attached; a name in `skip` or a setting does not exist; a weight (named) holds NaN or
+            infinity; there is nothing to quantise. The model is then as it was.
+
+    >>> model = pl.quantize_model(model)
+    >>> model = pl.attach(model, pl.LoRAConfig(r=4, target_modules=["q_proj"]))
+    >>> print(pl.count_parameters(model))
+    256 of 5,968 parameters train (4.2895%)
     """
     root = unwrap(model)
     if record_of(root) is not None:
@@ -62,9 +67,12 @@ def quantize_model(
         weight = root.get_submodule(path).weight
         check_backend(backend, format, block_size, torch.device(device or weight.device))
         if not torch.isfinite(weight).all():
-            quantize(weight, name=f"{path}.weight")  # which says how many are wrong
+            quantize(weight, name=f"{path}.weight")  # raises an error that says how many are wrong
     if not paths:
-        raise PeftLabError(f"{type(root).__name__} has no linear layer left to quantise.")
+        raise PeftLabError(
+            f"{type(root).__name__} has no linear layer left to quantise: the output head, task heads, tied weights "
+            "and what `skip` names stay as they are."
+        )
     quantize_layers(root, paths, backend, format, block_size, double_quant, device)
     if device is not None:
         root.to(device)
@@ -75,7 +83,7 @@ def quantize_model(
 def quantize_layers(
     root: nn.Module, paths: list[str], backend: str, format: str, block_size: int, double_quant: bool, device: object
 ) -> None:
-    """Replaces the layers at these paths, one after the other."""
+    """Replace the layers at these paths, one after the other."""
     for path in paths:
         layer = root.get_submodule(path)
         weight = layer.weight.detach().T if is_conv1d(layer) else layer.weight.detach()
@@ -84,11 +92,11 @@ def quantize_layers(
         held = worker.quantize(weight, format, block_size, double_quant, f"{path}.weight")
         new = Linear4bit(held, layer.bias, backend)
         replace(root, path, new.train(layer.training))
-        del layer, weight, held, new  # before the next one is made
+        del layer, weight, held, new  # free them before the next layer is made
 
 
 def candidates(root: nn.Module, skip: Iterable[str]) -> Iterator[str]:
-    """The paths of the layers to quantise, in the model's order."""
+    """Yield the paths of the layers to quantise, in the model's order."""
     if isinstance(skip, (str, bytes)) or not isinstance(skip, Iterable):
         raise PeftLabError(f"skip is {skip!r}; give a list of module names, such as ['lm_head'].")
     skip = tuple(skip)
@@ -101,7 +109,7 @@ def candidates(root: nn.Module, skip: Iterable[str]) -> Iterator[str]:
     uses = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
     for path, module in modules.items():
         if type(module) is not nn.Linear and not is_conv1d(module):
-            continue  # a subclass may use its weight in ways of its own
+            continue  # a subclass may use its weight in another way
         parent = modules[path.rpartition(".")[0]]
         within = any(names_match(skip, ".".join(path.split(".")[:n])) for n in range(1, path.count(".") + 2))
         if module is head or within or uses[id(module.weight)] > 1 or isinstance(parent, nn.MultiheadAttention):
@@ -111,17 +119,22 @@ def candidates(root: nn.Module, skip: Iterable[str]) -> Iterator[str]:
 
 @torch.no_grad()
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Turns 4-bit layers, this package's or bitsandbytes', into plain `nn.Linear`, in place; adapters stay attached.
+    """Turn 4-bit layers, this package's or bitsandbytes', into plain `nn.Linear`, in place. Adapters stay attached.
 
-    What quantisation lost does not come back: the weights are what the codes stand for. The way to ship a QLoRA
-    adapter in one piece: dequantise, then `merge`.
+    What quantisation lost does not come back: the weights are what the codes stand for. To ship a QLoRA adapter merged
+    into its base, dequantise, then `merge`.
 
     Args:
-        dtype: of the new weights; by default the one that was quantised.
+        dtype: the dtype of the new weights; by default that of the weight before it was quantised.
 
     Raises:
-        PeftLabError: no layer is quantised; a merged model; a weight that bitsandbytes has repacked for inference. The
+        PeftLabError: no layer is quantised; the model is merged; bitsandbytes has repacked a weight for inference. The
             model is then as it was.
+
+    >>> model = pl.attach(pl.quantize_model(model), pl.LoRAConfig(r=4))
+    >>> model = pl.dequantize_model(model)
+    >>> pl.merge(model, unload=True).modules
+    4
     """
     root = unwrap(model)
     record = record_of(root)
@@ -129,10 +142,10 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         raise PeftLabError("The model is merged; call unmerge(model) first, dequantise, and merge again.")
     paths = [path for path, module in root.named_modules() if is_quantized(getattr(module, "weight", None))]
     if not paths:
-        raise PeftLabError(f"No layer of this {type(root).__name__} is held in four bits.")
+        raise PeftLabError(f"No layer of this {type(root).__name__} is held in four bits; there is nothing to undo.")
     for path in paths:
         if is_repacked(root.get_submodule(path).weight):
-            dense(root.get_submodule(path).weight)  # which says what to do
+            dense(root.get_submodule(path).weight)  # raises an error that says what to do
     for path in paths:
         layer = root.get_submodule(path)
         new = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -147,20 +160,20 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
 
 
 def replace(root: nn.Module, path: str, new: nn.Module) -> None:
-    """Puts a module in another's place."""
+    """Put a module in another's place."""
     parent, _, name = path.rpartition(".")
     setattr(root.get_submodule(parent), name, new)
 
 
 def mark(root: nn.Module, format: str, double_quant: bool) -> None:
-    """Lets a transformers config say how the model is quantised, in transformers' words; its fp4 and nf4 only."""
+    """Write into a transformers config how the model is quantised, in transformers' words; only for fp4 and nf4."""
     config = getattr(root, "config", None)
     if config is not None and hasattr(config, "to_dict") and format in ("nf4", "fp4"):
         config.quantization_config = quantization_config(root, format, double_quant)
 
 
 def quantization_config(root: nn.Module, format: str, double_quant: bool) -> dict[str, object]:
-    """What transformers' `BitsAndBytesConfig` would write: also which linear layers are whole."""
+    """Return what transformers' `BitsAndBytesConfig` would write, with the linear layers that are not quantised."""
     whole = [path for path, module in root.named_modules() if type(module) is nn.Linear]
     dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
     return {
@@ -171,7 +184,7 @@ def quantization_config(root: nn.Module, format: str, double_quant: bool) -> dic
 
 
 def unmark(root: nn.Module) -> None:
-    """Takes every mark of quantisation off a transformers model."""
+    """Take every mark of quantisation off a transformers model."""
     record = record_of(root)
     if record is not None:
         restore_transformers_attributes(root, record)
@@ -185,7 +198,7 @@ def unmark(root: nn.Module) -> None:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers, 4-bit scales included, tied ones once."""
+    """Return the bytes of a model's parameters and buffers; 4-bit scales are included, and tied ones count once."""
     root = unwrap(model)
     tensors = {id(t): t for t in (*root.parameters(), *root.buffers())}
     total = sum(tensor.nbytes for tensor in tensors.values())

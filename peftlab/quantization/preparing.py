@@ -1,9 +1,11 @@
-"""What one may do to a model before it is trained under adapters: four steps, each by choice, each with its cost.
+"""Prepare a model for training under adapters: four steps, each by choice, each with its cost.
 
-Hugging Face's `prepare_model_for_kbit_training` does them all at once, and casts *every* 16-bit parameter that is not
-quantised to float32: the norms, which cost nothing, and the embedding and the output head, which at a vocabulary of
-128,256 and a width of 4,096 cost 2.1 GB each instead of 1.05. Here `attach` freezes and `train` checkpoints anyway;
-this module is for loops of one's own, and to see what each step does.
+Hugging Face's `prepare_model_for_kbit_training` does them all at once. It casts *every* 16-bit parameter that is not
+quantised to float32. For the norms this costs almost nothing. But the embedding and the output head, at a vocabulary of
+128,256 and a width of 4,096, then take 2.1 GB each instead of 1.05. Here `attach` freezes and `train` checkpoints
+anyway. This module is for your own training loops, and shows what each step does.
+
+Book: section 3.9, "Preparing a model, step by step".
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ from peftlab.quantization.weights import is_quantized
 
 
 class Step(NamedTuple):
-    """One step of preparing a model.
+    """Describe one step of preparing a model.
 
     Attributes:
         step: what was done.
-        modules: to how many parameters or modules.
+        modules: how many parameters or modules it was done to.
         bytes: by how much the weights grew.
         costs: what else it costs, in words.
     """
@@ -47,22 +49,26 @@ def prepare_for_training(
     input_gradients: bool = False,
     checkpointing: bool | str = False,
 ) -> list[Step]:
-    """Prepares a model for training under adapters, in place, and says what each step did and costs.
+    """Prepare a model for training under adapters, in place, and say what each step did and costs.
 
     Args:
-        freeze: nothing of the base requires gradients. `attach` does that too.
-        norms: hold the weights of the norms in float32, all of them or those whose names (or endings of paths) are
-            given. Llama's norms compute in float32 in any case, and a weight that came from 16 bits is the same
-            number in 32.
+        freeze: let no parameter of the base require gradients. `attach` does that too.
+        norms: hold the weights of the norms in float32: all of them, or those whose names (or endings of paths) are
+            given. Llama's norms compute in float32 in any case. A 16-bit weight is the same number in 32 bits.
         input_gradients: let the embedding's output require gradients. Only reentrant checkpointing needs it.
-        checkpointing: recompute each block in the backward pass; True, or `"reentrant"` for the older kind, which
-            brings `input_gradients` with it. `train(checkpointing=...)` does that for the time of a run.
+        checkpointing: recompute each block in the backward pass. True is the newer kind; `"reentrant"` is the older
+            one, which turns on `input_gradients` too. `train(checkpointing=...)` does this for the time of a run.
 
     Returns:
         The steps, in the order done.
 
     Raises:
-        PeftLabError: a norm that is not there (with near matches); a model that cannot checkpoint or has no embedding.
+        PeftLabError: a norm does not exist (with near matches); the model cannot checkpoint, or has no embedding.
+
+    >>> for step in pl.prepare_for_training(model.bfloat16(), norms=True):
+    ...     print(step.step, step.modules, step.bytes)
+    freeze the base 21 0
+    norms to float32 5 160
     """
     root = unwrap(model)
     chosen = find_norms(root, norms) if norms else {}
@@ -80,7 +86,7 @@ def prepare_for_training(
 
 
 def freeze_base(root: nn.Module) -> Step:
-    """Lets no parameter of the base require gradients."""
+    """Let no parameter of the base require gradients."""
     trained = [p for name, p in root.named_parameters() if p.requires_grad and not is_adapter_name(name)]
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -88,7 +94,7 @@ def freeze_base(root: nn.Module) -> Step:
 
 
 def find_norms(root: nn.Module, wanted: bool | Iterable[str]) -> dict[str, nn.Module]:
-    """The norms to cast: modules called ...Norm with floating weights of their own."""
+    """Return the norms to cast: modules whose class name holds "Norm", with floating weights of their own."""
     norms = {
         path: module
         for path, module in root.named_modules()
@@ -107,7 +113,7 @@ def find_norms(root: nn.Module, wanted: bool | Iterable[str]) -> dict[str, nn.Mo
 
 
 def norms_to_float32(norms: dict[str, nn.Module]) -> Step:
-    """Holds norms in float32. Each still answers in the dtype of its input, so that nothing after it changes."""
+    """Hold norms in float32. Each still answers in the dtype of its input, so nothing after it changes."""
     grown = 0
     for module in norms.values():
         for parameter in module.parameters(recurse=False):
@@ -116,7 +122,7 @@ def norms_to_float32(norms: dict[str, nn.Module]) -> Step:
                 parameter.data = parameter.data.float()
         if _in_input_dtype not in module._forward_hooks.values():
             module.register_forward_hook(_in_input_dtype)
-    return Step("norms to float32", len(norms), grown, "two casts a norm in each pass; the numbers stay the same")
+    return Step("norms to float32", len(norms), grown, "two casts per norm in each pass; the numbers stay the same")
 
 
 def _in_input_dtype(module: nn.Module, args: tuple, output: Any) -> Any:
@@ -124,28 +130,31 @@ def _in_input_dtype(module: nn.Module, args: tuple, output: Any) -> Any:
 
 
 def enable_checkpointing(root: nn.Module, reentrant: bool) -> Step:
-    """Turns gradient checkpointing on, and the key-value cache off, which it excludes."""
+    """Turn gradient checkpointing on, and the key-value cache off, since the two exclude each other."""
     switch_checkpointing(root, "enable", {"use_reentrant": reentrant})
     if not reentrant and hasattr(root, "disable_input_require_grads") and getattr(root, "_require_grads_hooks", None):
-        root.disable_input_require_grads()  # transformers asks for them in both kinds; only one needs them
+        root.disable_input_require_grads()  # transformers turns that on for both kinds; only one needs it
     if getattr(getattr(root, "config", None), "use_cache", None):
         root.config.use_cache = False
     on = [path for path, module in root.named_modules() if getattr(module, "gradient_checkpointing", False)]
     blocks = sum(not any(other.startswith(f"{path}.") for other in on) for path in on if path)
-    return Step("checkpoint the blocks", blocks, 0, "one more forward pass; activations shrink to a block's input each")
+    return Step("checkpoint the blocks", blocks, 0, "one more forward pass; of each block only its input is kept")
 
 
 def require_input_gradients(root: nn.Module) -> Step:
-    """Lets the embedding's output require gradients, so that reentrant checkpointing passes gradients on."""
+    """Let the embedding's output require gradients, so that reentrant checkpointing passes gradients on."""
     if not hasattr(root, "enable_input_require_grads"):
-        raise PeftLabError(f"{type(root).__name__} has no enable_input_require_grads; it is no transformers model.")
+        raise PeftLabError(
+            f"{type(root).__name__} has no enable_input_require_grads; it is no transformers model. Leave "
+            "input_gradients out, and use the non-reentrant checkpointing."
+        )
     if not getattr(root, "_require_grads_hooks", None) and not getattr(root, "_require_grads_hook", None):
         root.enable_input_require_grads()
     return Step("let inputs require gradients", 1, 0, "the backward pass also runs below the lowest adapter")
 
 
 def kbit_casts(model: nn.Module) -> list[Step]:
-    """What Hugging Face's `prepare_model_for_kbit_training` would cast to float32 on this model; changes nothing."""
+    """Return what Hugging Face's `prepare_model_for_kbit_training` would cast to float32. The model is not changed."""
     root = unwrap(model)
     embedding = root.get_input_embeddings() if hasattr(root, "get_input_embeddings") else None
     head = root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None

@@ -1,9 +1,9 @@
-"""A quantised parameter, whoever made it: this package or bitsandbytes. What it stands for; and writing to it in place.
+"""Read a quantised parameter, this package's or bitsandbytes', and write to it in place.
 
-Both mark it by an attribute `quant_state`. bitsandbytes' own layers have one trap: on a CPU with AVX512-BF16, a
-forward pass in eval mode and without gradients rearranges the codes in place and rounds the scales to bf16. From then
-on the weight cannot be read as what it was, and nothing passes a gradient through it. `layers_that_repack` finds such
-layers before that happens, and `unpack` undoes it.
+Both mark such a parameter by an attribute `quant_state`. bitsandbytes' own layers have one trap. On a CPU with
+AVX512-BF16, a forward pass in eval mode and without gradients rearranges the codes in place and rounds the scales to
+bf16. From then on the weight cannot be read as before, and no gradient passes through it. `layers_that_repack` finds
+such layers before that happens, and `unpack` undoes it.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from peftlab.quantization.backends import AUTO, choose, from_bitsandbytes
 from peftlab.quantization.blockwise import Quantized, QuantState, quantize, quantize_scales
 from peftlab.quantization.codebooks import dynamic_book
 
-REPACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' layers look here before they repack
-ROWS = 32  # rows of the weight that a repacked block holds
+REPACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' layers repack only if this is set
+ROWS = 32  # a repacked block holds so many rows of the weight
 
 
 def is_quantized(parameter: Tensor) -> bool:
-    """Whether a parameter holds 4-bit codes."""
+    """Say whether a parameter holds 4-bit codes."""
     return getattr(parameter, "quant_state", None) is not None
 
 
 def quantized(parameter: Tensor) -> Quantized:
-    """A quantised parameter's codes and what they stand for; the tensors are the parameter's own, not copies.
+    """Return a quantised parameter's codes and what they stand for. The tensors are the parameter's own, not copies.
 
     Raises:
-        PeftLabError: bitsandbytes has repacked it for inference.
+        PeftLabError: bitsandbytes has repacked the parameter for inference.
     """
     state = parameter.quant_state
     if is_repacked(parameter):
@@ -44,14 +44,14 @@ def quantized(parameter: Tensor) -> Quantized:
 
 
 def dense(parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight that a quantised parameter stands for, in its own dtype or another."""
+    """Return the weight that a quantised parameter stands for, in its own dtype or another."""
     held = quantized(parameter)
     backend = choose(AUTO, held.state.format, held.state.block_size, held.packed.device)
     return backend.dequantize(held.packed, held.state, dtype or held.state.dtype)
 
 
 def held_tensors(parameter: Tensor) -> list[Tensor]:
-    """The tensors that make up a parameter: itself, and with 4-bit codes their scales."""
+    """Return the tensors that make up a parameter: itself and, for 4-bit codes, their scales."""
     if not is_quantized(parameter):
         return [parameter.detach()]
     held = quantized(parameter)
@@ -60,20 +60,20 @@ def held_tensors(parameter: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def keep(parameter: Tensor) -> list[Tensor]:
-    """Copies of what makes up a parameter, for `restore_parameter`."""
+    """Return copies of the tensors that make up a parameter, for `restore_parameter`."""
     return [tensor.clone() for tensor in held_tensors(parameter)]
 
 
 @torch.no_grad()
 def restore_parameter(parameter: Tensor, kept: list[Tensor]) -> None:
-    """Restores a parameter as it was at `keep`, bit for bit and in place."""
+    """Restore a parameter as it was at `keep`, bit for bit and in place."""
     for tensor, value in zip(held_tensors(parameter), kept, strict=True):
         tensor.copy_(value)
 
 
 @torch.no_grad()
 def store(parameter: Tensor, value: Tensor, name: str = "weight") -> None:
-    """Puts a value into a parameter in place: rounded to its dtype, or quantised as it was.
+    """Put a value into a parameter in place: rounded to its dtype, or quantised as it was.
 
     Raises:
         PeftLabError: the value is not finite and the parameter is quantised.
@@ -87,12 +87,12 @@ def store(parameter: Tensor, value: Tensor, name: str = "weight") -> None:
 
 
 def is_repacked(parameter: Tensor) -> bool:
-    """Whether bitsandbytes holds the weight in its layout for inference on a CPU."""
+    """Say whether bitsandbytes holds the weight in its layout for inference on a CPU."""
     return bool(getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False))
 
 
 def layers_that_repack(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields bitsandbytes' layers that would repack their weights, by path."""
+    """Yield bitsandbytes' layers that would repack their weights, by path."""
     for path, module in model.named_modules():
         if getattr(module, REPACKS, False):
             yield path, module
@@ -100,17 +100,17 @@ def layers_that_repack(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @torch.no_grad()
 def unpack(module: nn.Module) -> bool:
-    """Undoes bitsandbytes' repacking of a layer's weight, in place; says whether there was anything to undo.
+    """Undo bitsandbytes' repacking of a layer's weight, in place. Return whether there was anything to undo.
 
-    The codes come back exactly. The scales were rounded to bf16 and stay so, up to 0.4% off: load the model again to
-    have them exact. (bitsandbytes' own inverse leaves scales that are not doubly quantised in the wrong order.)
+    The codes come back exactly. The scales were rounded to bf16 and stay up to 0.4% off; load the model again to have
+    them exact. (bitsandbytes' own inverse leaves scales in the wrong order if they are not doubly quantised.)
     """
     parameter = getattr(module, "weight", None)
     if parameter is None or not is_repacked(parameter):
         return False
     theirs = parameter.quant_state
     rows, columns = theirs.shape
-    # 64 codes, those of two neighbouring columns in 32 rows, lie as 32 low and then 32 high halves of 32 bytes
+    # 32 bytes hold the 64 codes of two neighbouring columns in 32 rows: 32 in the low halves, then 32 in the high ones
     packed = parameter.detach().reshape(-1, ROWS)
     codes = torch.cat([packed & 15, packed >> 4], dim=1)
     codes = codes.view(rows // ROWS, columns // 2, ROWS, 2).transpose(1, 2).reshape(-1, 2)

@@ -53,7 +53,8 @@ def train(model: nn.Module, train_data: Sequence[Mapping[str, Any]], **given: An
     settings = settings_from(given)
     settings = replace(settings, precision=choose_precision(settings.precision, device))
     run = Run(model, train_data, settings, device=device, ranks=ranks)
-    folder = None if settings.folder is None else Path(settings.folder)
+    folder = settings.folder() if callable(settings.folder) else settings.folder
+    folder = None if folder is None else Path(folder)
     if folder is not None:
         state.resume_or_start(run, folder, settings.resume)
     with (

@@ -12,9 +12,11 @@ not at all; the one before is removed only after that. So at whatever moment the
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,14 +26,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peftlab.errors import PeftLabError
+from peftlab.files import sync
 
 FORMAT = 1
 TENSORS, RECORD = "tensors.safetensors", "state.json"
+STEP, DRAFT = r"step-\d{8,}", r"\.writing-\d+"
 
 
 def newest(folder: Path) -> Path | None:
     """The newest finished checkpoint in a run's folder, or None."""
-    return max(folder.glob("step-*"), default=None) if folder.is_dir() else None
+    finished = [path for path in _folders(folder, STEP) if (path / RECORD).exists()]
+    return max(finished, key=lambda path: int(path.name.removeprefix("step-")), default=None)
 
 
 def write(folder: Path, step: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> Path:
@@ -54,18 +59,22 @@ def write(folder: Path, step: int, tensors: dict[str, Tensor], record: dict[str,
             json.dump({"format": FORMAT, "step": step, "sha256": digest, **record}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        _sync_folder(draft)
-        if target.exists():  # another process did the same step; both wrote the same
-            shutil.rmtree(draft)
-        else:
+        sync(draft)
+        if not target.exists():
             draft.rename(target)
-        _sync_folder(folder)
+        elif (target / RECORD).exists():  # another process did the same step; both wrote the same
+            shutil.rmtree(draft)
+        else:  # somebody else's folder of that name; with the record in it, it is a checkpoint
+            for name in (TENSORS, RECORD):
+                os.replace(draft / name, target / name)
+            draft.rmdir()
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise PeftLabError(f"The checkpoint of step {step} cannot be written into {folder}: {error}") from error
-    for older in folder.glob("step-*"):
-        if older.name < target.name:
-            shutil.rmtree(older, ignore_errors=True)
+    for older in _folders(folder, STEP):
+        if int(older.name.removeprefix("step-")) < step:
+            _remove(older)
     return target
 
 
@@ -92,15 +101,21 @@ def read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def clean(folder: Path) -> None:
     """Remove what a killed process left half-written."""
-    for draft in folder.glob(".writing-*"):
+    for draft in _folders(folder, DRAFT):
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Force a folder's entries to the disk; Windows has no such call and needs none."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _folders(folder: Path, pattern: str) -> list[Path]:
+    """The folders in a run's folder with names of ours; other files and folders may lie there too."""
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if re.fullmatch(pattern, path.name) and path.is_dir()]
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; a file that is none of its two stays, and the folder with it."""
+    for name in (TENSORS, RECORD):
+        with contextlib.suppress(OSError):
+            (checkpoint / name).unlink()
+    with contextlib.suppress(OSError):
+        checkpoint.rmdir()

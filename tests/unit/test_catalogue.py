@@ -245,7 +245,8 @@ def test_a_toy_trains_from_the_command_line_and_its_folder_loads(toy, place, cap
     assert torch.allclose(other(ids).logits, trained(ids).logits, atol=1e-5)
 
 
-def test_the_help_and_the_messages_name_a_toy(toy, capsys):
+def test_the_help_and_the_messages_name_a_toy(toy, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")  # no word is broken
     for command in ("train", "count", "memory"):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peftlab import patterns
 from peftlab.checks import whole
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.counting.builtin import BUILT_IN
@@ -69,8 +69,9 @@ class Shape:
         if isinstance(targets, str):
             if targets.lower() == ALL_LINEAR:
                 return tuple(m for m in body if m.kind in ("linear", "conv1d") and m.role != "output")
-            expression = _expression(targets)
-            found = [module for module in body if expression.fullmatch(module.path)]
+            with patterns.bounded():
+                _check_expression(targets)
+                found = [module for module in body if patterns.fullmatch(targets, module.path)]
             if not found:
                 raise PeftLabError(f"The expression {targets!r} matches no module of {self.name}.{self._names()}")
         else:
@@ -105,11 +106,11 @@ def _ends_with(path: str, name: Any) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
-def _expression(text: str) -> re.Pattern[str]:
+def _check_expression(text: str) -> None:
     try:
-        return re.compile(text)
-    except re.error as error:
-        raise PeftLabError(f"Targets {text!r} are no valid regular expression: {error}.") from None
+        patterns.check(text)
+    except PeftLabError as error:
+        raise PeftLabError(f"Targets {text[:60]!r} are no valid regular expression: {error}") from None
 
 
 def load_shape(shape: str | os.PathLike[str] | dict[str, Any] | Shape, labels: int | None = None) -> Shape:

@@ -1,0 +1,88 @@
+"""What an adapter folder's config may ask for: no more than its tensors and this model can bear out.
+
+A config comes from anywhere. It is judged before anything is built from it, so that one line in it (a billion ranks, a
+million module names) exhausts neither memory nor patience.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftlab.core.hooks import base_modules
+from peftlab.core.interface import Placement
+from peftlab.errors import PeftLabError
+
+# Fields that become a dimension of the adapter's tensors, and of those of the encoder that is saved beside
+SIZES = ("r", "num_virtual_tokens", "width")
+ENCODER_SIZES = ("encoder_hidden_size",)
+# Fields that may hold a regular expression, which has limits of its own; any other text is a name
+PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern")
+LONGEST = 10_000
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def check_sizes(folder: Path, fields: Mapping[str, Any], shapes: Shapes, encoder: Shapes) -> None:
+    """Refuse a number that no tensor in the folder can have as a dimension.
+
+    What is no whole number at all is for the config itself to refuse.
+
+    Args:
+        shapes: of the adapter's tensors. encoder: of those of the encoder beside it.
+    """
+    asked = [(name, fields.get(name)) for name in SIZES]
+    table = fields.get("rank_pattern")
+    if isinstance(table, dict):
+        asked += [(f"rank_pattern[{key[:60]!r}]", rank) for key, rank in table.items()]
+    _check_dimensions(folder, asked, shapes)
+    if encoder:
+        _check_dimensions(folder, [(name, fields.get(name)) for name in ENCODER_SIZES], encoder)
+        layers = fields.get("encoder_num_layers")
+        if isinstance(layers, int) and layers > len(encoder):
+            raise PeftLabError(
+                f"The config in {folder} has encoder_num_layers {layers}, but its encoder has {len(encoder)} tensors. "
+                "Save the adapter again."
+            )
+
+
+def _check_dimensions(folder: Path, asked: list[tuple[str, Any]], shapes: Shapes) -> None:
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    for name, value in asked:
+        if isinstance(value, int) and value > largest:
+            raise PeftLabError(
+                f"The config in {folder} has {name} {value}, but no tensor beside it has a dimension above {largest}. "
+                "The config was edited, or is another adapter's; save or fetch the adapter again."
+            )
+
+
+def check_fields(root: nn.Module, fields: Mapping[str, Any]) -> None:
+    """Refuse lists and tables that are longer than anything that names modules of this model can be."""
+    most = 1000 + 2 * len(base_modules(root))
+    for name, value in fields.items():
+        if isinstance(value, str) and len(value) > LONGEST and name not in PATTERNS:
+            raise PeftLabError(f"The adapter's {name} has {len(value):,} characters. The config is damaged.")
+        if isinstance(value, (list, tuple, dict)) and len(value) > most:
+            raise PeftLabError(
+                f"The adapter's {name} has {len(value):,} entries, and this model has {most // 2 - 500:,} modules. The "
+                "config is damaged, or another model's."
+            )
+
+
+class Allowance:
+    """Refuse parts that together hold far more parameters than the folder's tensors, while they are being built."""
+
+    def __init__(self, folder: Path, tensors: Mapping[str, Tensor], encoder: Mapping[str, Tensor]) -> None:
+        self.folder, self.built = folder, 0
+        self.held = sum(tensor.numel() for tensor in (*tensors.values(), *encoder.values()))
+
+    def __call__(self, placement: Placement) -> None:
+        """Count the parameters of a new part."""
+        self.built += sum(parameter.numel() for parameter in placement.part.parameters())
+        if self.built > 2 * self.held + 10_000_000:  # small ones are built, so that the error can name the tensor
+            raise PeftLabError(
+                f"The config in {self.folder} asks for more than {self.built:,} parameters on this model, and its "
+                f"tensors hold {self.held:,}. It was trained on another model, or the config was edited."
+            )
