@@ -211,7 +211,10 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def temporary_name(name: str) -> str:
-    """Return the name of a draft of a file. It lies in the same folder: a rename is one step only within a file system."""
+    """Return the name of a draft of a file.
+
+    It lies in the same folder: a rename is one step only within a file system.
+    """
     return f".{name}.{os.getpid()}-{threading.get_ident()}.tmp"
 
 
