@@ -54,7 +54,7 @@ constraints:  ## renew constraints.txt from a fresh environment, with today's re
 	@sh tools/constraints.sh
 
 clean:  ## remove the environment and everything built; fetched models and data stay
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-colab _build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-colab _build build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 setup: $(INSTALLED)
 

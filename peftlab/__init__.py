@@ -1,6 +1,6 @@
 """PEFT Lab: the small, exact package behind an executable book on parameter-efficient fine-tuning.
 
-These are the public names. Each is loaded when it is first used, so that `import peftlab`, the command line and
+The public names are listed here. Each is loaded when it is first used, so `import peftlab`, the command line and
 `peftlab.memory` start without torch.
 """
 
@@ -37,14 +37,16 @@ _PLACES = {
     "adapters.trainer_callback": "AdapterCallback",
     "errors": "PeftLabError",
 }
-# Modules that the book calls by a short name, `pl.figures`, and where they are. Only names stand here: `from peftlab
-# import figures` works, `import peftlab.figures` does not; import such a module from its place.
+# Modules that the book calls by a short name, such as `pl.figures`. `from peftlab import figures` works too, but
+# `import peftlab.figures` does not, because there is no such file.
 _MODULES = {
     "support_desk": "assets.support_desk",
     **{name: f"kit.{name}" for name in ("exercises", "figures", "measurements", "notebook", "tables", "widgets")},
 }
 _WHERE = {name: module for module, names in _PLACES.items() for name in names.split()} | {
-    row.config_name: row.config.partition(":")[0].removeprefix("peftlab.") for row in _METHODS.values() if row.config
+    str(row.config_name): row.config.partition(":")[0].removeprefix("peftlab.")
+    for row in _METHODS.values()
+    if row.config
 }
 
 __all__ = sorted([*_WHERE, *_MODULES])

@@ -1,4 +1,4 @@
-"""The catalogue of methods: one row each, with all that the rest of the package must know about a method.
+"""The catalogue of methods: one row per method, with everything that the rest of the package must know about it.
 
 The command line, `train`, `count`, `memory`, saving and loading, and the public names all read `METHODS`. A row names
 classes and functions by their path ("peftlab.methods.lora:LoRAConfig"), so reading it loads no torch. `resolve` follows
@@ -77,6 +77,11 @@ class Method:
     def config_name(self) -> str | None:
         """The public name of the config class."""
         return self.config and self.config.partition(":")[2]
+
+    def config_class(self) -> Any:
+        """Load the config class of a row that has one."""
+        assert self.config is not None
+        return resolve(self.config)
 
     @property
     def trains(self) -> bool:

@@ -1,7 +1,7 @@
 """Checks of a value that a person gives: a whole number, a number, or one of a list.
 
-Each check returns the value as a plain Python value. A value that is not allowed is a `PeftLabError` with the name of
-the value, what is allowed, what was found and, for words, near matches.
+Each check returns the value as a plain Python value. For a value that is not allowed it raises a `PeftLabError`, which
+names the value and says what is allowed and what was found. For words it adds near matches.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from peftlab.errors import PeftLabError, did_you_mean
 
-# How an error words a limit, and the comparison with it.
+# For each limit: its words in an error, and the comparison.
 LIMITS = {
     "least": ("of at least", operator.ge), "above": ("above", operator.gt),
     "most": ("of at most", operator.le), "below": ("below", operator.lt),

@@ -40,7 +40,7 @@ Result = TypeVar("Result")
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     """Write a file so that a reader finds the old one or the new one whole, also after a kill or a power cut.
 
-    The file gets the mode of any new file, and after an error nothing is left behind. Raises OSError as `open` does.
+    The file gets the usual mode of a new file. After an error nothing is left behind. Raises OSError as `open` does.
     """
     path = Path(path)
     temporary = path.with_name(temporary_name(path.name))
@@ -211,10 +211,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def temporary_name(name: str) -> str:
-    """Return the name of a draft of a file.
-
-    It lies in the same folder: a rename is one step only within a file system.
-    """
+    """Return the name of a draft of a file, in the same folder: only within a file system is a rename one step."""
     return f".{name}.{os.getpid()}-{threading.get_ident()}.tmp"
 
 

@@ -1,4 +1,4 @@
-"""Packages that only some chapters and some functions need, and what to say when one of them is missing."""
+"""Packages that only some chapters and functions need, and the error when one of them is missing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftlab.errors import PeftLabError
 
 
 class Optional(NamedTuple):
-    """A package that peftlab can do without: its oldest release that serves, what it is for, the extra that has it."""
+    """A package that is not always needed: its oldest release that works, its purpose, and the extra with it."""
 
     oldest: str
     purpose: str
@@ -30,7 +30,7 @@ PACKAGES = {
 
 
 def require(name: str) -> ModuleType:
-    """Import an optional package, or say in one line what to install.
+    """Import an optional package, or raise an error that says what to install.
 
     Raises:
         PeftLabError: the package is missing, or is installed and cannot be imported.
@@ -54,16 +54,16 @@ def missing(name: str, reason: str = "is not installed") -> PeftLabError:
 
 
 def available(name: str) -> ModuleType | None:
-    """Import an optional package; None where it is missing or cannot be imported."""
+    """Import an optional package. Return None if it is missing or cannot be imported."""
     return load(name)[0]
 
 
 @cache
 def load(name: str) -> tuple[ModuleType | None, str]:
-    """Import a package once: (the module, ""), or (None, why not).
+    """Import a package once. Return (the module, ""), or (None, the reason why not).
 
-    On a CPU bitsandbytes logs at import that an optional kernel is missing. The kernel is not used here, and the line
-    would stand in the output of every notebook.
+    On a CPU bitsandbytes logs at import that an optional kernel is missing. We do not use that kernel, and the line
+    would appear in the output of every notebook.
     """
     if importlib.util.find_spec(name) is None:
         return None, "is not installed"
@@ -71,7 +71,7 @@ def load(name: str) -> tuple[ModuleType | None, str]:
     before, logger.disabled = logger.disabled, True
     try:
         return importlib.import_module(name), ""
-    except Exception as error:  # a library built for another system raises anything from OSError to RuntimeError
+    except Exception as error:  # a library built for another system can raise many kinds of error
         reason = " ".join(str(error).split())[:200]
         return None, f"is installed, but importing it fails ({type(error).__name__}: {reason})"
     finally:

@@ -1,16 +1,16 @@
 """A progress bar for terminals and notebooks that leaves nothing behind.
 
-A notebook's stored outputs must be the same each time it runs, so a bar may leave no trace in them. Neither of the
-usual roads gives that: a bar on stderr is stored as text, a widget stays in the cell after it is closed, and
-``clear_output`` takes the cell's other outputs with it (and nbval does not follow it). So the bar asks who is watching:
+A notebook's stored outputs must be the same each time it runs, so a bar may leave no trace in them. The usual bars do:
+a bar on stderr is stored as text, a widget stays in the cell after it is closed, and `clear_output` also removes the
+other outputs of the cell (and nbval ignores it). So the bar depends on who is watching:
 
-- a terminal (stderr is a TTY): one line that is rewritten, and wiped at the end;
+- a terminal (stderr is a TTY): one line that is rewritten, and removed at the end;
 - a notebook in front of a person: a display that is updated in place and ends empty;
-- anything else (nbclient, nbval, papermill, a log file): nothing at all.
+- anything else (nbclient, nbval, papermill, a log file): nothing.
 
-A front end says whether a person is there: each execute request carries ``allow_stdin``, which JupyterLab, Colab and
-VS Code set, because their user can answer ``input()``, and which programs that execute notebooks leave unset. The
-environment variable ``PEFTLAB_PROGRESS`` overrides the answer: ``off`` or ``on``.
+Each execute request to a kernel carries `allow_stdin`. JupyterLab, Colab and VS Code set it, because their user can
+answer `input()`. Programs that execute notebooks leave it unset. The environment variable `PEFTLAB_PROGRESS` overrides
+this: `off` or `on`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ INTERVAL = 0.2  # seconds between two drawings
 
 
 class Bar:
-    """A bar that counts to ``total``; use it in a ``with`` block, which wipes it also when an error ends the work.
+    """A bar that counts to `total`. Use it in a `with` block, which removes it even after an error.
 
     Args:
-        total: the number of units of work, or None when nobody knows.
-        description: what is going on, a word or two.
+        total: the number of units of work, or None if it is unknown.
+        description: one or two words that say what is going on.
         unit: the word for one unit of work.
         enabled: False draws nothing, whoever is watching.
-        initial: units that were done before (a resumed run starts here); they do not count for the rate.
+        initial: units that were done earlier, in a resumed run. They do not count for the speed.
     """
 
     def __init__(
@@ -55,20 +55,20 @@ class Bar:
         self.close()
 
     def update(self, amount: int = 1, note: str = "") -> None:
-        """Count ``amount`` more units; ``note`` is shown behind the bar, for example ``"loss 0.71"``."""
+        """Count `amount` more units. `note` is shown after the bar, for example `"loss 0.71"`."""
         self.done += amount
         self._note = note or self._note
         if self._view is not None and time.monotonic() - self._drawn_at >= INTERVAL:
             self._draw()
 
     def close(self) -> None:
-        """Wipe the bar."""
+        """Remove the bar."""
         if self._view is not None:
             self._view.wipe()
             self._view = None
 
     def line(self) -> str:
-        """The bar as one line of text: ``Training  [####----] 12/60 · 1.9 step/s · 0:25 left · loss 0.71``."""
+        """Return the bar as one line: `Training  [####----] 12/60 · 1.9 step/s · 0:25 left · loss 0.71`."""
         parts = []
         if self.total:
             filled = min(WIDTH, WIDTH * self.done // self.total)
@@ -101,7 +101,7 @@ def track(
     unit: str = "item",
     enabled: bool = True,
 ) -> Iterator[Item]:
-    """Yield the ``items`` under a bar; ``total`` defaults to ``len(items)`` where that is known."""
+    """Yield the `items` and show a bar meanwhile. `total` defaults to `len(items)` if that is known."""
     if total is None and hasattr(items, "__len__"):
         total = len(items)
     with Bar(total, description, unit=unit, enabled=enabled) as bar:
@@ -111,7 +111,7 @@ def track(
 
 
 def _clock(seconds: float) -> str:
-    """``0:07``, ``12:30`` or ``1:02:03``."""
+    """Return a time such as `0:07`, `12:30` or `1:02:03`."""
     minutes, seconds = divmod(int(max(0.0, seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
@@ -135,7 +135,7 @@ class _Terminal:
 
 
 class _Display:
-    """One output of a notebook cell, updated in place; it ends empty, so no stale bar stays when the work is done."""
+    """One output of a notebook cell, updated in place. It ends empty, so no old bar stays when the work is done."""
 
     def __init__(self) -> None:
         self._handle = None
@@ -155,7 +155,7 @@ class _Display:
 
 
 def _view() -> _Terminal | _Display | None:
-    """Where a bar may be drawn now; None where nobody is watching."""
+    """Return where a bar may be drawn now, or None if nobody is watching."""
     wish = os.environ.get("PEFTLAB_PROGRESS", "auto").lower()
     if wish in ("off", "0", "no", "false"):
         return None
@@ -168,7 +168,7 @@ def _view() -> _Terminal | _Display | None:
 
 
 def _kernel() -> object | None:
-    """The Jupyter kernel this process is, or None. Never imports IPython: in a kernel it is loaded already."""
+    """Return the Jupyter kernel of this process, or None. IPython is not imported: in a kernel it is already loaded."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return getattr(shell, "kernel", None)

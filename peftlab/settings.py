@@ -112,7 +112,7 @@ class Settings:
         more="False refuses a folder that holds a run.")
     progress: bool = setting(True, "show a progress bar", one_of, known=(True, False))
     loss: Callable[..., Any] | None = setting(
-        None, "`(model, batch) -> (sum, number of labels)`; by default chosen by the labels "
+        None, "`(model, batch) -> (sum, number of labels)`; by default that of the model's task "
         "(`peftlab.training.losses`)")
     metrics: Mapping[str, Callable[[Any], float]] | None = setting(
         None, "by name, functions of the model (in eval mode, without gradients) that give a number")
@@ -128,7 +128,7 @@ class Settings:
                 check_fields(self, one.metadata["check"], one.name)
         if self.steps is not None and self.epochs is not None:
             raise PeftLabError(f"Give steps ({self.steps}) or epochs ({self.epochs}), not both.")
-        if self.evaluation_data is not None and not len(self.evaluation_data):
+        if hasattr(self.evaluation_data, "__len__") and not len(self.evaluation_data):
             raise PeftLabError("The evaluation data holds no example; pass evaluation_data=None to do without.")
         self._check_evaluation()
 
@@ -143,7 +143,11 @@ class Settings:
         return self.evaluation_data is not None or bool(self.metrics)
 
     def total_examples(self, examples: int) -> int:
-        """The examples of the whole run, counted with repetition, from so many examples of training data."""
+        """Return the number of examples in the whole run, counted with repetition.
+
+        Args:
+            examples: the number of examples in the training data.
+        """
         if self.steps is not None:
             return self.steps * self.batch
         return max(1, math.ceil((1 if self.epochs is None else self.epochs) * examples))
@@ -169,7 +173,7 @@ def settings_from(given: Mapping[str, Any], kind: type[Settings] = Settings) -> 
     """Make the settings from keyword arguments.
 
     Raises:
-        PeftLabError: a name that is no setting (with near matches), or a value that cannot be.
+        PeftLabError: a name that is no setting (with near matches), or a value that is not allowed.
     """
     options = {one.metadata["option"]: one.name for one in fields(kind)}
     names = [one.name for one in fields(kind)]
@@ -181,14 +185,14 @@ def settings_from(given: Mapping[str, Any], kind: type[Settings] = Settings) -> 
 
 
 def known_values(one: Field[Any]) -> tuple[Any, ...]:
-    """The values that a field of `Settings` may have, where they are a list; else nothing."""
+    """Return the values that a setting may have if there is a list of them, else an empty tuple."""
     return one.metadata["check"].keywords.get("known", ()) if one.metadata["check"] else ()
 
 
 def takes(
     kind: Callable[Given, Settings],
 ) -> Callable[[Callable[Concatenate[Model, Data, ...], Result]], Callable[Concatenate[Model, Data, Given], Result]]:
-    """Show the settings, in the place of `**given`, in a function's signature and at `{settings}` in its docstring."""
+    """Show the settings in a function's signature, instead of `**given`, and at `{settings}` in its docstring."""
 
     def show(function: Any) -> Any:
         own = list(inspect.signature(function).parameters.values())[:-1]
@@ -202,7 +206,7 @@ def takes(
 
 
 def _described(one: Field[Any]) -> str:
-    """The lines of a docstring on one setting."""
+    """Return the lines of a docstring about one setting."""
     words = known_values(one)
     told = f"{one.name}: {one.metadata['doc']}" + (f" ({', '.join(map(repr, words))})." if words[2:] else ".")
     return textwrap.fill(

@@ -29,9 +29,9 @@ from peftlab.adapters.integrity import base_sample, base_tensor, check_base
 from peftlab.adapters.judging import Allowance, check_fields, check_sizes
 from peftlab.adapters.task_type import task_type_of
 from peftlab.catalogue import METHODS, resolve
-from peftlab.core.hooks import CHILD, base_modules, hosts
+from peftlab.core.hooks import adapters_on, base_modules, hosts
 from peftlab.core.interface import Config, Placement
-from peftlab.core.records import require_adapter, unwrap
+from peftlab.core.records import as_transformer, require_adapter, unwrap
 from peftlab.core.sums import check_sums, digest, with_sums
 from peftlab.core.targets import ALL_LINEAR, Targets, by_pattern, names_match
 from peftlab.core.tensor_files import read_shapes, read_tensors, serialised
@@ -281,14 +281,14 @@ def placed(root: nn.Module, name: str) -> list[Placement]:
     return [
         Placement(path, part_name, part)
         for path, host in hosts(root)
-        if name in host._modules[CHILD]
-        for part_name, part in host._modules[CHILD][name].items()
+        if name in adapters_on(host)
+        for part_name, part in adapters_on(host).parts_of(name).items()
     ]
 
 
 def key_table(placements: Iterable[Placement]) -> dict[str, Tensor]:
     """Return the one table: {key in Hugging Face's file: our parameter, or the output of an encoder}."""
-    table = {}
+    table: dict[str, Tensor] = {}
     for path, _, part in placements:
         for own, keys in part.keys.items():
             owner, _, parameter_name = own.rpartition(".")
@@ -310,7 +310,9 @@ def to_fields(root: nn.Module, config: Config, placements: list[Placement]) -> d
     fields = {name: getattr(config, name, None) for name in TARGET_FIELDS}
     fields["task_type"] = fields["task_type"] or task_type_of(root, sampled(placements)[1])
     targets = fields["target_modules"]
-    found_here = isinstance(targets, str) and (targets.lower() == ALL_LINEAR or config.layers_to_transform)
+    found_here = isinstance(targets, str) and (
+        targets.lower() == ALL_LINEAR or getattr(config, "layers_to_transform", None)
+    )
     if not isinstance(config, Targets):  # its adapter stands on the model itself
         fields = {name: fields[name] for name in ("modules_to_save", "task_type")}
     elif targets is None or found_here:
@@ -403,8 +405,8 @@ def only_present(root: nn.Module, config: Config) -> Config:
         names = getattr(config, field, None)
         if names is not None and not isinstance(names, str):
             ends = names_match if field == "target_modules" else lambda spec, path: path.endswith(spec)
-            there = tuple(name for name in names if any(ends((name,), path) for path in paths))
-            changes[field] = there or (names if field == "target_modules" else None)
+            kept = tuple(name for name in names if any(ends((name,), path) for path in paths))
+            changes[field] = kept or (names if field == "target_modules" else None)
     for field in ("rank_pattern", "alpha_pattern"):
         table = getattr(config, field, None) or {}
         there = {key: value for key, value in table.items() if any(by_pattern({key: 1}, path, 0) for path in paths)}
@@ -432,7 +434,7 @@ def locate(folder: Path, name: str) -> Path:
 
 
 def check_keys(
-    root: nn.Module, folder: Path, fields: Mapping, table: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+    root: nn.Module, folder: Path, fields: Mapping, table: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> None:
     """Require exactly the keys that the config implies for this model, in the right shapes."""
     trained_on = fields.get("base_model_name_or_path") or "an unnamed base"
@@ -483,11 +485,13 @@ def embedding_copies(root: nn.Module, fields: Mapping[str, Any], placements: lis
         named = any(name in targets for name in names)
     if not named or not hasattr(root, "get_input_embeddings"):
         return {}
-    embeddings = (root.get_input_embeddings(), root.get_output_embeddings())
+    model = as_transformer(root)
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
     copies = {}
     for path, part_name, _ in placements:
         if part_name not in ("bias", "copy") and any(root.get_submodule(path) is layer for layer in embeddings):
             weight = base_tensor(root, path, "weight")
+            assert weight is not None
             copies[f"{PREFIX}{path}.base_layer.weight"] = weight.detach().cpu().contiguous().clone()
     return copies
 

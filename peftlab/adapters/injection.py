@@ -17,9 +17,9 @@ from torch import nn
 
 from peftlab.catalogue import METHODS
 from peftlab.checks import number
-from peftlab.core.hooks import CHILD, Activity, Adapters, hosts, place, plain, prompt_parts, remove
+from peftlab.core.hooks import Activity, Adapters, adapters_on, hosts, place, plain, prompt_parts, remove
 from peftlab.core.interface import Config, Placement
-from peftlab.core.records import Record, device_and_dtype_for, record_of, require_adapter, tensor_at, unwrap
+from peftlab.core.records import Record, device_and_dtype_for, own_tensor, record_of, require_adapter, unwrap
 from peftlab.errors import PeftLabError
 from peftlab.patterns import bounded
 from peftlab.quantization.marks import restore_transformers_attributes, set_transformers_attributes
@@ -103,7 +103,7 @@ def prepare(
     if record and record.activity.merged:
         raise PeftLabError("The model is merged; call unmerge(model) before attaching another adapter.")
     for path, host in hosts(root):
-        if record is None or host._modules[CHILD].activity is not record.activity:
+        if record is None or adapters_on(host).activity is not record.activity:
             raise PeftLabError(
                 f"{path or 'The model'} carries adapters that were attached through another module. "
                 "Attach and detach through the same model."
@@ -258,7 +258,7 @@ def check_together(root: nn.Module, weights: dict[str, float], rows: tuple[str |
     wanted = Activity()
     wanted.weights, wanted.rows = weights, rows
     for _, host in hosts(root):
-        parts = host._modules[CHILD]
+        parts = adapters_on(host)
         here = {name: part.compatibility_key for name, part in prompt_parts(parts, wanted).items()}
         if rows is not None and here:
             here |= {str(name): "none" for name in rows if name not in here}
@@ -276,7 +276,7 @@ def refresh_requires_grad(root: nn.Module, record: Record) -> None:
     activity = record.activity
     active = set(activity.weights if activity.rows is None else activity.rows)
     for _, host in hosts(root):
-        for name, parts in host._modules[CHILD].items():
+        for name, parts in adapters_on(host).items():
             parts.requires_grad_(name in active and record.trainable[name] and not activity.merged)
 
 
@@ -331,7 +331,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """
     trainable = total = 0
     root = unwrap(model)
-    parts = (part for _, host in hosts(root) for mine in host._modules[CHILD].values() for part in mine.values())
+    children = (adapters_on(host) for _, host in hosts(root))
+    parts = (part for child in children for name in child for part in child.parts_of(name).values())
     replacing = {id(p) for part in parts if part.replaces_base_parameters for p in part.parameters()}
     for parameter in root.parameters():
         state = getattr(parameter, "quant_state", None)
@@ -346,7 +347,7 @@ def restore_base(root: nn.Module, record: Record) -> None:
     for path, parameters in record.backup.items():
         host = root.get_submodule(path)
         for name, kept in parameters.items():
-            restore_parameter(tensor_at(host, name), kept)
+            restore_parameter(own_tensor(host, name), kept)
     record.backup.clear()
     record.activity.merged = False
     refresh_requires_grad(root, record)

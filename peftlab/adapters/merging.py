@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.adapters.injection import detach, refresh_requires_grad, restore_base
-from peftlab.core.hooks import CHILD, Activity, hosts
+from peftlab.core.hooks import Activity, adapters_on, hosts
 from peftlab.core.interface import Part
-from peftlab.core.records import Record, record_of, tensor_at, unwrap
+from peftlab.core.records import Record, own_tensor, record_of, tensor_at, unwrap
 from peftlab.errors import PeftLabError
 from peftlab.methods.parts import widened
 from peftlab.quantization.weights import is_quantized, keep, store
@@ -80,8 +80,7 @@ def merge(model: nn.Module, *, unload: bool = False, requantize: bool = False) -
     try:
         for path, host in hosts(root):
             for name, value in merged_parameters(host, record.activity).items():
-                tensor = tensor_at(host, name)
-                check_target(path, name, tensor, uses)
+                tensor = check_target(path, name, tensor_at(host, name), uses)
                 before = widened(tensor)
                 record.backup.setdefault(path, {})[name] = keep(tensor)
                 store(tensor, value, f"{path}.{name}")
@@ -135,7 +134,7 @@ def merged_parameters(host: nn.Module, activity: Activity) -> dict[str, Tensor]:
         if len(values) == 1 and values[0][0] == 1:
             result[name] = values[0][1]
             continue
-        base = widened(tensor_at(host, name))
+        base = widened(own_tensor(host, name))
         result[name] = base + sum(weight * (value - base) for weight, value in values)
     return result
 
@@ -143,8 +142,8 @@ def merged_parameters(host: nn.Module, activity: Activity) -> dict[str, Tensor]:
 def active_parts(host: nn.Module, activity: Activity) -> Iterator[tuple[str, float, Part]]:
     """Yield (adapter name, weight, part) for the parts of a host that run."""
     for name, weight in activity.weights.items():
-        if name in host._modules[CHILD]:
-            for part in host._modules[CHILD][name].values():
+        if name in adapters_on(host):
+            for part in adapters_on(host).parts_of(name).values():
                 yield name, weight, part
 
 
@@ -180,14 +179,16 @@ def check(root: nn.Module, record: Record, requantize: bool) -> None:
                         "dequantize_model(model) first and merge into weights of full precision. Or call merge(model, "
                         "requantize=True), and read the error in its report."
                     )
-                if not is_quantized(parameter) and not parameter.is_floating_point():
+                # 8-bit floats are numbers of a code, whose scale lies beside them
+                plain = parameter.is_floating_point() and parameter.dtype.itemsize > 1
+                if not is_quantized(parameter) and not plain:
                     raise PeftLabError(
                         f"{path}.{parameter_name} is quantised to {parameter.dtype}, and nothing can be merged into "
                         "such weights here. Load the base in 16 or 32 bits."
                     )
 
 
-def check_target(path: str, name: str, tensor: Tensor | None, uses: Counter) -> None:
+def check_target(path: str, name: str, tensor: Tensor | None, uses: Counter) -> Tensor:
     """Refuse a parameter that does not exist, or that another module reads as well."""
     if tensor is None:
         raise PeftLabError(
@@ -198,3 +199,4 @@ def check_target(path: str, name: str, tensor: Tensor | None, uses: Counter) -> 
             f"{path}.{name} is shared with another module (tied weights), which a merge would change as well. "
             "Keep the adapter attached, or load the model with tie_word_embeddings=False."
         )
+    return tensor

@@ -36,15 +36,16 @@ class AdapterCallback(TrainerCallback):
         self.resume_from = resume_from
 
     def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **rest: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
     ) -> None:
         """Write the adapters into the checkpoint that was just saved."""
         if args.should_save:
+            model = rest["model"]
             for name in attached(model):
                 save_adapter(model, checkpoint_folder(args, state) / FOLDER, name)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **rest: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
     ) -> None:
         """Restore the adapters of the checkpoint that the run resumes from.
 
@@ -52,18 +53,20 @@ class AdapterCallback(TrainerCallback):
             PeftLabError: that checkpoint holds no adapter, another one, or a damaged one.
         """
         if state.global_step > 0:
-            restore_adapters(model, Path(self.resume_from) if self.resume_from else checkpoint_folder(args, state))
+            given = self.resume_from
+            restore_adapters(rest["model"], Path(given) if given else checkpoint_folder(args, state))
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **rest: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
     ) -> None:
         """Restore the adapters of the best checkpoint, if `load_best_model_at_end` is set."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            restore_adapters(model, Path(state.best_model_checkpoint))
+            restore_adapters(rest["model"], Path(state.best_model_checkpoint))
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     """Return the folder that `Trainer` uses for the current step."""
+    assert args.output_dir is not None  # TrainingArguments fills it in
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 

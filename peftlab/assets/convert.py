@@ -1,6 +1,6 @@
 """Recipes: from the members of a wheel to the files that are loaded.
 
-Each recipe is a pure function of its input's bytes, down to the bit, so the hashes of what it writes can be listed in
+The output of each recipe depends only on the bytes of its input. So the hashes of its files can be listed in
 `assets.json` and checked like those of a download.
 """
 
@@ -27,15 +27,15 @@ LLAMA_BLOCK = {
 
 
 def copy(source: Path, target: Path) -> None:
-    """The members as they are."""
+    """Copy the members as they are."""
     for path in sorted(source.iterdir()):
         shutil.copyfile(path, target / path.name)
 
 
 def news(source: Path, target: Path) -> None:
-    """2,225 small files become one: a JSON line {text, label} an article, in the order of their paths.
+    """Join 2,225 small files into one, with one JSON line {text, label} per article, in the order of their paths.
 
-    The articles are UTF-8, but for one that is Latin-1.
+    The articles are in UTF-8, except for one in Latin-1.
     """
     with open(target / "news.jsonl", "w", encoding="utf-8", newline="\n") as out:
         for path in sorted(source.glob("*/*.txt")):
@@ -48,10 +48,10 @@ def news(source: Path, target: Path) -> None:
 
 
 def llama(source: Path, target: Path) -> None:
-    """A Llama in a GGUF file becomes a folder that `from_pretrained` reads: float32 weights, config, tokenizer.
+    """Turn a Llama in a GGUF file into a folder that `from_pretrained` reads: float32 weights, config, tokenizer.
 
-    Every four-bit value is turned into the float32 it stands for; nothing else is lost or gained. The model is then an
-    ordinary one: it can be trained, saved and quantised again.
+    Every four-bit value becomes the float32 that it stands for. Nothing else changes. The result is an ordinary model,
+    which can be trained, saved and quantised again.
     """
     (path,) = source.glob("*.gguf")
     reader = GGUFReader(path)
@@ -69,23 +69,23 @@ def llama(source: Path, target: Path) -> None:
 
 
 def llama_name(name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+    """Translate a name: `blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
     if block := re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name):
         return f"model.layers.{block[1]}.{LLAMA_BLOCK[block[2]]}.weight"
     return {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}[name]
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a query or key projection, (out, in), from GGUF's rotary order to transformers'.
+    """Reorder the rows of a query or key projection, (out, in), from GGUF's rotary order to that of transformers.
 
-    GGUF turns neighbouring pairs of a head's rows; transformers turns row i with row i + half.
+    GGUF rotates neighbouring rows of a head as a pair. transformers rotates row i with row i + half.
     """
     out, size = weight.shape
     return weight.reshape(heads, out // heads // 2, 2, size).swapaxes(1, 2).reshape(out, size)
 
 
 def llama_config(metadata: dict) -> dict:
-    """config.json and generation_config.json; the output head is tied to the embedding."""
+    """Return the contents of config.json and generation_config.json. The output head is tied to the embedding."""
     ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "unknown"}  # <|endoftext|> pads: see below
     tokens = {key: metadata[f"tokenizer.ggml.{kind}_token_id"] for key, kind in ids.items()}
     width, heads = metadata["llama.embedding_length"], metadata["llama.attention.head_count"]
@@ -115,10 +115,10 @@ def llama_config(metadata: dict) -> dict:
 
 
 def tokenizer_files(metadata: dict) -> dict:
-    """tokenizer.json, tokenizer_config.json and the chat template.
+    """Return the contents of tokenizer.json and tokenizer_config.json, and the chat template.
 
-    The published tokenizer pads with `<|im_end|>`, the token that ends a turn: whoever masks padding by its id then
-    also masks the end, and the model never learns to stop. Here padding is `<|endoftext|>`, which no chat contains.
+    The published tokenizer pads with `<|im_end|>`, the token that ends a turn. Code that masks padding by its id then
+    also masks the end, and the model never learns to stop. Here padding is `<|endoftext|>`, which occurs in no chat.
     """
     tokens = metadata["tokenizer.ggml.tokens"]
     special = [i for i, kind in enumerate(metadata["tokenizer.ggml.token_type"]) if kind == 3]
@@ -165,11 +165,13 @@ def tokenizer_files(metadata: dict) -> dict:
 
 
 def write_safetensors(path: Path, weights: dict[str, np.ndarray]) -> None:
-    """Float32 arrays in the safetensors format: eight bytes of header length, a JSON header, the bytes.
+    """Write float32 arrays in the safetensors format: eight bytes of header length, a JSON header, the data.
 
-    Written here because the library may order tensors anew in any version, and the file's hash is to stay.
+    We do not use the library, because a new version of it might order tensors differently, and the hash must not
+    change.
     """
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name in sorted(weights):
         begin, end = end, end + weights[name].size * 4
         header[name] = {"dtype": "F32", "shape": list(weights[name].shape), "data_offsets": [begin, end]}

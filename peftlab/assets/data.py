@@ -1,4 +1,4 @@
-"""Load data: the sets of this book, split once and for all, or anything that `datasets` can load."""
+"""Load data: the sets of this book, in fixed splits, or anything that `datasets` can load."""
 
 import bz2
 import contextlib
@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
@@ -21,8 +22,21 @@ from peftlab.errors import PeftLabError, did_you_mean
 
 NAMES = ("reviews", "news", "support-desk")
 SPLITS = ("train", "validation", "test")
-HELD_OUT = 0.1  # of each class, once for validation and once for test
+HELD_OUT = 0.1  # the share of each class that goes to validation, and the same again to test
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+
+
+def text_as_written(cell: str) -> str | None:
+    """A cell of a table as the text that stands there: "NA" and "007" too; an empty one is None."""
+    return cell or None
+
+
+# How tables are read: only an empty cell is a missing value, and a column of texts is one also where they are numbers
+AS_WRITTEN = {
+    "keep_default_na": False,
+    "na_values": [""],
+    "converters": dict.fromkeys(("text", "prompt", "completion", "ticket", "message"), text_as_written),
+}
 
 
 def load_data(
@@ -38,15 +52,23 @@ def load_data(
             `"support-desk"`: generated messages of customers; columns `message`, `ticket` (canonical JSON), `intent`,
             `product`, `urgency`, and `prompt` (the instruction with the message); see `support_desk`;
             the path of a file (csv, tsv, json, jsonl, parquet, txt) or a folder of such files, or one that
-            `save_to_disk` wrote; or a hub id such as `"org/data"`.
+            `save_to_disk` wrote; or a hub id such as `"org/data"`. Of csv and tsv files only an empty cell is a
+            missing value, "NA" is a text; the columns text, prompt, completion, ticket and message are always texts.
         sizes: at most so many rows in train, validation and test; for the names above only.
         difficulty: of the support desk, from 0 to 1; for that one only.
         subset: the configuration of a hub data set that has several.
 
-    Returns a `DatasetDict`; for the names above with `train`, `validation` and `test`. These splits are the same on
-    every machine: 80, 10 and 10% of each class, in a fixed random order, and texts that differ only in case, spaces
-    or punctuation (for news also articles under one headline) never lie in different splits.
-    Raises PeftLabError for an unknown name, AssetError when the data cannot be fetched.
+    Returns:
+        A `DatasetDict`. The three named sets have the splits `train`, `validation` and `test`, with 80, 10 and 10% of
+        each class in a fixed random order. The splits are the same on every machine. Texts that differ only in case,
+        spaces or punctuation are always in the same split, and so are news articles with the same headline.
+
+    Raises:
+        PeftLabError: an unknown name.
+        AssetError: the data cannot be fetched.
+
+    >>> pl.load_data("support-desk", sizes=(3, 1, 1))["train"][0]["ticket"]
+    '{"intent":"refund","product":"printer","urgency":"urgent"}'
     """
     name = str(name)
     if sizes is not None:
@@ -65,7 +87,7 @@ def load_data(
 
 
 def _desk(sizes: Sequence[int] | None, difficulty: float | None) -> DatasetDict:
-    options = {} if difficulty is None else {"difficulty": difficulty}
+    options: dict[str, Any] = {} if difficulty is None else {"difficulty": difficulty}
     splits = {}
     for split, size in zip(SPLITS, sizes or (None, None, None), strict=True):
         rows = support_desk.generate(split, size, **options)
@@ -74,7 +96,7 @@ def _desk(sizes: Sequence[int] | None, difficulty: float | None) -> DatasetDict:
 
 
 def _reviews() -> tuple[list[dict], list[str]]:
-    """Sentences with their labels; rows of category `plot` are summaries, not opinions, and are dropped."""
+    """Read the sentences with their labels. Drop rows of category `plot`: they are summaries, not opinions."""
     labels = ["rotten", "fresh"]
     with bz2.open(
         ensure("reviews") / "rotten_tomatoes_corpus_full.csv.bz2", "rt", encoding="utf-8", newline=""
@@ -84,7 +106,7 @@ def _reviews() -> tuple[list[dict], list[str]]:
 
 
 def _news() -> tuple[list[dict], list[str]]:
-    """Articles with their topics; the folder's `sports` is called `sport`, as at the BBC."""
+    """Read the articles with their topics. The folder `sports` is called `sport`, as at the BBC."""
     folders = ["business", "entertainment", "politics", "sports", "tech"]
     lines = (ensure("news") / "news.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
@@ -93,12 +115,12 @@ def _news() -> tuple[list[dict], list[str]]:
 
 
 def _classified(rows: list[dict], labels: list[str], sizes: Sequence[int] | None) -> DatasetDict:
-    """Split rows {text, label} by class and by groups of like texts; each split in a fixed random order."""
+    """Split rows {text, label} by class and by groups of similar texts, each split in a fixed random order."""
     groups = _groups([row["text"] for row in rows])
-    by_class = defaultdict(list)
+    by_class: defaultdict[str, list[list[int]]] = defaultdict(list)
     for group in sorted(groups, key=lambda group: _rank(rows[group[0]]["text"])):
         by_class[rows[group[0]]["label"]].append(group)
-    chosen = {split: [] for split in SPLITS}
+    chosen: dict[str, list[int]] = {split: [] for split in SPLITS}
     for found in by_class.values():
         share = HELD_OUT * sum(len(group) for group in found)
         room = {"test": share, "validation": share, "train": float("inf")}
@@ -109,14 +131,14 @@ def _classified(rows: list[dict], labels: list[str], sizes: Sequence[int] | None
     features = Features({"text": Value("string"), "label": ClassLabel(names=labels)})
     result = {}
     for split, limit in zip(SPLITS, sizes or (None, None, None), strict=True):
-        # Another order than that of the split: there, where validation ends, one class begins before the other.
+        # Not the order in which the rows were divided: in that one the classes are not well mixed.
         order = sorted(chosen[split], key=lambda i: (_rank(rows[i]["text"], split), i))[:limit]
         result[split] = Dataset.from_list([rows[i] for i in order], features=features)
     return DatasetDict(result)
 
 
 def _groups(texts: list[str]) -> list[list[int]]:
-    """Indices of texts, those together that are alike but for case, spaces and punctuation, or share a headline."""
+    """Return groups of indices of texts that differ only in case, spaces and punctuation, or share a headline."""
     root = list(range(len(texts)))
 
     def find(i: int) -> int:
@@ -124,12 +146,12 @@ def _groups(texts: list[str]) -> list[list[int]]:
             i = root[i]
         return i
 
-    first = {}
+    first: dict[str, int] = {}
     for i, text in enumerate(texts):
-        # The first of several lines is a headline. Of a single line it is the text itself.
+        # The first of several lines is a headline. If there is only one line, it is the text itself.
         for key in {_plain(text), _plain(text.split("\n", 1)[0])}:
             root[find(i)] = find(first.setdefault(key, i))
-    groups = defaultdict(list)
+    groups: defaultdict[int, list[int]] = defaultdict(list)
     for i in range(len(texts)):
         groups[find(i)].append(i)
     return list(groups.values())
@@ -140,12 +162,12 @@ def _plain(text: str) -> str:
 
 
 def _rank(text: str, order: str = "") -> bytes:
-    """A place in a random order that depends on the text alone, so it is the same everywhere and for ever."""
+    """Return a place in a random order that depends only on the text, so it is always the same."""
     return hashlib.sha256(f"{order}{_plain(text)}".encode()).digest()
 
 
 def _elsewhere(name: str, subset: str | None) -> DatasetDict:
-    """A local file or folder, or a hub data set; as `datasets.load_dataset` gives it, always with splits."""
+    """Load a local file or folder, or a hub data set, with `datasets`. The result always has splits."""
     path = Path(name).expanduser()
     try:
         with quiet():
@@ -156,11 +178,16 @@ def _elsewhere(name: str, subset: str | None) -> DatasetDict:
                         f"{path}: a {suffix or 'nameless'} file is not known; use {', '.join(BUILDERS)}."
                     )
                 options = {"sep": "\t"} if suffix == ".tsv" else {}
+                options |= AS_WRITTEN if BUILDERS[suffix] == "csv" else {}
                 loaded = datasets.load_dataset(BUILDERS[suffix], data_files=str(path), **options)
             elif path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
                 loaded = datasets.load_from_disk(str(path))
             elif path.is_dir() or "/" in name:
-                loaded = datasets.load_dataset(str(path) if path.is_dir() else name, subset)
+                tables = path.is_dir() and {file.suffix.lower() for file in path.rglob("*.*")} & set(BUILDERS) == {
+                    ".csv"
+                }
+                options = AS_WRITTEN if tables else {}
+                loaded = datasets.load_dataset(str(path) if path.is_dir() else name, subset, **options)
             else:
                 raise PeftLabError(
                     f"There is no data set {name!r}.{did_you_mean(name, NAMES)} Known: {', '.join(NAMES)}; "
@@ -169,14 +196,14 @@ def _elsewhere(name: str, subset: str | None) -> DatasetDict:
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, PeftLabError):
             raise
-        reason = error.__cause__ or error  # a broken file hides behind "an error occurred while generating"
+        reason = error.__cause__ or error  # the first message is only "an error occurred while generating"
         raise PeftLabError(f"{name!r} cannot be loaded: {' '.join(str(reason).split())[:400]}") from error
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
 
 
 @contextlib.contextmanager
 def quiet():
-    """No bars and no chatter from `datasets` inside; the user's own settings again after it."""
+    """Silence the bars and messages of `datasets` inside the block, then restore the user's settings."""
     verbosity, bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
@@ -190,7 +217,10 @@ def quiet():
 
 @cache
 def articles(characters: int = 600, tested: int = 100) -> tuple[list[dict], list[dict]]:
-    """News articles as {"prompt", "headline"}: the first line, asked of the beginning of the rest; none twice."""
+    """Return news articles as {"prompt", "headline"} for training and test, without repeated headlines.
+
+    The prompt holds the first `characters` of the body and asks for the headline, the article's first line.
+    """
     data, seen = load_data("news"), set()
     splits = []
     for split in ("test", "train"):

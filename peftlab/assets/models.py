@@ -32,18 +32,24 @@ def load_model(
     """Load a pre-trained model, in eval mode, and its tokenizer.
 
     Args:
-        name: `"smollm2-135m"` or `"minilm"` (fetched at the first use, then read from the cache without a network),
+        name: `"smollm2-135m"` or `"minilm"` (fetched at the first use, then read from the cache without a network), or
             the path of a folder that `save_pretrained` wrote, or a hub id such as `"org/model"`.
-        num_labels: put a new classification head with this many outputs on the model, as transformers does.
-        dtype: of the weights, for example `torch.bfloat16` or `"bfloat16"`; by default that of the stored weights
+        num_labels: add a new classification head with this many outputs, as transformers does.
+        dtype: the dtype of the weights, such as `torch.bfloat16` or `"bfloat16"`. By default that of the stored weights
             (float32 for the names above).
-        device: where to put the model, for example `"cuda"`; by default the CPU.
+        device: where to put the model, such as `"cuda"`. By default the CPU.
 
-    The class is the one that fits: with `num_labels` the model for sequence classification; else an encoder-decoder for
-    sequence-to-sequence, a decoder for causal language modelling with its output head, and an encoder without any head.
+    With `num_labels` the model is one for sequence classification. Otherwise an encoder-decoder is loaded for
+    sequence-to-sequence, a decoder for causal language modelling with its output head, and an encoder without a head.
 
-    Only safetensors are read, and no code from a repository is ever run. Raises PeftLabError for a name that is not
-    known, weights that cannot be read, or a device that is not there.
+    Only safetensors are read. No code from a repository is ever run.
+
+    Raises:
+        PeftLabError: the name is not known, the weights cannot be read, or the device does not exist.
+
+    >>> small, words = pl.load_model("smollm2-135m")
+    >>> type(small).__name__, words.decode(words("a kettle")["input_ids"])
+    ('LlamaForCausalLM', 'a kettle')
     """
     dtype, device = _dtype(dtype), _device(device)
     source = _source(name)
@@ -86,9 +92,9 @@ def _fields(source: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def quiet():
-    """No bars and no load report from transformers inside; the user's own settings again after it.
+    """Silence transformers' bars and load reports inside the block, then restore the user's settings.
 
-    The hub's download bars stay as the user has them: whoever waits for gigabytes wants to see them move.
+    The hub's download bars are not silenced, because people who wait for gigabytes want to see them move.
     """
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     hub_bars = not are_progress_bars_disabled()
@@ -107,7 +113,7 @@ def quiet():
 
 
 def _source(name: str) -> str:
-    """What `from_pretrained` is to be given for `name`: a folder or a hub id."""
+    """Return what to pass to `from_pretrained` for `name`: a folder or a hub id."""
     name = str(name)
     known = catalogue()
     models = [known_name for known_name, found in known.items() if found["kind"] != "dataset"]
@@ -122,7 +128,7 @@ def _source(name: str) -> str:
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise PeftLabError(f"There is no folder {name!r}.")
-    # A bare word may be an old hub id ("gpt2"), unless it looks like a slip of the pen.
+    # A single word may be an old hub id ("gpt2"), unless it looks like a misspelt name of ours.
     if "/" not in name and (near_matches(name, models) or not _on_hub(name)):
         raise PeftLabError(
             f"There is no model {name!r}.{did_you_mean(name, models)} Known: {', '.join(models)}; "
@@ -132,18 +138,18 @@ def _source(name: str) -> str:
 
 
 def _on_hub(name: str) -> bool:
-    """Whether the hub, or its local cache, has a model of this name; asked once, and not for long."""
+    """Say whether the hub, or its local cache, has a model of this name. Ask once, with a short timeout."""
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
         return True
     try:
         HfApi().model_info(name, timeout=5)
-    except Exception:  # not found, no network, offline mode, an odd name: for the caller all the same
+    except Exception:  # not found, no network, offline mode, an odd name: the caller need not know which
         return False
     return True
 
 
 def _model_class(config: transformers.PretrainedConfig, num_labels: int | None) -> type:
-    """The auto class that fits a config."""
+    """Return the auto class that fits a config."""
     architecture = (config.architectures or [""])[0]
     if num_labels is not None or architecture.endswith("ForSequenceClassification"):
         return transformers.AutoModelForSequenceClassification
@@ -155,7 +161,7 @@ def _model_class(config: transformers.PretrainedConfig, num_labels: int | None) 
 
 
 def _warn_about_missing(name: str, model: transformers.PreTrainedModel, report: dict) -> None:
-    """Weights that the checkpoint lacks are random now. For a new head that is meant; for the rest it is a fault."""
+    """Warn about weights that the checkpoint lacks and that are random now. For a new head this is normal."""
     prefix = model.base_model_prefix + "."
     headless = model.base_model is model
     lost = sorted(key for key in report["missing_keys"] if headless or key.startswith(prefix))
@@ -179,14 +185,14 @@ def _device(device: torch.device | str | None) -> torch.device | None:
     try:
         device = torch.device(device)
     except RuntimeError as error:
-        raise PeftLabError(f'{device!r} is no device: use "cpu", "cuda", "cuda:1" or "mps".') from error
+        raise PeftLabError(f'{device!r} is not a device: use "cpu", "cuda", "cuda:1" or "mps".') from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise PeftLabError(f"There is no device {device} here: torch sees {torch.cuda.device_count()} CUDA devices.")
     return device
 
 
 def _load_fault(name: str, error: Exception) -> str:
-    """One line for a person from what transformers raised."""
+    """Return one line for a person, made from the error of transformers."""
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
         return f"{name!r} needs Python code from its repository, and peftlab never runs such code."

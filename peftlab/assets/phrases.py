@@ -1,10 +1,14 @@
-"""The phrases of the support desk: written for this project, in three sets that share no sentence.
+"""The phrases of the support desk, written for this project, in three sets that have no sentence in common.
 
-`{p}` is the product the message is about, `{o}` another one, `{n}` a number. A sentence with a label's name above it
-decides that label; the others decide nothing. What is held out is whole sentences: none of validation or test occurs in
-training. Single words are not: the names of products and the words by which a label is known (refund, invoice, urgent,
-can wait) stand in all three splits. So a score says that known words are understood in new sentences, and no more.
+`{p}` is the product that the message is about, `{o}` another one, `{n}` a number. A sentence under a label's name
+decides that label; the other sentences decide nothing. No sentence of validation or test occurs in training. But the
+same words occur in all three: the names of products, and the words that reveal a label (refund, invoice, urgent, can
+wait). So a score says only that the model understands known words in new sentences.
 """
+
+from collections.abc import Sequence
+
+Phrases = dict[str, dict[str, Sequence[str]]]  # by label, then by split
 
 PRODUCTS = ("kettle", "lamp", "printer", "router", "camera", "blender", "heater", "keyboard")
 
@@ -255,7 +259,7 @@ def _each(frames: tuple[str, ...], words: tuple[str, ...]) -> tuple[str, ...]:
 
 
 # How soon, in the label's own words.
-STATED = {
+STATED: Phrases = {
     "urgent": {
         "train": (
             "This is urgent.",
@@ -307,7 +311,7 @@ _URGENT = ("urgent", "very urgent", "really urgent")
 _HURRY = ("hurry", "rush")
 _WAIT = ("can wait", "can wait a while", "can wait for months")
 
-URGENCY = {
+URGENCY: Phrases = {
     "urgent": {
         "train": (
             *_each(("I need an answer {w}.", "Please act {w}.", "This has to be settled {w}."), _SOON),
@@ -483,7 +487,7 @@ DESCRIBED = {
 }
 
 # ... and the urgency has to be inferred.
-IMPLIED = {
+IMPLIED: Phrases = {
     "urgent": {
         "train": (
             "My guests arrive this evening and I depend on it.",

@@ -1,68 +1,79 @@
-"""The support desk: customers' messages, and the JSON tickets a model is to write for them.
+"""The support desk: customers' messages, and the JSON tickets that a model shall write for them.
 
-A message has a few sentences; one says what the customer wants of which product, one may say how soon; the others are
-what people write besides. The ticket has three fields:
+A message has a few sentences. One of them says what the customer wants for which product, and one may say how soon. The
+others do not matter. The ticket has three fields:
 
 | field | value | when |
 | --- | --- | --- |
 | intent | `refund` | the customer wants the money back |
 | | `repair` | the product is faulty, and no money is asked for |
-| | `delivery` | it has not come, or went astray |
+| | `delivery` | it has not arrived, or was lost on the way |
 | | `billing` | an invoice or a charge is wrong or missing |
 | | `advice` | a question about using it |
 | product | one of `PRODUCTS` | the one that needs attention; others may be mentioned |
 | urgency | `urgent` | needed now or today |
 | | `can wait` | the writer says so |
-| | `normal` | nothing is said of time; feelings do not count |
+| | `normal` | the message says nothing about time; feelings do not count |
 
-Messages are drawn by a seeded generator, the same on every machine and version of Python. The three splits share no
-sentence, whether it carries a label or not (see `phrases`). Nothing here imports torch.
+A seeded generator draws the messages. They are the same on every machine and version of Python. The three splits have
+no sentence in common, with or without a label (see `phrases`). Nothing here imports torch.
 """
 
 import itertools
 import json
 import random
 from collections.abc import Sequence
+from typing import TypeVar
 
 from peftlab.assets import phrases
 from peftlab.checks import number, one_of
 from peftlab.errors import PeftLabError
+
+Item = TypeVar("Item")
 
 FIELDS = ("intent", "product", "urgency")
 INTENTS = tuple(phrases.INTENTS)
 PRODUCTS = phrases.PRODUCTS
 URGENCIES = tuple(phrases.URGENCY)
 SIZES = {"train": 4000, "validation": 500, "test": 500}
-PATIENCE = 5000  # draws in a row that bring nothing new before the phrases count as used up
+PATIENCE = 5000  # after this many draws in a row without a new message, the phrases are used up
 INSTRUCTION = "Reply with the ticket as JSON."
 
 
 def generate(split: str, size: int | None = None, *, difficulty: float = 0.15, seed: int = 0) -> list[dict[str, str]]:
-    """Messages with their tickets, no two messages the same.
+    """Generate messages with their tickets. No two messages are equal.
 
     Args:
-        split: `"train"`, `"validation"` or `"test"`; each has phrases of its own.
-        size: how many; by default 4,000 to train and 500 each for validation and test. A smaller size gives the first
-            of a larger one's.
-        difficulty: from 0 (the request and the urgency, nothing else) to 1. It raises how often another product,
-            feelings and dates come along; above 0.25 urgency is more and more often put in other words than the
-            label's; above 0.5 also words of other intents come along, products are described instead of named, and
+        split: `"train"`, `"validation"` or `"test"`. Each has its own phrases.
+        size: the number of messages. By default 4,000 for training and 500 each for validation and test. A smaller size
+            gives the first messages of a larger one.
+        difficulty: from 0 (only the request and the urgency) to 1. The higher it is, the more often a message mentions
+            another product, feelings and dates. Above 0.25, urgency is more and more often expressed in words other
+            than the label's. Above 0.5, words of other intents occur too, products are described instead of named, and
             urgency is implied instead of stated.
-        seed: another seed, other messages from the same phrases.
+        seed: another seed gives other messages from the same phrases.
 
-    Every 120 rows in a row hold each combination of intent, product and urgency once. Rows are dicts of `message`,
-    `ticket` (canonical JSON), `intent`, `product` and `urgency`. Raises PeftLabError for an unknown split, a
-    difficulty outside [0, 1], or more messages than the phrases can make.
+    Returns:
+        A list of dicts with `message`, `ticket` (canonical JSON), `intent`, `product` and `urgency`. Each stretch of
+        120 rows holds each combination of intent, product and urgency once.
+
+    Raises:
+        PeftLabError: an unknown split, a difficulty outside [0, 1], or more messages than the phrases allow.
+
+    >>> pl.support_desk.generate("train", size=1)[0]["message"]
+    'It is really urgent. I do not want a new printer, I want my money. Best wishes, Tom'
     """
     split = one_of("split", split, SIZES)
     difficulty = number("difficulty", difficulty, least=0, most=1)
     size = SIZES[split] if size is None else size
     draw = Draw(f"{seed}/{split}/{difficulty:.6f}")
     combinations = list(itertools.product(INTENTS, PRODUCTS, URGENCIES))
-    rows, seen = [], set()
+    rows: list[dict[str, str]] = []
+    seen: set[str] = set()
     while len(rows) < size:
         for labels in draw.shuffled(combinations):
-            text = message(split, *labels, difficulty, draw)
+            intent, product, urgency = labels
+            text = message(split, intent, product, urgency, difficulty, draw)
             failures = 0
             while text in seen:
                 failures += 1
@@ -71,14 +82,14 @@ def generate(split: str, size: int | None = None, *, difficulty: float = 0.15, s
                         f"Difficulty {difficulty} makes no {size:,} distinct messages for {split!r}; it made "
                         f"{len(rows):,}. Ask for fewer, or raise the difficulty."
                     )
-                text = message(split, *labels, difficulty, draw)
+                text = message(split, intent, product, urgency, difficulty, draw)
             seen.add(text)
             rows.append({"message": text, "ticket": ticket(*labels)} | dict(zip(FIELDS, labels, strict=True)))
     return rows[:size]
 
 
 def message(split: str, intent: str, product: str, urgency: str, difficulty: float, draw: "Draw") -> str:
-    """One message for the given labels."""
+    """Draw one message with the given labels."""
     hard = max(0.0, 2 * difficulty - 1)
     other = draw.one([name for name in PRODUCTS if name != product])
     request = draw.one(phrases.INTENTS[intent][split])
@@ -89,7 +100,7 @@ def message(split: str, intent: str, product: str, urgency: str, difficulty: flo
     body = [request.replace("{p}", named)]
     if soon:
         body.insert(draw.below(2), soon)  # before the request or after it
-    asides = (
+    asides: tuple[tuple[dict, float], ...] = (
         (phrases.OTHERS, difficulty),
         (phrases.PASSING, hard),
         (phrases.FEELINGS, difficulty),
@@ -105,17 +116,25 @@ def message(split: str, intent: str, product: str, urgency: str, difficulty: flo
 
 
 def ticket(intent: str, product: str, urgency: str) -> str:
-    """The canonical JSON of a ticket."""
+    """Return the canonical JSON of a ticket.
+
+    >>> pl.support_desk.ticket("repair", "lamp", "normal")
+    '{"intent":"repair","product":"lamp","urgency":"normal"}'
+    """
     return json.dumps({"intent": intent, "product": product, "urgency": urgency}, separators=(",", ":"))
 
 
 def prompt(message: str) -> list[dict[str, str]]:
-    """What the model is given: the instruction as the system's turn, the message as the user's."""
+    """Return what the model reads: the instruction as the system's turn and the message as the user's."""
     return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": message}]
 
 
 def parse(answer: str) -> dict | None:
-    """The ticket in an answer, or None if the answer is not a JSON object and nothing else but white space."""
+    """Return the ticket in an answer, or None if the answer is anything but one JSON object and white space.
+
+    >>> pl.support_desk.parse('{"intent":"repair"}'), pl.support_desk.parse("Here it is: {}")
+    ({'intent': 'repair'}, None)
+    """
     try:
         found = json.loads(answer)
     except (ValueError, TypeError, RecursionError):
@@ -124,10 +143,14 @@ def parse(answer: str) -> dict | None:
 
 
 def score(answers: Sequence[str], tickets: Sequence[str]) -> dict[str, float]:
-    """Shares, between 0 and 1, of answers that are right.
+    """Return the shares of right answers, between 0 and 1.
 
-    `exact`: the three fields, right, and nothing else; spaces and the order of fields do not matter.
-    `intent`, `product`, `urgency`: that field is right. `valid`: the answer is a JSON object at all.
+    - `exact`: the three fields are right and there is nothing else. Spaces and the order of fields do not matter.
+    - `intent`, `product`, `urgency`: this field is right.
+    - `valid`: the answer is a JSON object.
+
+    >>> pl.support_desk.score(['{"intent":"repair"}'], [pl.support_desk.ticket("repair", "lamp", "normal")])
+    {'exact': 0.0, 'intent': 1.0, 'product': 0.0, 'urgency': 0.0, 'valid': 1.0}
     """
     if len(answers) != len(tickets) or not tickets:
         raise PeftLabError(f"score needs one answer for each ticket; got {len(answers)} and {len(tickets)}.")
@@ -142,23 +165,23 @@ def score(answers: Sequence[str], tickets: Sequence[str]) -> dict[str, float]:
 
 
 class Draw:
-    """Chance that is the same everywhere: built on `random()` alone, the one method Python promises never to change."""
+    """Random choices that are the same everywhere. They use only `random()`, which Python promises not to change."""
 
     def __init__(self, seed: str):
         self._random = random.Random(seed)
 
     def below(self, n: int) -> int:
-        """A whole number from 0 to n - 1."""
+        """Draw a whole number from 0 to n - 1."""
         return int(self._random.random() * n)
 
     def one(self, items: Sequence):
-        """One of the items."""
+        """Draw one of the items."""
         return items[self.below(len(items))]
 
     def happens(self, share: float) -> bool:
-        """True in this share of calls."""
+        """Return True in this share of the calls."""
         return self._random.random() < share
 
     def shuffled(self, items: Sequence) -> list:
-        """The items in a random order."""
+        """Return the items in a random order."""
         return sorted(items, key=lambda _: self._random.random())

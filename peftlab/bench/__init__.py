@@ -1,7 +1,7 @@
 """Measurements that take too long for a notebook: `peftlab bench TOPIC --out FILE`.
 
 A topic is a module here with `points()` (dicts that say what to measure, in order) and `measure(point) -> list[dict]`
-(rows). A point that is done is kept in FILE.partial, so a run that was killed goes on where it stopped.
+(rows). Finished points are kept in FILE.partial, so a killed run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ LIBRARIES = ("torch", "transformers", "peft", "peftlab", "bitsandbytes", "triton
 
 
 def run(topic: str, out: str | os.PathLike, *, only: Iterable[str] | None = None, jobs: int = 1) -> Path:
-    """Measures a topic on this machine and writes its results file, with provenance.
+    """Measure a topic on this machine and write its results file, with provenance.
 
     Args:
         topic: what to measure.
-        out: the file to write; FILE.partial beside it keeps finished points until all are done.
-        only: sections of the topic to measure; `None` for all.
-        jobs: processes at once for points that are not timed. Timed points always run alone, after the others.
+        out: the file to write. FILE.partial beside it keeps finished points until all are done.
+        only: the sections of the topic to measure; `None` for all.
+        jobs: the number of processes for points that are not timed. Timed points always run alone, after the others.
 
     Raises:
-        PeftLabError: an unknown topic or section (with near matches), a folder that is not there, or a FILE.partial
-            from another machine or other versions; at the end, if points failed: the others are measured all the same,
-            and the same command tries these again.
+        PeftLabError: an unknown topic or section (with near matches), a folder that does not exist, or a FILE.partial
+            from another machine or other versions. Or some points failed: then all others are measured first, and the
+            same command tries the failed ones again.
     """
     if topic not in TOPICS:
         raise PeftLabError(f"There is no bench {topic!r}; there is {', '.join(TOPICS)}.{did_you_mean(topic, TOPICS)}")
@@ -82,10 +82,10 @@ def run(topic: str, out: str | os.PathLike, *, only: Iterable[str] | None = None
 
 
 def measured(module: Any, points: list[dict], jobs: int) -> Iterator[tuple[dict, list[dict] | Exception]]:
-    """Yields (point, rows): first those that may share the machine, then the timed ones, alone.
+    """Yield (point, rows): first the points that may share the machine, then each timed point alone.
 
-    Those that share it are spread over its cores and its GPUs. A point that fails yields its exception, so that one
-    out-of-memory error does not cost the hour that others took.
+    Points that share the machine are spread over its cores and GPUs. A point that fails yields its exception, so that
+    one out-of-memory error does not waste the hour that the others took.
     """
     shared = [point for point in points if not point.get("timed")] if jobs > 1 else []
     if shared:
@@ -107,7 +107,7 @@ def measured(module: Any, points: list[dict], jobs: int) -> Iterator[tuple[dict,
 
 
 def take_share(begun: Any, jobs: int) -> None:
-    """Gives a process its share of the machine: a part of the cores, the next of the GPUs.
+    """Give a process its share of the machine: a part of the cores, and the next GPU.
 
     `begun` counts the processes. Without a share, each would start as many threads as there are cores.
     """
@@ -122,7 +122,7 @@ def take_share(begun: Any, jobs: int) -> None:
 
 
 def key(point: dict) -> str:
-    """A point as text, by which a later run knows it again."""
+    """Return a point as text, by which a later run recognises it."""
     return json.dumps(point, sort_keys=True)
 
 
@@ -130,7 +130,7 @@ class Partial:
     """FILE.partial: a first line that says where it was measured, then `[key, rows]` for each finished point."""
 
     def __init__(self, file: Path, here: dict[str, Any]) -> None:
-        """Reads what an earlier run finished; a line that a kill cut short is left out.
+        """Read the points that an earlier run finished. Ignore a line that a kill cut short.
 
         Raises:
             PeftLabError: the points in it were measured on another machine or with other versions than `here`.
@@ -155,11 +155,11 @@ class Partial:
         self.done = dict(lines)
 
     def add(self, point: dict, rows: list[dict]) -> None:
-        """Keeps a finished point, on the disk before it returns."""
+        """Keep a finished point. It is on the disk when this returns."""
         self.done[key(point)] = rows
         content = self.file.read_bytes() if self.file.is_file() else b""
         lines = [[key(point), rows]] if content else [self.head, [key(point), rows]]
-        # Without a line break of its own, this point would be lost with the line that a kill cut short.
+        # If a kill cut the last line short, begin a new one. Otherwise this point would be lost with it.
         broken = "\n" if content and not content.endswith(b"\n") else ""
         with open(self.file, "a", encoding="utf-8") as file:
             file.write(broken + "".join(json.dumps(line) + "\n" for line in lines))
@@ -186,7 +186,7 @@ def _is_results(file: Path) -> bool:
 
 
 def provenance() -> dict[str, Any]:
-    """Machine, versions, date and the command as it was typed."""
+    """Return the machine, the versions, the date and the command as it was typed."""
     import torch
 
     versions = {"python": platform.python_version()}
@@ -208,7 +208,7 @@ def provenance() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name and number of cores."""
+    """Return the processor's name and number of cores."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():

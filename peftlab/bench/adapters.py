@@ -28,10 +28,10 @@ from peftlab.optional import require
 SEEDS = (0, 1, 2)
 LOW, MIDDLE, HIGH = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
 FULL = (5e-5, 2e-4, 5e-4)
-# What trains beside every method. Nobody used this checkpoint's pooler, so its weights hardly let a signal through:
-# frozen, it hides what the layers below learn, whatever the method.
+# Modules that train beside every method. This checkpoint's pooler was never used, so its weights hardly pass a signal.
+# A frozen pooler would hide what the layers below learn, with every method.
 HEAD = ["pooler", "classifier"]
-# What is compared on minilm: its name, its settings, the learning rates tried
+# The variants compared on minilm: name, settings, learning rates to try
 VARIANTS: tuple[tuple[str, dict[str, Any], tuple[float, ...]], ...] = (
     ("head only", {"method": "head"}, MIDDLE),
     ("last block", {"method": "last block"}, LOW),
@@ -52,12 +52,12 @@ ALL = fullsize.ALL_LINEAR
 
 
 def points() -> list[dict[str, Any]]:
-    """Every point to measure: what learns first, then what is timed."""
+    """Yield every point to measure: first those that learn, then those that are timed."""
     return [*classified(), *desks(), *steps(), {"section": "latency", "timed": True, "shape": "llama-2-7b"}]
 
 
 def classified() -> Iterator[dict[str, Any]]:
-    """Each variant on movie reviews, some on news; a method that this installation lacks is left out."""
+    """Yield each variant on movie reviews, and some on news. Leave out a method that this installation lacks."""
     for section, length, many in (("reviews", 64, 150), ("news", 128, 80)):
         for name, settings, rates in VARIANTS:
             there = settings["method"] in ("head", "last block", "full", *pl.METHODS)
@@ -69,7 +69,7 @@ def classified() -> Iterator[dict[str, Any]]:
 
 
 def desks() -> Iterator[dict[str, Any]]:
-    """The support desk, two rates each."""
+    """Yield runs on the support desk, two learning rates each."""
     for method, settings, rates in (
         ("lora", {"r": 8}, (5e-3,)),
         ("pfeiffer", {"width": 16}, (1e-3, 3e-3)),
@@ -84,7 +84,7 @@ def desks() -> Iterator[dict[str, Any]]:
 
 
 def steps() -> Iterator[dict[str, Any]]:
-    """Training steps at full size: reduction factor 16, LoRA on all seven layers, IA3 on its defaults."""
+    """Yield training steps at full size: reduction factor 16, LoRA on all seven layers, IA3 on its defaults."""
     methods = (
         ("lora", "peftlab", {"r": 16}), ("houlsby", "peftlab", {"reduction_factor": 16}),
         ("pfeiffer", "peftlab", {"reduction_factor": 16}), ("parallel", "peftlab", {"reduction_factor": 16}),
@@ -102,13 +102,13 @@ def steps() -> Iterator[dict[str, Any]]:
 
 
 def config_of(point: dict[str, Any], head: list[str] | None = None) -> Any:
-    """The config that a point describes, with the modules that train as its head; None is full fine-tuning."""
+    """Return the config of a point, with the modules that train as its head; None for full fine-tuning."""
     method, targets = point["method"], point["targets"].split(",") if point.get("targets") else None
     if method == "full":
         return None
     if method in ("head", "last block"):
         return pl.SelectiveConfig(last_layers=int(method == "last block"), modules_to_save=head)
-    given = {name: point[name] for name in ("r", "width", "reduction_factor") if name in point}
+    given: dict[str, Any] = {name: point[name] for name in ("r", "width", "reduction_factor") if name in point}
     if method == "lora":
         given["alpha"] = 2 * point["r"]
         targets = list(ALL) if point.get("shape") == "llama-2-7b" else targets
@@ -120,7 +120,7 @@ def config_of(point: dict[str, Any], head: list[str] | None = None) -> Any:
 
 
 def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measures one point; returns its rows."""
+    """Measure one point, and return its rows."""
     section = point["section"]
     if section in ("reviews", "news"):
         return list(chosen_rate(point))
@@ -139,7 +139,7 @@ def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def chosen_rate(point: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every rate with the first seed; the other seeds with the rate that was best on the validation split."""
+    """Try every rate with the first seed, and the other seeds with the rate that is best on the validation split."""
     rates = point["rates"]
     told = {name: value for name, value in point.items() if name != "rates"}
     tried = [{**told, "learning_rate": rate, "seed": SEEDS[0], **classify(point, rate, SEEDS[0])} for rate in rates]
@@ -150,7 +150,7 @@ def chosen_rate(point: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def classify(point: dict[str, Any], rate: float, seed: int) -> dict[str, Any]:
-    """Teaches minilm one task; returns what was measured of it."""
+    """Train minilm on one task, and return the measurements."""
     train, validation, test, classes = encoded(point["section"], point["max_length"])
     torch.manual_seed(seed)
     model, tokenizer = pl.load_model(
@@ -167,7 +167,7 @@ def classify(point: dict[str, Any], rate: float, seed: int) -> dict[str, Any]:
             progress=False,
         )  # fmt: skip
         losses = [step["loss"] for step in history.steps]
-    except pl.TrainingError:  # divergence is a result, too; the model keeps its last finite state
+    except pl.TrainingError:  # divergence is a result too; the model keeps its last finite state
         losses = []
     seconds = time.perf_counter() - started
 
@@ -186,24 +186,25 @@ def classify(point: dict[str, Any], rate: float, seed: int) -> dict[str, Any]:
 
 
 def head_of(module: nn.Module) -> list[nn.Parameter]:
-    """A head's own parameters, without the copy that trains."""
+    """Return the parameters of a head, without the copy that trains."""
     return [parameter for name, parameter in module.named_parameters() if "peftlab" not in name]
 
 
 @cache
 def encoded(name: str, max_length: int) -> tuple[list[dict], list[dict], list[dict], int]:
-    """The three splits as examples, and the number of classes."""
+    """Return the three splits as examples, and the number of classes."""
     data = pl.load_data(name)
     _, tokenizer = pl.load_model("minilm", num_labels=2)
     splits = [
         [pl.encode_classification(tokenizer, row["text"], row["label"], max_length) for row in data[split]]
         for split in ("train", "validation", "test")
     ]
-    return *splits, len(data["train"].features["label"].names)
+    train, validation, test = splits
+    return train, validation, test, len(data["train"].features["label"].names)
 
 
 def desk(point: dict[str, Any]) -> dict[str, Any]:
-    """Teaches smollm2-135m the support desk, by the LoRA chapter's recipe; returns what was measured."""
+    """Train smollm2-135m on the support desk, by the LoRA chapter's recipe, and return the measurements."""
     torch.manual_seed(point["seed"])
     model, tokenizer = pl.load_model("smollm2-135m", device="cuda" if torch.cuda.is_available() else None)
     rows, test, news = lora.desk_data()
@@ -228,7 +229,7 @@ def desk(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_method(model: nn.Module, point: dict[str, Any]) -> nn.Module:
-    """The 7B model as the point's library prepares it: float32 adapters on bf16 weights."""
+    """Return the 7B model as the point's library prepares it: float32 adapters on bf16 weights."""
     if point["library"] == "peft":
         peft = require("peft")
 
@@ -237,7 +238,7 @@ def with_method(model: nn.Module, point: dict[str, Any]) -> nn.Module:
 
 
 def roberta_step(point: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Peak memory and time of a step: float32 weights, computed in bf16; median of ten after three; fused AdamW."""
+    """Measure a step's peak and time: float32 weights, bf16 autocast, fused AdamW; median of ten after three."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     shape = pl.memory.load_shape(point["shape"])
@@ -272,7 +273,7 @@ STATES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 @torch.no_grad()
 def forward_passes() -> Iterator[dict[str, Any]]:
-    """Time of one forward pass of 1 and of 128 tokens, for 1 and for 32 sequences; 16-bit adapters; median of 10."""
+    """Time a forward pass of 1 and 128 tokens, for 1 and 32 sequences, with 16-bit adapters. Median of 10."""
     torch.manual_seed(0)
     model = fullsize.llama_7b().eval()
 

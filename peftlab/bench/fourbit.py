@@ -1,7 +1,7 @@
-"""Full size in four bits: Hugging Face peft on bitsandbytes and this package side by side, on one set of codes.
+"""Full size in four bits: Hugging Face peft on bitsandbytes and this package, compared on the same codes.
 
-The Llama shapes with random weights, quantised layer by layer on the GPU. Both libraries' layers share the same
-codes, so that one model serves all, and the runs alternate: what the machine does in between meets both.
+The Llama shapes have random weights and are quantised layer by layer on the GPU. The layers of both libraries share the
+same codes, so one model is enough. The runs alternate, so that any disturbance of the machine affects both.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
+from typing import Any
 
 import torch
 from torch import nn
 
 import peftlab as pl
-from peftlab.bench.fullsize import ALL_LINEAR, timed
+from peftlab.bench.fullsize import ALL_LINEAR, timed, vocabulary_of
 from peftlab.bench.kernels import Row, forward_passes, kernels_of, profile_of
 from peftlab.core.checkpointing import switch_checkpointing
 from peftlab.memory.counting.shapes import load_shape
@@ -44,7 +45,7 @@ SEQUENCES = (4096, 2048, 1024, 512)
 
 @torch.no_grad()
 def random_model(shape: str | dict, device: torch.device, four_bit: bool = True) -> nn.Module:
-    """A Llama shape with random bf16 weights, its body's linear layers in NF4 or as they are; one layer at a time."""
+    """Make a Llama shape with random bf16 weights, layer by layer. The body's linear layers may be in NF4."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**load_shape(shape).config)
@@ -65,7 +66,7 @@ def random_model(shape: str | dict, device: torch.device, four_bit: bool = True)
 
 
 def as_bitsandbytes(layer: Linear4bit) -> nn.Module:
-    """bitsandbytes' own layer over the same codes and scales."""
+    """Return bitsandbytes' layer over the same codes and scales."""
     bnb, state = require("bitsandbytes"), layer.quant_state
     scales = bnb.functional.QuantState(
         state.nested_absmax, blocksize=256, code=dynamic_book(state.absmax.device), dtype=torch.float32
@@ -88,10 +89,10 @@ def as_bitsandbytes(layer: Linear4bit) -> nn.Module:
 
 @contextmanager
 def under(model: nn.Module, library: str, run: Row) -> Iterator[nn.Module]:
-    """The model as a library prepares it for a run, for a while.
+    """Prepare the model as a library does, inside the block.
 
-    `"peftlab"`; `"peft"`, with its layers on bitsandbytes' and nothing cast; `"peft, prepared"`, the published
-    recipe, which casts embedding, head and norms to float32 as well.
+    `"peftlab"`; `"peft"`, with its layers on bitsandbytes' layers and without casts; or `"peft, prepared"`, the
+    published recipe, which also casts the embedding, the head and the norms to float32.
     """
     own = {path: module for path, module in model.named_modules() if isinstance(module, Linear4bit)}
     before = {name: p.dtype for name, p in model.named_parameters()}
@@ -105,7 +106,7 @@ def under(model: nn.Module, library: str, run: Row) -> Iterator[nn.Module]:
 
         for path, layer in own.items():
             replace(model, path, as_bitsandbytes(layer))
-        model.is_loaded_in_4bit = bool(own)
+        say_four_bit(model, bool(own))
         if library == "peft, prepared":
             kind = {"use_reentrant": False}
             peft.prepare_model_for_kbit_training(model, run["checkpointing"], kind)
@@ -122,12 +123,12 @@ def under(model: nn.Module, library: str, run: Row) -> Iterator[nn.Module]:
             wrapped.unload()
             for path, layer in own.items():
                 replace(model, path, layer)
-            model.is_loaded_in_4bit = False
+            say_four_bit(model, False)
         if run["checkpointing"]:
             switch_checkpointing(model, "disable")
             if hasattr(model, "disable_input_require_grads") and getattr(model, "_require_grads_hooks", None):
                 model.disable_input_require_grads()
-        for name, parameter in model.named_parameters():  # what was cast up came from 16 bits: it goes back exactly
+        for name, parameter in model.named_parameters():  # the casts came from 16-bit values, so casting back is exact
             if parameter.dtype != before[name]:
                 parameter.data = parameter.data.to(before[name])
         del wrapped, own
@@ -137,8 +138,14 @@ def under(model: nn.Module, library: str, run: Row) -> Iterator[nn.Module]:
 # ------------------------------------------------------------------------------------------------------ one step
 
 
+def say_four_bit(model: nn.Module, so: bool) -> None:
+    """Set the flag by which peft knows that layers are bitsandbytes'."""
+    transformer: Any = model
+    transformer.is_loaded_in_4bit = so
+
+
 def optimizer_of(name: str, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimiser by its name in `pl.train`."""
+    """Return the optimiser with this name in `pl.train`."""
     if name == "adamw":
         return torch.optim.AdamW(trained, lr=1e-5, fused=trained[0].is_cuda)
     optimizers = require("bitsandbytes").optim
@@ -146,10 +153,10 @@ def optimizer_of(name: str, trained: list[nn.Parameter]) -> torch.optim.Optimize
 
 
 def stepper(wrapped: nn.Module, run: Row, device: torch.device) -> Callable[[], None]:
-    """One training step as a function: forward under bf16 autocast, backward, optimiser."""
+    """Return one training step as a function: forward under bf16 autocast, backward, optimiser."""
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer = optimizer_of(run["optimizer"], trained)
-    tokens = torch.randint(wrapped.config.vocab_size, (run["batch"], run["sequence"]), device=device)
+    tokens = torch.randint(vocabulary_of(wrapped), (run["batch"], run["sequence"]), device=device)
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16):
@@ -164,10 +171,10 @@ def stepper(wrapped: nn.Module, run: Row, device: torch.device) -> Callable[[], 
 def compare(
     model: nn.Module, run: Row, libraries: tuple[str, ...], device: torch.device, repeats: int = REPEATS
 ) -> Iterator[Row]:  # fmt: skip
-    """One run under each library in turn: its peak, what its kernels take of the GPU's time, and its median step.
+    """Measure one run under each library in turn: its peak, its kernels' GPU time, and its median step.
 
-    Of two libraries the steps alternate one by one, each on a copy of the model's modules over the same weights: a
-    host that is slow for a second is slow for both.
+    The steps of two libraries alternate one by one, each on a copy of the model's modules over the same weights. If the
+    host is slow for a second, it is slow for both.
     """
     times: dict[str, list[float]] = {library: [] for library in libraries}
     peaks: dict[str, Row] = {}
@@ -183,7 +190,8 @@ def compare(
             del step, wrapped
     ratio = None
     if len(libraries) == 2:
-        # half of them with the trees changed: steps on one made at once, as a copy is, take the host some per cent less
+        # swap the trees for half of them: steps on a tree that was made at once, as a copy is, are a few per cent
+        # faster
         twin = twin_of(model)
         times = {library: [] for library in libraries}
         for trees in ((model, twin), (twin, model)):
@@ -203,7 +211,7 @@ def compare(
 def alternating(
     sides: dict[str, tuple[nn.Module, str]], run: Row, device: torch.device, pairs: int
 ) -> dict[str, list[float]]:  # fmt: skip
-    """Times of single steps of two models, each under a library, one of each in turn; who begins changes every time."""
+    """Time single steps of two models in turn, each under a library. The first one changes every time."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     one, other = sides.values()
     with under(*one, run) as first, under(*other, run) as second:
@@ -217,39 +225,40 @@ def alternating(
 
 
 def spread_of(times: list[float]) -> Row:
-    """What a row says of the times of one side."""
+    """Return a row's columns about the times of one side."""
     return {"seconds": statistics.median(times), "fastest": min(times), "seconds_spread": max(times) - min(times)}
 
 
 def ratio_of(times: dict[str, list[float]]) -> float:
-    """The median of how much longer a step of the first takes than its partner."""
+    """Return the median ratio of the times of a step of the first and its partner."""
     return statistics.median(a / b for a, b in zip(*times.values(), strict=True))
 
 
 def twin_of(model: nn.Module) -> nn.Module:
-    """Another tree of modules over the same weights, codes and scales."""
+    """Return another tree of modules over the same weights, codes and scales."""
     states = [module.quant_state for module in model.modules() if isinstance(module, Linear4bit)]
     shared = [*model.parameters(), *model.buffers(), *(t for state in states for t in state.tensors().values())]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 def peak() -> Row:
-    """The most that torch's allocator had handed out since `timed`, and the most that was asked of it; 0 without a GPU.
+    """Return the most bytes that torch's allocator handed out since `timed`, and the most requested; 0 without a GPU.
 
-    It hands out a block that is up to 1 MB larger than was asked when the rest is too small to be cut off. Which
-    blocks lie ready depends on what ran before: the first number of one run differs by a few MB, the second does not.
+    The allocator hands out a block up to 1 MB larger than requested, if the rest is too small to be split off. Which
+    blocks are free depends on what ran before. So the first number differs by a few MB between runs; the second does
+    not.
     """
     stats = torch.cuda.memory_stats() if torch.cuda.is_available() else {}
     return {name: stats.get(counter, 0) for name, counter in PEAKS.items()}
 
 
 def without(ballast: int, row: Row) -> Row:
-    """A row whose peaks do not count what was only there to be in the way."""
+    """Return a row whose peaks do not include memory that was only taken away."""
     return {**row, **{name: row[name] - ballast for name in PEAKS if row.get(name) is not None}}
 
 
 def release() -> None:
-    """Gives back what nothing refers to. bitsandbytes keeps a list of all paged states that ever were."""
+    """Free what nothing refers to. bitsandbytes keeps a list of all paged states it ever made."""
     if available("bitsandbytes") is not None:
         require("bitsandbytes").functional.GlobalPageManager.get_instance().paged_tensors.clear()
     gc.collect()
@@ -261,7 +270,7 @@ def release() -> None:
 
 
 def beside(model: nn.Module, runs: list[Row], device: torch.device) -> Iterator[Row]:
-    """Each run here and in peft with nothing cast, in turn; then once by peft's published recipe."""
+    """Measure each run here and in peft without casts, in turn; then once by peft's published recipe."""
     for run in runs:
         both = compare(model, run, ("peftlab", "peft"), device)
         published = compare(model, run, ("peft, prepared",), device)
@@ -269,7 +278,7 @@ def beside(model: nn.Module, runs: list[Row], device: torch.device) -> Iterator[
 
 
 def profiles(model: nn.Module, device: torch.device) -> Iterator[Row]:
-    """Where the time goes in one step at 1 and at 4 x 512 tokens."""
+    """Measure where the time of one step goes, at 1 and at 4 x 512 tokens."""
     for batch in (1, 4):
         run = {**RUN, "batch": batch}
         with under(model, "peftlab", run) as wrapped:
@@ -277,7 +286,7 @@ def profiles(model: nn.Module, device: torch.device) -> Iterator[Row]:
 
 
 def seven(point: Row, device: torch.device) -> Iterator[Row]:
-    """7B: steps beside peft, and the optimisers."""
+    """Measure 7B: steps here and in peft, and the optimisers."""
     model = random_model(point["shape"], device)
     yield {"kind": "weights", "format": "nf4", "weight_bytes": weight_bytes(model)}
     yield from beside(model, [{**RUN, "batch": b, "checkpointing": c} for b, c in STEPS], device)
@@ -288,7 +297,7 @@ def seven(point: Row, device: torch.device) -> Iterator[Row]:
 
 
 def sixteen(point: Row, device: torch.device) -> Iterator[Row]:
-    """7B in bf16: LoRA on whole weights, for comparison; then its steps and those in four bits in turn."""
+    """Measure 7B in bf16: LoRA on 16-bit weights, for comparison, then its steps and 4-bit steps in turn."""
     whole = random_model(point["shape"], device, four_bit=False)
     yield {"kind": "weights", "format": "bf16", "weight_bytes": weight_bytes(whole)}
     runs = [{**RUN, "batch": batch, "checkpointing": checkpointing} for batch, checkpointing in STEPS]
@@ -306,7 +315,7 @@ def sixteen(point: Row, device: torch.device) -> Iterator[Row]:
 
 
 def where(point: Row, device: torch.device) -> Iterator[Row]:
-    """7B in four bits and in bf16: where the time of a step goes, and what answering costs."""
+    """Measure 7B in four bits and in bf16: where the time of a step goes, and what answering costs."""
     for format in ("nf4", "bf16"):
         model = random_model(point["shape"], device, four_bit=format == "nf4")
         yield from ({"kind": "latency", "format": format, **row} for row in forward_passes(model, device))
@@ -316,7 +325,7 @@ def where(point: Row, device: torch.device) -> Iterator[Row]:
 
 
 def eight(point: Row, device: torch.device) -> Iterator[Row]:
-    """8B, whose vocabulary has 128,256 words: steps beside peft, and what preparing it casts."""
+    """Measure 8B, whose vocabulary has 128,256 words: steps here and in peft, and what its preparation casts."""
     model = random_model(point["shape"], device)
     for step in kbit_casts(model):
         yield {"kind": "cast", "what": step.step, "modules": step.modules, "bytes": step.bytes}
@@ -324,7 +333,7 @@ def eight(point: Row, device: torch.device) -> Iterator[Row]:
 
 
 def seventy(point: Row, device: torch.device) -> Iterator[Row]:
-    """70B on a card of 48 GB: all but that much of the GPU is taken away first. Steps beside peft."""
+    """Measure 70B on a card of 48 GB: steps here and in peft. The rest of the GPU's memory is taken away first."""
     with only(CARD, device) as taken:
         model = random_model(point["shape"], device)
         yield {"kind": "weights", "format": "nf4", "weight_bytes": weight_bytes(model), "card_bytes": int(CARD)}
@@ -333,7 +342,7 @@ def seventy(point: Row, device: torch.device) -> Iterator[Row]:
 
 
 def fits(point: Row, device: torch.device) -> Iterator[Row]:
-    """What else can be trained on that card: of each kind of run the longest sequence."""
+    """Measure what else can be trained on that card: the longest sequence of each kind of run."""
     with only(CARD, device) as taken:
         model = random_model(point["shape"], device)
         for r, optimizer, adapter_dtype in FITS:
@@ -349,7 +358,7 @@ def fits(point: Row, device: torch.device) -> Iterator[Row]:
 
 
 def segments(point: Row, device: torch.device) -> Iterator[Row]:
-    """The longest sequence again, on the same card, with an allocator whose segments grow: they leave fewer gaps."""
+    """Measure the longest sequence again, with an allocator whose segments grow and leave fewer gaps."""
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     try:
         with only(CARD, device) as taken:
@@ -360,17 +369,17 @@ def segments(point: Row, device: torch.device) -> Iterator[Row]:
 
 
 def tried(model: nn.Module, run: Row, device: torch.device) -> Row:
-    """Two steps of a run: its peak and the time of the second, or that there was no memory for it."""
+    """Measure two steps of a run: its peak and the second's time, or that there was not enough memory."""
     try:
         return {"fits": True, **two_steps(model, run, device)}
     except torch.OutOfMemoryError:
         return {"fits": False, **dict.fromkeys(PEAKS), "seconds": None}
     finally:
-        release()  # the optimiser is gone by now
+        release()  # the optimiser has been freed by now
 
 
 def two_steps(model: nn.Module, run: Row, device: torch.device) -> Row:
-    """The peak of two steps and the time of the second."""
+    """Return the peak of two steps and the time of the second."""
     with under(model, "peftlab", run) as wrapped:
         times = timed(stepper(wrapped, run, device), repeats=1, warm_up=1)
         return {**peak(), "seconds": times[0]}
@@ -378,10 +387,10 @@ def two_steps(model: nn.Module, run: Row, device: torch.device) -> Row:
 
 @contextmanager
 def only(size: float, device: torch.device) -> Iterator[int]:
-    """Leaves that many bytes of the GPU, CUDA's own context among them; yields the bytes taken away.
+    """Leave this many bytes of the GPU, CUDA's context included, and yield the bytes taken away.
 
-    A tensor holds the rest of the card, so that memory which torch does not count, paged states say, cannot go there
-    either; and torch's allocator is held to what remains.
+    A tensor fills the rest of the card, so memory that torch does not count, such as paged states, cannot go there
+    either. torch's allocator is limited to what remains.
     """
     torch.zeros(1, device=device)
     release()

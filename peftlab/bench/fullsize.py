@@ -6,6 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 import peftlab as pl
 from peftlab.core.checkpointing import switch_checkpointing
+from peftlab.core.records import as_transformer
 from peftlab.errors import PeftLabError
 from peftlab.optional import require
 
@@ -22,7 +24,7 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 
 
 def points() -> Iterator[dict[str, Any]]:
-    """Training: full, LoRA in peft and here side by side, ranks, 16-bit adapters. Forward: base, attached, merged."""
+    """Yield training runs (full, LoRA in peft and here, 16-bit adapters), then forward passes of base and LoRA."""
     for batch, checkpointing in ((1, True), (1, False), (4, True), (4, False)):
         yield train("full", "transformers", batch, checkpointing)
     for (batch, checkpointing), library in product(((1, True), (1, False), (4, True), (4, False)), ("peft", "peftlab")):
@@ -33,7 +35,7 @@ def points() -> Iterator[dict[str, Any]]:
 
 
 def train(method: str, library: str, batch: int, checkpointing: bool, **lora: Any) -> dict[str, Any]:
-    """One training step to measure."""
+    """Describe one training step to measure."""
     return {
         "section": "fullsize", "timed": True, "shape": "llama-2-7b", "method": method, "library": library,
         "batch": batch, "sequence": 512, "checkpointing": checkpointing, **lora,
@@ -41,7 +43,7 @@ def train(method: str, library: str, batch: int, checkpointing: bool, **lora: An
 
 
 def measure(point: dict[str, Any], adapt: Adapt | None = None) -> list[dict[str, Any]]:
-    """Measures one point; returns its rows. `adapt(model, point)` prepares the model; `with_adapter` by default."""
+    """Measure one point, and return its rows. `adapt(model, point)` prepares the model; by default `with_adapter`."""
     if not torch.cuda.is_available():
         raise PeftLabError(f"Section {point['section']!r} measures a 7B model and needs a CUDA GPU.")
     try:
@@ -57,7 +59,7 @@ def measure(point: dict[str, Any], adapt: Adapt | None = None) -> list[dict[str,
 
 
 def llama_7b() -> nn.Module:
-    """The Llama-2-7B architecture with random bf16 weights, on the GPU."""
+    """Make the Llama-2-7B architecture with random bf16 weights, on the GPU."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -75,7 +77,7 @@ def llama_7b() -> nn.Module:
 
 
 def training_step(point: dict[str, Any], adapt: Adapt) -> Iterator[dict[str, Any]]:
-    """Peak memory and time of a step: median of five after two; bf16 weights and autocast; fused AdamW."""
+    """Measure a step's peak memory and time: bf16 weights and autocast, fused AdamW; median of five after two."""
     torch.manual_seed(0)
     model = llama_7b()
     wrapped = adapt(model, point)
@@ -98,7 +100,7 @@ def training_step(point: dict[str, Any], adapt: Adapt) -> Iterator[dict[str, Any
 
 
 def with_adapter(model: nn.Module, point: dict[str, Any]) -> nn.Module:
-    """The model as the point's library prepares it: LoRA on all seven linear layers, or nothing."""
+    """Return the model as the point's library prepares it: LoRA on all seven linear layers, or nothing."""
     if point["method"] == "full":
         return model
     if point["library"] == "peft":
@@ -109,9 +111,15 @@ def with_adapter(model: nn.Module, point: dict[str, Any]) -> nn.Module:
     return pl.attach(model, config, adapter_dtype=getattr(torch, point["adapter_dtype"]))
 
 
+def vocabulary_of(model: nn.Module) -> int:
+    """Return how many tokens a transformers model knows."""
+    config: Any = as_transformer(model).config
+    return config.vocab_size
+
+
 @torch.no_grad()
 def forward_passes(point: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Time of one forward pass, batch 1: the base, with LoRA attached, and merged. Median of 20 after 5."""
+    """Time one forward pass at batch 1: the base, with LoRA attached, and merged. Median of 20 after 5."""
     torch.manual_seed(0)
     model = llama_7b().eval()
     for state in ("base", "attached", "merged"):
@@ -122,13 +130,13 @@ def forward_passes(point: dict[str, Any]) -> Iterator[dict[str, Any]]:
             pl.merge(model, unload=True)
         for count in (1, 512):
             tokens = torch.randint(32000, (1, count), device="cuda")
-            times = timed(lambda tokens=tokens: model(input_ids=tokens), repeats=20, warm_up=5)
+            times = timed(partial(model, input_ids=tokens), repeats=20, warm_up=5)
             spread = max(times) - min(times)
             yield {"state": state, "tokens": count, "seconds": statistics.median(times), "seconds_spread": spread}
 
 
 def measured(step: Callable[[], Any], trainable: list[nn.Parameter], repeats: int, warm_up: int) -> dict[str, Any]:
-    """What trains, the peak, and the median time of a training step."""
+    """Return the number of trained parameters, the peak, and the median time of a training step."""
     times = timed(step, repeats, warm_up)
     return {
         "trainable": sum(parameter.numel() for parameter in trainable),
@@ -139,7 +147,7 @@ def measured(step: Callable[[], Any], trainable: list[nn.Parameter], repeats: in
 
 
 def timed(step: Callable[[], Any], repeats: int, warm_up: int) -> list[float]:
-    """Seconds of each of some repeats, after a warm-up; the peak of memory is counted from its start."""
+    """Return the seconds of each repeat, after a warm-up. The peak of memory is counted from the warm-up on."""
     torch.cuda.reset_peak_memory_stats()
     for _ in range(warm_up):
         step()

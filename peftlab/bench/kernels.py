@@ -1,4 +1,4 @@
-"""Where the time of a 4-bit step goes: what the GPU's kernels do, forward passes, and the bandwidth of kernels."""
+"""The time of a 4-bit step: what the GPU's kernels do, forward passes, and the bandwidth of kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import peftlab as pl
-from peftlab.bench.fullsize import timed
+from peftlab.bench.fullsize import timed, vocabulary_of
 from peftlab.quantization import blockwise
 from peftlab.quantization.backends import choose
 
@@ -24,7 +24,7 @@ KINDS = (
 
 
 def kind_of(kernel: str) -> str:
-    """What a CUDA kernel does, by its name."""
+    """Say what a CUDA kernel does, from its name."""
     name = kernel.lower()
     for kind, marks in KINDS:
         if any(mark in name for mark in marks):
@@ -33,7 +33,7 @@ def kind_of(kernel: str) -> str:
 
 
 def profile_of(step: Callable[[], None]) -> list[Row]:
-    """One step's seconds of the GPU by what its kernels do, and the step's own time without the profiler."""
+    """Return one step's GPU seconds by what the kernels do, and the step's time without the profiler."""
     alone = statistics.median(timed(step, repeats=3, warm_up=2))
     spent: dict[str, list[float]] = {}
     for kernel, seconds in kernels_of(step):
@@ -45,7 +45,7 @@ def profile_of(step: Callable[[], None]) -> list[Row]:
 
 
 def kernels_of(step: Callable[[], None]) -> list[tuple[str, float]]:
-    """Name and seconds of each kernel that the GPU runs in one step; without a GPU there are none."""
+    """Return the name and seconds of each kernel that the GPU runs in one step; none without a GPU."""
     from torch.profiler import ProfilerActivity, profile
 
     if not torch.cuda.is_available():
@@ -60,13 +60,13 @@ def kernels_of(step: Callable[[], None]) -> list[tuple[str, float]]:
 
 @torch.no_grad()
 def forward_passes(model: nn.Module, device: torch.device) -> Iterator[Row]:
-    """Time of one forward pass in bf16 over 1 and over 512 tokens, and the GPU's part of it.
+    """Measure one forward pass in bf16 over 1 and over 512 tokens: its time, and the GPU's part of it.
 
-    It is what a quantised base costs when it answers.
+    This is what a quantised base costs when it answers.
     """
     model.eval()
     for count in (1, 512):
-        tokens = torch.randint(model.config.vocab_size, (1, count), device=device)
+        tokens = torch.randint(vocabulary_of(model), (1, count), device=device)
 
         def answer(tokens: torch.Tensor = tokens) -> None:
             model(input_ids=tokens)
@@ -79,7 +79,7 @@ def forward_passes(model: nn.Module, device: torch.device) -> Iterator[Row]:
 
 
 def bandwidths(point: Row, device: torch.device) -> Iterator[Row]:
-    """Bandwidth of quantising and dequantising against a plain copy: bytes read and written over the median time."""
+    """Compare the bandwidth of quantising and dequantising with a copy: bytes read and written per median time."""
     weight = torch.randn(point["rows"], point["columns"], dtype=torch.bfloat16, device=device)
     held = pl.quantize_nf4(weight)
     theirs, reference = (choose(name, "nf4", 64, device) for name in ("bitsandbytes", "reference"))
@@ -106,7 +106,7 @@ def bandwidths(point: Row, device: torch.device) -> Iterator[Row]:
 
 
 def events(call: Callable[[], Any], repeats: int) -> float:
-    """Median seconds of a call by the GPU's own clock, after three. Between calls the cache is overwritten."""
+    """Return a call's median seconds by the GPU's clock, after three calls. The cache is overwritten in between."""
     flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
     for _ in range(3):
         call()

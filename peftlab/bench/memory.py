@@ -1,13 +1,13 @@
-"""The grid that holds the estimator to real GPUs: `peftlab bench memory`.
+"""The grid of runs that the estimator is compared with: `peftlab bench memory`.
 
 Each point is one run of two steps: transformers' model with random weights at its real shape, under Hugging Face peft.
-What is read is ``torch.cuda.max_memory_allocated``. The file holds no prediction: whoever reads it asks `estimate`.
+The result is `torch.cuda.max_memory_allocated`. The file holds no predictions; readers of it call `estimate`.
 
 Sections:
     grid       shapes, methods, lengths, checkpointing, precisions, optimisers
-    unseen     runs drawn by chance, measured once the grid's predictions were done: nothing was mended after them
-    timeline   bytes allocated through one step, as torch's allocator noted them
-    context    what the GPU holds beside torch's allocator: the CUDA context and the kernels' code
+    unseen     runs drawn at random, measured after the estimator was finished; nothing was changed afterwards
+    timeline   bytes allocated during one step, as torch's allocator records them
+    context    what the GPU holds outside torch's allocator: the CUDA context and the kernels' code
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ RUN = {"r": 16, "targets": ALL, "batch": 1, "sequence": 512, "precision": "bf16"
 
 
 def points() -> list[dict[str, Any]]:
-    """Every run of the grid, the small shapes first."""
+    """Yield every run of the grid, the small shapes first."""
     return [{"section": "context"}, *_small(), *_decoders(), *_methods(), *_large(), *_unseen(), *_timelines()]
 
 
 def run(shape: str, method: str, **changes: Any) -> dict[str, Any]:
-    """One run; prompt methods have no targets, IA3 its own."""
+    """Describe one run. Prompt methods have no targets, and IA3 has its own."""
     point = {"section": "grid", "shape": shape, "method": method, **RUN, **changes}
     if not METHODS[method].takes("r"):
         point |= {"r": None, "targets": None}
@@ -100,12 +100,12 @@ def _large() -> Iterator[dict[str, Any]]:
 
 
 def _unseen() -> Iterator[dict[str, Any]]:
-    """A draw by chance of what an H100 holds, always the same one."""
+    """Draw random runs that an H100 holds, always the same ones."""
     draw = random.Random(SEED)
     found = 0
     while found < UNSEEN:
         shape, method = draw.choice(DRAWN_SHAPES), draw.choice(DRAWN_METHODS)
-        if (shape, method) == ("gpt2", "qlora"):  # its Conv1D is none of the layers that `four_bit` replaces
+        if (shape, method) == ("gpt2", "qlora"):  # `four_bit` does not replace its Conv1D layers
             continue
         large = shape.endswith(("7b", "8b"))
         changes = {
@@ -116,7 +116,7 @@ def _unseen() -> Iterator[dict[str, Any]]:
         point = run(shape, method, **changes, **({"r": 256} if method == "vera" else {}))
         try:
             peak = estimate(**{name: value for name, value in point.items() if name != "section"}).peak_bytes
-        except PeftLabError:  # what peft or transformers would refuse, too
+        except PeftLabError:  # peft or transformers would refuse it too
             continue
         if peak < LARGEST:
             found += 1
@@ -129,7 +129,7 @@ def _timelines() -> Iterator[dict[str, Any]]:
 
 
 def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measures one point; returns its row."""
+    """Measure one point, and return its row."""
     if not torch.cuda.is_available():
         raise PeftLabError("bench memory measures a GPU's memory and needs a CUDA GPU.")
     try:
@@ -153,12 +153,12 @@ def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def autocast(point: dict[str, Any]) -> bool:
-    """Mixed precision and a 4-bit base compute under autocast, as `estimate` takes it."""
+    """Say whether a run uses autocast, as `estimate` decides it: with mixed precision and with a 4-bit base."""
     return point["precision"] == "mixed" or METHODS[point["method"]].four_bit
 
 
 def build(point: dict[str, Any], device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
-    """The model with random weights under its method, and a batch."""
+    """Return the model with random weights under its method, and a batch."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
     shape = load_shape(point["shape"])
@@ -186,18 +186,19 @@ def build(point: dict[str, Any], device: torch.device) -> tuple[nn.Module, dict[
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that an optimiser is given."""
+    """Return the parameters that train."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def four_bit(model: nn.Module, shape: Any, device: torch.device, compute: torch.dtype) -> None:
-    """Random NF4 weights, doubly quantised, in the place of the body's linear layers; the rest becomes real."""
+    """Replace the body's linear layers by random NF4 weights, doubly quantised, and allocate the rest."""
     bnb = require("bitsandbytes")
 
     for module in shape.modules:
         if module.kind != "linear" or module.role != "body":
             continue
         old = model.get_submodule(module.path)
+        assert isinstance(old, nn.Linear)
         new = bnb.nn.Linear4bit(
             old.in_features, old.out_features, bias=old.bias is not None, compute_dtype=compute,
             compress_statistics=True, quant_type="nf4", device="meta",
@@ -218,12 +219,13 @@ def four_bit(model: nn.Module, shape: Any, device: torch.device, compute: torch.
                 value = real.normal_(std=0.02) if tensor.is_floating_point() else real
                 is_parameter = isinstance(tensor, nn.Parameter)
                 setattr(module, name, nn.Parameter(value) if is_parameter else value)
-    model.tie_weights()
-    model.is_loaded_in_4bit = True  # by which peft knows its layers
+    transformer: Any = model
+    transformer.tie_weights()
+    transformer.is_loaded_in_4bit = True  # by which peft knows its layers
 
 
 def with_method(model: nn.Module, point: dict[str, Any], kind: str) -> nn.Module:
-    """The model as Hugging Face peft prepares it for the point's method; bottleneck adapters it has not are our own."""
+    """Return the model as Hugging Face peft prepares it. peft lacks bottleneck adapters, so those are ours."""
     peft = require("peft")
 
     method, task = point["method"], {"decoder": "CAUSAL_LM", "encoder": "SEQ_CLS", "encoder-decoder": "SEQ_2_SEQ_LM"}
@@ -249,7 +251,7 @@ def with_method(model: nn.Module, point: dict[str, Any], kind: str) -> nn.Module
 
 
 def optimizer_of(name: str, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimiser by the estimator's name for it."""
+    """Return the optimiser by the estimator's name for it."""
     if name == "sgd":
         return torch.optim.SGD(trained, lr=1e-4)
     if name == "adamw":
@@ -262,7 +264,7 @@ def optimizer_of(name: str, trained: list[nn.Parameter]) -> torch.optim.Optimize
 def phases(
     model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Any], autocasts: bool
 ) -> dict[str, Callable[[], None]]:
-    """The parts of a step, in order. The loss lives until the next one is there, as in a plain loop."""
+    """Return the parts of a step, in order. The loss lives until the next one exists, as in a plain loop."""
     held = {}
 
     def forward() -> None:
@@ -277,14 +279,14 @@ def phases(
 
 
 def steps(parts: dict[str, Callable[[], None]], times: int) -> None:
-    """Takes some steps."""
+    """Make some steps."""
     for _ in range(times):
         for part in parts.values():
             part()
 
 
 def timeline(parts: dict[str, Callable[[], None]]) -> Iterator[dict[str, Any]]:
-    """Bytes allocated after each allocation of a step: of each stretch of the step its highest."""
+    """Return the bytes allocated during a step: the highest value of each stretch of allocations."""
     now, points = torch.cuda.memory_allocated(), []
     for name, part in parts.items():
         torch.cuda.memory._record_memory_history(context=None, max_entries=10_000_000)
@@ -301,7 +303,7 @@ def timeline(parts: dict[str, Callable[[], None]]) -> Iterator[dict[str, Any]]:
 
 
 def thinned(points: list[tuple[str, int]], most: int) -> Iterator[tuple[float, tuple[str, int]]]:
-    """(share of the step, highest point) of at most so many stretches."""
+    """Return (share of the step, highest point) of at most this many stretches."""
     width = -(-len(points) // most)
     for i in range(0, len(points), width):
         yield i / len(points), max(points[i : i + width], key=lambda point: point[1])

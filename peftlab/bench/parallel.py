@@ -21,7 +21,7 @@ GPUS = 2
 
 
 def points() -> Iterator[dict[str, Any]]:
-    """Full fine-tuning and LoRA, both ways, with and without checkpointing."""
+    """Yield full fine-tuning and LoRA under DDP and FSDP, with and without checkpointing."""
     for parallel, method in (("ddp", "full"), ("ddp", "lora"), ("fsdp", "full"), ("fsdp", "lora")):
         yield run("llama-3.2-1b", method, parallel, batch=2)
     for method, checkpointing in (("full", True), ("lora", False), ("lora", True)):
@@ -29,12 +29,12 @@ def points() -> Iterator[dict[str, Any]]:
 
 
 def run(shape: str, method: str, parallel: str, **changes: Any) -> dict[str, Any]:
-    """One run on two GPUs."""
+    """Describe one run on two GPUs."""
     return {**memory.run(shape, method, **changes), "section": "parallel", "gpus": GPUS, "parallel": parallel}
 
 
 def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measures one point in processes of its own; returns its row."""
+    """Measure one point in its own processes, and return its row."""
     if torch.cuda.device_count() < GPUS:
         raise PeftLabError(f"bench parallel needs {GPUS} CUDA GPUs; found {torch.cuda.device_count()}.")
     with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +44,7 @@ def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def worker(rank: int, point: dict[str, Any], folder: str) -> None:
-    """One GPU's part of a run; the first one writes its peak into the folder."""
+    """Do one GPU's part of a run. The first one writes its peak into the folder."""
     torch.cuda.set_device(rank)
     distributed.init_process_group("nccl", init_method=f"file://{folder}/meet", rank=rank, world_size=GPUS)
     model, optimizer, batch = prepared(point, torch.device("cuda", rank))
@@ -58,22 +58,23 @@ def worker(rank: int, point: dict[str, Any], folder: str) -> None:
 
 
 def prepared(point: dict[str, Any], device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Any]]:
-    """The model as one of the GPUs holds it, its optimiser, and a batch."""
+    """Return the model as one GPU holds it, its optimiser, and a batch."""
     model, batch = memory.build(point, device)
     if point["parallel"] == "fsdp":
         model = shard(model)
     else:
         model = nn.parallel.DistributedDataParallel(model, None if device.index is None else [device.index])
-    # not before: the whole parameters would live on in an optimiser of theirs
+    # make the optimiser only now: an earlier one would keep the whole parameters alive
     return model, memory.optimizer_of(point["optimizer"], memory.trained(model)), batch
 
 
 def shard(model: nn.Module) -> nn.Module:
-    """Every block a group of its own, the rest another."""
+    """Shard each block as one group, and the rest as another."""
     from torch.distributed.fsdp import fully_shard
 
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
             for block in module:
                 fully_shard(block)
-    return fully_shard(model)
+    fully_shard(model)  # in place
+    return model

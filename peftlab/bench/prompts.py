@@ -29,7 +29,7 @@ from peftlab.bench.virtual_tokens import config_of
 
 # The recipe of the chapter's live run; a point names what it changes.
 RECIPE = {"method": "prompt", "init": "vocabulary", "tokens": 20, "learning_rate": 1e-1, "steps": 100, "seed": 0}
-# What the chapter cannot do without
+# The points that the chapter needs
 RATES = {
     ("prompt", "vocabulary"): (1e-2, 3e-2, 1e-1),
     ("prompt", "random"): (3e-2, 1e-1, 3e-1),
@@ -39,7 +39,7 @@ RATES = {
     ("lora", "kaiming"): (5e-3,),
 }
 STARTS = ("random", "vocabulary", "text")  # repeated with another seed
-# What rounds it off
+# Further points
 MORE = {
     ("prefix", "random"): (1e-1,),
     ("prefix", "text"): (1e-2,),
@@ -52,50 +52,50 @@ HEADLINES = {"prompt": 2e-2, "prefix": 5e-3, "lora": 2e-3}
 
 
 def points() -> list[dict[str, Any]]:
-    """Every point to measure."""
+    """Yield every point to measure."""
     learned = [*live(), *rate("rate", RATES), *start(), *rate("more", MORE), *length(), *reviews(), *headlines()]
     return [*learned, *full_size(), {"section": "reading", "timed": True, "shape": "llama-2-7b"}, *seq2seq()]
 
 
 def desk(section: str, **changes: Any) -> dict[str, Any]:
-    """One run on the support desk."""
+    """Describe one run on the support desk."""
     return {"section": section, **RECIPE, **changes}
 
 
 def rate(section: str, rates: dict[tuple[str, str], tuple[float, ...]]) -> Iterator[dict[str, Any]]:
-    """Learning rates, for each method and start."""
+    """Try learning rates, for each method and start."""
     for (method, init), values in rates.items():
         for learning_rate in values:
             yield desk(section, method=method, init=init, learning_rate=learning_rate)
 
 
 def live() -> Iterator[dict[str, Any]]:
-    """A run short enough to repeat in a notebook."""
+    """Make a run short enough to repeat in a notebook."""
     yield desk("live", steps=40)
 
 
 def start() -> Iterator[dict[str, Any]]:
-    """Where a prompt starts: another seed."""
+    """Vary the start of a prompt, with another seed."""
     for init in STARTS:
         yield desk("start", init=init, seed=1)
 
 
 def length() -> Iterator[dict[str, Any]]:
-    """How many virtual tokens; the recipe's own number is among the points above."""
+    """Vary the number of virtual tokens. The recipe's own number is among the points above."""
     for method, (learning_rate, lengths) in LENGTHS.items():
         for tokens in lengths:
             yield desk("length", method=method, tokens=tokens, learning_rate=learning_rate)
 
 
 def reviews() -> Iterator[dict[str, Any]]:
-    """A classifier: minilm tells fresh from rotten."""
+    """Train a classifier: minilm tells fresh from rotten."""
     for method, learning_rate in REVIEWS:
         yield {"section": "reviews", "method": method, "tokens": 20, "learning_rate": learning_rate, "steps": 200,
                "seed": 0}  # fmt: skip
 
 
 def headlines() -> Iterator[dict[str, Any]]:
-    """A headline for each article: as the model is, and learned."""
+    """Write a headline for each article: untrained, and trained."""
     yield {"section": "headlines", "method": "none", "steps": 0, "seed": 0}
     for method, learning_rate in HEADLINES.items():
         yield {"section": "headlines", "method": method, "init": "vocabulary", "tokens": 20,
@@ -103,7 +103,7 @@ def headlines() -> Iterator[dict[str, Any]]:
 
 
 def full_size() -> Iterator[dict[str, Any]]:
-    """Training steps at 7B; peft refuses a prefix with checkpointing, so that one is ours alone."""
+    """Measure training steps at 7B. peft refuses a prefix with checkpointing, so only ours is measured."""
     for section, method, checkpointing, library in (
         ("fullsize", "prompt", False, "peftlab"), ("fullsize", "prefix", False, "peft"),
         ("fullsize", "prefix", False, "peftlab"), ("fullsize", "prefix", True, "peftlab"),
@@ -114,7 +114,7 @@ def full_size() -> Iterator[dict[str, Any]]:
 
 
 def seq2seq() -> Iterator[dict[str, Any]]:
-    """Training steps of t5-base."""
+    """Measure training steps of t5-base."""
     for method in ("prompt", "prefix"):
         for library in ("peft", "peftlab"):
             yield {"section": "seq2seq", "timed": True, "shape": "t5-base", "method": method, "library": library,
@@ -122,7 +122,7 @@ def seq2seq() -> Iterator[dict[str, Any]]:
 
 
 def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measures one point; returns its rows."""
+    """Measure one point, and return its rows."""
     section = point["section"]
     if section in ("fullsize", "fullsize-more"):
         rows = fullsize.measure({**point, "section": "fullsize"}, virtual_tokens.attached)
@@ -133,12 +133,12 @@ def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def device() -> str | None:
-    """A GPU, where there is one."""
+    """Return a GPU if there is one."""
     return "cuda" if torch.cuda.is_available() else None
 
 
 def learn(point: dict[str, Any]) -> dict[str, Any]:
-    """Teaches smollm2-135m the support desk as a point says, and measures what it learned."""
+    """Train smollm2-135m on the support desk as a point says, and measure what it learned."""
     model, tokenizer = pl.load_model("smollm2-135m", device=device())
     torch.manual_seed(point["seed"])
     pl.attach(model, config_of(point, tokenizer))
@@ -159,7 +159,7 @@ def learn(point: dict[str, Any]) -> dict[str, Any]:
 def trained(
     model: nn.Module, examples: list[dict], tokenizer: Any, point: dict[str, Any], batch_size: int
 ) -> dict[str, Any]:
-    """Trains as the point says; the number of parameters, the seconds, and the mean loss of the last ten steps."""
+    """Train as the point says. Return the parameters, the seconds, and the mean loss of the last ten steps."""
     started, losses = time.perf_counter(), []
     try:
         history = pl.train(
@@ -168,7 +168,7 @@ def trained(
             group_by_length=True, progress=False,
         )  # fmt: skip
         losses = [step["loss"] for step in history.steps]
-    except pl.TrainingError:  # divergence is a result, too; the model keeps its last finite state
+    except pl.TrainingError:  # divergence is a result too; the model keeps its last finite state
         pass
     return {
         "trainable": pl.count_parameters(model).trainable,
@@ -180,13 +180,13 @@ def trained(
 
 @cache
 def desk_data() -> tuple[list[dict], list[dict]]:
-    """Training messages, and 64 held-out ones."""
+    """Return training messages, and 64 held-out ones."""
     data = pl.load_data("support-desk")
     return list(data["train"].select(range(2000))), list(data["test"].select(range(64)))
 
 
 def classify(point: dict[str, Any]) -> dict[str, Any]:
-    """Teaches minilm to tell reviews apart."""
+    """Train minilm to classify reviews."""
     torch.manual_seed(point["seed"])
     model, tokenizer = pl.load_model("minilm", num_labels=2, device=device())
     if point["method"] == "head":
@@ -203,7 +203,7 @@ def classify(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def summarise(point: dict[str, Any]) -> dict[str, Any]:
-    """Teaches smollm2-135m to write headlines."""
+    """Train smollm2-135m to write headlines."""
     model, tokenizer = pl.load_model("smollm2-135m", device=device())
     torch.manual_seed(point["seed"])
     measured: dict[str, Any] = {"trainable": 0}

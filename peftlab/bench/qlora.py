@@ -43,7 +43,7 @@ FULL_SIZE = {"seven": SEVEN, "sixteen": SEVEN, "where": SEVEN, "eight": "llama-3
 
 
 def points() -> list[Row]:
-    """Every point to measure."""
+    """Yield every point to measure."""
     dtypes = ("float32", "bfloat16", "float16")
     equality = [{"section": "equality", "dtype": dtype, "values": VALUES, "block_size": 64} for dtype in dtypes]
     equality += [{"section": "equality", "dtype": "bfloat16", "values": VALUES // 10, "block_size": size}
@@ -57,7 +57,7 @@ def points() -> list[Row]:
 
 
 def measure(point: Row) -> list[Row]:
-    """Measures one point; returns its rows."""
+    """Measure one point, and return its rows."""
     section, device = point["section"], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     small = {"perplexity": perplexities, "quality": quality, "curve": curve}
     large = {"equality": equality, "kernels": kernels.bandwidths,
@@ -76,7 +76,7 @@ def measure(point: Row) -> list[Row]:
 
 @torch.no_grad()
 def equality(point: Row, device: torch.device, piece: int = 10_000_000) -> Iterator[Row]:
-    """How many bytes of codes, scales and weights differ from bitsandbytes' kernels on the same values.
+    """Count the bytes of codes, scales and weights that differ from bitsandbytes' kernels on the same values.
 
     The reference runs on the CPU, where it equals bitsandbytes' CPU code, and on the GPU.
     """
@@ -106,14 +106,14 @@ def equality(point: Row, device: torch.device, piece: int = 10_000_000) -> Itera
 
 
 def in_format(format: str, device: torch.device, block_size: int = 64) -> tuple[nn.Module, Any]:
-    """smollm2-135m with its linear layers in a format; `"whole"` leaves them in float32."""
+    """Return smollm2-135m with its linear layers in a format; `"whole"` leaves them in float32."""
     torch.manual_seed(0)
     model, tokenizer = pl.load_model("smollm2-135m", device=device)
     return model if format == "whole" else pl.quantize_model(model, format=format, block_size=block_size), tokenizer
 
 
 def perplexities(point: Row, device: torch.device) -> Iterator[Row]:
-    """Perplexity on news, and the weights' relative error, by block size."""
+    """Measure perplexity on news, and the weights' relative error, by block size."""
     whole, tokenizer = in_format("whole", device)
     news = texts()[1]
     for block_size in (64,) if point["format"] == "whole" else BLOCK_SIZES:
@@ -132,7 +132,7 @@ def perplexities(point: Row, device: torch.device) -> Iterator[Row]:
 
 
 def quality(point: Row, device: torch.device) -> Iterator[Row]:
-    """LoRA on a base in a format, taught the support desk or the language of news."""
+    """Train LoRA on a base in a format, on the support desk or on news text."""
     model, tokenizer = in_format(point["format"], device)
     train_text, news = texts()
     before = pl.perplexity(model, news, tokenizer, progress=False)
@@ -162,7 +162,7 @@ def quality(point: Row, device: torch.device) -> Iterator[Row]:
 
 @cache
 def texts() -> tuple[list[str], list[str]]:
-    """News to train on, and 40 other articles cut to 1,000 characters to test on."""
+    """Return news to train on, and 40 other articles, cut to 1,000 characters, to test on."""
     data = pl.load_data("news")
     return (
         [row["text"][:1000] for row in data["train"].select(range(480))],
@@ -174,17 +174,18 @@ def texts() -> tuple[list[str], list[str]]:
 
 
 def curve(point: Row, device: torch.device, layers: int | None = None) -> Iterator[Row]:
-    """Losses of LoRA on one NF4 base, here and with Hugging Face peft on bitsandbytes, from equal A and B."""
+    """Return losses of LoRA on one NF4 base, here and in Hugging Face peft on bitsandbytes, from equal A and B."""
     peft = require("peft")
 
     ours, tokenizer = in_format("nf4", device)
     if layers is not None:
-        ours.model.layers = ours.model.layers[:layers]
+        body: Any = ours.get_submodule("model")
+        body.layers = body.layers[:layers]
     theirs = copy.deepcopy(ours)
     for path, layer in list(theirs.named_modules()):
         if isinstance(layer, fourbit.Linear4bit):
             replace(theirs, path, fourbit.as_bitsandbytes(layer))
-    theirs.is_loaded_in_4bit = True
+    fourbit.say_four_bit(theirs, True)
     targets = list(fourbit.ALL_LINEAR)
     pl.attach(ours, pl.LoRAConfig(r=8, alpha=20, target_modules=targets)).train()
     wrapped = peft.get_peft_model(theirs, peft.LoraConfig(r=8, lora_alpha=20, target_modules=targets)).train()

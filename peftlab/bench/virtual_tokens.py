@@ -1,10 +1,11 @@
-"""Virtual tokens at real sizes, on a GPU: training steps of 7B and t5-base beside peft's, reading and writing at 7B."""
+"""Virtual tokens at real sizes on a GPU: training steps of 7B and t5-base, also in peft; reading and writing at 7B."""
 
 from __future__ import annotations
 
 import gc
 import statistics
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 import peftlab as pl
 from peftlab.bench import fullsize
+from peftlab.core.modes import device_of
 from peftlab.errors import PeftLabError
 from peftlab.methods.caches import cache_in, cache_name
 from peftlab.optional import require
@@ -21,7 +23,7 @@ READ = (0, 20, 100, 500, 2000)
 
 
 def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measures a point of the sections `reading` and `seq2seq`; returns its rows."""
+    """Measure a point of the sections `reading` and `seq2seq`, and return its rows."""
     if not torch.cuda.is_available():
         raise PeftLabError(f"Section {point['section']!r} measures a whole {point['shape']} and needs a CUDA GPU.")
     try:
@@ -36,7 +38,7 @@ def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def config_of(point: dict[str, Any], tokenizer: Any = None, task_type: str | None = None) -> Any:
-    """The point's config: `method` and, where it has virtual tokens, their number and start."""
+    """Return the config of a point: its method and, for virtual tokens, their number and start."""
     method, tokens = point["method"], point.get("tokens")
     text = {"init_text": INSTRUCTION, "tokenizer": tokenizer} if point.get("init") == "text" else {}
     shared = {"num_virtual_tokens": tokens, "task_type": task_type}
@@ -53,7 +55,7 @@ def config_of(point: dict[str, Any], tokenizer: Any = None, task_type: str | Non
 
 
 def attached(model: nn.Module, point: dict[str, Any]) -> nn.Module:
-    """The model as the point's library prepares it."""
+    """Return the model as the point's library prepares it."""
     if point["library"] == "peft":
         return in_peft(model, point["method"], point["tokens"], "CAUSAL_LM")
     # peft's own start, which needs no forward pass
@@ -62,7 +64,7 @@ def attached(model: nn.Module, point: dict[str, Any]) -> nn.Module:
 
 
 def in_peft(model: nn.Module, method: str, tokens: int, task: str) -> nn.Module:
-    """The model in Hugging Face peft."""
+    """Return the model in Hugging Face peft."""
     peft = require("peft")
 
     shared = {"num_virtual_tokens": tokens, "task_type": task}
@@ -76,9 +78,9 @@ def in_peft(model: nn.Module, method: str, tokens: int, task: str) -> nn.Module:
 
 @torch.no_grad()
 def reading(model: nn.Module, lengths: tuple[int, ...] = READ) -> Iterator[dict[str, Any]]:
-    """Batch 1: reading 512 tokens, and writing one more behind them; median of 20 after 5."""
+    """Measure batch 1: read 512 tokens, and write one more after them. Median of 20 runs after 5."""
     torch.manual_seed(0)
-    text = torch.randint(model.config.vocab_size, (1, 512), device=model.device)
+    text = torch.randint(fullsize.vocabulary_of(model), (1, 512), device=device_of(model))
     for method in ("prefix", "prompt"):
         for tokens in lengths:
             if tokens:
@@ -90,11 +92,11 @@ def reading(model: nn.Module, lengths: tuple[int, ...] = READ) -> Iterator[dict[
             peak = torch.cuda.max_memory_allocated()
 
             def write(cache: Any) -> None:
-                model(input_ids=text[:, :1], use_cache=True, **{cache_name(model): cache})
+                model(input_ids=text[:, :1], use_cache=True, **{str(cache_name(model)): cache})
                 cache.crop(-1)  # that token again, each time
 
             cache = cache_in(model(input_ids=text, use_cache=True).values())
-            written = fullsize.timed(lambda cache=cache: write(cache), repeats=20, warm_up=5)
+            written = fullsize.timed(partial(write, cache), repeats=20, warm_up=5)
             yield {
                 "method": method if tokens else "base",
                 "tokens": tokens,
@@ -109,18 +111,19 @@ def reading(model: nn.Module, lengths: tuple[int, ...] = READ) -> Iterator[dict[
 
 
 def t5_base() -> nn.Module:
-    """The t5-base architecture with random float32 weights, on the GPU."""
+    """Make the t5-base architecture with random float32 weights, on the GPU."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
+    fields: dict[str, Any] = {"decoder_start_token_id": 0}
     config = T5Config(d_model=768, d_ff=3072, d_kv=64, num_layers=12, num_heads=12, vocab_size=32128,
-                      decoder_start_token_id=0, use_cache=False)  # fmt: skip
+                      use_cache=False, **fields)  # fmt: skip
     with torch.device("cuda"):
         return T5ForConditionalGeneration(config)
 
 
 def seq2seq_step(model: nn.Module, point: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Peak memory and time of a step: float32 weights, bf16 autocast, 64 tokens to write."""
+    """Measure peak memory and time of a step: float32 weights, bf16 autocast, 64 tokens to write."""
     if point["library"] == "peft":
         wrapped = in_peft(model, point["method"], point["tokens"], "SEQ_2_SEQ_LM")
     else:
@@ -128,7 +131,7 @@ def seq2seq_step(model: nn.Module, point: dict[str, Any]) -> Iterator[dict[str, 
     wrapped.train()
     trainable = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=True)
-    ids = torch.randint(model.config.vocab_size, (point["batch"], point["sequence"]), device=model.device)
+    ids = torch.randint(fullsize.vocabulary_of(model), (point["batch"], point["sequence"]), device=device_of(model))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, :64].contiguous()}
 
     def step() -> None:

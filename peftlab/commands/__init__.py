@@ -1,1 +1,1 @@
-"""The command line: the parser, the commands and what they need. Nothing here imports torch before a command runs."""
+"""The command line: the parser, the commands and their helpers. No torch is imported before a command runs."""

@@ -1,8 +1,7 @@
 """The command line: `peftlab COMMAND ...`.
 
-Every command prints a table for a person, or with `--json` one JSON value for a program, on stdout; progress and
-errors go to stderr. A person's mistake is one line and exit status 2. Nothing heavy is imported before a command that
-needs it runs.
+Every command prints a table to stdout, or one JSON value with `--json`. Progress and errors go to stderr. A user's
+mistake is reported in one line, with exit status 2. Heavy libraries are imported only by a command that needs them.
 """
 
 from __future__ import annotations
@@ -29,19 +28,19 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 (it failed), 2 (a mistake of the person's), 130 (Ctrl-C)."""
+    """Run one command and return the exit status: 0, 1 (it failed), 2 (a user's mistake), 130 (Ctrl-C)."""
     try:
         try:
             arguments = parse(argv)
             return arguments.run(arguments)
         finally:
-            sys.stdout.flush()  # here and not at Python's exit, so that a reader who has gone is noticed in time
+            sys.stdout.flush()  # here and not at Python's exit, so that a closed pipe is noticed in time
     except PeftLabError as error:
         return _say(error, 2)
     except KeyboardInterrupt as error:
         return _say(str(error) or "interrupted", INTERRUPTED)
     except BrokenPipeError:
-        # Whoever read the output has gone (`| head`). Python would complain once more when it closes stdout.
+        # The reader of the output has closed it (`| head`). Python would raise again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except OSError as error:
@@ -49,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments, with ``run``: the function of the chosen command."""
+    """Parse the arguments. The result has `run`, the function of the chosen command."""
     parser, commands = build_parser()
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -60,7 +59,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, and near matches for a choice that does not exist."""
+    """argparse with one-line errors, and near matches for unknown choices."""
 
     def error(self, message: str) -> NoReturn:
         wrong = re.search(r"argument (\S+): invalid choice: '([^']*)' \(choose from (.*)\)", message)
@@ -72,7 +71,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
-    """The parser of the whole command line, and those of its commands by name."""
+    """Build the parser of the command line. Return it, and the parsers of its commands by name."""
     parser = Parser(
         prog="peftlab",
         description="Parameter-efficient fine-tuning, from the book PEFT Lab.",
@@ -251,7 +250,7 @@ def _say(message: object, status: int) -> int:
     text = " ".join(str(message).split())
     try:
         print(f"peftlab: {text}", file=sys.stderr, flush=True)
-    except OSError:  # nobody listens there either
+    except OSError:  # nobody reads stderr either
         pass
     return status
 

@@ -1,4 +1,4 @@
-"""The commands that are arithmetic alone: `peftlab count` and `peftlab memory`."""
+"""The commands that only compute: `peftlab count` and `peftlab memory`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OF_A_RUN = (
 
 
 def add_count_options(command: argparse.ArgumentParser) -> None:
-    """SHAPE and what describes a method on it."""
+    """Add SHAPE and the options that describe a method."""
     command.add_argument("shape", metavar="SHAPE", help=f"{', '.join(BUILT_IN)}; or the path of a config.json")
     add_method_options(command, counted())
     add = command.add_argument
@@ -42,14 +42,14 @@ def add_count_options(command: argparse.ArgumentParser) -> None:
 
 
 def add_memory_options(command: argparse.ArgumentParser) -> None:
-    """Those of `count`, and what describes a run."""
+    """Add the options of `count`, and those that describe a run."""
     add_count_options(command)
     add = command.add_argument
     add("--batch", type=int, default=1, metavar="N", help="examples at once (default: 1)")
     add("--sequence", type=int, default=512, metavar="N", help="tokens of an example (default: 512)")
     add("--precision", default="bf16", metavar="P", help=f"{', '.join(PRECISIONS)} (default: bf16)")
     add("--optimizer", default="adamw", metavar="O", help=f"{', '.join(OPTIMIZERS)} (default: adamw)")
-    switch = {"action": argparse.BooleanOptionalAction}
+    switch: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
     add("--checkpointing", **switch, default=False, help="recompute activations in the backward pass (default: no)")
     add("--autocast", **switch, help="compute in bf16, as Trainer(bf16=True) does (default: for mixed and qlora)")
     named = ", ".join(ADAPTER_PRECISIONS)
@@ -62,13 +62,13 @@ def add_memory_options(command: argparse.ArgumentParser) -> None:
 
 
 def described(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `count` and `estimate` share, as keywords."""
+    """Return the keyword arguments that `count` and `estimate` share."""
     names = ("shape", "method", "r", "bias", "virtual_tokens", "reduction_factor", "labels")
     return {name: getattr(arguments, name) for name in names} | {"targets": parse_targets(arguments.targets)}
 
 
 def count(arguments: argparse.Namespace) -> int:
-    """`peftlab count`."""
+    """Run `peftlab count`."""
     result = counting.count(**described(arguments))
     if arguments.json:
         return print_json(result.as_dict())
@@ -90,10 +90,10 @@ def count(arguments: argparse.Namespace) -> int:
 
 
 def memory(arguments: argparse.Namespace) -> int:
-    """`peftlab memory`."""
+    """Run `peftlab memory`."""
     run = described(arguments) | {name: getattr(arguments, name) for name in OF_A_RUN}
     if arguments.card:
-        cards.card_bytes(arguments.card)  # an unknown card is said before anything is computed
+        cards.card_bytes(arguments.card)  # refuse an unknown card before anything is computed
     result = estimate(**run)
     more = {}
     if arguments.card:

@@ -1,7 +1,7 @@
 """What this machine can run: `peftlab doctor`.
 
-The examination is a plain dict, so that a program can read it (`--json`); `render` makes the page for a person. Each
-chapter's needs stand in one table: a new chapter adds its line.
+`examine` returns a plain dict, which a program can read (`--json`). `render` makes a page for a person. One table lists
+what each chapter needs; a new chapter adds its line.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from peftlab.memory.estimate import estimate
 from peftlab.memory.units import format_both, format_bytes
 from peftlab.optional import PACKAGES, load
 
-# Without these the package does nothing; the versions are the lower bounds of pyproject.toml, held together by a test.
+# The package does nothing without these. A test compares the versions with the lower bounds in pyproject.toml.
 ESSENTIAL = {
     "torch": "2.6",
     "transformers": "5.0",
@@ -44,7 +44,7 @@ TESTED: dict[str, dict[str, str]] = json.loads(files("peftlab").joinpath("tested
 
 @dataclass(frozen=True)
 class Chapter:
-    """What a chapter takes: main memory in bytes at its peak, models and data, optional packages."""
+    """What a chapter needs: main memory in bytes at its peak, models and data, optional packages."""
 
     number: int
     title: str
@@ -68,7 +68,7 @@ WAYS = ("full", "lora", "qlora")
 
 
 def examine(verify: bool = False, names: Sequence[str] = ()) -> dict[str, Any]:
-    """Look at the machine; sizes in bytes.
+    """Examine the machine. Sizes are in bytes.
 
     Args:
         verify: hash every file of the cache again, and do not trust the note of an earlier check. What is not in the
@@ -76,11 +76,11 @@ def examine(verify: bool = False, names: Sequence[str] = ()) -> dict[str, Any]:
         names: models, data sets, packages and chapters (by number) that must be there; what is missing is a fault.
 
     Returns:
-        A dict with ``python``, ``system``, ``packages``, ``tested`` (the versions of each package that all tests passed
-        with), ``devices``, ``four_bit``, ``sizes`` (for each CUDA GPU and model, the methods of which a step of 512
-        tokens fits), ``cache``, ``assets``, ``chapters`` and three lists of sentences: ``problems`` (nothing works
-        until they are mended), ``faults`` (what was asked for is missing, or what is in the cache is damaged) and
-        ``notes``.
+        A dict with `python`, `system`, `packages`, `tested` (the versions of each package that all tests passed
+        with), `devices`, `four_bit`, `sizes` (for each CUDA GPU and model, the methods of which a step of 512
+        tokens fits), `cache`, `assets`, `chapters` and three lists of sentences: `problems` (nothing works
+        until they are mended), `faults` (what was asked for is missing, or what is in the cache is damaged) and
+        `notes`.
 
     Raises:
         PeftLabError: one of the names is nothing that the doctor knows.
@@ -94,15 +94,17 @@ def examine(verify: bool = False, names: Sequence[str] = ()) -> dict[str, Any]:
             f"Python {platform.python_version()} is too old; peftlab needs {PYTHON[0]}.{PYTHON[1]} or newer."
         )
     for name, least in ESSENTIAL.items():
-        if packages[name] is None:
+        version = packages[name]
+        if version is None:
             problems.append(f"{name} is not installed: pip install '{name}>={least}'.")
-        elif older(packages[name], least):
-            problems.append(f"{name} {packages[name]} is too old: pip install --upgrade '{name}>={least}'.")
+        elif older(version, least):
+            problems.append(f"{name} {version} is too old: pip install --upgrade '{name}>={least}'.")
     for name, (least, use, _) in PACKAGES.items():
-        if packages[name] is None:
+        version = packages[name]
+        if version is None:
             notes.append(f"{name} is not installed ({use}): pip install '{name}>={least}'.")
-        elif older(packages[name], least):
-            notes.append(f"{name} {packages[name]} is older than {least} ({use}): pip install --upgrade '{name}'.")
+        elif older(version, least):
+            notes.append(f"{name} {version} is older than {least} ({use}): pip install --upgrade '{name}'.")
     tested = {name: sorted({row[name] for row in TESTED.values()}, key=_order) for name in packages}
     for name, version in packages.items():
         if version is not None and _order(tested[name][-1]) < _order(version):
@@ -178,7 +180,7 @@ def _devices(packages: dict[str, str | None], problems: list[str], notes: list[s
         return []
     try:
         found = machine.devices()
-    except Exception as error:  # a broken installation fails in many ways: each is to be told, none to be shown raw
+    except Exception as error:  # a broken installation can raise any error; report it in words, never as a traceback
         problems.append(f"torch is installed but cannot be imported ({type(error).__name__}: {one_line(error)}).")
         return []
     if not any(device["name"].startswith("cuda") for device in found) and machine.unused_gpu():
@@ -192,7 +194,7 @@ def _is_cuda(device: dict[str, Any]) -> bool:
 
 
 def _sizes(room: int) -> dict[str, list[str]]:
-    """Methods by model, of which a step fits into so many bytes: 1 x 512 tokens, bf16, r = 16 on all linear layers."""
+    """Return, by model, the methods whose step fits: 1 x 512 tokens, bf16, r = 16 on all linear layers."""
     run = {"r": 16, "targets": "all-linear", "checkpointing": True}
     usable = (1 - SPARE) * room
     return {
@@ -201,7 +203,7 @@ def _sizes(room: int) -> dict[str, list[str]]:
 
 
 def _four_bit(packages: dict[str, str | None], devices: list[dict[str, Any]]) -> dict[str, Any]:
-    """Where a frozen base can be held in four bits."""
+    """Say on which devices a frozen base can be held in four bits."""
     version = packages["bitsandbytes"]
     usable = version is not None and not older(version, PACKAGES["bitsandbytes"][0])
     places = [device["name"] for device in devices if device["name"] == "cpu" or device["name"].startswith("cuda")]
@@ -238,7 +240,7 @@ def _chapter(
     total: int | None,
     problems: list[str],
 ) -> dict[str, Any]:
-    """Whether a chapter runs here, what is missing, and what it will bring itself."""
+    """Say whether a chapter runs here, what is missing, and what it will fetch itself."""
     missing = ["what is named under problems"] if problems else []
     missing += [f"the package {name}" for name in chapter.packages if packages[name] is None]
     bring = [name for name in chapter.assets if assets[name]["state"] != "ready"]
@@ -269,11 +271,11 @@ def _version(name: str) -> str | None:
 
 
 def _order(version: str) -> Any:
-    """What versions are sorted by; an unreadable one comes first."""
+    """Return the sorting key of a version. One that cannot be read comes first."""
     from packaging.version import InvalidVersion, Version
 
     try:
-        return Version(Version(version).public)  # without a local build's mark, such as +cpu
+        return Version(Version(version).public)  # without the mark of a local build, such as +cpu
     except InvalidVersion:
         return Version("0")
 
@@ -282,7 +284,7 @@ def older(version: str, least: str) -> bool:
     from packaging.version import InvalidVersion, Version
 
     try:
-        # A nightly build of 2.6 ("2.6.0.dev20250101") serves as 2.6.
+        # A nightly build of 2.6 ("2.6.0.dev20250101") counts as 2.6.
         return Version(Version(version).base_version) < Version(least)
     except InvalidVersion:
         return False
@@ -293,7 +295,7 @@ def one_line(error: BaseException) -> str:
 
 
 def render(report: dict[str, Any]) -> str:
-    """The report as a page of text."""
+    """Return the report as a page of text."""
     system = report["system"]
     lines = [f"peftlab {report['peftlab']} on Python {report['python']}", ""]
     lines += [

@@ -12,7 +12,7 @@ from typing import Any
 
 
 def cores() -> int:
-    """Processor cores that this process may use: its affinity, and a container's quota where there is one."""
+    """Return the processor cores that this process may use, by its affinity and by a container's quota."""
     try:
         allowed = len(os.sched_getaffinity(0))
     except AttributeError:  # no such call on macOS and Windows
@@ -22,7 +22,7 @@ def cores() -> int:
 
 
 def memory() -> tuple[int | None, int | None]:
-    """(all, free) main memory in bytes, a container's limit respected; None for what the system does not tell."""
+    """Return (all, free) main memory in bytes, within a container's limit; None for what the system does not tell."""
     total = free = None
     lines = dict(re.findall(r"(\w+):\s+(\d+) kB", _text("/proc/meminfo")))
     if "MemTotal" in lines:
@@ -39,7 +39,7 @@ def memory() -> tuple[int | None, int | None]:
 
 
 def disk_free(folder: Path) -> int | None:
-    """Free bytes on the disk of a folder, which need not exist yet."""
+    """Return the free bytes on the disk of a folder, which need not exist yet."""
     for place in (folder, *folder.parents):
         if place.exists():
             try:
@@ -50,16 +50,16 @@ def disk_free(folder: Path) -> int | None:
 
 
 def processor() -> str:
-    """The processor's name, as far as the system tells it."""
+    """Return the processor's name, if the system tells it."""
     named = re.search(r"model name\s*:\s*(.+)", _text("/proc/cpuinfo"))
     return " ".join(named[1].split()) if named else platform.processor() or platform.machine()
 
 
 def devices() -> list[dict[str, Any]]:
-    """The devices that torch can compute on, the CPU first.
+    """Return the devices that torch can compute on, the CPU first.
 
-    Each is a dict of ``name`` (``"cpu"``, ``"cuda:0"``, ``"mps"``), ``model``, ``memory`` and ``free`` (bytes, or None)
-    and ``dtypes``: for each dtype ``"native"``, ``"slow"`` (computed without instructions of its own) or ``"no"``.
+    Each is a dict of `name` (`"cpu"`, `"cuda:0"`, `"mps"`), `model`, `memory` and `free` (bytes, or None)
+    and `dtypes`: for each dtype `"native"`, `"slow"` (computed without instructions of its own) or `"no"`.
 
     Raises:
         ImportError or OSError: torch cannot be imported.
@@ -89,10 +89,10 @@ def _cuda(torch: Any, index: int) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(index)
     try:
         free = torch.cuda.mem_get_info(index)[0]
-    except RuntimeError:  # a card that is full cannot even be asked
+    except RuntimeError:  # a full GPU does not even answer
         free = None
     with torch.cuda.device(index):
-        # Without including_emulation=False a T4 says yes, and then computes bf16 many times slower than fp16.
+        # Without including_emulation=False the answer for a T4 is yes, although it computes bf16 far slower than fp16.
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     dtypes = {"float32": "native", "bfloat16": "native" if bf16 else "slow", "float16": "native"}
     return {
@@ -105,7 +105,7 @@ def _cuda(torch: Any, index: int) -> dict[str, Any]:
 
 
 def unused_gpu() -> bool:
-    """Whether the machine seems to have an NVIDIA GPU: for when torch sees none."""
+    """Say whether the machine seems to have an NVIDIA GPU. Ask this if torch sees none."""
     return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
 
 
@@ -119,13 +119,13 @@ def _windows_memory() -> tuple[int | None, int | None]:
         ]
 
     status = Status(length=ctypes.sizeof(Status))
-    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):  # type: ignore[attr-defined]  # only Windows has it
         return None, None
     return status.total, status.free
 
 
 def _text(path: str) -> str:
-    """The text of a file of the system; empty where it does not exist."""
+    """Return the text of a system file, or an empty string if it does not exist."""
     try:
         return Path(path).read_text(errors="replace")
     except OSError:

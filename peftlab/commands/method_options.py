@@ -11,23 +11,23 @@ from peftlab.catalogue import METHODS, Method, Option
 
 
 def trainable() -> dict[str, Method]:
-    """The methods that `peftlab train` knows."""
+    """Return the methods that `peftlab train` knows."""
     return {name: row for name, row in METHODS.items() if row.trains}
 
 
 def counted() -> dict[str, Method]:
-    """The methods that `peftlab count` and `peftlab memory` know, with those of their options that count."""
+    """Return the methods that `peftlab count` and `peftlab memory` know, with their options for these commands."""
     rows = {name: row for name, row in METHODS.items() if row.tensors}
     return {name: replace(row, options=tuple(o for o in row.options if o.counted)) for name, row in rows.items()}
 
 
 def options_of(rows: Mapping[str, Method]) -> dict[str, Option]:
-    """The options of all rows by name, each once."""
+    """Return the options of all rows by name, each once."""
     return {option.name: option for row in rows.values() for option in row.options}
 
 
 def defaults_of(name: str, rows: Mapping[str, Method]) -> dict[Any, list[str]]:
-    """The defaults of an option, and for each the methods that have it."""
+    """Return the defaults of an option, and for each the methods that have it."""
     found: dict[Any, list[str]] = {}
     for method, row in rows.items():
         if row.takes(name):
@@ -57,7 +57,7 @@ def add_method_options(command: argparse.ArgumentParser, rows: Mapping[str, Meth
 
 
 def _shown(default: Any) -> str:
-    """A default as `--help` shows it."""
+    """Return a default as `--help` shows it."""
     if isinstance(default, bool):
         return "yes" if default else "no"
     return f"{default:g}" if isinstance(default, float) else str(default)

@@ -162,7 +162,7 @@ def write_metrics(place: Place, result: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder, so that no second run writes into it; a killed run lets go of it."""
+    """Hold the folder, so that no second run writes into it. A killed run releases it."""
     import filelock
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a data set asks of a model, told from its columns: to answer, to classify, or to go on writing.
+"""The task of a data set, found from its columns: to answer, to classify, or to continue a text.
 
 | columns | task | trained on | tested by |
 | --- | --- | --- | --- |
@@ -17,7 +17,7 @@ from typing import Any
 from peftlab.assets.support_desk import score
 from peftlab.errors import PeftLabError
 
-HELD_OUT = 10  # one row in so many is kept for the test where a data set has no split for it
+HELD_OUT = 10  # one row in this many is kept for the test if a data set has no test split
 HELD_OUT_MOST = 500
 COMPLETIONS = ("completion", "ticket")
 VALIDATION = ("validation", "valid", "dev")
@@ -25,10 +25,10 @@ VALIDATION = ("validation", "valid", "dev")
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its kind, the splits as lists of rows, and the names of the classes (empty but for classification)."""
+    """A task: its kind, the splits as lists of rows, and the names of the classes (only for classification)."""
 
     kind: str  # "completion", "classification" or "text"
-    answer: str  # the column of what is to be learned
+    answer: str  # the column to learn
     train: list[dict[str, Any]]
     validation: list[dict[str, Any]]
     test: list[dict[str, Any]]
@@ -36,10 +36,10 @@ class Task:
 
 
 def task_of(data: Any, name: str, seed: int = 0, limit: int | None = None) -> Task:
-    """The task of a ``DatasetDict``.
+    """Return the task of a `DatasetDict`.
 
-    Without a test split the validation split is the test; without either one row in ten, chosen by the seed, is held
-    out, 500 at the most. ``limit`` keeps so many rows of the training split.
+    Without a test split, the validation split is the test. Without either, one row in ten is held out, at most 500,
+    chosen by the seed. `limit` is the most rows of the training split.
 
     Raises:
         PeftLabError: no split to train on, columns of no known task, an empty column, or labels that cannot be used.
@@ -65,14 +65,15 @@ def task_of(data: Any, name: str, seed: int = 0, limit: int | None = None) -> Ta
     splits = [[] if part is None else list(part) for part in (train, validation, test)]
     if not splits[0]:
         raise PeftLabError(f"{name} has no rows to train on.")
+    texts = ("prompt", answer) if kind == "completion" else ("text",)
     for row in (row for rows in splits for row in rows):
-        for column in ("prompt" if kind == "completion" else "text", answer):
-            if row[column] is None:
-                raise PeftLabError(f"{name} has a row without {column}: {str(row)[:80]}.")
+        for column in dict.fromkeys((*texts, answer)):
+            row[column] = _cell(row, column, column in texts, name)
     classes: tuple[str, ...] = ()
     if kind == "classification":
         classes = _classes(data["train"], splits, name)
-    return Task(kind, answer, *splits, classes)
+    first, second, third = splits
+    return Task(kind, answer, first, second, third, classes)
 
 
 def check_model(task: Task, model: Any, name: str) -> None:
@@ -86,7 +87,7 @@ def check_model(task: Task, model: Any, name: str) -> None:
 
 
 def encode(task: Task, tokenizer: Any, rows: Sequence[dict[str, Any]], max_length: int | None) -> list[dict[str, Any]]:
-    """The rows as examples for training; what is too long is cut, but never an answer."""
+    """Encode rows as examples for training. Texts that are too long are cut, but never answers."""
     from peftlab.training.encoding import encode_classification, encode_completion, encode_text
 
     if task.kind == "classification":
@@ -106,15 +107,16 @@ def test(
     batch_size: int,
     max_new_tokens: int,
 ) -> dict[str, float]:
-    """Scores of the model on rows of the test split, the one that matters first."""
+    """Return scores of the model on rows of the test split, the most important one first."""
     from peftlab.training import metrics
+    from peftlab.training.encoding import completion_text
     from peftlab.training.generation import generate_text
 
     if task.kind == "completion":
         answers = generate_text(
             model, tokenizer, [row["prompt"] for row in rows], max_new_tokens=max_new_tokens, batch_size=batch_size
         )
-        wanted = [row[task.answer] for row in rows]
+        wanted = [completion_text(row[task.answer]) for row in rows]
         if task.answer == "ticket":
             return score(answers, wanted)
         return {"exact_match": metrics.exact_match(answers, wanted)}
@@ -126,8 +128,24 @@ def test(
     return {"perplexity": metrics.perplexity(model, examples, tokenizer, batch_size=batch_size, progress=True)}
 
 
+def _cell(row: dict[str, Any], column: str, is_text: bool, name: str) -> Any:
+    """A row's value as it is learned from: a whole number among texts is a text; a list is a conversation.
+
+    Raises:
+        PeftLabError: nothing is there, or something that is no text.
+    """
+    value = row[column]
+    if value is None or value != value:  # not a number
+        raise PeftLabError(f"{name} has a row without {column}: {str(row)[:80]}. Fill it in, or take the row out.")
+    if not is_text or isinstance(value, (str, list)):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise PeftLabError(f"{name}: {column} is a text, found {value!r:.60} in {str(row)[:80]}. Put it in quotes.")
+
+
 def _held_out(train: Any, seed: int, name: str) -> tuple[Any, Any]:
-    """(train, test): one row in ten, at most 500, for the test."""
+    """Return (train, test), with one row in ten, at most 500, for the test."""
     if len(train) < 2:
         raise PeftLabError(f"{name} has {len(train)} rows; at least two are needed, one of them for the test.")
     order = list(range(len(train)))
@@ -137,9 +155,9 @@ def _held_out(train: Any, seed: int, name: str) -> tuple[Any, Any]:
 
 
 def _classes(train: Any, splits: list[list[dict[str, Any]]], name: str) -> tuple[str, ...]:
-    """The names of the classes in the order of their numbers; the rows' labels become these names.
+    """Return the names of the classes in the order of their numbers, and change the rows' labels to these names.
 
-    Numbers, as of a ``ClassLabel`` or a plain column, keep their order; other labels are sorted as text.
+    Numbers, as of a `ClassLabel` or a plain column, keep their order; other labels are sorted as text.
     """
     named = getattr(train.features["label"], "names", None)
     if not named:

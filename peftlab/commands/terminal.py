@@ -1,4 +1,4 @@
-"""What the commands share: how results are printed, how targets are read."""
+"""Helpers of the commands: print results, read targets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def print_table(rows: Sequence[tuple[str, str]]) -> None:
-    """Two columns of text."""
+    """Print two columns of text."""
     width = max(len(label) for label, _ in rows)
     for label, value in rows:
         print(f"{label:<{width}}  {value}")
@@ -22,7 +22,7 @@ def print_json(value: Any) -> int:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
+    """Replace NaN and infinity by None, because JSON does not have them."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -31,9 +31,9 @@ def _finite(value: Any) -> Any:
 
 
 def parse_targets(text: str | None) -> str | list[str] | None:
-    """``--targets`` as the library takes it: None, ``"all-linear"``, a regular expression or a list of names."""
+    """Return `--targets` as the library takes it: None, `"all-linear"`, a regular expression or a list of names."""
     if text is None or text == "all-linear":
         return text
-    if re.search(r"[\\^$*+?()\[\]{}|]", text):  # what no module's name holds
+    if re.search(r"[\\^$*+?()\[\]{}|]", text):  # characters that occur in no module's name
         return text
     return [name.strip() for name in text.split(",") if name.strip()]

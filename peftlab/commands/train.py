@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from peftlab.assets.catalogue import catalogue
-from peftlab.catalogue import LEARNING_RATE, METHODS, resolve
+from peftlab.catalogue import LEARNING_RATE, METHODS
 from peftlab.checks import whole
 from peftlab.commands import tasks
 from peftlab.commands.method_options import options_of, trainable
@@ -27,16 +27,16 @@ from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.units import format_both, format_count, format_percent
 from peftlab.settings import Settings, known_values
 
-# Arguments that change nothing about what is learned: a run goes on although they differ.
+# Arguments that do not change what is learned. A run continues even if they differ.
 INCIDENTAL = ("command", "run", "json", "out", "resume", "save_every", "device", "test_limit", "max_new_tokens")
-# The training settings that have an option, by its name
+# The training settings that have an option, by the name of the option
 OPTIONS = {one.metadata["option"]: one for one in fields(Settings) if one.metadata["option"]}
 LOG_SECONDS = 30.0
 TEST_LIMIT = {"completion": 64, "classification": 1000, "text": 200}
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """The options of `peftlab train`, apart from those that describe the method."""
+    """Add the options of `peftlab train`, except those that describe the method."""
     add = command.add_argument
     unusual = {name: row.learning_rate for name, row in trainable().items() if row.learning_rate != LEARNING_RATE}
     rates = ", ".join(f"{method} {rate:g}" for method, rate in unusual.items())
@@ -61,7 +61,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def _as_argument(one: Field[Any], default: str) -> dict[str, Any]:
-    """What argparse is told of a setting."""
+    """Return argparse's arguments for a setting."""
     known = known_values(one)
     kind: dict[str, Any] = {"type": float, "metavar": "X"}
     if True in known:
@@ -74,14 +74,14 @@ def _as_argument(one: Field[Any], default: str) -> dict[str, Any]:
 
 
 def _told(default: Any) -> str:
-    """A default as the help says it; nothing for `None`."""
+    """Return the help's words for a default, or an empty string for `None`."""
     if default is None or isinstance(default, bool):
         return {None: "", True: "yes", False: "no"}[default]
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def run(arguments: argparse.Namespace, targets: Any) -> dict[str, Any]:
-    """Train, save, test; returns what `metrics.json` holds.
+    """Train, save and test. Return the contents of `metrics.json`.
 
     Raises:
         PeftLabError: a mistake in the arguments or the data, a run of other settings in the folder, or no memory left.
@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace, targets: Any) -> dict[str, Any]:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Refuse, before anything is loaded, what cannot work."""
+    """Refuse what cannot work, before anything is loaded."""
     known = trainable()
     method = arguments.method = arguments.method.lower()
     if method not in known:
@@ -130,15 +130,15 @@ def check(arguments: argparse.Namespace) -> None:
     row = known[method]
     if arguments.lr is None:
         arguments.lr = row.learning_rate
-    for option in row.options:  # one whose default is another for other methods
+    for option in row.options:  # one with another default for other methods
         if getattr(arguments, option.name) is None:
             setattr(arguments, option.name, option.default)
     if row.config and arguments.bias != "none" and not row.takes("bias"):
         raise PeftLabError(f"--bias {arguments.bias} has no meaning for {method}; use lora, or --method bitfit.")
-    for option, one in OPTIONS.items():
-        one.metadata["check"](f"--{option}", _given(arguments, option))
-    for option in ("limit", "max-length", "test-limit", "max-new-tokens", "virtual-tokens"):
-        whole(f"--{option}", _given(arguments, option), least=1, optional=True)
+    for name, one in OPTIONS.items():
+        one.metadata["check"](f"--{name}", _given(arguments, name))
+    for name in ("limit", "max-length", "test-limit", "max-new-tokens", "virtual-tokens"):
+        whole(f"--{name}", _given(arguments, name), least=1, optional=True)
 
 
 def _given(arguments: argparse.Namespace, option: str) -> Any:
@@ -146,7 +146,7 @@ def _given(arguments: argparse.Namespace, option: str) -> Any:
 
 
 def foreign(method: str) -> tuple[str, ...]:
-    """The options that only other methods take: they are no part of what a run is."""
+    """Return the options that only other methods take. They do not belong to this run."""
     return tuple(name for name in options_of(METHODS) if not METHODS[method].takes(name))
 
 
@@ -167,10 +167,10 @@ def _train(
 
     started, row = time.monotonic(), METHODS[arguments.method]
     if row.config:
-        _config(arguments, targets, tokenizer=arguments.model)  # a mistake in it is said before anything is loaded
+        _config(arguments, targets, tokenizer=arguments.model)  # report a mistake in it before anything is loaded
     task = tasks.task_of(load_data(arguments.data), arguments.data, arguments.seed, arguments.limit)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(arguments.seed)  # a new head and the adapter start from the seed
+    torch.manual_seed(arguments.seed)  # the seed decides the start of a new head and of the adapter
     model, tokenizer = load_model(arguments.model, num_labels=len(task.classes) or None, device=device)
     tasks.check_model(task, model, arguments.model)
     if model.config.pad_token_id is None:  # a decoder that classifies looks for the last token before the padding
@@ -229,9 +229,9 @@ def _train(
 
 
 def _config(arguments: argparse.Namespace, targets: Any, **more: Any) -> Any:
-    """The method's config, from the options of its row, and from those of `more` that it has a field for."""
+    """Make the method's config from the options of its row, and from those in `more` that it has a field for."""
     row = METHODS[arguments.method]
-    config = resolve(row.config)
+    config = row.config_class()
     given = {option.config_field: getattr(arguments, option.name) for option in row.options}
     if "target_modules" in given:
         given["target_modules"] = targets
@@ -245,7 +245,7 @@ def _config(arguments: argparse.Namespace, targets: Any, **more: Any) -> Any:
 
 
 def _max_length(arguments: argparse.Namespace, model: Any) -> int | None:
-    """The most tokens of an example: virtual ones take positions too."""
+    """Return the most tokens of an example. Virtual tokens take positions too."""
     asked, most = arguments.max_length, getattr(model.config, "max_position_embeddings", None)
     virtual = arguments.virtual_tokens if METHODS[arguments.method].takes("virtual_tokens") else 0
     if most is not None:
@@ -259,18 +259,18 @@ def _max_length(arguments: argparse.Namespace, model: Any) -> int | None:
 
 
 def _last_loss(history: Any) -> float | None:
-    """The mean loss of the last ten steps: a single batch says little."""
+    """Return the mean loss of the last ten steps, because a single batch says little."""
     losses = [row["loss"] for row in history.steps][-10:]
     return sum(losses) / len(losses) if losses else None
 
 
 def say(line: str) -> None:
-    """A line for whoever watches, apart from the result on stdout."""
+    """Print a line for a person to stderr, apart from the result on stdout."""
     print(line, file=sys.stderr, flush=True)
 
 
 def _log() -> Callable[[Any, dict[str, Any]], None]:
-    """A line now and then, for a log file, where no bar is drawn."""
+    """Print a line now and then if no bar is drawn, for a log file."""
     said = time.monotonic()
 
     def callback(model: Any, row: dict[str, Any]) -> None:
@@ -283,7 +283,7 @@ def _log() -> Callable[[Any, dict[str, Any]], None]:
 
 
 def summary(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """The result as rows for a person."""
+    """Return the result as rows for a person."""
     settings, test = result["settings"], result["test"]
     saved = "model" if METHODS[settings["method"]].whole else "adapter"
     rows = [

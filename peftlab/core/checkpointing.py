@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
-from peftlab.core.records import unwrap
+from peftlab.core.records import as_transformer, unwrap
 from peftlab.errors import PeftLabError
 
 
@@ -24,7 +25,7 @@ def memory_settings(model: nn.Module, checkpointing: bool | str) -> Iterator[Non
         PeftLabError: the model offers no checkpointing.
     """
     core = unwrap(model)
-    config = getattr(core, "config", None)
+    config: Any = getattr(core, "config", None)
     cache = getattr(config, "use_cache", None)
     if cache is not None:
         config.use_cache = False  # the key-value cache helps only generation, and checkpointing forbids it
@@ -68,6 +69,6 @@ def _inputs_require_gradients(model: nn.Module) -> bool:
 
 def _require_input_gradients(model: nn.Module, wanted: bool) -> None:
     if wanted and not _inputs_require_gradients(model):
-        model.enable_input_require_grads()
+        as_transformer(model).enable_input_require_grads()
     elif not wanted and _inputs_require_gradients(model):
-        model.disable_input_require_grads()
+        as_transformer(model).disable_input_require_grads()

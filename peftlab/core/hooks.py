@@ -59,19 +59,34 @@ class Adapters(nn.ModuleDict):
         super().__init__()
         self.activity = activity
 
+    def parts_of(self, adapter: str) -> dict[str, Part]:
+        """Return {part name: part} of one adapter on this host."""
+        mine = self[adapter]
+        assert isinstance(mine, nn.ModuleDict)
+        return {name: part for name, part in mine.items() if isinstance(part, Part)}
+
     def forward(self, x: Any) -> Any:
         """Return the input unchanged. An `nn.Sequential` calls all its children, and this is one of them."""
         return x
+
+
+def adapters_on(host: nn.Module) -> Adapters:
+    """Return the child of a module that carries parts."""
+    child = host._modules[CHILD]
+    assert isinstance(child, Adapters)
+    return child
 
 
 def place(host: nn.Module, activity: Activity, adapter: str, part_name: str, part: Part) -> None:
     """Put a part on a host, with the hooks that it needs."""
     if CHILD not in host._modules:
         host.add_module(CHILD, Adapters(activity))
-    parts = host._modules[CHILD]
+    parts = adapters_on(host)
     if adapter not in parts:
         parts[adapter] = nn.ModuleDict()
-    parts[adapter][part_name] = part
+    mine = parts[adapter]
+    assert isinstance(mine, nn.ModuleDict)
+    mine[part_name] = part
     # If no part on a host has a `before`, the host gets no hook for it; the same holds for `after`.
     if part.overrides("before") and _before not in host._forward_pre_hooks.values():
         host.register_forward_pre_hook(_before, with_kwargs=True)
@@ -81,19 +96,20 @@ def place(host: nn.Module, activity: Activity, adapter: str, part_name: str, par
 
 def remove(host: nn.Module, adapter: str | None = None) -> None:
     """Take one adapter (or all) off a host. With the last adapter, the child and the hooks go too."""
-    parts = host._modules.get(CHILD)
-    if parts is None:
+    if CHILD not in host._modules:
         return
+    parts = adapters_on(host)
     if adapter is None:
         parts.clear()
     elif adapter in parts:
         del parts[adapter]
     if not parts:
         del host._modules[CHILD]
-        for table, flags, hook in (
+        hooks: tuple[tuple[dict, dict, Callable], ...] = (
             (host._forward_pre_hooks, host._forward_pre_hooks_with_kwargs, _before),
             (host._forward_hooks, host._forward_hooks_with_kwargs, _after),
-        ):
+        )
+        for table, flags, hook in hooks:
             for key in [key for key, value in table.items() if value is hook]:
                 del table[key]
                 flags.pop(key, None)
@@ -101,17 +117,17 @@ def remove(host: nn.Module, adapter: str | None = None) -> None:
 
 def move(host: nn.Module, new: nn.Module) -> None:
     """Move all parts of a host onto the module that takes its place. Nothing else of the host is moved."""
-    parts = host._modules.get(CHILD)
-    if parts is None:
+    if CHILD not in host._modules:
         return
-    for adapter, mine in parts.items():
-        for part_name, part in mine.items():
+    parts = adapters_on(host)
+    for adapter in parts:
+        for part_name, part in parts.parts_of(adapter).items():
             place(new, parts.activity, adapter, part_name, part)
 
 
 def _before(host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     inputs = args, kwargs
-    parts = host._modules[CHILD]
+    parts = adapters_on(host)
     prompts = prompt_parts(parts, parts.activity) if parts.activity.running else {}
     if prompts:  # one of these parts runs for all of them: it inserts the active prompt, a mixture of their prompts
         inputs = next(iter(prompts.values())).before(host, args, kwargs)
@@ -127,12 +143,13 @@ def _before(host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | 
 
 def _after(host: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
     def change(mine: list[Part], inputs: tuple, output: Any) -> Any:
+        args, kwargs = inputs
         result = output
         for part in mine:
-            result = part.after(host, *inputs, result, output)
+            result = part.after(host, args, kwargs, result, output)
         return result
 
-    return _apply(host._modules[CHILD], (args, kwargs), output, change, lambda part: part.overrides("after"))
+    return _apply(adapters_on(host), (args, kwargs), output, change, lambda part: part.overrides("after"))
 
 
 def _is_prompt(part: Part) -> bool:
@@ -142,7 +159,7 @@ def _is_prompt(part: Part) -> bool:
 def prompt_parts(parts: Adapters, activity: Activity) -> dict[str, Part]:
     """Return {adapter: its part here that makes the input longer}, for the adapters that `activity` names."""
     names = activity.weights if activity.rows is None else [name for name in activity.rows if name is not None]
-    there = ((name, part) for name in dict.fromkeys(names) if name in parts for part in parts[name].values())
+    there = ((name, part) for name in dict.fromkeys(names) if name in parts for part in parts.parts_of(name).values())
     return {name: part for name, part in there if _is_prompt(part)}
 
 
@@ -151,11 +168,12 @@ def active_prompt(host: nn.Module, batch: int) -> Tensor:
 
     It is the weighted sum of their prompts. If each row has its own adapter, it is that adapter's prompt.
     """
-    parts = host._modules[CHILD]
+    parts = adapters_on(host)
     activity = parts.activity
     made = {name: part.make_prompt(host) for name, part in prompt_parts(parts, activity).items()}
     if activity.rows is not None:
-        order, repeat = list(made), _repeat(activity.rows, batch)
+        order: list[str | None] = list(made)
+        repeat = _repeat(activity.rows, batch)
         stacked = torch.stack(list(made.values()))
         return stacked[[order.index(name) for name in activity.rows for _ in range(repeat)]]
     # P = sum over adapters of weight P_adapter. The base has no prompt, so whole prompts are summed, not changes.
@@ -173,8 +191,8 @@ def _apply(
     activity = parts.activity
     if not activity.running:
         return None
-    names = activity.weights if activity.rows is None else set(activity.rows)
-    mine = {name: [part for part in parts[name].values() if acts(part)] for name in names if name in parts}
+    names = activity.weights if activity.rows is None else {name for name in activity.rows if name is not None}
+    mine = {name: [part for part in parts.parts_of(name).values() if acts(part)] for name in names if name in parts}
     if activity.rows is not None:
         return _by_rows(mine, activity.rows, inputs, base, change)
     here = [(name, weight) for name, weight in activity.weights.items() if mine.get(name)]
@@ -241,7 +259,7 @@ def _combine(base: Any, changed: list[tuple[float, Any]], how: Callable[[Tensor,
 @contextmanager
 def base_alone(model: nn.Module) -> Iterator[None]:
     """Run no adapter of the model inside the block."""
-    running = {id(host._modules[CHILD].activity): host._modules[CHILD].activity for _, host in hosts(model)}
+    running = {id(adapters_on(host).activity): adapters_on(host).activity for _, host in hosts(model)}
     before = [(activity, activity.enabled) for activity in running.values()]
     try:
         for activity, _ in before:
@@ -255,7 +273,7 @@ def base_alone(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def text_positions(model: nn.Module) -> Iterator[None]:
     """Keep the caller's position_ids inside the block, so that padding on the left does not move a row's prompt."""
-    active = {id(host._modules[CHILD].activity): host._modules[CHILD].activity for _, host in hosts(model)}
+    active = {id(adapters_on(host).activity): adapters_on(host).activity for _, host in hosts(model)}
     try:
         for activity in active.values():
             activity.text_positions = True

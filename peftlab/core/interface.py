@@ -6,13 +6,14 @@ Read this file to add a method. `Part` and `Config` list everything that the res
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import Field
 from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 from torch import Tensor, nn
 
 
 class Part(nn.Module):
-    """A module with trained parameters that stands on a host: one of the base's own modules.
+    """Hold trained parameters, and stand on a host: one of the base's own modules.
 
     A subclass overrides what it needs. A host gets a hook only for a `before` or an `after` that a part overrides, so
     what a part leaves out costs nothing.
@@ -95,7 +96,7 @@ class Placement(NamedTuple):
 
 @runtime_checkable
 class Config(Protocol):
-    """The settings of a method, and what the method places on a model.
+    """Hold the settings of a method, and say what the method places on a model.
 
     A config is a frozen dataclass. `Targets` (for methods that stand on chosen modules) and `VirtualTokens` (for
     prompts) hold the common fields and the defaults of what is listed here.
@@ -108,6 +109,7 @@ class Config(Protocol):
             loaded as this method: it would compute something else.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     peft_type: ClassVar[str]
     requires: ClassVar[tuple[str, ...]]
     unsupported: ClassVar[tuple[str, ...]]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from peftlab.core.records import unwrap
+from peftlab.core.records import as_transformer, own_tensor, unwrap
 
 
 @contextmanager
@@ -30,12 +30,10 @@ def device_of(model: nn.Module) -> torch.device:
     """Return the device that the model's inputs must be on: that of its input embedding, or of its first tensor."""
     core = unwrap(model)
     try:
-        return core.get_input_embeddings().weight.device
+        return own_tensor(as_transformer(core).get_input_embeddings(), "weight").device
     except (AttributeError, NotImplementedError):  # no transformers model, or one without an embedding
-        tensor = next(core.parameters(), None)
-        if tensor is None:
-            tensor = next(core.buffers(), torch.empty(0))
-        return tensor.device
+        parameter = next(core.parameters(), None)
+        return (next(core.buffers(), torch.empty(0)) if parameter is None else parameter).device
 
 
 def to_device(batch: dict, device: torch.device) -> dict:

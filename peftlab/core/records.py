@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -12,6 +12,9 @@ from torch import nn
 from peftlab.core.hooks import Activity
 from peftlab.core.interface import Config
 from peftlab.errors import PeftLabError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -51,6 +54,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     return list(wrappings(model))[-1]
 
 
+def as_transformer(model: nn.Module) -> PreTrainedModel:
+    """Type a model as transformers' own, whose methods `nn.Module` does not declare. It stays as it is."""
+    return cast("PreTrainedModel", model)
+
+
 def record_of(root: nn.Module) -> Record | None:
     """Return what `attach` noted on this very module, or None."""
     return root.__dict__.get("_peftlab")
@@ -71,6 +79,12 @@ def tensor_at(host: nn.Module, name: str) -> torch.Tensor | None:
     """Return the parameter or buffer with this name, which may lie deeper (`dense.weight`); None if there is none."""
     inner, _, name = name.rpartition(".")
     return getattr(host.get_submodule(inner), name, None)
+
+
+def own_tensor(host: nn.Module, name: str) -> torch.Tensor:
+    """Return a parameter or buffer that the host must have. The name may lie deeper (`dense.weight`)."""
+    inner, _, name = name.rpartition(".")
+    return getattr(host.get_submodule(inner), name)
 
 
 def device_and_dtype_for(host: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -17,6 +17,7 @@ from torch import nn
 from peftlab import patterns
 from peftlab.checks import one_of, whole
 from peftlab.core.hooks import base_modules
+from peftlab.core.records import as_transformer, own_tensor
 from peftlab.errors import PeftLabError, did_you_mean
 
 ALL_LINEAR = "all-linear"
@@ -130,12 +131,20 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
     if is_conv1d(module):
-        return tuple(module.weight.shape)
+        stored = own_tensor(module, "weight")
+        return stored.shape[0], stored.shape[1]
     # A quantised linear packs its weight, so the shape is read from the attributes of nn.Linear.
     inside, outside = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(inside, int) and isinstance(outside, int) and hasattr(module, "weight"):
         return inside, outside
     return None
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """Return (in, out) of a layer that `check_carrier` has let through."""
+    shape = linear_shape(module)
+    assert shape is not None
+    return shape
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -201,6 +210,7 @@ def find(
     check_regex(spec or ())
 
     if spec is None:
+        assert default is not None
         matched = default(modules)
     elif isinstance(spec, str) and spec.lower() == ALL_LINEAR:
         matched = all_linear(model, modules)
@@ -252,7 +262,7 @@ def default_targets(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
 
 def all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Return all linear layers except the output head. (A task's head is trained in full, so `find` drops it too.)"""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = as_transformer(model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return {
         path: module
         for path, module in modules.items()
@@ -265,6 +275,7 @@ def in_layers(matched: dict[str, nn.Module], config: Targets) -> dict[str, nn.Mo
     wanted = config.layers_to_transform
     if wanted is None:
         return matched
+    wanted = {wanted} if isinstance(wanted, int) else set(wanted)
     before = rf"(?:^|.*?\.)(?:{'|'.join(config.layers_pattern)})" if config.layers_pattern else r".*?\.[^.]*"
     # so a block itself counts too
     found = {path: patterns.match(rf"{before}\.(?P<index>\d+)\.", path + ".") for path in matched}

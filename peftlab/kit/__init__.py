@@ -1,1 +1,1 @@
-"""What the book's notebooks use: the first cell, tables, stored measurements, figures, widgets and exercises."""
+"""What the book's notebooks use: their first cell, tables, stored measurements, figures, widgets and exercises."""

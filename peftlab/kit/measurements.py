@@ -1,14 +1,14 @@
-"""Measurements: rows of numbers that carry where they come from.
+"""Measurements: rows of numbers that say where they come from.
 
-A results file is written by ``peftlab bench TOPIC --out FILE`` and read by the chapters with ``pl.results(TOPIC)``::
+A results file is written by `peftlab bench TOPIC --out FILE` and read by the chapters with `pl.results(TOPIC)`::
 
     {"topic": "lora",
      "provenance": {"gpu": "NVIDIA H100 80GB HBM3", "cpu": "...", "versions": {"torch": "2.11.0", ...},
                     "date": "2026-11-22", "command": "peftlab bench lora --out lora.json"},
      "rows": [{"shape": "llama-2-7b", "method": "lora", "r": 16, "peak_bytes": 14400000000}, ...]}
 
-A number without its machine, versions, date and command is no measurement: such a file is refused.
-This module needs the standard library only, so that the documentation build can read results without torch.
+A number without its machine, versions, date and command is not a measurement: such a file is refused.
+This module needs only the standard library, so the build of the book can read results without torch.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Results:
 
     Attributes:
         topic: the name under which the file is stored.
-        provenance: dict with ``gpu`` and ``cpu`` (a name, or None), ``versions``, ``date``, ``command``.
+        provenance: dict with `gpu` and `cpu` (a name, or None), `versions`, `date`, `command`.
         rows: list of dicts from column name to number, string, bool or None. The units are in the column names
-            (``peak_bytes``, ``seconds``), never converted on the way.
+            (`peak_bytes`, `seconds`). They are never converted.
     """
 
     def __init__(self, topic: str, provenance: dict[str, Any], rows: list[dict[str, Any]]) -> None:
@@ -55,13 +55,13 @@ class Results:
         return list(dict.fromkeys(name for row in self.rows for name in row))
 
     def where(self, **conditions: Any) -> Results:
-        """The rows that meet every condition, as another ``Results`` with the same provenance.
+        """Return the rows that meet every condition, as another `Results` with the same provenance.
 
-        A condition is a value to equal, a list, tuple or set to be in, or a function of the value. A row that lacks the
-        column is left out.
+        A condition is a value that the row must have, a list, tuple or set of such values, or a function of the value.
+        A row without the column is left out.
 
         Raises:
-            PeftLabError: no row at all has a column of that name (near names are given).
+            PeftLabError: no row has a column of that name (with near matches).
         """
         for name in conditions:
             self._known(name)
@@ -69,10 +69,10 @@ class Results:
         return Results(self.topic, self.provenance, rows)
 
     def one(self, **conditions: Any) -> dict[str, Any]:
-        """The single row that meets every condition, a dict.
+        """Return the single row that meets every condition, a dict.
 
         Raises:
-            PeftLabError: none, or more than one row does.
+            PeftLabError: no row meets them, or more than one.
         """
         found = self.where(**conditions).rows
         if len(found) == 1:
@@ -87,12 +87,12 @@ class Results:
                            + "; ".join(f"{name}: {', '.join(map(repr, values[:12]))}" for name, values in seen.items()))
 
     def column(self, name: str) -> list[Any]:
-        """The values of one column, a list with one entry a row (None where the row lacks it)."""
+        """Return the values of one column, a list with one entry per row (None where the row lacks it)."""
         self._known(name)
         return [row.get(name) for row in self.rows]
 
     def cite(self) -> str:
-        """One line that says where the numbers come from: machine, versions, date, command."""
+        """Return one line that says where the numbers come from: machine, versions, date, command."""
         given = self.provenance
         machine = given.get("gpu") or given.get("cpu")
         versions = ", ".join(f"{name} {version}" for name, version in sorted(given["versions"].items()))
@@ -116,12 +116,15 @@ def results(topic: str | Path) -> Results:
     """Read the measurements of a topic.
 
     Args:
-        topic: a name such as "lora" (a file shipped with the package), or a path to a file which
-            ``peftlab bench`` wrote on this machine (anything that ends in ``.json``).
+        topic: a name such as "lora" (a file shipped with the package), or the path of a file that `peftlab bench`
+            wrote on this machine (it ends in `.json`).
 
     Raises:
-        PeftLabError: there is no such topic; the known ones are named.
-        PeftLabError: the file is no results file, or lacks part of its provenance.
+        PeftLabError: there is no such topic (the known ones are named), or the file is not a results file, or it lacks
+            part of its provenance.
+
+    >>> pl.results("memory").provenance["gpu"]
+    'NVIDIA H100 80GB HBM3'
     """
     path = Path(topic) if str(topic).endswith(".json") else FOLDER / f"{topic}.json"
     if not path.is_file():
@@ -137,12 +140,12 @@ def results(topic: str | Path) -> Results:
 
 
 def topics() -> list[str]:
-    """Names of the results shipped with the package, sorted."""
+    """Return the names of the results shipped with the package, sorted."""
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 def validate(content: Any, name: str) -> None:
-    """Raise PeftLabError, naming the file and the fault, unless ``content`` is a results file with full provenance."""
+    """Require a results file with its full provenance. The error names the file and the fault."""
     fault = _fault(content)
     if fault:
         raise PeftLabError(f"{name}: {fault}. A results file is made by `peftlab bench TOPIC --out FILE.json`.")
@@ -162,8 +165,8 @@ def _fault(content: Any) -> str | None:
     if not isinstance(given.get("command"), str) or not given["command"].strip():
         return "its provenance has no command that repeats the measurement"
     try:
-        datetime.date.fromisoformat(given.get("date"))
-    except (TypeError, ValueError):
+        datetime.date.fromisoformat(given["date"])
+    except (KeyError, TypeError, ValueError):
         return f"its provenance has no date of the form YYYY-MM-DD (found {given.get('date')!r})"
     rows = content.get("rows")
     if not isinstance(rows, list) or not rows:
@@ -178,12 +181,12 @@ def _fault(content: Any) -> str | None:
 
 
 def write(path: str | Path, topic: str, provenance: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Write a results file, atomically, after checking it as ``results`` would.
+    """Check the contents as `results` does, then write a results file, completely or not at all.
 
-    One row a line, so that two measurements can be compared with diff.
+    Each row has its own line, so two measurements can be compared with diff.
 
     Raises:
-        PeftLabError: part of the provenance is missing, or a row holds what a table cannot, NaN and infinity included.
+        PeftLabError: part of the provenance is missing, or a row holds a value that a table cannot, such as NaN.
     """
     content = {"topic": topic, "provenance": provenance, "rows": rows}
     validate(content, Path(path).name)

@@ -1,7 +1,7 @@
-"""What every chapter needs around its code: a quiet start, source code on the page, numbers in prose, tables.
+"""What every chapter needs besides its code: a quiet start, source code on the page, numbers in prose, tables.
 
-Everything here shows the same in the rendered book, in Jupyter and on Colab, and prints the same each time it is run,
-so that a notebook's stored outputs can be compared with fresh ones. IPython is imported only when something is shown.
+The outputs look the same in the rendered book, in Jupyter and on Colab. They are the same each time a notebook runs, so
+stored outputs can be compared with fresh ones. IPython is imported only when something is shown.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 from peftlab.errors import PeftLabError
 from peftlab.kit import tables
 
-# Libraries whose remarks on stderr say nothing about the reader's own code.
+# Libraries whose messages on stderr say nothing about the reader's own code.
 NOISY = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "kernels", "peft", "torch", "torchao",
          "tqdm", "traitlets", "transformers", "triton")
 GLUE_PREFIX = "application/papermill.record/"  # a MIME type that nothing displays; the book's glue role reads it
 
 
 def start(seed: int = 0) -> None:
-    """The line after the imports of every chapter: quiet libraries, fixed seeds, the book's figure style."""
+    """Quiet the libraries, set the seeds and use the book's figure style. Every chapter calls this first."""
     quiet()
     set_seed(seed)
     from peftlab.kit import figures
@@ -36,12 +36,12 @@ def start(seed: int = 0) -> None:
 
 
 def quiet() -> None:
-    """Keep the remarks of libraries (progress bars, advice, deprecations of their own) out of the notebook.
+    """Keep messages of libraries (progress bars, advice, their own deprecations) out of the notebook.
 
-    Warnings which arise in the reader's own code, and errors, are shown as ever. Call it before the first model is
-    loaded: some libraries read these settings when they are imported.
+    Errors, and warnings from the reader's own code, are still shown. Call it before the first model is loaded, because
+    some libraries read these settings when they are imported.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else each fork prints a warning
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise each fork prints a warning
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -58,7 +58,7 @@ def quiet() -> None:
 
 
 def _quiet_if_loaded() -> None:
-    """transformers and datasets hold their own switches once they are imported."""
+    """Quiet transformers and datasets if they are imported already: then they have switches of their own."""
     if "transformers" in sys.modules:
         from transformers.utils import logging as transformers_logging
 
@@ -87,16 +87,20 @@ def show_source(
 ) -> None:
     """Show the source of functions, classes or modules of the package as a highlighted block of code.
 
-    What is shown is read from the installed package, so a page can never show code that does not run.
+    The source is read from the installed package, so a page always shows the code that runs.
 
     Args:
         objects: what to show, one below the other.
-        docstring: False leaves out every docstring (of the object and of its methods).
-        methods: for a class, the names of the methods to show; its first lines stay, the rest is left out.
-        between: a pair of strings: from the line that contains the first one through the next that contains the second.
+        docstring: False leaves out every docstring, of the object and of its methods.
+        methods: for a class, the names of the methods to show. Its first lines stay, the rest is left out.
+        between: a pair of strings. The lines from the one with the first string to the one with the second are shown.
 
     Raises:
-        PeftLabError: a method or a line to cut at does not exist; a source that is not Python, or not to be had.
+        PeftLabError: a method or a line to cut at does not exist, or there is no Python source.
+
+    >>> pl.show_source(pl.memory.format_count, docstring=False)
+    def format_count(number: int) -> str:
+        return f"{number:,}"
     """
     if not objects:
         raise PeftLabError("show_source needs an object of the package, for example pl.LoRAConfig")
@@ -106,7 +110,7 @@ def show_source(
 
 
 def _source(item: Any, docstring: bool, methods: str | Sequence[str] | None, between: tuple[str, str] | None) -> str:
-    name = getattr(item, "__qualname__", None) or getattr(item, "__name__", repr(item))
+    name = str(getattr(item, "__qualname__", None) or getattr(item, "__name__", repr(item)))
     try:
         code = textwrap.dedent(inspect.getsource(item)).rstrip()
     except (TypeError, OSError):
@@ -122,7 +126,7 @@ def _source(item: Any, docstring: bool, methods: str | Sequence[str] | None, bet
 
 
 def _only_methods(code: str, name: str, methods: Sequence[str]) -> str:
-    """The class's header (up to its first function) and the methods named, in the order asked for."""
+    """Return the class's header (up to its first function) and the named methods, in the given order."""
     body = ast.parse(code).body[0]
     functions = {n.name: n for n in getattr(body, "body", []) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))}
     unknown = [method for method in methods if method not in functions]
@@ -140,11 +144,12 @@ def _first_line(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def _without_docstrings(code: str) -> str:
-    lines, drop = code.splitlines(), set()
+    lines = code.splitlines()
+    drop: set[int] = set()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and len(node.body) > 1:
             if ast.get_docstring(node, clean=False) is not None:
-                end = node.body[0].end_lineno
+                end = node.body[0].end_lineno or node.body[0].lineno
                 drop.update(range(node.body[0].lineno, end + 1))
                 if end < len(lines) and not lines[end].strip():
                     drop.add(end + 1)  # the empty line below it
@@ -156,26 +161,31 @@ def _cut(code: str, name: str, first: str, last: str) -> str:
     start_at = next((i for i, line in enumerate(lines) if first in line), None)
     if start_at is None:
         raise PeftLabError(f"the source of {name} has no line with {first!r}")
-    end_at = next((i for i, line in enumerate(lines) if i >= start_at and last in line), None)
+    end_at = next((i for i in range(start_at, len(lines)) if last in lines[i]), None)
     if end_at is None:
         raise PeftLabError(f"the source of {name} has no line with {last!r} after the one with {first!r}")
     return textwrap.dedent("\n".join(lines[start_at:end_at + 1]))
 
 
 def glue(name: str, value: Any, fmt: str = "") -> None:
-    """Keep a number under a name, so that the page's prose can say it: ``{glue:text}`name` ``.
+    """Store a number under a name, so that the page's prose can use it: ``{glue:text}`name` ``.
 
-    Nothing is displayed; print the number in the same cell for the reader who runs it. What is kept is the text as it
-    shall stand in the sentence, so round it here. It is part of the stored output and compared at each run: glue what
-    comes out the same every time (counts, results files, rounded or relational numbers).
+    Nothing is displayed. Print the number in the same cell for readers who run it. The text is stored as it will stand
+    in the sentence, so round it here. It belongs to the stored output and is compared at each run. So glue only what is
+    the same every time: counts, values from results files, rounded numbers, comparisons.
 
     Args:
         name: unique in the notebook, such as "lora-saving".
-        value: a number or a string; tensors of one element are taken too.
+        value: a number or a string, or a tensor with one element.
         fmt: a format such as ".1%" or ",", or a text with one pair of braces, such as "{:.1f} GB".
 
     Raises:
         PeftLabError: the format does not fit the value.
+
+    >>> pl.glue("example-peak", 14_400_000_000 / 1e9, "{:.1f} GB")
+    >>> pl.glue("example-share", "half", ".1%")
+    Traceback (most recent call last):
+    peftlab.errors.PeftLabError: glue 'example-share': the format '.1%' does not fit 'half' ...
     """
     if hasattr(value, "item") and not isinstance(value, (int, float, str)):
         value = value.item()
@@ -187,19 +197,19 @@ def glue(name: str, value: Any, fmt: str = "") -> None:
 
 
 def expect(claim: str, holds: bool) -> None:
-    """Hold a result of a live run to what the page says of it.
+    """Compare a result of a live run with what the page says about it.
 
-    Nothing is shown where it holds. Where it does not, a reader is told so and the cell goes on: results of training
+    If the claim holds, nothing is shown. If not, a line says so and the cell goes on, because results of training
     differ a little between machines and releases. In the book's own tests, which set PEFTLAB_STRICT, it is an error.
 
     Args:
         claim: what the page says, as the end of a sentence that begins "Expected: ".
-        holds: whether it is so here.
+        holds: whether it is true in this run.
 
     Raises:
-        PeftLabError: it does not hold, and PEFTLAB_STRICT is set.
+        PeftLabError: the claim does not hold, and PEFTLAB_STRICT is set.
 
-    >>> expect("the loss falls", 3 < 2)
+    >>> pl.expect("the loss falls", 3 < 2)
     Expected: the loss falls. It came out otherwise here: results differ between machines and releases.
     """
     if holds:
@@ -215,17 +225,22 @@ def table(
     caption: str | None = None,
     source: Any = None,
 ) -> None:
-    """Show rows as a table; rows from ``pl.results`` bring the line that says where they were measured.
+    """Show rows as a table. Below rows from `pl.results` stands a line that says where they were measured.
 
     Args:
-        rows: dicts, or ``Results``.
-        columns: {column: heading} or {column: (heading, format)}, in order; default: all columns as they are. A format
-            is one of Python's (".1%", ",") or a function of the value.
+        rows: dicts, or `Results`.
+        columns: {column: heading} or {column: (heading, format)}, in order. By default all columns are shown.
+            A format is one of Python's (".1%", ",") or a function of the value.
         caption: a line above the table.
-        source: the ``Results`` that computed rows were made from, to be cited below the table.
+        source: the `Results` from which the rows were computed, to be cited below the table.
 
     Raises:
         PeftLabError: no row has a column of that name.
+
+    >>> pl.table([{"r": 8, "loss": 0.713}, {"r": 16, "loss": 0.702}], {"r": "rank", "loss": ("loss", ".2f")})
+    rank  loss
+    8     0.71
+    16    0.70
     """
     headings, cells, numeric = tables.lay_out(rows, columns)
     source = source or rows
@@ -235,13 +250,15 @@ def table(
 
 
 def _display(data: dict[str, Any], metadata: dict[str, Any] | None = None) -> None:
-    """Show a bundle of MIME types; outside a notebook, print its text if it has one."""
+    """Show a bundle of MIME types. Outside a notebook, print its text if it has one."""
     try:
         from IPython import get_ipython
         from IPython.display import display
     except ImportError:
-        get_ipython = display = None
-    if display is None or get_ipython() is None:
+        inside = False
+    else:
+        inside = get_ipython() is not None
+    if not inside:
         if "text/plain" in data:
             print(data["text/plain"])
         return

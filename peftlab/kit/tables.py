@@ -1,4 +1,4 @@
-"""Rows of results as tables, in HTML and in plain text, the same to the letter each time they are made."""
+"""Rows of results as tables, in HTML and in plain text. The same rows always give the same text."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Columns = dict[str, Any]  # {column: heading} or {column: (heading, format)}
 def lay_out(
     rows: Iterable[dict[str, Any]], columns: Columns | None = None
 ) -> tuple[list[str], list[list[str]], list[bool]]:
-    """The texts of a table.
+    """Return the texts of a table.
 
     Args:
         rows: dicts.
         columns: {column: heading} or {column: (heading, format)}, in order; None takes all columns as they are.
 
     Returns:
-        (headings, cells, numeric): list of str; list of lists of str; list of bool, which columns hold numbers only.
+        (headings, cells, numeric): a list of str; a list of lists of str; a list of bool, True for columns of numbers.
 
     Raises:
         PeftLabError: no row has a column of that name.
@@ -33,7 +33,8 @@ def lay_out(
         if name not in names:
             raise PeftLabError(f"no row has a column {name!r}; there are: {', '.join(names)}."
                                + did_you_mean(name, names))
-    headings, cells = [], [[] for _ in listed]
+    headings: list[str] = []
+    cells: list[list[str]] = [[] for _ in listed]
     for name, wish in columns.items():
         heading, fmt = wish if isinstance(wish, tuple) else (wish, "")
         headings.append(str(heading))
@@ -56,7 +57,7 @@ def as_html(
     caption: str | None = None,
     source: str | None = None,
 ) -> str:
-    """A table element in a region that scrolls by itself on a narrow screen, also from the keyboard."""
+    """Return a table in a region of its own, which scrolls on a narrow screen, also from the keyboard."""
     sides = [' style="text-align: right"' if right else ' style="text-align: left"' for right in numeric]
     head = "".join(f'<th scope="col"{side}>{html.escape(h)}</th>' for h, side in zip(headings, sides, strict=True))
     body = "\n".join("<tr>" + "".join(f"<td{side}>{html.escape(c)}</td>" for c, side in zip(line, sides, strict=True))
@@ -73,7 +74,7 @@ def as_html(
 def as_text(
     headings: list[str], cells: list[list[str]], caption: str | None = None, source: str | None = None
 ) -> str:
-    """The same in columns of plain text."""
+    """Return a table as columns of plain text."""
     widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
              for line in [headings, *cells]]

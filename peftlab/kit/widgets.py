@@ -1,9 +1,9 @@
-"""Things to play with, each with a figure in its place where nothing is running.
+"""Widgets, each with a figure that replaces it where no kernel is running.
 
-A widget without a kernel is an empty spot on the page, and the identifier in its output is different at each run. So an
-output here always holds the figure and a line of text, and the widget beside them in the same bundle: a live notebook
-shows the widget, the rendered book and a mail show the figure, and a comparison of stored with fresh outputs sees text
-that stays the same. Without ipywidgets there is the figure alone.
+A widget without a kernel is an empty spot on the page, and its output has another identifier at each run. So each
+output here holds three things in one bundle: a figure, a line of text, and the widget. A live notebook shows the
+widget. The rendered book shows the figure. A comparison of stored with fresh outputs sees the text, which never
+changes. Without ipywidgets there is only the figure.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def lora_stepper(d_in: int = 576, d_out: int = 576, r: int = 8) -> None:
-    """Step through the data flow of a LoRA layer; without a kernel, the six steps as small pictures."""
+    """Show a widget that steps through the data flow of a LoRA layer. Without a kernel, show six small pictures."""
 
     def build(widgets: Any) -> Any:
-        pictures: dict[int, bytes] = {}  # drawn when first looked at
+        pictures: dict[int, bytes] = {}  # each is drawn when it is first shown
 
         def picture(step: int) -> bytes:
             if step not in pictures:
@@ -65,9 +65,9 @@ def lora_stepper(d_in: int = 576, d_out: int = 576, r: int = 8) -> None:
 
 
 def lora_calculator(shape: str = "smollm2-135m", r: int = 8) -> None:
-    """Trainable parameters, file size and optimiser memory of LoRA for a model, a rank and a choice of layers.
+    """Show a widget that computes LoRA's parameters, file size and optimiser memory for a model, rank and layers.
 
-    Without a kernel: a chart of the trainable parameters against the rank, for each choice of layers.
+    Without a kernel, show a chart of the trainable parameters against the rank, for each choice of layers.
     """
 
     def build(widgets: Any) -> Any:
@@ -91,9 +91,9 @@ def lora_calculator(shape: str = "smollm2-135m", r: int = 8) -> None:
 
 
 def memory_calculator(shape: str = "llama-2-7b", r: int = 16) -> None:
-    """The predicted peak of a training step, for a model, a method, a length and a precision.
+    """Show a widget that predicts the peak of a training step for a model, a method, a length and a precision.
 
-    Without a kernel: what the peak is made of, for four methods at the settings given.
+    Without a kernel, show the parts of the peak for four methods.
     """
 
     def build(widgets: Any) -> Any:
@@ -150,7 +150,7 @@ def _answer(shape: str, r: int, layers: str) -> str:
 
 
 def _show(build: Callable[[Any], Any], figure: Any, text: str) -> None:
-    """Display a figure and its line of text, and the widget with them where a kernel can drive it."""
+    """Display a figure and its line of text, and with them the widget if there is a kernel for it."""
     try:
         from IPython import get_ipython
         from IPython.display import display
@@ -166,6 +166,6 @@ def _show(build: Callable[[Any], Any], figure: Any, text: str) -> None:
         except ImportError:
             pass
         else:
-            # No layout of ours and no state in the output: the model lives in the kernel alone.
+            # The output holds no state: the widget's model lives only in the kernel.
             bundle[VIEW] = {"version_major": 2, "version_minor": 0, "model_id": build(ipywidgets).model_id}
     display(bundle, raw=True)

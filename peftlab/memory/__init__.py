@@ -1,4 +1,4 @@
-"""What a run costs, by arithmetic alone: shapes, parameter counts, memory. Imports neither torch nor transformers."""
+"""What a run costs: shapes, parameter counts, memory. It is arithmetic only and imports no torch."""
 
 from functools import partial
 from typing import Any

@@ -1,7 +1,8 @@
 """What fits on which card: `fits`, `largest`, `what_fits`.
 
-A card's memory is the figure in its data sheet, in GB of 1e9 bytes; drivers show a little more. Of it `SPARE` is left
-to what torch's allocator does not count or cannot use: the CUDA context, the kernels' code, and gaps between blocks.
+A card's memory is the number in its data sheet, in GB of 1e9 bytes. Drivers show a little more. The share `SPARE` of it
+is kept free, because torch's allocator does not count or cannot use everything: there are the CUDA context, the code of
+the kernels, and gaps between blocks.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ SPARE = 0.08  # a choice, not a measurement
 
 
 def card_bytes(card: str) -> int:
-    """What a step may take on a card. Raises PeftLabError, with near matches, for one that is not known."""
+    """Return the bytes that a step may take on a card.
+
+    Raises:
+        PeftLabError: the card is not known (with near matches).
+    """
     for name, size in CARDS.items():
         if name.lower() == str(card).lower():
             return int((1 - SPARE) * size * GB)
@@ -31,27 +36,38 @@ def card_bytes(card: str) -> int:
 
 
 def that_hold(peak: int) -> list[str]:
-    """The cards that hold a peak of so many bytes, the smallest first."""
+    """Return the cards that hold a peak of this many bytes, the smallest first."""
     return [card for card in sorted(CARDS, key=CARDS.__getitem__) if peak <= card_bytes(card)]
 
 
 def fits(card: str, shape: Any, method: str = "lora", **run: Any) -> bool:
-    """Whether a step fits on a card; `run` is what `estimate` takes."""
+    """Say whether a step fits on a card. `run` takes the arguments of `estimate`.
+
+    >>> pl.memory.fits("T4", "llama-2-7b", "lora"), pl.memory.fits("T4", "llama-2-7b", "qlora")
+    (False, True)
+    """
     return estimate(shape, method, **run).peak_bytes <= card_bytes(card)
 
 
 def what_fits(shape: Any, method: str = "lora", **run: Any) -> list[str]:
-    """The cards on which a step fits, the smallest first."""
+    """Return the cards on which a step fits, the smallest first. `run` takes the arguments of `estimate`.
+
+    >>> pl.memory.what_fits("llama-2-7b", "full", optimizer="adamw")
+    ['A100 80GB', 'H100', 'H200', 'B200']
+    """
     return that_hold(estimate(shape, method, **run).peak_bytes)
 
 
 def largest(what: str, card: str, shape: Any, method: str = "lora", **run: Any) -> int:
-    """The largest batch, or the longest sequence, of a step that fits on a card; 0 if not even one does.
+    """Return the largest batch, or the longest sequence, that fits on a card; 0 if not even 1 fits.
 
     Args:
-        what: ``"batch"`` or ``"sequence"``; the other one is as `run` says.
-        card: a name in ``CARDS``.
-        run: what `estimate` takes.
+        what: `"batch"` or `"sequence"`. The other one is set by `run`.
+        card: a name in `CARDS`.
+        run: the arguments of `estimate`.
+
+    >>> pl.memory.largest("batch", "T4", "llama-3.2-1b", "lora")
+    7
     """
     what = one_of("what", what, ("batch", "sequence"))
     room, shape = card_bytes(card), load_shape(shape, run.pop("labels", None))
@@ -63,16 +79,17 @@ def largest(what: str, card: str, shape: Any, method: str = "lora", **run: Any) 
     one = peak(1)
     if one > room:
         return 0
-    # The peak is nearly linear in both, so a straight line through two points comes close.
+    # The peak grows almost linearly, so a straight line through two points gives a good first guess.
     far = min(1025, most)
     slope = max(1, (peak(far) - one) // max(1, far - 1))
     return _last(lambda size: peak(size) <= room, min(most, 1 + (room - one) // slope), most)
 
 
 def _last(holds: Callable[[int], bool], guess: int, most: int) -> int:
-    """The last whole number up to `most` for which a condition holds: from a guess outwards, then halving the gap.
+    """Return the last whole number up to `most` for which a condition holds.
 
-    The condition is true for 1, and from some number on it is false.
+    The condition holds for 1 and, from some number on, does not hold. The search steps outwards from a guess and then
+    halves the gap.
     """
     low, high, step = 1, most + 1, max(1, guess // 64)
     while low < guess < high:

@@ -1,10 +1,8 @@
-"""What a training step takes, before it is started: `estimate(...)`.
+"""How much memory a training step takes, before it is started: `estimate(...)`.
 
-    >>> estimate("llama-2-7b", "lora", r=16, targets="all-linear", checkpointing=True).peak_bytes  # doctest: +SKIP
-
-The answer is found by living through two steps (see `replay/step` and `replay/tape`), not by a fitted formula. It is
-what ``torch.cuda.max_memory_allocated`` reports for transformers' model under Hugging Face peft: float32 adapters,
-SDPA, ``torch.optim.AdamW(foreach=False)``, ``loss = model(input_ids, labels=labels).loss``, cuBLAS' workspace included.
+The answer comes from a replay of two steps (see `replay/step` and `replay/tape`), not from a fitted formula. It is what
+`torch.cuda.max_memory_allocated` reports for transformers' model under Hugging Face peft, with float32 adapters, SDPA,
+`torch.optim.AdamW(foreach=False)` and `loss = model(input_ids, labels=labels).loss`. cuBLAS' workspace is included.
 """
 
 from __future__ import annotations
@@ -30,34 +28,34 @@ PARALLEL = ("ddp", "fsdp")
 LIBRARIES = ("peft", "peftlab")
 ATTENTIONS = ("sdpa", "eager")
 ADAPTER_PRECISIONS = {"fp32": 4, "bf16": 2}
-MOST = 2**24  # tokens, and examples
-CONTIGUOUS_BIAS = (5, 20)  # of transformers
-POINTS = 2000  # of a step's history that are kept
-# PyTorch gives cuBLAS 32 MiB on Hopper (8 MiB before) for each thread that multiplies matrices: the forward's and the
-# backward's. See CUBLAS_WORKSPACE_CONFIG in its documentation.
+MOST = 2**24  # the most tokens, and the most examples
+CONTIGUOUS_BIAS = (5, 20)  # the version of transformers that changed T5's bias
+POINTS = 2000  # the most points of a step's history that are kept
+# PyTorch gives cuBLAS 32 MiB on Hopper (8 MiB on older GPUs) for each thread that multiplies matrices. There are two:
+# one for the forward pass and one for the backward pass. See CUBLAS_WORKSPACE_CONFIG in PyTorch's documentation.
 CUBLAS_WORKSPACE = 2 * 32 * 2**20
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes at the moment of a step at which most are allocated."""
+    """The bytes at the moment of a step when most are allocated."""
 
     shape: str
     method: str
     peak_bytes: int
-    weights: int  # the model's own, packed where they are in four bits
-    adapter: int  # what the method adds
+    weights: int  # those of the model; four-bit ones as they are packed
+    adapter: int  # the tensors that the method adds
     gradients: int
     optimizer: int
     activations: int  # kept for the backward pass
-    logits: int  # and the float32 copies of the loss
-    workspace: int  # alive at this moment only; cuBLAS' workspace
-    moment: str  # where in the step it is
-    flops: int  # of the matrix products of one step, two for each multiplication and addition
-    file_bytes: int  # the tensors of the checkpoint: the model's, or the adapter's alone
+    logits: int  # with the float32 copies that the loss makes
+    workspace: int  # tensors that live only at this moment, and cuBLAS' workspace
+    moment: str  # where in the step the peak is
+    flops: int  # of one step's matrix products; a multiplication with its addition counts two
+    file_bytes: int  # tensors of the checkpoint: all of the model's, or only the adapter's
     trainable: int
     total: int
-    history: list[tuple[str, int]] = field(repr=False, compare=False)  # the second step: (where, bytes), some of it
+    history: list[tuple[str, int]] = field(repr=False, compare=False)  # of the second step: (where, bytes), thinned out
 
     def __str__(self) -> str:
         parts = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in self.parts.items() if size >= 5e6)
@@ -65,19 +63,19 @@ class Estimate:
 
     @property
     def parts(self) -> dict[str, int]:
-        """The parts by name; their sum is ``peak_bytes``."""
+        """The parts by name; their sum is `peak_bytes`."""
         return {kind: getattr(self, kind) for kind in KINDS}
 
     def seconds(self, peak_flops: float, efficiency: float) -> float:
-        """Time of a step on a device of `peak_flops` operations a second, of which a share `efficiency` is reached.
+        """Return the seconds of a step on a device that reaches the share `efficiency` of `peak_flops` per second.
 
-        Arithmetic alone: a step of many small kernels waits for launches, and takes longer whatever the efficiency.
+        Only matrix products count. A step of many small kernels also waits for their launches and takes longer.
         """
         peak_flops = number("peak_flops", peak_flops, above=0)
         return self.flops / (number("efficiency", efficiency, above=0, most=1) * peak_flops)
 
     def as_dict(self) -> dict[str, int | str]:
-        """As ``peftlab memory --json`` prints it."""
+        """Return the numbers as `peftlab memory --json` prints them."""
         return {name: value for name, value in vars(self).items() if name != "history"}
 
 
@@ -105,32 +103,36 @@ def estimate(
     gpus: int = 1,
     parallel: str = "ddp",
 ) -> Estimate:
-    """The peak of a training step on one GPU, or on each of several, and what makes it.
+    """Estimate the peak memory of a training step on one GPU, or on each of several, and its parts.
 
     The model keeps no cache of keys and values.
 
     Args:
-        shape: a built-in name, the path of a ``config.json`` or of its folder, its dict, or a ``Shape``.
-        method: a method's name, such as ``"lora"``; ``r`` to ``projection`` are what ``count`` takes.
-        batch: examples at once. sequence: tokens of each, padding included.
-        precision: ``"bf16"`` (weights, gradients and states follow), ``"fp32"``, or ``"mixed"`` (float32 weights and
-            bf16 autocast). A 4-bit base keeps embeddings, norms and the output head in this precision.
-        optimizer: ``"adamw"``, ``"adamw8bit"``, ``"paged-adamw8bit"`` or ``"sgd"`` (without momentum).
-        checkpointing: whether each block's activations are computed again in the backward pass.
-        autocast: None switches it on for mixed precision and for ``qlora``.
-        adapter_precision: of what the method adds; ``"fp32"`` as in peft, or ``"bf16"``.
-        attention: ``"sdpa"`` (fused) or ``"eager"``.
+        shape: a built-in name, the path of a `config.json` or of its folder, its dict, or a `Shape`.
+        method: a method's name, such as `"lora"`. The arguments `r` to `projection` are those of `count`.
+        batch: examples at once.
+        sequence: tokens per example, padding included.
+        precision: `"bf16"` (weights, gradients and optimiser states), `"fp32"`, or `"mixed"` (float32 weights and bf16
+            autocast). A 4-bit base keeps embeddings, norms and the output head in this precision.
+        optimizer: `"adamw"`, `"adamw8bit"`, `"paged-adamw8bit"` or `"sgd"` (without momentum).
+        checkpointing: whether the backward pass computes each block's activations again.
+        autocast: None switches it on for mixed precision and for `qlora`.
+        adapter_precision: the precision of the tensors that the method adds, `"fp32"` as in peft or `"bf16"`.
+        attention: `"sdpa"` (fused) or `"eager"`.
         labels: classes of an encoder's head.
-        library: whose layers: ``"peft"``, or ``"peftlab"``, whose LoRA (in four bits, too) keeps less under autocast.
-            The other methods are replayed as peft's for both.
-        transformers: the version whose forward pass is replayed; None takes the one that is installed, else the newest.
-            It matters to T5 alone, whose self-attention is not fused before 5.20.
-        gpus: how many train together; `batch` is that of each.
-        parallel: how: ``"ddp"`` (each holds everything) or ``"fsdp"`` (full shards of each block and of the rest).
+        library: `"peft"` or `"peftlab"`: whose layers are replayed. peftlab's LoRA, also in four bits, keeps less under
+            autocast. All other methods are replayed as in peft.
+        transformers: the version whose forward pass is replayed. None takes the installed one, or else the newest. It
+            matters only for T5, whose self-attention is not fused before 5.20.
+        gpus: the number of GPUs that train together. `batch` is the batch of each.
+        parallel: `"ddp"` (each GPU holds everything) or `"fsdp"` (each block, and the rest, is divided into shards).
 
     Raises:
         PeftLabError: an unknown name (with near matches), a number that is not positive, a target without a match, a
             method that this model cannot have, an architecture whose activations are not known.
+
+    >>> print(pl.memory.estimate("llama-2-7b", "lora", r=16, checkpointing=True))
+    llama-2-7b, lora: peak 13.98 GB in backward (weights 13.48, ...)
     """
     shape, method = load_shape(shape, labels), method_name(method)
     row = METHODS[method]
@@ -165,7 +167,8 @@ def estimate(
     run = Run(shape, method, trained, recipe)
     run.step()
     before = run.memory.flops
-    run.memory.history = []
+    history: list[tuple[str, int]] = []
+    run.memory.history = history
     run.step()
     run.close()
     memory = run.memory
@@ -176,12 +179,12 @@ def estimate(
         shape.name, method, memory.peak + CUBLAS_WORKSPACE, **parts,
         moment=memory.peak_moment, flops=memory.flops - before,
         file_bytes=_file_bytes(shape, trained, recipe), trainable=counted.trainable, total=counted.total,
-        history=_thinned(memory.history),
+        history=_thinned(history),
     )  # fmt: skip
 
 
 def _contiguous_bias(transformers: str | None) -> bool:
-    """Whether T5's position bias is laid out as a fused kernel wants it: since transformers 5.20."""
+    """Say whether T5's position bias is contiguous, as a fused kernel needs it. It is since transformers 5.20."""
     if transformers is None:
         try:
             transformers = version("transformers")
@@ -190,11 +193,11 @@ def _contiguous_bias(transformers: str | None) -> bool:
     try:
         return tuple(int(part) for part in transformers.split(".")[:2]) >= CONTIGUOUS_BIAS
     except ValueError:
-        raise PeftLabError(f"transformers is a version such as '5.20.0'; found {transformers!r}.") from None
+        raise PeftLabError(f"transformers must be a version such as '5.20.0'; found {transformers!r}.") from None
 
 
 def _refuse_what_cannot_run(shape: Shape, method: str, sequence: int, virtual_tokens: int) -> None:
-    """What transformers would stop at, and what is not known here. What a method cannot do, its replay refuses."""
+    """Refuse what transformers cannot run, and models without a replay. A method's replay refuses what it cannot do."""
     if shape.family not in FORWARD:
         raise PeftLabError(
             f"The activations of {shape.family} models are not known yet; known: {', '.join(FORWARD)}."
@@ -207,9 +210,9 @@ def _refuse_what_cannot_run(shape: Shape, method: str, sequence: int, virtual_to
 
 
 def longest(shape: Shape, method: str, virtual_tokens: int) -> int:
-    """The most tokens that a model takes: its learned positions, of which RoBERTa leaves two out; else `MOST`.
+    """Return the most tokens that a model takes: the number of its learned positions, or `MOST` if it learns none.
 
-    Virtual tokens, of a prompt or of a prefix, take positions, too.
+    RoBERTa does not use two of its positions. The virtual tokens of a prompt or prefix take positions too.
     """
     rows = [m.inputs for m in shape.modules if m.path.endswith(("transformer.wpe", "embeddings.position_embeddings"))]
     if not rows:
@@ -219,7 +222,7 @@ def longest(shape: Shape, method: str, virtual_tokens: int) -> int:
 
 
 def _file_bytes(shape: Shape, trained: Trained, recipe: Recipe) -> int:
-    """What is saved: all weights, or what trains."""
+    """Return the bytes of a checkpoint: of all weights, or only of what trains."""
     if trained.whole:
         return recipe.weight_bytes * shape.parameters
     elements = trained.saved
@@ -231,6 +234,6 @@ def _file_bytes(shape: Shape, trained: Trained, recipe: Recipe) -> int:
 
 
 def _thinned(history: list[tuple[str, int]]) -> list[tuple[str, int]]:
-    """At most `POINTS` of them: the highest of each stretch, so that no peak is lost."""
+    """Return at most `POINTS` points: the highest of each stretch, so that no peak is lost."""
     width = -(-len(history) // POINTS)
     return [max(history[i : i + width], key=lambda point: point[1]) for i in range(0, len(history), width)]

@@ -7,7 +7,11 @@ _BINARY = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def format_bytes(size: float, binary: bool = False) -> str:
-    """``14400000000`` as ``"14.40 GB"``, or with ``binary`` as ``"13.41 GiB"``."""
+    """Write a number of bytes with a unit, in steps of 1000 or, with `binary`, of 1024.
+
+    >>> pl.memory.format_bytes(14_400_000_000), pl.memory.format_bytes(14_400_000_000, binary=True)
+    ('14.40 GB', '13.41 GiB')
+    """
     base, units = (1024.0, _BINARY) if binary else (1000.0, _DECIMAL)
     value, unit = float(size), 0
     while abs(value) >= base and unit < len(units) - 1:
@@ -16,15 +20,27 @@ def format_bytes(size: float, binary: bool = False) -> str:
 
 
 def format_both(size: float) -> str:
-    """``14400000000`` as ``"14.40 GB (13.41 GiB)"``."""
+    """Write a number of bytes in both units.
+
+    >>> pl.memory.format_both(14_400_000_000)
+    '14.40 GB (13.41 GiB)'
+    """
     return f"{format_bytes(size)} ({format_bytes(size, binary=True)})"
 
 
 def format_count(number: int) -> str:
-    """``6738415616`` as ``"6,738,415,616"``."""
+    """Write a count with commas.
+
+    >>> pl.memory.format_count(6_738_415_616)
+    '6,738,415,616'
+    """
     return f"{number:,}"
 
 
 def format_percent(percent: float) -> str:
-    """Three significant figures: ``"0.0622 %"``, ``"1.07 %"``, ``"100 %"``."""
+    """Write a percentage with three significant figures.
+
+    >>> pl.memory.format_percent(0.06224), pl.memory.format_percent(100)
+    ('0.0622 %', '100 %')
+    """
     return f"{percent:.3g} %" if percent >= 0.001 or percent == 0 else f"{percent:.1e} %"

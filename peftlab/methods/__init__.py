@@ -16,10 +16,10 @@ def __getattr__(name: str) -> Any:
     """
     rows = {name: row for name, row in catalogue.METHODS.items() if row.config}
     if name == "METHODS":
-        return {name: catalogue.resolve(row.config) for name, row in rows.items() if not row.four_bit}
+        return {name: row.config_class() for name, row in rows.items() if not row.four_bit}
     for row in rows.values():
         if name == row.config_name:
-            return catalogue.resolve(row.config)
+            return row.config_class()
     module = f"{__name__}.{name}"
     try:
         return import_module(module)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,7 +37,9 @@ from peftlab.core.targets import Targets, check_called, find, heads, linear_shap
 from peftlab.errors import PeftLabError
 from peftlab.methods.parts import cast, first_input, trained_copies
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "linear": lambda x: x}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "linear": lambda x: x
+}  # fmt: skip
 KEYS = {
     f"bottleneck.{name}.{kind}": f"{{path}}.adapter_{name}.{kind}"
     for name in ("down", "up")
@@ -67,7 +69,7 @@ class Bottleneck(nn.Module):
 class After(Part):
     """Return y + a(y): read what the host returns and add to it."""
 
-    keys: ClassVar[dict[str, str]] = KEYS
+    keys = KEYS
 
     def __init__(self, bottleneck: Bottleneck) -> None:
         super().__init__()
@@ -83,7 +85,7 @@ class After(Part):
 class Beside(Part):
     """Return F(x) + a(x): read what the host F reads and add to what it returns."""
 
-    keys: ClassVar[dict[str, str]] = KEYS
+    keys = KEYS
 
     def __init__(self, bottleneck: Bottleneck) -> None:
         super().__init__()
@@ -97,7 +99,7 @@ class Beside(Part):
 class AroundNorm(Part):
     """Return LN(z + a(LN z)): read what a norm returns, and add to what the norm reads, z = x + h."""
 
-    keys: ClassVar[dict[str, str]] = KEYS
+    keys = KEYS
 
     def __init__(self, bottleneck: Bottleneck) -> None:
         super().__init__()
@@ -115,7 +117,7 @@ class BesideResidual(Part):
     The feed-forward ends in a module that is given h and x and adds them. Here it is given h and x + a(x).
     """
 
-    keys: ClassVar[dict[str, str]] = KEYS
+    keys = KEYS
 
     def __init__(self, bottleneck: Bottleneck) -> None:
         super().__init__()
@@ -219,7 +221,7 @@ class AdapterConfig(Targets):
             return found
 
         for path, host in find(model, self, default, check_host).items():
-            yield Placement(path, "adapter", kind_at(path, self.placement)(Bottleneck(width_of(host), self)))
+            yield Placement(path, "adapter", kind_at(path, self.placement)(Bottleneck(known_width(host), self)))
         yield from trained_copies(model, self)
 
     def to_peft(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -237,9 +239,10 @@ class AdapterConfig(Targets):
         return {name: fields[name] for name in names if name in fields}
 
 
+Standing = After | Beside | AroundNorm | BesideResidual
 # Where the adapters stand: for each architecture and placement, a regular expression for the whole path of a module,
 # and the part that stands there. A model is of an architecture if each of the three expressions matches a module of it.
-ARCHITECTURES: tuple[dict[str, tuple[str, type[After | Beside | AroundNorm | BesideResidual]]], ...] = (
+ARCHITECTURES: tuple[dict[str, tuple[str, type[Standing]]], ...] = (
     {  # Llama, Mistral, Qwen, Gemma
         "houlsby": (r"(.*\.)?layers\.\d+\.(self_attn\.o_proj|mlp\.down_proj)", After),
         "pfeiffer": (r"(.*\.)?layers\.\d+", After),
@@ -279,7 +282,7 @@ def places(model: nn.Module, modules: Mapping[str, nn.Module], placement: str) -
     )
 
 
-def kind_at(path: str, placement: str) -> type[nn.Module]:
+def kind_at(path: str, placement: str) -> type[Standing]:
     """Return the kind of part for a module: that of a known place, or else the plain one of the placement."""
     for architecture in ARCHITECTURES:
         regex, kind = architecture[placement]
@@ -293,6 +296,13 @@ def width_of(host: nn.Module) -> int | None:
     inner = [shape for module in base_modules(host).values() if (shape := linear_shape(module))]
     own = getattr(host, "weight", None)
     return inner[-1][1] if inner else own.numel() if isinstance(own, Tensor) and own.dim() == 1 else None
+
+
+def known_width(host: nn.Module) -> int:
+    """Return d of a module that `check_host` has let through."""
+    d = width_of(host)
+    assert d is not None
+    return d
 
 
 def check_host(model: nn.Module, path: str, host: nn.Module) -> None:

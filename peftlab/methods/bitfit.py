@@ -123,7 +123,8 @@ class SelectiveConfig(Targets):
 
 def as_given(config: Targets) -> str | list[str] | None:
     """Return a config's targets in the form that a file holds."""
-    return sorted(config.target_modules) if isinstance(config.target_modules, tuple) else config.target_modules
+    targets = config.target_modules
+    return targets if targets is None or isinstance(targets, str) else sorted(targets)
 
 
 def with_biases(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -23,7 +23,17 @@ from torch import Tensor, nn
 from peftlab.checks import check_fields, one_of
 from peftlab.core.hooks import base_modules
 from peftlab.core.interface import Part, Placement
-from peftlab.core.targets import Targets, check_carrier, check_regex, find, is_conv1d, linear_shape, names_match
+from peftlab.core.records import own_tensor, tensor_at
+from peftlab.core.targets import (
+    Targets,
+    check_carrier,
+    check_regex,
+    find,
+    is_conv1d,
+    linear_shape,
+    names_match,
+    shape_of,
+)
 from peftlab.errors import PeftLabError
 from peftlab.methods.parts import first_input, trained_copies, widened
 
@@ -35,12 +45,12 @@ class IA3Output(Part):
         ia3_l: (out, 1), as Hugging Face stores it.
     """
 
-    keys: ClassVar[dict[str, str]] = {"ia3_l": "{path}.ia3_l"}
+    keys = {"ia3_l": "{path}.ia3_l"}
 
     def __init__(self, host: nn.Module, config: IA3Config) -> None:
         super().__init__()
         self.transposed = stores_transposed(host, config)
-        self.ia3_l = nn.Parameter(drawn((linear_shape(host)[1], 1), config.init))
+        self.ia3_l = nn.Parameter(drawn((shape_of(host)[1], 1), config.init))
 
     def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
         """Scale the output. output: (..., out)."""
@@ -50,9 +60,10 @@ class IA3Output(Part):
     def merged(self, host: nn.Module) -> dict[str, Tensor]:
         """Return the host's parameters with the scale folded in: diag(l) W and l * b."""
         scale = widened(self.ia3_l)  # (out, 1): a factor for each row of W
-        parameters = {"weight": widened(host.weight) * (scale.T if self.transposed else scale)}
-        if host.bias is not None:
-            parameters["bias"] = widened(host.bias) * scale.flatten()
+        parameters = {"weight": widened(own_tensor(host, "weight")) * (scale.T if self.transposed else scale)}
+        bias = tensor_at(host, "bias")
+        if bias is not None:
+            parameters["bias"] = widened(bias) * scale.flatten()
         return parameters
 
 
@@ -63,12 +74,12 @@ class IA3Input(Part):
         ia3_l: (1, in), as Hugging Face stores it.
     """
 
-    keys: ClassVar[dict[str, str]] = {"ia3_l": "{path}.ia3_l"}
+    keys = {"ia3_l": "{path}.ia3_l"}
 
     def __init__(self, host: nn.Module, config: IA3Config) -> None:
         super().__init__()
         self.transposed = stores_transposed(host, config)
-        self.ia3_l = nn.Parameter(drawn((1, linear_shape(host)[0]), config.init))
+        self.ia3_l = nn.Parameter(drawn((1, shape_of(host)[0]), config.init))
 
     def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Scale the input. x: (..., in)."""
@@ -80,7 +91,7 @@ class IA3Input(Part):
     def merged(self, host: nn.Module) -> dict[str, Tensor]:
         """Return the host's weight with the scale folded in: W diag(l)."""
         scale = widened(self.ia3_l)  # (1, in): a factor for each column of W
-        return {"weight": widened(host.weight) * (scale.T if self.transposed else scale)}
+        return {"weight": widened(own_tensor(host, "weight")) * (scale.T if self.transposed else scale)}
 
 
 # For each architecture: the layers of keys, of values and at the end of the feed-forward; and which of them have their
@@ -133,17 +144,16 @@ class IA3Config(Targets):
         elif modules is not None:
             if not isinstance(modules, Iterable) or not all(isinstance(name, str) and name for name in modules):
                 raise PeftLabError(f"feedforward_modules is {modules!r}; give a list of module names.")
-            object.__setattr__(self, "feedforward_modules", tuple(dict.fromkeys(modules)))
-            if isinstance(self.target_modules, tuple):
-                strange = [name for name in self.feedforward_modules if not self._is_of(name)]
+            names = tuple(dict.fromkeys(modules))
+            object.__setattr__(self, "feedforward_modules", names)
+            targets = self.target_modules
+            if isinstance(targets, tuple):
+                strange = [name for name in names if not is_of(name, targets)]
                 if strange:
                     raise PeftLabError(
                         f"feedforward_modules names {strange[0]!r}, which is not in target_modules "
-                        f"({', '.join(self.target_modules)}); name it there as well."
+                        f"({', '.join(targets)}); name it there as well."
                     )
-
-    def _is_of(self, name: str) -> bool:
-        return any(target.endswith(name) or name.endswith(target) for target in self.target_modules)
 
     def parts(self, model: nn.Module) -> Iterator[Placement]:
         """Yield a scale for each target, and the trained copies."""
@@ -156,23 +166,27 @@ class IA3Config(Targets):
     def inputs(self, model: nn.Module) -> str | tuple[str, ...]:
         """Return the modules whose input is scaled: those the config names, or a known architecture's."""
         if self.feedforward_modules is not None:
-            return self.feedforward_modules
+            named = self.feedforward_modules
+            return named if isinstance(named, str) else tuple(named)
         known = architecture(model, base_modules(model))
         return known[1] if known else ()
 
     def to_peft(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:
         """Return the fields of Hugging Face's `adapter_config.json` that only IA3 has."""
         inputs = self.inputs(model)
-        if not isinstance(inputs, str):
+        stored: str | list[str]
+        if isinstance(inputs, str):
+            stored = inputs
+        else:
             named = self.target_modules if isinstance(self.target_modules, tuple) else ()
             scaled = sorted(path for path in hosts if scales_input(inputs, path) and linear_shape(hosts[path]))
             if set(inputs) <= set(named):
-                inputs = sorted(inputs)
+                stored = sorted(inputs)
             # If both are lists, peft wants a subset of target_modules. Whole paths are not in a list of short names.
             else:
-                inputs = "|".join(map(re.escape, scaled)) if named and scaled else scaled
+                stored = "|".join(map(re.escape, scaled)) if named and scaled else scaled
         return {
-            "feedforward_modules": inputs,
+            "feedforward_modules": stored,
             "fan_in_fan_out": self.fan_in_fan_out or any(is_conv1d(host) for host in hosts.values()),
             "init_ia3_weights": True,
         }
@@ -185,6 +199,11 @@ class IA3Config(Targets):
             "feedforward_modules": inputs if isinstance(inputs, str) else tuple(inputs or ()),
             "fan_in_fan_out": bool(fields.get("fan_in_fan_out", False)),
         }
+
+
+def is_of(name: str, targets: Iterable[str]) -> bool:
+    """Say whether a name can mean one of the targets: one of the two ends in the other."""
+    return any(target.endswith(name) or name.endswith(target) for target in targets)
 
 
 def architecture(model: nn.Module, paths: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]] | None:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from peftlab.core.hooks import CHILD, active_prompt
+from peftlab.core.hooks import active_prompt, adapters_on
 from peftlab.core.interface import Part, Placement
+from peftlab.core.records import as_transformer
 from peftlab.errors import PeftLabError
 from peftlab.methods.caches import begins, given_cache, require_cache_argument
 from peftlab.methods.virtual import (
@@ -60,9 +61,9 @@ class InFront(Part):
         `text_positions`.
         """
         kwargs = by_name(host, args, kwargs)
-        activity = host._modules[CHILD].activity
+        activity = adapters_on(host).activity
         embeddings, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids")
-        tokens = (ids if embeddings is None else embeddings).shape[1]
+        tokens = kwargs["input_ids" if embeddings is None else "inputs_embeds"].shape[1]
         activity.text_begins = begins(given_cache(kwargs), tokens, kwargs.get("attention_mask"), self.count)
         given = kwargs.get("position_ids")
         if given is not None and host.training:
@@ -124,6 +125,6 @@ def prompt_parts(model: nn.Module, source: nn.Module, count: int) -> Iterator[Pl
         require_cache_argument(model)
         yield Placement("", "prompt", InFront(source, count, position_limit(model)))
         return
-    encoder, decoder = model.get_encoder(), model.get_decoder()
+    encoder, decoder = as_transformer(model).get_encoder(), as_transformer(model).get_decoder()
     yield Placement(path_of(model, encoder), "prompt", InFront(source, count, position_limit(encoder)))
     yield Placement(path_of(model, decoder), "prompt", LongerMemory(count))

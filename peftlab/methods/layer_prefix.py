@@ -7,7 +7,7 @@ prefix in front of its own keys and values. The share is made from the parameter
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,28 @@ from torch import Tensor, nn
 from peftlab.core.hooks import active_prompt
 from peftlab.core.interface import Part
 from peftlab.methods.caches import NAMES, cache_argument, is_cache
+from peftlab.methods.states import Attention
+
+
+class Columns(Protocol):
+    """Declare what a layer asks of that which makes a prefix."""
+
+    def part(self, start: int, end: int) -> Tensor: ...
+
+
+class WholePrefix(Protocol):
+    """Declare what a layer asks of the part on the model, `prefix_tuning.Prefix`."""
+
+    sizes: Attention
+    count: int
+    compatibility_key: str | None
+
+    @property
+    def source(self) -> Columns: ...
+
+    def pair(self, layer: int) -> int: ...
+
+    def laid_out(self, table: Tensor) -> Tensor: ...
 
 
 class LayerPrefix(Part):
@@ -26,7 +48,9 @@ class LayerPrefix(Part):
         window: how many tokens the layer sees, or None for all.
     """
 
-    def __init__(self, prefix: nn.Module, index: int, window: int | None) -> None:
+    prefix: WholePrefix
+
+    def __init__(self, prefix: WholePrefix, index: int, window: int | None) -> None:
         super().__init__()
         self.__dict__["prefix"] = prefix  # not a child: its parameters belong to the model's part
         self.index, self.window, self.compatibility_key = index, window, prefix.compatibility_key
@@ -38,7 +62,7 @@ class LayerPrefix(Part):
         return self.prefix.source.part(start, start + width)
 
     def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """In training, give a module that got no cache one that only puts the share in front."""
+        """Give a module that gets no cache in training one that only puts the share in front."""
         name = cache_argument(host)
         if not host.training or kwargs.get(name) is not None:
             return args, kwargs

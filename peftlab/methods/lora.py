@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from peftlab.checks import check_fields, number, one_of, whole
 from peftlab.core.interface import Part, Placement
-from peftlab.core.targets import Targets, by_pattern, check_regex, find, in_any_order, is_conv1d, linear_shape
+from peftlab.core.records import own_tensor, tensor_at
+from peftlab.core.targets import Targets, by_pattern, check_regex, find, in_any_order, is_conv1d, shape_of
 from peftlab.errors import PeftLabError
 from peftlab.methods.parts import BIAS_MODES, cast, first_input, trained_biases, trained_copies, widened
 
@@ -36,7 +37,7 @@ class LoRALinear(Part):
         scaling: s.
     """
 
-    keys: ClassVar[dict[str, str]] = {
+    keys = {
         "lora_A": "{path}.lora_A.weight",
         "lora_B": "{path}.lora_B.weight",
         "lora_B_bias": "{path}.lora_B.bias",
@@ -44,7 +45,7 @@ class LoRALinear(Part):
 
     def __init__(self, host: nn.Module, r: int, scaling: float, config: LoRAConfig) -> None:
         super().__init__()
-        inside, outside = linear_shape(host)
+        inside, outside = shape_of(host)
         self.scaling, self.dropout = scaling, config.dropout
         # Conv1D stores its weight (in, out)
         self.transposed = is_conv1d(host) or (config.fan_in_fan_out and not isinstance(host, nn.Linear))
@@ -71,14 +72,15 @@ class LoRALinear(Part):
         # W' = W + s B A. Not delta(): it rounds a product of 16-bit factors before it is added.
         delta = (widened(self.lora_B) @ widened(self.lora_A)) * self.scaling
         delta = delta.T if self.transposed else delta
-        parameters = {"weight": widened(host.weight) + delta}
+        parameters = {"weight": widened(own_tensor(host, "weight")) + delta}
         if self.lora_B_bias is not None:
-            if host.bias is None:
+            bias = tensor_at(host, "bias")
+            if bias is None:
                 raise PeftLabError(
                     "lora_bias cannot be merged into a layer without a bias; keep the adapter unmerged, or train it "
                     "without lora_bias."
                 )
-            parameters["bias"] = widened(host.bias) + widened(self.lora_B_bias) * self.scaling
+            parameters["bias"] = widened(bias) + widened(self.lora_B_bias) * self.scaling
         return parameters
 
 
@@ -92,13 +94,13 @@ class LoRAEmbedding(Part):
         lora_B: (width, r), normal at the start.
     """
 
-    keys: ClassVar[dict[str, str]] = {"lora_A": "{path}.lora_embedding_A", "lora_B": "{path}.lora_embedding_B"}
+    keys = {"lora_A": "{path}.lora_embedding_A", "lora_B": "{path}.lora_embedding_B"}
 
     def __init__(self, host: nn.Embedding, r: int, scaling: float, config: LoRAConfig) -> None:
         super().__init__()
         if config.lora_bias:
             raise PeftLabError("lora_bias cannot be used on an embedding; leave it out, or leave the embedding out.")
-        vocabulary, width = linear_shape(host)
+        vocabulary, width = shape_of(host)
         self.scaling = scaling
         # Here A is zero and B is not (as in loralib and peft). So a token that never occurs keeps its embedding.
         self.lora_A = nn.Parameter(torch.zeros(r, vocabulary))
@@ -106,8 +108,9 @@ class LoRAEmbedding(Part):
         if config.init == "random":
             nn.init.normal_(self.lora_A)
 
-    def after(self, host: nn.Embedding, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
+    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
         """Add the update. tokens: (...), output: (..., width)."""
+        assert isinstance(host, nn.Embedding)
         rows = F.embedding(
             first_input(args, kwargs), self.lora_A.T, host.padding_idx, host.max_norm, host.norm_type,
             host.scale_grad_by_freq, host.sparse,
@@ -120,10 +123,10 @@ class LoRAEmbedding(Part):
         """Return the update of the weight, (vocabulary, width), in the adapter's dtype and with gradients."""
         return (self.lora_B @ self.lora_A).T * self.scaling
 
-    def merged(self, host: nn.Embedding) -> dict[str, Tensor]:
+    def merged(self, host: nn.Module) -> dict[str, Tensor]:
         """Return the host's weight with the update folded in, not yet rounded to the host's dtype."""
         delta = (widened(self.lora_B) @ widened(self.lora_A)).T * self.scaling
-        return {"weight": widened(host.weight) + delta}
+        return {"weight": widened(own_tensor(host, "weight")) + delta}
 
 
 def start(lora_A: Tensor, lora_B: Tensor, init: str) -> None:
@@ -219,7 +222,7 @@ class LoRAConfig(Targets):
                         f"{next(iter(targets))}."
                     )
         for path, host in targets.items():
-            kind = LoRAEmbedding if isinstance(host, nn.Embedding) else LoRALinear
+            kind: type[Part] = LoRAEmbedding if isinstance(host, nn.Embedding) else LoRALinear
             part = kind(host, by_pattern(self.rank_pattern, path, self.r), self.scaling(path), self)
             yield Placement(path, "lora", part)
         copies = list(trained_copies(model, self))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftlab.core.hooks import CHILD, base_modules, remove
 from peftlab.core.interface import Part, Placement
+from peftlab.core.records import own_tensor
 from peftlab.core.targets import check_called, heads
 from peftlab.errors import PeftLabError
 from peftlab.methods.caches import cache_argument
@@ -30,16 +31,17 @@ class TrainedBias(Part):
 
     def __init__(self, host: nn.Module, keys: tuple[str, ...]) -> None:
         super().__init__()
-        self.bias = nn.Parameter(host.bias.detach().clone())
+        self.bias = nn.Parameter(own_tensor(host, "bias").detach().clone())
         self.keys = {"bias": keys}
 
     def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
         """Replace the bias. output: (..., out). In convolutions and norms of images, the channels lie further left."""
         # y + (b - b0)
-        change = self.bias - host.bias.detach().to(self.bias.dtype)
+        change = self.bias - own_tensor(host, "bias").detach().to(self.bias.dtype)
         right_of_channels = 0
-        if hasattr(host, "kernel_size"):
-            right_of_channels = len(host.kernel_size)
+        kernel = getattr(host, "kernel_size", None)
+        if kernel is not None:
+            right_of_channels = len(kernel)
         elif isinstance(host, (nn.modules.batchnorm._NormBase, nn.GroupNorm)):
             right_of_channels = output.dim() - 2
         return (output + change.view(-1, *(1,) * right_of_channels)).to(output.dtype)
@@ -123,7 +125,7 @@ def bias_copies(
         users = [path for path in paths if set(modules[path]._modules) <= {CHILD}]
         parents = [model.get_submodule(path.rpartition(".")[0]) for path in users]
         unread = any(isinstance(parent, nn.MultiheadAttention) for parent in parents)
-        if not users or unread or modules[users[0]].bias.dim() != 1:
+        if not users or unread or own_tensor(modules[users[0]], "bias").dim() != 1:
             raise PeftLabError(
                 f"{names[0]} of {type(modules[paths[0]]).__name__} is not simply added to what that module returns, "
                 f"so it cannot be trained beside it. {instead}"

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from peftlab.checks import check_fields, whole
 from peftlab.core.hooks import active_prompt
 from peftlab.core.interface import Part, Placement
+from peftlab.core.records import as_transformer
 from peftlab.errors import PeftLabError
 from peftlab.methods.caches import NAMES, begins, cache_name, given_cache
 from peftlab.methods.layer_prefix import LayerPrefix, WithoutCache
@@ -78,9 +79,10 @@ class Prefix(Part):
     """
 
     carried = True
+    source: Table | Projection
 
     def __init__(
-        self, source: nn.Module, sizes: Attention, count: int, limit: int | None, stride: int, named: str
+        self, source: Table | Projection, sizes: Attention, count: int, limit: int | None, stride: int, named: str
     ) -> None:
         super().__init__()
         self.source, self.sizes, self.count, self.limit, self.stride = source, sizes, count, limit, stride
@@ -214,7 +216,7 @@ class PrefixTuningConfig(VirtualTokens):
     def parts(self, model: nn.Module) -> Iterator[Placement]:
         """Yield the prefix on the model, the parts that checkpointed layers need, and the copies of heads."""
         word_embeddings(model)  # raises an error if the model is of the wrong kind
-        body = model.get_decoder() if is_encoder_decoder(model) else model
+        body = as_transformer(model).get_decoder() if is_encoder_decoder(model) else model
         named = cache_name(model)
         if named is None:
             raise PeftLabError(f"{type(model).__name__} takes no past keys and values, so no prefix. Use a prompt.")
@@ -230,6 +232,7 @@ class PrefixTuningConfig(VirtualTokens):
                 "encoder-decoder share them. Start from 'random' or 'zero'."
             )
         total = 2 * sizes.layers * sizes.heads * sizes.width
+        source: Table | Projection
         if self.projection:
             source = Projection(n, sizes, self.encoder_hidden, init)
         elif init in ("vocabulary", "text"):

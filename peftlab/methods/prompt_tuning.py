@@ -20,8 +20,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftlab.core.hooks import CHILD, active_prompt
+from peftlab.core.hooks import active_prompt, adapters_on
 from peftlab.core.interface import Part, Placement
+from peftlab.core.records import as_transformer
 from peftlab.errors import PeftLabError
 from peftlab.methods.caches import cache_in
 from peftlab.methods.in_front import prompt_parts
@@ -41,7 +42,7 @@ from peftlab.methods.virtual import (
 
 
 class DeepPrompt(Part):
-    """A prompt for this layer. It overwrites the previous layer's output at the prompt positions.
+    """Hold a prompt for this layer. It overwrites the previous layer's output at the prompt positions.
 
         H_i' = [P_i; H_i[n:]]
 
@@ -49,7 +50,7 @@ class DeepPrompt(Part):
         rows: P_i, (n, d).
     """
 
-    keys: ClassVar[dict[str, str]] = {"rows": "{path}.prompt_embeddings"}
+    keys = {"rows": "{path}.prompt_embeddings"}
 
     def __init__(self, rows: Tensor) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ class DeepPrompt(Part):
         # A checkpointed block runs again in the backward pass. Then `text_begins` may be of a later call, but the block
         # has no cache, which shows that its text begins.
         cached = not host.training or cache_in((*args, *kwargs.values())) is not None
-        if cached and not host._modules[CHILD].activity.text_begins:
+        if cached and not adapters_on(host).activity.text_begins:
             return args, kwargs
         if not args:
             raise PeftLabError(
@@ -135,7 +136,7 @@ class PromptTuningConfig(VirtualTokens):
 
     def deeper(self, model: nn.Module, tokens: Tensor | None) -> Iterator[Placement]:
         """Yield a prompt for each block but the first."""
-        stack = model.get_encoder() if is_encoder_decoder(model) else model
+        stack = as_transformer(model).get_encoder() if is_encoder_decoder(model) else model
         found = blocks(stack)
         if not found:
             raise PeftLabError(f"{type(stack).__name__} has no list of blocks; use a shallow prompt (deep=False).")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftlab.core.hooks import base_alone, base_modules
 from peftlab.core.modes import mode
+from peftlab.core.records import as_transformer
 from peftlab.errors import PeftLabError
 from peftlab.methods.caches import cache_argument, cache_name
 from peftlab.methods.virtual import is_encoder_decoder
@@ -30,7 +31,7 @@ def attention_of(model: nn.Module) -> Attention:
     Raises:
         PeftLabError: layers have different sizes, or the config does not say them.
     """
-    whole = model.config
+    whole = as_transformer(model).config
     config = whole.get_text_config() if hasattr(whole, "get_text_config") else whole
 
     def first(*names: str) -> int | None:
@@ -65,8 +66,8 @@ def blocks(stack: nn.Module) -> list[nn.Module]:
     They are the outermost list with as many modules as the config has layers.
     """
     layers = getattr(stack.config, "num_hidden_layers", None) or getattr(stack.config, "num_layers", None)
-    lists = [path for path, m in base_modules(stack).items() if isinstance(m, nn.ModuleList) and len(m) == layers]
-    return list(stack.get_submodule(min(lists, key=lambda path: path.count(".")))) if lists else []
+    lists = {path: m for path, m in base_modules(stack).items() if isinstance(m, nn.ModuleList) and len(m) == layers}
+    return list(lists[min(lists, key=lambda path: path.count("."))]) if lists else []
 
 
 def attentions(stack: nn.Module) -> dict[int, str]:
@@ -106,7 +107,9 @@ def keys_and_values(model: nn.Module, tokens: Tensor) -> Tensor:
     answer.
     """
     cache = new_cache(model, whole=True)
-    inputs: dict[str, Any] = {"input_ids": tokens[None], cache_name(model): cache}
+    name = cache_name(model)
+    assert name is not None  # a model that takes no cache has been refused
+    inputs: dict[str, Any] = {"input_ids": tokens[None], name: cache}
     if is_encoder_decoder(model):
         inputs["decoder_input_ids"] = tokens[None]
     with quietly(model):
@@ -127,7 +130,8 @@ def new_cache(model: nn.Module, whole: bool = False) -> Any:
 
     if is_encoder_decoder(model):
         return EncoderDecoderCache(DynamicCache(), DynamicCache())
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    whole_config = as_transformer(model).config
+    config = whole_config.get_text_config() if hasattr(whole_config, "get_text_config") else whole_config
     # the config says which layers see only a window; an encoder's cache has no such layers
     return DynamicCache(config=config) if getattr(config, "sliding_window", None) and not whole else DynamicCache()
 
@@ -139,7 +143,7 @@ def only_attention(model: nn.Module) -> bool:
     """
     from transformers.cache_utils import DynamicCache
 
-    config = model.config.get_text_config(decoder=True)
+    config = as_transformer(model).config.get_text_config(decoder=True)
     named = (getattr(config, name, None) for name in ("layer_types", "layers_block_type", "block_types"))
     if not all("attention" in kind and "linear" not in kind for kinds in named for kind in kinds or ()):
         return False

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from peftlab.checks import check_fields, one_of, whole
 from peftlab.core.interface import Placement
+from peftlab.core.records import as_transformer
 from peftlab.core.targets import check_names, check_task
 from peftlab.errors import PeftLabError
 from peftlab.methods.parts import trained_copies
@@ -163,10 +164,10 @@ def word_embeddings(model: nn.Module) -> nn.Embedding:
     Raises:
         PeftLabError: the model has none.
     """
-    found = None
+    found: Any = None  # an nn.Embedding, or a model's own module with the same attributes
     if hasattr(model, "get_input_embeddings") and hasattr(model, "config"):
         try:
-            found = model.get_input_embeddings()
+            found = as_transformer(model).get_input_embeddings()
         except NotImplementedError:
             found = None
     if not hasattr(found, "embedding_dim"):

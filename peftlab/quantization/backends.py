@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -150,7 +151,7 @@ def choose(name: str, format: str, block_size: int, device: torch.device) -> Ref
     return next(b for b in BACKENDS.values() if b.cannot(format, block_size, device) is None)
 
 
-def from_bitsandbytes(theirs: object) -> QuantState:
+def from_bitsandbytes(theirs: Any) -> QuantState:
     """Return bitsandbytes' record of a quantised weight as a `QuantState`. The tensors are shared, not copied."""
     nested = theirs.state2 if theirs.nested else None
     return QuantState(

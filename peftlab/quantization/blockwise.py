@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -181,7 +182,7 @@ def quantize(
         )
     state = QuantState(absmax, weight.shape, weight.dtype, block_size, format)
     state = quantize_scales(state) if double_quant else state
-    if state.nested and not torch.isfinite(state.offset):
+    if state.offset is not None and not torch.isfinite(state.offset):
         raise PeftLabError(
             f"{name} holds values so large that the mean of its scales overflows. Quantise it with double_quant=False."
         )
@@ -217,7 +218,7 @@ class QuantState:
 
     def scales(self) -> Tensor:
         """Return the blocks' scales as numbers, (blocks,) float32."""
-        if not self.nested:
+        if self.nested_absmax is None or self.offset is None:
             return self.absmax
         # c = d[code] c2 + mean(c): each 256 scales share one c2
         values = dynamic_book(self.absmax.device)[self.absmax.int()]
@@ -230,7 +231,8 @@ class QuantState:
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> QuantState:
         """Return the same state with other tensors, on another device for example."""
-        return replace(self, **tensors)
+        named: dict[str, Any] = {**tensors}
+        return replace(self, **named)
 
 
 @dataclass

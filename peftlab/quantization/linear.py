@@ -81,8 +81,8 @@ class Linear4bit(nn.Linear):
         """Return x W^T + b: (..., in) -> (..., out)."""
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        state, bias = self.quant_state, self.bias
-        bias = bias if bias is None else bias.to(x.dtype)
+        state = self.quant_state
+        bias = None if self.bias is None else self.bias.to(x.dtype)
         backend = choose(self.backend, state.format, state.block_size, x.device)
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return _Product.apply(x, bias, backend, state, self.weight)
@@ -100,7 +100,7 @@ class Linear4bit(nn.Linear):
 
     def _link(self) -> None:
         # count_parameters and merging read this from the parameter, as they do for bitsandbytes' layers
-        self.weight.quant_state = self.quant_state
+        setattr(self.weight, "quant_state", self.quant_state)  # noqa: B010 (a tensor declares no such attribute)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Move the scales with the layer, but do not cast them: rounded scales would change the weight."""

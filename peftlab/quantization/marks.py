@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from peftlab.core.hooks import is_adapter_name
@@ -28,7 +30,8 @@ def set_transformers_attributes(root: nn.Module, record: Record) -> None:
             continue
         prefix = path + "." if path else ""
         mine = {name.removeprefix(prefix) for name in ours if name.startswith(prefix)}
-        changes = {"_keys_to_ignore_on_save": set(getattr(module, "_keys_to_ignore_on_save", None) or ()) | mine}
+        ignored = set(getattr(module, "_keys_to_ignore_on_save", None) or ())
+        changes: dict[str, Any] = {"_keys_to_ignore_on_save": ignored | mine}
         if getattr(module, "is_quantized", False):
             changes["is_quantized"] = False
         for attribute, value in changes.items():

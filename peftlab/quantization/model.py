@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peftlab.core.hooks import move
-from peftlab.core.records import record_of, unwrap
+from peftlab.core.records import as_transformer, own_tensor, record_of, tensor_at, unwrap
 from peftlab.core.targets import TASK_HEADS, is_conv1d, names_match
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.quantization.backends import AUTO, check_backend, choose
@@ -64,7 +64,7 @@ def quantize_model(
         raise PeftLabError("Adapters are attached to this model; quantise it first, then attach.")
     paths = list(candidates(root, skip))
     for path in paths:
-        weight = root.get_submodule(path).weight
+        weight = own_tensor(root.get_submodule(path), "weight")
         check_backend(backend, format, block_size, torch.device(device or weight.device))
         if not torch.isfinite(weight).all():
             quantize(weight, name=f"{path}.weight")  # raises an error that says how many are wrong
@@ -81,18 +81,21 @@ def quantize_model(
 
 
 def quantize_layers(
-    root: nn.Module, paths: list[str], backend: str, format: str, block_size: int, double_quant: bool, device: object
+    root: nn.Module, paths: list[str], backend: str, format: str, block_size: int, double_quant: bool,
+    device: torch.device | str | None,
 ) -> None:
     """Replace the layers at these paths, one after the other."""
     for path in paths:
         layer = root.get_submodule(path)
-        weight = layer.weight.detach().T if is_conv1d(layer) else layer.weight.detach()
+        weight, bias = own_tensor(layer, "weight").detach(), tensor_at(layer, "bias")
+        assert bias is None or isinstance(bias, nn.Parameter)
+        weight = weight.T if is_conv1d(layer) else weight
         weight = weight.to(device) if device is not None else weight
         worker = choose(backend, format, block_size, weight.device)
         held = worker.quantize(weight, format, block_size, double_quant, f"{path}.weight")
-        new = Linear4bit(held, layer.bias, backend)
+        new = Linear4bit(held, bias, backend)
         replace(root, path, new.train(layer.training))
-        del layer, weight, held, new  # free them before the next layer is made
+        del layer, weight, bias, held, new  # free them before the next layer is made
 
 
 def candidates(root: nn.Module, skip: Iterable[str]) -> Iterator[str]:
@@ -105,7 +108,7 @@ def candidates(root: nn.Module, skip: Iterable[str]) -> Iterator[str]:
         if not any(names_match((name,), path) for path in modules):
             raise PeftLabError(f"skip names {name!r}, which matches no module.{did_you_mean(name, modules)}")
     skip += tuple(name for names in TASK_HEADS.values() for name in names)
-    head = root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None
+    head = as_transformer(root).get_output_embeddings() if hasattr(root, "get_output_embeddings") else None
     uses = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
     for path, module in modules.items():
         if type(module) is not nn.Linear and not is_conv1d(module):
@@ -144,10 +147,12 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     if not paths:
         raise PeftLabError(f"No layer of this {type(root).__name__} is held in four bits; there is nothing to undo.")
     for path in paths:
-        if is_repacked(root.get_submodule(path).weight):
-            dense(root.get_submodule(path).weight)  # raises an error that says what to do
+        weight = own_tensor(root.get_submodule(path), "weight")
+        if is_repacked(weight):
+            dense(weight)  # raises an error that says what to do
     for path in paths:
         layer = root.get_submodule(path)
+        assert isinstance(layer, nn.Linear)  # ours and bitsandbytes' both are
         new = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         new.weight = nn.Parameter(dense(layer.weight, dtype), requires_grad=False)
         new.bias = layer.bias
@@ -189,7 +194,7 @@ def unmark(root: nn.Module) -> None:
     if record is not None:
         restore_transformers_attributes(root, record)
     if hasattr(getattr(root, "config", None), "quantization_config"):
-        del root.config.quantization_config
+        del as_transformer(root).config.quantization_config
     for name in MARKS:
         if name in root.__dict__:
             delattr(root, name)

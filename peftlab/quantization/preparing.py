@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peftlab.checks import one_of
 from peftlab.core.checkpointing import switch_checkpointing
 from peftlab.core.hooks import is_adapter_name
-from peftlab.core.records import unwrap
+from peftlab.core.records import as_transformer, unwrap
 from peftlab.core.targets import names_match
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.quantization.weights import is_quantized
@@ -133,9 +133,10 @@ def enable_checkpointing(root: nn.Module, reentrant: bool) -> Step:
     """Turn gradient checkpointing on, and the key-value cache off, since the two exclude each other."""
     switch_checkpointing(root, "enable", {"use_reentrant": reentrant})
     if not reentrant and hasattr(root, "disable_input_require_grads") and getattr(root, "_require_grads_hooks", None):
-        root.disable_input_require_grads()  # transformers turns that on for both kinds; only one needs it
+        # transformers turns that on for both kinds; only one needs it
+        as_transformer(root).disable_input_require_grads()
     if getattr(getattr(root, "config", None), "use_cache", None):
-        root.config.use_cache = False
+        as_transformer(root).config.use_cache = False
     on = [path for path, module in root.named_modules() if getattr(module, "gradient_checkpointing", False)]
     blocks = sum(not any(other.startswith(f"{path}.") for other in on) for path in on if path)
     return Step("checkpoint the blocks", blocks, 0, "one more forward pass; of each block only its input is kept")
@@ -149,15 +150,15 @@ def require_input_gradients(root: nn.Module) -> Step:
             "input_gradients out, and use the non-reentrant checkpointing."
         )
     if not getattr(root, "_require_grads_hooks", None) and not getattr(root, "_require_grads_hook", None):
-        root.enable_input_require_grads()
+        as_transformer(root).enable_input_require_grads()
     return Step("let inputs require gradients", 1, 0, "the backward pass also runs below the lowest adapter")
 
 
 def kbit_casts(model: nn.Module) -> list[Step]:
     """Return what Hugging Face's `prepare_model_for_kbit_training` would cast to float32. The model is not changed."""
     root = unwrap(model)
-    embedding = root.get_input_embeddings() if hasattr(root, "get_input_embeddings") else None
-    head = root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None
+    embedding = as_transformer(root).get_input_embeddings() if hasattr(root, "get_input_embeddings") else None
+    head = as_transformer(root).get_output_embeddings() if hasattr(root, "get_output_embeddings") else None
     kinds: dict[str, list[Tensor]] = {"embedding": [], "output head": [], "norms and biases": []}
     seen: set[int] = set()
     for module in root.modules():

@@ -44,7 +44,7 @@ def to_tensors(state: QuantState) -> dict[str, Tensor]:
         "dtype": str(state.dtype).removeprefix("torch."),
         "shape": list(state.shape),
     }
-    if state.nested:
+    if state.nested_absmax is not None and state.offset is not None:
         tensors |= {"nested_absmax": state.nested_absmax.detach(), "nested_quant_map": dynamic_book(device).clone()}
         facts |= {"nested_blocksize": SCALE_BLOCK, "nested_dtype": "float32", "nested_offset": state.offset.item()}
     text = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.core.hooks import is_adapter_name
-from peftlab.core.records import record_of, unwrap
+from peftlab.core.records import as_transformer, record_of, unwrap
 from peftlab.core.sums import check_sums, with_sums
 from peftlab.core.targets import linear_shape
 from peftlab.core.tensor_files import read_shapes, read_tensors, serialised
@@ -54,7 +54,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike) -> Path:
     ['config.json', 'model.safetensors']
     """
     root = unwrap(model)
-    config = getattr(root, "config", None)
+    config: Any = getattr(root, "config", None)
     if not hasattr(config, "to_dict"):
         raise PeftLabError(
             f"{type(root).__name__} has no transformers config, and without one it cannot be loaded again. Save its "
@@ -282,13 +282,13 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
                 f"{tuple(own[name].shape)} of {own[name].dtype}. The files do not belong together; save them again."
             )
     model.load_state_dict(tensors, strict=False, assign=True)
-    model.tie_weights()
+    as_transformer(model).tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise PeftLabError(f"{folder} lacks {len(missing)} of its model's weights, the first {missing[0]!r}.")
     fresh = {name for name, buffer in model.named_buffers() if buffer.is_meta}
     if fresh:  # buffers that are not in the file, such as rotary frequencies: the config determines them
-        twin = type(model)._from_config(_smaller(model.config))
+        twin = type(as_transformer(model))._from_config(_smaller(as_transformer(model).config))
         values = dict(twin.named_buffers())
         for name in fresh:
             path, _, last = name.rpartition(".")

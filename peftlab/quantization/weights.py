@@ -9,6 +9,7 @@ such layers before that happens, and `unpack` undoes it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,14 @@ REPACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' layers repack only if th
 ROWS = 32  # a repacked block holds so many rows of the weight
 
 
-def is_quantized(parameter: Tensor) -> bool:
+def state_on(parameter: Tensor | None) -> Any:
+    """Return what a parameter's codes stand for, ours or bitsandbytes' record; None if it holds plain numbers."""
+    return getattr(parameter, "quant_state", None)
+
+
+def is_quantized(parameter: Tensor | None) -> bool:
     """Say whether a parameter holds 4-bit codes."""
-    return getattr(parameter, "quant_state", None) is not None
+    return state_on(parameter) is not None
 
 
 def quantized(parameter: Tensor) -> Quantized:
@@ -33,7 +39,7 @@ def quantized(parameter: Tensor) -> Quantized:
     Raises:
         PeftLabError: bitsandbytes has repacked the parameter for inference.
     """
-    state = parameter.quant_state
+    state = state_on(parameter)
     if is_repacked(parameter):
         raise PeftLabError(
             "bitsandbytes has repacked this 4-bit weight for inference on this CPU, with scales rounded to bf16. "
@@ -88,7 +94,7 @@ def store(parameter: Tensor, value: Tensor, name: str = "weight") -> None:
 
 def is_repacked(parameter: Tensor) -> bool:
     """Say whether bitsandbytes holds the weight in its layout for inference on a CPU."""
-    return bool(getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False))
+    return bool(getattr(state_on(parameter), "packing_format_for_cpu", False))
 
 
 def layers_that_repack(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -108,7 +114,7 @@ def unpack(module: nn.Module) -> bool:
     parameter = getattr(module, "weight", None)
     if parameter is None or not is_repacked(parameter):
         return False
-    theirs = parameter.quant_state
+    theirs = state_on(parameter)
     rows, columns = theirs.shape
     # 32 bytes hold the 64 codes of two neighbouring columns in 32 rows: 32 in the low halves, then 32 in the high ones
     packed = parameter.detach().reshape(-1, ROWS)

@@ -1,15 +1,15 @@
 """The training loop.
 
-It trains the parameters that require gradients and knows nothing of how they came to: an adapter, biases, a head or the
-whole model are all the same to it. One optimiser step, over a batch cut into parts that fit into memory, is
+The loop trains the parameters that require gradients. It does not know whether these are an adapter, biases, a head or
+the whole model. A batch is cut into parts that fit into memory. One optimiser step over it computes
 
-    L  = sum over all labels of nll / N        N labels in the whole batch, not in its parts
+    L  = sum over all labels of nll / N        N counts the labels of the whole batch, not of one part
     g  = dL/dtheta, scaled down to at most max_grad_norm
     theta <- optimiser(theta, g, lr of this step)
 
-and everything a step draws on, its examples, learning rate and random numbers, follows from the seed and the step's
-number (``schedule``). The state between two steps is therefore the trainable parameters, the optimiser's states and
-a number, which is what a checkpoint holds (``state``).
+The examples, the learning rate and the random numbers of a step depend only on the seed and the step's number (see
+`schedule`). So the state between two steps is small: the trainable parameters, the optimiser's states and a number. A
+checkpoint holds just that (see `state`).
 """
 
 from __future__ import annotations
@@ -37,16 +37,23 @@ __all__ = ["History", "TrainingError", "train"]
 
 @takes(Settings)
 def train(model: nn.Module, train_data: Sequence[Mapping[str, Any]], **given: Any) -> History:
-    """Train the parameters of ``model`` that require gradients, in place.
+    """Train the parameters of `model` that require gradients, in place.
 
     Args:
         model: the model with whatever is to train.
-        train_data: encoded examples (see ``peftlab.training.encoding``): anything with a length and integer indices.
+        train_data: encoded examples (see `peftlab.training.encoding`): a list, a data set, a `DatasetDict` (its
+            split train), columns, a DataFrame; with `steps` also a generator (`peftlab.training.rows`). Columns
+            that the model's forward does not name are ignored, as by transformers' Trainer.
         {settings}
 
     Raises:
         PeftLabError: a setting is wrong or unknown, nothing requires gradients, or the folder holds another run.
         TrainingError: a loss or a gradient is not finite. The model keeps the parameters of the last good step.
+
+    >>> data = [pl.encode_text(tokenizer, text) for text in ("the cat runs", "a dog sleeps")]
+    >>> _ = pl.attach(model, pl.LoRAConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    >>> pl.train(model, data, tokenizer=tokenizer, steps=3, learning_rate=1e-2, progress=False)
+    <History: 3 steps, loss 3.4... to 3.3...>
     """
     device = device_of(model)
     ranks = Ranks(model)
@@ -72,7 +79,10 @@ def train(model: nn.Module, train_data: Sequence[Mapping[str, Any]], **given: An
 
 
 def _loop(run: Run, bar: Bar, folder: Path | None) -> None:
-    """From the run's step to its end: update, evaluate, decide, save, in this order, so that a saved state is whole."""
+    """Run the steps that are left. Each updates, evaluates, decides whether to stop, and then saves, in this order.
+
+    A saved state therefore includes the evaluation and the decision of its step.
+    """
     every, save_every, callback = run.settings.evaluate_every, run.settings.save_every or 50, run.settings.callback
     began = time.monotonic()
     while not run.finished:

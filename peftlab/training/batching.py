@@ -1,4 +1,4 @@
-"""Which examples share a batch when a list is worked through without training."""
+"""Which examples share a batch in evaluation and generation."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from peftlab.errors import PeftLabError
 
 
 def batches(model: nn.Module, lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """The examples' positions, batch by batch: like lengths together, longest first, to pad little.
+    """Return the examples' positions, batch by batch. Examples of similar length share a batch, which saves padding.
 
-    What fits in one batch keeps its order, and so do examples whose adapters `activate` named row by row.
+    The longest come first. Examples that fit into one batch keep their order; `activate` may have named an adapter for
+    each of these rows.
 
     Args:
         lengths: the length of each example, in tokens.
 
     Raises:
-        PeftLabError: adapters were named row by row, but not one for each example, or for several batches: the names
-            are those of one batch.
+        PeftLabError: `activate` named one adapter per row, but not one per example, or there is more than one batch.
     """
     record = record_of(unwrap(model))
     rows = record.activity.rows if record and record.activity.enabled and not record.activity.merged else None

@@ -1,15 +1,15 @@
-"""A model's persistent buffers: copies for a failed step, and what a checkpoint must hold of them."""
+"""A model's persistent buffers: copies for a failed step, and those that a checkpoint must hold."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-SMALL_BUFFER = 65_536  # elements; a larger buffer is stored only when torch saw it written to
+SMALL_BUFFER = 65_536  # elements; a larger buffer is stored only if torch has seen a write to it
 
 
 class Buffers:
-    """A model's persistent buffers: what training changes without a gradient, such as running statistics."""
+    """A model's persistent buffers. Training changes them without gradients, as it does running statistics."""
 
     def __init__(self, model: nn.Module):
         self._all: dict[str, Tensor] = {}
@@ -20,17 +20,20 @@ class Buffers:
         self._versions = {name: _version(buffer) for name, buffer in self._all.items()}
 
     def hold(self) -> dict[str, Tensor]:
-        """Copies of the small ones, for `restore` when a step fails."""
+        """Return copies of the small buffers, to `restore` if a step fails."""
         return {name: buffer.clone() for name, buffer in self._all.items() if buffer.numel() <= SMALL_BUFFER}
 
     def restore(self, values: dict[str, Tensor]) -> None:
-        """Copy values into the buffers of these names."""
+        """Copy these values into the buffers with the same names."""
         with torch.no_grad():
             for name, value in values.items():
                 self._all[name].copy_(value)
 
     def to_store(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold: the small ones, and of the large ones (a 4-bit base, say) those written to."""
+        """Return the buffers that a checkpoint must hold: all small ones, and the large ones that were written to.
+
+        The large buffers of a 4-bit base, for example, never change.
+        """
         return {
             name: buffer
             for name, buffer in self._all.items()
@@ -39,5 +42,5 @@ class Buffers:
 
 
 def _version(tensor: Tensor) -> int:
-    """How often torch saw the tensor written to in place (batch norm's own kernel does not say)."""
+    """Return how many in-place writes torch has counted. Batch norm's own kernel is not counted."""
     return -1 if tensor.is_inference() else tensor._version

@@ -1,13 +1,15 @@
 """From text to the numbers a model trains on, and from many examples to one batch.
 
-An encoded example is a dict with ``input_ids`` (list of int) and ``labels``: for a language model one label a token,
-where -100 means "not learned"; for a classifier one integer. Labels are set here, where the tokens' roles are known,
-and never derived from the padding id: many tokenizers pad with their end-of-text token, and a mask made from that id
-also takes the true end out of the loss, so that the model never learns to stop.
+An encoded example is a dict with `input_ids` (list of int) and `labels`: for a language model one label a token,
+where -100 means "not learned"; for an encoder-decoder the answer's tokens, which its encoder does not read; for a
+classifier one integer, one number or, where several classes may be right, a 0 or 1 for each. Labels are set here, where
+the tokens' roles are known, and never derived from the padding id: many tokenizers pad with their end-of-text token,
+and a mask made from that id also takes the true end out of the loss, so that the model never learns to stop.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,88 +18,96 @@ import torch
 
 from peftlab.checks import one_of, whole
 from peftlab.errors import PeftLabError
+from peftlab.training.conversations import (
+    Completion,
+    Prompt,
+    completion_text,
+    encoder_ids,
+    end_ids,
+    prompt_ids,
+    text_of,
+)
+from peftlab.training.model_task import is_encoder_decoder
 
 IGNORE = -100  # the label that torch's cross-entropy leaves out
-_PROBE = "peftlab-probe"  # stands for an answer when a chat template is asked what follows one
-
-Prompt = str | Sequence[Mapping[str, str]]
-
-
-def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """The tokens a model reads before it answers.
-
-    Args:
-        tokenizer: a transformers tokenizer. With a chat template the prompt becomes a user's turn, followed by the
-            opening of the assistant's; without one it is the plain text.
-        prompt: a string, or, with a chat template, a list of ``{"role": ..., "content": ...}``.
-    """
-    if tokenizer.chat_template is not None:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote the special tokens
-    if not isinstance(prompt, str):
-        raise PeftLabError("This tokenizer has no chat template, so a prompt is one string, not a list of messages.")
-    ids = tokenizer(prompt)["input_ids"]
-    # Encoders and T5 close every text with an end token; a prompt goes on.
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def end_ids(tokenizer: Any) -> list[int]:
-    """The tokens that end an answer: first the one to learn (end of turn, in a chat), then end-of-text if it differs.
-
-    Raises:
-        PeftLabError: the tokenizer has no end token, so a model could never learn to stop.
-    """
-    ids = []
-    if tokenizer.chat_template is not None:
-        conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-        text = tokenizer.apply_chat_template(conversation, tokenize=False)
-        # What the template writes after an answer begins with the end of the turn; it counts if it is one special token
-        after = tokenizer(text.rpartition(_PROBE)[2], add_special_tokens=False)["input_ids"]
-        if after and after[0] in tokenizer.all_special_ids:
-            ids.append(after[0])
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
-        ids.append(tokenizer.eos_token_id)
-    if not ids:
-        raise PeftLabError("The tokenizer has no end token; set tokenizer.eos_token before you encode answers.")
-    return ids
 
 
 def encode_completion(
-    tokenizer: Any, prompt: Prompt, completion: str, max_length: int | None = None
+    tokenizer: Any, prompt: Prompt, completion: Completion, max_length: int | None = None, *, model: Any = None
 ) -> dict[str, list[int]]:
-    """A prompt and the answer to learn: ``{"input_ids", "labels"}``, two lists of one length.
+    """A prompt and the answer to learn: `{"input_ids", "labels"}`.
 
-    The prompt's labels are -100; the answer's tokens and the end token behind them are labelled.
+    For a decoder these are two lists of one length: prompt and answer. The prompt's labels are -100; the answer's
+    tokens and the end token behind them are labelled. For an encoder-decoder `input_ids` are the prompt, which its
+    encoder reads, and `labels` the answer, which its decoder learns.
 
     Args:
-        max_length: the most tokens an example may have. What is too much is cut from the prompt's beginning: an
-            answer is never cut, because a cut answer teaches the model not to end.
+        prompt, completion: texts, or messages as TRL has them; a completion has one message, the assistant's.
+        max_length: the most tokens an example may have, for an encoder-decoder each of both lists. What is too much is
+            cut from the prompt's beginning: an answer is never cut, because a cut answer teaches the model not to end.
+        model: the model to train. Needed for an encoder-decoder, which its tokenizer does not tell.
 
     Raises:
-        PeftLabError: the answer with its end token, behind one token of prompt, is longer than ``max_length``.
+        PeftLabError: the answer with its end token, behind one token of prompt, is longer than `max_length`; or
+            prompt or completion are no text, or the chat template refuses them.
+
+    >>> pl.encode_completion(tokenizer, "the cat", "runs")
+    {'input_ids': [14, 10, 12, 0], 'labels': [-100, -100, 12, 0]}
     """
+    answer = completion_text(completion)
+    if model is not None and is_encoder_decoder(model):
+        return _encode_for_encoder_decoder(tokenizer, prompt, answer, max_length)
     before = prompt_ids(tokenizer, prompt)
-    answer = tokenizer(completion, add_special_tokens=False)["input_ids"] + end_ids(tokenizer)[:1]
+    after = tokenizer(answer, add_special_tokens=False)["input_ids"] + end_ids(tokenizer)[:1]
     if max_length is not None:
-        room = max_length - len(answer)
+        room = max_length - len(after)
         if room < 1:
             raise PeftLabError(
-                f"The answer {completion[:40]!r} has {len(answer)} tokens with its end token and needs at least one "
-                f"token of prompt before it, but max_length is {max_length}. Raise max_length to {len(answer) + 1}."
+                f"The answer {answer[:40]!r} has {len(after)} tokens with its end token and needs at least one "
+                f"token of prompt before it, but max_length is {max_length}. Raise max_length to {len(after) + 1}."
             )
         before = before[-room:]
-    return {"input_ids": before + answer, "labels": [IGNORE] * len(before) + answer}
+    return {"input_ids": before + after, "labels": [IGNORE] * len(before) + after}
+
+
+def _encode_for_encoder_decoder(
+    tokenizer: Any, prompt: Prompt, answer: str, max_length: int | None
+) -> dict[str, list[int]]:
+    before = encoder_ids(tokenizer, prompt)
+    # As a target: some tokenizers mark it with its language. The decoder's start is the model's own to put in front.
+    after = list(tokenizer(text_target=answer)["input_ids"])
+    end = end_ids(tokenizer)[:1]
+    if end[0] not in after[-2:]:  # a mark of the language may stand behind the end
+        after += end
+    if max_length is not None:
+        if len(after) > max_length:
+            raise PeftLabError(
+                f"The answer {answer[:40]!r} has {len(after)} tokens with its end token, but max_length is "
+                f"{max_length}. Raise max_length to {len(after)}."
+            )
+        before = _cut(tokenizer, before, max_length)
+    return {"input_ids": before, "labels": after}
+
+
+def _cut(tokenizer: Any, ids: list[int], most: int) -> list[int]:
+    """The last tokens of a text, and the special ones around it."""
+    special = set(tokenizer.all_special_ids)
+    first = next((at for at, token in enumerate(ids) if token not in special), 0)
+    first = first if first < most else 0
+    return ids if len(ids) <= most else ids[:first] + ids[len(ids) - (most - first) :]
 
 
 def encode_text(tokenizer: Any, text: str, max_length: int | None = None, *, end: bool = True) -> dict[str, list[int]]:
-    """A text whose every token is learned: ``{"input_ids", "labels"}``.
+    """Encode a text, every token of which is learned, as `{"input_ids", "labels"}`.
 
     Args:
-        max_length: the most tokens kept; a cut text gets no end token, for it does not end there.
-        end: put the end-of-text token behind a whole text. Leave it out to measure perplexity on plain text.
+        max_length: the most tokens to keep. A cut text gets no end token, because it does not end there.
+        end: add the end-of-text token. Pass False to measure perplexity on plain text.
+
+    >>> pl.encode_text(tokenizer, "the cat runs")
+    {'input_ids': [14, 10, 12, 0], 'labels': [14, 10, 12, 0]}
     """
-    ids = list(tokenizer(text)["input_ids"])
+    ids = list(tokenizer(text_of(text, "text"))["input_ids"])
     eos = tokenizer.eos_token_id
     if not end and ids and ids[-1] == eos:
         ids.pop()
@@ -110,30 +120,61 @@ def encode_text(tokenizer: Any, text: str, max_length: int | None = None, *, end
 
 
 def encode_classification(
-    tokenizer: Any, text: str, label: int, max_length: int | None = None, *, pair: str | None = None
+    tokenizer: Any,
+    text: str,
+    label: int | float | Sequence[float],
+    max_length: int | None = None,
+    *,
+    pair: str | None = None,
 ) -> dict[str, Any]:
-    """A text, or a ``pair`` of texts, and its class: what the tokenizer gives, and ``labels``, one int.
+    """Encode a text, or a `pair` of texts, with its class: the tokenizer's fields, and `labels`, one int.
 
-    ``max_length`` cuts the text as the tokenizer does, special tokens kept.
+    For a regression `label` may be any number, and where several classes may be right a list, a 0 or 1 for each.
+    `max_length` cuts the text as the tokenizer does, special tokens kept.
+
+    >>> pl.encode_classification(tokenizer, "the cat", label=1)
+    {'input_ids': [14, 10], 'labels': 1}
     """
-    encoded = tokenizer(text, pair, truncation=max_length is not None, max_length=max_length)
+    pair = None if pair is None else text_of(pair, "pair")
+    encoded = tokenizer(text_of(text, "text"), pair, truncation=max_length is not None, max_length=max_length)
     example = {key: list(value) for key, value in encoded.items() if key != "attention_mask"}
-    return {**example, "labels": int(label)}
+    if hasattr(label, "tolist"):
+        label = label.tolist()
+    several = isinstance(label, Sequence) and not isinstance(label, (str, bytes))
+    return {**example, "labels": [_label(one) for one in label] if several else _label(label)}
+
+
+def _label(value: Any) -> int | float:
+    """A label as a plain number, a whole one as an int."""
+    value = value.item() if hasattr(value, "item") else value
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise PeftLabError(
+            f"A label is a number, found {value!r:.60}. Number your classes from 0 on, for example "
+            "{name: number for number, name in enumerate(sorted(names))}."
+        )
+    return int(value) if value == int(value) else float(value)
 
 
 @dataclass
 class Collator:
-    """Pads encoded examples to one length and stacks them.
+    """Pad encoded examples to one length and stack them.
 
-    Calling it with a list of b examples gives a dict of tensors on the CPU: ``input_ids`` (b, t) int64 padded with the
-    tokenizer's padding id; ``attention_mask`` (b, t), 1 on real tokens; ``labels`` (b, t) padded with -100, or (b,) for
-    one label an example; any other per-token list (b, t) padded with 0.
+    Call it with a list of b examples. It returns a dict of tensors on the CPU:
+
+    - `input_ids` (b, t) int64, padded with the tokenizer's padding id;
+    - `attention_mask` (b, t), 1 on real tokens;
+    - `labels` (b, t), padded with -100, or (b,) if each example has one label;
+    - any other list with one value per token, (b, t), padded with 0.
 
     Args:
-        tokenizer: gives the padding id; its end token, or 0, serves where it has none: the mask and the labels say
-            what is padding, the id does not matter.
-        side: ``"right"`` to train, ``"left"`` to generate.
-        multiple_of: round t up to a multiple of this (8 suits tensor cores; a compiled model sees fewer shapes).
+        tokenizer: gives the padding id. If it has none, its end token or 0 is used. The id does not matter, because the
+            mask and the labels say what is padding.
+        side: `"right"` to train, `"left"` to generate.
+        multiple_of: round t up to a multiple of this. 8 suits tensor cores, and a compiled model meets fewer shapes.
+
+    >>> batch = pl.Collator(tokenizer)([{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [7], "labels": [7]}])
+    >>> batch["labels"].tolist()
+    [[5, 6], [7, -100]]
     """
 
     tokenizer: Any = None
@@ -147,13 +188,16 @@ class Collator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         if not examples:
             raise PeftLabError("A batch needs at least one example.")
+        for example in examples:
+            if not isinstance(example, Mapping):
+                raise PeftLabError(f"An example is a dict of numbers by name, not a {type(example).__name__}.")
         keys = list(examples[0])
         for example in examples:
             if set(example) != set(keys):
                 raise PeftLabError(f"The examples of a batch differ in their fields: {keys} and {list(example)}.")
         batch = {}
         for key in keys:
-            rows = [torch.as_tensor(example[key]) for example in examples]
+            rows = _same_kind([_tensor(example[key], key) for example in examples], key)
             if rows[0].ndim == 0:
                 batch[key] = torch.stack(rows)
             else:
@@ -171,13 +215,47 @@ class Collator:
         return 0
 
     def _pad(self, rows: list[torch.Tensor], fill: int) -> torch.Tensor:
-        """One-dimensional rows of any lengths as one tensor (b, t); rows of more dimensions must agree in shape."""
+        """Return rows of any lengths as one tensor (b, t). Rows with more dimensions must have equal shapes."""
         if rows[0].ndim > 1:
             return torch.stack(rows)
         longest = max(len(row) for row in rows)
+        if not longest:
+            raise PeftLabError("The examples of a batch are all empty.")
         longest += -longest % self.multiple_of
         padded = torch.full((len(rows), longest), fill, dtype=rows[0].dtype)
         for target, row in zip(padded, rows, strict=True):
             start = longest - len(row) if self.side == "left" else 0
             target[start : start + len(row)] = row
         return padded
+
+
+def _tensor(value: Any, name: str) -> torch.Tensor:
+    """A number, or a list or array of them, as a tensor.
+
+    Raises:
+        PeftLabError: it is something else, or its rows differ in length.
+    """
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PeftLabError(
+            f"{name} of an example cannot become a tensor: found {value!r:.80} ({' '.join(str(error).split())[:120]})."
+        ) from error
+
+
+def _same_kind(rows: list[torch.Tensor], name: str) -> list[torch.Tensor]:
+    """The rows in one dtype, wide enough for all; an empty list has none of its own.
+
+    Raises:
+        PeftLabError: they differ in their dimensions.
+    """
+    if len({row.ndim for row in rows}) > 1 or (rows[0].ndim > 1 and len({row.shape for row in rows}) > 1):
+        shapes = ", ".join(str(tuple(row.shape)) for row in rows[:4])
+        raise PeftLabError(f"{name} has another shape in each example of a batch: {shapes}; they cannot be stacked.")
+    kinds = {row.dtype for row in rows if row.numel()}
+    if len(kinds) < 2 and all(row.numel() for row in rows):
+        return rows
+    kind = next(iter(kinds), rows[0].dtype)
+    for other in kinds:
+        kind = torch.promote_types(kind, other)
+    return [row.to(kind) for row in rows]

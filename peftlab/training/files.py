@@ -1,13 +1,14 @@
-"""The state of a run on disk: written whole or not at all, read back only by the run it belongs to.
+"""The state of a run on disk. It is written whole or not at all.
 
-A run's folder holds one finished checkpoint, ``step-00000120``:
+A run's folder holds one finished checkpoint, `step-00000120`:
 
     tensors.safetensors   trainable/<parameter>, optimizer/<parameter>/<state>, buffer/<name>, best/<parameter>
-    state.json            step, history, scalars of optimiser and loss scale, the run's identity, the tensors' SHA-256
+    state.json            step, history, plain values of the optimiser and the loss scale, the run's identity,
+                          the SHA-256 of the tensors
 
-A checkpoint is written into a folder of another name, forced to the disk, and then renamed, which happens at once or
-not at all; the one before is removed only after that. So at whatever moment the process dies, the newest folder
-``step-*`` is a whole checkpoint. Neither file can execute code when it is read.
+A checkpoint is first written into a folder with another name and forced to the disk. Then the folder is renamed, which
+happens completely or not at all. Only then is the older checkpoint removed. So the newest folder `step-*` is always
+complete, even if the process was killed. Reading these files cannot execute code.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ def newest(folder: Path) -> Path | None:
 
 
 def write(folder: Path, step: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> Path:
-    """Write the checkpoint of a step and remove the older ones; returns its folder.
+    """Write the checkpoint of a step, remove the older ones, and return its folder.
 
     Raises:
-        PeftLabError: it cannot be written (a full disk, no permission); what was there before is still whole.
+        PeftLabError: it cannot be written (a full disk, no permission). The older checkpoint is still whole.
     """
     target = folder / f"step-{step:08d}"
     draft = folder / f".writing-{os.getpid()}"
@@ -79,7 +80,7 @@ def write(folder: Path, step: int, tensors: dict[str, Tensor], record: dict[str,
 
 
 def read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The record and the tensors of a checkpoint, on the CPU.
+    """Return the record and the tensors of a checkpoint, on the CPU.
 
     Raises:
         PeftLabError: a file is missing, damaged, or of another format.
@@ -95,7 +96,7 @@ def read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise PeftLabError(f"The checkpoint {checkpoint} is not of format {FORMAT}, which this version reads. {advice}")
     if digest != record.get("sha256"):
-        raise PeftLabError(f"{checkpoint / TENSORS} is damaged: its SHA-256 is not the one that was recorded. {advice}")
+        raise PeftLabError(f"{checkpoint / TENSORS} is damaged: its SHA-256 differs from the recorded one. {advice}")
     return record, load_file(checkpoint / TENSORS)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +17,22 @@ from peftlab.core.records import unwrap
 from peftlab.errors import PeftLabError
 from peftlab.progress import Bar
 from peftlab.training.batching import batches
-from peftlab.training.encoding import Collator, Prompt, end_ids, prompt_ids
+from peftlab.training.conversations import Prompt, encoder_ids, end_ids, prompt_ids
+from peftlab.training.encoding import Collator
+from peftlab.training.model_facts import vocabulary
+from peftlab.training.model_task import is_encoder_decoder
+
+# Settings of a generation config that choose by chance, or among several answers: greedy decoding has no use for them.
+NOT_GREEDY = (
+    "temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff penalty_alpha dola_layers num_beam_groups "
+    "diversity_penalty length_penalty early_stopping constraints force_words_ids low_memory prompt_lookup_num_tokens "
+    "assistant_early_exit use_mtp"
+).split()
+# Settings of what is returned beside the tokens, and of how many there are at most
+NOT_TOKENS = (
+    "num_return_sequences output_attentions output_hidden_states output_scores output_logits return_dict_in_generate "
+    "max_length max_new_tokens"
+).split()
 
 
 def generate_text(
@@ -27,33 +43,53 @@ def generate_text(
     batch_size: int = 16,
     progress: bool = True,
 ) -> list[str]:
-    """The model's most likely continuation of each prompt, token by token (greedy decoding).
+    """Continue each prompt with the most likely token, again and again (greedy decoding).
 
-    Prompts of like length share a batch, so little is spent on padding; prompts are padded on the left, so that every
-    answer starts in the same column. The answers are those of one prompt at a time, up to ties within rounding. The
-    model's mode, its generation config and the tokenizer's padding side are what they were before.
+    Prompts of similar length share a batch, which saves padding. They are padded on the left, so that all answers start
+    in the same column. Each answer is the same as if its prompt were alone, except where rounding decides a tie. The
+    model's mode, its generation config and the tokenizer's padding side do not change.
+
+    The model's generation config is kept: forced and suppressed tokens, penalties, words that are not to be said. Only
+    its sampling, its beams and its greatest length are not. An answer ends at the end tokens of both the config and the
+    tokenizer.
 
     Args:
-        model: a transformers model with ``generate``; compiled or wrapped ones are used without their wrapper.
-        prompts: strings, or conversations for a tokenizer with a chat template; one string alone gives a list of one.
+        model: a transformers model with `generate`; compiled or wrapped ones are used without their wrapper.
+        prompts: strings, or conversations for a tokenizer with a chat template; one string or one conversation alone
+            gives a list of one.
         max_new_tokens: the longest answer, in tokens; an answer ends earlier at the end token.
 
     Returns:
-        One string a prompt, in the order of the prompts, without the prompt and without special tokens.
+        One string per prompt, in their order, without the prompt and without special tokens.
+
+    >>> pl.generate_text(model, tokenizer, ["the cat", "a dog"], max_new_tokens=3, progress=False)
+    ['...', '...']
     """
     if isinstance(prompts, str):
+        prompts = [prompts]
+    elif not isinstance(prompts, Iterable) or isinstance(prompts, Mapping):
+        raise PeftLabError(f"prompts is {prompts!r:.60}; give a list of texts or of conversations.")
+    prompts = list(prompts)
+    if prompts and all(isinstance(one, Mapping) and "role" in one for one in prompts):
         prompts = [prompts]
     max_new_tokens = whole("max_new_tokens", max_new_tokens, least=1)
     batch_size = whole("batch_size", batch_size, least=1)
     core = unwrap(model)
-    if not hasattr(core, "generate"):
+    generate = getattr(core, "generate", None)
+    if generate is None:
         raise PeftLabError(f"{type(core).__name__} has no generate(); load a language model, e.g. 'smollm2-135m'.")
-    encoded = [{"input_ids": prompt_ids(tokenizer, prompt)} for prompt in prompts]
+    apart = is_encoder_decoder(core)
+    # An encoder reads a text to its end token, as in training; a decoder goes on.
+    read = encoder_ids if apart else prompt_ids
+    encoded = [{"input_ids": read(tokenizer, prompt)} for prompt in prompts]
+    _check_prompts(core, encoded)
     parts = batches(core, [len(example["input_ids"]) for example in encoded], batch_size)
     # An encoder reads padding on the right as well, and what stands in front of the text stays close to it.
-    collate = Collator(tokenizer, side="right" if getattr(core.config, "is_encoder_decoder", False) else "left")
-    stops = end_ids(tokenizer)
+    collate = Collator(tokenizer, side="right" if apart else "left")
+    stops = _stops(core, tokenizer)
     answers = [""] * len(prompts)
+    # transformers finds strings that end an answer by the tokenizer
+    more = {"tokenizer": tokenizer} if getattr(core.generation_config, "stop_strings", None) else {}
     with (
         mode(core, False),
         text_positions(core),
@@ -62,7 +98,7 @@ def generate_text(
     ):
         for chosen in parts:
             batch = to_device(collate([encoded[index] for index in chosen]), device_of(core))
-            output = core.generate(**batch)
+            output = core.generate(**batch, **more)
             for index, row in zip(chosen, _new_tokens(core, batch, output), strict=True):
                 answers[index] = tokenizer.decode(_until(row, stops), skip_special_tokens=True)
             bar.update(len(chosen))
@@ -70,39 +106,67 @@ def generate_text(
 
 
 def _new_tokens(model: nn.Module, batch: dict[str, torch.Tensor], output: torch.Tensor) -> list[list[int]]:
-    """The generated tokens of each row: all that follows the prompt, or all of it where a decoder has its own."""
+    """Return the generated tokens of each row. Only a decoder-only model's output starts with the prompt."""
     if getattr(model.config, "is_encoder_decoder", False):
         return output[:, 1:].tolist()  # the first is the decoder's start token
     return output[:, batch["input_ids"].shape[1] :].tolist()
 
 
 def _until(row: list[int], stops: list[int]) -> list[int]:
-    """The tokens before the first end token. What follows is padding, which need not be a special token."""
+    """Return the tokens before the first end token. Padding follows it, and that need not be a special token."""
     for position, token in enumerate(row):
         if token in stops:
             return row[:position]
     return row
 
 
+def _check_prompts(model: nn.Module, encoded: Sequence[Mapping[str, list[int]]]) -> None:
+    """Refuse prompts without a token, and tokens that the model does not have."""
+    size = vocabulary(model)
+    for place, example in enumerate(encoded):
+        ids = example["input_ids"]
+        if not ids:
+            raise PeftLabError(f"Prompt {place} has no token; a model needs one to go on from.")
+        if size is not None and not 0 <= min(ids) <= max(ids) < size:
+            raise PeftLabError(
+                f"Prompt {place} has the token {max(ids)}, and the vocabulary of {type(model).__name__} goes from 0 to "
+                f"{size - 1}. Is this the model's tokenizer? If it was extended, call "
+                "model.resize_token_embeddings(len(tokenizer)) before adapters are attached."
+            )
+
+
+def _stops(model: nn.Module, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the tokenizer's, as they are learned, and those of the generation config."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    own = [] if own is None else [own] if isinstance(own, int) else list(own)
+    if own and tokenizer.eos_token_id is None:
+        return own
+    return list(dict.fromkeys([*end_ids(tokenizer), *own]))
+
+
 @contextmanager
 def _greedy(model: nn.Module, tokenizer: Any, stops: list[int], max_new_tokens: int) -> Iterator[None]:
-    """Give the model a plain greedy generation config for a while.
+    """Make the model's generation config a greedy one for a while, with all else that it says.
 
-    The model's own may sample, penalise or limit the length; passing ``do_sample=False`` beside it makes transformers
-    warn about each setting that then has no effect.
+    Passing `do_sample=False` beside a config that samples makes transformers warn about each setting that then has no
+    effect, so these are left out.
     """
     from transformers import GenerationConfig
 
-    before = model.generation_config
-    model.generation_config = GenerationConfig(
+    before, plain = model.generation_config, GenerationConfig()
+    greedy = copy.deepcopy(before) or GenerationConfig()
+    for name in (*NOT_GREEDY, *NOT_TOKENS):
+        if hasattr(greedy, name):
+            setattr(greedy, name, getattr(plain, name, None))
+    greedy.update(
         do_sample=False,
+        num_beams=1,
         use_cache=True,
         max_new_tokens=max_new_tokens,
         eos_token_id=stops,
         pad_token_id=stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        bos_token_id=before.bos_token_id,
-        decoder_start_token_id=before.decoder_start_token_id,
     )
+    model.generation_config = greedy
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
-"""What makes two runs the same run: the settings, the data and the model.
+"""Whether two runs are the same run: their settings, data and model.
 
-A run may go on only as itself. Its identity is stored in every checkpoint, and a difference is named before anything
-is loaded.
+Every checkpoint stores the identity of its run. A run continues from a checkpoint only if the identities are equal; if
+not, the differences are named before anything is loaded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ELEMENTS_LOOKED_AT = 16
 def run_identity(
     settings: dict[str, Any], model: nn.Module, train_data: Sequence, evaluation_data: Sequence | None
 ) -> dict[str, Any]:
-    """The identity as plain values, equal to itself after a round trip through JSON."""
+    """Return the identity as plain values that JSON gives back unchanged."""
     trainable = {n: [str(p.dtype), *p.shape] for n, p in model.named_parameters() if p.requires_grad}
     identity = {
         "settings": settings,
@@ -34,7 +34,7 @@ def run_identity(
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Each difference of two identities as a short phrase: ``"learning_rate was 0.001 and is 0.002"``."""
+    """Return each difference as a short phrase, such as `"learning_rate was 0.001 and is 0.002"`."""
     found = []
     old, new = before.get("settings", {}), now["settings"]
     for key in sorted(set(old) | set(new)):
@@ -45,7 +45,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if was != is_now:
             counts = [0 if data is None else data["examples"] for data in (was, is_now)]
             sizes = "" if counts[0] == counts[1] else f" ({counts[0]} examples then, {counts[1]} now)"
-            found.append(f"the {key} is other data{sizes}")
+            found.append(f"the {key} is different{sizes}")
     was, is_now = before.get("trainable parameters", {}), now["trainable parameters"]
     changed = [name for name in {**was, **is_now} if was.get(name) != is_now.get(name)]
     if changed:
@@ -55,12 +55,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             f"({_shape(was.get(first))} then, {_shape(is_now.get(first))} now)"
         )
     elif before.get("frozen parameters") != now["frozen parameters"]:
-        found.append("the frozen base model is another one")
+        found.append("the frozen base model is a different one")
     return found
 
 
 def data_digest(data: Sequence) -> dict[str, Any]:
-    """The number of examples and a hash of at most 1,000 of them, evenly spread."""
+    """Return the number of examples and a hash of at most 1,000 of them, evenly spread."""
     count = len(data)
     hasher = hashlib.sha256(str(count).encode())
     for place in range(min(count, EXAMPLES_LOOKED_AT)):
@@ -70,9 +70,9 @@ def data_digest(data: Sequence) -> dict[str, Any]:
 
 
 def frozen_digest(model: nn.Module) -> str:
-    """A hash of the frozen parameters' names, shapes and 16 elements of each, evenly spread.
+    """Return a hash of the frozen parameters' names and shapes, and of 16 elements of each, evenly spread.
 
-    Reading every weight of a large base would take longer than many a run; another base differs in these too.
+    Reading every weight of a large base may take longer than the run. Two different bases differ in these elements too.
     """
     hasher = hashlib.sha256()
     for name, parameter in model.named_parameters():

@@ -1,17 +1,19 @@
 """Losses as a sum and a count, so that batches of unequal size can be averaged exactly.
 
-A loss is a function ``loss(model, batch) -> (total, count)``: the summed loss of everything labelled in the batch (a
-scalar tensor, float32 or better) and how many labels that were. Over any set of batches the mean is
+A loss is a function `loss(model, batch) -> (total, count)`. `total` is the loss summed over all labels of the batch (a
+scalar tensor, float32 or wider), and `count` is the number of these labels. The mean over any set of batches is
 
-    L = sum of totals / sum of counts,
+    L = sum of totals / sum of counts
 
 the same however the examples are cut into batches. The mean of batch means is another number: it gives a token in a
 batch with few labels more weight than one in a batch with many.
+
+Which loss a model is trained with follows from its task (`peftlab.training.model_task`): on one batch, each gives
+the mean that the model's own `model(**batch).loss` gives.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,67 +24,178 @@ from torch.nn import functional as F
 from peftlab.core.records import unwrap
 from peftlab.errors import PeftLabError
 from peftlab.training.encoding import IGNORE
+from peftlab.training.model_task import call, forward_columns, inner_model, problem_of, task_of
 
 Loss = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]]
 
 
 def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Next-token negative log-likelihood: ``batch`` has input_ids (b, t), labels (b, t) with -100 where not learned."""
+    """Next-token negative log-likelihood: `batch` has input_ids (b, t), labels (b, t) with -100 where not learned.
+
+    A mixture of experts that returns its routers' balancing loss (`output_router_logits` in its config) gets it added
+    with the weight that its config names, as in the model's own loss.
+    """
     labels = batch["labels"]
-    logits = _logits(model, {**batch, **_only_needed(model, labels)})  # (b, k, V), or (b, n + t, V): see below
+    output = _without_labels(model, {**batch, **_only_needed(model, labels)})
+    logits = _logits(model, output)  # (b, k, V), or (b, n + t, V): see below
     # A prompt method may put n virtual tokens in front. They are never learned, but the last of them predicts the first
     # real token. The labels are shifted rather than the logits, of which a slice would cost a copy in the backward.
     following = F.pad(labels, (max(0, logits.shape[1] - labels.shape[1]), 1), value=IGNORE)[:, -logits.shape[1] :]
     # nll = - sum over i of log p(x_{i+1} | x_1 .. x_i), over the labelled x_{i+1} alone
-    return _cross_entropy(logits, following)
+    total, count = _cross_entropy(logits, following)
+    balance, weight = getattr(output, "aux_loss", None), _router_weight(model)
+    return (total, count) if balance is None or not weight else (total + weight * balance * count, count)
 
 
 def _only_needed(model: nn.Module, labels: Tensor) -> dict[str, int]:
-    """The argument that spares a model the logits before the first learned token: of a prompt, nobody reads them."""
+    """Return the argument that makes a model skip the logits before the first learned token. They are not needed."""
     learned = (labels != IGNORE).any(0).nonzero()
     first = int(learned[0]) if len(learned) else 0
-    if not first or "logits_to_keep" not in inspect.signature(unwrap(model).forward).parameters:
+    if not first or "logits_to_keep" not in forward_columns(unwrap(model)).names:
         return {}
-    return {"logits_to_keep": labels.shape[1] - first + 1}  # counted from the end, whatever stands in front
+    return {"logits_to_keep": labels.shape[1] - first + 1}  # counted from the end, so a prompt in front does not matter
+
+
+def _router_weight(model: nn.Module) -> float:
+    """The weight of the routers' balancing loss in the model's own loss."""
+    config = getattr(inner_model(model), "config", None)
+    return float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0)
+
+
+def token_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each token's own label (b, t), not shifted: tagging, and masked language models."""
+    labels = batch["labels"]
+    logits = _logits(model, _without_labels(model, batch))
+    return _cross_entropy(logits[:, -labels.shape[1] :], labels)  # virtual tokens, if kept, stand in front
 
 
 def seq2seq_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of an encoder-decoder model, which shifts its own labels (b, t) to feed the decoder."""
-    logits = model(**batch).logits
-    return _cross_entropy(logits, batch["labels"])
+    return _cross_entropy(_logits(model, call(model, batch)), batch["labels"])
 
 
 def classification_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Cross-entropy of logits (b, classes) with integer labels (b,)."""
-    return _cross_entropy(_logits(model, batch), batch["labels"])
+    logits = _logits(model, _without_labels(model, batch))
+    labels = batch["labels"].reshape(-1)
+    if logits.shape[:-1] != labels.shape:
+        raise PeftLabError(
+            f"{type(unwrap(model)).__name__} gives logits {tuple(logits.shape)}, which do not go with labels "
+            f"{tuple(labels.shape)}, one an example; pass loss=a function (model, batch) -> (sum, count)."
+        )
+    return _cross_entropy(logits, labels)
 
 
-def default_loss(model: nn.Module, labels: Tensor | None) -> Loss:
-    """The loss that fits the labels: one a token is a language model, one an example a classifier.
+def multi_label_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy of logits (b, classes) with labels (b, classes) from 0 to 1; each class of each row counts.
+
+    With p = sigmoid(logit) it is - sum of y log p + (1 - y) log(1 - p).
+    """
+    logits = _wide(_logits(model, _without_labels(model, batch)))
+    labels = batch["labels"].to(logits.dtype)
+    total = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+    return total, torch.tensor(labels.numel(), device=logits.device)
+
+
+def regression_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Squared error of outputs (b, 1) or (b, k) against as many numbers; each number counts: sum of (f(x) - y)^2."""
+    logits = _wide(_logits(model, _without_labels(model, batch)))
+    labels = batch["labels"].to(logits.dtype)
+    return F.mse_loss(logits, labels.reshape(logits.shape), reduction="sum"), torch.tensor(
+        labels.numel(), device=logits.device
+    )
+
+
+def question_answering_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of an answer's first and last token, `start_positions` and `end_positions` (b,).
+
+    Each of both counts as one label. A position behind the text's end, where the text was cut, counts as none.
+    """
+    inputs = {key: value for key, value in batch.items() if key not in ("start_positions", "end_positions", "labels")}
+    output = call(model, inputs)
+    totals, counts = [], []
+    for side in ("start", "end"):
+        logits = getattr(output, f"{side}_logits", None)
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            raise PeftLabError(
+                f"{type(unwrap(model)).__name__} has no plain {side}_logits, so its loss is not known here; pass "
+                "loss=a function (model, batch) -> (sum, count)."
+            )
+        tokens = batch["input_ids"].shape[1] if "input_ids" in batch else logits.shape[1]
+        position = batch[f"{side}_positions"].reshape(-1)
+        position = position.masked_fill(position >= tokens, IGNORE)
+        total, count = _cross_entropy(logits[:, -tokens:], position)
+        totals.append(total)
+        counts.append(count)
+    return totals[0] + totals[1], counts[0] + counts[1]
+
+
+OF_TASKS: dict[str, Loss] = {
+    "causal language modelling": causal_lm_loss,
+    "masked language modelling": token_loss,
+    "token classification": token_loss,
+    "sequence to sequence": seq2seq_loss,
+    "question answering": question_answering_loss,
+    "single_label_classification": classification_loss,
+    "multi_label_classification": multi_label_loss,
+    "regression": regression_loss,
+}
+
+
+def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> Loss:
+    """The loss of the model's task, as transformers has it.
+
+    A module that transformers does not know is taken for a classifier where there is one integer an example, and for a
+    causal language model where there is one a token (`peftlab.training.inputs` checks that these labels are the
+    tokens themselves).
 
     Raises:
-        PeftLabError: there are no labels, or they are no integers.
+        PeftLabError: the task is not known, or the batch has no labels of its kind.
     """
+    task = task_of(model)
+    if task == "question answering":
+        missing = {"start_positions", "end_positions"} - set(batch)
+        if missing:
+            raise PeftLabError(
+                f"{type(unwrap(model)).__name__} answers questions: its examples need start_positions and "
+                f"end_positions, the first and the last token of the answer. Found {sorted(batch)}."
+            )
+        return question_answering_loss
+    labels = batch.get("labels")
     if labels is None:
-        raise PeftLabError("The examples have no 'labels'; encode them with them, or pass loss=your own function.")
-    if labels.is_floating_point():
-        raise PeftLabError("The labels are no integers; pass loss=a function (model, batch) -> (sum, count).")
-    if labels.ndim == 1:
-        return classification_loss
-    config = getattr(unwrap(model), "config", None)
-    return seq2seq_loss if getattr(config, "is_encoder_decoder", False) else causal_lm_loss
+        raise PeftLabError(
+            f"The examples have no 'labels'; they have {sorted(batch)}. Encode them with labels, or pass loss=your own "
+            "function."
+        )
+    return OF_TASKS[problem_of(model, task, labels)]
 
 
-def _logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+def _without_labels(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     # Without labels: the model's own loss is a mean, and computing it would upcast every logit.
-    output = model(**{key: value for key, value in batch.items() if key != "labels"})
-    return getattr(output, "logits", output)
+    return call(model, {key: value for key, value in batch.items() if key != "labels"})
+
+
+def _logits(model: nn.Module, output: Any) -> Tensor:
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise PeftLabError(
+            f"{type(unwrap(model)).__name__} gives {type(output).__name__}, which has no logits: it has no head for a "
+            "task. Load the class with one, such as AutoModelForSequenceClassification, or pass loss=your own function."
+        )
+    return logits
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """16-bit numbers as float32: a loss is summed in float32 or better."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy over the labels that are not -100, and their number (int64)."""
+    """Return the cross-entropy summed over all labels but -100, and the number of these labels (int64)."""
     learned = labels != IGNORE
-    chosen = logits[learned]  # (labels, V): only these rows are upcast, a prompt's logits never
-    if chosen.dtype in (torch.float16, torch.bfloat16):
-        chosen = chosen.float()
-    return F.cross_entropy(chosen, labels[learned], reduction="sum"), learned.sum()
+    chosen = _wide(logits[learned])  # (labels, V): only these rows are upcast, a prompt's logits never
+    wanted = labels[learned].long()
+    if wanted.device.type == "cpu" and len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < len(chosen[0]):
+        wrong = int(wanted.max()) if int(wanted.max()) >= len(chosen[0]) else int(wanted.min())
+        raise PeftLabError(f"A label is {wrong}, and the model tells {len(chosen[0])} classes apart, from 0 on.")
+    return F.cross_entropy(chosen, wanted, reduction="sum"), learned.sum()

@@ -1,11 +1,11 @@
-"""How good a model is: accuracy, macro F1, exact match, words in common, and perplexity weighted by tokens."""
+"""Measures of a model's quality: accuracy, macro F1, exact match, words in common, and perplexity per token."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,22 @@ from peftlab.errors import PeftLabError
 from peftlab.progress import Bar
 from peftlab.training.batching import batches
 from peftlab.training.encoding import Collator, encode_text
+from peftlab.training.inputs import Inputs
 from peftlab.training.losses import Loss, default_loss
+from peftlab.training.model_task import PROBLEMS, call, inner_model, task_of
+from peftlab.training.rows import rows_of
+
+LANGUAGE = ("causal language modelling", "masked language modelling", "sequence to sequence")
 
 
 def accuracy(predictions: Sequence[Any], references: Sequence[Any]) -> float:
-    """The share of predictions that equal their reference, between 0 and 1.
+    """Return the share of predictions that equal their reference, between 0 and 1.
 
-    It misleads on unbalanced classes: always answering the class of 95% scores 0.95. Look at ``macro_f1`` beside it.
+    It misleads when classes are unbalanced: if 95% of the examples have one class, always answering that class scores
+    0.95. Look at `macro_f1` as well.
+
+    >>> round(pl.accuracy([1, 0, 1], [1, 1, 1]), 3)
+    0.667
     """
     _same_length(predictions, references)
     # accuracy = |{i : p_i = r_i}| / n
@@ -30,9 +39,13 @@ def accuracy(predictions: Sequence[Any], references: Sequence[Any]) -> float:
 
 
 def macro_f1(predictions: Sequence[Any], references: Sequence[Any]) -> float:
-    """The mean over classes of F1, the harmonic mean of precision and recall: every class counts the same.
+    """Return the mean of F1 over the classes, each of which counts alike.
 
-    A class is one that occurs among the references or the predictions.
+    F1 is the harmonic mean of precision and recall. The classes are those that occur in the references or the
+    predictions.
+
+    >>> pl.macro_f1([1, 0, 1], [1, 1, 1])
+    0.4
     """
     _same_length(predictions, references)
     pairs = list(zip(_plain(predictions), _plain(references), strict=True))
@@ -46,16 +59,23 @@ def macro_f1(predictions: Sequence[Any], references: Sequence[Any]) -> float:
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """The share of texts that equal their reference but for white space at both ends, between 0 and 1."""
+    """Return the share of texts that equal their reference, between 0 and 1. White space at both ends is ignored.
+
+    >>> pl.exact_match(["yes ", "no"], ["yes", "maybe"])
+    0.5
+    """
     _same_length(predictions, references)
     return sum(p.strip() == r.strip() for p, r in zip(predictions, references, strict=True)) / len(references)
 
 
 def token_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """The mean over texts of F1 of their words, between 0 and 1: ROUGE-1 without stemming (Lin 2004).
+    """Return the mean over texts of the F1 of their words, between 0 and 1: ROUGE-1 without stemming (Lin 2004).
 
-    Words are runs of letters and digits in lower case; a word that occurs twice has to be found twice. It says that the
-    right words are there, not that they make a sentence, nor that it is true.
+    A word is a run of letters and digits, in lower case. A word that occurs twice must be found twice. The score says
+    that the right words are there. It does not say that they make a sentence, or that the sentence is true.
+
+    >>> round(pl.token_f1(["the red cat"], ["a red cat"]), 3)
+    0.667
     """
     _same_length(predictions, references)
     return sum(_words_f1(p, r) for p, r in zip(predictions, references, strict=True)) / len(references)
@@ -64,7 +84,7 @@ def token_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
 def _words_f1(prediction: str, reference: str) -> float:
     found, wanted = (Counter(re.findall(r"\w+", text.lower())) for text in (prediction, reference))
     both = (found & wanted).total()
-    # F1 = 2 P R / (P + R) with P = both / found and R = both / wanted; two empty texts agree
+    # F1 = 2 P R / (P + R), with P = both / found and R = both / wanted; two empty texts are equal
     size = found.total() + wanted.total()
     return 2 * both / size if size else 1.0
 
@@ -78,21 +98,36 @@ def perplexity(
     max_length: int | None = None,
     progress: bool = False,
 ) -> float:
-    """exp of the mean negative log-likelihood **a token**, whatever the batches.
+    """Return exp of the mean negative log-likelihood **per token**. How the examples are batched does not matter.
 
     Args:
-        examples: plain texts (every token but the first is predicted, no end token is added), or encoded examples,
-            of which the labelled tokens count.
+        examples: plain texts, or encoded examples. In a plain text every token but the first is predicted, and no end
+            token is added. In an encoded example the labelled tokens count.
         tokenizer: needed for plain texts; gives the padding id.
         max_length: cut texts after so many tokens.
+
+    Raises:
+        PeftLabError: the model predicts no tokens; or plain texts are given to one that does not predict a text's next
+            token from those before it.
+
+    >>> round(pl.perplexity(model, ["the cat runs"], tokenizer))
+    34
     """
     if isinstance(examples, str):
         raise PeftLabError("perplexity takes a list of texts; put the one text into a list.")
+    task = task_of(model)
+    if task is not None and task not in LANGUAGE:
+        raise PeftLabError(f"{type(inner_model(model)).__name__} is for {task}; perplexity is of a language model.")
     encoded = []
-    for example in examples:
+    for example in rows_of(examples, "examples"):
         if isinstance(example, str):
             if tokenizer is None:
                 raise PeftLabError("perplexity of plain texts needs the tokenizer.")
+            if task not in (None, LANGUAGE[0]):
+                raise PeftLabError(
+                    f"{type(inner_model(model)).__name__} reads a text whole before it predicts its tokens, so a plain "
+                    "text has no perplexity under it; give encoded examples whose labels are not in their input_ids."
+                )
             example = encode_text(tokenizer, example, max_length, end=False)
         encoded.append(example)
     # ppl = exp( sum of nll over all tokens / number of tokens ), not the mean of exp(mean nll) of batches
@@ -103,19 +138,34 @@ def perplexity(
 def mean_loss(
     model: nn.Module,
     examples: Sequence[Mapping[str, Any]],
-    collate: Collator,
+    collate: Callable[[list], dict[str, Any]],
     *,
     loss: Loss | None = None,
     batch_size: int = 8,
     progress: bool = False,
 ) -> float:
-    """The loss a label over all examples, in eval mode and without gradients: sum of losses / number of labels.
+    """Return the mean loss per label over all examples: sum of losses / number of labels.
+
+    The model runs in eval mode and without gradients.
+
+    Args:
+        examples: encoded examples, in any form that `peftlab.train` takes.
+        collate: list of examples -> batch, for example `Collator(tokenizer)`.
+        loss: `(model, batch) -> (sum, number of labels)`; by default that of the model's task.
 
     Raises:
-        PeftLabError: there is no example, or nothing in them is labelled.
+        PeftLabError: there is no example, or no example has a label.
+
+    >>> examples = [pl.encode_text(tokenizer, "the cat runs"), pl.encode_text(tokenizer, "a dog sleeps")]
+    >>> round(pl.mean_loss(model, examples, pl.Collator(tokenizer)), 1)
+    3.4
     """
     total, count = 0.0, 0
     device = device_of(model)
+    inputs = collate if isinstance(collate, Inputs) else Inputs(model, collate, loss=loss)
+    examples = rows_of(examples, "examples")
+    if isinstance(collate, Collator):  # a collate of your own gets the rows as they are
+        examples = inputs.examples(examples, "the examples")
     parts = batches(model, [_length(example) for example in examples], batch_size)
     with (
         mode(model, False),
@@ -123,8 +173,8 @@ def mean_loss(
         Bar(len(examples), "Evaluating", unit="example", enabled=progress) as bar,
     ):
         for chosen in parts:
-            batch = to_device(collate([examples[index] for index in chosen]), device)
-            batch_total, batch_count = (loss or default_loss(model, batch.get("labels")))(model, batch)
+            batch = to_device(inputs([examples[index] for index in chosen]), device)
+            batch_total, batch_count = (loss or default_loss(model, batch))(model, batch)
             total, count = total + float(batch_total), count + int(batch_count)
             bar.update(len(chosen))
     if not count:
@@ -139,20 +189,71 @@ def predict_labels(
     *,
     batch_size: int = 32,
     progress: bool = False,
-) -> list[int]:
-    """The most likely class of each encoded example, in their order; labels in the examples are not looked at."""
-    inputs = [{key: value for key, value in example.items() if key != "labels"} for example in examples]
-    parts = batches(model, [_length(example) for example in inputs], batch_size)
-    collate, device = Collator(tokenizer), device_of(model)
-    classes = [0] * len(inputs)
-    with mode(model, False), torch.no_grad(), Bar(len(inputs), "Predicting", unit="example", enabled=progress) as bar:
+) -> list[Any]:
+    """What a classifier says of each encoded example, in their order; labels in the examples are not needed.
+
+    That is the most likely class, an int; for a tagger a list of ints, one a token; for a regression a number, or a
+    list of them; and where several classes may be right (`config.problem_type`, or labels in the examples with a
+    number for each class) a list with 1 for each class above one half and 0 for the others.
+
+    Raises:
+        PeftLabError: the model predicts tokens, not classes.
+
+    >>> from transformers import LlamaForSequenceClassification
+    >>> model.config.pad_token_id = tokenizer.pad_token_id
+    >>> classifier = LlamaForSequenceClassification(model.config)
+    >>> examples = [pl.encode_classification(tokenizer, text, label=0) for text in ("the cat", "a dog")]
+    >>> len(pl.predict_labels(classifier, examples, tokenizer))
+    2
+    """
+    inputs = Inputs(model, Collator(tokenizer), labelled=False)
+    name, task = inputs.facts.name, inputs.facts.task
+    if task not in (None, "classification", "token classification", "choice"):
+        raise PeftLabError(f"{name} is for {task}; predict_labels is for classifiers and taggers.")
+    rows = rows_of(examples, "examples")
+    problem = _problem(model, rows) if task == "classification" else None
+    rows = inputs.examples(rows, "the examples")
+    parts = batches(model, [_length(example) for example in rows], batch_size)
+    device = device_of(model)
+    found: list[Any] = [0] * len(rows)
+    with mode(model, False), torch.no_grad(), Bar(len(rows), "Predicting", unit="example", enabled=progress) as bar:
         for chosen in parts:
-            output = model(**to_device(collate([inputs[index] for index in chosen]), device))
-            best = getattr(output, "logits", output).argmax(-1).tolist()
-            for index, label in zip(chosen, best, strict=True):
-                classes[index] = label
+            batch = inputs([rows[index] for index in chosen])
+            output = call(model, to_device(batch, device))
+            logits = getattr(output, "logits", output)
+            if not isinstance(logits, torch.Tensor):
+                raise PeftLabError(
+                    f"{inputs.facts.name} gives {type(output).__name__}, which has no logits of classes."
+                )
+            for index, row, answer in zip(chosen, range(len(chosen)), _answers(logits, problem), strict=True):
+                if logits.ndim == 3 and "attention_mask" in batch:  # not what is said of padding, nor of a prompt
+                    tokens = int(batch["attention_mask"][row].sum())
+                    answer = answer[len(answer) - batch["attention_mask"].shape[1] :][:tokens]
+                found[index] = answer
             bar.update(len(chosen))
-    return classes
+    return found
+
+
+def _problem(model: nn.Module, rows: Sequence[Any]) -> str:
+    """What kind of labels a classifier has, from its config or, without one there, from the first example's."""
+    config = inner_model(model).config
+    known = getattr(config, "problem_type", None)
+    if known in PROBLEMS:
+        return known
+    if config.num_labels == 1:
+        return "regression"
+    first = rows[0] if len(rows) else {}
+    labels = next((first[key] for key in ("labels", "label", "label_ids") if key in first), None) if first else None
+    several = labels is not None and getattr(labels, "shape", None) != () and hasattr(labels, "__len__")
+    return "multi_label_classification" if several and len(labels) == config.num_labels else PROBLEMS[0]
+
+
+def _answers(logits: torch.Tensor, problem: str | None) -> list[Any]:
+    if problem == "multi_label_classification":
+        return (logits > 0).long().tolist()  # sigmoid(x) > 1/2 where x > 0
+    if problem == "regression":
+        return (logits.squeeze(1) if logits.shape[1] == 1 else logits).tolist()
+    return logits.argmax(-1).tolist()
 
 
 def _length(example: Mapping[str, Any]) -> int:
@@ -161,7 +262,7 @@ def _length(example: Mapping[str, Any]) -> int:
 
 
 def _plain(values: Any) -> list[Any]:
-    """A list of plain values, also from a tensor, an array or a column of a data set."""
+    """Return a list of plain values from a list, a tensor, an array or a column of a data set."""
     return values.tolist() if hasattr(values, "tolist") else list(values)
 
 

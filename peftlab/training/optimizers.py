@@ -1,4 +1,4 @@
-"""The optimisers by name, and which parameters decay."""
+"""The optimisers by name, and which parameters have weight decay."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ Groups = list[dict[str, Any]]
 
 
 def adamw(groups: Groups, lr: float, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW with betas 0.9 and 0.999 and eps 1e-8 as in torch and transformers: two states a trainable parameter."""
+    """Make AdamW with betas 0.9 and 0.999 and eps 1e-8, as in torch and transformers. Two states per parameter."""
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
 
 
 def sgd(groups: Groups, lr: float, device: torch.device) -> torch.optim.Optimizer:
-    """Gradient descent without momentum: no state at all."""
+    """Make gradient descent without momentum. It keeps no state."""
     return torch.optim.SGD(groups, lr=lr)
 
 
 def adamw8bit(groups: Groups, lr: float, device: torch.device) -> torch.optim.Optimizer:
-    """bitsandbytes' AdamW with its two states in 8 bits, a scale for each 256: 2 bytes a trained parameter instead of
-    8.
+    """Make bitsandbytes' AdamW, whose two states take 2 bytes per trained parameter instead of 8.
 
-    Dettmers et al., 2021, arXiv:2110.02861. Tensors below 4,096 elements keep states of 32 bits. Where bitsandbytes is
-    missing or has no such kernel, `adamw` runs and a warning says so.
+    The states are stored in 8 bits, with one scale for each 256 of them (Dettmers et al., 2021, arXiv:2110.02861).
+    Tensors below 4,096 elements keep 32-bit states. If bitsandbytes is missing or has no such kernel, `adamw` runs
+    instead, and a warning says so.
     """
     return _eight_bit("AdamW8bit", groups, lr, device)
 
 
 def paged_adamw8bit(groups: Groups, lr: float, device: torch.device) -> torch.optim.Optimizer:
-    """`adamw8bit` whose states lie in unified memory: where the GPU is full, the driver moves them to main memory.
+    """Make `adamw8bit` with its states in unified memory: when the GPU is full, the driver moves them to main memory.
 
-    Dettmers et al., 2023, arXiv:2305.14314, section 3. It guards against a peak and saves nothing else. Without CUDA
-    there is no such memory: `adamw8bit` runs, and a warning says so.
+    See Dettmers et al., 2023, arXiv:2305.14314, section 3. It helps at a peak of memory and saves nothing otherwise.
+    Without CUDA there is no unified memory, so `adamw8bit` runs instead, and a warning says so.
     """
     if device.type == "cuda":
         return _eight_bit("PagedAdamW8bit", groups, lr, device)
@@ -52,10 +52,10 @@ def paged_adamw8bit(groups: Groups, lr: float, device: torch.device) -> torch.op
 
 
 def _eight_bit(kind: str, groups: Groups, lr: float, device: torch.device) -> torch.optim.Optimizer:
-    library = optional.available("bitsandbytes")
+    library: Any = optional.available("bitsandbytes")
     reason = "bitsandbytes is not installed (pip install bitsandbytes)" if library is None else None
     if library is not None and device.type != "cuda":
-        # Whether there are kernels for this device depends on the release; a small step tells.
+        # Whether there are kernels for this device depends on the release. Try a small step.
         probe = nn.Parameter(torch.zeros(8192, device=device))
         probe.grad = torch.ones_like(probe)
         try:
@@ -63,7 +63,7 @@ def _eight_bit(kind: str, groups: Groups, lr: float, device: torch.device) -> to
         except Exception as error:  # whatever a missing kernel raises
             reason = f"bitsandbytes {library.__version__} has no 8-bit AdamW for {device} ({type(error).__name__})"
     if reason:
-        states = "adamw runs instead, whose states take 8 bytes a trained parameter, not 2"
+        states = "adamw runs instead, whose states take 8 bytes per trained parameter, not 2"
         warnings.warn(f"{reason}; {states}.", stacklevel=6)
         return adamw(groups, lr, device)
     return getattr(library.optim, kind)(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8)
@@ -78,15 +78,15 @@ OPTIMIZERS: dict[str, Callable[[Groups, float, torch.device], torch.optim.Optimi
 def make_optimizer(
     name: str, parameters: Mapping[str, nn.Parameter], lr: float, weight_decay: float, device: torch.device
 ) -> torch.optim.Optimizer:
-    """The optimiser of that name over two groups: what decays, and what does not."""
+    """Make the optimiser of that name over two groups of parameters: those with weight decay and those without."""
     return OPTIMIZERS[one_of("optimizer", name, OPTIMIZERS)](decay_groups(parameters, weight_decay), lr, device)
 
 
 def decay_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> Groups:
-    """Matrices decay; biases, the weights of norms and everything else of one dimension do not.
+    """Return two groups: matrices, which decay, and everything else (biases, norms, vectors), which does not.
 
-    Decay pulls towards zero. For a matrix that is a preference for small weights; for a norm's scale, whose neutral
-    value is one, or for a bias, it would only be wrong.
+    Decay pulls values towards zero. For a matrix this prefers small weights. It would harm the scale of a norm, whose
+    neutral value is one, and a bias.
     """
     decayed = [p for name, p in parameters.items() if _decays(name, p)]
     others = [p for name, p in parameters.items() if not _decays(name, p)]

@@ -1,4 +1,4 @@
-"""What a device computes in while it trains."""
+"""The precision that a device computes in during training."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_precision(wish: str, device: torch.device) -> str:
-    """``"fp32"``, ``"bf16"`` or ``"fp16"`` for a device; ``"auto"`` asks the device what it has.
+    """Return `"fp32"`, `"bf16"` or `"fp16"` for a device; `"auto"` chooses what suits the device.
 
-    A CPU computes in the model's own dtype, without autocast. A GPU with real bf16 gets bf16 autocast. One without, a
-    T4 for example, gets fp16 autocast with a loss scale; ``torch.cuda.is_bf16_supported()`` alone says yes there,
-    because it counts emulation.
+    A CPU computes in the model's own dtype, without autocast. A GPU that computes in bf16 gets bf16 autocast. Another
+    one, such as a T4, gets fp16 autocast with a loss scale. `torch.cuda.is_bf16_supported()` alone cannot tell them
+    apart: it is true on a T4, which only emulates bf16.
 
     Raises:
-        PeftLabError: no such precision, or one that the device cannot do.
+        PeftLabError: an unknown precision, or one that the device does not have.
     """
     one_of("precision", wish, ("auto", *AUTOCAST))
     real_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
@@ -39,7 +39,7 @@ def choose_precision(wish: str, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """Autocast of this precision; under ``"fp32"`` everything computes in the dtype it has (half stays half)."""
+    """Return the autocast of this precision. Under `"fp32"` each module computes in its own dtype, even in half."""
     dtype = AUTOCAST[precision]
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
@@ -47,8 +47,8 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 def check_trainable_dtypes(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
     """Refuse float16 parameters to train.
 
-    Their updates, about 1e-4 of a weight, round to nothing, and a loss scale cannot be taken off their gradients: torch
-    says "Attempting to unscale FP16 gradients".
+    Their updates are about 1e-4 of a weight, so rounding removes them. And torch cannot undo a loss scale on their
+    gradients: it raises "Attempting to unscale FP16 gradients".
     """
     half = [name for name, parameter in parameters if parameter.dtype == torch.float16]
     if half:

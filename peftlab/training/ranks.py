@@ -1,7 +1,7 @@
-"""One run in several processes: what each of them does of a batch, and what they must agree on.
+"""One run in several processes: which share of a batch each one computes, and what they must agree on.
 
-A model wrapped in DistributedDataParallel averages its gradients over the processes. Everything else a run needs is
-here, and in a single process each of these is the identity.
+A model wrapped in DistributedDataParallel averages its gradients over the processes. The rest is here. In a single
+process these functions change nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from peftlab.core.records import wrappings
 
 
 class Ranks:
-    """The processes that train one model: ``rank`` of ``world``, and ``first`` on the one that writes."""
+    """The processes that train one model. This one has the number `rank` of `world`; the `first` one writes files."""
 
     def __init__(self, model: nn.Module):
         self.model = next((one for one in wrappings(model) if isinstance(one, DistributedDataParallel)), None)
@@ -25,20 +25,23 @@ class Ranks:
         self.first = self.rank == 0
 
     def share(self, items: list) -> tuple[list, bool]:
-        """This process's items of a batch, and whether they count: one left without any repeats the first, for
-        every process must take part in the averaging, and counts it as nothing."""
+        """Return this process's items of a batch, and whether they count.
+
+        Every process must take part in the averaging. A process without items therefore repeats the batch's first item,
+        and that one does not count.
+        """
         mine = items[self.rank :: self.world]
         return (mine, True) if mine else (items[:1], False)
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over all processes, of a value that needs no gradient."""
+        """Return the sum of a value over all processes, without a gradient."""
         value = value.detach().clone()
         if self.world > 1:
             distributed.all_reduce(value)
         return value
 
     def agree(self, value: Any) -> Any:
-        """The first process's value, in all of them."""
+        """Return the first process's value in every process."""
         if self.world == 1:
             return value
         box = [value]
@@ -46,10 +49,10 @@ class Ranks:
         return box[0]
 
     def wait(self) -> None:
-        """Go on when every process is here."""
+        """Wait until every process has come to this point."""
         if self.world > 1:
             distributed.barrier()
 
     def unsynchronised(self, last: bool) -> AbstractContextManager:
-        """Gradients are averaged once, in the last part of an accumulated batch."""
+        """Return a context in which gradients are not averaged, except in the last part of an accumulated batch."""
         return nullcontext() if last or self.model is None else self.model.no_sync()

@@ -1,4 +1,4 @@
-"""One run of training: its state, one update of it, its evaluation, and its way to disk and back."""
+"""One run of training: its state, one update, one evaluation."""
 
 from __future__ import annotations
 
@@ -17,33 +17,41 @@ from peftlab.errors import PeftLabError
 from peftlab.settings import Settings
 from peftlab.training.buffers import Buffers
 from peftlab.training.encoding import Collator
+from peftlab.training.inputs import Inputs, example_lengths
 from peftlab.training.losses import default_loss
 from peftlab.training.metrics import mean_loss
 from peftlab.training.optimizers import make_optimizer
 from peftlab.training.precision import autocast, check_trainable_dtypes
 from peftlab.training.ranks import Ranks
+from peftlab.training.rows import EVALUATION, TRAINING, rows_of
 from peftlab.training.schedule import DataOrder, derived_seed, learning_rate_at, seed_everything, warmup_steps
 
 
 class TrainingError(PeftLabError):
-    """Training cannot go on: a loss or a gradient is not finite, or nothing is learned.
+    """The error of a run that cannot go on: a loss or a gradient is not finite, or no example has a label.
 
-    The model holds the last good state, the one after the step before.
+    The model keeps the parameters that it had after the last good step.
+
+    >>> issubclass(pl.TrainingError, pl.PeftLabError)
+    True
     """
 
 
 @dataclasses.dataclass(repr=False)
 class History:
-    """What happened, a row a step.
+    """What happened in a run, with one row per step.
 
     Attributes:
-        steps: dicts with ``step`` (from 1), ``loss`` (mean over the batch's labels, before the update), ``lr``,
-            ``tokens`` (labels in the batch) and ``grad_norm`` (before clipping); an update that fp16 had to skip, its
-            gradient having overflowed, has ``grad_norm`` None.
-        evaluations: dicts with ``step``, ``loss`` and one entry a metric.
+        steps: dicts with `step` (from 1), `loss` (mean over the batch's labels, before the update), `lr`,
+            `tokens` (labels in the batch) and `grad_norm` (before clipping). If the gradient overflowed in fp16, the
+            update was skipped and `grad_norm` is None.
+        evaluations: dicts with `step`, `loss` and one entry per metric.
         best: the evaluation with the lowest loss, or the highest value of the monitored metric.
-        stopped_early: patience ran out before the last step.
-        seconds: time spent training, over all the pieces of a resumed run; not compared by ``==``.
+        stopped_early: whether patience ran out before the last step.
+        seconds: time spent training, summed over all pieces of a resumed run. `==` ignores it.
+
+    >>> pl.History(steps=[{"loss": 3.0}, {"loss": 1.5}])
+    <History: 2 steps, loss 3.000 to 1.500>
     """
 
     steps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -53,7 +61,7 @@ class History:
     seconds: float = dataclasses.field(default=0.0, compare=False)
 
     def __repr__(self) -> str:
-        """One line, for a notebook shows the value of a cell's last expression."""
+        """Return one line, because a notebook shows the value of a cell's last expression."""
         words = f"{len(self.steps)} steps"
         if self.steps:
             words += f", loss {self.steps[0]['loss']:.3f} to {self.steps[-1]['loss']:.3f}"
@@ -79,11 +87,11 @@ class Run:
         device: torch.device,
         ranks: Ranks,
     ):
-        if not len(train_data):
-            raise PeftLabError("The training data holds no example.")
         self.model, self.settings, self.device, self.ranks = model, settings, device, ranks
-        self.train_data, self.evaluation_data = train_data, settings.evaluation_data
-        self.collate = settings.collate or Collator(settings.tokenizer)
+        self.collate = Inputs(model, settings.collate or Collator(settings.tokenizer), loss=settings.loss)
+        self.train_data, self.evaluation_data = self._read(train_data), self._read_evaluation()
+        if not len(self.train_data):
+            raise PeftLabError("The training data holds no example.")
         self.loss, self.metrics = settings.loss, settings.metrics or {}
         self.core = unwrap(model)
         self.trainable = {name: p for name, p in self.core.named_parameters() if p.requires_grad}
@@ -94,8 +102,8 @@ class Run:
                 "train: pl.load_adapter(..., trainable=True) or pl.activate(model, name, trainable=True)."
             )
         check_trainable_dtypes(self.trainable.items())
-        lengths = [len(example["input_ids"]) for example in train_data] if settings.group_by_length else None
-        examples = len(train_data)
+        lengths = example_lengths(self.train_data) if settings.group_by_length else None
+        examples = len(self.train_data)
         self.order = DataOrder(examples, settings.batch, settings.total_examples(examples), settings.seed, lengths)
         self.warmup = warmup_steps(settings.warmup, len(self.order))
         self.optimizer = make_optimizer(
@@ -110,10 +118,23 @@ class Run:
         self.identity: dict[str, Any] = {}
         self._looked_for_gradients = False
 
+    def _read(self, data: Any) -> Sequence[Any]:
+        """The training data as rows, checked when they are read; a collate of the user's own gets them as they are."""
+        steps = self.settings.steps
+        wanted = None if steps is None else steps * self.settings.batch
+        rows = rows_of(data, "train_data", splits=TRAINING, wanted=wanted, endless=wanted is not None)
+        return rows if self.settings.collate else self.collate.examples(rows, "train_data")
+
+    def _read_evaluation(self) -> Sequence[Any] | None:
+        if self.settings.evaluation_data is None:
+            return None
+        rows = rows_of(self.settings.evaluation_data, "evaluation_data", splits=EVALUATION, endless=False)
+        return rows if self.settings.collate else self.collate.examples(rows, "evaluation_data")
+
     # -- one update ----------------------------------------------------------------------------------------------
 
     def update(self) -> dict[str, Any]:
-        """One optimiser step; returns its row for the history. The gradients stay until ``clear``."""
+        """Make one optimiser step and return its row for the history. The gradients stay until `clear`."""
         settings, chosen = self.settings, self.order.at(self.step)
         parts = [chosen[at : at + settings.batch_size] for at in range(0, len(chosen), settings.batch_size)]
         lr = learning_rate_at(self.step, len(self.order), settings.learning_rate, self.warmup, settings.schedule)
@@ -125,9 +146,9 @@ class Run:
             loss, labels = self._gradients(parts)
             norm = self._clip(chosen)
         except TrainingError:
-            self.buffers.restore(held)  # the forward pass has moved running statistics already
+            self.buffers.restore(held)  # the forward pass has already changed running statistics
             raise
-        self.scaler.step(self.optimizer)  # a plain optimizer.step() but for fp16
+        self.scaler.step(self.optimizer)  # the same as optimizer.step(), except under fp16
         self.scaler.update()
         self.step += 1
         row = {"step": self.step, "loss": loss, "lr": lr, "tokens": labels, "grad_norm": norm}
@@ -135,13 +156,13 @@ class Run:
         return row
 
     def _gradients(self, parts: list[list[int]]) -> tuple[float, int]:
-        """Leave the gradient of the mean loss over all parts' labels in ``grad``; returns that loss and the labels."""
+        """Put the gradient of the mean loss into `grad`. Return that loss and the number of labels of all parts."""
         totals, counts = [], []
         for number, part in enumerate(parts):
             mine, counted = self.ranks.share(part)
             batch = to_device(self.collate([self.train_data[index] for index in mine]), self.device)
             with autocast(self.device, self.settings.precision):
-                loss = self.loss or default_loss(self.model, batch.get("labels"))
+                loss = self.loss or default_loss(self.model, batch)
                 total, count = loss(self.model, batch)
             if not total.requires_grad:
                 raise TrainingError(
@@ -152,7 +173,7 @@ class Run:
             count = self.ranks.sum(count)
             if number == 0:
                 provisional = count.clamp(min=1) * len(parts)
-            # N, all labels of the update, is known after the last part; until then each part is divided by a guess N'
+            # N, the labels of the whole batch, is known only after the last part. Until then divide by a guess N'.
             with self.ranks.unsynchronised(last=number == len(parts) - 1):
                 self.scaler.scale(total / provisional).backward()
             totals.append(self.ranks.sum(total.double() if total.device.type != "mps" else total))
@@ -163,7 +184,7 @@ class Run:
             raise self._stop(f"the loss is {sum(sums)}", wrong)
         if not labels:
             raise self._stop("nothing is labelled", sum(parts, []))
-        # g = (N' / N) g', times the number of processes, over which DistributedDataParallel took the mean
+        # g = (N' / N) g'. DistributedDataParallel took the mean over the processes, so multiply by their number.
         if len(parts) * self.ranks.world > 1:
             factor = int(provisional) / labels * self.ranks.world
             for parameter in self.trainable.values():
@@ -172,10 +193,10 @@ class Run:
         return sum(sums) / labels, labels
 
     def _clip(self, chosen: list[int]) -> float | None:
-        """Clip to the global norm |g| = sqrt(sum of g_i^2): g <- g min(1, max_norm / |g|); returns |g|.
+        """Clip to the global norm |g| = sqrt(sum of g_i^2): g <- g min(1, max_norm / |g|). Return |g|.
 
-        Under fp16 a gradient that overflowed is no error: the optimiser skips it and the loss scale is halved, and
-        only a scale that fell below 1 says that the gradient itself is at fault. Then, and only then, None is returned.
+        Under fp16 a gradient may overflow without any fault of the model. The optimiser then skips the step, the loss
+        scale is halved, and this returns None. It is an error only if the scale has fallen below 1.
         """
         self._look_for_gradients()
         self.scaler.unscale_(self.optimizer)
@@ -195,7 +216,7 @@ class Run:
         if without:
             warnings.warn(
                 f"{len(without)} of {len(self.trainable)} trainable parameters got no gradient in the first step and "
-                f"may not train at all; the first is {without[0]}.",
+                f"may never train; the first is {without[0]}.",
                 stacklevel=4,
             )
 
@@ -214,7 +235,7 @@ class Run:
     # -- evaluation ----------------------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, Any]:
-        """Evaluate the model as it is, note it in the history, and keep the values if they are the best so far."""
+        """Evaluate the model, add a row to the history, and keep the parameters if they are the best so far."""
         row: dict[str, Any] = {"step": self.step}
         seed_everything(derived_seed(self.settings.seed, "evaluation", self.step))
         if self.evaluation_data is not None:
@@ -232,7 +253,7 @@ class Run:
         row = self.ranks.agree(row)
         if not math.isfinite(row.get("loss", 0.0)):
             raise TrainingError(
-                f"After step {self.step} the evaluation loss is {row['loss']}; the learning rate is high."
+                f"After step {self.step} the evaluation loss is {row['loss']}. The learning rate may be too high."
             )
         self.history.evaluations.append(row)
         monitor, best = self.settings.monitor, self.history.best
@@ -245,14 +266,14 @@ class Run:
         return row
 
     def out_of_patience(self) -> bool:
-        """As many evaluations since the best one as patience allows."""
+        """Say whether as many evaluations have passed since the best one as patience allows."""
         if self.settings.patience is None or self.history.best is None:
             return False
         later = [row for row in self.history.evaluations if row["step"] > self.history.best["step"]]
         return len(later) >= self.settings.patience
 
     def restore_best(self) -> None:
-        """Put the best evaluation's values into the model, if they were kept."""
+        """Copy the best evaluation's parameters back into the model, if they were kept."""
         with torch.no_grad():
             for name, value in self.best_values.items():
                 self.trainable[name].copy_(value)

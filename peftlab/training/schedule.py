@@ -1,7 +1,7 @@
-"""What a run does at its step k, as a function of k and a seed alone.
+"""What a run does at step k, computed from k and the seed alone.
 
-The learning rate, the examples and the random numbers of a step depend on nothing that happened before it. So a run
-that was killed goes on where it stopped by knowing k: no generator's state, no sampler's position needs to be stored.
+The learning rate, the examples and the random numbers of a step depend on nothing that happened before. So a killed run
+needs only k to continue: the state of generators and the position of a sampler need not be stored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup_steps: int = 0, schedule: str = "linear") -> float:
-    """The learning rate of update ``step`` = 0 .. steps - 1, as transformers' schedulers have it.
+    """Return the learning rate of update `step` = 0 .. steps - 1, as transformers' schedulers compute it.
 
     With k the step, w the steps of warm-up and K all steps:
 
@@ -38,23 +38,23 @@ def learning_rate_at(step: int, steps: int, peak: float, warmup_steps: int = 0, 
 
 
 def warmup_steps(warmup: float, steps: int) -> int:
-    """``warmup`` below 1 is a share of all steps, rounded up; from 1 on it is a number of steps."""
+    """Return the steps of warm-up. `warmup` is a share of all steps (rounded up) if below 1, else a number of steps."""
     return math.ceil(warmup * steps) if warmup < 1 else int(warmup)
 
 
 @dataclass
 class DataOrder:
-    """Which examples make the batch of a step.
+    """The examples of each step.
 
-    Each epoch is a permutation drawn from the seed and the epoch's number; the epochs stand one behind the other and
-    are cut into batches, so only the very last batch may be smaller.
+    Each epoch is a permutation drawn from the seed and the epoch's number. The epochs follow each other and are cut
+    into batches across their borders, so only the last batch of the run may be smaller.
 
     Args:
-        examples: how many there are.
-        batch: examples an optimiser step (all accumulated ones together).
+        examples: the number of examples.
+        batch: examples per optimiser step, accumulated ones included.
         total: examples of the whole run, counted with repetition.
-        lengths: give them to bring examples of like length together, which saves padding: within stretches of 32
-            batches the examples are sorted by length, and the order of the batches is drawn.
+        lengths: if given, examples of similar length share a batch, which saves padding. Stretches of 32 batches are
+            sorted by length, and then the order of the batches is drawn at random.
     """
 
     examples: int
@@ -65,14 +65,14 @@ class DataOrder:
     _epochs: dict[int, list[int]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
-        """The number of optimiser steps."""
+        """Return the number of optimiser steps."""
         return -(-self.total // self.batch)
 
     def at(self, step: int) -> list[int]:
-        """The indices of the examples of step 0 .. len - 1."""
+        """Return the indices of a step's examples. Steps count from 0."""
         start = step * self.batch
         stop = min(start + self.batch, self.total)
-        # position p of the run is place p mod n in epoch p div n
+        # position p of the run is place p mod n of epoch p div n
         return [self._epoch(p // self.examples)[p % self.examples] for p in range(start, stop)]
 
     def _epoch(self, epoch: int) -> list[int]:
@@ -81,29 +81,29 @@ class DataOrder:
             order = list(range(self.examples))
             draw.shuffle(order)
             if self.lengths is not None:
-                order = self._grouped(order, draw)
+                order = self._grouped(order, self.lengths, draw)
             self._epochs = {key: value for key, value in self._epochs.items() if key == epoch - 1}
             self._epochs[epoch] = order
         return self._epochs[epoch]
 
-    def _grouped(self, order: list[int], draw: random.Random) -> list[int]:
+    def _grouped(self, order: list[int], lengths: Sequence[int], draw: random.Random) -> list[int]:
         stretch = 32 * self.batch
         batches = []
         for start in range(0, len(order), stretch):
-            near = sorted(order[start : start + stretch], key=lambda index: self.lengths[index])
+            near = sorted(order[start : start + stretch], key=lambda index: lengths[index])
             batches += [near[at : at + self.batch] for at in range(0, len(near), self.batch)]
         draw.shuffle(batches)
         return [index for batch in batches for index in batch]
 
 
 def derived_seed(*parts: object) -> int:
-    """A 63-bit seed made of these parts: other parts, another seed, without any relation between the two."""
+    """Return a 63-bit seed computed from these parts. Different parts give unrelated seeds."""
     digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch (CPU and every GPU), Python's ``random`` and numpy's global generator."""
+    """Seed torch (CPU and every GPU), Python's `random` and numpy's global generator."""
     torch.manual_seed(seed)
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
@@ -111,7 +111,7 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def borrowed_generators() -> Iterator[None]:
-    """Let the block seed and use the global random generators, and put them back to where they were."""
+    """Let the block seed and use the global random generators, and restore their states afterwards."""
     states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try:

@@ -1,9 +1,10 @@
-"""A run's state as tensors and plain values, and the folder that takes it up again."""
+"""A run's state: writing it into a folder, and continuing a run from there."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,22 +14,25 @@ from peftlab.training import files
 from peftlab.training.identity import differences, run_identity
 from peftlab.training.run import Run
 
-# Settings that do not change a result, what the digest of the data holds, and functions that have no name to compare
+# These settings are left out when two runs are compared. They do not change a result, or the digest of the data covers
+# them, or they are functions, which cannot be compared.
 NO_IDENTITY = ("tokenizer", "evaluation_data", "folder", "save_every", "resume", "progress", "collate", "callback")
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> tuple[dict[str, Tensor], dict]:
-    """The optimiser's states by parameter name: tensors as ``optimizer/<parameter>/<state>``, the rest as plain values.
+    """Return the optimiser's states: tensors named `optimizer/<parameter>/<state>`, and plain values by parameter.
 
     Args:
-        names: the parameter's name by the ``id`` of the parameter.
+        names: {`id` of a parameter: its name}.
     """
-    tensors, scalars, seen = {}, {}, set()
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    seen: set[int] = set()
     for parameter, states in optimizer.state.items():
         name = names[id(parameter)]
         for key, value in states.items():
             if isinstance(value, Tensor):
-                # 8-bit states share one code book among all parameters, and a file may share no tensor
+                # all parameters share the code book of 8-bit states, but a file may not hold a tensor twice
                 tensors[f"optimizer/{name}/{key}"] = value.clone() if value.data_ptr() in seen else value
                 seen.add(value.data_ptr())
             else:
@@ -39,7 +43,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> 
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, names: dict[int, str], tensors: dict[str, Tensor], scalars: dict
 ) -> None:
-    """The inverse of ``optimizer_state``."""
+    """Load what `optimizer_state` returned."""
     states: dict[str, dict] = {name: dict(values) for name, values in scalars.items()}
     for key, tensor in tensors.items():
         if key.startswith("optimizer/"):
@@ -54,7 +58,7 @@ def load_optimizer_state(
 
 
 def save(run: Run, folder: Path) -> None:
-    """Write the run's state into its folder (the first process does; the others wait)."""
+    """Write the run's state into its folder. The first process writes; the others wait."""
     if run.ranks.first:
         tensors, scalars = optimizer_state(run.optimizer, {id(p): name for name, p in run.trainable.items()})
         tensors |= {f"trainable/{name}": p for name, p in run.trainable.items()}
@@ -72,10 +76,12 @@ def save(run: Run, folder: Path) -> None:
 
 
 def resume_or_start(run: Run, folder: Path, resume: bool) -> None:
-    """Put the run where the one in the folder stopped, or begin it there; nothing is loaded before all is checked.
+    """Continue the run that the folder holds, or start a new one there.
+
+    Everything is checked before anything is loaded.
 
     Raises:
-        PeftLabError: ``resume`` is False and there is one; or it is another run; or it cannot be read.
+        PeftLabError: `resume` is False and the folder holds a run; or it holds another run; or it cannot be read.
     """
     settings = {key: value for key, value in vars(run.settings).items() if key not in NO_IDENTITY}
     if run.loss is not None:
@@ -87,7 +93,7 @@ def resume_or_start(run: Run, folder: Path, resume: bool) -> None:
     checkpoint = files.newest(folder)
     run.ranks.wait()
     if checkpoint is None:
-        save(run, folder)  # the values it starts from: a new adapter need not be drawn the same again
+        save(run, folder)  # the starting values: an adapter attached later may start from other random numbers
         return
     if not resume:
         raise PeftLabError(
@@ -116,5 +122,5 @@ def resume_or_start(run: Run, folder: Path, resume: bool) -> None:
 
 
 def _part(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """The tensors called ``kind/...``, without that beginning."""
+    """Return the tensors named `kind/...`, without that prefix."""
     return {key.removeprefix(f"{kind}/"): value for key, value in tensors.items() if key.startswith(f"{kind}/")}

@@ -1,10 +1,10 @@
-"""Training in a random subspace: the weights of a model moved along d random directions and no others.
+"""Training in a random subspace: a model's weights move only along d random directions.
 
-    W = W0 + P z,    z: (d,), all that trains;    P: fixed, random, with orthogonal columns
+    W = W0 + P z,    z: (d,), the only trained values;    P: fixed, random, with orthogonal columns
 
-Li et al., *Measuring the Intrinsic Dimension of Objective Landscapes*, 2018, arXiv:1804.08838, section 2. They draw P
-dense or by Fastfood; here entry j of all weights takes coordinate j mod d with a random sign, so that P is not stored,
-its columns are orthogonal, and each weight moves by as much as a coordinate does.
+See Li et al., *Measuring the Intrinsic Dimension of Objective Landscapes*, 2018, arXiv:1804.08838, section 2. They draw
+a dense P, or one by Fastfood. Here all weights are numbered, and entry j moves with coordinate j mod d, times a random
+sign. So P need not be stored, its columns are orthogonal, and each weight moves as far as its coordinate.
 """
 
 from __future__ import annotations
@@ -15,10 +15,16 @@ from torch.nn.utils import parametrize
 
 
 class Along(nn.Module):
-    """One weight of the subspace. z: (d,), shared by all weights; offset: the number of entries before this weight."""
+    """One weight in the subspace.
+
+    Args:
+        z: (d,), the coordinates, shared by all weights.
+        offset: the number of entries in the weights before this one.
+    """
 
     def __init__(self, z: nn.Parameter, weight: Tensor, offset: int, generator: torch.Generator) -> None:
         super().__init__()
+        self.signs: Tensor
         self.z, self.start = z, offset % len(z)
         signs = torch.randint(2, weight.shape, generator=generator, device=weight.device, dtype=torch.int8)
         self.register_buffer("signs", 2 * signs - 1, persistent=False)
@@ -31,9 +37,9 @@ class Along(nn.Module):
 
 
 def move_along(model: nn.Module, dimension: int, seed: int) -> nn.Parameter:
-    """Freezes a model and lets the weights of its linear layers (the tied head not) move along `dimension` directions.
+    """Freeze a model, then train its linear weights (except a tied head) only along `dimension` random directions.
 
-    Returns z, zero at the start.
+    Returns the coordinates z, which start at zero.
     """
     model.requires_grad_(False)
     tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}

@@ -230,7 +230,7 @@ def test_models_and_places_that_are_refused():
     model = Net()
     before = snapshot(model)
     for settings, message in [
-        ({}, "places of a pfeiffer adapter in Net are not known; name the modules .* end in embed, up, down, head"),
+        ({}, "places of a pfeiffer adapter in Net are not known. Name the modules .* end in embed, up, down, head"),
         (dict(target_modules=["blocks"]), "blocks is a ModuleList"),
         (dict(target_modules=["upp"]), "Did you mean 'up'"),
     ]:

@@ -156,3 +156,20 @@ def test_the_support_desk_comes_in_three_splits():
     assert set(row) == {"message", "ticket", "intent", "product", "urgency", "prompt"}
     assert json.loads(row["ticket"]) == {field: row[field] for field in ("intent", "product", "urgency")}
     assert row["prompt"][-1] == {"role": "user", "content": row["message"]}
+
+
+@pytest.mark.parametrize("form", ["rows.csv", "rows.tsv", "folder"])
+def test_tables_are_read_as_they_are_written(tmp_path, form):
+    """pandas takes "NA", "null" and "None" for missing values, and a column of numbers for numbers."""
+    cells = ["NA", "null", "None", "nan", "N/A", "007", "1.50", "-"]
+    separator = "\t" if form.endswith("tsv") else ","
+    lines = [separator.join(("prompt", "completion", "label"))]
+    lines += [separator.join((cell, f'"{cell}"', "3")) for cell in cells] + [separator.join(("x", "", "4"))]
+    path = tmp_path / form
+    if form == "folder":
+        path.mkdir()
+    (path / "train.csv" if form == "folder" else path).write_text("\n".join(lines) + "\n")
+    rows = pl.load_data(str(path))["train"]
+    assert rows["prompt"][:] == [*cells, "x"]
+    assert rows["completion"][:] == [*cells, None], "an empty cell alone is missing"
+    assert rows["label"][:] == [3] * len(cells) + [4]

@@ -133,7 +133,7 @@ def test_dtype_and_device():
     assert pl.load_model("minilm", dtype=torch.float64)[0].dtype == torch.float64
     with pytest.raises(PeftLabError, match="dtype must be .* not 'int8'"):
         pl.load_model("minilm", dtype="int8")
-    with pytest.raises(PeftLabError, match="'gpu' is no device"):
+    with pytest.raises(PeftLabError, match="'gpu' is not a device"):
         pl.load_model("minilm", device="gpu")
     with pytest.raises(PeftLabError, match="no device cuda:99 here"):
         pl.load_model("minilm", device="cuda:99")

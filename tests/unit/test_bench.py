@@ -177,7 +177,7 @@ def test_points_without_provenance_are_refused(topic):
     ("arguments", "message"),
     [
         (("fakee", "out.json"), "no bench 'fakee'; there is lora, fake. Did you mean 'fake'"),
-        (("fake", "nowhere/out.json"), "folder '.*nowhere' is not there; make it first"),
+        (("fake", "nowhere/out.json"), "folder '.*nowhere' does not exist; make it first"),
         (("fake", "out.json", "secnod"), "no section 'secnod'; it has first, second. Did you mean 'second'"),
     ],
     ids=["topic", "folder", "section"],

@@ -60,7 +60,7 @@ def test_models_that_are_refused():
     before = snapshot(model)
     for config, message in [
         (pl.SelectiveConfig(), "Nothing is chosen to train"),
-        (pl.SelectiveConfig(last_layers=3), "last_layers is 3, and Net has 2 numbered blocks"),
+        (pl.SelectiveConfig(last_layers=3), "last_layers is 3, but Net has 2 numbered blocks"),
         (pl.SelectiveConfig(target_modules=["hed"]), "Did you mean 'head'"),
         (pl.SelectiveConfig(task_type="SEQ_CLS"), "Net has no head called classifier or score"),
     ]:

@@ -408,6 +408,15 @@ def test_all_weights_train_on_plain_text_and_the_model_is_saved(place, capsys):
     assert json.loads(run(capsys, *again)[1])["final_loss"] < 2.5
 
 
+def test_answers_that_pandas_takes_for_missing_are_learned(place, capsys):
+    """"NA" is the code of Namibia, and numbers are answers too."""
+    lines = [f"the {a} {b} ?,{'NA' if a == 'red' else '007'}" for a in SUBJECTS for b in ENDS] * 4
+    (place / "codes.csv").write_text("\n".join(["prompt,completion", *lines]))
+    status, out, err = run(capsys, *train_command("codes.csv", "run", "--steps", 3, "--json"))
+    assert status == 0, err
+    assert json.loads(out)["test"]["examples"] > 0
+
+
 def test_data_that_cannot_be_used_is_told(place, capsys):
     hole = '{"prompt": "a", "completion": "yes"}\n{"prompt": "a", "completion": null}\n'
     bad = {

@@ -152,9 +152,9 @@ MISTAKES = [
     ({"shape": "gpt2", "targets": ["q_proj"]}, "Its linear layers are c_attn, c_proj, c_fc", ""),
     ({"shape": "gpt2", "targets": []}, "No targets are named", "c_attn"),
     ({"shape": "gpt2", "targets": "c_attn"}, "The expression 'c_attn' matches no module", "c_attn, c_proj"),
-    ({"shape": "gpt2", "targets": "(c_attn"}, "no valid regular expression", "("),
+    ({"shape": "gpt2", "targets": "(c_attn"}, "not a valid regular expression", "("),
     ({"shape": "gpt2", "targets": ["ln_1"]}, "is a norm, not a linear layer", "c_attn"),
-    ({"shape": "bert-base", "targets": ["classifier"]}, "classification head", "trains whole"),
+    ({"shape": "bert-base", "targets": ["classifier"]}, "classification head", "trains as a whole"),
     ({"shape": "gpt2", "bias": "everything"}, "bias must be one of 'none', 'all', 'lora_only'", "everything"),
     ({"shape": "gpt2", "bias": "lora"}, "found 'lora'. Did you mean 'lora_only'", ""),
     ({"shape": "gpt2", "method": "bit-fit"}, "Unknown method 'bit-fit'", "'bitfit'"),
@@ -184,7 +184,7 @@ def test_a_mistake_is_named_with_what_was_found_and_the_near_matches(arguments, 
 
 LLAMA = BUILT_IN["llama-3.2-1b"]
 BROKEN = [
-    ("{", "is no valid JSON"),
+    ("{", "is not valid JSON"),
     ("[1, 2]", "holds a list"),
     ("{}", "model_type is missing"),
     (json.dumps({"hidden_size": 8}), "model_type is missing"),
@@ -196,11 +196,11 @@ BROKEN = [
     (json.dumps({**LLAMA, "vocab_size": True}), "found True"),
     (json.dumps({**LLAMA, "tie_word_embeddings": "yes"}), "tie_word_embeddings must be true or false"),
     (json.dumps({**LLAMA, "num_key_value_heads": 7}), "32 attention heads cannot share 7 key/value heads"),
-    (json.dumps({**LLAMA, "hidden_size": 2050, "head_dim": None}), "no multiple of the 32 attention heads"),
+    (json.dumps({**LLAMA, "hidden_size": 2050, "head_dim": None}), "not a multiple of the 32 attention heads"),
     (json.dumps({**BUILT_IN["gpt2"], "n_embd": 770}), "no multiple of the 12 attention heads"),
     (json.dumps({**BUILT_IN["minilm"], "hidden_size": 385}), "no multiple of the 12 attention heads"),
     (json.dumps({**BUILT_IN["gpt2"], "add_cross_attention": True}), "add_cross_attention is set"),
-    (json.dumps({**BUILT_IN["t5-base"], "feed_forward_proj": 3}), "feed_forward_proj must be a text"),
+    (json.dumps({**BUILT_IN["t5-base"], "feed_forward_proj": 3}), "feed_forward_proj must be a string"),
 ]
 
 

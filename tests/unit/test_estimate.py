@@ -199,7 +199,7 @@ def test_a_mistake_is_one_line(line, told, capsys):
 def test_a_broken_config(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 10')
     assert cli.main(["memory", str(tmp_path)]) == 2
-    assert "no valid JSON" in capsys.readouterr().err
+    assert "not valid JSON" in capsys.readouterr().err
 
 
 def test_a_null_in_the_config_means_the_default():

@@ -19,7 +19,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "peftlab"
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = SETTINGS["project"]
 REPOSITORY = PROJECT["urls"]["Repository"]
 # The newest versions that a person may be held to; the pins may be later.
 OLDEST_PYTHON = "3.11.2"  # of Debian 12
@@ -180,6 +181,31 @@ def test_bibliography_entries_say_who_what_and_when():
         if "arXiv:" in (journal := entry.fields.get("journal", "")):
             assert entry.fields["url"] == "https://arxiv.org/abs/" + journal.split("arXiv:")[1], key
             assert key == key.lower() and re.fullmatch(r"[a-z]+\d{4}[a-z0-9]+", key), key
+
+
+def test_types_are_shipped_and_checked():
+    """`py.typed` tells a user's type checker to believe our annotations, so lint must hold them."""
+    assert (PACKAGE / "py.typed").is_file()
+    assert "py.typed" in SETTINGS["tool"]["setuptools"]["package-data"]["*"]
+    mypy = SETTINGS["tool"]["mypy"]
+    assert mypy["packages"] == ["peftlab"]
+    for setting in ("check_untyped_defs", "disallow_untyped_defs", "no_implicit_optional", "warn_unused_ignores"):
+        assert mypy[setting] is True, setting
+    for override in mypy["overrides"]:
+        ours = [name for name in override["module"] if name.startswith(("peftlab", "*"))]
+        assert ours in ([], ["peftlab.kit.exercises.*"]), f"{ours}: the package itself is checked in full"
+        assert not ours or not {"ignore_errors", "ignore_missing_imports"} & override.keys()
+    for target in ("test", "check"):
+        recipe = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", read("Makefile"), re.MULTILINE)[1]
+        assert "/ruff check ." in recipe and "/mypy\n" in recipe, f"make {target} does not check the types"
+
+
+def test_what_the_type_checker_ignores_has_a_reason():
+    lines = [line for path in PACKAGE.rglob("*.py") for line in path.read_text(encoding="utf-8").splitlines()]
+    ignored = [line for line in lines if "type: ignore" in line]
+    assert len(ignored) <= 12
+    for line in ignored:
+        assert re.search(r"# type: ignore\[[a-z-]+\]  # \w+", line), line
 
 
 def test_no_large_file_is_tracked():

@@ -72,7 +72,7 @@ def test_merging_folds_the_scale_into_rows_or_columns(transposed):
         (dict(init="zeros"), "init must be one of 'ones', 'random'; found 'zeros'"),
         (dict(feedforward_modules=3), "feedforward_modules is 3; give a list"),
         (dict(feedforward_modules="("), "is no regular expression"),
-        (dict(target_modules=["k_proj"], feedforward_modules=["down_proj"]), "names 'down_proj', which is none of"),
+        (dict(target_modules=["k_proj"], feedforward_modules=["down_proj"]), "names 'down_proj', which is not in"),
     ],
 )
 def test_values_that_are_refused(settings, message):
@@ -84,7 +84,7 @@ def test_modules_that_are_refused():
     model = Net()
     before = snapshot(model)
     for targets, message in [
-        (None, "keys, values and feed-forward of Net are is not known. .* end in embed, up, down, head"),
+        (None, "keys, values and feed-forward of Net are not known. .* end in embed, up, down, head"),
         (["embed"], "embed is an embedding; IA3 scales linear layers"),
         (["norm"], "blocks.0.norm is a LayerNorm"),
         (["upp"], "Did you mean 'up'"),

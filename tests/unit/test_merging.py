@@ -221,3 +221,14 @@ def test_a_saved_adapter_is_the_same_while_merged(tmp_path):
     same = (tmp_path / "before" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
     assert same
     assert torch.equal(pl.load_adapter(Net(), tmp_path / "merged")(tokens()), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_nothing_is_merged_into_eight_bits(dtype):
+    model = nn.Sequential(nn.Linear(4, 4))
+    pl.attach(model, pl.LoRAConfig(r=2, target_modules=["0"], init="random"))
+    model[0].weight.data = model[0].weight.data.to(dtype)
+    before = model[0].weight.data.view(torch.uint8).clone()
+    with pytest.raises(pl.PeftLabError, match="quantised to torch.float8.*load the base in 16 or 32 bits"):
+        pl.merge(model)
+    assert torch.equal(model[0].weight.data.view(torch.uint8), before)

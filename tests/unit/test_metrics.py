@@ -9,7 +9,7 @@ import torch
 from peftlab.errors import PeftLabError
 from peftlab.training import metrics
 from peftlab.training.encoding import Collator
-from peftlab.training.losses import causal_lm_loss, classification_loss, default_loss, seq2seq_loss
+from peftlab.training.losses import causal_lm_loss, seq2seq_loss
 
 
 def test_accuracy_macro_f1_exact_match():
@@ -78,18 +78,6 @@ def test_causal_loss_with_virtual_tokens_kept_in_the_logits():
     logits = inner(torch.tensor([[1, 2, 4, 5, 6]])).logits[0, 1:4]
     assert count == 3
     assert total.item() == pytest.approx(torch.nn.functional.cross_entropy(logits, torch.tensor([4, 5, 6])).item() * 3)
-
-
-def test_default_loss_goes_by_the_labels():
-    model = tiny.llama()
-    assert default_loss(model, torch.zeros(2, 3, dtype=torch.long)) is causal_lm_loss
-    assert default_loss(model, torch.zeros(2, dtype=torch.long)) is classification_loss
-    model.config.is_encoder_decoder = True
-    assert default_loss(model, torch.zeros(2, 3, dtype=torch.long)) is seq2seq_loss
-    with pytest.raises(PeftLabError, match="no 'labels'"):
-        default_loss(model, None)
-    with pytest.raises(PeftLabError, match="no integers"):
-        default_loss(model, torch.zeros(2))
 
 
 def test_seq2seq_loss_equals_the_models_own():

@@ -545,7 +545,7 @@ def test_from_the_shell(method, tmp_path, capsys):
     (lambda: pl.PromptTuningConfig(task_type="CASUAL_LM"), "task_type"),
     (lambda: pl.PTuningConfig(encoder="lstn"), "Did you mean 'lstm'"),
     (lambda: pl.PTuningConfig(encoder_dropout=1.0), "encoder_dropout must be a number of at least 0 and below 1"),
-    (lambda: pl.PrefixTuningConfig(projection=True, init="text", init_text=[1]), "cannot be had with a projection"),
+    (lambda: pl.PrefixTuningConfig(projection=True, init="text", init_text=[1]), "does not work with a projection"),
 ])  # fmt: skip
 def test_a_wrong_config_says_what_is_wrong(make, message):
     with pytest.raises(pl.PeftLabError, match=message):
@@ -561,7 +561,7 @@ def distilbert():
     (lambda: torch.nn.Sequential(torch.nn.Linear(2, 2)), CONFIGS["prompt"], "no input embedding"),
     (lambda: torch.nn.Sequential(torch.nn.Linear(2, 2)), CONFIGS["prefix"], "no input embedding"),
     (distilbert, CONFIGS["prefix"], "takes no past keys and values"),
-    (t5, pl.PrefixTuningConfig(init="text", init_text=[3]), "no room for in Hugging Face's layout"),
+    (t5, pl.PrefixTuningConfig(init="text", init_text=[3]), "layers of an encoder-decoder share them"),
     (tiny.llama, pl.PromptTuningConfig(init="text", init_text=[99]), "the model's vocabulary has 32 tokens"),
     (tiny.llama, pl.PromptTuningConfig(init="text", init_text=[]), "has no tokens"),
 ])  # fmt: skip

@@ -180,9 +180,9 @@ def other_model():
         ({"steps": 8}, "steps was 6 and is 8"),
         ({"seed": 1, "batch_size": 2}, "batch_size was 4 and is 2; seed was 0 and is 1"),
         ({"metrics": {"a": len}}, r"metrics was \[\] and is \['a'\]"),
-        ({"data": tiny.examples(25)}, r"the training data is other data \(24 examples then, 25 now\)"),
-        ({"data": tiny.examples(seed=5)}, "the training data is other data"),
-        ({"evaluation_data": tiny.examples(2)}, r"the evaluation data is other data \(0 examples then, 2 now\)"),
+        ({"data": tiny.examples(25)}, r"the training data is different \(24 examples then, 25 now\)"),
+        ({"data": tiny.examples(seed=5)}, "the training data is different"),
+        ({"evaluation_data": tiny.examples(2)}, r"the evaluation data is different \(0 examples then, 2 now\)"),
         ({"model": other_model()}, r"1 trainable parameters differ, the first being model.embed_tokens.weight \(float"),
     ],
 )
@@ -202,7 +202,7 @@ def test_another_base_is_refused(tmp_path):
         return model
 
     interrupted(tmp_path, model=model(0))
-    with pytest.raises(PeftLabError, match="the frozen base model is another one"):
+    with pytest.raises(PeftLabError, match="the frozen base model is a different one"):
         begin(tmp_path, model=model(1))
 
 

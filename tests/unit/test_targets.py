@@ -66,7 +66,7 @@ def test_layers_count_from_the_first_number_or_the_named_list():
     (dict(target_modules=["q_proj", "w_proj"]), "'w_proj', which matches no module"),
     (dict(target_modules="q_proj"), r"as a name, give it in a list: \['q_proj'\]"),
     (dict(target_modules="*q_proj"), "no regular expression"),
-    (dict(target_modules=["q_proj"], exclude_modules=["q_proj"]), "no target module is left"),
+    (dict(target_modules=["q_proj"], exclude_modules=["q_proj"]), "leave no target module"),
     (dict(target_modules=["q_proj"], exclude_modules="(["), "no regular expression"),
     (dict(target_modules=["q_proj"], layers_to_transform=[5]), "block 5; .* blocks 0 to 1"),
     (dict(target_modules=["lm_head"], layers_to_transform=[0]), "no numbered blocks"),
@@ -79,7 +79,7 @@ def test_layers_count_from_the_first_number_or_the_named_list():
     (dict(task_type="SEQ_CLS"), "no head called classifier or score"),
     (dict(rank_pattern={"k_proj": 4}), "'k_proj' matches none"),
     (dict(bias="lora-only"), "Did you mean 'lora_only'"),
-    (dict(target_modules=["embed_tokens"], lora_bias=True), "no meaning on an embedding"),
+    (dict(target_modules=["embed_tokens"], lora_bias=True), "cannot be used on an embedding"),
 ])  # fmt: skip
 def test_mistakes_are_named_and_change_nothing(settings, said):
     model = llama()

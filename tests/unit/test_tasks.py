@@ -64,3 +64,34 @@ def test_labels_that_cannot_be_used():
         tasks.task_of(splits(train=rows, test=[{"text": "a", "label": "z"}]), "d")
     with pytest.raises(PeftLabError, match="whole number or a text, found 0.5"):
         tasks.task_of(splits(train=[{"text": "a", "label": 0.5}], test=[{"text": "a", "label": 0.5}]), "d")
+
+
+def test_numbers_among_texts_are_texts_and_holes_are_told():
+    rows = [{"text": number, "label": number % 2} for number in range(6)]
+    task = tasks.task_of(splits(train=rows, test=rows), "d")
+    assert task.train[3]["text"] == "3"
+    assert tasks.encode(task, tiny.tokenizer(), task.train, None)[0]["labels"] == 0
+    for value, message in (
+        (None, "has a row without text"),
+        (2.5, "text is a text, found 2.5"),
+        (float("nan"), "without"),
+    ):
+        with pytest.raises(PeftLabError, match=message):
+            tasks.task_of(splits(train=[{"text": value, "label": 1}] * 2, test=[{"text": value, "label": 1}]), "d")
+
+
+def test_conversations_are_completions_too():
+    rows = [
+        {"prompt": [{"role": "user", "content": "red ?"}], "completion": [{"role": "assistant", "content": "yes ."}]}
+    ]
+    task = tasks.task_of(splits(train=rows, test=rows), "d")
+    plain = tasks.task_of(
+        splits(
+            train=[{"prompt": "red ?", "completion": "yes ."}], test=rows[:0] or [{"prompt": "a", "completion": "b"}]
+        ),
+        "d",
+    )
+    tokenizer = tiny.tokenizer(chat=True)
+    assert tasks.encode(task, tokenizer, task.train, None) == tasks.encode(plain, tokenizer, plain.train, None)
+    scores = tasks.test(task, tiny.llama(), tokenizer, task.test, None, 2, 3)
+    assert scores == {"exact_match": 0.0}

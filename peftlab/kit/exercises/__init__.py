@@ -1,8 +1,8 @@
-"""Exercises which check the reader's answer: ``pl.check("lora.count", answer)``.
+"""Exercises that check the reader's answer: `pl.check("lora.count", answer)`.
 
-An exercise's name is its chapter's topic and a word, ``lora.count``; the file ``peftlab/kit/exercises/lora.py`` holds
-all of that chapter's in a tuple named ``EXERCISES``. A check says right, nearly (and what was probably forgotten) or
-not yet (and what to look at); it never prints the answer.
+An exercise is named after its chapter's topic and a word, such as `lora.count`. All exercises of that chapter are in
+`peftlab/kit/exercises/lora.py`, in a tuple named `EXERCISES`. A check says "right", "nearly" (and what was probably
+forgotten) or "not yet" (and what to look at). It never prints the answer.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ __all__ = ["Exercise", "Grade", "check", "choice", "exercises", "function", "gra
 
 
 def check(name: str, answer: Any) -> None:
-    """Print what is to be said about the reader's answer to an exercise.
+    """Check the reader's answer to an exercise, and print the verdict.
 
     Args:
         name: such as "lora.count".
-        answer: a number, a word or a function, as the exercise asks for; None means not answered yet.
+        answer: a number, a word or a function, as the exercise asks. None means not answered yet.
 
     Raises:
         PeftLabError: there is no exercise of that name.
+
+    >>> pl.check("memory.stays", "gradients")
+    memory.stays: not yet. A frozen weight has no gradient.
     """
     exercise = find(name)
     if answer is None or answer is ...:
@@ -37,12 +40,12 @@ def check(name: str, answer: Any) -> None:
 
 
 def grade(name: str, answer: Any) -> Grade:
-    """The verdict on an answer, a ``Grade`` with ``right`` (bool) and ``message``."""
+    """Return the verdict on an answer, a `Grade` with `right` (bool) and `message`."""
     return find(name).grader(answer)
 
 
 def find(name: str) -> Exercise:
-    """The exercise of that name."""
+    """Return the exercise of that name."""
     topic = str(name).partition(".")[0]
     known = {exercise.name: exercise for exercise in exercises(topic)} if topic in _topics() else {}
     if name not in known:
@@ -53,10 +56,10 @@ def find(name: str) -> Exercise:
 
 
 def exercises(topic: str) -> tuple[Exercise, ...]:
-    """All exercises of a chapter, by its topic such as "lora", a tuple."""
+    """Return a tuple of all exercises of a chapter, given its topic, such as "lora"."""
     return importlib.import_module(f".{topic}", __name__).EXERCISES
 
 
 def _topics() -> list[str]:
-    """The files beside this one that hold exercises."""
+    """Return the names of the files in this folder that hold exercises."""
     return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "grading"))

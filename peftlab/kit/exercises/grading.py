@@ -1,7 +1,7 @@
 """What an exercise is, and the three ways to grade an answer: a number, a word from a list, a function.
 
-Each maker returns a grader: a function from the reader's answer to a ``Grade``. The mistakes people make are part of
-the exercise: a wrong answer that a known mistake leads to gets the remark written for it.
+`number`, `choice` and `function` each return a grader: a function from the reader's answer to a `Grade`. An exercise
+also lists common mistakes. An answer that comes from one of them gets the remark written for it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Exercise:
     Attributes:
         name: "topic.word", unique in the book.
         difficulty: "easy", "medium" or "hard".
-        minutes: how long a reader of the chapter needs, about.
+        minutes: about how long a reader of the chapter needs.
         expects: what to put in place of None, such as "a whole number".
-        grader: from the answer to a ``Grade``.
+        grader: a function from the answer to a `Grade`.
     """
 
     name: str
@@ -48,10 +48,10 @@ def number(
 
     Args:
         right: the answer.
-        near: {wrong number: remark} for the mistakes that people make.
-        tolerance: greatest relative difference that still counts.
+        near: {wrong number: remark} for common mistakes.
+        tolerance: the greatest relative difference that still counts as right.
         hint: what to look at, for any other answer.
-        then: a sentence to add when it is right.
+        then: a sentence to add to a right answer.
     """
     def grader(answer: Any) -> Grade:
         if hasattr(answer, "item"):
@@ -72,7 +72,7 @@ def number(
 def choice(
     right: str, *, options: Sequence[str], remarks: dict[str, str] | None = None, hint: str, then: str = ""
 ) -> Grader:
-    """Grade a word out of ``options``. ``remarks`` maps wrong words to what speaks against them."""
+    """Grade a word out of `options`. `remarks` maps wrong words to why they are wrong."""
     def grader(answer: Any) -> Grade:
         word = str(answer).strip().lower()
         names = {str(option).lower(): option for option in options}
@@ -98,12 +98,12 @@ def function(
 
     Args:
         reference: the right function.
-        cases: a function without arguments that returns a list of argument tuples, made afresh for each call, so that
-            an answer which changes its arguments spoils nothing.
-        near: {remark: wrong function} for the mistakes that people make; a remark is given where the answer returns
-            what that wrong function returns, in every case.
+        cases: a function without arguments that returns a list of argument tuples. It makes new ones at each call, so
+            an answer may change its arguments.
+        near: {remark: wrong function} for common mistakes. A remark is given if the answer returns what the wrong
+            function returns, in every case.
         hint: what to look at, for any other answer.
-        tolerance: greatest relative difference (norm of the difference over norm of the right value).
+        tolerance: the greatest relative difference (norm of the difference over norm of the right value).
     """
     def grader(answer: Any) -> Grade:
         if not callable(answer):
@@ -111,7 +111,7 @@ def function(
         expected = [reference(*arguments) for arguments in cases()]
         try:
             found = [answer(*arguments) for arguments in cases()]
-        except Exception as error:  # whatever the reader's code raises is theirs to read
+        except Exception as error:  # show the reader whatever their code raises
             return Grade(False, f"your function raised {type(error).__name__}: {error}")
         for got, want in zip(found, expected, strict=True):
             if _shape(got) != _shape(want):
@@ -135,7 +135,7 @@ def _kind(value: Any) -> str:
 
 
 def _shape(value: Any) -> str:
-    """What kind of thing a value is, in words: for a tensor its shape."""
+    """Say in words what a value is; for a tensor, its shape."""
     if hasattr(value, "shape"):
         return f"a tensor of shape {tuple(value.shape)}"
     return "a number" if isinstance(value, (int, float)) else _kind(value)

@@ -34,7 +34,7 @@ def _merge_cases():
 
 
 def _halved(shrink):
-    """Steps until 1 has shrunk to a half, by the factor 1 - shrink each."""
+    """Return the steps until 1 has shrunk to a half, if each multiplies by 1 - shrink."""
     return math.ceil(math.log(0.5) / math.log(1 - shrink))
 
 

@@ -9,7 +9,7 @@ HIDDEN, KEY_VALUE, LAYERS = 576, 192, 30
 
 
 def _count(r, widths=(HIDDEN, KEY_VALUE, KEY_VALUE, HIDDEN), layers=LAYERS):
-    """r (d_in + d_out) for each of q, k, v and o, summed over the layers."""
+    """Return the sum over the layers of r (d_in + d_out) for q, k, v and o."""
     return layers * sum(r * (HIDDEN + width) for width in widths)
 
 
@@ -38,7 +38,7 @@ def _merge_cases():
 
 
 def _rank_for(values, share):
-    """Smallest r with s_1^2 + ... + s_r^2 >= share of the whole sum."""
+    """Return the smallest r with s_1^2 + ... + s_r^2 >= share of the whole sum."""
     return _first(values, share, lambda s: s * s)
 
 

@@ -4,7 +4,7 @@ from peftlab.kit.exercises.grading import Exercise, choice, function, number
 
 
 def _frozen(h, k, m, n, tokens):
-    """12 h + 4 k + 6 m + 4 n + 8 bytes a token: without the norms' normalised inputs and the projections' inputs."""
+    """Return 12 h + 4 k + 6 m + 4 n + 8 bytes per token: the block without the inputs that only weights need."""
     return tokens * (12 * h + 4 * k + 6 * m + 4 * n + 8)
 
 

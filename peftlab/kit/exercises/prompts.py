@@ -7,12 +7,12 @@ LAYERS, KEY_VALUE, HIDDEN = 32, 1024, 4096
 
 
 def _prefix(n, k=KEY_VALUE, layers=LAYERS):
-    """A key and a value for each virtual token and layer."""
+    """Count a key and a value for each virtual token and layer."""
     return n * 2 * layers * k
 
 
 def _projection(n, k, h, layers):
-    """n rows of width k, then Linear(k, h) and Linear(h, 2 L k), with biases."""
+    """Count n rows of width k, then Linear(k, h) and Linear(h, 2 L k), with biases."""
     return n * k + (k * h + h) + (h * 2 * layers * k + 2 * layers * k)
 
 
@@ -21,7 +21,7 @@ def _projection_cases():
 
 
 def _gate(q, P, K):
-    """The share of softmax(q [P; K]^T / sqrt(w)) that falls on P."""
+    """Return the share of softmax(q [P; K]^T / sqrt(w)) that falls on P."""
     import torch
 
     scores = torch.cat([P, K]) @ q / q.shape[-1] ** 0.5
@@ -52,7 +52,7 @@ def _apart(q, P, K):
 
 
 def _first(n, lengths):
-    """Where each row's first word stands: behind the virtual tokens and, padded on the left, behind the padding."""
+    """Return the position of each row's first word: after the virtual tokens and after the padding on the left."""
     return [n + max(lengths) - length for length in lengths]
 
 

@@ -7,12 +7,12 @@ BODY, ENDS = 68_451_041_280, 524_288_000
 
 
 def _bits(block, scale_bits=8, scale_block=256, nested_bits=32):
-    """4 bits a weight, its share of a scale, and that scale's share of a second one."""
+    """Return the bits per weight: 4, its share of a scale, and that scale's share of a second scale."""
     return 4 + scale_bits / block + nested_bits / (block * scale_block)
 
 
 def _codes(block, book):
-    """The index of the nearest value of the book for each weight over the block's largest magnitude."""
+    """Divide each weight by the block's largest magnitude, and return the index of the nearest value of the book."""
     scaled = block / block.abs().max()
     return (scaled[:, None] - book[None, :]).abs().argmin(1)
 
@@ -28,7 +28,7 @@ def _code_cases():
 
 
 def _backward(gradient, codes, book, scales):
-    """dL/dx = dL/dy W with W = book[codes] * scales, a scale a row."""
+    """Return dL/dx = dL/dy W with W = book[codes] * scales, one scale per row."""
     return gradient @ (book[codes] * scales[:, None])
 
 

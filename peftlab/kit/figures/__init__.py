@@ -1,7 +1,7 @@
-"""The figures of the book: one style (``style``), charts that chapters share (``charts``), pictures of methods.
+"""The figures of the book: one style (`style`), charts that chapters share (`charts`), pictures of methods.
 
-Every function returns a ``matplotlib.figure.Figure``. As the last line of a cell it is shown once, as a PNG; its
-caption and alternative text stand in the cell's metadata.
+Every function returns a `matplotlib.figure.Figure`. The last line of a cell shows it once, as a PNG. Its caption and
+its alternative text are in the cell's metadata.
 """
 
 from peftlab.kit.figures.adapters import adapter_places, budget

@@ -1,4 +1,4 @@
-"""Pictures for the chapters on adapters, IA3 and BitFit: where a layer sits, and what a number of parameters buys."""
+"""Pictures for the chapters on adapters, IA3 and BitFit: where adapters sit, and scores against parameters."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, Polygon, Rectangle
 from matplotlib.ticker import PercentFormatter
 
-from peftlab.kit.figures.style import BLACK, COLOURS, GREY, SMALLEST, look, new, styled
+from peftlab.kit.figures.style import BLACK, COLOURS, GREY, SMALLEST, Point, look, new, styled
 
 FROZEN, TRAINED = "#dfe5ec", "#f3d3b9"
 STREAM, BRANCH, BESIDE = 1.2, 4.6, 8.8  # where the three columns of a picture stand
@@ -18,7 +19,7 @@ STREAM, BRANCH, BESIDE = 1.2, 4.6, 8.8  # where the three columns of a picture s
 
 @styled()
 def adapter_places() -> Figure:
-    """One block, read upwards, with its adapters in each of the three placements: houlsby, pfeiffer, parallel."""
+    """Draw one block, from bottom to top, with its adapters in three placements: houlsby, pfeiffer, parallel."""
     figure, grid = new(height=4.3, columns=3)
     for axes, name in zip(grid.flat, ("houlsby", "pfeiffer", "parallel"), strict=True):
         axes.set(xlim=(0.6, 10.4), ylim=(0, 17), aspect="equal")
@@ -36,7 +37,7 @@ def adapter_places() -> Figure:
 
 
 def _branch(axes, bottom, name, adapter, beside):
-    """A sub-layer: out of the stream, through norm and layer (and an adapter), and back into it."""
+    """Draw a sub-layer: from the stream through norm, layer and perhaps an adapter, and back into the stream."""
     top = bottom + (5.6 if adapter else 4.6)
     _line(axes, (STREAM, bottom), (BRANCH, bottom))
     _line(axes, (BRANCH, bottom), (BRANCH, top))
@@ -54,24 +55,24 @@ def _branch(axes, bottom, name, adapter, beside):
     _join(axes, top)
 
 
-def _join(axes, y):
+def _join(axes: Axes, y: float) -> None:
     _line(axes, (BRANCH, y), (STREAM + 0.4, y), arrow=True)
     _sum(axes, STREAM, y)
 
 
-def _line(axes, start, end, arrow=False):
+def _line(axes: Axes, start: Point, end: Point, arrow: bool = False) -> None:
     style = "-|>" if arrow else "-"
     axes.add_patch(FancyArrowPatch(start, end, arrowstyle=style, mutation_scale=11, linewidth=1.4, color=BLACK,
                                    shrinkA=0, shrinkB=0, zorder=1))
 
 
-def _box(axes, x, y, height, name):
+def _box(axes: Axes, x: float, y: float, height: float, name: str) -> None:
     axes.add_patch(Rectangle((x - 2.5, y), 5.0, height, facecolor=FROZEN, edgecolor=BLACK, linewidth=1.2, zorder=2))
     axes.text(x, y + height / 2, name, ha="center", va="center", fontsize=SMALLEST, zorder=3, linespacing=0.85)
 
 
 def _bottleneck(axes, x, y):
-    """Down and up: two trapezoids, tip to tip."""
+    """Draw an adapter as two trapezoids, down and up, that meet at their narrow ends."""
     down = [(-1.4, 0), (1.4, 0), (0.5, 0.6), (-0.5, 0.6)]
     up = [(-0.5, 0.75), (0.5, 0.75), (1.4, 1.35), (-1.4, 1.35)]
     for corners in (down, up):
@@ -79,7 +80,7 @@ def _bottleneck(axes, x, y):
         axes.add_patch(Polygon(moved, facecolor=TRAINED, edgecolor=COLOURS[1], linewidth=1.4, hatch="//", zorder=2))
 
 
-def _sum(axes, x, y):
+def _sum(axes: Axes, x: float, y: float) -> None:
     axes.add_patch(Circle((x, y), 0.42, facecolor="white", edgecolor=BLACK, linewidth=1.2, zorder=3))
     axes.text(x, y, "+", ha="center", va="center", fontsize=SMALLEST, zorder=4)
 
@@ -89,11 +90,11 @@ def budget(
     rows: Iterable[dict[str, Any]], x: str, y: str, by: str, *, x_label: str, y_label: str,
     reference: dict[str, float] | None = None,
 ) -> Figure:  # fmt: skip
-    """What a number of trained parameters buys: means over seeds, with a bar from the least to the greatest.
+    """Draw scores against the number of trained parameters: means over seeds, with bars from minimum to maximum.
 
     Args:
-        rows: dicts or ``Results``; rows of the same ``by`` and ``x`` are repeats, such as seeds.
-        by: column whose values make the lines; a value with one ``x`` is a point alone.
+        rows: dicts or `Results`. Rows with the same `by` and `x` are repeats, such as seeds.
+        by: the column whose values make the lines. A value with only one `x` is a single point.
         reference: {name: value} horizontal lines.
     """
     rows = list(rows)
@@ -105,7 +106,7 @@ def budget(
         middle = [math.fsum(values) / len(values) for values in repeats]
         reach = [[m - min(v) for m, v in zip(middle, repeats, strict=True)],
                  [max(v) - m for m, v in zip(middle, repeats, strict=True)]]
-        hollow = {"markerfacecolor": "white"} if number >= len(COLOURS) else {}  # more groups than looks
+        hollow = {"markerfacecolor": "white"} if number >= len(COLOURS) else {}  # there are more groups than colours
         axes.errorbar(places, middle, yerr=reach, label=str(group), capsize=3, elinewidth=1.2, **look(number), **hollow)
     for name, value in (reference or {}).items():
         axes.axhline(value, color=GREY, linestyle=":")

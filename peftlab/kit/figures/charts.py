@@ -1,4 +1,4 @@
-"""Charts that more than one chapter draws. Data goes in as rows or dicts; units go into the labels."""
+"""Charts that several chapters draw. Data comes as rows or dicts; units stand in the labels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftlab.kit.figures.style import BLACK, COLOURS, GREY, HATCHES, SMALLEST, l
 
 
 def _finish(figure, axes, lines):
-    """A legend where there is more than one thing to tell apart, below the axes so that it hides no data."""
+    """Add a legend if there are several lines. It stands below the axes, where it hides no data."""
     if lines > 1:
         handles, names = axes.get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=_columns(names), fontsize=SMALLEST)
@@ -22,19 +22,19 @@ def _finish(figure, axes, lines):
 
 
 def _array(values):
-    """A torch tensor of any device and dtype, or anything that NumPy takes, as a float array."""
+    """Return a torch tensor of any device and dtype, or anything that NumPy takes, as a float array."""
     if hasattr(values, "detach"):
         values = values.detach().float().cpu()
     return numpy.asarray(values, dtype=float)
 
 
 def _columns(names):
-    """How many columns of a legend fit a page's width of about 60 characters."""
+    """Return how many columns of a legend fit into a page's width of about 60 characters."""
     return max(1, min(len(names), 60 // (max(map(len, names)) + 6)))
 
 
 def _fewer_ticks(axis, values):
-    """On a logarithmic axis: ticks at the measured values, written as plain numbers."""
+    """Put ticks of a logarithmic axis at the measured values, written as plain numbers."""
     axis.set_ticks(values, labels=[f"{value:g}" for value in values])
     axis.set_ticks([], minor=True)
 
@@ -53,12 +53,12 @@ def sweep(
     reference: dict[str, float] | None = None,
     percent: bool = False,
 ) -> Figure:
-    """Lines of a measured quantity against a setting, with a band from the least to the greatest of the repeats.
+    """Draw lines of a measured quantity against a setting, with a band from the minimum to the maximum of repeats.
 
     Args:
-        rows: dicts or ``Results``; rows with the same ``x`` (and ``by``) are repeats, such as seeds.
-        x, y: column names; ``x_label`` and ``y_label`` name the axes, units in brackets.
-        by: column whose values make the lines; None draws one line.
+        rows: dicts or `Results`. Rows with the same `x` (and `by`) are repeats, such as seeds.
+        x, y: column names. `x_label` and `y_label` name the axes, with units in brackets.
+        by: the column whose values make the lines. None draws one line.
         log_x: logarithmic axis with a tick at each value measured.
         reference: {name: value} horizontal lines, such as the score without any training.
         percent: write the y axis as percentages of 1.
@@ -93,7 +93,7 @@ def sweep(
 def curves(
     series: dict[str, Any], *, x_label: str = "step", y_label: str = "loss", log_x: bool = False, log_y: bool = False
 ) -> Figure:
-    """Lines without markers, such as losses over training.
+    """Draw lines without markers, such as losses over training.
 
     Args:
         series: {name: list of y, or a pair (list of x, list of y)}.
@@ -120,13 +120,13 @@ def bars(
     highlight: Sequence[str] = (),
     percent: bool = False,
 ) -> Figure:
-    """Horizontal bars, each with its name at the left and its value at its end.
+    """Draw horizontal bars, each with its name at the left and its value at its end.
 
     Args:
         values: {name: number}, drawn from top to bottom.
-        x_label: what is measured, units in brackets.
-        fmt: format of the values; or a function of the value.
-        highlight: names of bars to set off by colour and hatch.
+        x_label: what is measured, with units in brackets.
+        fmt: the format of the values, or a function of the value.
+        highlight: names of bars that get another colour and a hatch.
         percent: write the x axis as percentages of 1.
     """
     figure, axes = new(height=1.1 + 0.42 * len(values))
@@ -153,10 +153,10 @@ def bars(
 
 @styled()
 def stacked_bars(parts: dict[str, dict[str, float]], *, x_label: str, fmt: str = ".3g") -> Figure:
-    """Horizontal bars made of parts, with the sum at the end.
+    """Draw horizontal bars made of parts, with the sum at the end.
 
     Args:
-        parts: {name of the bar: {name of the part: number}}; a part that a bar lacks counts as 0.
+        parts: {name of the bar: {name of the part: number}}. A part that a bar lacks counts as 0.
     """
     kinds = list(dict.fromkeys(kind for row in parts.values() for kind in row))
     figure, axes = new(height=1.9 + 0.5 * len(parts))
@@ -186,7 +186,7 @@ def spectrum(
     relative: bool = True,
     mark: int | None = None,
 ) -> Figure:
-    """Singular values, sorted, on a logarithmic axis.
+    """Draw sorted singular values on a logarithmic axis.
 
     Args:
         values: {name: one-dimensional tensor, array or list of singular values, at least one of them above zero}.
@@ -212,7 +212,7 @@ def spectrum(
 def histogram(
     samples: dict[str, Any], *, x_label: str, bins: int = 100, limits: tuple[float, float] | None = None
 ) -> Figure:
-    """Outlines of normalised histograms: {name: numbers}. ``limits`` is the range of the x axis."""
+    """Draw the outlines of normalised histograms, given as {name: numbers}. `limits` is the range of the x axis."""
     figure, axes = new()
     for number, (name, given) in enumerate(samples.items()):
         axes.hist(_array(given).ravel(), bins=bins, range=limits, density=True, histtype="step", label=name,
@@ -232,17 +232,17 @@ def heatmap(
     fmt: str | None = None,
     scale_label: str | None = None,
 ) -> Figure:
-    """A matrix as shades, dark for large.
+    """Draw a matrix as shades; dark is large.
 
     Args:
         matrix: (rows, columns) numbers.
-        x_ticks, y_ticks: names of the columns and of the rows; default: none.
-        fmt: format of the numbers written into the squares of a small matrix.
-        scale_label: what the shades measure, units in brackets.
+        x_ticks, y_ticks: names of the columns and of the rows.
+        fmt: the format of the numbers in the squares of a small matrix.
+        scale_label: what the shades measure, with units in brackets.
     """
     numbers = _array(matrix)
     figure, axes = new(height=4.4)
-    picture = axes.imshow(numbers, cmap="cividis_r", aspect="auto")  # made to look the same to the colour-blind
+    picture = axes.imshow(numbers, cmap="cividis_r", aspect="auto")  # looks the same to colour-blind people
     bar = figure.colorbar(picture, ax=axes)
     if scale_label:
         bar.set_label(scale_label)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, Polygon, Rectangle
 
 from peftlab.checks import whole
-from peftlab.kit.figures.style import BLACK, COLOURS, HATCHES, SMALLEST, WIDTH, new, styled
+from peftlab.kit.figures.style import BLACK, COLOURS, HATCHES, SMALLEST, WIDTH, Point, new, styled
 
 FROZEN, TRAINED = "#dfe5ec", "#f3d3b9"
 STEPS = (
@@ -21,18 +22,18 @@ STEPS = (
 
 @styled()
 def lora_dataflow(step: int | None = None, *, d_in: int = 576, d_out: int = 576, r: int = 8) -> Figure:
-    """The data flow of a LoRA layer, y = W₀x + (α/r) B A x: a frozen path and a low-rank path, summed.
+    """Draw the data flow of a LoRA layer, y = W₀x + (α/r) B A x: the sum of a frozen path and a low-rank path.
 
     Args:
-        step: 1 to 6 draws the layer up to that step, what comes later only in outline. None draws all six steps as
-            small pictures, for a page without a kernel.
-        d_in, d_out, r: sizes written beside the vectors of a single step.
+        step: 1 to 6 draws the layer up to that step, and the later ones in outline. None draws all six steps as small
+            pictures, for a page without a kernel.
+        d_in, d_out, r: the sizes written beside the vectors of a single step.
 
     Returns:
         Figure.
 
     Raises:
-        PeftLabError: step is no number from 1 to 6.
+        PeftLabError: step is not a number from 1 to 6.
     """
     if step is None:
         figure, grid = new(height=7.2, rows=3, columns=2)
@@ -48,10 +49,9 @@ def lora_dataflow(step: int | None = None, *, d_in: int = 576, d_out: int = 576,
 
 
 def _draw(axes, step, sizes):
-    """One picture, 0 to 12 across and 0 to 7 up; the frozen path above, the low-rank path below."""
+    """Draw one picture, 12 wide and 7 high: the frozen path above, the low-rank path below."""
     axes.set(xlim=(-0.2, 12.4), ylim=(0, 7), aspect="equal")
     axes.axis("off")
-    big = sizes is not None
     up, down = 5.2, 1.8
 
     _vector(axes, 0.6, 3.5, 2.6, "x", True)
@@ -70,7 +70,7 @@ def _draw(axes, step, sizes):
     _round(axes, (10.1, 3.5), "+", step >= 6)
     _arrow(axes, (10.75, 3.5), (11.4, 3.5), step >= 6)
     _vector(axes, 11.8, 3.5, 2.6, "y", step >= 6)
-    if big:
+    if sizes is not None:
         d_in, d_out, r = sizes
         axes.text(0.6, 1.95, f"{d_in}", ha="center", va="top", fontsize=SMALLEST)
         axes.text(11.8, 1.95, f"{d_out}", ha="center", va="top", fontsize=SMALLEST, color=_ink(step >= 6))
@@ -79,14 +79,14 @@ def _draw(axes, step, sizes):
         axes.text(4.6, 3.3, "trained", ha="center", va="center", fontsize=SMALLEST, color=_ink(step >= 3))
 
 
-def _ink(on):
+def _ink(on: bool) -> str:
     return BLACK if on else "#8a8a8a"
 
 
-def _block(axes, corners, name, fill, on, hatch):
+def _block(axes: Axes, corners: list[Point], name: str, fill: str, on: bool, hatch: str) -> None:
     axes.add_patch(Polygon(corners, facecolor=fill if on else "white", edgecolor=_ink(on), linewidth=1.5,
                            linestyle="-" if on else ":"))
-    if on and hatch:  # its own patch, so that the hatch is pale and the name stays readable
+    if on and hatch:  # a patch of its own, so that the hatch is pale and the name readable
         axes.add_patch(Polygon(corners, facecolor="none", edgecolor=COLOURS[1], linewidth=0, hatch=hatch, alpha=0.45))
     across = sum(x for x, _ in corners) / len(corners)
     height = sum(y for _, y in corners) / len(corners)
@@ -94,18 +94,18 @@ def _block(axes, corners, name, fill, on, hatch):
     axes.text(across, height, name, ha="center", va="center", fontsize=14, color=_ink(on), bbox=plate)
 
 
-def _vector(axes, x, y, height, name, on):
+def _vector(axes: Axes, x: float, y: float, height: float, name: str, on: bool) -> None:
     axes.add_patch(Rectangle((x - 0.4, y - height / 2), 0.8, height, facecolor=COLOURS[0] if on else "white",
                              edgecolor=_ink(on), linewidth=1.5, linestyle="-" if on else ":"))
     axes.text(x, y, name, ha="center", va="center", fontsize=14, color="white" if on else _ink(on))
 
 
-def _round(axes, centre, name, on):
+def _round(axes: Axes, centre: Point, name: str, on: bool) -> None:
     axes.add_patch(Circle(centre, 0.65, facecolor="white", edgecolor=_ink(on), linewidth=1.5,
                           linestyle="-" if on else ":"))
     axes.text(*centre, name, ha="center", va="center", fontsize=15, color=_ink(on))
 
 
-def _arrow(axes, start, end, on):
+def _arrow(axes: Axes, start: Point, end: Point, on: bool) -> None:
     axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=14, linewidth=1.8 if on else 1.0,
                                    linestyle="-" if on else ":", color=_ink(on), shrinkA=1, shrinkB=1))

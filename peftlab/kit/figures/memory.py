@@ -12,7 +12,7 @@ from peftlab.memory import Estimate
 
 
 def memory_bars(estimates: Mapping[str, Estimate]) -> Figure:
-    """What the peak of a step is made of, one bar an estimate, in GB. Logits and what is alive for a moment are one."""
+    """Draw the parts of a step's peak in GB, one bar per estimate. Logits and workspace are one part."""
     rows = {}
     for name, found in estimates.items():
         parts = {part: size / 1e9 for part, size in found.parts.items()}
@@ -23,11 +23,11 @@ def memory_bars(estimates: Mapping[str, Estimate]) -> Figure:
 
 @styled()
 def timelines(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """Memory through a training step, a panel a run.
+    """Draw memory during a training step, one panel per run.
 
     Args:
-        runs: {name of the run: {name of the line: bytes in the order of the step}}; the lines of a run are drawn over
-            the same axis, the share of the step's allocations.
+        runs: {name of the run: {name of the line: bytes in the order of the step}}. All lines of a run share one axis:
+            the share of the step's allocations.
     """
     figure, panels = new(height=0.6 + 1.7 * len(runs), rows=len(runs))
     for axes, (name, lines) in zip(panels, runs.items(), strict=True):
@@ -43,11 +43,11 @@ def timelines(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
 
 @styled()
 def agreement(groups: Mapping[str, Sequence[tuple[float, float]]], *, band: float = 0.1) -> Figure:
-    """Predicted against measured memory on logarithmic axes, with a band around equality.
+    """Draw predicted against measured memory on logarithmic axes, with a band around equality.
 
     Args:
         groups: {name: [(measured, predicted), ...]} in bytes.
-        band: relative half-width of the band.
+        band: the relative half-width of the band.
     """
     figure, axes = new()
     values = [value / 1e9 for pairs in groups.values() for pair in pairs for value in pair]

@@ -1,4 +1,4 @@
-"""Pictures for the chapter on QLoRA and NF4: where the values of a code book lie."""
+"""Pictures for the chapter on QLoRA and NF4: the values of a code book."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from peftlab.kit.figures.style import COLOURS, GREY, SMALLEST, WIDTH, new, style
 
 @styled()
 def code_books(books: dict[str, Any], *, deviation: float = 0.4, x_label: str = "weight / its block's scale") -> Figure:
-    """Each code book's values as strokes on a line of its own, under the density of the weights that they are for.
+    """Draw the values of each code book as strokes on a line, in front of the density of the weights.
 
     Args:
         books: {name: values from -1 to 1}.
-        deviation: standard deviation of the normal density drawn behind, in units of the block's scale.
+        deviation: the standard deviation of the normal density behind, in units of the block's scale.
     """
     figure, grid = new(width=WIDTH, height=0.6 + 1.05 * len(books), rows=len(books), sharex=True)
     xs = [-1.02 + 0.01 * i for i in range(205)]

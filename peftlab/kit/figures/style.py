@@ -1,8 +1,8 @@
-"""One style for every figure: readable in grey, by the colour-blind, and on a telephone.
+"""One style for every figure: readable in grey, by colour-blind people, and on a telephone.
 
-A figure is 6.4 inches wide. A telephone shows it 350 pixels wide, 55 pixels an inch, and there 12 points are 9 pixels:
-the smallest type in use. Colours differ in lightness as well as in hue, and no line or bar is told by its colour alone:
-lines have markers and dashes, bars have hatches.
+A figure is 6.4 inches wide. A telephone shows it 350 pixels wide, which is 55 pixels per inch. There 12 points, the
+smallest type in use, are 9 pixels high. Colours differ in lightness as well as in hue, and nothing is marked by colour
+alone: lines also have markers and dashes, bars also have hatches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 HATCHES = ("", "//", "..", "xx", "\\\\", "--")
 
-RC = {
+Point = tuple[float, float]
+
+RC: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib, so that every machine draws the same
     "font.size": 13,
@@ -67,14 +69,16 @@ def use_style() -> None:
 
 @contextlib.contextmanager
 def styled() -> Iterator[None]:
-    """The book's style inside a ``with`` block or a function decorated with ``@styled()``, and only there."""
+    """Use the book's style inside a `with` block or a function decorated with `@styled()`, and only there."""
     with matplotlib.rc_context(RC):
         yield
 
 
 def _use_png() -> None:
-    """In a notebook: figures become PNGs. matplotlib would write its version into each; then every upgrade changes
-    every figure of the book."""
+    """Show figures as PNGs in a notebook, without metadata.
+
+    matplotlib would write its version into each of them, so every upgrade would change every figure of the book.
+    """
     try:
         from IPython import get_ipython
         from matplotlib_inline.backend_inline import set_matplotlib_formats
@@ -87,16 +91,16 @@ def _use_png() -> None:
 def new(
     width: float = WIDTH, height: float = 3.8, rows: int = 1, columns: int = 1, **layout: Any
 ) -> tuple[Figure, Any]:
-    """A new figure and its axes, in the book's style.
+    """Make a new figure and its axes, in the book's style.
 
     Args:
         width, height: inches.
-        rows, columns: number of axes; with one of each the axes come alone, otherwise as an array.
-        layout: ``sharex``, ``sharey``, ``width_ratios`` or ``height_ratios`` of ``Figure.subplots``.
+        rows, columns: the number of axes.
+        layout: `sharex`, `sharey`, `width_ratios` or `height_ratios` of `Figure.subplots`.
 
     Returns:
-        (Figure, Axes or array of Axes). The figure belongs to the caller alone: pyplot does not know it, so nothing is
-        drawn twice and nothing stays in memory.
+        (Figure, Axes), or (Figure, array of Axes) if there are several. pyplot does not know the figure, so it is not
+        drawn twice and does not stay in memory.
     """
     _use_png()
     with styled():
@@ -112,7 +116,7 @@ def label(
     y_unit: str | None = None,
     title: str | None = None,
 ) -> Axes:
-    """Name the axes, with units in brackets: ``label(axes, "batch size", "peak memory", y_unit="GB")``."""
+    """Name the axes, with units in brackets: `label(axes, "batch size", "peak memory", y_unit="GB")`."""
     if x is not None:
         axes.set_xlabel(f"{x} ({x_unit})" if x_unit else x)
     if y is not None:
@@ -123,13 +127,13 @@ def label(
 
 
 def look(number: int) -> dict[str, Any]:
-    """Colour, marker and dashes of the line with this number, a dict to pass to ``Axes.plot``."""
+    """Return colour, marker and dashes of the line with this number, as arguments of `Axes.plot`."""
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)],
             "linestyle": LINES[number % len(LINES)]}
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as PNG bytes, without metadata."""
+    """Return the figure as PNG bytes, without metadata."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=figure.dpi, metadata={"Software": None})
     return buffer.getvalue()

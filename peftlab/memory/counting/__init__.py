@@ -1,1 +1,1 @@
-"""The first room: the tensors of a model and of a method. Counting parameters needs no more."""
+"""The tensors of a model and of a method. Counting parameters needs only these."""

@@ -1,7 +1,7 @@
-"""The shapes known by name: what matters of each published ``config.json``, and of nothing else.
+"""The shapes known by name: for each, the values of its published `config.json` that counting needs.
 
-The values are those of the models' own configuration files on the Hugging Face hub. They are read by the same code
-as any other ``config.json``, so there is one road from a configuration to a count.
+The values come from the models' own configuration files on the Hugging Face hub. They are read by the same code as any
+other `config.json`.
 """
 
 from __future__ import annotations

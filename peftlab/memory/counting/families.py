@@ -1,8 +1,8 @@
-"""One function an architecture: from a ``config.json`` to the table of its modules.
+"""One function per architecture: from a `config.json` to the table of its modules.
 
-Every row bears the path that the module has in transformers, so a target matches here exactly what it matches in the
-live model. The facts (which layer has a bias, what is tied to what) are those of transformers' model files, and
-tests compare the tables with those models row by row on the meta device.
+Each row has the module's path in transformers, so a target matches the same modules here as in the real model. Which
+layer has a bias and which weights are tied follows transformers' model files. Tests compare the tables with those
+models row by row on the meta device.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from peftlab.memory.counting.config import Config
 class Module:
     """One module that holds parameters.
 
-    ``inputs`` and ``outputs`` are the sizes of its weight's two sides: features of a linear layer, rows and width of
-    an embedding. A norm has ``outputs`` weights. ``bias`` adds ``outputs`` more.
+    `inputs` and `outputs` are the two sizes of its weight: the features of a linear layer, or the rows and the width of
+    an embedding. A norm has `outputs` weights. A `bias` adds `outputs` more.
     """
 
     path: str
@@ -34,14 +34,14 @@ class Module:
 
     @property
     def weight(self) -> int:
-        """Elements of the weight that are its own: 0 when tied."""
+        """The number of elements of its own weight; 0 if the weight is another module's (tied)."""
         if self.tied:
             return 0
         return self.outputs if self.kind == "norm" else self.inputs * self.outputs
 
     @property
     def parameters(self) -> int:
-        """Elements of the weight and of the bias."""
+        """The number of elements of the weight and the bias."""
         return self.weight + (self.outputs if self.bias else 0)
 
 
@@ -67,10 +67,10 @@ def _gated_decoder(
     head_norms: bool = False,
     sandwich: bool = False,
 ) -> Iterator[Module]:
-    """Llama and its relations: attention with grouped key/value heads, a gated MLP, RMS norms, rotary positions."""
+    """Yield Llama's modules, and its relatives': grouped key/value heads, a gated MLP, RMS norms, rotary positions."""
     vocabulary, hidden, inner = c.size("vocab_size"), c.size("hidden_size"), c.size("intermediate_size")
     layers, heads = c.size("num_hidden_layers"), c.size("num_attention_heads")
-    # A null means as many key/value heads as heads; a missing key means the architecture's own default.
+    # null means one key/value head per head. A missing key means the architecture's own default.
     groups = heads if "num_key_value_heads" in c.values or kv_default is None else kv_default
     groups = c.size("num_key_value_heads", default=groups)
     if heads % groups:
@@ -157,9 +157,9 @@ def _bert(c: Config, prefix: str = "bert") -> Iterator[Module]:
 
 
 def _t5(c: Config, feed_forward: str = "relu") -> Iterator[Module]:
-    """T5: encoder and decoder, no biases, relative positions in the first block, every vocabulary matrix tied.
+    """Yield the modules of T5: encoder and decoder, no biases, relative positions in the first block, tied vocabulary.
 
-    transformers 5 ties the output head whatever ``tie_word_embeddings`` says (it then only scales the logits).
+    transformers 5 always ties the output head. `tie_word_embeddings` then only decides whether the logits are scaled.
     """
     vocabulary, hidden = c.size("vocab_size"), c.size("d_model", "hidden_size")
     heads, width = c.size("num_heads", "num_attention_heads"), c.size("d_kv", "head_dim", default=64)
@@ -193,7 +193,7 @@ def _t5(c: Config, feed_forward: str = "relu") -> Iterator[Module]:
 
 @dataclass(frozen=True)
 class Family:
-    """What an architecture is: how its table is made, what kind of model it is, and where the methods go by default."""
+    """An architecture: the function that makes its table, the kind of model, and the default targets of methods."""
 
     table: Callable[..., Iterator[Module]]
     options: dict[str, Any]

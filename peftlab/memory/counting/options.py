@@ -1,4 +1,4 @@
-"""What goes into a method's function, ``Options``, and what comes out of it, ``Trained``: see ``methods.py``."""
+"""The input of a method's function, `Options`, and its result, `Trained`. See `methods.py`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from peftlab.memory.counting.families import Module
 
 @dataclass(frozen=True)
 class Options:
-    """What the methods can be told; each reads the fields that concern it."""
+    """The options of all methods. Each method reads the fields that concern it."""
 
-    r: int | None = None  # None: the default of the method's row in the catalogue
-    targets: str | tuple[str, ...] | None = None  # None: query and value, for IA3 the family's own (see Family.ia3)
-    bias: str = "none"  # of the LoRA family; "lora_only" is what peft calls "vera_only" for VeRA
+    r: int | None = None  # None takes the default of the method's row in the catalogue
+    targets: str | tuple[str, ...] | None = None  # None: query and value; for IA3 those of the family (Family.ia3)
+    bias: str = "none"  # for the LoRA family; "lora_only" is called "vera_only" in peft's VeRA
     virtual_tokens: int = 20
-    reduction_factor: int = 16  # of bottleneck adapters: hidden width / width of the bottleneck
-    projection: bool = False  # prefix tuning: an MLP makes the prefix during training
-    encoder: str = "mlp"  # P-tuning: what makes the prompt, "mlp" or "lstm"
-    encoder_hidden: int | None = None  # its inner width, and that of the prefix MLP; None: the width of what it makes
-    encoder_layers: int = 2  # P-tuning's LSTM; the MLP always has three linear layers
+    reduction_factor: int = 16  # for bottleneck adapters: hidden width / width of the bottleneck
+    projection: bool = False  # for prefix tuning: whether an MLP makes the prefix during training
+    encoder: str = "mlp"  # for P-tuning: the network that makes the prompt, "mlp" or "lstm"
+    encoder_hidden: int | None = None  # its inner width, also of the prefix MLP; None: the width of its output
+    encoder_layers: int = 2  # layers of P-tuning's LSTM; the MLP always has three linear layers
 
     def __post_init__(self) -> None:
         check_fields(self, whole, "r", "encoder_hidden", least=1, optional=True)
@@ -32,12 +32,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Added:
-    """One tensor that a method brings."""
+    """One tensor that a method adds."""
 
-    path: str  # of the module that it adapts; "" for the whole model
+    path: str  # path of the module that it adapts; "" for the whole model
     name: str
     size: tuple[int, ...]
-    buffer: bool = False  # held in memory, but no parameter: neither counted nor trained
+    buffer: bool = False  # it takes memory but is not a parameter: it is neither counted nor trained
     trains: bool = True  # False: a parameter that is counted but never trained
 
     @property
@@ -53,5 +53,5 @@ class Trained:
     added: tuple[Added, ...] = ()
     own: tuple[tuple[Module, str], ...] = ()  # the model's own tensors that it unfreezes: (module, "weight" or "bias")
     adapted: tuple[Module, ...] = ()  # the modules that it adapts
-    whole: bool = False  # everything trains, the head in its place, so no copy of the head is added
-    saved: int | None = None  # elements in a file of what it adds; None: of all that trains of it
+    whole: bool = False  # the whole model trains, its head included, so no copy of the head is added
+    saved: int | None = None  # elements that a file holds of the added tensors; None: all those that train

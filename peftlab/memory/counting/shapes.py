@@ -1,4 +1,4 @@
-"""Shapes: a model as the table of its modules, made from a built-in name or from any known ``config.json``.
+"""Shapes: a model as a table of its modules, made from a built-in name or from a `config.json`.
 
 >>> load_shape("gpt2").parameters
 124439808
@@ -25,11 +25,11 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's architecture: everything about it that counting needs, and no weights.
+    """A model's architecture: everything that counting needs to know about it, without the weights.
 
-    Decoders carry their language-model head, encoders a classification head (two labels unless the configuration says
-    otherwise), T5 its tied head: what ``AutoModelForCausalLM``, ``AutoModelForSequenceClassification`` and
-    ``AutoModelForSeq2SeqLM`` build.
+    Decoders include their language-model head, encoders a classification head (two labels unless the configuration says
+    otherwise), and T5 its tied head. This is what `AutoModelForCausalLM`, `AutoModelForSequenceClassification` and
+    `AutoModelForSeq2SeqLM` build.
     """
 
     name: str
@@ -40,12 +40,12 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """All parameters, each tied weight once."""
+        """The number of all parameters; a tied weight counts once."""
         return sum(module.parameters for module in self.modules)
 
     @property
     def head(self) -> tuple[Module, ...]:
-        """The classification head, which trains whole beside an adapter; empty for language models."""
+        """The classification head, all of which trains beside an adapter. Empty for language models."""
         return tuple(module for module in self.modules if module.role == "head")
 
     @property
@@ -54,14 +54,19 @@ class Shape:
         return FAMILIES[self.family].query_value
 
     def match(self, targets: str | Iterable[str] | None = None) -> tuple[Module, ...]:
-        """The modules that ``targets`` names, by the rules of Hugging Face peft.
+        """Return the modules that `targets` selects, by the rules of Hugging Face peft.
 
-        ``targets`` is a list of names, each a whole path or the end of one (``"q_proj"``, ``"mlp.c_proj"``); or
-        ``"all-linear"``: every linear layer but the output head; or another string, a regular expression for whole
-        paths; or None: query and value. A classification head never matches: it trains whole.
+        `targets` may be
+
+        - a list of names, each a whole path or the end of one (`"q_proj"`, `"mlp.c_proj"`);
+        - `"all-linear"`: every linear layer except the output head;
+        - any other string: a regular expression for whole paths;
+        - None: query and value.
+
+        A classification head never matches, because all of it trains anyway.
 
         Raises:
-            PeftLabError: something named matches nothing, or matches what is no linear or embedding layer.
+            PeftLabError: a name matches nothing, or a module that is neither a linear nor an embedding layer.
         """
         body = [module for module in self.modules if module.role != "head"]
         if targets is None:
@@ -88,7 +93,7 @@ class Shape:
         return tuple(found)
 
     def _linear_names(self) -> list[str]:
-        """The last parts of the paths of the layers that can be adapted, in the order of the model."""
+        """Return the last names of the paths of all layers that can be adapted, in the order of the model."""
         ends = [m.path.rsplit(".", 1)[-1] for m in self.modules if m.kind in ("linear", "conv1d") and m.role == "body"]
         return list(dict.fromkeys(ends))
 
@@ -97,7 +102,7 @@ class Shape:
 
     def _nothing(self, name: Any) -> str:
         if any(_ends_with(m.path, name) or m.path.split(".")[0] == name for m in self.head):
-            return f"Target {name!r} is the classification head of {self.name}, which trains whole beside an adapter."
+            return f"Target {name!r} is the classification head of {self.name}, which always trains as a whole."
         known = self._linear_names() + [m.path.rsplit(".", 1)[-1] for m in self.modules]
         return f"Target {name!r} matches no module of {self.name}.{did_you_mean(name, known)}{self._names()}"
 
@@ -114,14 +119,17 @@ def _check_expression(text: str) -> None:
 
 
 def load_shape(shape: str | os.PathLike[str] | dict[str, Any] | Shape, labels: int | None = None) -> Shape:
-    """A shape from a built-in name, from the path of a ``config.json`` (or a folder that holds one), or from its dict.
+    """Make a shape from a built-in name, the path of a `config.json` or of its folder, or the dict that it holds.
 
     Args:
-        shape: for example ``"llama-2-7b"``, ``"model/config.json"`` or ``{"model_type": "bert", ...}``.
-        labels: classes of an encoder's head; None takes the configuration's own, two where it says nothing.
+        shape: for example `"llama-2-7b"`, `"model/config.json"` or `{"model_type": "bert", ...}`.
+        labels: classes of an encoder's head. None takes the configuration's number, or two.
 
     Raises:
         PeftLabError: an unknown name (with near matches), no such file, or a configuration that cannot be read.
+
+    >>> pl.memory.load_shape("gpt2").parameters
+    124439808
     """
     if isinstance(shape, Shape):
         if labels is None:
@@ -151,7 +159,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise PeftLabError(f"{path} cannot be read: {error}.") from None
     except (json.JSONDecodeError, RecursionError) as error:
-        raise PeftLabError(f"{path} is no valid JSON: {error}.") from None
+        raise PeftLabError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(values, dict):
         raise PeftLabError(f"{path} holds a {type(values).__name__}, not the object of a model configuration.")
     return values
@@ -160,7 +168,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _from_config(values: dict[str, Any], name: str, labels: int | None) -> Shape:
     family = values.get("model_type")
     if not isinstance(family, str):
-        raise PeftLabError(f"{name}: model_type is missing or no text, so the architecture is not known.")
+        raise PeftLabError(f"{name}: model_type is missing or is not a string, so the architecture is not known.")
     if family not in FAMILIES:
         hint = did_you_mean(family, FAMILIES)
         raise PeftLabError(f"{name}: model_type {family!r} is not known.{hint} Known: {', '.join(FAMILIES)}.")

@@ -1,10 +1,10 @@
-"""How many parameters a method trains, by arithmetic on a shape's table and the method's tensors.
+"""How many parameters a method trains, from the table of a shape and the tensors of a method.
 
     >>> count("llama-2-7b", "lora", r=8).trainable
     4194304
 
-Counts are logical: a base held in four bits counts as many parameters as it has weights. ``total`` includes what the
-method adds, as ``print_trainable_parameters`` of Hugging Face peft does, and tests hold every number to peft's.
+Counts are logical: a weight held in four bits is one parameter. `total` includes what the method adds, as in
+`print_trainable_parameters` of Hugging Face peft. Tests compare every number with peft's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from peftlab.memory.counting.shapes import Shape, load_shape
 
 @dataclass(frozen=True)
 class Count:
-    """Parameters of a model under a method. ``total`` holds the added ones and the trained copy of a head."""
+    """The parameters of a model under a method. `total` includes the added ones and the trained copy of a head."""
 
     shape: str
     method: str
@@ -37,7 +37,7 @@ class Count:
         return 100.0 * self.trainable / self.total
 
     def as_dict(self) -> dict[str, int | float]:
-        """``{"trainable": n, "total": n, "percent": x}``, as ``peftlab count --json`` prints it."""
+        """Return `{"trainable": n, "total": n, "percent": x}`, as `peftlab count --json` prints it."""
         return {"trainable": self.trainable, "total": self.total, "percent": self.percent}
 
 
@@ -56,28 +56,32 @@ def count(
     encoder_layers: int = 2,
     labels: int | None = None,
 ) -> Count:
-    """Count the parameters that ``method`` trains on ``shape``.
+    """Count the parameters that `method` trains on `shape`.
 
-    A method takes the options that concern it; the others change nothing.
+    A method ignores the options that do not concern it.
 
     Args:
-        shape: a built-in name, the path of a ``config.json`` or of its folder, or a ``Shape``.
-        method: a method's name, such as ``"lora"``; ``METHODS`` has them all.
-        r: the rank of a low-rank update; None: the method's own in peft (8, AdaLoRA 12, VeRA 256).
-        targets: names, ``"all-linear"`` or a regular expression (see ``Shape.match``), for the LoRA family and IA3;
-            None: query and value, for IA3 peft's own (mostly keys, values and down projection; see ``methods.ia3``).
-        bias: ``"none"``, ``"all"`` or ``"lora_only"``, for the LoRA family.
+        shape: a built-in name, the path of a `config.json` or of its folder, or a `Shape`.
+        method: a method's name, such as `"lora"`; `METHODS` has them all.
+        r: the rank of a low-rank update. None takes the method's default in peft (8; AdaLoRA 12, VeRA 256).
+        targets: names, `"all-linear"` or a regular expression (see `Shape.match`), for the LoRA family and IA3. None
+            takes query and value, and for IA3 peft's defaults (mostly keys, values and the down projection; see
+            `methods.ia3`).
+        bias: `"none"`, `"all"` or `"lora_only"`, for the LoRA family.
         virtual_tokens: the length of a prompt or prefix.
         reduction_factor: hidden width / width of a bottleneck adapter.
-        projection: prefix tuning with the MLP that makes the prefix during training.
-        encoder: what makes P-tuning's prompt, ``"mlp"`` or ``"lstm"``.
-        encoder_hidden: the inner width of that encoder, or of the prefix MLP; None: as wide as what it makes.
+        projection: whether prefix tuning computes the prefix with an MLP during training.
+        encoder: the network that makes P-tuning's prompt, `"mlp"` or `"lstm"`.
+        encoder_hidden: the inner width of that network, or of the prefix MLP. None takes the width of its output.
         encoder_layers: layers of the LSTM.
-        labels: classes of an encoder's head; None: the configuration's own number, or two.
+        labels: classes of an encoder's head. None takes the configuration's number, or two.
 
     Raises:
         PeftLabError: an unknown shape or method, a number that is not positive and whole, a target without a match, or
-            a method that this model or target has no place for.
+            a method that this model or target cannot have.
+
+    >>> pl.memory.count("llama-2-7b", "lora", r=8).trainable
+    4194304
     """
     shape = load_shape(shape, labels)
     name = method_name(method)
@@ -87,7 +91,7 @@ def count(
         r, targets, bias, virtual_tokens, reduction_factor, projection, encoder, encoder_hidden, encoder_layers
     )
     trained = trained_by(name, shape, options)
-    # peft trains a copy of the classification head and keeps the original beside it: both are in the total.
+    # peft trains a copy of the classification head and also keeps the original. The total includes both.
     head = 0 if trained.whole else sum(module.parameters for module in shape.head)
     parameters = [tensor for tensor in trained.added if not tensor.buffer]
     added = sum(tensor.elements for tensor in parameters)

@@ -1,1 +1,1 @@
-"""The second room: a training step, lived through with tensors that have a size and a life but no values."""
+"""The replay of a training step, with tensors that have a size and a lifetime but no values."""

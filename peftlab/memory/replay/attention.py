@@ -1,27 +1,27 @@
-"""Attention as PyTorch computes it: in one fused kernel, or in single operations."""
+"""Attention as PyTorch computes it: in one fused kernel or in separate operations."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from peftlab.memory.replay import ops
-from peftlab.memory.replay.tape import Tensor, record
+from peftlab.memory.replay.tape import Gradients, Tensor, record
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a model's attention differs from another's where it is not fused."""
+    """How the attention of a model works when it is not fused."""
 
     causal: bool = True
-    wide_softmax: bool = True  # in float32 whatever the dtype
+    wide_softmax: bool = True  # whether the softmax is always in float32
     dropout: float = 0.0
-    fusible: bool = True  # whether a fused kernel takes its bias
+    fusible: bool = True  # whether a fused kernel accepts its bias
 
 
 def packed_attention(x: Tensor, heads: int) -> Tensor:
-    """flash_attention of queries, keys and values that are views of one tensor (b, s, 3 h); returns (b, s, h).
+    """Replay flash_attention of queries, keys and values that are views of one tensor (b, s, 3 h). Return (b, s, h).
 
-    Their three gradients are put together again by one cat.
+    One cat joins their three gradients.
     """
     batch, length, three = x.shape
     output = x.new((batch, length, three // 3))
@@ -29,7 +29,7 @@ def packed_attention(x: Tensor, heads: int) -> Tensor:
     flops = 4 * batch * length * length * three // 3
     x.memory.flops += flops
 
-    def apply(g: Tensor, kept: tuple = (x, output.detach(), sums)):
+    def apply(g: Tensor, kept: tuple = (x, output.detach(), sums)) -> Gradients:
         g.memory.flops += 5 * flops // 2
         parts = [g.new() for _ in range(3)]
         whole = g.new((batch, length, three))
@@ -40,7 +40,7 @@ def packed_attention(x: Tensor, heads: int) -> Tensor:
 
 
 def split(x: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Three views of a tensor, each of a shape. Their gradients go into one tensor, made for the first of them."""
+    """Return three views of a tensor. Their gradients go into one tensor, allocated with the first of them."""
     whole = x.shape
 
     def part(first: bool) -> Tensor:
@@ -52,21 +52,21 @@ def split(x: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The fused kernel: keeps q, k, v, the output, a bias or mask, and the log-sum-exp (float32) of each row.
+    """Replay the fused kernel: it keeps q, k, v, the output, a bias or mask, and each row's log-sum-exp (float32).
 
     q: (b, heads, s, d); k, v: (b, groups, s, d).
     """
     batch, heads, length, _ = q.shape
-    flops = 4 * q.elements * k.shape[2]  # q k^T and its product with v; the backward pass has five such products
+    flops = 4 * q.elements * k.shape[2]  # q k^T and the product with v; the backward pass has five such products
     q.memory.flops += flops
     output = q.new()
     sums = q.new((batch, heads, length), ops.FLOAT32)
     kept = [q, k, v, output.detach(), sums] + ([bias] if bias is not None else [])
     needs = [x.needs_grad for x in (q, k, v)]
     of_bias = bias is not None and bias.needs_grad
-    inputs = [q, k, v] + ([bias] if of_bias else [])
+    inputs = [q, k, v] + ([bias] if bias is not None and of_bias else [])
 
-    def apply(g: Tensor, kept: list = kept):
+    def apply(g: Tensor, kept: list = kept) -> Gradients:
         g.memory.flops += 5 * flops // 2
         gradients = [x.new() if need else None for x, need in zip(kept, needs, strict=False)]
         return gradients + ([kept[-1].new()] if of_bias else [])
@@ -75,23 +75,23 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None)
 
 
 def math_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style: Style) -> Tensor:
-    """What ``scaled_dot_product_attention`` does where no fused kernel can: single operations, in float32.
+    """Replay `scaled_dot_product_attention` without a fused kernel: separate operations in float32.
 
-    Its scores stay for the backward pass; the scaled copies of queries and keys take the place of what they copy.
+    The scores are kept for the backward pass. The scaled copies of queries and keys replace the originals.
     """
     batch, heads, length, width = q.shape
     narrow, shared = q.bytes, k.shape[1] == heads
     wide = [ops.cast(x, ops.FLOAT32) for x in (q, k, v)]
     q = ops.scale(wide[0])
     mask = q.new((length, k.shape[2])) if bias is None and style.causal else bias
-    # repeat_interleave lays the heads out anew; else bmm copies what a transposed view holds
+    # repeat_interleave makes new tensors; without it, bmm copies the transposed views
     k, v = (x if shared else repeat(x, heads) for x in wide[1:])
     k = ops.scale(k)
     if shared:
         k = ops.copy(k)
     scores = matmul(ops.copy(q), k, (batch, heads, length, k.shape[2]))
     del k
-    if bias is not None:
+    if bias is not None and mask is not None:
         scores = ops.add_in_place(scores, mask)
     weights = ops.safe_softmax(scores)
     del scores
@@ -101,7 +101,7 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style: 
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style: Style) -> Tensor:
-    """softmax(q k^T / sqrt d + mask) v in single operations: (b, heads, s, s) scores, several of them at once."""
+    """Replay softmax(q k^T / sqrt d + mask) v in separate operations, with several (b, heads, s, s) scores at once."""
     batch, heads, length, width = q.shape
     if k.shape[1] != heads:
         k, v = repeat(k, heads), repeat(v, heads)
@@ -123,13 +123,13 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style:
 
 
 def repeat(x: Tensor, heads: int) -> Tensor:
-    """repeat_kv: a copy with as many heads as the queries have; the gradient is summed back."""
+    """Replay repeat_kv: a copy with as many heads as the queries have. Its gradient is summed over the groups."""
     shape = x.shape
     return record(x.new((shape[0], heads, *shape[2:])), [x], lambda g: (g.new(shape),))
 
 
 def spread(x: Tensor, heads: int) -> Tensor:
-    """repeat_kv for the fused kernel: one group of heads is a view, several are copied."""
+    """Replay repeat_kv for the fused kernel: one group of heads becomes a view, several are copied."""
     if x.shape[1] == heads:
         return x
     if x.shape[1] > 1:
@@ -141,13 +141,13 @@ def spread(x: Tensor, heads: int) -> Tensor:
 
 
 def matmul(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """a @ b of two activations: the gradient of each needs the other."""
+    """Replay a @ b of two activations: the gradient of each needs the other."""
     sizes = a.shape, b.shape
     needs = a.needs_grad, b.needs_grad
     flops = 2 * a.elements * shape[-1]
     a.memory.flops += flops
 
-    def apply(g: Tensor, kept: tuple = (a if needs[1] else None, b if needs[0] else None)):
+    def apply(g: Tensor, kept: tuple = (a if needs[1] else None, b if needs[0] else None)) -> Gradients:
         g.memory.flops += flops * sum(needs)
         return tuple(g.new(size) if need else None for size, need in zip(sizes, needs, strict=True))
 

@@ -1,4 +1,4 @@
-"""Decoders: Llama and its relations, GPT-2. They return the logits (b, s, V), as transformers' models compute them."""
+"""Decoders: Llama and its relatives, and GPT-2, as transformers' models compute them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peftlab.memory.replay.tape import Tensor
 
 
 def gated_decoder(net: Net, ids: Tensor) -> Tensor:
-    """Llama, Mistral, Qwen2, Gemma: returns the logits (b, s, V)."""
+    """Replay Llama, Mistral, Qwen2 or Gemma, and return the logits (b, s, V)."""
     c = net.config
     gemma = net.shape.family == "gemma"
     usual = "gelu_pytorch_tanh" if gemma else "silu"
@@ -68,7 +68,7 @@ def gated_decoder(net: Net, ids: Tensor) -> Tensor:
 
 
 def gpt2(net: Net, ids: Tensor) -> Tensor:
-    """GPT-2: returns the logits (b, s, V)."""
+    """Replay GPT-2, and return the logits (b, s, V)."""
     c = net.config
     heads = c.size("n_head", "num_attention_heads")
     drop = c.share("resid_pdrop", 0.1)

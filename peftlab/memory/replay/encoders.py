@@ -11,7 +11,7 @@ from peftlab.memory.replay.tape import Tensor, leaf
 
 
 def bert(net: Net, ids: Tensor, prefix: str = "bert") -> Tensor:
-    """BERT and RoBERTa with a classification head: returns the logits (b, labels)."""
+    """Replay BERT or RoBERTa with a classification head, and return the logits (b, labels)."""
     c = net.config
     heads, drop = c.size("num_attention_heads"), c.share("hidden_dropout_prob", 0.1)
     activate = net.activation(c.text("hidden_act", "gelu"))
@@ -68,7 +68,7 @@ def bert(net: Net, ids: Tensor, prefix: str = "bert") -> Tensor:
 
 
 def t5(net: Net, ids: Tensor) -> Tensor:
-    """T5: encoder and decoder of the same length; returns the decoder's logits (b, s, V)."""
+    """Replay T5 with an encoder and a decoder of equal length, and return the decoder's logits (b, s, V)."""
     c = net.config
     heads, drop = c.size("num_heads", "num_attention_heads"), c.share("dropout_rate", 0.1)
     width = c.size("d_kv", "head_dim", default=64)
@@ -85,9 +85,9 @@ def t5(net: Net, ids: Tensor) -> Tensor:
         v = net.linear(at + "v", source).view(batch, heads, source.shape[1], width)
         if i is not None:
             k, v = net.extend(i, k, v)
-            if k.shape[2] != bias.shape[3]:  # a prefix: a bias of its size, for each example
+            if k.shape[2] != bias.shape[3]:  # with a prefix the bias is enlarged, for each example
                 bias = ops.enlarge(bias, (batch, heads, length, k.shape[2]))
-        fusible = net.recipe.contiguous_bias or at.endswith("EncDecAttention.")  # there the bias is zeros
+        fusible = net.recipe.contiguous_bias or at.endswith("EncDecAttention.")  # whose bias is zeros
         style = Style(causal=i is not None, wide_softmax=False, dropout=drop, fusible=fusible)
         return net.linear(at + "o", net.attend(q, k, v, style, bias))
 
@@ -142,7 +142,7 @@ def t5(net: Net, ids: Tensor) -> Tensor:
     encoded = stack("encoder", net.words("shared", ids), encoder)
     words = net.words("shared", ids, front=False)
     cross = words.new((1, heads, words.shape[1], encoded.shape[1]))
-    if net.recipe.checkpointing:  # transformers then asks for its gradient
+    if net.recipe.checkpointing:  # transformers then computes its gradient
         cross = leaf(cross)
     x = stack("decoder", words, decoder, encoded, cross)
     with net.memory.kind("logits"):

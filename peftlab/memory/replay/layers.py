@@ -1,9 +1,9 @@
-"""A layer under each method: what Hugging Face peft's forward passes allocate around the frozen layer.
+"""Each method's layer: what Hugging Face peft's forward passes allocate around the frozen layer.
 
-Each function takes the model, a path and the tensors that the method has there, by name, and puts the method in its
-place: around a layer (`net.layers`), beside a feed-forward (`net.beside`), or in front of it all (`net.front`). The
-catalogue's row names the function. The adapters are float32 by default, as in peft, also on a base of 16 bits; a call
-then casts its input and, at the end, its output back.
+Each function takes the model, a path, and the method's tensors there by name. It puts the method into the model: around
+a layer (`net.layers`), beside a feed-forward (`net.beside`), or in front of the first block (`net.front`). The method's
+row in the catalogue names its function. As in peft, adapters are float32 by default, also on a 16-bit base. A call then
+casts its input, and at the end casts its output back.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ Own = dict[str, Parameter]
 
 
 def lora(net: Net, path: str, own: Own) -> None:
-    """y + B(A x) s: peft's `lora.Linear.forward`, or that of its 4-bit layer, which clones y and casts the update.
+    """Replay y + B(A x) s: peft's `lora.Linear`, or its 4-bit layer, which clones y and casts the update.
 
-    peftlab's own does neither, and under autocast leaves the input as it is, where peft makes a float32 copy first.
+    peftlab's layer does neither. And under autocast peft first makes a float32 copy of the input, which peftlab does
+    not.
     """
     if net.modules[path].kind == "embedding":
         _embedding_lora(net, path, own)
@@ -48,7 +49,7 @@ def lora(net: Net, path: str, own: Own) -> None:
 
 
 def _embedding_lora(net: Net, path: str, own: Own) -> None:
-    """W[i] + A^T[i] B^T s for token i."""
+    """Replay W[i] + A^T[i] B^T s for token i."""
 
     def call(ids: Tensor) -> Tensor:
         result = ops.embedding(ids, net.weights[path])
@@ -60,10 +61,10 @@ def _embedding_lora(net: Net, path: str, own: Own) -> None:
 
 
 def dora(net: Net, path: str, own: Own) -> None:
-    """(m/n - 1) W x + (m/n) B(A x) s, where n, the norms of W + s B A, is computed anew in each forward pass.
+    """Replay (m/n - 1) W x + (m/n) B(A x) s. Each forward pass computes n, the norms of W + s B A.
 
-    For that peft multiplies B A by an identity of d_in x d_in and casts W to the adapter's dtype; nothing of it is
-    kept for the backward pass.
+    For n, peft multiplies B A by an identity matrix of d_in x d_in and casts W to the adapter's dtype. The backward
+    pass keeps none of this.
     """
     if net.modules[path].kind == "embedding":
         raise PeftLabError(f"DoRA on the embedding {path} is not replayed; name linear layers, or use lora.")
@@ -102,9 +103,9 @@ def dora(net: Net, path: str, own: Own) -> None:
 
 
 def adalora(net: Net, path: str, own: Own) -> None:
-    """y += x (A * E)^T B^T s / rank, the sum in place.
+    """Replay y += x (A * E)^T B^T s / rank, where the sum is in place.
 
-    peft's rank numbers do not train on a CPU in float32; moved to another device or dtype, they have a gradient.
+    In peft the rank numbers get a gradient once they have been moved to another device or dtype than CPU and float32.
     """
 
     def call(x: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ def adalora(net: Net, path: str, own: Own) -> None:
 
 
 def vera(net: Net, path: str, own: Own) -> None:
-    """y + b * B(d * A x), with A and B frozen and shared: the products with them keep nothing, the scalings do."""
+    """Replay y + b * B(d * A x). A and B are frozen and shared, so only the scalings by d and b keep a tensor."""
 
     def call(x: Tensor) -> Tensor:
         before = x.bytes
@@ -131,13 +132,13 @@ def vera(net: Net, path: str, own: Own) -> None:
         inner = ops.mul_vector(net.frozen_product(x, r), own["vera_lambda_d"])
         update = ops.mul_vector(net.frozen_product(inner, outputs), own["vera_lambda_b"])
         del inner
-        return ops.cast(ops.cast(ops.add(result, update), bytes), before)  # at last as wide as the input
+        return ops.cast(ops.cast(ops.add(result, update), bytes), before)  # the result has the dtype of the input
 
     net.layers[path] = call
 
 
 def ia3(net: Net, path: str, own: Own) -> None:
-    """l * (W x), or W (l * x) for a feed-forward layer, in the dtype of l and back."""
+    """Replay l * (W x), or W (l * x) for a feed-forward layer. The product is in the dtype of l, then cast back."""
     scale = own["ia3_l"]
 
     def before(x: Tensor) -> Tensor:
@@ -152,7 +153,7 @@ def ia3(net: Net, path: str, own: Own) -> None:
 
 
 def bottleneck(net: Net, path: str, own: Own) -> None:
-    """y + up(relu(down y)): a bottleneck after the layer."""
+    """Replay y + up(relu(down y)): a bottleneck after the layer."""
 
     def call(x: Tensor) -> Tensor:
         result = net.plain(path, x)
@@ -162,12 +163,12 @@ def bottleneck(net: Net, path: str, own: Own) -> None:
 
 
 def parallel(net: Net, path: str, own: Own) -> None:
-    """f(x) + up(relu(down x)): a bottleneck beside a feed-forward f, from its input to its output."""
+    """Replay f(x) + up(relu(down x)): a bottleneck beside a feed-forward f, from its input to its output."""
     net.beside[path] = lambda x, function: _through_bottleneck(net, own, x, function(x))
 
 
 def _through_bottleneck(net: Net, own: Own, x: Tensor, result: Tensor) -> Tensor:
-    """result + up(relu(down x)), in the adapter's dtype."""
+    """Compute result + up(relu(down x)) in the adapter's dtype."""
     bytes = result.bytes
     wide = ops.cast(x, own["down.weight"].bytes)
     inner = ops.from_result(net.product(wide, own["down.weight"], own["down.bias"]))
@@ -176,12 +177,12 @@ def _through_bottleneck(net: Net, own: Own, x: Tensor, result: Tensor) -> Tensor
 
 
 def prompt(net: Net, path: str, own: Own) -> None:
-    """n learned vectors before the word embeddings of each example; for T5 there are 2 n, the first n are taken."""
+    """Replay n learned vectors in front of each example's word embeddings. T5 has 2 n of them and uses the first n."""
     _in_front(net, own, lambda virtual: virtual)
 
 
 def p_tuning(net: Net, path: str, own: Own) -> None:
-    """A prompt that an MLP of three layers makes of learned vectors, for each example anew."""
+    """Replay a prompt that a three-layer MLP computes from learned vectors, once for each example."""
 
     def encode(virtual: Tensor) -> Tensor:
         for i in (0, 2, 4):
@@ -205,16 +206,16 @@ def _in_front(net: Net, own: Own, encode: Call) -> None:
 
 
 def prefix(net: Net, path: str, own: Own) -> None:
-    """Keys and values of n virtual tokens for each block, from one table; each block's cache is a copy with them."""
+    """Replay keys and values of n virtual tokens for each block, from one table. Each block's cache is a copy."""
     if net.recipe.checkpointing:
         raise PeftLabError(
-            "Prefix tuning in peft needs the cache of keys and values, which checkpointing switches off; peftlab's own "
-            "trains so, and is not replayed yet."
+            "Prefix tuning in peft needs the cache of keys and values, which checkpointing switches off. peftlab's own "
+            "prefix trains with checkpointing, but its memory is not known yet. Leave checkpointing off."
         )
     if net.shape.kind == "encoder-decoder" and not _prefix_runs(net.shape):
         raise PeftLabError(
-            f"{net.shape.name}: peft's prefix has the encoder's depth and the model's width, and this decoder has "
-            "another."
+            f"{net.shape.name}: peft's prefix has the encoder's depth and the model's width, but this decoder's are "
+            "different, so peft cannot run it. Use another method."
         )
     rows = own["embedding.weight"]
     made: list[Tensor] = []
@@ -236,7 +237,7 @@ def prefix(net: Net, path: str, own: Own) -> None:
 
 
 def _prefix_runs(shape: Shape) -> bool:
-    """Whether T5's decoder is as deep as its encoder, and its attention as wide as the model."""
+    """Say whether T5's decoder is as deep as its encoder, and its attention as wide as the model."""
     blocks = [{m.layer for m in shape.modules if m.path.startswith(f"{kind}.block")} for kind in ("encoder", "decoder")]
     inner = next(m.outputs for m in shape.modules if m.path.endswith("SelfAttention.q"))
     return blocks[0] == blocks[1] and inner == shape.modules[0].outputs

@@ -1,12 +1,12 @@
 """What PyTorch's operations do to memory: the output, what is kept for the backward pass, the gradients.
 
-A function bears the name of its counterpart in torch, where there is one. A comment says where PyTorch allocates more
-than one would think. b is the batch, s the length, h the width.
+A function has the name of its counterpart in torch, if there is one. Comments point out where PyTorch allocates more
+than one expects. b is the batch, s the length, h the width.
 """
 
 from __future__ import annotations
 
-from peftlab.memory.replay.tape import Parameter, Tensor, record
+from peftlab.memory.replay.tape import Gradients, Parameter, Tensor, record
 
 FLOAT32 = 4
 INT64 = 8
@@ -14,7 +14,7 @@ BOOL = 1
 
 
 def cast(x: Tensor, bytes: int) -> Tensor:
-    """x.to(dtype): nothing where it has it already."""
+    """Replay x.to(dtype): nothing happens if x has this dtype."""
     if x.bytes == bytes:
         return x
     before = x.bytes
@@ -22,25 +22,25 @@ def cast(x: Tensor, bytes: int) -> Tensor:
 
 
 def copy(x: Tensor, bytes: int | None = None) -> Tensor:
-    """A new tensor whose gradient passes as it is: clone, contiguous, x minus a vector that may widen it."""
+    """Make a new tensor whose gradient passes unchanged, as clone and contiguous do. The copy may be wider."""
     before = x.bytes
     return record(x.new(bytes=bytes), [x], lambda g: (_fit(g, before),))
 
 
 def _fit(gradient: Tensor, bytes: int) -> Tensor:
-    """The engine casts a gradient to the dtype of the tensor that it belongs to."""
+    """Cast a gradient to the dtype of its tensor, as the engine does."""
     return gradient if gradient.bytes == bytes else gradient.new(bytes=bytes)
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
-    """a + b of one shape, the wider dtype wins: nothing is kept, one gradient serves both."""
+    """Replay a + b of one shape, in the wider dtype. Nothing is kept, and both get the same gradient."""
     pairs = (a.bytes, a.needs_grad), (b.bytes, b.needs_grad)
     output = a.new(bytes=max(a.bytes, b.bytes))
     return record(output, [a, b], lambda g: tuple(_fit(g, n) if m else None for n, m in pairs))
 
 
 def add_broadcast(x: Tensor, b: Tensor) -> Tensor:
-    """x + b where b has a batch of one: its gradient is summed over the batch."""
+    """Replay x + b where b has a batch of one: the gradient of b is summed over the batch."""
     shape = b.shape
     needs = x.needs_grad, b.needs_grad
     summed = shape != x.shape
@@ -51,22 +51,22 @@ def add_broadcast(x: Tensor, b: Tensor) -> Tensor:
 
 
 def scale(x: Tensor) -> Tensor:
-    """x times a Python number, -x, x plus a number's multiple: nothing is kept."""
+    """Replay x times a Python number, or -x. Nothing is kept."""
     return record(x.new(), [x], lambda g: (g.new(),))
 
 
 def shift(x: Tensor) -> Tensor:
-    """x plus a Python number: the gradient passes as it is."""
+    """Replay x plus a Python number: the gradient passes unchanged."""
     return record(x.new(), [x], lambda g: (g,))
 
 
 def mul(a: Tensor, b: Tensor) -> Tensor:
-    """a * b of one shape. The gradient of each needs the other."""
+    """Replay a * b of one shape. The gradient of each needs the other."""
     kept = {"a": a if b.needs_grad else None, "b": b if a.needs_grad else None}
     output = a.new(bytes=max(a.bytes, b.bytes))
     sizes = a.bytes, b.bytes
 
-    def apply(g: Tensor):
+    def apply(g: Tensor) -> Gradients:
         of_a = _fit(g.new(), sizes[0]) if kept["b"] is not None else None
         return of_a, _fit(g.new(), sizes[1]) if kept["a"] is not None else None
 
@@ -74,12 +74,12 @@ def mul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def mul_broadcast(x: Tensor, b: Tensor) -> Tensor:
-    """x * b where b is smaller and is spread over x: its gradient is computed at the size of x, then summed."""
+    """Replay x * b where b is broadcast over x: the gradient of b is computed at the size of x, then summed."""
     kept = {"x": x if b.needs_grad else None, "b": b if x.needs_grad else None}
     output = x.new(bytes=max(x.bytes, b.bytes))
     sizes, shape = (x.bytes, b.bytes), b.shape
 
-    def apply(g: Tensor):
+    def apply(g: Tensor) -> Gradients:
         of_x = _fit(g.new(), sizes[0]) if kept["b"] is not None else None
         if kept["x"] is None:
             return of_x, None
@@ -90,12 +90,12 @@ def mul_broadcast(x: Tensor, b: Tensor) -> Tensor:
 
 
 def mul_vector(x: Tensor, weight: Parameter) -> Tensor:
-    """x times a vector, as a norm's weight: x is kept only where the weight trains."""
+    """Replay x times a vector, such as a norm's weight: x is kept only if the weight trains."""
     kept = x if weight.needs_grad else None
     needs, bytes = x.needs_grad, x.bytes
     output = x.new(bytes=max(x.bytes, weight.bytes))
 
-    def apply(g: Tensor, kept: Tensor | None = kept):
+    def apply(g: Tensor, kept: Tensor | None = kept) -> Gradients:
         of_x = _fit(g.new(), bytes) if needs else None
         if kept is None:
             return of_x, None
@@ -106,19 +106,19 @@ def mul_vector(x: Tensor, weight: Parameter) -> Tensor:
 
 
 def divide(a: Tensor, b: Tensor) -> Tensor:
-    """a / b where b needs no gradient and is kept."""
+    """Replay a / b where b needs no gradient and is kept."""
 
-    def apply(g: Tensor, kept: Tensor = b):
+    def apply(g: Tensor, kept: Tensor = b) -> Gradients:
         return (g.new(),)
 
     return record(a.new(), [a], apply, [b])
 
 
 def divide_by_trained(x: Tensor, b: Tensor) -> Tensor:
-    """x / b for a scalar b that has a gradient: x is kept, and its share of the gradient is computed at its size."""
+    """Replay x / b for a scalar b with a gradient: x is kept, and the gradient of b is computed at the size of x."""
     shape = b.shape
 
-    def apply(g: Tensor, kept: Tensor = x):
+    def apply(g: Tensor, kept: Tensor = x) -> Gradients:
         of_x = g.new()
         held = [g.new() for _ in range(3)]  # -g x / b^2
         whole = g.new()
@@ -129,9 +129,9 @@ def divide_by_trained(x: Tensor, b: Tensor) -> Tensor:
 
 
 def mul_rows(x: Tensor, column: Tensor) -> Tensor:
-    """x (r, n) times a column (r, 1): each gradient needs the other."""
+    """Replay x (r, n) times a column (r, 1): the gradient of each needs the other."""
 
-    def apply(g: Tensor, kept: tuple = (x, column)):
+    def apply(g: Tensor, kept: tuple = (x, column)) -> Gradients:
         of_x = g.new()
         whole = g.new()
         return of_x, whole.new(column.shape)
@@ -140,13 +140,13 @@ def mul_rows(x: Tensor, column: Tensor) -> Tensor:
 
 
 def add_in_place(x: Tensor, b: Tensor) -> Tensor:
-    """x += b: no new tensor, x keeps its dtype. The gradient of a smaller b is summed to its shape."""
+    """Replay x += b: there is no new tensor, and x keeps its dtype. The gradient of a smaller b is summed."""
     shape, bytes = b.shape, b.bytes
     output = x.view(*x.shape)
     output.node = None
     needs = x.needs_grad, b.needs_grad
 
-    def apply(g: Tensor):
+    def apply(g: Tensor) -> Gradients:
         of_b = (g if g.shape == shape else g.new(shape)) if needs[1] else None
         return g if needs[0] else None, of_b if of_b is None else _fit(of_b, bytes)
 
@@ -154,20 +154,20 @@ def add_in_place(x: Tensor, b: Tensor) -> Tensor:
 
 
 def mul_constant(x: Tensor, constant: Tensor) -> Tensor:
-    """x times a tensor that needs no gradient, which is kept."""
+    """Replay x times a tensor that needs no gradient and is kept."""
     bytes = x.bytes
     output = x.new(bytes=max(x.bytes, constant.bytes))
 
-    def apply(g: Tensor, kept: Tensor = constant):
+    def apply(g: Tensor, kept: Tensor = constant) -> Gradients:
         return (_fit(g.new(), bytes),)
 
     return record(output, [x], apply, [constant])
 
 
 def square(x: Tensor) -> Tensor:
-    """x.pow(2). Its gradient, g (2 x^1), is one expression whose three factors are alive together."""
+    """Replay x.pow(2). Its gradient, g (2 x^1), is one expression whose three factors live at the same time."""
 
-    def apply(g: Tensor, x: Tensor = x):
+    def apply(g: Tensor, x: Tensor = x) -> Gradients:
         power = x.new()
         twice = x.new()
         result = g.new()
@@ -178,24 +178,24 @@ def square(x: Tensor) -> Tensor:
 
 
 def mean_last(x: Tensor) -> Tensor:
-    """x.mean(-1, keepdim=True)."""
+    """Replay x.mean(-1, keepdim=True)."""
     shape = x.shape
     return record(x.new((*shape[:-1], 1)), [x], lambda g: (g.new(shape),))
 
 
 def from_result(x: Tensor) -> Tensor:
-    """rsqrt, tanh, relu, softmax: one kernel each way; the gradient needs the result, which is kept."""
+    """Replay rsqrt, tanh, relu or softmax: one kernel for each pass. The gradient needs the result, which is kept."""
     output = x.new()
     result = output.detach()
 
-    def apply(g: Tensor, kept: Tensor = result):
+    def apply(g: Tensor, kept: Tensor = result) -> Gradients:
         return (g.new(),)
 
     return record(output, [x], apply, [output])
 
 
 def safe_softmax(x: Tensor) -> Tensor:
-    """Softmax that gives zeros to a row of nothing but -inf: a softmax, a mask of bytes, and a choice of the two."""
+    """Replay the softmax that gives zeros for a row of only -inf: a softmax, a byte mask, and a choice of the two."""
     plain = x.new()
     rows = x.new(bytes=BOOL)
     output = from_result(x)
@@ -204,23 +204,23 @@ def safe_softmax(x: Tensor) -> Tensor:
 
 
 def over_its_size(x: Tensor) -> Tensor:
-    """x / sqrt(mean x^2 + eps), as an RMS norm writes it: a square, a mean, a root, a product."""
+    """Replay x / sqrt(mean x^2 + eps) as an RMS norm computes it: a square, a mean, a root, a product."""
     return mul_broadcast(x, from_result(mean_last(square(x))))
 
 
 def from_input(x: Tensor) -> Tensor:
-    """silu, gelu: one kernel each way; the gradient needs x, which is kept."""
+    """Replay silu or gelu: one kernel for each pass. The gradient needs x, which is kept."""
 
-    def apply(g: Tensor, kept: Tensor = x):
+    def apply(g: Tensor, kept: Tensor = x) -> Gradients:
         return (g.new(),)
 
     return record(x.new(), [x], apply, [x])
 
 
 def gelu_new(x: Tensor, autocast: bool) -> Tensor:
-    """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), as GPT-2 writes it: four operations keep a tensor.
+    """Replay x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) as GPT-2 writes it: four operations keep a tensor.
 
-    CUDA's autocast computes the power in float32, and what comes after it is as wide.
+    CUDA's autocast computes the power in float32, and everything after it is float32 too.
     """
     half = scale(x)
     power = square(cast(x, FLOAT32) if autocast else x)
@@ -228,24 +228,24 @@ def gelu_new(x: Tensor, autocast: bool) -> Tensor:
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Keeps its mask, one byte an element; nothing happens at p = 0."""
+    """Replay dropout: it keeps its mask, one byte per element. Nothing happens at p = 0."""
     if not p:
         return x
     mask = x.new(bytes=BOOL)
 
-    def apply(g: Tensor, kept: Tensor = mask):
+    def apply(g: Tensor, kept: Tensor = mask) -> Gradients:
         return (g.new(),)
 
     return record(x.new(), [x], apply, [mask])
 
 
 def layer_norm(x: Tensor, weight: Parameter, bias: Parameter) -> Tensor:
-    """One kernel each way. Keeps x, and mean and 1/deviation of each row in float32."""
+    """Replay LayerNorm, one kernel for each pass. It keeps x, and each row's mean and 1/deviation in float32."""
     output = x.new()
     rows = x.new((*x.shape[:-1], 1), FLOAT32), x.new((*x.shape[:-1], 1), FLOAT32)
     needs = x.needs_grad
 
-    def apply(g: Tensor, kept: tuple = (x, *rows)):
+    def apply(g: Tensor, kept: tuple = (x, *rows)) -> Gradients:
         of_x = kept[0].new() if needs else None
         return of_x, weight.new() if weight.needs_grad else None, bias.new() if bias.needs_grad else None
 
@@ -253,7 +253,7 @@ def layer_norm(x: Tensor, weight: Parameter, bias: Parameter) -> Tensor:
 
 
 def first_rows(x: Tensor, count: int) -> Tensor:
-    """x[:, :count] of (b, s, h), a view. Its gradient is spread over zeros of the whole size."""
+    """Replay x[:, :count] of (b, s, h), a view. Its gradient is copied into zeros of the whole size."""
     shape = x.shape
     if shape[1] == count:
         return x
@@ -263,7 +263,7 @@ def first_rows(x: Tensor, count: int) -> Tensor:
 
 
 def first_of(x: Tensor) -> Tensor:
-    """x[:, 0], a view. Its gradient is spread over zeros of the whole size."""
+    """Replay x[:, 0], a view. Its gradient is copied into zeros of the whole size."""
     shape = x.shape
     output = x.view(shape[0], shape[-1])
     output.node = None
@@ -271,30 +271,30 @@ def first_of(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Parameter, bias: Parameter | None = None) -> Tensor:
-    """x W^T + b. Keeps x only for the gradient of W."""
+    """Replay x W^T + b. It keeps x only for the gradient of W."""
     kept = x if weight.needs_grad else None
     needs, shape, bytes = x.needs_grad, x.shape, x.bytes
     output = x.new((*shape[:-1], weight.shape[0]))
     flops = 2 * x.elements * weight.shape[0]
     x.memory.flops += flops
 
-    def apply(g: Tensor, kept: Tensor | None = kept):
+    def apply(g: Tensor, kept: Tensor | None = kept) -> Gradients:
         g.memory.flops += flops * (needs + weight.needs_grad)
         of_bias = g.new(bias.shape) if bias is not None and bias.needs_grad else None
-        of_x = g.new(shape, bytes).viewed() if needs else None  # (b, s, h) was flattened for the product
+        of_x = g.new(shape, bytes).viewed() if needs else None  # the product flattens (b, s, h)
         of_weight = g.new(weight.shape, weight.bytes) if weight.needs_grad else None
         return of_x, of_weight, of_bias
 
-    edges = [x, weight, x.detach() if bias is None else bias]  # what is detached has no gradient
+    edges = [x, weight, x.detach() if bias is None else bias]  # a detached tensor has no gradient
     return record(output, edges, apply, [x] if weight.needs_grad else [])
 
 
 def frozen_linear(x: Tensor, outputs: int) -> Tensor:
-    """x times a frozen matrix that is there already: nothing is kept."""
+    """Replay x times an existing frozen matrix. Nothing is kept."""
     shape, bytes, flops = x.shape, x.bytes, 2 * x.elements * outputs
     x.memory.flops += flops
 
-    def apply(g: Tensor):
+    def apply(g: Tensor) -> Gradients:
         g.memory.flops += flops
         return (g.new(shape, bytes).viewed(),)
 
@@ -302,9 +302,10 @@ def frozen_linear(x: Tensor, outputs: int) -> Tensor:
 
 
 def quantised_linear(x: Tensor, outputs: int, inputs: int, compute: int) -> Tensor:
-    """bitsandbytes' Linear4bit: each pass unpacks the weight, and the scales of its blocks of 64, and lets them go.
+    """Replay bitsandbytes' Linear4bit. Each pass unpacks the weight and the scales of its blocks, then frees them.
 
-    `compute`: bytes of the dtype in which it computes; the result has that of x.
+    Args:
+        compute: the bytes of the dtype in which it computes. The result has the dtype of x.
     """
     before = x.bytes
     x = cast(x, compute)
@@ -317,7 +318,7 @@ def quantised_linear(x: Tensor, outputs: int, inputs: int, compute: int) -> Tens
     flops = 2 * x.elements * outputs
     x.memory.flops += flops
 
-    def apply(g: Tensor):
+    def apply(g: Tensor) -> Gradients:
         g.memory.flops += flops
         held = unpacked(g)
         result = g.new(shape)
@@ -331,27 +332,27 @@ def quantised_linear(x: Tensor, outputs: int, inputs: int, compute: int) -> Tens
 
 
 def embedding(ids: Tensor, weight: Parameter) -> Tensor:
-    """Rows of a table. The gradient of the table is dense."""
+    """Replay an embedding: rows of a table. The table's gradient is dense."""
     output = weight.new((*ids.shape, weight.shape[1]))
 
-    def apply(g: Tensor, kept: Tensor = ids):
+    def apply(g: Tensor, kept: Tensor = ids) -> Gradients:
         return (g.new(weight.shape),)
 
     return record(output, [weight], apply)
 
 
 def embedding_rows(ids: Tensor, table: Parameter) -> Tensor:
-    """Columns of a table (r, V), read as rows of its transpose; the gradient is dense."""
+    """Replay the lookup of columns of a table (r, V), as rows of its transpose. The gradient is dense."""
     output = table.new((*ids.shape, table.shape[0]))
 
-    def apply(g: Tensor, kept: Tensor = ids):
+    def apply(g: Tensor, kept: Tensor = ids) -> Gradients:
         return (g.new(table.shape, table.bytes),)
 
     return record(output, [table], apply)
 
 
 def split_halves_rotated(x: Tensor) -> Tensor:
-    """rotate_half of rotary positions: cat(-x2, x1). Each slice's gradient is spread over zeros of the whole size."""
+    """Replay rotate_half, cat(-x2, x1). The gradient of each slice is copied into zeros of the whole size."""
     half = (*x.shape[:-1], x.shape[-1] // 2)
     negative = x.new(half)
     output = x.new()
@@ -359,7 +360,7 @@ def split_halves_rotated(x: Tensor) -> Tensor:
     shape = x.shape
 
     def apply(g: Tensor):
-        first = g.new(shape)  # of x1; added to in place by that of x2
+        first = g.new(shape)  # the gradient of x1; that of x2 is added to it in place
         negative = g.new(half)
         second = g.new(shape)
         del negative, second
@@ -369,13 +370,13 @@ def split_halves_rotated(x: Tensor) -> Tensor:
 
 
 def enlarge(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """torch.where of a mask and a smaller x: a new tensor; its gradient is summed back."""
+    """Replay torch.where of a mask and a smaller x: a new tensor, whose gradient is summed to the size of x."""
     before = x.shape
     return record(x.new(shape), [x], lambda g: (g.new(before),))
 
 
 def cat(a: Tensor, b: Tensor, axis: int) -> Tensor:
-    """torch.cat of two; the gradients are views of one."""
+    """Replay torch.cat of two tensors. Their gradients are views of one tensor."""
     shape = list(a.shape)
     shape[axis] += b.shape[axis]
     needs = a.needs_grad, b.needs_grad
@@ -383,11 +384,11 @@ def cat(a: Tensor, b: Tensor, axis: int) -> Tensor:
 
 
 def cross_entropy(logits: Tensor) -> Tensor:
-    """log_softmax, which keeps its output, then nll_loss. logits: (n, V), float32."""
+    """Replay log_softmax, which keeps its output, and nll_loss. logits: (n, V), float32."""
     logged = logits.new()
     loss = logits.new((1,))
 
-    def apply(g: Tensor, logged: Tensor = logged):
+    def apply(g: Tensor, logged: Tensor = logged) -> Gradients:
         of_logged = logged.new()
         return (of_logged.new(),)
 

@@ -1,15 +1,20 @@
-"""One of several GPUs: what DistributedDataParallel and fully sharded data parallelism add to a step, and take away.
+"""A step on one of several GPUs, under DistributedDataParallel (DDP) or fully sharded data parallelism (FSDP).
 
-DDP copies gradients into buckets, which are as large as all gradients together. FSDP2 (`fully_shard` from
-`torch.distributed.fsdp` on each block, then on the model) keeps 1/N of every parameter, gradient and state, as ZeRO's
-stage 3 does (Rajbhandari et al., 2019, arXiv:1910.02054, section 5.3). Around a block's forward and backward pass its
-parameters are whole:
+DDP copies gradients into buckets, which are as large as all gradients together.
 
-    forward    gather block i into a flat buffer, copy out, let go of the buffer of i - 1, run, let go of the copy
-    backward   gather block i - 1 while block i runs; then copy the gradients of i into one buffer, which lives until
-               those of i - 1 follow, and keep 1/N of its sum
+FSDP2 (`fully_shard` from `torch.distributed.fsdp`, called on each block and then on the model) stores only 1/N of each
+parameter, gradient and optimiser state on each GPU, as ZeRO's stage 3 does (Rajbhandari et al., 2019, arXiv:1910.02054,
+section 5.3). Before a block runs, forward or backward, its parameters are gathered:
 
-What is in no block (embeddings, the last norm, the head) is whole from the start of the forward pass to the end.
+    forward    1. gather block i into a flat buffer
+               2. copy the parameters out of it, and free the buffer of block i - 1
+               3. run the block, and free the copies
+    backward   1. gather block i - 1 ahead, while block i runs
+               2. copy the gradients of block i into one buffer, sum it over the GPUs, and keep 1/N of the sum
+               3. free that buffer when the gradients of block i - 1 follow
+
+Parameters outside the blocks (embeddings, the last norm, the head) stay gathered from the start of the forward pass to
+the end of the backward pass.
 """
 
 from __future__ import annotations
@@ -17,29 +22,29 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peftlab.memory.replay.nets import Net
-from peftlab.memory.replay.tape import Parameter, Tensor, record
+from peftlab.memory.replay.tape import Gradients, Parameter, Tensor, record
 
 
 class Sharding:
-    """The parameters of a model in shards; `around` runs a block with its own made whole."""
+    """The parameters of a model in shards. `around` gathers the parameters of a block and runs it."""
 
     def __init__(self, net: Net, gpus: int):
         self.net, self.gpus = net, gpus
-        self.whole: dict[str, Tensor] = {}  # by the prefix of a block; "" is what is in none
-        self.flat: tuple[str, Tensor] | None = None
-        self.reduced: Tensor | None = None
-        self.order: list[str] = []  # blocks, as the forward pass came to them
+        self.whole: dict[str, Tensor] = {}  # {prefix of a block: its gathered parameters}; "" is outside the blocks
+        self.flat: tuple[str, Tensor] | None = None  # (prefix, buffer) of the block gathered last, or ahead
+        self.reduced: Tensor | None = None  # the buffer of the gradients summed last
+        self.order: list[str] = []  # the blocks in the order in which the forward pass ran them
         self.groups: dict[str, list[Parameter]] = {}
 
     def group(self, prefix: str) -> list[Parameter]:
-        """The parameters of a block."""
+        """Return the parameters of a block."""
         if not self.groups:
             for path, parameter in self.net.everything():
                 self.groups.setdefault(self.net.block_of(path), []).append(parameter)
         return self.groups.get(prefix, [])
 
     def buffer(self, prefix: str) -> Tensor:
-        """As many bytes as a block's parameters have."""
+        """Allocate a buffer as large as a block's parameters."""
         packed = sum(
             codes[0].elements for path, codes in self.net.quantised.items() if self.net.block_of(path) == prefix
         )
@@ -47,19 +52,22 @@ class Sharding:
         return Tensor(self.net.memory, (size,), 1)
 
     def start(self) -> None:
-        """Before the forward pass."""
+        """Gather what lies outside the blocks. Runs before the forward pass."""
         self.order.clear()
         self.gather("")
 
     def gather(self, prefix: str) -> None:
-        """A block made whole, from what was gathered ahead or from a new buffer; the last one's lives until then."""
-        before = self.flat  # lives as long as this name: until the copies are made
+        """All-gather a block's parameters, into a new buffer unless the block was gathered ahead.
+
+        The previous block's buffer is freed only once the copies are made.
+        """
+        before = self.flat  # this name keeps the previous buffer alive until the copies are made
         if before is None or before[0] != prefix:
             self.flat = (prefix, self.buffer(prefix))
         self.whole[prefix] = self.buffer(prefix)
 
     def around(self, prefix: str, run: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
-        """A block's forward pass, and signals for its backward pass."""
+        """Run a block's forward pass, with signals for its backward pass."""
         first = signal(inputs[0], lambda: self.let_go(prefix))
         self.order.append(prefix)
         self.gather(prefix)
@@ -68,13 +76,13 @@ class Sharding:
         return signal(output, lambda: self.before_backward(prefix))
 
     def before_backward(self, prefix: str) -> None:
-        """A block made whole again, and the one before it gathered ahead."""
+        """Gather a block again, and the block before it ahead. Runs before the block's backward pass."""
         self.gather(prefix)
         place = self.order.index(prefix)
         self.flat = (self.order[place - 1], self.buffer(self.order[place - 1])) if place else None
 
     def let_go(self, prefix: str) -> None:
-        """After a block's backward pass: its parameters go, its gradients are summed and become shards."""
+        """Free a block's parameters, and sum its gradients and keep a shard of them. Runs after its backward pass."""
         self.whole.pop(prefix, None)
         parameters = [one for one in self.group(prefix) if one.needs_grad and one.grad is not None]
         if not parameters:
@@ -89,7 +97,10 @@ class Sharding:
             one.grad = shard
 
     def finish(self) -> None:
-        """After the backward pass: a first block whose input needs no gradient gives no signal; and what is in none."""
+        """Let go of what is still gathered. Runs after the backward pass.
+
+        This is what lies outside the blocks, and the first block if its input needs no gradient: then it got no signal.
+        """
         for prefix in [*reversed(self.order), ""]:
             if prefix in self.whole:
                 self.let_go(prefix)
@@ -97,9 +108,9 @@ class Sharding:
 
 
 def signal(x: Tensor, call: Callable[[], None]) -> Tensor:
-    """The same tensor; `call` is called when the backward pass comes to it."""
+    """Return the same tensor, and let the backward pass call `call` when it reaches it."""
 
-    def apply(g: Tensor):
+    def apply(g: Tensor) -> Gradients:
         call()
         return (g,)
 

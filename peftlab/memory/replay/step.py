@@ -1,4 +1,4 @@
-"""A training run of two steps, replayed: the model and what a method adds, forward, loss, backward, optimiser."""
+"""The replay of a training run: the model, the method's tensors, and steps of forward, loss, backward, optimiser."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ FORWARD: dict[str, Callable[[Net, Tensor], Tensor]] = {
     **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), lambda net, ids: bert(net, ids, "roberta")),
 }
 
-# bitsandbytes' 8-bit AdamW: states of tensors below this many elements are float32, the others have a scale for each
-# block; a paged optimiser pages the states of tensors from this many elements on.
+# bitsandbytes' 8-bit AdamW. Tensors with fewer than SMALL_8BIT elements have float32 states. Larger ones have 8-bit
+# states with one scale per BLOCK_8BIT elements. A paged optimiser pages the states of tensors with at least PAGED
+# elements.
 SMALL_8BIT, BLOCK_8BIT, PAGED = 4096, 256, 100_000
 
 
 class Run:
-    """A model under a method; `step` lives through one step of its training."""
+    """A model under a method. `step` replays one step of its training."""
 
     def __init__(self, shape: Shape, method: str, trained: Trained, recipe: Recipe):
         self.memory, self.shape, self.recipe = Memory(), shape, recipe
@@ -49,8 +50,8 @@ class Run:
             net.around_block = self.sharding.around
         self.states: list[tuple[Tensor, ...]] | None = None
         self.loss: Tensor | None = None
-        self.held: list[Tensor] = []  # alive for the whole run
-        if not trained.whole:  # peft trains a copy of the classification head and keeps the original
+        self.held: list[Tensor] = []  # tensors that live as long as the run
+        if not trained.whole:  # peft trains a copy of the classification head and keeps the original too
             for module in shape.head:
                 self.held.append(Tensor(self.memory, (module.parameters,), recipe.weight_bytes, "weights"))
         grouped: dict[str, dict[str, Parameter]] = {}
@@ -68,21 +69,22 @@ class Run:
                 f"--method {method}."
             )
         for path, tensors in grouped.items():
+            assert replay is not None
             resolve(replay)(net, path, tensors)
-        if recipe.gpus > 1 and not recipe.sharded:  # DDP's buckets, of the size of all gradients
+        if recipe.gpus > 1 and not recipe.sharded:  # DDP's buckets are as large as all gradients
             size = sum(one.elements * one.bytes for one in net.parameters)
             self.held.append(Tensor(self.memory, (size,), 1, "gradients"))
         net.leaves = recipe.checkpointing and not trained.whole
         self.ids = Tensor(self.memory, (recipe.batch, recipe.sequence), ops.INT64)
 
     def step(self) -> None:
-        """Forward, loss, backward, optimiser, and the gradients go."""
+        """Replay one step: forward, loss, backward, optimiser. Then free the gradients."""
         if self.sharding:
             self.sharding.start()
         with self.net.under_autocast():
             loss = self.forward()
         self.memory.moment = "backward"
-        self.loss = loss  # the last one, and what its graph still holds, goes only now
+        self.loss = loss  # the loss of the last step, with what its graph still holds, is freed only now
         backward(loss.node, [loss.new()])
         if self.sharding:
             self.sharding.finish()
@@ -92,13 +94,13 @@ class Run:
             parameter.grad = None
 
     def close(self) -> None:
-        """Cuts the circles between the model and the calls of its layers, so that all goes at once."""
+        """Break the reference cycles between the model and its layers' calls, so that everything is freed at once."""
         self.net.layers.clear()
         self.net.beside.clear()
         del self.net.front, self.net.extend, self.net.around_block
 
     def forward(self) -> Tensor:
-        """The loss, as transformers computes it: a language model's logits are cast to float32 first."""
+        """Return the loss as transformers computes it. A language model's logits are cast to float32 first."""
         logits = FORWARD[self.shape.family](self.net, self.ids)
         self.memory.moment = "loss"
         with self.memory.kind("logits"):
@@ -108,26 +110,26 @@ class Run:
         return loss
 
     def optimize(self) -> None:
-        """torch.optim.AdamW(foreach=False) or SGD, or bitsandbytes' 8-bit AdamW."""
+        """Replay an update of torch.optim.AdamW(foreach=False), of SGD, or of bitsandbytes' 8-bit AdamW."""
         parameters = [one for one in self.net.parameters if one.grad is not None]
         if self.states is None:
             with self.memory.kind("optimizer"):
                 self.states = [self.state(parameter) for parameter in parameters]
         if self.recipe.optimizer == "adamw":
             for parameter in parameters:
-                # denom = (v.sqrt() / c).add_(eps): two of the size of v at once
+                # denom = (v.sqrt() / c).add_(eps): two tensors of v's size live at once
                 root = parameter.new((parameter.held,))
                 denominator = parameter.new((parameter.held,))
                 del root, denominator
 
     def state(self, parameter: Parameter) -> tuple[Tensor, ...]:
-        """What the optimiser keeps of one parameter."""
+        """Allocate the optimiser's states for one parameter."""
         optimizer, count = self.recipe.optimizer, parameter.held
         if optimizer == "sgd":
             return ()
-        if optimizer == "adamw":  # two moments in the parameter's own dtype
+        if optimizer == "adamw":  # two moments in the parameter's dtype
             return parameter.new((count,)), parameter.new((count,))
-        # 8 bits: small tensors stay in float32; a block of 256 has a scale in float32; two moments
+        # two moments in 8 bits, with a float32 scale per block of 256; float32 moments for small tensors
         bytes = ops.FLOAT32 if count < SMALL_8BIT else 1
         paged = optimizer.startswith("paged") and count >= PAGED  # in unified memory, which torch does not count
         moments = () if paged else (parameter.new((count,), bytes), parameter.new((count,), bytes))

@@ -1,13 +1,16 @@
-"""A training step replayed without numbers: tensors that have a size and a life, and nothing else.
+"""A training step replayed without numbers: tensors that have only a size and a lifetime.
 
-The peak of a step is the largest sum of tensors alive at one moment, so it is found by living through the step. An
-operation here does what PyTorch's does to memory: it allocates its output, keeps for the backward pass what its
-gradient needs, and in the backward pass allocates the gradients and lets go. A tensor is alive as long as something
-refers to it, as in PyTorch, and for the same reason: Python and C++ count references alike.
+The peak of a step is the largest sum of tensors alive at one moment, so a replay of the step finds it. An operation
+here does to memory what PyTorch's does. It allocates its output and keeps what its gradient needs. In the backward pass
+it allocates the gradients and releases what it kept. A tensor is alive as long as something refers to it. PyTorch's
+tensors live equally long, because Python and C++ count references in the same way.
 
-The rules are those of PyTorch's autograd engine: nodes run in the reverse order of their creation; what a node kept is
-released as soon as it has run; a second gradient for the same tensor is added in place where nothing else holds the
-first; a parameter takes its gradient over without a copy.
+The rules are those of PyTorch's autograd engine:
+
+- Nodes run in the reverse order of their creation.
+- A node releases what it kept as soon as it has run.
+- A second gradient for the same tensor is added in place if nothing else refers to the first.
+- A parameter takes over its gradient without a copy.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ BLOCK = 512  # the caching allocator hands out multiples of this many bytes
 
 
 class Memory:
-    """What is allocated now, by kind, and the moment at which it was most."""
+    """The bytes allocated now, by kind, and those at the peak."""
 
     def __init__(self) -> None:
         self.now = dict.fromkeys(KINDS, 0)
@@ -32,13 +35,13 @@ class Memory:
         self.at_peak = dict(self.now)
         self.moment = self.peak_moment = "start"
         self.default = "workspace"
-        self.flops = 0  # of matrix products, two for each multiplication and addition
+        self.flops = 0  # of matrix products; a multiplication with its addition counts two
         self.recording = True  # whether operations build the graph, as under torch.enable_grad
         self.order = itertools.count()
         self.history: list[tuple[str, int]] | None = None  # (where in the step, bytes) after each allocation
 
     def change(self, kind: str, size: int) -> None:
-        """Adds or takes away some bytes."""
+        """Add bytes of a kind; a negative size takes them away."""
         self.now[kind] += size
         self.total += size
         if self.total > self.peak:
@@ -48,7 +51,7 @@ class Memory:
 
     @contextmanager
     def kind(self, kind: str) -> Iterator[None]:
-        """What is allocated meanwhile is of this kind."""
+        """Give everything that is allocated inside the block this kind."""
         before, self.default = self.default, kind
         try:
             yield
@@ -57,7 +60,7 @@ class Memory:
 
     @contextmanager
     def graph(self, recording: bool) -> Iterator[None]:
-        """As torch.enable_grad or torch.no_grad."""
+        """Switch recording on or off inside the block, as torch.enable_grad and torch.no_grad do."""
         before, self.recording = self.recording, recording
         try:
             yield
@@ -66,7 +69,7 @@ class Memory:
 
 
 class Storage:
-    """Allocated bytes; given back when the last tensor on them goes."""
+    """Allocated bytes. They are freed when the last tensor that uses them is gone."""
 
     __slots__ = ("kind", "memory", "size")
 
@@ -78,7 +81,7 @@ class Storage:
         self.memory.change(self.kind, -self.size)
 
     def mark(self, kind: str) -> None:
-        """From now on these bytes are of another kind."""
+        """Change the kind of these bytes."""
         if kind != self.kind:
             self.memory.now[self.kind] -= self.size
             self.memory.now[kind] += self.size
@@ -86,9 +89,11 @@ class Storage:
 
 
 class Tensor:
-    """A shape, a size per element, the storage, and the node that made it (None: nothing to differentiate)."""
+    """A shape, the bytes per element, a storage, and the node that made it (None if it needs no gradient)."""
 
     __slots__ = ("base", "bytes", "node", "shape", "storage")
+    base: Storage | None
+    node: Node | Leaf | None
 
     def __init__(self, memory: Memory, shape: Sequence[int], bytes: int, kind: str | None = None, shards: int = 1):
         self.shape, self.bytes, self.node, self.base = tuple(shape), bytes, None, None
@@ -107,32 +112,33 @@ class Tensor:
         return self.node is not None
 
     def new(self, shape: Sequence[int] | None = None, bytes: int | None = None) -> Tensor:
-        """Another tensor, by default like this one."""
+        """Allocate another tensor, by default with the shape and dtype of this one."""
         return Tensor(self.memory, self.shape if shape is None else shape, bytes or self.bytes)
 
     def view(self, *shape: int) -> Tensor:
-        """The same bytes under another shape; gradients pass as they are."""
+        """Return the same bytes under another shape. Gradients pass through unchanged."""
         other = object.__new__(Tensor)
         other.shape, other.bytes, other.node, other.storage = shape, self.bytes, self.node, self.storage
         other.base = None
         return other
 
     def viewed(self) -> Tensor:
-        """The gradient of a view, which is itself a view: it holds its storage twice, so nothing is added in place."""
+        """Mark this gradient as a view. It then refers to its storage twice, so nothing is added to it in place."""
         self.base = self.storage
         return self
 
     def detach(self) -> Tensor:
-        """The same bytes, outside the graph."""
+        """Return the same bytes, outside the graph."""
         other = self.view(*self.shape)
         other.node = None
         return other
 
 
 class Parameter(Tensor):
-    """A leaf. Its gradient, once there, stays until `grad` is set to None. Of several shards this process holds one."""
+    """A leaf. Its gradient stays until `grad` is set to None. If it has several shards, this process holds one."""
 
     __slots__ = ("grad", "held")
+    grad: Tensor | None
 
     def __init__(
         self, memory: Memory, shape: Sequence[int], bytes: int, kind: str = "weights", trains: bool = False,
@@ -140,12 +146,12 @@ class Parameter(Tensor):
     ):  # fmt: skip
         super().__init__(memory, shape, bytes, kind, shards)
         self.grad = None
-        self.held = -(-self.elements // shards)  # elements of the shard
+        self.held = -(-self.elements // shards)  # the elements in this process's shard
         self.node = Leaf(self) if trains else None
 
 
 def leaf(x: Tensor) -> Tensor:
-    """x.requires_grad_(True): the tensor becomes a leaf, which keeps a gradient of its own."""
+    """Replay x.requires_grad_(True): the tensor becomes a leaf that keeps its own gradient."""
     if x.needs_grad:
         return x
     keeper = object.__new__(Parameter)
@@ -156,16 +162,17 @@ def leaf(x: Tensor) -> Tensor:
 
 
 class Node:
-    """An operation in the graph: where its gradients go, and how they are computed."""
+    """An operation in the graph. `edges` says where its gradients go, and `apply` computes them."""
 
     __slots__ = ("apply", "edges", "order")
+    apply: Callable[[Tensor], Gradients] | None
 
-    def __init__(self, memory: Memory, edges: Sequence[Node | Leaf | None], apply: Callable | None):
+    def __init__(self, memory: Memory, edges: Sequence[Node | Leaf | None], apply: Callable[..., Gradients]):
         self.edges, self.apply, self.order = tuple(edges), apply, next(memory.order)
 
 
 class Leaf:
-    """The end of an edge: takes a gradient over. `into` is the parameter, or a list that collects."""
+    """The end of an edge, which takes over a gradient. `into` is the parameter, or a list that collects gradients."""
 
     __slots__ = ("into",)
 
@@ -174,17 +181,23 @@ class Leaf:
 
     def take(self, gradient: Tensor) -> None:
         if isinstance(self.into, list):
-            if not self.into:  # what comes later is added in place
+            if not self.into:  # later gradients are added in place
                 self.into.append(gradient)
         elif self.into.grad is None:
             gradient.storage.mark("gradients")
             self.into.grad = gradient.detach()
 
 
-def record(output: Tensor, inputs: Sequence[Tensor], apply: Callable, saved: Sequence[Tensor] = ()) -> Tensor:
-    """Puts an operation into the graph: `apply(gradient)` returns one gradient (or None) for each input.
+Gradients = Sequence[Tensor | None]  # one for each input
 
-    `saved` are the tensors among those that `apply` refers to which count as activations; `apply` holds them.
+
+def record(output: Tensor, inputs: Sequence[Tensor], apply: Callable, saved: Sequence[Tensor] = ()) -> Tensor:
+    """Put an operation into the graph and return its output.
+
+    Args:
+        apply: a function of the output's gradient that returns one gradient (or None) for each input. It refers to the
+            tensors that it needs, which keeps them alive.
+        saved: those of these tensors that count as activations.
     """
     if output.memory.recording and any(one.node is not None for one in inputs):
         output.node = Node(output.memory, [one.node for one in inputs], apply)
@@ -195,12 +208,17 @@ def record(output: Tensor, inputs: Sequence[Tensor], apply: Callable, saved: Seq
 
 
 def backward(root: Node, gradients: list[Tensor]) -> None:
-    """The backward pass from one node. Takes its gradient out of the list, and gives up the graph on the way."""
+    """Run the backward pass from one node, and release the graph on the way.
+
+    Args:
+        gradients: a list with the node's gradient, which is taken out so that the caller does not keep it alive.
+    """
     waiting = _uses(root)
     buffers: dict[Node, Tensor] = {root: gradients.pop()}
     ready = [(-root.order, root)]
     while ready:
         _, node = heapq.heappop(ready)
+        assert node.apply is not None  # a node runs once
         results = list(node.apply(buffers.pop(node)))
         node.apply = None
         for edge in node.edges:
@@ -217,7 +235,7 @@ def backward(root: Node, gradients: list[Tensor]) -> None:
 
 
 def _uses(root: Node) -> dict[Node, int]:
-    """How many gradients each node waits for."""
+    """Count how many gradients each node waits for."""
     uses: dict[Node, int] = {root: 0}
     stack = [root]
     while stack:
@@ -234,15 +252,17 @@ def _accumulate(buffers: dict[Node, Tensor], node: Node, arrived: Tensor) -> Non
     before = buffers.get(node)
     if before is None:
         buffers[node] = arrived
-    # Alone: the storage is known to this tensor only, and the tensor to the buffer, this function and the count itself.
+    # Add in place only if nothing else refers to it. Then `storage` has two references (the tensor and the argument of
+    # getrefcount), and the tensor has three (`buffers`, `before` and that argument).
     elif sys.getrefcount(before.storage) > 2 or sys.getrefcount(before) > 3:
         buffers[node] = before.new()
 
 
 def checkpoint(function: Callable[..., Tensor], inputs: Sequence[Tensor], trains: bool) -> Tensor:
-    """Gradient checkpointing, non-reentrant: only the inputs are kept; the function runs again in the backward pass.
+    """Replay non-reentrant checkpointing: only the inputs are kept, and the backward pass runs the function again.
 
-    `trains`: whether the function has trainable parameters of its own.
+    Args:
+        trains: whether the function has trainable parameters.
     """
     memory = inputs[0].memory
     if not memory.recording or not (trains or any(x.needs_grad for x in inputs)):

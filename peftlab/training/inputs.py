@@ -1,0 +1,208 @@
+"""Examples and batches as a model reads them: the columns that are used, checked, and padded as it needs them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftlab.errors import PeftLabError
+from peftlab.training.checks import SPAN, answer_in_encoder, check_labels, check_tokens
+from peftlab.training.encoding import IGNORE
+from peftlab.training.losses import Loss
+from peftlab.training.model_facts import facts_of
+from peftlab.training.model_task import PER_TOKEN, inner_model
+from peftlab.training.padding import put_known_id, turn_right
+
+OTHER_NAMES = ("label", "label_ids")  # of labels: transformers' collators read them so
+
+
+class Example(dict):
+    """The columns of one example that are used, and what messages call it."""
+
+    where = "An example"
+
+
+class Examples(Sequence):
+    """Examples of which the columns that the model reads are taken, and each is checked when it is read."""
+
+    def __init__(self, rows: Sequence[Any], inputs: Inputs, name: str) -> None:
+        self.rows = inputs.narrowed(rows)
+        self.inputs, self.name = inputs, name
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.inputs.row(self.rows[index], f"Example {index} of {self.name}")
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
+
+
+class Inputs:
+    """Rows and batches as a model reads them.
+
+    Args:
+        collate: list of examples -> batch.
+        loss: a loss of the user's own, which may read any column; None stands for the loss of the model's task.
+        labelled: whether the labels are read.
+
+    Raises:
+        PeftLabError: without a loss, the model's task is not known.
+    """
+
+    def __init__(self, model: nn.Module, collate: Callable, *, loss: Loss | None = None, labelled: bool = True) -> None:
+        if not callable(collate):
+            raise PeftLabError(
+                f"collate is {collate!r}; it makes a batch of a list of examples, as pl.Collator() does."
+            )
+        self.collate, self.own_loss, self.labelled = collate, loss is not None, labelled
+        self.facts = facts_of(model, with_task=loss is None)
+        self.main = getattr(inner_model(model), "main_input_name", None)
+        self.said: set[str] = set()
+
+    # -- one example ---------------------------------------------------------------------------------------------
+
+    def examples(self, rows: Sequence[Any], name: str) -> Examples:
+        """The rows, read and checked one by one; what is read already stays as it is."""
+        return rows if isinstance(rows, Examples) else Examples(rows, self, name)
+
+    def narrowed(self, rows: Sequence[Any]) -> Sequence[Any]:
+        """A `datasets.Dataset` without the columns that are not used: it would decode each of them."""
+        names = getattr(rows, "column_names", None)
+        if self.own_loss or not isinstance(names, list) or not hasattr(rows, "select_columns"):
+            return rows
+        kept = [name for name in names if self._is_used(name) or name in OTHER_NAMES]
+        return rows.select_columns(kept) if kept and len(kept) < len(names) else rows
+
+    def row(self, example: Any, where: str) -> Example:
+        """The columns of an example that are used: those that the model's forward names, as in transformers' Trainer.
+
+        Raises:
+            PeftLabError: it is no dict, lacks what the model reads, is empty, or its columns do not fit together.
+        """
+        if not isinstance(example, Mapping):
+            raise PeftLabError(
+                f"{where} is a {type(example).__name__} ({str(example)[:40]!r}), not a dict such as {{'input_ids': "
+                "[...], 'labels': [...]}. Encode texts with pl.encode_text, encode_completion or encode_classification."
+            )
+        row = Example((key, value) for key, value in example.items() if self._is_used(key) and self._fits(key, value))
+        row.where = where
+        if self.labelled and "labels" not in row:
+            other = next((key for key in OTHER_NAMES if key in example), None)
+            if other is not None:
+                row["labels"] = example[other]
+        if not self.own_loss:
+            self._check_presence(row, example)
+        for key, value in row.items():
+            if value is None or isinstance(value, (str, bytes)) or (isinstance(value, float) and math.isnan(value)):
+                raise PeftLabError(f"{where}: {key} is {value!r:.60}, not a number or a list of numbers.")
+        self._check_lengths(row)
+        return row
+
+    def _is_used(self, name: str) -> bool:
+        if name == "labels" or name in SPAN:
+            return self.labelled
+        return self.own_loss or self.facts.columns.reads(name)
+
+    def _fits(self, name: str, value: Any) -> bool:
+        """Whether a column is used for certain; one that only may be is used if it becomes a tensor."""
+        return name in self.facts.columns.names or name == "labels" or _is_numeric(value)
+
+    def _check_presence(self, row: Example, example: Mapping[str, Any]) -> None:
+        if self.main is not None:
+            missing = [self.main] if not {self.main, "inputs_embeds", "input_ids"} & set(row) else []
+        else:
+            made = {"labels", "attention_mask"} if "input_ids" in row else {"labels"}
+            missing = sorted(self.facts.columns.required - set(row) - made)
+        if missing:
+            raise PeftLabError(
+                f"{row.where} has the columns {', '.join(map(repr, example)) or 'none'}, and {self.facts.name} reads "
+                f"{missing[0]!r}. Encode texts with pl.encode_text, encode_completion or encode_classification."
+            )
+
+    def _check_lengths(self, row: Example) -> None:
+        ids, task = row.get("input_ids"), self.facts.task
+        if ids is None:
+            return
+        tokens = _length(ids)
+        if tokens is None:
+            raise PeftLabError(
+                f"{row.where}: input_ids is one number, {ids!r}, not a list. Put one example into a list."
+            )
+        if tokens == 0:
+            raise PeftLabError(f"{row.where} is empty: its input_ids hold no token. Leave such examples out.")
+        for key in ("attention_mask", "token_type_ids", *(["labels"] if task in PER_TOKEN else [])):
+            length = _length(row.get(key))
+            if length is not None and length != tokens:
+                more = " A label is needed for each token, not for each word." if key == "labels" else ""
+                raise PeftLabError(f"{row.where} has {tokens} input_ids and {length} {key}; they go together.{more}")
+        labels = row.get("labels")
+        if task == "sequence to sequence" and _length(labels) == tokens and labels[0] == IGNORE:
+            learned = [(label, token) for label, token in zip(labels, ids, strict=True) if label != IGNORE]
+            if learned and all(label == token for label, token in learned):
+                raise answer_in_encoder(row.where, self.facts.name)
+
+    # -- one batch -----------------------------------------------------------------------------------------------
+
+    def __call__(self, examples: Sequence[Any]) -> Any:
+        """The batch of these examples, checked and, where the model needs another padding, padded so."""
+        batch = self.collate(examples)
+        if not isinstance(batch, Mapping):
+            if not self.own_loss:
+                raise PeftLabError(f"collate gave a {type(batch).__name__}; a batch is a dict of tensors by name.")
+            return batch
+        batch = dict(batch)
+
+        def where(row: int) -> str:
+            return getattr(examples[row], "where", f"Row {row} of a batch") if row < len(examples) else "A batch"
+
+        if not self.own_loss:
+            turn_right(batch, self.facts, self.collate)
+        put_known_id(batch, self.facts, self.collate, self._warn)
+        check_tokens(batch, self.facts, where)
+        if not self.own_loss and self.labelled:
+            check_labels(batch, self.facts, where, self._warn)
+        return batch
+
+    def _warn(self, message: str) -> None:
+        if message not in self.said:
+            self.said.add(message)
+            warnings.warn(message, stacklevel=5)
+
+
+def example_lengths(examples: Sequence[Any]) -> list[int]:
+    """The number of tokens of each example.
+
+    Raises:
+        PeftLabError: an example has no tokens to count.
+    """
+    lengths = [_length(example.get("input_ids") if isinstance(example, Mapping) else None) for example in examples]
+    if None in lengths:
+        raise PeftLabError(
+            f"group_by_length needs input_ids, whose lengths it compares; example {lengths.index(None)} has none. "
+            "Leave group_by_length out."
+        )
+    return lengths
+
+
+def _length(value: Any) -> int | None:
+    """The number of entries of a list, an array or a tensor; None for a single number, or nothing."""
+    if getattr(value, "shape", None) == ():
+        return None
+    return len(value) if hasattr(value, "__len__") else None
+
+
+def _is_numeric(value: Any) -> bool:
+    """Whether a value is a number, or a list, array or tensor of numbers."""
+    while isinstance(value, (list, tuple)):
+        if not value:
+            return True
+        value = value[0]
+    if isinstance(value, (bool, int, float, Tensor)):
+        return True
+    return getattr(getattr(value, "dtype", None), "kind", "O") in "biuf"
