@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 
 from peftlab.errors import PeftLabError
 
+fcntl: Any
 try:
     import fcntl
 except ImportError:  # Windows, which removes no file that another process holds open
@@ -71,18 +72,19 @@ def write_together(folder: Path, contents: Mapping[str, bytes | None]) -> None:
     with held(folder):
         finish(folder)
         sweep(folder, contents)
-        after = {name: None if new is None else hashlib.sha256(new).hexdigest() for name, new in contents.items()}
+        after = {name: None if c is None else hashlib.sha256(c).hexdigest() for name, c in contents.items()}
         before = {name: file_sum(folder / name) for name in contents}
         changed = [name for name in contents if before[name] != after[name]]
+        new = {name: content for name in changed if (content := contents[name]) is not None}
         if len(changed) <= 1:
             for name in changed:
-                write_atomically(folder / name, contents[name]) if after[name] else (folder / name).unlink()
+                write_atomically(folder / name, new[name]) if name in new else (folder / name).unlink()
             sync(folder)
             return
-        drafts = {name: temporary_name(name) for name in changed if after[name]}
+        drafts = {name: temporary_name(name) for name in new}
         try:
             for name, draft in drafts.items():
-                fill(folder / draft, contents[name])
+                fill(folder / draft, new[name])
             files = {n: {"draft": drafts.get(n), "before": before[n], "after": after[n]} for n in changed}
             write_atomically(folder / NOTE, json.dumps({"format": 1, "files": files}, indent=1).encode())
         except BaseException:
