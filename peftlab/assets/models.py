@@ -194,6 +194,11 @@ def _device(device: torch.device | str | None) -> torch.device | None:
 def _load_fault(name: str, error: Exception) -> str:
     """Return one line for a person, made from the error of transformers."""
     text = " ".join(str(error).split())
+    if (Path(name).expanduser() / "adapter_config.json").is_file():
+        return (
+            f"{name} holds an adapter beside the model, and transformers {transformers.__version__} cannot load the "
+            "model without it. Move adapter_config.json away, load the model, and give the adapter to load_adapter."
+        )
     if "trust_remote_code" in text:
         return f"{name!r} needs Python code from its repository, and peftlab never runs such code."
     if "safetensors" in text and Path(name).expanduser().is_dir():
