@@ -112,13 +112,13 @@ def settled(folder: Path, names: Iterable[str]) -> dict[str, Path]:
 
 
 def read_settled(folder: Path, names: Iterable[str], read: Callable[[dict[str, Path]], Result]) -> Result:
-    """Read files of a folder by `read`, once more if another process saved into the folder meanwhile.
+    """Read files of a folder by `read`, and again as long as another process saves into the folder meanwhile.
 
     Raises:
         whatever `read` raises of files that stayed as they are.
     """
-    names = (*names, NOTE)
-    for _ in range(5):
+    names, deadline = (*names, NOTE), time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
         before = [_stamp(folder / name) for name in names]
         try:
             result = read(settled(folder, names[:-1]))
@@ -128,6 +128,7 @@ def read_settled(folder: Path, names: Iterable[str], read: Callable[[dict[str, P
         else:
             if [_stamp(folder / name) for name in names] == before:
                 return result
+        time.sleep(0.005)
     raise PeftLabError(f"Another process keeps saving into {folder}, so it cannot be read; try again later.")
 
 

@@ -23,9 +23,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftlab.adapters.card import CARD, card, may_write
 from peftlab.adapters.injection import add, prepare, settle
 from peftlab.adapters.integrity import base_sample, base_tensor, check_base
 from peftlab.adapters.judging import Allowance, check_fields, check_sizes
+from peftlab.adapters.task_type import task_type_of
 from peftlab.catalogue import METHODS, resolve
 from peftlab.core.hooks import adapters_on, base_modules, hosts
 from peftlab.core.interface import Config, Placement
@@ -49,13 +51,13 @@ TARGET_FIELDS = (
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> Path:
-    """Write an adapter so that both this package and Hugging Face peft can load it.
+    """Write an adapter so that both this package and Hugging Face peft can load it, with a model card beside it.
 
     Args:
         folder: where to write. An adapter that is not called "default" goes into a subfolder of its name.
 
     Returns:
-        The folder that holds the two files.
+        The folder that holds the files. The card is `README.md`; one that a person wrote or took over stays as it is.
 
     Raises:
         PeftLabError: there is no such adapter, a parameter is not finite, or the folder holds files of these names that
@@ -64,7 +66,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
     >>> model = pl.attach(model, pl.LoRAConfig(r=4))
     >>> folder = pl.save_adapter(model, "my-adapter")
     >>> sorted(file.name for file in folder.iterdir())
-    ['adapter_config.json', 'adapter_model.safetensors']
+    ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
     with bounded():
         contents = adapter_files(model, name)
@@ -73,6 +75,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
     folder.mkdir(parents=True, exist_ok=True)
     if contents[ENCODER] is None and not _has_encoder(folder):
         del contents[ENCODER]  # the file, if there is one, is no adapter's
+    if not may_write(folder):
+        del contents[CARD]
     write_together(folder, contents)
     return folder
 
@@ -94,8 +98,13 @@ def _check_place(folder: Path) -> None:
         ) from None
 
 
-def adapter_files(model: nn.Module, name: str = "default") -> dict[str, bytes | None]:
-    """Return the files of an adapter's folder by name, in the order of `FILES`; None for one that it does not have."""
+def adapter_files(
+    model: nn.Module, name: str = "default", about: Mapping[str, Any] | None = None
+) -> dict[str, bytes | None]:
+    """Return the card and the files of an adapter's folder by name, in the order of `FILES`.
+
+    A file that the adapter does not have is None. The card tells `about`, what is known of the training.
+    """
     root = unwrap(model)
     config = require_adapter(root, name).configs[name]
     placements = placed(root, name)
@@ -115,7 +124,9 @@ def adapter_files(model: nn.Module, name: str = "default") -> dict[str, bytes | 
     metadata = {"format": "pt", "peftlab_base": json.dumps(base_sample(root, *sampled(placements)))}
     if encoder:
         metadata["peftlab_encoder"] = digest(encoder)
+    parameters = sum(parameter.numel() for placement in placements for parameter in placement.part.parameters())
     return {
+        CARD: card(root, method_name(config), fields, parameters, about),
         ENCODER: serialised(encoder, {"format": "pt"}) if encoder else None,
         WEIGHTS: serialised(tensors, with_sums(tensors, json.loads(text), metadata, FREE)),
         CONFIG: text.encode(),
@@ -297,6 +308,7 @@ def to_fields(root: nn.Module, config: Config, placements: list[Placement]) -> d
     """Return a config as the contents of `adapter_config.json`."""
     hosts_by_path = {path: root.get_submodule(path) for path, _, _ in placements}
     fields = {name: getattr(config, name, None) for name in TARGET_FIELDS}
+    fields["task_type"] = fields["task_type"] or task_type_of(root, sampled(placements)[1])
     targets = fields["target_modules"]
     found_here = isinstance(targets, str) and (
         targets.lower() == ALL_LINEAR or getattr(config, "layers_to_transform", None)
@@ -372,6 +384,16 @@ def config_class(fields: Mapping[str, Any]) -> type[Config]:
     return fitting[0]
 
 
+def method_name(config: Config) -> str:
+    """Say by which name the catalogue calls the method of a config."""
+    rows = {name: row for name, row in METHODS.items() if row.config and resolve(row.config) is type(config)}
+    fixed = [
+        name for name, row in rows.items()
+        if row.fixed and all(getattr(config, field, None) == value for field, value in row.fixed.items())
+    ]  # fmt: skip
+    return next(iter([*fixed, *rows]), type(config).__name__)
+
+
 def only_present(root: nn.Module, config: Config) -> Config:
     """Return the config without the names and patterns that this model does not have.
 
@@ -396,7 +418,7 @@ def only_present(root: nn.Module, config: Config) -> Config:
 def locate(folder: Path, name: str) -> Path:
     """Return the folder that holds an adapter's two files."""
     for candidate in (folder / name, folder) if name != "default" else (folder,):
-        if {CONFIG, WEIGHTS} <= settled(candidate, FILES).keys():
+        if read_settled(candidate, FILES, lambda paths: {CONFIG, WEIGHTS} <= paths.keys()):
             return candidate
     if not folder.is_dir():
         near = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []

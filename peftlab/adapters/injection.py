@@ -17,9 +17,20 @@ from torch import nn
 
 from peftlab.catalogue import METHODS
 from peftlab.checks import number
+from peftlab.core.calls import observed, passed_weights
 from peftlab.core.hooks import Activity, Adapters, adapters_on, hosts, place, plain, prompt_parts, remove
 from peftlab.core.interface import Config, Placement
-from peftlab.core.records import Record, device_and_dtype_for, own_tensor, record_of, require_adapter, unwrap
+from peftlab.core.records import (
+    Record,
+    check_hosts,
+    device_and_dtype_for,
+    hosts_now,
+    own_tensor,
+    record_of,
+    require_adapter,
+    unwrap,
+)
+from peftlab.core.targets import ALL_LINEAR
 from peftlab.errors import PeftLabError
 from peftlab.patterns import bounded
 from peftlab.quantization.marks import restore_transformers_attributes, set_transformers_attributes
@@ -96,6 +107,7 @@ def prepare(
     if adapter_dtype is not None and not (isinstance(adapter_dtype, torch.dtype) and adapter_dtype.is_floating_point):
         raise PeftLabError(f"adapter_dtype is {adapter_dtype!r}; give a floating dtype such as torch.float32.")
     record = record_of(root)
+    check_hosts(root)
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(Adapters(Activity()), name):
         raise PeftLabError(f"{name!r} cannot name an adapter; use letters, digits, '_' and '-'.")
     if record and name in record.configs:
@@ -114,12 +126,50 @@ def prepare(
             if check is not None:
                 check(placement)
             placements.append(placement)
+    placements = within_reach(root, config, placements)
     for path, _, part in placements:
         host = root.get_submodule(path)
         device, dtype = device_and_dtype_for(host)
         part.to(device=device, dtype=adapter_dtype or dtype)
         part.train(host.training)
     return placements
+
+
+def within_reach(root: nn.Module, config: Config, placements: list[Placement]) -> list[Placement]:
+    """Leave out parts, or refuse them, that would never run because the model reads their host's weight past it.
+
+    What a rule chose ("all-linear", or a method's default) is left out with a warning; what was named is refused.
+    """
+    calls = observed(root)
+    unreached = calls.unreached if calls is not None else frozenset()
+    lost = list(dict.fromkeys(path for path, _, _ in placements if path in unreached))
+    left = [placement for placement in placements if placement.path not in unreached]
+    if lost:
+        targets = getattr(config, "target_modules", ())
+        by_rule = targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR)
+        copied = any(name == "copy" for path, name, _ in placements if path in unreached)
+        what = f"{type(root).__name__} reads the weights of {some(lost)} without calling these modules"
+        if not by_rule or copied or not left:
+            raise PeftLabError(
+                f"{what}, so an adapter there would never run. Name other modules in target_modules "
+                "(and modules_to_save), and use bias=\"none\"."
+            )
+        warnings.warn(f"{what}, so an adapter there would never run. They are left out.", stacklevel=4)
+    passed = passed_weights(root)
+    doubtful = [path for path in dict.fromkeys(path for path, _, _ in left) if path in passed]
+    if doubtful:
+        warnings.warn(
+            f"In training, fused kernels of {type(root).__name__} read the weights of {some(doubtful)} without calling "
+            "these modules. Where such kernels are installed, an adapter there does not run; leave these modules out.",
+            stacklevel=4,
+        )
+    return left
+
+
+def some(paths: Sequence[str]) -> str:
+    """Return the first of several paths, and how many more there are."""
+    rest = f" and {len(paths) - 2} more" if len(paths) > 2 else ""
+    return ", ".join(paths[:2]) + rest
 
 
 @torch.no_grad()
@@ -156,6 +206,7 @@ def add(root: nn.Module, name: str, config: Config, placements: list[Placement],
         place(root.get_submodule(path), record.activity, name, part_name, part)
     record.configs[name] = config
     record.trainable[name] = trainable
+    record.placed[name] = hosts_now(root).get(name, {})
     set_transformers_attributes(root, record)
     activate(root, name)
 
@@ -179,7 +230,7 @@ def detach(model: nn.Module, name: str = "default") -> nn.Module:
         restore_base(root, record)
     for _, host in list(hosts(root)):
         remove(host, name)
-    del record.configs[name], record.trainable[name]
+    del record.configs[name], record.trainable[name], record.placed[name]
     record.activity.weights.pop(name, None)
     if record.activity.rows and name in record.activity.rows:
         record.activity.rows = None
@@ -244,9 +295,12 @@ def activate(
     record = record_of(root)
     if record is None:
         raise PeftLabError("No adapter is attached to this model; attach one first.")
+    check_hosts(root)
     if record.activity.merged:
         raise PeftLabError("The model is merged; call unmerge(model) before switching adapters.")
     check_together(root, weights, rows)
+    if rows is not None:
+        check_rows(root, record, names)
     record.activity.weights, record.activity.rows = weights, rows
     if trainable is not None:
         record.trainable.update(dict.fromkeys(names, trainable))
@@ -269,6 +323,19 @@ def check_together(root: nn.Module, weights: dict[str, float], rows: tuple[str |
                 f"{'in one batch' if rows is not None else 'at once'}: inputs and caches would differ in length. "
                 "Activate adapters of one kind and length, or one at a time."
             )
+
+
+def check_rows(root: nn.Module, record: Record, names: Sequence[str]) -> None:
+    """Refuse an adapter for each row on layers that do not have the batch as their first dimension."""
+    if record.without_rows is None:
+        calls = observed(root)
+        record.without_rows = calls.without_rows if calls is not None else frozenset()
+    wrong = [path for name in names for path in record.placed[name] if path in record.without_rows]
+    if wrong:
+        raise PeftLabError(
+            f"{type(root).__name__} calls {some(wrong)} with a tensor that does not have the batch as its first "
+            "dimension, so an adapter for each row would change other rows. Activate one adapter for the whole batch."
+        )
 
 
 def refresh_requires_grad(root: nn.Module, record: Record) -> None:
@@ -331,6 +398,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """
     trainable = total = 0
     root = unwrap(model)
+    check_hosts(root)
     children = (adapters_on(host) for _, host in hosts(root))
     parts = (part for child in children for name in child for part in child.parts_of(name).values())
     replacing = {id(p) for part in parts if part.replaces_base_parameters for p in part.parameters()}

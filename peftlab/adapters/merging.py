@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.adapters.injection import detach, refresh_requires_grad, restore_base
+from peftlab.core.calls import observed
 from peftlab.core.hooks import Activity, adapters_on, hosts
 from peftlab.core.interface import Part
-from peftlab.core.records import Record, own_tensor, record_of, tensor_at, unwrap
+from peftlab.core.records import Record, check_hosts, own_tensor, record_of, tensor_at, unwrap
 from peftlab.errors import PeftLabError
 from peftlab.methods.parts import widened
 from peftlab.quantization.weights import is_quantized, keep, store
@@ -74,6 +75,7 @@ def merge(model: nn.Module, *, unload: bool = False, requantize: bool = False) -
     record = record_of(root)
     if record is None:
         raise PeftLabError("No adapter is attached to this model, so there is nothing to merge.")
+    check_hosts(root)
     check(root, record, requantize)
     uses = Counter(id(tensor) for module in root.modules() for tensor in module.parameters(recurse=False))
     errors: dict[str, float] = {}
@@ -120,6 +122,7 @@ def unmerge(model: nn.Module) -> None:
     record = record_of(root)
     if record is None or not record.activity.merged:
         raise PeftLabError("The model is not merged, so there is nothing to unmerge.")
+    check_hosts(root)
     restore_base(root, record)
 
 
@@ -165,8 +168,15 @@ def check(root: nn.Module, record: Record, requantize: bool) -> None:
         raise PeftLabError("Each row has its own adapter; activate one adapter or one mixture before merging.")
     if not activity.weights:
         raise PeftLabError("No adapter is active; call activate(model, name) before merging.")
+    calls = observed(root)
+    past = calls.past if calls is not None else frozenset()
     for path, host in hosts(root):
         for name, _, part in active_parts(host, activity):
+            if path in past:
+                raise PeftLabError(
+                    f"{type(root).__name__} also reads the weight of {path} without calling it, and there the adapter "
+                    "does not run, so a merge would change more than the adapter does. Keep the adapter apart."
+                )
             if not part.overrides("merged"):
                 kind = record.configs[name].method
                 raise PeftLabError(
@@ -197,6 +207,7 @@ def check_target(path: str, name: str, tensor: Tensor | None, uses: Counter) -> 
     if uses[id(tensor)] > 1:
         raise PeftLabError(
             f"{path}.{name} is shared with another module (tied weights), which a merge would change as well. "
-            "Keep the adapter attached, or load the model with tie_word_embeddings=False."
+            "Keep the adapter attached: save it with save_adapter and load it beside the base. (Loading the base "
+            "untied does not help: a tied checkpoint holds no head, so the head would get random weights.)"
         )
     return tensor

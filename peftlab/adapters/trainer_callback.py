@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from peftlab.adapters.checkpoint import check_config, check_fit, fill, placed, read_folder, save_adapter
 from peftlab.adapters.injection import attached
-from peftlab.core.records import require_adapter, unwrap
+from peftlab.core.records import record_of, require_adapter, unwrap
 from peftlab.errors import PeftLabError
 
 FOLDER = "adapter"
@@ -52,6 +52,9 @@ class AdapterCallback(TrainerCallback):
         Raises:
             PeftLabError: that checkpoint holds no adapter, another one, or a damaged one.
         """
+        record = record_of(unwrap(rest["model"]))
+        if record is not None:
+            record.activity.saving_known = True  # `Trainer` calls save_pretrained, and this callback adds the adapters
         if state.global_step > 0:
             given = self.resume_from
             restore_adapters(rest["model"], Path(given) if given else checkpoint_folder(args, state))

@@ -76,8 +76,10 @@ def load_model(
         except Exception as error:  # a malformed folder makes anything of transformers' own code
             raise PeftLabError(_load_fault(name, error)) from error
     _warn_about_missing(name, model, report)
-    if name in catalogue():  # an adapter's file names its base, and a path in this machine's cache helps nobody
-        model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = str(name)
+    if name in catalogue():  # for the model card of an adapter; the config names the folder, which loads again
+        entry = catalogue()[name]
+        licence = entry.get("licence", "").split(" (")[0]
+        model.peftlab_origin = {"name": str(name), "hub": entry.get("hub"), "licence": licence}
     return model.eval() if device is None else model.eval().to(device), tokenizer
 
 

@@ -48,7 +48,7 @@ def run(topic: str, out: str | os.PathLike, *, only: Iterable[str] | None = None
         raise PeftLabError(f"There is no bench {topic!r}; there is {', '.join(TOPICS)}.{did_you_mean(topic, TOPICS)}")
     out = Path(out)
     if not out.parent.is_dir():
-        raise PeftLabError(f"The folder {str(out.parent)!r} is not there; make it first.")
+        raise PeftLabError(f"The folder {str(out.parent)!r} does not exist; make it first.")
     if out.is_dir() or (out.exists() and not _is_results(out)):
         raise PeftLabError(f"{out} is there and holds no results of a bench; --out would overwrite it. Give another.")
     module = import_module(f"peftlab.bench.{topic}")

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.resources import files
@@ -20,10 +21,11 @@ from peftlab import __version__
 from peftlab.assets.cache import asset_folder, cache_folder, fault
 from peftlab.assets.catalogue import catalogue
 from peftlab.commands import machine
+from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.cards import SPARE
 from peftlab.memory.estimate import estimate
 from peftlab.memory.units import format_both, format_bytes
-from peftlab.optional import PACKAGES
+from peftlab.optional import PACKAGES, load
 
 # The package does nothing without these. A test compares the versions with the lower bounds in pyproject.toml.
 ESSENTIAL = {
@@ -65,18 +67,25 @@ SIZES = ("llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "llama-2-70b")
 WAYS = ("full", "lora", "qlora")
 
 
-def examine(verify: bool = False) -> dict[str, Any]:
+def examine(verify: bool = False, names: Sequence[str] = ()) -> dict[str, Any]:
     """Examine the machine. Sizes are in bytes.
 
     Args:
-        verify: hash every file in the cache again instead of trusting an earlier check.
+        verify: hash every file of the cache again, and do not trust the note of an earlier check. What is not in the
+            cache is then a fault.
+        names: models, data sets, packages and chapters (by number) that must be there; what is missing is a fault.
 
     Returns:
         A dict with `python`, `system`, `packages`, `tested` (the versions of each package that all tests passed
         with), `devices`, `four_bit`, `sizes` (for each CUDA GPU and model, the methods of which a step of 512
-        tokens fits), `cache`, `assets`, `chapters` and two lists of sentences: `problems` (nothing works until
-        they are mended) and `notes`.
+        tokens fits), `cache`, `assets`, `chapters` and three lists of sentences: `problems` (nothing works
+        until they are mended), `faults` (what was asked for is missing, or what is in the cache is damaged) and
+        `notes`.
+
+    Raises:
+        PeftLabError: one of the names is nothing that the doctor knows.
     """
+    _check_names(names)
     problems: list[str] = []
     notes: list[str] = []
     packages = {name: _version(name) for name in (*ESSENTIAL, *PACKAGES)}
@@ -88,13 +97,13 @@ def examine(verify: bool = False) -> dict[str, Any]:
         version = packages[name]
         if version is None:
             problems.append(f"{name} is not installed: pip install '{name}>={least}'.")
-        elif _older(version, least):
+        elif older(version, least):
             problems.append(f"{name} {version} is too old: pip install --upgrade '{name}>={least}'.")
     for name, (least, use, _) in PACKAGES.items():
         version = packages[name]
         if version is None:
             notes.append(f"{name} is not installed ({use}): pip install '{name}>={least}'.")
-        elif _older(version, least):
+        elif older(version, least):
             notes.append(f"{name} {version} is older than {least} ({use}): pip install --upgrade '{name}'.")
     tested = {name: sorted({row[name] for row in TESTED.values()}, key=_order) for name in packages}
     for name, version in packages.items():
@@ -107,9 +116,13 @@ def examine(verify: bool = False) -> dict[str, Any]:
     total, free = machine.memory()
     cache = _cache(problems)
     assets = {name: _asset(name, entry, verify) for name, entry in catalogue().items()}
-    for name, asset in assets.items():
-        if asset["state"] == "damaged":
-            notes.append(f"{name} in the cache is damaged ({asset['fault']}): peftlab fetch {name}.")
+    chapters = [_chapter(chapter, packages, assets, cache, total, problems) for chapter in CHAPTERS]
+    faults = [
+        f"{name} in the cache is damaged ({asset['fault']}): peftlab fetch {name}."
+        for name, asset in assets.items()
+        if asset["state"] == "damaged"
+    ]
+    faults += _lacking(names or (tuple(assets) if verify else ()), packages, assets, chapters)
     return {
         "peftlab": __version__,
         "python": platform.python_version(),
@@ -128,10 +141,38 @@ def examine(verify: bool = False) -> dict[str, Any]:
         "sizes": {device["name"]: _sizes(device["memory"]) for device in devices if _is_cuda(device)},
         "cache": cache,
         "assets": assets,
-        "chapters": [_chapter(chapter, packages, assets, cache, total, problems) for chapter in CHAPTERS],
+        "chapters": chapters,
         "problems": problems,
+        "faults": faults,
         "notes": notes,
     }
+
+
+def _check_names(names: Sequence[str]) -> None:
+    known = (*catalogue(), *ESSENTIAL, *PACKAGES, *(str(chapter.number) for chapter in CHAPTERS))
+    for name in names:
+        if name not in known:
+            raise PeftLabError(f"The doctor knows no {name!r}.{did_you_mean(name, known)} It knows {', '.join(known)}.")
+
+
+def _lacking(
+    names: Sequence[str],
+    packages: dict[str, str | None],
+    assets: dict[str, dict[str, Any]],
+    chapters: list[dict[str, Any]],
+) -> list[str]:
+    """What of the things asked for is not there; a damaged one is told elsewhere."""
+    faults = []
+    for name in names:
+        if name in assets and assets[name]["state"] == "not fetched":
+            faults.append(f"{name} is not in the cache: peftlab fetch {name}.")
+        elif name in packages and (reason := load(name)[1]):
+            faults.append(f"{name} {reason}.")
+        elif name not in assets and name not in packages:
+            (chapter,) = (chapter for chapter in chapters if str(chapter["number"]) == name)
+            faults += [f"Chapter {name} is missing {what}." for what in chapter["missing"]]
+            faults += _lacking([*chapter["fetches"], *chapter["packages"]], packages, assets, chapters)
+    return list(dict.fromkeys(faults))
 
 
 def _devices(packages: dict[str, str | None], problems: list[str], notes: list[str]) -> list[dict[str, Any]]:
@@ -140,7 +181,7 @@ def _devices(packages: dict[str, str | None], problems: list[str], notes: list[s
     try:
         found = machine.devices()
     except Exception as error:  # a broken installation can raise any error; report it in words, never as a traceback
-        problems.append(f"torch is installed but cannot be imported ({type(error).__name__}: {_one_line(error)}).")
+        problems.append(f"torch is installed but cannot be imported ({type(error).__name__}: {one_line(error)}).")
         return []
     if not any(device["name"].startswith("cuda") for device in found) and machine.unused_gpu():
         build = "is built for the CPU only" if "+cpu" in packages["torch"] else "does not see it"
@@ -164,7 +205,7 @@ def _sizes(room: int) -> dict[str, list[str]]:
 def _four_bit(packages: dict[str, str | None], devices: list[dict[str, Any]]) -> dict[str, Any]:
     """Say on which devices a frozen base can be held in four bits."""
     version = packages["bitsandbytes"]
-    usable = version is not None and not _older(version, PACKAGES["bitsandbytes"][0])
+    usable = version is not None and not older(version, PACKAGES["bitsandbytes"][0])
     places = [device["name"] for device in devices if device["name"] == "cpu" or device["name"].startswith("cuda")]
     return {"bitsandbytes": version, "devices": places if usable else []}
 
@@ -216,6 +257,7 @@ def _chapter(
         "title": chapter.title,
         "runs": not missing,
         "missing": missing,
+        "packages": list(chapter.packages),
         "fetches": bring,
         "download": download,
     }
@@ -238,7 +280,7 @@ def _order(version: str) -> Any:
         return Version("0")
 
 
-def _older(version: str, least: str) -> bool:
+def older(version: str, least: str) -> bool:
     from packaging.version import InvalidVersion, Version
 
     try:
@@ -248,7 +290,7 @@ def _older(version: str, least: str) -> bool:
         return False
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
@@ -293,10 +335,10 @@ def render(report: dict[str, Any]) -> str:
         if chapter["runs"] and chapter["fetches"]:
             told += f"; it first brings {', '.join(chapter['fetches'])} ({format_bytes(chapter['download'])})"
         lines.append(f"  {name:<{width}}{told}")
-    for title, sentences in (("Problems", report["problems"]), ("Notes", report["notes"])):
-        if sentences:
-            lines += ["", title, *(f"  {sentence}" for sentence in sentences)]
-    if not report["problems"]:
+    for kind in ("problems", "faults", "notes"):
+        if report[kind]:
+            lines += ["", kind.capitalize(), *(f"  {sentence}" for sentence in report[kind])]
+    if not report["problems"] and not report["faults"]:
         lines += ["", "Nothing essential is missing."]
     return "\n".join(lines)
 

@@ -16,10 +16,11 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from peftlab.adapters.card import CARD, may_write
 from peftlab.errors import PeftLabError
 from peftlab.files import file_sum, write_atomically, write_together
 
@@ -68,6 +69,8 @@ class Place:
         """The files, among those that a run would write or remove, that no run made."""
         names = [SETTINGS, METRICS, *(() if full else ADAPTER), *self.made]
         found = [name for name in dict.fromkeys(names) if _there(self.folder / name) and not self.is_ours(name)]
+        if CARD in found and not may_write(self.folder):
+            found.remove(CARD)  # a card that a person took over is left alone
         for name in (STATE, MODEL) if full else (STATE,):
             path = self.folder / name
             if path.is_symlink() or (path.exists() and not path.is_dir()):
@@ -174,13 +177,25 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def save(model: Any, tokenizer: Any, place: Place, adapter: bool) -> int:
-    """Save what was trained, in one step; returns its size in bytes."""
+def write_card(model: Any, place: Place, about: Mapping[str, Any]) -> None:
+    """Write the adapter's model card anew, with what the run has measured since it was saved."""
+    from peftlab.adapters.checkpoint import adapter_files
+
+    if may_write(place.folder):
+        content = adapter_files(model, about=about)[CARD]
+        place.note({CARD: _sum(content)})
+        write_atomically(place.folder / CARD, content)
+
+
+def save(model: Any, tokenizer: Any, place: Place, adapter: bool, about: Mapping[str, Any] | None = None) -> int:
+    """Save what was trained, in one step, with `about` in its model card; returns its size in bytes."""
     folder = place.folder
     if adapter:
         from peftlab.adapters.checkpoint import WEIGHTS, adapter_files
 
-        files = {name: content for name, content in adapter_files(model).items() if content is not None}
+        files = {name: content for name, content in adapter_files(model, about=about).items() if content is not None}
+        if not may_write(folder):
+            del files[CARD]
         place.note({name: _sum(content) for name, content in files.items()})
         write_together(folder, files)
         return (folder / WEIGHTS).stat().st_size

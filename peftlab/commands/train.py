@@ -22,7 +22,7 @@ from peftlab.catalogue import LEARNING_RATE, METHODS
 from peftlab.checks import whole
 from peftlab.commands import tasks
 from peftlab.commands.method_options import options_of, trainable
-from peftlab.commands.run_folder import LOCK, STATE, Place, claim, locked, look, save, write_metrics
+from peftlab.commands.run_folder import LOCK, STATE, Place, claim, locked, look, save, write_card, write_metrics
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.units import format_both, format_count, format_percent
 from peftlab.settings import Settings, known_values
@@ -203,9 +203,15 @@ def _train(
         **{one.name: _given(arguments, option) for option, one in OPTIONS.items()},
     )
     (place,) = places
-    size = save(model, tokenizer, place, row.config is not None)
+    about = {
+        "data": arguments.data, "training examples": len(examples), "steps": len(history.steps),
+        "learning rate": arguments.lr, "seed": arguments.seed,
+    }  # fmt: skip
+    size = save(model, tokenizer, place, row.config is not None, about)
     rows = task.test[: arguments.test_limit or TEST_LIMIT[task.kind]]
     scores = tasks.test(task, model, tokenizer, rows, max_length, 2 * arguments.batch_size, arguments.max_new_tokens)
+    if row.config:
+        write_card(model, place, about | {"test examples": len(rows), "metrics": scores})
     return place, {
         "trainable": counted.trainable,
         "total": counted.total,

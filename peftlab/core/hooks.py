@@ -36,6 +36,7 @@ class Activity:
         text_begins: whether the running call reads the beginning of a text. A later step of a generation does not: the
             cache already holds the beginning and the prompt. The prompt on the model sets this for the prompts on its
             layers.
+        saving_known: whether the person knows that `save_pretrained` leaves the adapters out.
     """
 
     def __init__(self) -> None:
@@ -45,6 +46,7 @@ class Activity:
         self.merged = False
         self.text_positions = False
         self.text_begins = True
+        self.saving_known = False
 
     @property
     def running(self) -> bool:
@@ -236,7 +238,8 @@ def _repeat(rows: tuple[str | None, ...], batch: int) -> int:
     if batch % len(rows):
         raise PeftLabError(
             f"activate was given {len(rows)} names, one per row, but the batch has {batch} rows. "
-            "Give as many names as the batch has rows."
+            "Give as many names as the batch has rows. (If it has as many, this layer does not have the batch as its "
+            "first dimension; activate one adapter for the whole batch there.)"
         )
     return batch // len(rows)
 

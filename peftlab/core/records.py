@@ -9,12 +9,29 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from peftlab.core.hooks import Activity
+from peftlab.core.hooks import Activity, adapters_on, base_modules, hosts
 from peftlab.core.interface import Config
 from peftlab.errors import PeftLabError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Host:
+    """How a host was when an adapter was placed on it.
+
+    Attributes:
+        parts: the names of the adapter's parts there.
+        shape: its sizes, where it is a linear layer or an embedding.
+        tied: the other modules that have its weight.
+        on_meta: whether the parts have no numbers.
+    """
+
+    parts: tuple[str, ...]
+    shape: tuple[int, ...]
+    tied: tuple[str, ...]
+    on_meta: bool
 
 
 @dataclass
@@ -28,6 +45,8 @@ class Record:
         base_requires_grad: the base's `requires_grad` flags before the first adapter.
         attributes: attributes of modules that were changed: (path, name, value before).
         backup: copies of the base's weights while the model is merged, by path and name.
+        without_rows: modules that do not have the batch first; None until an adapter for each row is asked for.
+        placed: {adapter: {path: its host}}, by which `check_hosts` sees that the base has changed since.
     """
 
     activity: Activity = field(default_factory=Activity)
@@ -36,6 +55,8 @@ class Record:
     base_requires_grad: dict[str, bool] = field(default_factory=dict)
     attributes: list[tuple[str, str, Any]] = field(default_factory=list)
     backup: dict[str, dict[str, list[torch.Tensor]]] = field(default_factory=dict)
+    without_rows: frozenset[str] | None = None
+    placed: dict[str, dict[str, Host]] = field(default_factory=dict)
 
 
 def wrappings(model: nn.Module) -> Iterator[nn.Module]:
@@ -72,7 +93,66 @@ def require_adapter(root: nn.Module, name: str) -> Record:
     if name not in record.configs:
         there = ", ".join(repr(other) for other in record.configs)
         raise PeftLabError(f"There is no adapter {name!r}.{did_you_mean(str(name), record.configs)} Attached: {there}.")
+    check_hosts(root)
     return record
+
+
+def sizes_of(module: nn.Module) -> tuple[int, ...]:
+    """Return the sizes that a linear layer or an embedding gives as attributes; empty for other modules."""
+    names = ("num_embeddings", "embedding_dim", "in_features", "out_features", "nx", "nf")
+    return tuple(value for name in names if isinstance(value := getattr(module, name, None), int))
+
+
+def hosts_now(root: nn.Module) -> dict[str, dict[str, Host]]:
+    """Return {adapter: {path: its host}}, as they are at this moment."""
+    sharing: dict[int, list[str]] = {}
+    for path, module in base_modules(root).items():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            sharing.setdefault(id(weight), []).append(path)
+    now: dict[str, dict[str, Host]] = {}
+    for path, host in hosts(root):
+        weight = host._parameters.get("weight")
+        tied = tuple(other for other in sharing.get(id(weight), ()) if other != path)
+        child = adapters_on(host)
+        for name in child:
+            parts = child.parts_of(name)
+            on_meta = any(parameter.is_meta for part in parts.values() for parameter in part.parameters())
+            now.setdefault(name, {})[path] = Host(tuple(parts.keys()), sizes_of(host), tied, on_meta)
+    return now
+
+
+def check_hosts(root: nn.Module) -> None:
+    """Refuse to go on with a base that was changed after an adapter was attached.
+
+    Raises:
+        PeftLabError: a host was replaced or resized, tied or untied, or its parts were moved to the meta device.
+    """
+    record = record_of(root)
+    now = hosts_now(root) if record is not None else {}
+    for name, before in record.placed.items() if record is not None else ():
+        for path, was in before.items():
+            host = now.get(name, {}).get(path)
+            what = path or "The model"
+            if host is None or host.parts != was.parts:
+                change = f"{what} was replaced, and what adapter {name!r} had there is lost"
+                advice = "Change the model (resize_token_embeddings, say) first and attach then."
+            elif host.shape != was.shape:
+                change = f"{what} was resized from {was.shape} to {host.shape}, and adapter {name!r} no longer fits it"
+                advice = "Change the model (resize_token_embeddings, say) first and attach then."
+            elif host.tied != was.tied:
+                others = ", ".join(set(host.tied) ^ set(was.tied))
+                change = f"the weight of {what} was {'tied to' if len(host.tied) > len(was.tied) else 'untied from'} "
+                change += f"that of {others}, so adapter {name!r} no longer stands on the weights it was made for"
+                advice = "Tie or untie the model's weights first and attach then."
+            elif host.on_meta and not was.on_meta:
+                change = f"what adapter {name!r} has on {what} was moved to the meta device and has no numbers there"
+                advice = "Offload the model (accelerate does that) first and attach then, or leave it in memory."
+            else:
+                continue
+            raise PeftLabError(
+                f"The model was changed after the adapter was attached: {change}. Load the model again. {advice}"
+            )
 
 
 def tensor_at(host: nn.Module, name: str) -> torch.Tensor | None:

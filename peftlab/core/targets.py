@@ -8,6 +8,7 @@ thinks, and nothing would show it.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -216,6 +217,7 @@ def find(
         matched = all_linear(model, modules)
         if not matched:
             raise PeftLabError(f"'all-linear' found no linear layer in {type(model).__name__}.")
+        warn_of_experts(model, "'all-linear' does not adapt")
     else:
         matched = {path: module for path, module in modules.items() if names_match(spec, path)}
         if isinstance(spec, str) and not matched:
@@ -268,6 +270,27 @@ def all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, 
         for path, module in modules.items()
         if (isinstance(module, nn.Linear) or is_conv1d(module)) and module is not head
     }
+
+
+def warn_of_experts(model: nn.Module, what: str) -> None:
+    """Warn that the fused experts of a mixture are left alone, and say how much of the model they are.
+
+    transformers 5 holds all experts of a block in tensors of three dimensions, which belong to no linear layer.
+    """
+    sizes: dict[str, int] = {}
+    for path, module in base_modules(model).items():
+        if re.search("expert|moe", f"{path} {type(module).__name__}", re.IGNORECASE):
+            held = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
+            if held and not isinstance(module, nn.modules.conv._ConvNd):
+                sizes[path] = sum(p.numel() for p in held)
+    if sizes:
+        share = sum(sizes.values()) / sum(parameter.numel() for parameter in model.parameters())
+        first = next(iter(sizes))
+        warnings.warn(
+            f"{what} the experts of {type(model).__name__} ({first} and {len(sizes) - 1} more), which hold {share:.0%} "
+            "of its weights. They lie in tensors of three dimensions, and only linear layers are handled.",
+            stacklevel=4,
+        )
 
 
 def in_layers(matched: dict[str, nn.Module], config: Targets) -> dict[str, nn.Module]:

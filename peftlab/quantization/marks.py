@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
-from peftlab.core.hooks import is_adapter_name
+from peftlab.core.hooks import adapters_on, hosts, is_adapter_name
 from peftlab.core.records import Record, unwrap
 from peftlab.quantization.weights import REPACKS, layers_that_repack
 
@@ -15,6 +17,7 @@ def set_transformers_attributes(root: nn.Module, record: Record) -> None:
     """Set the attributes that keep transformers and bitsandbytes working on a model with adapters.
 
     `_keys_to_ignore_on_save`: `save_pretrained` of the model, or of one inside it, then holds no adapter keys.
+    `save_pretrained`: the model's own, which first warns, once, that it leaves the adapters out.
     `is_quantized`: `Trainer` refuses "purely quantized models". A model with an adapter is not one. The usual mark for
     that, `_hf_peft_config_loaded`, would also make `save_pretrained` look for peft's own layers, so it is not used.
     `support_avx512bf16_for_cpu`: if it is set, a 4-bit layer repacks its weight at the first forward pass in eval mode.
@@ -32,6 +35,8 @@ def set_transformers_attributes(root: nn.Module, record: Record) -> None:
         mine = {name.removeprefix(prefix) for name in ours if name.startswith(prefix)}
         ignored = set(getattr(module, "_keys_to_ignore_on_save", None) or ())
         changes: dict[str, Any] = {"_keys_to_ignore_on_save": ignored | mine}
+        if mine:
+            changes["save_pretrained"] = MethodType(save_pretrained, module)
         if getattr(module, "is_quantized", False):
             changes["is_quantized"] = False
         for attribute, value in changes.items():
@@ -48,6 +53,19 @@ def restore_transformers_attributes(root: nn.Module, record: Record) -> None:
         else:
             setattr(module, attribute, value)
     record.attributes.clear()
+
+
+def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call the model's own `save_pretrained`; the first time, warn that adapters are saved apart."""
+    activity = next((adapters_on(host).activity for _, host in hosts(self)), None)
+    if activity is not None and not activity.saving_known:
+        activity.saving_known = True
+        warnings.warn(
+            "save_pretrained writes the base model without its adapters. Save them with pl.save_adapter(model, "
+            "folder); in transformers' Trainer, give it AdapterCallback, which saves them with each checkpoint.",
+            stacklevel=2,
+        )
+    return type(self).save_pretrained(self, *args, **kwargs)
 
 
 # A class, since a deep copy of a model keeps it the same object.

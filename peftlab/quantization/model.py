@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from peftlab.core.calls import observed, passed_weights
 from peftlab.core.hooks import move
 from peftlab.core.records import as_transformer, own_tensor, record_of, tensor_at, unwrap
-from peftlab.core.targets import TASK_HEADS, is_conv1d, names_match
+from peftlab.core.targets import TASK_HEADS, is_conv1d, names_match, warn_of_experts
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.quantization.backends import AUTO, check_backend, choose
 from peftlab.quantization.blockwise import quantize
@@ -35,9 +36,9 @@ def quantize_model(
     """Turn a model's linear layers into frozen 4-bit ones, in place. Then `attach` works as on any model.
 
     These stay as they are: the output head, the heads of tasks (`classifier`, `score`, ...), tied weights, embeddings,
-    norms, and `nn.MultiheadAttention`, which reads its weight without calling its layer. Each layer's old weight is
-    freed before the next is touched, so the peak is the model so far plus one layer. GPT-2's Conv1D becomes a linear
-    layer of the transposed weight.
+    norms, and each layer whose weight the model reads without calling it (`nn.MultiheadAttention`, WavLM's attention,
+    some layers of Mamba). Each layer's old weight is freed before the next is touched, so the peak is the model so far
+    plus one layer. GPT-2's Conv1D becomes a linear layer of the transposed weight.
 
     Args:
         backend: `"auto"` (bitsandbytes' kernels if they can be used, otherwise the reference), or either by name.
@@ -73,6 +74,7 @@ def quantize_model(
             f"{type(root).__name__} has no linear layer left to quantise: the output head, task heads, tied weights "
             "and what `skip` names stay as they are."
         )
+    warn_of_experts(root, "quantize_model leaves whole")
     quantize_layers(root, paths, backend, format, block_size, double_quant, device)
     if device is not None:
         root.to(device)
@@ -109,13 +111,16 @@ def candidates(root: nn.Module, skip: Iterable[str]) -> Iterator[str]:
             raise PeftLabError(f"skip names {name!r}, which matches no module.{did_you_mean(name, modules)}")
     skip += tuple(name for names in TASK_HEADS.values() for name in names)
     head = as_transformer(root).get_output_embeddings() if hasattr(root, "get_output_embeddings") else None
+    calls = observed(root)
+    past = passed_weights(root) | (calls.past | calls.unreached if calls is not None else frozenset())
     uses = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
     for path, module in modules.items():
         if type(module) is not nn.Linear and not is_conv1d(module):
             continue  # a subclass may use its weight in another way
         parent = modules[path.rpartition(".")[0]]
         within = any(names_match(skip, ".".join(path.split(".")[:n])) for n in range(1, path.count(".") + 2))
-        if module is head or within or uses[id(module.weight)] > 1 or isinstance(parent, nn.MultiheadAttention):
+        shared = uses[id(module.weight)] > 1
+        if module is head or within or shared or path in past or isinstance(parent, nn.MultiheadAttention):
             continue
         yield path
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.core.modes import mode, to_device
-from peftlab.core.records import unwrap
+from peftlab.core.records import check_hosts, unwrap
 from peftlab.errors import PeftLabError
 from peftlab.settings import Settings
 from peftlab.training.buffers import Buffers
@@ -94,6 +94,7 @@ class Run:
             raise PeftLabError("The training data holds no example.")
         self.loss, self.metrics = settings.loss, settings.metrics or {}
         self.core = unwrap(model)
+        check_hosts(self.core)
         self.trainable = {name: p for name, p in self.core.named_parameters() if p.requires_grad}
         if not self.trainable:
             raise PeftLabError(

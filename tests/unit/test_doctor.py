@@ -1,7 +1,11 @@
 """What `peftlab doctor` says of machines that lack something; each lack is made up, one at a time."""
 
+import hashlib
 import json
+import os
 import re
+import shutil
+import socket
 import tomllib
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,8 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from peftlab.assets.cache import asset_folder
 from peftlab.assets.catalogue import catalogue
-from peftlab.commands import cli, doctor, machine
+from peftlab.commands import cli, doctor, machine, preflight
 from peftlab.optional import PACKAGES
 
 
@@ -63,8 +68,8 @@ def test_without_torch_or_with_an_old_one_nothing_works(version, told, capsys, m
 
 
 def test_a_nightly_build_of_the_least_version_is_new_enough():
-    assert not doctor._older("2.6.0.dev20250101+cu124", "2.6")
-    assert doctor._older("2.5.9", "2.6") and not doctor._older("unheard-of", "2.6")
+    assert not doctor.older("2.6.0.dev20250101+cu124", "2.6")
+    assert doctor.older("2.5.9", "2.6") and not doctor.older("unheard-of", "2.6")
 
 
 def test_an_old_python_is_told(monkeypatch):
@@ -111,7 +116,8 @@ def test_a_damaged_file_and_a_cache_that_cannot_be_written(monkeypatch, tmp_path
     monkeypatch.setattr(doctor, "fault", lambda *_, **__: "model.safetensors is missing")
     report = doctor.examine()
     assert report["assets"]["minilm"]["state"] == "damaged"
-    assert "minilm in the cache is damaged (model.safetensors is missing): peftlab fetch minilm." in report["notes"]
+    assert "minilm in the cache is damaged (model.safetensors is missing): peftlab fetch minilm." in report["faults"]
+    assert cli.main(["doctor"]) == 1
     (tmp_path / "file").touch()
     monkeypatch.setenv("PEFTLAB_CACHE", str(tmp_path / "file" / "cache"))
     report = doctor.examine()
@@ -206,3 +212,123 @@ def test_the_tested_versions_are_those_of_the_pins():
     assert set(doctor.TESTED["pinned"]) == {"python", *doctor.ESSENTIAL, *PACKAGES}
     for name, version in doctor.TESTED["pinned"].items():
         assert name == "python" or pins[name] == version, f"{name}: peftlab/tested.json and constraints.txt differ"
+
+
+def small_catalogue(monkeypatch, tmp_path, kind="dataset"):
+    """A catalogue of two made-up data sets of one small file each, both in the cache and whole."""
+    entries = {}
+    for name in ("alpha", "beta"):
+        content = f"the file of {name}".encode() * 50
+        files = {"data.bin": {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}}
+        entries[name] = {"kind": kind, "files": files, "wheel_bytes": 1000}
+    monkeypatch.setenv("PEFTLAB_CACHE", str(tmp_path / "cache"))
+    for module in (doctor, preflight):
+        monkeypatch.setattr(module, "catalogue", lambda: entries)
+    monkeypatch.setattr(doctor, "CHAPTERS", (doctor.Chapter(7, "A chapter", ("alpha",), ("peft",)),))
+    monkeypatch.setattr(preflight, "CHAPTERS", doctor.CHAPTERS)
+    monkeypatch.setattr(preflight, "_unloadable", lambda name: None)
+    for name, entry in entries.items():
+        folder = asset_folder(name, entry)
+        folder.mkdir(parents=True)
+        (folder / "data.bin").write_bytes(f"the file of {name}".encode() * 50)
+    return {name: asset_folder(name, entry) / "data.bin" for name, entry in entries.items()}
+
+
+def flip(file):
+    """Change one byte and keep the size and the time of change: only a hash can tell."""
+    status, content = file.stat(), bytearray(file.read_bytes())
+    content[7] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("harm", "arguments", "told"),
+    [
+        (lambda files: files["beta"].write_bytes(b"short"), [], "beta in the cache is damaged (data.bin has 5 bytes"),
+        (lambda files: files["alpha"].unlink(), [], "alpha in the cache is damaged (data.bin is missing)"),
+        (lambda files: flip(files["beta"]), ["--verify"], "beta in the cache is damaged (data.bin has been changed"),
+        (lambda files: shutil.rmtree(files["beta"].parent), ["--verify"], "beta is not in the cache: peftlab fetch"),
+        (lambda files: shutil.rmtree(files["beta"].parent), ["beta"], "beta is not in the cache: peftlab fetch beta"),
+        (lambda files: shutil.rmtree(files["alpha"].parent), ["7"], "alpha is not in the cache: peftlab fetch alpha"),
+    ],
+)  # fmt: skip
+def test_what_is_asked_for_and_missing_or_damaged_gives_status_1(harm, arguments, told, capsys, monkeypatch, tmp_path):
+    files = small_catalogue(monkeypatch, tmp_path)
+    assert status_of(capsys, *arguments)[0] == 0
+    harm(files)
+    status, page = status_of(capsys, *arguments)
+    assert status == 1 and told in page and "Nothing essential is missing" not in page
+    assert told in " ".join(json.loads(status_of(capsys, *arguments, "--json")[1])["faults"])
+
+
+def test_what_was_not_asked_for_may_be_missing(capsys, monkeypatch, tmp_path):
+    files = small_catalogue(monkeypatch, tmp_path)
+    shutil.rmtree(files["beta"].parent)
+    for arguments in ([], ["alpha"], ["7"], ["torch", "peft"]):
+        assert status_of(capsys, *arguments)[0] == 0, arguments
+
+
+@pytest.mark.parametrize(("reason", "name"), [("is not installed", "peft"), ("is broken", "bitsandbytes")])
+def test_a_package_that_is_asked_for_and_cannot_be_imported_gives_status_1(reason, name, capsys, monkeypatch, tmp_path):
+    small_catalogue(monkeypatch, tmp_path)
+    monkeypatch.setattr(doctor, "load", lambda asked: (None, reason if asked == name else ""))
+    status, page = status_of(capsys, name)
+    assert status == 1 and f"{name} {reason}." in page
+
+
+def test_a_name_that_the_doctor_does_not_know_is_a_mistake(capsys):
+    assert cli.main(["doctor", "minlm"]) == 2
+    assert "Did you mean 'minilm'?" in capsys.readouterr().err
+    assert cli.main(["doctor", "--offline", "minilm"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("harm", "lines"),
+    [
+        (lambda files: None, ["Ready for a room without a network"]),
+        (lambda files: flip(files["alpha"]), ["alpha in the cache is damaged"]),
+        (lambda files: shutil.rmtree(files["beta"].parent), ["beta is not in the cache"]),
+        (
+            lambda files: (files["alpha"].write_bytes(b""), files["beta"].unlink()),
+            ["alpha in the cache is damaged", "beta in the cache is damaged"],
+        ),
+    ],
+)
+def test_the_preflight_has_one_line_per_fault(harm, lines, capsys, monkeypatch, tmp_path):
+    harm(small_catalogue(monkeypatch, tmp_path))
+    status, page = status_of(capsys, "--offline")
+    told = page.splitlines()
+    assert status == (lines[0][:5] != "Ready") and len(told) == len(lines)
+    assert all(line.startswith(start) for line, start in zip(told, lines, strict=True))
+
+
+def test_the_preflight_imports_each_package_of_a_chapter_and_knows_its_oldest_release(monkeypatch, tmp_path, capsys):
+    small_catalogue(monkeypatch, tmp_path)
+    monkeypatch.setattr(preflight, "load", lambda name: (None, "is broken") if name == "peft" else (object(), ""))
+    assert status_of(capsys, "--offline") == (
+        1, "peft is broken; chapters 7 need it. pip install --upgrade 'peft>=0.18'.\n",
+    )  # fmt: skip
+    monkeypatch.setattr(preflight, "load", lambda name: (object(), ""))
+    versions(monkeypatch, peft="0.3")
+    assert status_of(capsys, "--offline")[1].startswith("peft 0.3 is too old; chapters 7 need it.")
+
+
+def test_the_preflight_loads_what_is_there_without_a_network(monkeypatch, tmp_path, capsys):
+    def reach_out(name):
+        return socket.create_connection(("127.0.0.1", 9), timeout=1)
+
+    small_catalogue(monkeypatch, tmp_path)
+    monkeypatch.setattr(preflight, "_unloadable", lambda name: _told(reach_out, name) if name == "beta" else None)
+    status, page = status_of(capsys, "--offline")
+    assert status == 1 and page.count("\n") == 1
+    assert page.startswith("beta is in the cache, but loading it without a network fails: there is no network")
+    with pytest.raises(ConnectionRefusedError):  # the guard is gone again
+        reach_out("beta")
+
+
+def _told(call, name):
+    try:
+        call(name)
+    except OSError as error:
+        return str(error)

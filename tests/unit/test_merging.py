@@ -229,6 +229,6 @@ def test_nothing_is_merged_into_eight_bits(dtype):
     pl.attach(model, pl.LoRAConfig(r=2, target_modules=["0"], init="random"))
     model[0].weight.data = model[0].weight.data.to(dtype)
     before = model[0].weight.data.view(torch.uint8).clone()
-    with pytest.raises(pl.PeftLabError, match="quantised to torch.float8.*load the base in 16 or 32 bits"):
+    with pytest.raises(pl.PeftLabError, match="quantised to torch.float8.*Load the base in 16 or 32 bits"):
         pl.merge(model)
     assert torch.equal(model[0].weight.data.view(torch.uint8), before)

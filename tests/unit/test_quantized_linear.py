@@ -191,7 +191,7 @@ def test_state_dict_both_ways(settings):
 
 def test_a_damaged_state_is_refused():
     state = layer().state_dict()
-    for key, said in (("weight.absmax", "absmax and one quant_state"), ("weight.quant_map", "not the code book")):
+    for key, said in (("weight.absmax", "absmax and one quant_state"), ("weight.quant_map", "another code book")):
         broken = dict(state)
         broken[key] = broken[key].float() + 0.1
         if key == "weight.absmax":

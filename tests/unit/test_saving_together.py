@@ -20,7 +20,7 @@ from peftlab import files
 WORKER = Path(__file__).with_name("kill_worker.py")
 KINDS = ("adapter", "prompt", "four-bit")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that can fork and kill")
-C, W = "adapter_config.json", "adapter_model.safetensors"
+C, W, R = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
 
 def outcomes(kind, folder, seeds):
@@ -66,7 +66,7 @@ def stop_at(monkeypatch, what, number):
     monkeypatch.setattr(os, what, stopped)
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
 def test_stopped_between_two_renames_leaves_one_of_both(tmp_path, monkeypatch, number):
     old, new = attach(1), attach(2, alpha=50, r=2)
     pl.save_adapter(old, tmp_path)
@@ -76,7 +76,7 @@ def test_stopped_between_two_renames_leaves_one_of_both(tmp_path, monkeypatch, n
     expected = old if number == 1 else new  # the first rename is the note's, from which on the new files count
     assert torch.equal(pl.load_adapter(Net(), tmp_path)(tokens()), expected(tokens()))
     pl.save_adapter(new, tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [C, W]
+    assert sorted(os.listdir(tmp_path)) == [R, C, W]
     assert torch.equal(pl.load_adapter(Net(), tmp_path)(tokens()), new(tokens()))
 
 
@@ -115,7 +115,7 @@ def test_a_damaged_note_says_nothing(note, tmp_path):
     (tmp_path / files.NOTE).write_text(note, encoding="latin-1")
     assert torch.equal(pl.load_adapter(Net(), tmp_path)(tokens()), model(tokens()))
     pl.save_adapter(model, tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [C, W]
+    assert sorted(os.listdir(tmp_path)) == [R, C, W]
 
 
 def test_drafts_of_dead_processes_go_and_other_files_stay(tmp_path):
@@ -126,7 +126,7 @@ def test_drafts_of_dead_processes_go_and_other_files_stay(tmp_path):
         (tmp_path / name).write_text("draft")
     (tmp_path / f".{W}.9-9.tmp").mkdir()
     pl.save_adapter(attach(2), tmp_path)
-    assert sorted(os.listdir(tmp_path)) == sorted([C, W, *theirs, f".{W}.9-9.tmp"])
+    assert sorted(os.listdir(tmp_path)) == sorted([R, C, W, *theirs, f".{W}.9-9.tmp"])
 
 
 def test_an_unchanged_config_is_left_alone_so_one_rename_is_all(tmp_path, monkeypatch):
@@ -181,7 +181,7 @@ def test_one_save_at_a_time_and_a_reader_beside_it(tmp_path, monkeypatch):
         stop.set()
         for thread in threads:
             thread.join()
-    assert not faults and sorted(os.listdir(tmp_path)) == [C, W]
+    assert not faults and sorted(os.listdir(tmp_path)) == [R, C, W]
     monkeypatch.setattr(files, "PATIENCE", 0.1)
     with files.held(tmp_path), pytest.raises(pl.PeftLabError, match="Another process has been saving"):
         pl.save_adapter(models[0], tmp_path)

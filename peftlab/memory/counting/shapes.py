@@ -115,7 +115,7 @@ def _check_expression(text: str) -> None:
     try:
         patterns.check(text)
     except PeftLabError as error:
-        raise PeftLabError(f"Targets {text[:60]!r} are no valid regular expression: {error}") from None
+        raise PeftLabError(f"Targets {text[:60]!r} are not a valid regular expression: {error}") from None
 
 
 def load_shape(shape: str | os.PathLike[str] | dict[str, Any] | Shape, labels: int | None = None) -> Shape:

@@ -1,0 +1,133 @@
+"""The model card of an adapter folder: a README.md with the front matter that Hugging Face's hub reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+CARD = "README.md"
+# A README.md without this line is a person's, and is never overwritten.
+MARKER = "<!-- Written by peftlab. Remove this line to keep your changes: the next save leaves this file alone. -->"
+PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+OPENERS = {
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+}
+OURS_ALONE = ("BITFIT", "SELECTIVE", "BOTTLENECK")  # Hugging Face peft has no such methods
+NOT_SETTINGS = ("base_model_name_or_path", "inference_mode", "peft_type", "task_type")
+
+
+def may_write(folder: Path) -> bool:
+    """Say whether the folder's README.md is one of ours, or none is there."""
+    if (folder / CARD).is_symlink():
+        return False
+    try:
+        return MARKER in (folder / CARD).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+def card(
+    root: Any, method: str, fields: Mapping[str, Any], parameters: int, about: Mapping[str, Any] | None = None
+) -> bytes:
+    """Return the text of a card.
+
+    Args:
+        root: the model; `load_model` notes on it where the book's models come from, and on what terms.
+        method: its name in the catalogue.
+        fields: the contents of `adapter_config.json`.
+        parameters: how many the adapter has.
+        about: what is known of the training: `data` (a name), `metrics` (numbers by name), `steps` and so on.
+    """
+    origin = getattr(root, "peftlab_origin", None) or {}
+    named = fields.get("base_model_name_or_path")
+    base = origin.get("hub") or named
+    task, about = fields.get("task_type"), dict(about or {})
+    known = about.pop("data", None)
+    metrics = about.pop("metrics", None) or {}
+    peft_opens = fields["peft_type"] not in OURS_ALONE
+    lines = ["---"]
+    if base:
+        lines.append(f"base_model: {_text(base)}")
+    lines.append("library_name: peft")
+    if origin.get("licence"):
+        lines.append(f"license: {_text(origin['licence'].lower())}")
+    if task in PIPELINES:
+        lines.append(f"pipeline_tag: {PIPELINES[task]}")
+    tags = [f"base_model:adapter:{base}"] if base else []
+    lines += ["tags:", *(f"- {_text(tag)}" for tag in (*tags, method, "peftlab")), "---", MARKER, ""]
+    shown = base or f"a {type(root).__name__} without a name"
+    lines += [
+        f"# {method} adapter for {_plain(shown)}",
+        "",
+        f"- Base model: {_plain(shown)}" + (f" (`{origin['name']}` in PEFT Lab)" if origin else ""),
+        f"- Method: {method}",
+        f"- Parameters of the adapter: {parameters:,}",
+    ]
+    if origin.get("licence"):
+        lines.append(f"- Licence of the base model: {origin['licence']}")
+    lines += ["", "## Settings", "", "| setting | value |", "| --- | --- |"]
+    lines += [
+        f"| {name} | {_cell(value)} |"
+        for name, value in sorted(fields.items())
+        if name not in NOT_SETTINGS and value not in (None, [], {}, "")
+    ]
+    lines += ["", "## Training", "", f"- Data: {_plain(known) if known else 'not recorded'}"]
+    lines += [f"- {_plain(name)}: {_cell(value)}" for name, value in about.items()]
+    if metrics:
+        lines += ["", "| metric | value |", "| --- | --- |"]
+        lines += [f"| {_plain(name)} | {_cell(value)} |" for name, value in metrics.items()]
+    lines += ["", "## How to load it", "", "With `peftlab`:", "", "```python", "import peftlab as pl", ""]
+    loaded = origin.get("name") or named
+    lines += [
+        *([f"model, tokenizer = pl.load_model({json.dumps(loaded)})"] if loaded else ["# model: the base model"]),
+        'pl.load_adapter(model, "this/folder")',
+        "```",
+        "",
+    ]
+    if not peft_opens:
+        lines.append("Hugging Face peft has no such method, so only `peftlab` can load it.")
+    elif task in OPENERS and named:
+        lines += [
+            "With Hugging Face peft:", "", "```python", f"from peft import {OPENERS[task]}", "",
+            f'model = {OPENERS[task]}.from_pretrained("this/folder")', "```",
+        ]  # fmt: skip
+    else:
+        lines += [
+            "With Hugging Face peft:", "", "```python", "from peft import PeftModel", "",
+            'model = PeftModel.from_pretrained(base_model, "this/folder")', "```",
+        ]  # fmt: skip
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _text(value: object) -> str:
+    """A text for YAML: as it is where that is safe, else in quotes, which JSON and YAML write alike."""
+    text = str(value)
+    safe = text.isascii() and text[:1].isalpha() and all(letter.isalnum() or letter in "-_./" for letter in text)
+    reserved = ("null", "true", "false", "yes", "no", "on", "off")  # YAML reads these words as something else
+    return text if safe and text.lower() not in reserved else json.dumps(text)
+
+
+def _plain(value: object) -> str:
+    """One line of text, without what Markdown would take for a table or for HTML."""
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")[:300]
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return _plain(json.dumps(value) if isinstance(value, (list, dict)) else value)

@@ -1,0 +1,274 @@
+"""Which modules of a model have a weight that is read past their call.
+
+An adapter runs when its host is called. Some models read a layer's weight without calling the layer: WavLM gives its
+four projections to one function, Mamba multiplies by `dt_proj.weight`. An adapter there does nothing, and a merge then
+changes the model in a way that the adapter never did.
+
+Names cannot tell such layers, so a copy of the model runs once. It has the model's structure, but its tensors lie on
+the meta device: they have shapes and no numbers. Its inputs are made from the model's config. While it runs, each read
+of a weight is compared with the modules that are running.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from peftlab.core.hooks import CHILD, plain
+
+# A weight that a forward gives to a function as it is. In training, Mamba's fused kernels are called so.
+PASSED = re.compile(r"(?<!isinstance)[(,=]\s*self\.(\w+)\.weight\b(?!\s*[.\[])")
+# No tensor has a multiple of ROWS in front by chance: the lengths that follow are none.
+ROWS, TOKENS, SOUND, FRAMES = 3, 5, 16_000, 3_001
+
+
+class Calls(NamedTuple):
+    """What one forward pass showed, by path.
+
+    Attributes:
+        called: modules that were called.
+        past: modules whose weight was read while no module that has this weight was running.
+        unreached: modules that were not called although they, or modules in them, were used.
+        without_rows: modules that were called with a tensor whose first dimension is not the batch's.
+    """
+
+    called: frozenset[str]
+    past: frozenset[str]
+    unreached: frozenset[str]
+    without_rows: frozenset[str]
+
+
+def observed(root: nn.Module) -> Calls | None:
+    """Run a copy of a transformers model on the meta device; None where no copy or no inputs can be made."""
+    try:
+        for rows in (ROWS, 1):  # some models take one row only, a classifier without a padding token for one
+            for inputs in made_inputs(root, rows):
+                calls = watch(meta_copy(root), inputs, rows)
+                if calls is not None:
+                    return calls
+    except Exception:  # whatever a foreign model raises when it is copied or asked for its sizes
+        return None
+    return None
+
+
+def passed_weights(root: nn.Module) -> set[str]:
+    """Return the paths of modules whose weight their parent's `forward` gives to a function, as its source says."""
+    found: dict[type, set[str]] = {}
+    paths = set()
+    for path, module in root.named_modules():
+        kind = type(module)
+        if kind not in found:
+            try:
+                found[kind] = set(PASSED.findall(inspect.getsource(kind.forward)))
+            except (OSError, TypeError):  # written in C, or typed into a session
+                found[kind] = set()
+        paths |= {plain(f"{path}.{name}".lstrip(".")) for name in found[kind] if name in module._modules}
+    return paths
+
+
+def meta_copy(root: nn.Module) -> nn.Module:
+    """Return a model of the same structure without numbers, hooks and adapters, ready to be evaluated."""
+    known: dict[int, Any] = {}
+    for module in root.modules():
+        known[id(vars(module).get("_peftlab"))] = None
+        if CHILD in module._modules:
+            known[id(module._modules[CHILD])] = None
+        if "_hf_hook" in vars(module) or "_orig_mod" in module._modules:
+            raise TypeError("A module that is offloaded or compiled is not copied.")
+        weight = module._parameters.get("weight")
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            bias = module._parameters.get("bias") is not None
+            dtype = state.dtype if isinstance(state.dtype, torch.dtype) else None
+            inside, outside = int(getattr(module, "in_features", 0)), int(getattr(module, "out_features", 0))
+            known[id(module)] = nn.Linear(inside, outside, bias, device="meta", dtype=dtype)
+            continue
+        own = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+        for tensor in own:
+            if isinstance(tensor, Tensor) and id(tensor) not in known:
+                empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+                known[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+    other: Any = copy.deepcopy(root, known)
+    for module in other.modules():
+        for child in [name for name, child in module._modules.items() if name == CHILD]:
+            del module._modules[child]
+        for name, table in vars(module).items():
+            if name.endswith("_hooks") and isinstance(table, dict):
+                table.clear()
+    if "flash" in str(getattr(getattr(other, "config", None), "_attn_implementation", "")):
+        other.set_attn_implementation("sdpa")
+    return other.eval()
+
+
+def made_inputs(root: nn.Module, rows: int) -> Iterator[dict[str, Tensor]]:
+    """Yield inputs for a model's forward, without numbers, the likeliest first."""
+    config, name = getattr(root, "config", None), getattr(root, "main_input_name", None)
+    if config is None or name is None:
+        return
+    takes = inspect.signature(root.forward).parameters
+    inner = [getattr(config, part, None) for part in ("vision_config", "encoder", "audio_config")]
+
+    def setting(names: str, default: Any) -> Any:
+        values = (getattr(c, field, None) for c in (config, *inner) if c is not None for field in names.split())
+        return next((value for value in values if value is not None), default)
+
+    def zeros(*shape: int, whole: bool = False) -> Tensor:
+        return torch.zeros(shape, dtype=torch.long if whole else dtype, device="meta")
+
+    dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
+    size = setting("image_size", 224)
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    picture = zeros(rows, setting("num_channels", 3), height, width)
+    bins = setting("num_mel_bins input_feat_per_channel feature_size", 80)
+    frames = 2 * setting("max_source_positions", FRAMES // 2)
+    shapes = {
+        "input_ids": [zeros(rows, TOKENS, whole=True)],
+        "pixel_values": [picture],
+        "input_values": [zeros(rows, SOUND), zeros(rows, setting("max_length", 1024), bins)],
+        "input_features": [zeros(rows, bins, frames), zeros(rows, FRAMES, bins)],
+    }
+    answer = {"decoder_input_ids": zeros(rows, TOKENS, whole=True)} if "decoder_input_ids" in takes else {}
+    for tensor in shapes.get(name, ()):
+        yield {name: tensor, **answer}
+    if name == "input_ids" and "pixel_values" in takes:
+        yield {name: shapes[name][0], "pixel_values": picture, **answer}
+    if name == "pixel_values" and "input_ids" in takes:
+        yield {name: picture, "input_ids": shapes["input_ids"][0]}
+
+
+@torch.no_grad()
+def watch(model: nn.Module, inputs: dict[str, Tensor], rows: int) -> Calls | None:
+    """Run a model whose numbers do not matter, and note which modules are called and which weights are read.
+
+    Returns None for a pass that does not reach its end.
+    """
+    modules = {plain(path): module for path, module in model.named_modules()}
+    owners: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(parameter.untyped_storage()._cdata, []).append(path)
+    running: dict[str, int] = dict.fromkeys(modules, 0)
+    called: set[str] = set()
+    past: set[str] = set()
+    without_rows: set[str] = set()
+    for path, module in modules.items():
+        module.register_forward_pre_hook(_counter(running, path, 1, called))
+        module.register_forward_pre_hook(_rows_of(path, rows, without_rows), with_kwargs=True)
+        module.register_forward_hook(_counter(running, path, -1))
+    twins = skip_twins(modules)
+    # A pass may draw numbers even when it is evaluated (for layers left out, say): the person's run does not see it.
+    with torch.random.fork_rng(devices=[]), _quiet(), _Reads(owners, running, past):
+        try:
+            model(**inputs)
+        except Exception:
+            return None
+    for path, first in twins.items():
+        if path in called:
+            for seen in (called, past, without_rows):
+                seen.update([path + name[len(first) :] for name in seen if name.startswith(first + ".")])
+    used = called | past
+    above = {path.rsplit(".", n)[0] for path in used for n in range(path.count(".") + 1)}
+    lists = {path for path, module in modules.items() if type(module).forward is nn.Module.forward}
+    unreached = (used | above) - called - lists
+    return Calls(frozenset(called), frozenset(past), frozenset(unreached), frozenset(without_rows))
+
+
+def skip_twins(modules: dict[str, nn.Module]) -> dict[str, str]:
+    """Let only the first of several blocks of one structure run; the others return what it returned, to save time.
+
+    Returns {path of a block that does not run: path of the one that runs for it}.
+    """
+    twins: dict[str, str] = {}
+    for path, blocks in modules.items():
+        if not isinstance(blocks, nn.ModuleList) or any(path.startswith(twin + ".") for twin in twins):
+            continue
+        first: dict[tuple, str] = {}
+        for name, block in blocks.named_children():
+            here = f"{path}.{name}".lstrip(".")
+            twin = first.setdefault(_structure(block), here)
+            if twin == here:
+                block.register_forward_hook(_keep)
+            else:
+                twins[here] = twin
+                block.forward = _Result(modules[twin])
+    return twins
+
+
+def _structure(block: nn.Module) -> tuple:
+    shapes = {name: parameter.shape for name, parameter in block.named_parameters(remove_duplicate=False)}
+    return tuple((name, type(module)) for name, module in block.named_modules()), tuple(shapes.items())
+
+
+def _keep(block: nn.Module, _: Any, output: Any) -> None:
+    block.__dict__["_output"] = output
+
+
+class _Result:
+    """A forward that returns what another block returned last."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        return self.block.__dict__["_output"]
+
+
+def _counter(running: dict[str, int], path: str, step: int, called: set[str] | None = None) -> Any:
+    def hook(*_: Any) -> None:
+        running[path] += step
+        if called is not None:
+            called.add(path)
+
+    return hook
+
+
+def _rows_of(path: str, rows: int, without: set[str]) -> Any:
+    def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        if first is not None and (first.dim() == 0 or first.shape[0] % rows):
+            without.add(path)
+
+    return hook
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class _Reads(TorchDispatchMode):
+    """Notes each weight that an operation reads while none of its owners is running."""
+
+    def __init__(self, owners: dict[int, list[str]], running: dict[str, int], past: set[str]) -> None:
+        super().__init__()
+        self.owners, self.running, self.past = owners, running, past
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                paths = self.owners.get(leaf.untyped_storage()._cdata)
+                if paths is not None and not any(self.running[path] for path in paths):
+                    self.past.update(paths)
+        # What a model asks of numbers that are not there. Either answer lets it go on.
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return args[0].dtype is torch.bool or 1
+        if func is torch.ops.aten.nonzero.default:
+            return torch.empty(1, args[0].dim(), dtype=torch.long, device=args[0].device)
+        if func is torch.ops.aten.equal.default:
+            return True
+        if func is torch.ops.aten._grouped_mm.default:  # all experts at once; on meta it takes bfloat16 alone
+            return args[0].new_empty(args[0].shape[0], args[1].shape[-1])
+        return func(*args, **(kwargs or {}))
