@@ -119,8 +119,8 @@ def _download(name: str, found: dict, stage: Path, bar: Bar) -> Path:
     requirement = stage / "requirement.txt"
     requirement.write_text(f"{found['package']}=={found['version']} --hash=sha256:{found['wheel_sha256']}\n")
     # -P: pip must not import a file from the current folder that happens to have the name of one of its modules.
-    command = [sys.executable, "-P", "-m", "pip", "download"]
-    command += ["--requirement", str(requirement), "--dest", str(target)]
+    command: list[str | Path] = [sys.executable, "-P", "-m", "pip", "download"]
+    command += ["--requirement", requirement, "--dest", target]
     command += ["--no-deps", "--require-hashes", "--only-binary", ":all:", "--ignore-requires-python", "--no-cache-dir"]
     command += ["--no-input", "--no-color", "--disable-pip-version-check", "--progress-bar", "off"]
     # pip downloads into its temporary folder. If we give it one, its size is the progress, and it is on the right disk.
