@@ -183,6 +183,7 @@ def write_card(model: Any, place: Place, about: Mapping[str, Any]) -> None:
 
     if may_write(place.folder):
         content = adapter_files(model, about=about)[CARD]
+        assert content is not None  # every adapter has a card
         place.note({CARD: _sum(content)})
         write_atomically(place.folder / CARD, content)
 
