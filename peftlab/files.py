@@ -30,7 +30,7 @@ from peftlab.errors import PeftLabError
 try:
     import fcntl
 except ImportError:  # Windows, which removes no file that another process holds open
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # the name of a module stands for None there
 
 NOTE = ".peftlab-save.json"
 PATIENCE = 60.0  # seconds that a save waits for another one in the same folder
@@ -76,13 +76,18 @@ def write_together(folder: Path, contents: Mapping[str, bytes | None]) -> None:
         changed = [name for name in contents if before[name] != after[name]]
         if len(changed) <= 1:
             for name in changed:
-                write_atomically(folder / name, contents[name]) if after[name] else (folder / name).unlink()
+                content = contents[name]
+                if content is None:
+                    (folder / name).unlink()
+                else:
+                    write_atomically(folder / name, content)
             sync(folder)
             return
-        drafts = {name: temporary_name(name) for name in changed if after[name]}
+        written = {name: content for name in changed if (content := contents[name]) is not None}
+        drafts = {name: temporary_name(name) for name in written}
         try:
             for name, draft in drafts.items():
-                fill(folder / draft, contents[name])
+                fill(folder / draft, written[name])
             files = {n: {"draft": drafts.get(n), "before": before[n], "after": after[n]} for n in changed}
             write_atomically(folder / NOTE, json.dumps({"format": 1, "files": files}, indent=1).encode())
         except BaseException:

@@ -96,8 +96,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"it has {twice!r} twice")
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"it has {name!r} twice")
+            seen.add(name)
     return fields
 
 

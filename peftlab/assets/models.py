@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def _fields(source: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """Silence transformers' bars and load reports inside the block, then restore the user's settings.
 
     The hub's download bars are not silenced, because people who wait for gigabytes want to see them move.
@@ -148,7 +149,7 @@ def _on_hub(name: str) -> bool:
     return True
 
 
-def _model_class(config: transformers.PretrainedConfig, num_labels: int | None) -> type:
+def _model_class(config: transformers.PretrainedConfig, num_labels: int | None) -> Any:
     """Return the auto class that fits a config."""
     architecture = (config.architectures or [""])[0]
     if num_labels is not None or architecture.endswith("ForSequenceClassification"):

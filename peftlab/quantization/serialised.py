@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ def from_tensors(tensors: Mapping[str, Tensor], device: torch.device, name: str 
         block_size,
         format,
         nested_absmax=tensors["nested_absmax"].to(device) if nested else None,
-        offset=torch.tensor(float(offset), dtype=torch.float32, device=device) if nested else None,
+        offset=None if offset is None else torch.tensor(float(offset), dtype=torch.float32, device=device),
     )
     # a weight has no value above its dtype's largest; the scale of a block may be rounded up a little
     if not bool((state.scales().abs() <= min(1.02 * torch.finfo(state.dtype).max, FLOAT_MAX)).all()):
@@ -156,7 +156,7 @@ def _check(
         raise _wrong(name, f"its {key} holds scales that are negative or not finite")
 
 
-def _whole(value: object) -> bool:
+def _whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

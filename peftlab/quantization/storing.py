@@ -162,7 +162,7 @@ def _read(folder: Path, paths: dict[str, Path]) -> tuple[dict[str, Any], dict[st
     return fields, tensors, check_sums(folder / CONFIG, folder / WEIGHTS, fields, tensors, metadata, codes=codes)
 
 
-def model_class(folder: Path, fields: dict[str, Any]) -> tuple[type, Any]:
+def model_class(folder: Path, fields: dict[str, Any]) -> tuple[Any, Any]:
     """Return the class of transformers that a config names, and the config as an object of its class.
 
     Raises:
@@ -188,10 +188,11 @@ def model_class(folder: Path, fields: dict[str, Any]) -> tuple[type, Any]:
     except Exception as error:  # whatever a malformed config makes of transformers' own code
         told = " ".join(str(error).split())[:300]
         raise PeftLabError(f"{folder / CONFIG} is no config of a {model_type}: {told}") from error
-    if not isinstance(config, kind.config_class):
+    made_from: Any = kind.config_class
+    if not isinstance(config, made_from):
         raise PeftLabError(
             f"{folder / CONFIG} has model_type {model_type!r}, and its class {kind.__name__} is built from a "
-            f"{kind.config_class.__name__}. The config was edited; fetch or save the folder again."
+            f"{made_from.__name__}. The config was edited; fetch or save the folder again."
         )
     config._name_or_path = str(folder)
     return kind, config
