@@ -27,11 +27,10 @@ from typing import Any, TypeVar
 
 from peftlab.errors import PeftLabError
 
-fcntl: Any
 try:
     import fcntl
 except ImportError:  # Windows, which removes no file that another process holds open
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # the name of a module stands for None there
 
 NOTE = ".peftlab-save.json"
 PATIENCE = 60.0  # seconds that a save waits for another one in the same folder
@@ -72,19 +71,23 @@ def write_together(folder: Path, contents: Mapping[str, bytes | None]) -> None:
     with held(folder):
         finish(folder)
         sweep(folder, contents)
-        after = {name: None if c is None else hashlib.sha256(c).hexdigest() for name, c in contents.items()}
+        after = {name: None if new is None else hashlib.sha256(new).hexdigest() for name, new in contents.items()}
         before = {name: file_sum(folder / name) for name in contents}
         changed = [name for name in contents if before[name] != after[name]]
-        new = {name: content for name in changed if (content := contents[name]) is not None}
         if len(changed) <= 1:
             for name in changed:
-                write_atomically(folder / name, new[name]) if name in new else (folder / name).unlink()
+                content = contents[name]
+                if content is None:
+                    (folder / name).unlink()
+                else:
+                    write_atomically(folder / name, content)
             sync(folder)
             return
-        drafts = {name: temporary_name(name) for name in new}
+        written = {name: content for name in changed if (content := contents[name]) is not None}
+        drafts = {name: temporary_name(name) for name in written}
         try:
             for name, draft in drafts.items():
-                fill(folder / draft, new[name])
+                fill(folder / draft, written[name])
             files = {n: {"draft": drafts.get(n), "before": before[n], "after": after[n]} for n in changed}
             write_atomically(folder / NOTE, json.dumps({"format": 1, "files": files}, indent=1).encode())
         except BaseException:
@@ -109,13 +112,13 @@ def settled(folder: Path, names: Iterable[str]) -> dict[str, Path]:
 
 
 def read_settled(folder: Path, names: Iterable[str], read: Callable[[dict[str, Path]], Result]) -> Result:
-    """Read files of a folder by `read`, and again if another process saved into the folder meanwhile.
+    """Read files of a folder by `read`, and again as long as another process saves into the folder meanwhile.
 
     Raises:
         whatever `read` raises of files that stayed as they are.
     """
-    names = (*names, NOTE)
-    for _ in range(5):
+    names, deadline = (*names, NOTE), time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
         before = [_stamp(folder / name) for name in names]
         try:
             result = read(settled(folder, names[:-1]))
@@ -125,6 +128,7 @@ def read_settled(folder: Path, names: Iterable[str], read: Callable[[dict[str, P
         else:
             if [_stamp(folder / name) for name in names] == before:
                 return result
+        time.sleep(0.005)
     raise PeftLabError(f"Another process keeps saving into {folder}, so it cannot be read; try again later.")
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -102,7 +102,7 @@ def track(
     enabled: bool = True,
 ) -> Iterator[Item]:
     """Yield the `items` and show a bar meanwhile. `total` defaults to `len(items)` if that is known."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with Bar(total, description, unit=unit, enabled=enabled) as bar:
         for item in items:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -128,7 +128,7 @@ class Settings:
                 check_fields(self, one.metadata["check"], one.name)
         if self.steps is not None and self.epochs is not None:
             raise PeftLabError(f"Give steps ({self.steps}) or epochs ({self.epochs}), not both.")
-        if hasattr(self.evaluation_data, "__len__") and not len(self.evaluation_data):
+        if isinstance(self.evaluation_data, Sized) and not len(self.evaluation_data):
             raise PeftLabError("The evaluation data holds no example; pass evaluation_data=None to do without.")
         self._check_evaluation()
 

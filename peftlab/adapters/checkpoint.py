@@ -418,7 +418,7 @@ def only_present(root: nn.Module, config: Config) -> Config:
 def locate(folder: Path, name: str) -> Path:
     """Return the folder that holds an adapter's two files."""
     for candidate in (folder / name, folder) if name != "default" else (folder,):
-        if {CONFIG, WEIGHTS} <= settled(candidate, FILES).keys():
+        if read_settled(candidate, FILES, lambda paths: {CONFIG, WEIGHTS} <= paths.keys()):
             return candidate
     if not folder.is_dir():
         near = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import filelock
@@ -82,7 +83,7 @@ def stamp(folder: Path, entry: dict) -> None:
 
 
 @contextlib.contextmanager
-def locked(name: str, waiting=None):
+def locked(name: str, waiting: Callable[[], object] | None = None) -> Iterator[None]:
     """Hold the lock of one asset. The system releases it even if this process is killed.
 
     Args:
@@ -114,7 +115,7 @@ def locked(name: str, waiting=None):
 
 
 @contextlib.contextmanager
-def staging(name: str):
+def staging(name: str) -> Iterator[Path]:
     """Make a temporary folder beside the final one, and remove it at the end. The caller holds the asset's lock.
 
     Temporary folders that killed processes left for this asset are removed first.

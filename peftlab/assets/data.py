@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,7 @@ def _rank(text: str, order: str = "") -> bytes:
 def _elsewhere(name: str, subset: str | None) -> DatasetDict:
     """Load a local file or folder, or a hub data set, with `datasets`. The result always has splits."""
     path = Path(name).expanduser()
+    options: dict[str, Any]
     try:
         with quiet():
             if path.is_file():
@@ -202,7 +203,7 @@ def _elsewhere(name: str, subset: str | None) -> DatasetDict:
 
 
 @contextlib.contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """Silence the bars and messages of `datasets` inside the block, then restore the user's settings."""
     verbosity, bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
     datasets.logging.set_verbosity_error()

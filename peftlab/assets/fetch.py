@@ -23,8 +23,16 @@ from peftlab.progress import Bar
 
 MEGABYTE = 1_000_000
 # Words in pip's report that distinguish a broken network from a package that does not exist.
-NETWORK_SIGNS = ("Retrying (", "Connection", "timed out", "resolution", "ProxyError", "SSLError", "IncompleteRead")
-NETWORK_SIGNS += ("incomplete-download",)
+NETWORK_SIGNS = (
+    "Retrying (",
+    "Connection",
+    "timed out",
+    "resolution",
+    "ProxyError",
+    "SSLError",
+    "IncompleteRead",
+    "incomplete-download",
+)
 
 
 def fetch(
@@ -111,7 +119,8 @@ def _download(name: str, found: dict, stage: Path, bar: Bar) -> Path:
     requirement = stage / "requirement.txt"
     requirement.write_text(f"{found['package']}=={found['version']} --hash=sha256:{found['wheel_sha256']}\n")
     # -P: pip must not import a file from the current folder that happens to have the name of one of its modules.
-    command = [sys.executable, "-P", "-m", "pip", "download", "--requirement", requirement, "--dest", target]
+    command: list[str | Path] = [sys.executable, "-P", "-m", "pip", "download"]
+    command += ["--requirement", requirement, "--dest", target]
     command += ["--no-deps", "--require-hashes", "--only-binary", ":all:", "--ignore-requires-python", "--no-cache-dir"]
     command += ["--no-input", "--no-color", "--disable-pip-version-check", "--progress-bar", "off"]
     # pip downloads into its temporary folder. If we give it one, its size is the progress, and it is on the right disk.

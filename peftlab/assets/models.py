@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def _fields(source: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """Silence transformers' bars and load reports inside the block, then restore the user's settings.
 
     The hub's download bars are not silenced, because people who wait for gigabytes want to see them move.
@@ -148,7 +149,7 @@ def _on_hub(name: str) -> bool:
     return True
 
 
-def _model_class(config: transformers.PretrainedConfig, num_labels: int | None) -> type:
+def _model_class(config: transformers.PretrainedConfig, num_labels: int | None) -> Any:
     """Return the auto class that fits a config."""
     architecture = (config.architectures or [""])[0]
     if num_labels is not None or architecture.endswith("ForSequenceClassification"):
@@ -194,6 +195,11 @@ def _device(device: torch.device | str | None) -> torch.device | None:
 def _load_fault(name: str, error: Exception) -> str:
     """Return one line for a person, made from the error of transformers."""
     text = " ".join(str(error).split())
+    if (Path(name).expanduser() / "adapter_config.json").is_file():
+        return (
+            f"{name} holds an adapter beside the model, and transformers {transformers.__version__} cannot load the "
+            "model without it. Move adapter_config.json away, load the model, and give the adapter to load_adapter."
+        )
     if "trust_remote_code" in text:
         return f"{name!r} needs Python code from its repository, and peftlab never runs such code."
     if "safetensors" in text and Path(name).expanduser().is_dir():

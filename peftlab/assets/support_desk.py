@@ -174,7 +174,7 @@ class Draw:
         """Draw a whole number from 0 to n - 1."""
         return int(self._random.random() * n)
 
-    def one(self, items: Sequence):
+    def one(self, items: Sequence[Item]) -> Item:
         """Draw one of the items."""
         return items[self.below(len(items))]
 

@@ -85,7 +85,7 @@ def desks() -> Iterator[dict[str, Any]]:
 
 def steps() -> Iterator[dict[str, Any]]:
     """Yield training steps at full size: reduction factor 16, LoRA on all seven layers, IA3 on its defaults."""
-    methods = (
+    methods: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("lora", "peftlab", {"r": 16}), ("houlsby", "peftlab", {"reduction_factor": 16}),
         ("pfeiffer", "peftlab", {"reduction_factor": 16}), ("parallel", "peftlab", {"reduction_factor": 16}),
         ("ia3", "peftlab", {}), ("ia3", "peft", {}),

@@ -21,6 +21,7 @@ import peftlab as pl
 from peftlab.bench.fullsize import ALL_LINEAR, timed, vocabulary_of
 from peftlab.bench.kernels import Row, forward_passes, kernels_of, profile_of
 from peftlab.core.checkpointing import switch_checkpointing
+from peftlab.core.records import as_transformer
 from peftlab.memory.counting.shapes import load_shape
 from peftlab.optional import available, require
 from peftlab.quantization import Linear4bit
@@ -127,7 +128,7 @@ def under(model: nn.Module, library: str, run: Row) -> Iterator[nn.Module]:
         if run["checkpointing"]:
             switch_checkpointing(model, "disable")
             if hasattr(model, "disable_input_require_grads") and getattr(model, "_require_grads_hooks", None):
-                model.disable_input_require_grads()
+                as_transformer(model).disable_input_require_grads()
         for name, parameter in model.named_parameters():  # the casts came from 16-bit values, so casting back is exact
             if parameter.dtype != before[name]:
                 parameter.data = parameter.data.to(before[name])

@@ -195,7 +195,7 @@ def _is_cuda(device: dict[str, Any]) -> bool:
 
 def _sizes(room: int) -> dict[str, list[str]]:
     """Return, by model, the methods whose step fits: 1 x 512 tokens, bf16, r = 16 on all linear layers."""
-    run = {"r": 16, "targets": "all-linear", "checkpointing": True}
+    run: dict[str, Any] = {"r": 16, "targets": "all-linear", "checkpointing": True}
     usable = (1 - SPARE) * room
     return {
         shape: [method for method in WAYS if estimate(shape, method, **run).peak_bytes <= usable] for shape in SIZES

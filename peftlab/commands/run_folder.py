@@ -181,8 +181,9 @@ def write_card(model: Any, place: Place, about: Mapping[str, Any]) -> None:
     """Write the adapter's model card anew, with what the run has measured since it was saved."""
     from peftlab.adapters.checkpoint import adapter_files
 
-    content = adapter_files(model, about=about)[CARD] if may_write(place.folder) else None
-    if content is not None:
+    if may_write(place.folder):
+        content = adapter_files(model, about=about)[CARD]
+        assert content is not None  # every adapter has a card
         place.note({CARD: _sum(content)})
         write_atomically(place.folder / CARD, content)
 
@@ -207,8 +208,8 @@ def save(model: Any, tokenizer: Any, place: Place, adapter: bool, about: Mapping
             model.save_pretrained(draft)
             tokenizer.save_pretrained(draft)
         os.chmod(draft, 0o755)
-        sums = {path.relative_to(draft).as_posix(): file_sum(path) for path in sorted(draft.rglob("*"))}
-        place.note({f"{MODEL}/{name}": total for name, total in sums.items() if total is not None})
+        sums = ((path, file_sum(path)) for path in sorted(draft.rglob("*")))  # None for what is no file
+        place.note({f"{MODEL}/{path.relative_to(draft).as_posix()}": one for path, one in sums if one is not None})
         replace_folder(draft, folder / MODEL, lambda before: None)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -337,8 +338,8 @@ def _older(folder: Path) -> Place:
     paths = [folder / name for name in (SETTINGS, METRICS, *ADAPTER)]
     if not (folder / MODEL).is_symlink():
         paths += sorted((folder / MODEL).rglob("*"))
-    sums = {p.relative_to(folder).as_posix(): file_sum(p) for p in paths if not p.is_symlink()}
-    made = {name: [total] for name, total in sums.items() if total is not None}
+    sums = ((path, file_sum(path)) for path in paths if not path.is_symlink())  # None for what is no file
+    made = {path.relative_to(folder).as_posix(): [one] for path, one in sums if one is not None}
     return Place(folder, made, False)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ def from_tensors(tensors: Mapping[str, Tensor], device: torch.device, name: str 
     format, block_size, shape = facts.get("quant_type"), facts.get("blocksize"), facts.get("shape")
     if not isinstance(format, str) or format not in OWNERS or marks[0] != MARK + OWNERS[format]:
         raise _wrong(name, f"its format is {format!r} under {marks[0]}; this package knows {', '.join(OWNERS)}")
-    if not isinstance(block_size, int) or not (2 <= block_size <= LARGEST_BLOCK) or block_size.bit_count() > 1:
+    if not _whole(block_size) or block_size < 2 or block_size.bit_count() > 1 or block_size > LARGEST_BLOCK:
         raise _wrong(name, f"its blocksize is {block_size!r}; it is a power of two from 2 to {LARGEST_BLOCK:,}")
     if not isinstance(shape, list) or not shape or not all(_whole(size) and size > 0 for size in shape):
         raise _wrong(name, f"its shape is {shape!r}; it is a list of positive whole numbers")
@@ -82,7 +82,7 @@ def from_tensors(tensors: Mapping[str, Tensor], device: torch.device, name: str 
 
     blocks = -(math.prod(shape) // -block_size)
     nested = "nested_absmax" in tensors
-    offset: Any = None
+    offset = None
     allowed = {marks[0], "absmax", "quant_map"} | ({"nested_absmax", "nested_quant_map"} if nested else set())
     if strange := sorted(set(tensors) - allowed):
         raise _wrong(name, f"beside it lies {strange[0]!r}, which says nothing here")
@@ -108,7 +108,7 @@ def from_tensors(tensors: Mapping[str, Tensor], device: torch.device, name: str 
         block_size,
         format,
         nested_absmax=tensors["nested_absmax"].to(device) if nested else None,
-        offset=torch.tensor(float(offset), dtype=torch.float32, device=device) if nested else None,
+        offset=None if offset is None else torch.tensor(float(offset), dtype=torch.float32, device=device),
     )
     # a weight has no value above its dtype's largest; the scale of a block may be rounded up a little
     if not bool((state.scales().abs() <= min(1.02 * torch.finfo(state.dtype).max, FLOAT_MAX)).all()):
@@ -156,7 +156,7 @@ def _check(
         raise _wrong(name, f"its {key} holds scales that are negative or not finite")
 
 
-def _whole(value: object) -> bool:
+def _whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftlab.core.records import as_transformer
 from peftlab.errors import PeftLabError
 from peftlab.training.encoding import IGNORE
 from peftlab.training.model_facts import ModelFacts
@@ -81,7 +82,7 @@ def check_labels(batch: Mapping[str, Any], facts: ModelFacts, where: Where, warn
 def _label_limit(batch: Mapping[str, Any], facts: ModelFacts, problem: str) -> tuple[int | None, bool]:
     """(how many labels there are, whether they are classes and not tokens)."""
     if facts.task in ("classification", "token classification"):
-        return inner_model(facts.model).config.num_labels, True
+        return as_transformer(inner_model(facts.model)).config.num_labels, True
     if facts.task == "choice":
         ids = batch.get("input_ids")
         return ids.shape[1] if isinstance(ids, Tensor) and ids.ndim == 3 else 2, True

@@ -140,8 +140,9 @@ def encode_classification(
     example = {key: list(value) for key, value in encoded.items() if key != "attention_mask"}
     if hasattr(label, "tolist"):
         label = label.tolist()
-    several = isinstance(label, Sequence) and not isinstance(label, (str, bytes))
-    return {**example, "labels": [_label(one) for one in label] if several else _label(label)}
+    if isinstance(label, Sequence) and not isinstance(label, (str, bytes)):
+        return {**example, "labels": [_label(one) for one in label]}
+    return {**example, "labels": _label(label)}
 
 
 def _label(value: Any) -> int | float:

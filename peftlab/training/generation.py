@@ -65,36 +65,35 @@ def generate_text(
     >>> pl.generate_text(model, tokenizer, ["the cat", "a dog"], max_new_tokens=3, progress=False)
     ['...', '...']
     """
-    if isinstance(prompts, str):
-        prompts = [prompts]
-    elif not isinstance(prompts, Iterable) or isinstance(prompts, Mapping):
+    if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping):
         raise PeftLabError(f"prompts is {prompts!r:.60}; give a list of texts or of conversations.")
-    prompts = list(prompts)
-    if prompts and all(isinstance(one, Mapping) and "role" in one for one in prompts):
-        prompts = [prompts]
+    # One conversation alone looks like a list of prompts to a type checker
+    listed: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+    if listed and all(isinstance(one, Mapping) and "role" in one for one in listed):
+        listed = [listed]
     max_new_tokens = whole("max_new_tokens", max_new_tokens, least=1)
     batch_size = whole("batch_size", batch_size, least=1)
-    core = unwrap(model)
+    core: Any = unwrap(model)  # a mixin gives it `generate`
     generate = getattr(core, "generate", None)
     if generate is None:
         raise PeftLabError(f"{type(core).__name__} has no generate(); load a language model, e.g. 'smollm2-135m'.")
     apart = is_encoder_decoder(core)
     # An encoder reads a text to its end token, as in training; a decoder goes on.
     read = encoder_ids if apart else prompt_ids
-    encoded = [{"input_ids": read(tokenizer, prompt)} for prompt in prompts]
+    encoded = [{"input_ids": read(tokenizer, prompt)} for prompt in listed]
     _check_prompts(core, encoded)
     parts = batches(core, [len(example["input_ids"]) for example in encoded], batch_size)
     # An encoder reads padding on the right as well, and what stands in front of the text stays close to it.
     collate = Collator(tokenizer, side="right" if apart else "left")
     stops = _stops(core, tokenizer)
-    answers = [""] * len(prompts)
+    answers = [""] * len(listed)
     # transformers finds strings that end an answer by the tokenizer
     more = {"tokenizer": tokenizer} if getattr(core.generation_config, "stop_strings", None) else {}
     with (
         mode(core, False),
         text_positions(core),
         _greedy(core, tokenizer, stops, max_new_tokens),
-        Bar(len(prompts), "Generating", unit="answer", enabled=progress) as bar,
+        Bar(len(listed), "Generating", unit="answer", enabled=progress) as bar,
     ):
         for chosen in parts:
             batch = to_device(collate([encoded[index] for index in chosen]), device_of(core))
@@ -145,7 +144,7 @@ def _stops(model: nn.Module, tokenizer: Any) -> list[int]:
 
 
 @contextmanager
-def _greedy(model: nn.Module, tokenizer: Any, stops: list[int], max_new_tokens: int) -> Iterator[None]:
+def _greedy(core: nn.Module, tokenizer: Any, stops: list[int], max_new_tokens: int) -> Iterator[None]:
     """Make the model's generation config a greedy one for a while, with all else that it says.
 
     Passing `do_sample=False` beside a config that samples makes transformers warn about each setting that then has no
@@ -153,6 +152,7 @@ def _greedy(model: nn.Module, tokenizer: Any, stops: list[int], max_new_tokens: 
     """
     from transformers import GenerationConfig
 
+    model: Any = core  # a mixin gives it this config
     before, plain = model.generation_config, GenerationConfig()
     greedy = copy.deepcopy(before) or GenerationConfig()
     for name in (*NOT_GREEDY, *NOT_TOKENS):

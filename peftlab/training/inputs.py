@@ -36,7 +36,7 @@ class Examples(Sequence):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: Any) -> Any:  # an int; a Sequence's type has slices too
         return self.inputs.row(self.rows[index], f"Example {index} of {self.name}")
 
     def __iter__(self) -> Iterator[Example]:
@@ -126,7 +126,8 @@ class Inputs:
             )
 
     def _check_lengths(self, row: Example) -> None:
-        ids, task = row.get("input_ids"), self.facts.task
+        task = self.facts.task
+        ids: Any = row.get("input_ids")
         if ids is None:
             return
         tokens = _length(ids)
@@ -141,7 +142,7 @@ class Inputs:
             if length is not None and length != tokens:
                 more = " A label is needed for each token, not for each word." if key == "labels" else ""
                 raise PeftLabError(f"{row.where} has {tokens} input_ids and {length} {key}; they go together.{more}")
-        labels = row.get("labels")
+        labels: Any = row.get("labels")
         if task == "sequence to sequence" and _length(labels) == tokens and labels[0] == IGNORE:
             learned = [(label, token) for label, token in zip(labels, ids, strict=True) if label != IGNORE]
             if learned and all(label == token for label, token in learned):
@@ -182,12 +183,13 @@ def example_lengths(examples: Sequence[Any]) -> list[int]:
         PeftLabError: an example has no tokens to count.
     """
     lengths = [_length(example.get("input_ids") if isinstance(example, Mapping) else None) for example in examples]
-    if None in lengths:
+    known = [length for length in lengths if length is not None]
+    if len(known) < len(lengths):
         raise PeftLabError(
             f"group_by_length needs input_ids, whose lengths it compares; example {lengths.index(None)} has none. "
             "Leave group_by_length out."
         )
-    return lengths
+    return known
 
 
 def _length(value: Any) -> int | None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from peftlab.core.modes import device_of, mode, to_device
+from peftlab.core.records import as_transformer
 from peftlab.errors import PeftLabError
 from peftlab.progress import Bar
 from peftlab.training.batching import batches
@@ -236,14 +237,15 @@ def predict_labels(
 
 def _problem(model: nn.Module, rows: Sequence[Any]) -> str:
     """What kind of labels a classifier has, from its config or, without one there, from the first example's."""
-    config = inner_model(model).config
+    config = as_transformer(inner_model(model)).config
     known = getattr(config, "problem_type", None)
     if known in PROBLEMS:
         return known
     if config.num_labels == 1:
         return "regression"
     first = rows[0] if len(rows) else {}
-    labels = next((first[key] for key in ("labels", "label", "label_ids") if key in first), None) if first else None
+    found = (first[key] for key in ("labels", "label", "label_ids") if key in first)
+    labels: Any = next(found, None) if first else None
     several = labels is not None and getattr(labels, "shape", None) != () and hasattr(labels, "__len__")
     return "multi_label_classification" if several and len(labels) == config.num_labels else PROBLEMS[0]
 

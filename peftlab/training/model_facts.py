@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftlab.core.records import unwrap
+from peftlab.core.records import as_transformer, unwrap
 from peftlab.training.model_task import (
     Columns,
     forward_columns,
@@ -73,26 +73,27 @@ def facts_of(model: nn.Module, with_task: bool = True) -> ModelFacts:
 def output_size(model: nn.Module) -> int | None:
     """How many tokens a language model can predict; None where that cannot be told."""
     core = inner_model(model)
+    head: nn.Module | None
     try:
-        head = core.get_output_embeddings()
+        head = as_transformer(core).get_output_embeddings()
     except (AttributeError, NotImplementedError):
         head = None
     size = getattr(head, "out_features", None)
-    if size is None and isinstance(getattr(head, "weight", None), Tensor):
-        size = len(head.weight)
+    if size is None and isinstance(weight := getattr(head, "weight", None), Tensor):
+        size = len(weight)
     return size if isinstance(size, int) else getattr(text_config(core), "vocab_size", None)
 
 
 def text_config(model: nn.Module) -> Any:
     """The part of the model's config that is about its text; None for a module without a config."""
-    config = getattr(inner_model(model), "config", None)
+    config: Any = getattr(inner_model(model), "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def vocabulary(model: nn.Module) -> int | None:
     """How many token ids the model can read; None where that cannot be told."""
     try:
-        embedding = inner_model(model).get_input_embeddings()
+        embedding = as_transformer(inner_model(model)).get_input_embeddings()
     except (AttributeError, NotImplementedError):
         return None
     size = getattr(embedding, "num_embeddings", None)
@@ -102,9 +103,10 @@ def vocabulary(model: nn.Module) -> int | None:
 def finds_the_last_token(model: nn.Module) -> bool:
     """Whether the model's own forward looks for the padding id, to find the last token of a text before it."""
     core = inner_model(model)
-    if task_of_class(type(core))[0] != "classification" or is_encoder_decoder(core):
+    kind: type = type(core)
+    if task_of_class(kind)[0] != "classification" or is_encoder_decoder(core):
         return False
-    for one in type(core).__mro__:
+    for one in kind.__mro__:
         forward = inspect.unwrap(one.__dict__["forward"]) if "forward" in one.__dict__ else None
         code = getattr(forward, "__code__", None)
         if code is not None:

@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -54,7 +54,7 @@ def inner_model(model: nn.Module) -> nn.Module:
     """The model itself, inside the wrappers of torch and of Hugging Face peft."""
     core = unwrap(model)
     if type(core).__name__ == "FullyShardedDataParallel":
-        core = core.module
+        core = cast(nn.Module, core.module)
     base = getattr(core, "get_base_model", None)
     return base() if callable(base) else core
 
@@ -93,7 +93,8 @@ def task_of(model: nn.Module) -> str | None:
         PeftLabError: it is a transformers model of another kind, whose loss is not known here.
     """
     core = inner_model(model)
-    task, known = task_of_class(type(core))
+    kind: type = type(core)
+    task, known = task_of_class(kind)
     if task == "generation":
         return "sequence to sequence" if is_encoder_decoder(core) else "causal language modelling"
     if task is None and (known or is_known_class(core)):
@@ -139,7 +140,7 @@ def problem_of(model: nn.Module, task: str | None, labels: Tensor) -> str:
 
 
 def _kind_of_labels(model: nn.Module, name: str, labels: Tensor, whole: bool) -> str:
-    config = inner_model(model).config
+    config: Any = inner_model(model).config
     classes, problem = config.num_labels, getattr(config, "problem_type", None)
     per_example = labels.ndim == 1 or (labels.ndim == 2 and labels.shape[1] == 1)
     if problem is not None and problem not in PROBLEMS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -51,21 +51,21 @@ def put_known_id(batch: dict[str, Any], facts: ModelFacts, collate: Callable, wa
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
     if not on_cpu(ids) or ids.ndim != 2:
         return
-    known = on_cpu(mask) and mask.shape == ids.shape
-    hidden = mask == 0 if known else torch.zeros_like(ids, dtype=torch.bool)
+    known = mask if on_cpu(mask) and mask.shape == ids.shape else None
+    hidden = torch.zeros_like(ids, dtype=torch.bool) if known is None else known == 0
     padded, pad = bool(hidden.any()), facts.pad
     if facts.searches:
         _check_search(ids, hidden, facts, collate)
-        if padded and bool((ids[hidden] != pad).any()):
+        if padded and pad is not None and bool((ids[hidden] != pad).any()):
             warn(
                 f"The batches are padded with {int(ids[hidden][0])}, but {facts.name} looks for the last token of a "
                 f"text before config.pad_token_id={pad}; {pad} is put there instead. Pad with {pad} too when you use "
                 "the model, or set model.config.pad_token_id to the tokenizer's id."
             )
             ids = batch["input_ids"] = ids.masked_fill(hidden, pad)
-        if known and pad is not None and _pad_of(collate, ids, hidden) != pad:
+        if known is not None and pad is not None and _pad_of(collate, ids, hidden) != pad:
             places = torch.arange(ids.shape[1])
-            if not torch.equal((places * (ids != pad)).argmax(1), (places * mask).argmax(1)):
+            if not torch.equal((places * (ids != pad)).argmax(1), (places * known).argmax(1)):
                 warn(
                     f"A text ends in the token {pad}, which is config.pad_token_id: {facts.name} takes it for padding "
                     "and reads the token before it. Set model.config.pad_token_id to the tokenizer's pad id."
@@ -98,6 +98,6 @@ def _pad_of(collate: Callable, ids: Tensor, hidden: Tensor) -> int | None:
     return int(ids[hidden][0]) if hidden.any() else None
 
 
-def on_cpu(value: Any) -> bool:
+def on_cpu(value: Any) -> TypeGuard[Tensor]:
     """Whether a value is a tensor that can be looked at without waiting for a GPU."""
     return isinstance(value, Tensor) and value.device.type == "cpu"

@@ -46,7 +46,7 @@ class Columns(Sequence):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: Any) -> Any:  # an int; a Sequence's type has slices too
         return {key: value[index] for key, value in self.columns.items()}
 
 

@@ -159,7 +159,9 @@ def test_saved_and_loaded_with_a_head(kind, placement, tmp_path):
     expected = model(**batch(kind)).logits
     folder = pl.save_adapter(model, tmp_path, name="one")
     assert folder == tmp_path / "one"
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
     other = pl.load_adapter(base(kind), tmp_path, name="one")
     assert torch.equal(other(**batch(kind)).logits, expected)
     assert pl.attached(other)["one"].scaling == 2.0 and pl.attached(other)["one"].placement == placement

@@ -4,6 +4,7 @@ import peft
 import pytest
 import torch
 from pairs import batch, give, gradients, live, our_state, pair, relative, same, three_steps
+from releases import skip_lost_biases
 
 import peftlab as pl
 
@@ -63,6 +64,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_same_numbers(case):
     kind, settings = CASES[case]
+    skip_lost_biases(settings)
     settings = {"r": 5, "alpha": 12, **settings}
     ours, theirs = pair(kind, **settings)
     assert pl.count_parameters(ours)[:2] == theirs.get_nb_trainable_parameters()

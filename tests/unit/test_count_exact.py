@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from releases import older
 
 from peftlab.catalogue import METHODS
 from peftlab.errors import PeftLabError
@@ -157,6 +158,8 @@ def test_lora_counts_what_peft_prints_for_every_built_in_shape(name):
     shape = load_shape(name)
     cases = CASES if shape.parameters < 5e8 else [{"r": 8}, {"r": 16, "targets": "all-linear"}]
     for case in cases:
+        if name == "t5-base" and case.get("bias") == "all" and older("peft", "0.21"):
+            continue  # as in the variants
         ours = count(name, "lora", **case)
         options = {"task_type": TASK[shape.kind], "r": case["r"], "bias": case.get("bias", "none")}
         if "targets" in case:
@@ -308,6 +311,8 @@ VARIANTS = {
 @pytest.mark.parametrize("method", OF_PEFT)
 def test_every_method_on_every_family_in_its_variants(family, method):
     for seed, options in enumerate(VARIANTS[method]):
+        if family in ("t5", "mt5") and options.get("bias") == "all" and older("peft", "0.21"):
+            continue  # peft 0.20 takes T5's relative_attention_bias for a bias
         same_count(small(family, seed), method, **options)
 
 

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from releases import older
 from tiny import llama, tokenizer
 
 import peftlab as pl
@@ -145,6 +146,14 @@ class Pickled:
         return open, (self.path, "w")
 
 
+def alone(folder):
+    """The base of a folder that holds an adapter too. Releases of transformers that cannot leave it out are told of."""
+    try:
+        return load_model(str(folder))[0]
+    except pl.PeftLabError as error:
+        assert older("transformers", "5.23") and "holds an adapter beside the model" in str(error)
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_model.bin", "model.pt"])
 def test_no_pickle_is_opened(name, tmp_path, trap):
     folder = plain(tmp_path / "plain")
@@ -156,7 +165,8 @@ def test_no_pickle_is_opened(name, tmp_path, trap):
     elif name == "adapter_model.bin":
         pl.save_adapter(pl.attach(llama(), pl.LoRAConfig(r=2)), tmp_path / "adapter")
         (folder / C).write_bytes((tmp_path / "adapter" / C).read_bytes())
-        model, _ = load_model(str(folder))  # the base alone; the adapter is for load_adapter
+        if (model := alone(folder)) is None:
+            return
         assert not any("lora" in key for key in model.state_dict())
         with pytest.raises(pl.PeftLabError, match="a pickle, which can run code"):
             pl.load_adapter(model, folder)
@@ -168,7 +178,8 @@ def test_an_adapter_beside_a_model_is_not_put_into_it(tmp_path):
     folder = plain(tmp_path / "plain")
     pl.save_adapter(pl.attach(llama(), pl.LoRAConfig(r=2, init="random")), folder)
     ids = torch.tensor([[3, 4, 5]])
-    model, _ = load_model(str(folder))
+    if (model := alone(folder)) is None:
+        return
     assert torch.equal(model(ids).logits, llama().eval()(ids).logits)
 
 

@@ -330,7 +330,7 @@ def test_config_problem_type_is_obeyed_or_refused():
     made = model("BertForSequenceClassification", SMALL, num_labels=2, problem_type="single_label_classification")
     with pytest.raises(PeftLabError, match="of which one is right"):
         metrics.mean_loss(made, rows(lambda place, tokens: {"labels": [1.0, 0.0]}), Collator())
-    made.config.problem_type = "ranking"
+    vars(made.config)["problem_type"] = "ranking"  # some releases of transformers check what is assigned
     with pytest.raises(PeftLabError, match="'ranking'; transformers knows"):
         metrics.mean_loss(made, rows(lambda place, tokens: {"labels": 1}), Collator())
 

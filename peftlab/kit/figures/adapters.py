@@ -36,7 +36,7 @@ def adapter_places() -> Figure:
     return figure
 
 
-def _branch(axes, bottom, name, adapter, beside):
+def _branch(axes: Axes, bottom: float, name: str, adapter: bool, beside: bool) -> None:
     """Draw a sub-layer: from the stream through norm, layer and perhaps an adapter, and back into the stream."""
     top = bottom + (5.6 if adapter else 4.6)
     _line(axes, (STREAM, bottom), (BRANCH, bottom))
@@ -71,7 +71,7 @@ def _box(axes: Axes, x: float, y: float, height: float, name: str) -> None:
     axes.text(x, y + height / 2, name, ha="center", va="center", fontsize=SMALLEST, zorder=3, linespacing=0.85)
 
 
-def _bottleneck(axes, x, y):
+def _bottleneck(axes: Axes, x: float, y: float) -> None:
     """Draw an adapter as two trapezoids, down and up, that meet at their narrow ends."""
     down = [(-1.4, 0), (1.4, 0), (0.5, 0.6), (-0.5, 0.6)]
     up = [(-0.5, 0.75), (0.5, 0.75), (1.4, 1.35), (-1.4, 1.35)]

@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from peftlab.kit.figures.style import BLACK, COLOURS, GREY, HATCHES, SMALLEST, look, new, styled
 
 
-def _finish(figure, axes, lines):
+def _finish(figure: Figure, axes: Axes, lines: int) -> Figure:
     """Add a legend if there are several lines. It stands below the axes, where it hides no data."""
     if lines > 1:
         handles, names = axes.get_legend_handles_labels()
@@ -21,19 +23,19 @@ def _finish(figure, axes, lines):
     return figure
 
 
-def _array(values):
+def _array(values: Any) -> numpy.ndarray:
     """Return a torch tensor of any device and dtype, or anything that NumPy takes, as a float array."""
     if hasattr(values, "detach"):
         values = values.detach().float().cpu()
     return numpy.asarray(values, dtype=float)
 
 
-def _columns(names):
+def _columns(names: Sequence[str]) -> int:
     """Return how many columns of a legend fit into a page's width of about 60 characters."""
     return max(1, min(len(names), 60 // (max(map(len, names)) + 6)))
 
 
-def _fewer_ticks(axis, values):
+def _fewer_ticks(axis: Axis, values: Sequence[float]) -> None:
     """Put ticks of a logarithmic axis at the measured values, written as plain numbers."""
     axis.set_ticks(values, labels=[f"{value:g}" for value in values])
     axis.set_ticks([], minor=True)

@@ -48,7 +48,7 @@ def lora_dataflow(step: int | None = None, *, d_in: int = 576, d_out: int = 576,
     return figure
 
 
-def _draw(axes, step, sizes):
+def _draw(axes: Axes, step: int, sizes: tuple[int, int, int] | None) -> None:
     """Draw one picture, 12 wide and 7 high: the frozen path above, the low-rank path below."""
     axes.set(xlim=(-0.2, 12.4), ylim=(0, 7), aspect="equal")
     axes.axis("off")

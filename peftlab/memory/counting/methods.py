@@ -97,7 +97,7 @@ def ia3(shape: Shape, options: Options) -> Trained:
         raise PeftLabError(f"ia3 trains no biases; found bias={options.bias!r}. Leave it out, or use lora or bitfit.")
     family, targets = FAMILIES[shape.family], options.targets
     if targets is None:  # as in peft, leave out a default that this model does not have (mT5 without a gate)
-        targets = [name for name in family.ia3 if any(m.path.endswith(f".{name}") for m in shape.modules)]
+        targets = tuple(name for name in family.ia3 if any(m.path.endswith(f".{name}") for m in shape.modules))
     adapted = _linear(shape, targets, "ia3")
     # compare the end of the string, as peft does, not whole names of the path
     sizes = [(1, m.inputs) if m.path.endswith(family.ia3_inputs) else (m.outputs, 1) for m in adapted]

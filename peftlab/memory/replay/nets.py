@@ -142,7 +142,7 @@ class Net:
             return ops.linear(x, x.new((outputs, x.shape[-1]), 2))
         return ops.frozen_linear(x, outputs)
 
-    def product(self, x: Tensor, weight: Parameter, bias: Parameter | None = None) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x W^T + b, in 16 bits under autocast."""
         if self.autocast:
             x, weight = self.half(x), self.half(weight)

@@ -89,7 +89,7 @@ def mul_broadcast(x: Tensor, b: Tensor) -> Tensor:
     return record(output, [x, b], apply, [one for one in kept.values() if one is not None])
 
 
-def mul_vector(x: Tensor, weight: Parameter) -> Tensor:
+def mul_vector(x: Tensor, weight: Tensor) -> Tensor:
     """Replay x times a vector, such as a norm's weight: x is kept only if the weight trains."""
     kept = x if weight.needs_grad else None
     needs, bytes = x.needs_grad, x.bytes
@@ -270,7 +270,7 @@ def first_of(x: Tensor) -> Tensor:
     return record(output, [x], lambda g: (g.new(shape),))
 
 
-def linear(x: Tensor, weight: Parameter, bias: Parameter | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Replay x W^T + b. It keeps x only for the gradient of W."""
     kept = x if weight.needs_grad else None
     needs, shape, bytes = x.needs_grad, x.shape, x.bytes
@@ -359,7 +359,7 @@ def split_halves_rotated(x: Tensor) -> Tensor:
     del negative
     shape = x.shape
 
-    def apply(g: Tensor):
+    def apply(g: Tensor) -> Gradients:
         first = g.new(shape)  # the gradient of x1; that of x2 is added to it in place
         negative = g.new(half)
         second = g.new(shape)

@@ -207,12 +207,13 @@ def record(output: Tensor, inputs: Sequence[Tensor], apply: Callable, saved: Seq
     return output
 
 
-def backward(root: Node, gradients: list[Tensor]) -> None:
+def backward(root: Node | Leaf | None, gradients: list[Tensor]) -> None:
     """Run the backward pass from one node, and release the graph on the way.
 
     Args:
         gradients: a list with the node's gradient, which is taken out so that the caller does not keep it alive.
     """
+    assert isinstance(root, Node)  # a loss is the output of an operation
     waiting = _uses(root)
     buffers: dict[Node, Tensor] = {root: gradients.pop()}
     ready = [(-root.order, root)]
