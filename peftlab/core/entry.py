@@ -38,21 +38,19 @@ def unguard(host: nn.Module) -> None:
 
 def _enter(host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     record = record_of(host)
-    if record is not None and record.activity.enabled and not torch.compiler.is_compiling():
-        check_unchanged(host, record)
-    if found_in(host) is None:  # others have put their own forward there, and it takes no mark
+    watch = None
+    if record is not None and not torch.compiler.is_compiling():
+        if record.activity.enabled:
+            check_unchanged(host, record)
+        if record.unseen and can_be_noted(host):
+            watch = FirstPass(host, record)
+    if found_in(host) is None:  # others have put their own forward there, which takes no more inputs
         (record.activity if record is not None else adapters_on(host).activity).unsure = True
         return args, kwargs
-    watched = record is not None and record.unseen and not torch.compiler.is_compiling() and can_be_noted(host)
-    return args, {**kwargs, ENTERED: Entered(host, FirstPass(host, record) if watched else run)}
+    return args, {**kwargs, ENTERED: Entered(host, watch)}
 
 
-_enter.marks_calls = True  # type: ignore[attr-defined]
-
-
-def run(forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-    """Run a module's own forward."""
-    return forward(*args, **kwargs)
+_enter.enters = True  # type: ignore[attr-defined]
 
 
 def check_unchanged(root: nn.Module, record: Record) -> None:
@@ -72,12 +70,12 @@ def check_unchanged(root: nn.Module, record: Record) -> None:
 
 
 class FirstPass:
-    """Run a model's own forward and watch it, once."""
+    """Watch a model while its forward runs, until one pass has shown enough."""
 
     def __init__(self, root: nn.Module, record: Record) -> None:
         self.root, self.record = root, record
 
-    def __call__(self, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return what the forward returns.
 
         Raises:

@@ -2,10 +2,10 @@
 
 torch runs hooks when a module is called, and skips them when its `forward` is called. Some libraries call
 `model.forward(...)` (sentence-transformers does), and a prompt on the model would then do nothing. So while adapters
-are attached, the model's `forward` is a `Forward`. It makes a direct call into a call of the module.
+are attached, the model's `forward` is a `Forward`, which runs our hooks itself in a direct call.
 
-A call of the module comes to this object too, after the hooks. It must not be made into a call once more. So the hook
-that `entry.guard` sets adds one named input to such a call, and `Forward` takes it out again.
+A call of the module comes to this object too, after the hooks, which must not run twice. So the hook that `entry.guard`
+sets adds one named input to such a call, and `Forward` takes it out again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftlab.core.hooks import ENTERED, Activity
+from peftlab.core.hooks import ENTERED, Activity, run_parts
 
 
 class Entered:
@@ -26,11 +26,11 @@ class Entered:
 
     Attributes:
         host: the module that was called. (In a replica of DataParallel it is not the one that `Forward` knows.)
-        run: what runs the module's own forward.
+        watch: what runs a function and watches the model meanwhile, or None.
     """
 
-    def __init__(self, host: nn.Module, run: Callable[..., Any]) -> None:
-        self.host, self.run = host, run
+    def __init__(self, host: nn.Module, watch: Callable[..., Any] | None) -> None:
+        self.host, self.watch = host, watch
 
 
 class Forward:
@@ -51,36 +51,35 @@ class Forward:
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         """Return the module's own forward. `inspect.signature` reads it."""
-        return self.of(self.host)
-
-    def of(self, host: nn.Module) -> Callable[..., Any]:
-        """Return the own forward of the module, or of a replica."""
-        return MethodType(type(host).forward, host) if self.own is None else self.own
+        return MethodType(type(self.host).forward, self.host) if self.own is None else self.own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module; or, when that has happened, its own forward."""
+        """Run the module's own forward; in a direct call, with what stands on the module."""
         if args and args[0] is self.host:  # accelerate binds what it finds here to the model a second time
             args = args[1:]
         entered = kwargs.pop(ENTERED, None)
         if entered is None:
-            # after detaching, somebody may still hold this object
-            return (self.host if self.stands() else self.__wrapped__)(*args, **kwargs)
-        forward = self.of(entered.host)
+            enter = next((hook for hook in self.host._forward_pre_hooks.values() if hasattr(hook, "enters")), None)
+            if enter is None:  # after detaching, somebody may still hold this object
+                return self.__wrapped__(*args, **kwargs)
+            return run_parts(self.host, self, *enter(self.host, args, kwargs))
         if torch.compiler.is_compiling():
             self.activity.unsure = True
-            return forward(*args, **kwargs)
+            return self.run(entered.host, *args, **kwargs)
         here, inside = (get_ident(), self.path), self.activity.inside
         outermost = here not in inside
         inside.add(here)
         try:
-            return entered.run(forward, args, kwargs)
+            if entered.watch is None:
+                return self.run(entered.host, *args, **kwargs)
+            return entered.watch(self.run, entered.host, *args, **kwargs)
         finally:
             if outermost:
                 inside.discard(here)
 
-    def stands(self) -> bool:
-        """Say whether a call of the module comes back here, marked."""
-        return any(getattr(hook, "marks_calls", False) for hook in self.host._forward_pre_hooks.values())
+    def run(self, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the own forward of the module, or of its replica."""
+        return type(host).forward(host, *args, **kwargs) if self.own is None else self.own(*args, **kwargs)
 
 
 def found_in(host: nn.Module) -> Forward | None:

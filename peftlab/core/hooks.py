@@ -166,6 +166,16 @@ def _after(host: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
     return _apply(adapters_on(host), (args, kwargs), output, change, lambda part: part.overrides("after"))
 
 
+def run_parts(host: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+    """Run a module's forward between our hooks, as a call of the module does."""
+    (_, before), (_, after) = hook_keys(host)
+    changed = _before(host, args, kwargs) if before else None
+    args, kwargs = (args, kwargs) if changed is None else changed
+    output = forward(*args, **kwargs)
+    changed = _after(host, args, kwargs, output) if after else None
+    return output if changed is None else changed
+
+
 def _is_prompt(part: Part) -> bool:
     return part.compatibility_key is not None
 

@@ -208,10 +208,15 @@ def own_tensor(host: nn.Module, name: str) -> torch.Tensor:
 
 
 def device_and_dtype_for(host: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Return the device and dtype for a part of this host: the host's, but float32 beside 16-bit or quantised
-    weights.
+    """Return the device and dtype for a part of this host: where it computes, and its dtype (float32 beside 16-bit or
+    quantised weights).
     """
     own = getattr(host, "weight", None)
     tensor = own if isinstance(own, torch.Tensor) else next(host.parameters(), torch.empty(0))
     wide = tensor.is_floating_point() and tensor.dtype in (torch.float32, torch.float64)
-    return tensor.device, tensor.dtype if wide else torch.float32
+    device = tensor.device
+    if tensor.is_meta:  # accelerate keeps an offloaded weight elsewhere, and brings it to a device for each call
+        hook = getattr(host, "_hf_hook", None)
+        devices = (getattr(one, "execution_device", None) for one in (hook, *getattr(hook, "hooks", ())))
+        device = next((torch.device(one) for one in devices if one is not None), device)
+    return device, tensor.dtype if wide else torch.float32
