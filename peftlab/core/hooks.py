@@ -140,8 +140,9 @@ def _before(host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | 
     inputs = args, kwargs
     parts = adapters_on(host)
     prompts = prompt_parts(parts, parts.activity) if parts.activity.running else {}
-    if prompts:  # one of these parts runs for all of them: it inserts the active prompt, a mixture of their prompts
-        inputs = next(iter(prompts.values())).before(host, args, kwargs)
+    if prompts:  # one adapter's parts run for all of them: they insert the active prompt, a mixture of their prompts
+        for part in filter(_is_prompt, parts.parts_of(next(iter(prompts))).values()):
+            inputs = part.before(host, *inputs)
 
     def change(mine: list[Part], inputs: tuple, base: tuple) -> tuple:
         for part in mine:
