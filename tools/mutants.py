@@ -310,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
     for mutant, end in sorted(ends, key=lambda pair: (pair[0].file, pair[0].line)):
         if end in ("survived", "timeout"):
             print(f"\n{end}: {mutant}")
-    for area in TABLE:
+    for area in dict.fromkeys(one.area for one in mutants):
         there = [end for one, end in ends if one.area == area]
         print(f"{area:14}{len(there):5} mutants: {', '.join(f'{there.count(end)} {end}' for end in ENDS)}")
     return int("survived" in tried.values())
