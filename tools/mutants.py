@@ -194,9 +194,10 @@ class Copies:
         place, began = self.free.get(), time.monotonic()
         if mutant:
             (place / mutant.file).write_text(mutant.text, encoding="utf-8")
+        search = os.pathsep.join(filter(None, [str(place), os.environ.get("PYTHONPATH")]))
         process = subprocess.Popen(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", QUICK, *options],
-            cwd=place, env=os.environ | ALONE | {"PYTHONPATH": str(place)}, start_new_session=True,
+            cwd=place, env=os.environ | ALONE | {"PYTHONPATH": search}, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         )  # fmt: skip
         try:
