@@ -24,7 +24,7 @@ from peftlab.errors import PeftLabError, some
 def guard(host: nn.Module, path: str, activity: Activity) -> None:
     """Let a module's calls, and direct calls of its forward, pass through here."""
     if _enter not in host._forward_pre_hooks.values():
-        host.__dict__["forward"] = Forward(host, path, activity)
+        host.__dict__["forward"] = Forward(host, path, activity, _enter)
         host.register_forward_pre_hook(_enter, with_kwargs=True)
 
 
@@ -48,9 +48,6 @@ def _enter(host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         (record.activity if record is not None else adapters_on(host).activity).unsure = True
         return args, kwargs
     return args, {**kwargs, ENTERED: Entered(host, watch)}
-
-
-_enter.enters = True  # type: ignore[attr-defined]
 
 
 def check_unchanged(root: nn.Module, record: Record) -> None:

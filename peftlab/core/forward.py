@@ -40,11 +40,12 @@ class Forward:
         host: the module.
         path: its path.
         activity: that of the model's adapters.
+        enter: the hook that marks a call of the module.
         own: a `forward` that the module had as an attribute of its own, or None.
     """
 
-    def __init__(self, host: nn.Module, path: str, activity: Activity) -> None:
-        self.host, self.path, self.activity = host, path, activity
+    def __init__(self, host: nn.Module, path: str, activity: Activity, enter: Callable[..., Any]) -> None:
+        self.host, self.path, self.activity, self.enter = host, path, activity, enter
         self.own: Callable[..., Any] | None = vars(host).get("forward")
         self.__name__ = "forward"
 
@@ -59,8 +60,8 @@ class Forward:
             args = args[1:]
         entered = kwargs.pop(ENTERED, None)
         if entered is None:
-            enter = next((hook for hook in self.host._forward_pre_hooks.values() if hasattr(hook, "enters")), None)
-            if enter is None:  # after detaching, somebody may still hold this object
+            enter = self.enter
+            if enter not in self.host._forward_pre_hooks.values():  # after detaching, others may still hold this object
                 return self.__wrapped__(*args, **kwargs)
             return run_parts(self.host, self, *enter(self.host, args, kwargs))
         if torch.compiler.is_compiling():
