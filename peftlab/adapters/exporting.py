@@ -10,6 +10,7 @@ from peftlab.adapters.checkpoint import (
     TARGET_FIELDS,
     State,
     check_place,
+    classes_of,
     config_class,
     files_of,
     read_folder,
@@ -54,9 +55,10 @@ def export_adapter(folder: str | os.PathLike, out: str | os.PathLike, name: str 
             raise PeftLabError(f"{out} holds the adapter itself. Give another folder for its portable form.")
         check_place(out)
         given = {"r": 8, "lora_alpha": 8, **saved.fields}  # peft's defaults
-        if config_class(given) is LoRAConfig:
+        config_class(given)  # refuses options that this package does not have
+        if given["peft_type"] == LoRAConfig.peft_type:
             LoRAConfig(**LoRAConfig.from_peft(given))  # refuses wrong values, and a run that changed its base
-            warn_of_unknown(saved.folder, saved.fields, [LoRAConfig], TARGET_FIELDS)
+        warn_of_unknown(saved.folder, saved.fields, classes_of(given), TARGET_FIELDS)
         fields, tensors = portable(given, in_file_form(saved.tensors, saved.folder))
         metadata = {key: text for key, text in saved.metadata.items() if key == "peftlab_base"}
         parameters = sum(tensor.numel() for tensor in tensors.values())

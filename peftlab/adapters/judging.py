@@ -7,16 +7,16 @@ million module names) exhausts neither memory nor patience.
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from peftlab import foreign
 from peftlab.core.hooks import base_modules
 from peftlab.core.interface import Config, Placement
-from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.errors import PeftLabError
 
 # Fields that become a dimension of the adapter's tensors, and of those of the encoder that is saved beside
 SIZES = ("r", "num_virtual_tokens", "width")
@@ -122,14 +122,8 @@ def warn_of_unknown(
     if "num_virtual_tokens" in known:
         known |= {*SIZES_OF_PROMPTS}
     strange = [name for name, value in fields.items() if name not in known and value is not None]
-    if strange:
-        told = ", ".join(repr(name[:60]) + did_you_mean(name[:60], known, 1).rstrip() for name in strange[:20])
-        more = f" and {len(strange) - 20} more" if len(strange) > 20 else ""
-        warnings.warn(
-            f"The config in {folder} has fields that are not known, and they are ignored: {told}{more}. If one of them "
-            "changes what the adapter computes, load it with the program that made it.",
-            stacklevel=stacklevel,
-        )
+    advice = "If one of them changes what the adapter computes, load it with the program that made it."
+    foreign.warn_of_unknown(f"The config in {folder}", strange, known, advice, stacklevel + 1)
 
 
 class Allowance:

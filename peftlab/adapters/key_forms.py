@@ -112,12 +112,15 @@ def read_as(expected: Collection[str], tensors: Mapping[str, Tensor], folder: Pa
     found, forms = by_plain_name(tensors, folder)
     if any(key.startswith(PREFIX) for key in expected) and not any(PREFIX in key for key in tensors):
         forms.append(f"{PREFIX!r} missing in front")
+    fronts = outer_names(wanted, found)
     ways = [
         (front, back)
-        for front, back in outer_names(wanted, found)
+        for front, back in fronts
         if all(name.startswith(front) and back + name.removeprefix(front) in found for name in wanted)
     ]
     if len(wanted) < len(expected) or len(ways) != 1:
+        if not wanted.keys() & found.keys():  # not one key fits as it is
+            forms += [outer_form(front, back) for front, back in fronts if front or back]
         if forms:
             missing = next(key for key in expected if key not in tensors)
             raise PeftLabError(
@@ -129,7 +132,7 @@ def read_as(expected: Collection[str], tensors: Mapping[str, Tensor], folder: Pa
         return dict(tensors)
     front, back = ways[0]
     if front or back:
-        forms.append(f"{(front or back)!r} {'missing' if front else 'added'} in front of the modules")
+        forms.append(outer_form(front, back))
     if forms:
         warnings.warn(
             f"The keys in {folder} are in another form than Hugging Face peft's files have ({'; '.join(forms)}). They "
@@ -180,6 +183,11 @@ def outer_names(wanted: Collection[str], found: Collection[str]) -> list[tuple[s
             if outer and set(outer.rstrip(".").split(".")) <= set(OUTER):
                 fronts.add((outer, "") if front else ("", outer))
     return sorted(fronts)
+
+
+def outer_form(front: str, back: str) -> str:
+    """Return words for what is missing, or added, in front of the modules."""
+    return f"{(front or back)!r} {'missing' if front else 'added'} in front of the modules"
 
 
 def in_file_form(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:

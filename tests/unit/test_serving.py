@@ -168,7 +168,7 @@ def test_targets_are_a_list_that_means_the_same_modules(targets, more, names, tm
 
 MISREAD = {
     "use_rslora": ({"use_rslora": True}, ["llama.cpp", "SGLang", "use_rslora", "portable=True"]),
-    "alpha_pattern": ({"alpha_pattern": {"q_proj": 3}}, ["llama.cpp, vLLM and SGLang", "alpha_pattern", "portable=True"]),
+    "alpha_pattern": ({"alpha_pattern": {"q_proj": 3}}, ["vLLM and SGLang", "alpha_pattern", "portable=True"]),
     "rank_pattern": ({"rank_pattern": {"q_proj": 3}}, ["vLLM", "SGLang", "rank_pattern", "portable=True"]),
     "an expression": ({"target_modules": r".*\.q_proj"}, ["SGLang refuses", "target_modules", "portable=True"]),
     "a trained copy": ({"modules_to_save": ["lm_head"]}, ["vLLM", "llama.cpp", "modules_to_save", "pl.merge"]),
