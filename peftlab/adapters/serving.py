@@ -103,7 +103,10 @@ def notes(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], tied: Collec
         told.append(Note("rank_pattern", wrong, PORTABLE))
     if isinstance(targets, str) and targets.lower() != ALL_LINEAR:
         told.append(Note("target_modules", "SGLang refuses target_modules that is a regular expression", PORTABLE))
-    told += [Note(field, text, way(field)) for field, text in obstacles(fields, tensors).items()]
+    stuck = obstacles(fields, tensors)
+    if stuck:  # the portable form would be refused
+        told = [note._replace(way=way(next(iter(stuck)))) for note in told]
+    told += [Note(field, text, way(field)) for field, text in stuck.items()]
     if tied:
         wrong = f"llama.cpp's converter refuses an update of {min(tied)}, which is tied to the word embeddings"
         told.append(Note("target_modules", wrong, f"leave {min(tied)} out of target_modules, or serve it elsewhere"))
@@ -145,8 +148,6 @@ def warning(told: Iterable[Note]) -> str:
     """Return what the programs do, and what to do about it, as one text."""
     told = list(told)
     ways = dict.fromkeys(note.way for note in told)
-    if any(MERGE in each for each in ways):
-        ways.pop(PORTABLE, None)  # it would be refused
     return (
         f"Serving programs would not read this adapter as it is: {'; '.join(note.text for note in told)}. To serve it, "
         f"{'; and '.join(ways)}."

@@ -146,6 +146,8 @@ def test_the_state_of_a_peft_model_with_its_base_and_its_head(tmp_path):
     theirs.save_pretrained(tmp_path)
     state = {key: value.clone() for key, value in theirs.state_dict().items()}
     save_file(state, tmp_path / W)
+    with torch.no_grad():
+        base.score.weight.add_(2)  # a head is drawn anew whenever its model is loaded
     loaded, said = caught(pl.load_adapter, base, tmp_path)
     assert len(said) == 1 and "adapter names" in said[0]
     ids = IDS[:1]
@@ -170,6 +172,14 @@ def test_two_values_for_one_key_are_refused_and_equal_ones_are_not(tmp_path):
     rewrite(tmp_path / "a", lambda name: name, {key: more[key] + 1})
     with pytest.raises(pl.PeftLabError, match="two of them stand for"):
         pl.load_adapter(llama(), tmp_path / "a")
+
+
+def test_keys_that_could_be_read_in_two_ways_are_refused(tmp_path):
+    pl.save_adapter(build(), tmp_path)
+    more = {key.replace(P, P + "model."): value + 1 for key, value in load_file(tmp_path / W).items()}
+    rewrite(tmp_path, lambda key: "module." + key, more)
+    with pytest.raises(pl.PeftLabError, match="not certain what they stand for"):
+        pl.load_adapter(llama(), tmp_path)
 
 
 class Wrapped(nn.Module):

@@ -173,6 +173,7 @@ MISREAD = {
     "an expression": ({"target_modules": r".*\.q_proj"}, ["SGLang refuses", "target_modules", "portable=True"]),
     "a trained copy": ({"modules_to_save": ["lm_head"]}, ["vLLM", "llama.cpp", "modules_to_save", "pl.merge"]),
     "a bias of B": ({"lora_bias": True}, ["vLLM", "llama.cpp", "lora_bias", "train without lora_bias"]),
+    "two": ({"use_rslora": True, "modules_to_save": ["lm_head"]}, ["use_rslora", "modules_to_save", "pl.merge"]),
     "biases": ({"bias": "lora_only"}, ["vLLM", "llama.cpp", "trained biases", "pl.merge"]),
 }  # fmt: skip
 
@@ -191,6 +192,7 @@ def test_what_would_be_misread_or_refused_is_told_once_and_in_the_card(case, tmp
     assert ("portable=True" in said[0]) == ("portable=True" in words)  # it is no advice where it would be refused
     card = (tmp_path / "README.md").read_text()
     assert "## Serving" in card and all(word in card for word in words)
+    assert ("portable=True" in card) == ("portable=True" in words)
 
 
 @pytest.mark.parametrize("settings", [
