@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peftlab.core.sharding import class_of
+
 CARD = "README.md"
 # A README.md without this line is a person's, and is never overwritten.
 MARKER = "<!-- Written by peftlab. Remove this line to keep your changes: the next save leaves this file alone. -->"
@@ -70,7 +72,7 @@ def card(
         lines.append(f"pipeline_tag: {PIPELINES[task]}")
     tags = [f"base_model:adapter:{base}"] if base else []
     lines += ["tags:", *(f"- {_text(tag)}" for tag in (*tags, method, "peftlab")), "---", MARKER, ""]
-    shown = base or f"a {type(root).__name__} without a name"
+    shown = base or f"a {class_of(root).__name__} without a name"
     lines += [
         f"# {method} adapter for {_plain(shown)}",
         "",

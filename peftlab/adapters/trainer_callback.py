@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from peftlab.adapters.checkpoint import check_config, check_fit, fill, placed, read_folder, save_adapter
 from peftlab.adapters.injection import attached
 from peftlab.core.records import record_of, require_adapter, unwrap
+from peftlab.core.sharding import in_one_piece, is_sharded
 from peftlab.errors import PeftLabError
 
 FOLDER = "adapter"
@@ -39,8 +40,8 @@ class AdapterCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
     ) -> None:
         """Write the adapters into the checkpoint that was just saved."""
-        if args.should_save:
-            model = rest["model"]
+        model = rest["model"]
+        if args.should_save or is_sharded(unwrap(model)):  # all processes of a sharded model save together
             for name in attached(model):
                 save_adapter(model, checkpoint_folder(args, state) / FOLDER, name)
 
@@ -95,5 +96,5 @@ def restore_adapter(model: nn.Module, folder: Path, name: str) -> None:
     require_adapter(root, name)
     saved, placements = read_folder(folder, name), placed(root, name)
     check_config(root, name, placements, saved)
-    check_fit(root, placements, saved)
+    check_fit(root, in_one_piece(placements), saved)
     fill(placements, saved)
