@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peftlab.core.sharding import class_of
-
 CARD = "README.md"
 # A README.md without this line is a person's, and is never overwritten.
 MARKER = "<!-- Written by peftlab. Remove this line to keep your changes: the next save leaves this file alone. -->"
@@ -72,7 +70,7 @@ def card(
         lines.append(f"pipeline_tag: {PIPELINES[task]}")
     tags = [f"base_model:adapter:{base}"] if base else []
     lines += ["tags:", *(f"- {_text(tag)}" for tag in (*tags, method, "peftlab")), "---", MARKER, ""]
-    shown = base or f"a {class_of(root).__name__} without a name"
+    shown = base or f"a {_class_name(root)} without a name"
     lines += [
         f"# {method} adapter for {_plain(shown)}",
         "",
@@ -114,6 +112,12 @@ def card(
             'model = PeftModel.from_pretrained(base_model, "this/folder")', "```",
         ]  # fmt: skip
     return ("\n".join(lines) + "\n").encode()
+
+
+def _class_name(root: Any) -> str:
+    """The name of a model's class. `fully_shard` puts a class of its own before the real one."""
+    kinds = type(root).__mro__
+    return (kinds[2] if kinds[1].__name__ == "FSDPModule" else kinds[0]).__name__
 
 
 def _text(value: object) -> str:

@@ -53,12 +53,6 @@ def give_up_gathered(root: nn.Module) -> None:
         module.reshard()
 
 
-def class_of(module: nn.Module) -> type:
-    """Return a module's class. `fully_shard` gives it one of its own, which stands before the real one."""
-    kinds = type(module).__mro__
-    return kinds[2] if kinds[1].__name__ == "FSDPModule" else kinds[0]
-
-
 def refuse_sharded(root: nn.Module, what: str, advice: str) -> None:
     """Refuse what cannot be done to a sharded model."""
     if is_sharded(root):
