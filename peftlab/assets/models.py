@@ -47,8 +47,8 @@ def load_model(
     model of text and images for both. Two classes are changed: a masked language model is loaded without its head, and
     an encoder-decoder without a head for sequence-to-sequence.
 
-    The second thing returned is the tokenizer, also for a model of images or sound. Its processor, which prepares these,
-    comes from `transformers.AutoProcessor`. A model without a tokenizer is not loaded here; the error says how to go on.
+    The second thing returned is the tokenizer, also for a model of images or sound. The processor that prepares these
+    comes from `transformers.AutoProcessor`. A model without a tokenizer is not loaded; the error says how to go on.
 
     Only safetensors are read. No code from a repository is ever run.
 
@@ -248,8 +248,11 @@ def _load_fault(name: str, error: Exception) -> str:
             "model without it. Move adapter_config.json away, load the model, and give the adapter to load_adapter."
         )
     if "Unrecognized configuration class" in text:
-        classes = " ".join(re.findall(r"configuration class <class '[\w.]*?(\w+)'>|of AutoModel: (\w+)", text)[0])
-        return f"{name!r} has a {classes.strip()}, for which transformers has no class of this task. Leave num_labels out."
+        kind = re.search(r"configuration class <class '[\w.]*?(\w+)'>", text)
+        return (
+            f"{name!r} has a {kind.group(1) if kind else 'config'}, for which transformers has no class of this task. "
+            "Leave num_labels out."
+        )
     if "trust_remote_code" in text:
         return f"{name!r} needs Python code from its repository, and peftlab never runs such code."
     if "safetensors" in text and Path(name).expanduser().is_dir():

@@ -259,7 +259,8 @@ def writing_modules(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str
     Such a part has a config of its own inside the model's. A model that is built around images or sound alone, or that
     compares them with text and writes none, keeps all its modules. So does Whisper, whose two halves share a config.
     """
-    config, head = getattr(model, "config", None), getattr(as_transformer(model), "get_output_embeddings", None)
+    config: Any = getattr(model, "config", None)
+    head = getattr(model, "get_output_embeddings", None)
     if not hasattr(config, "get_text_config") or head is None or head() is None:
         return modules
     text = config.get_text_config(decoder=True)

@@ -15,7 +15,7 @@ import together
 import torch
 from torch import distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     LlamaForSequenceClassification,
@@ -92,7 +92,9 @@ def batch(model, rank=0):
 
 
 def train(model, rank, steps=2):
-    sharding.give_up_gathered(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # an optimizer must not get what was gathered for a forward pass
+            module.reshard()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     for _ in range(steps):
         model(**batch(model, rank)).loss.backward()

@@ -134,7 +134,7 @@ def test_the_class_that_was_saved_and_where_its_default_adapter_stands(name, tmp
     assert len(hosts) == count and all(path.startswith(place) for path in hosts), hosts
 
 
-@pytest.mark.parametrize("name", ["LlavaForConditionalGeneration", "GitForCausalLM", "Idefics3ForConditionalGeneration"])
+@pytest.mark.parametrize("name", ["LlavaForConditionalGeneration", "GitForCausalLM", "MllamaForConditionalGeneration"])
 def test_one_may_still_name_the_part_that_reads_images(name):
     model = model_of(name)
     pl.attach(model, pl.LoRAConfig(r=2, target_modules=["q_proj"]))
