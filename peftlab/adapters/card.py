@@ -80,7 +80,7 @@ def card(
         lines.append(f"pipeline_tag: {PIPELINES[task]}")
     tags = [f"base_model:adapter:{base}"] if base else []
     lines += ["tags:", *(f"- {_text(tag)}" for tag in (*tags, method, "peftlab")), "---", MARKER, ""]
-    shown = base or (f"a {type(root).__name__} without a name" if root is not None else "a model without a name")
+    shown = base or (f"a {_class_name(root)} without a name" if root is not None else "a model without a name")
     lines += [
         f"# {method} adapter for {_plain(shown)}",
         "",
@@ -133,6 +133,12 @@ def training_of(folder: Path) -> str:
         return ""
     text = (folder / CARD).read_text(encoding="utf-8")
     return text.partition(f"\n{TRAINING}\n")[2].partition(f"\n{LOADING}\n")[0].strip()
+
+
+def _class_name(root: Any) -> str:
+    """The name of a model's class. `fully_shard` puts a class of its own before the real one."""
+    kinds = type(root).__mro__
+    return (kinds[2] if kinds[1].__name__ == "FSDPModule" else kinds[0]).__name__
 
 
 def _text(value: object) -> str:

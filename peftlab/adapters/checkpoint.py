@@ -36,6 +36,7 @@ from peftlab.catalogue import METHODS, resolve
 from peftlab.core.hooks import adapters_on, base_modules, hosts
 from peftlab.core.interface import Config, Placement
 from peftlab.core.records import as_transformer, require_adapter, unwrap
+from peftlab.core.sharding import Processes, in_one_piece, piece_of, refuse_sharded, whole
 from peftlab.core.sums import check_sums, digest, with_sums
 from peftlab.core.targets import ALL_LINEAR, Targets, by_pattern, names_match
 from peftlab.core.tensor_files import read_shapes, read_tensors, serialised
@@ -62,6 +63,9 @@ def save_adapter(
     Serving programs read less of a config than Hugging Face peft does. A warning names what llama.cpp, vLLM or SGLang
     would refuse or misread of a language model's adapter, such as rsLoRA's scaling.
 
+    If `fully_shard` has divided the model, call this in every process. They gather whole tensors together, the first
+    process writes them, and none goes on before that is done. Under DistributedDataParallel any one process can save.
+
     Args:
         folder: where to write. An adapter that is not called "default" goes into a subfolder of its name.
         portable: whether to write it so that all three read it rightly, as Hugging Face peft and this package still do:
@@ -74,21 +78,26 @@ def save_adapter(
 
     Raises:
         PeftLabError: there is no such adapter, a parameter is not finite, the adapter has no portable form, or the
-            folder holds files of these names that are no adapter's. Nothing is then written.
+            folder holds files of these names that are no adapter's; or the model is sharded and a process does not
+            come. Nothing is then written.
 
     >>> model = pl.attach(model, pl.LoRAConfig(r=4))
     >>> folder = pl.save_adapter(model, "my-adapter")
     >>> sorted(file.name for file in folder.iterdir())
     ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
+    root = unwrap(model)
+    require_adapter(root, name)
+    processes, call = Processes(root), f"save_adapter(model, ..., {name!r})"
+    processes.meet(call)
     with bounded():
-        state = adapter_state(model, name, portable)
+        state = adapter_state(root, name, portable)
         contents = files_of(state)
         told = serving_notes(state) if state.fields["peft_type"] == "LORA" else []  # they serve no other method
     if told:
         warnings.warn(warning(told), stacklevel=2)
     folder = Path(folder) if name == "default" else Path(folder) / name
-    write_adapter(folder, contents)
+    processes.write(call, lambda: write_adapter(folder, contents))
     return folder
 
 
@@ -148,7 +157,8 @@ def adapter_files(
 ) -> dict[str, bytes | None]:
     """Return the card and the files of an adapter's folder by name, in the order of `FILES`.
 
-    A file that the adapter does not have is None. The card tells `about`, what is known of the training.
+    A file that the adapter does not have is None. The card tells `about`, what is known of the training. All processes
+    of a sharded model must call this together.
     """
     return files_of(adapter_state(model, name), about)
 
@@ -179,7 +189,7 @@ def adapter_state(model: nn.Module, name: str, portable: bool = False) -> State:
     """Return what the folder of an attached adapter is made of."""
     root = unwrap(model)
     config = require_adapter(root, name).configs[name]
-    placements = placed(root, name)
+    placements = in_one_piece(placed(root, name))
     tensors = {}
     for key, parameter in key_table(placements).items():
         if not torch.isfinite(parameter).all():
@@ -252,6 +262,7 @@ def load_adapter(
     4
     """
     root = unwrap(model)
+    refuse_sharded(root, "load_adapter cannot divide a new adapter with it", "Load first, then call fully_shard.")
     with bounded():
         saved = read_folder(Path(folder), name)
         config = from_fields(root, saved.fields)
@@ -333,9 +344,9 @@ def fill(placements: Iterable[Placement], saved: Saved) -> None:
     """Copy saved tensors into an adapter's parts, in place of the values that the parts started with."""
     # An encoder's output is not copied; its weights (next loop) reproduce it.
     for key, parameter in key_table(p for p in placements if not p.part.encoder_keys).items():
-        parameter.copy_(saved.tensors[key])
+        parameter.copy_(piece_of(saved.tensors[key], parameter))
     for key, parameter in encoder_table(placements).items():
-        parameter.copy_(saved.encoder[key])
+        parameter.copy_(piece_of(saved.encoder[key], parameter))
 
 
 def check_config(root: nn.Module, name: str, placements: list[Placement], saved: Saved) -> None:
@@ -595,7 +606,7 @@ def redundant(root: nn.Module, key: str, tensors: Mapping[str, Tensor]) -> bool:
         return False
     # The base may have been loaded in another dtype, so the two are compared in the coarser dtype.
     dtype = min(own.dtype, tensors[key].dtype, key=lambda dtype: dtype.itemsize)
-    return torch.equal(tensors[key].to(dtype), own.detach().cpu().to(dtype))
+    return torch.equal(tensors[key].to(dtype), whole(own).detach().cpu().to(dtype))
 
 
 def embedding_copies(root: nn.Module, fields: Mapping[str, Any], placements: list[Placement]) -> dict[str, Tensor]:
@@ -619,7 +630,7 @@ def embedding_copies(root: nn.Module, fields: Mapping[str, Any], placements: lis
         if part_name not in ("bias", "copy") and any(root.get_submodule(path) is layer for layer in embeddings):
             weight = base_tensor(root, path, "weight")
             assert weight is not None
-            copies[f"{PREFIX}{path}.base_layer.weight"] = weight.detach().cpu().contiguous().clone()
+            copies[f"{PREFIX}{path}.base_layer.weight"] = whole(weight).detach().cpu().contiguous().clone()
     return copies
 
 
