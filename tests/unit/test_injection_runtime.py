@@ -3,9 +3,9 @@
 import copy
 
 import pytest
-import together
 import torch
 import torch._dynamo.testing
+from children import together
 from nets import Net, tokens
 from tiny import llama
 from torch import nn
@@ -113,8 +113,7 @@ def test_distributed_data_parallel_in_one_process():
 
 
 def ddp_step(rank, world, folder):
-    """Two backwards under DistributedDataParallel; rank 0 writes its gradients. The end of its process."""
-    together.arrive()
+    """Two backwards under DistributedDataParallel; rank 0 writes its gradients."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     model = attach(Net(), modules_to_save=["blocks.0.norm"])
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
@@ -126,13 +125,11 @@ def ddp_step(rank, world, folder):
     if rank == 0:
         pl.save_adapter(wrapped, folder)
         torch.save({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, folder / "grads.pt")
-    together.leave()
 
 
 @pytest.mark.slow
 def test_distributed_data_parallel_on_two_processes(tmp_path, world=2):
-    code = "from pathlib import Path; from test_injection_runtime import ddp_step; ddp_step({}, {}, Path({!r}))"
-    together.run(*(["-c", code.format(rank, world, str(tmp_path))] for rank in range(world)))
+    together(*((ddp_step, rank, world, tmp_path) for rank in range(world)))
     alone = attach(Net(), modules_to_save=["blocks.0.norm"])
     alone(tokens(4)).square().mean().backward()
     expected = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}

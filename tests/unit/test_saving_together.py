@@ -3,32 +3,27 @@
 import contextlib
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
+import kill_trials
 import pytest
 import torch
+from children import together
 from nets import Net, tokens
 from tiny import llama
 
 import peftlab as pl
 from peftlab import files
 
-WORKER = Path(__file__).with_name("kill_worker.py")
 KINDS = ("adapter", "prompt", "four-bit")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that can fork and kill")
 C, W, R = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
 
 def outcomes(kind, folder, seeds):
-    command = [sys.executable, str(WORKER), kind, str(folder / "saved"), *map(str, seeds)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    (lines,) = together((kill_trials.trials, kind, folder / "saved", seeds))
     assert len(lines) == len(seeds) and set(lines) <= {"old", "new", "nothing"}, lines
     return lines
 
