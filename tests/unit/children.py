@@ -1,7 +1,7 @@
 """Processes for tests. They are forked from one warm process, because each would need seconds to import torch.
 
-The warm process belongs to one pytest worker and imports `warm` once. Where a system cannot fork, every child is a
-fresh process instead.
+The warm process belongs to one pytest worker and imports `warm` once. Mark tests that start children `@one_worker`, so
+that no other worker needs a warm process too. Where a system cannot fork, every child is a fresh process instead.
 """
 
 import contextlib
@@ -13,9 +13,11 @@ from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
+import pytest
 from patience import HUNG_SECONDS
 
 HERE = Path(__file__).parent
+one_worker = pytest.mark.xdist_group("children")
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import time
 import peft
 import pytest
 import torch
-from children import Child
+from children import Child, one_worker
 from nets import Net, assert_same, snapshot, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -244,6 +244,7 @@ def save_in_turn(folder, ready):
             pl.save_adapter(model, folder)
 
 
+@one_worker
 def test_killed_while_saving_leaves_a_whole_adapter(tmp_path):
     """A child saves two adapters in turn, as fast as it can, and is killed: what lies there is one of them, whole."""
     for trial in range(2):

@@ -10,14 +10,13 @@ import pytest
 import resume_run
 import tiny
 import torch
-from children import Child
+from children import Child, one_worker
 from safetensors.torch import load_file
 
 from peftlab.errors import PeftLabError
 from peftlab.training import files, train
 
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes, which only POSIX systems have")
-one_worker = pytest.mark.xdist_group("killed runs")  # all compare with one run, which is not to be made twice
 TRIALS = [*range(4), *(pytest.param(trial, marks=pytest.mark.kills) for trial in range(4, 20))]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import kill_trials
 import pytest
 import torch
-from children import together
+from children import one_worker, together
 from nets import Net, tokens
 from tiny import llama
 
@@ -29,12 +29,14 @@ def outcomes(kind, folder, seeds):
 
 
 @needs_fork
+@one_worker
 @pytest.mark.parametrize("kind", KINDS)
 def test_three_kills(kind, tmp_path):
     outcomes(kind, tmp_path, range(3))
 
 
 @needs_fork
+@one_worker
 @pytest.mark.kills
 @pytest.mark.parametrize("kind", KINDS)
 def test_fifty_kills(kind, tmp_path):

@@ -4,12 +4,13 @@ import ddp_run
 import pytest
 import tiny
 import torch
-from children import together
+from children import one_worker, together
 from torch import distributed
 
 from peftlab.training import train
 
 
+@one_worker
 @pytest.mark.slow
 @pytest.mark.skipif(not distributed.is_available() or not distributed.is_gloo_available(), reason="torch without gloo")
 def test_two_processes_train_as_one(tmp_path):

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from children import Child
+from children import Child, one_worker
 from safetensors.torch import load_file
 from tiny import checkpointing_arguments, llama
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -69,6 +69,7 @@ def train_until_stopped(folder):
     trainer(model_with_adapters(), folder, [Stop()]).train()
 
 
+@one_worker
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     whole = model_with_adapters()
     trainer(whole, tmp_path / "whole").train()
