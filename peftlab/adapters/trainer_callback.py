@@ -16,8 +16,9 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peftlab.adapters.checkpoint import check_config, check_fit, fill, placed, read_folder, save_adapter
+from peftlab.adapters.checkpoint import check_config, check_fit, fill, key_table, placed, read_folder, save_adapter
 from peftlab.adapters.injection import attached
+from peftlab.adapters.key_forms import read_as
 from peftlab.core.records import record_of, require_adapter, unwrap
 from peftlab.errors import PeftLabError
 
@@ -94,6 +95,7 @@ def restore_adapter(model: nn.Module, folder: Path, name: str) -> None:
     root = unwrap(model)
     require_adapter(root, name)
     saved, placements = read_folder(folder, name), placed(root, name)
+    saved = saved._replace(tensors=read_as(key_table(placements), saved.tensors, saved.folder))
     check_config(root, name, placements, saved)
     check_fit(root, placements, saved)
     fill(placements, saved)
