@@ -24,11 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.adapters.card import CARD, card, may_write
-from peftlab.adapters.injection import add, prepare, settle
+from peftlab.adapters.injection import add, check_name, prepare, settle
 from peftlab.adapters.integrity import base_sample, base_tensor, check_base
 from peftlab.adapters.judging import Allowance, check_fields, check_sizes
 from peftlab.adapters.task_type import task_type_of
 from peftlab.catalogue import METHODS, resolve
+from peftlab.checks import checked
 from peftlab.core.hooks import adapters_on, base_modules, hosts
 from peftlab.core.interface import Config, Placement
 from peftlab.core.records import as_transformer, require_adapter, unwrap
@@ -50,6 +51,7 @@ TARGET_FIELDS = (
 )  # fmt: skip
 
 
+@checked()
 def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> Path:
     """Write an adapter so that both this package and Hugging Face peft can load it, with a model card beside it.
 
@@ -144,6 +146,7 @@ def _has_encoder(folder: Path) -> bool:
         return False
 
 
+@checked()
 def load_adapter(
     model: nn.Module,
     folder: str | os.PathLike,
@@ -171,6 +174,7 @@ def load_adapter(
     4
     """
     root = unwrap(model)
+    check_name(name)
     with bounded():
         saved = read_folder(Path(folder), name)
         config = from_fields(root, saved.fields)

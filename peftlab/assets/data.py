@@ -5,6 +5,7 @@ import contextlib
 import csv
 import hashlib
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from peftlab.assets import support_desk
 from peftlab.assets.fetch import ensure
-from peftlab.checks import whole
+from peftlab.checks import checked, whole
 from peftlab.errors import PeftLabError, did_you_mean
 
 NAMES = ("reviews", "news", "support-desk")
@@ -39,8 +40,13 @@ AS_WRITTEN = {
 }
 
 
+@checked()
 def load_data(
-    name: str, *, sizes: Sequence[int] | None = None, difficulty: float | None = None, subset: str | None = None
+    name: str | os.PathLike[str],
+    *,
+    sizes: Sequence[int] | None = None,
+    difficulty: float | None = None,
+    subset: str | None = None,
 ) -> DatasetDict:
     """Load a data set in splits.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftlab.checks import whole
+from peftlab.checks import Tokenizer, checked, whole
 from peftlab.core.hooks import text_positions
 from peftlab.core.modes import device_of, mode, to_device
 from peftlab.core.records import unwrap
@@ -35,9 +35,10 @@ NOT_TOKENS = (
 ).split()
 
 
+@checked("prompts")
 def generate_text(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     prompts: Prompt | Sequence[Prompt],
     max_new_tokens: int = 64,
     batch_size: int = 16,
