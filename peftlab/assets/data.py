@@ -176,6 +176,8 @@ def _elsewhere(name: str, subset: str | None) -> DatasetDict:
     """Load a local file or folder, or a hub data set, with `datasets`. The result always has splits."""
     path = Path(name).expanduser()
     options: dict[str, Any]
+    if path.resolve() == path.resolve().parent:
+        raise PeftLabError(f"{name!r} is the whole file system; give the folder that holds the data.")
     try:
         with quiet():
             if path.is_file():
@@ -200,7 +202,7 @@ def _elsewhere(name: str, subset: str | None) -> DatasetDict:
                     f"There is no data set {name!r}.{did_you_mean(name, NAMES)} Known: {', '.join(NAMES)}; "
                     'else give the path of a file or folder, or a hub id such as "org/data".'
                 )
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, PeftLabError):
             raise
         reason = error.__cause__ or error  # the first message is only "an error occurred while generating"

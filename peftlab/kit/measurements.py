@@ -197,4 +197,7 @@ def write(path: str | Path, topic: str, provenance: dict[str, Any], rows: list[d
     head = json.dumps({"topic": topic, "provenance": provenance}, indent=1, sort_keys=False)
     lines = ",\n  ".join(json.dumps(row, allow_nan=False) for row in rows)
     text = f'{head[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n'
-    write_atomically(path, text.encode())
+    try:
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise PeftLabError(f"{path} cannot be written: {error.strerror}. Give another path.") from error

@@ -253,7 +253,7 @@ def table(
     16    0.70
     """
     headings, cells, numeric = tables.lay_out(rows, columns)
-    source = source or rows
+    source = rows if source is None else source
     source = source.cite() if hasattr(source, "cite") else None
     _display({"text/html": tables.as_html(headings, cells, numeric, caption, source),
               "text/plain": tables.as_text(headings, cells, caption, source)})

@@ -30,7 +30,7 @@ from peftlab.training.conversations import (
 )
 from peftlab.training.model_task import is_encoder_decoder
 
-MOST_TOKENS = 2**31 - 1  # of an example
+MOST_TOKENS = 100_000_000  # of an example or an answer
 MOST_MULTIPLE = 1_000_000  # a batch of one token is padded to so many
 IGNORE = -100  # the label that torch's cross-entropy leaves out
 

@@ -251,7 +251,7 @@ def _problem(model: nn.Module, rows: Sequence[Any]) -> str:
         return known
     if config.num_labels == 1:
         return "regression"
-    first = rows[0] if len(rows) else {}
+    first = rows[0] if len(rows) and isinstance(rows[0], Mapping) else {}  # others are refused with the examples
     found = (first[key] for key in ("labels", "label", "label_ids") if key in first)
     labels: Any = next(found, None) if first else None
     several = labels is not None and getattr(labels, "shape", None) != () and hasattr(labels, "__len__")
