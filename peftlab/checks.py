@@ -257,10 +257,10 @@ def _union(kinds: list[Kind | None], hints: tuple[Any, ...]) -> Kind | None:
     known = [kind for kind in kinds if kind is not None]
     if len(known) < len(kinds):
         return None
-    paths = [hint for hint in hints if isinstance(hint, type) and issubclass(hint, os.PathLike)]
-    if paths and str in hints:  # a text here is a path
-        rest = [kind for kind, hint in zip(known, hints, strict=True) if hint is not str and hint not in paths]
-        known = [PATH, *rest]
+    plain = [typing.get_origin(hint) or hint for hint in hints]
+    is_path = [isinstance(hint, type) and issubclass(hint, (str, os.PathLike)) for hint in plain]
+    if str in hints and sum(is_path) > 1:  # a text here is a path
+        known = [PATH, *(kind for kind, path in zip(known, is_path, strict=True) if not path)]
     listed = [kind.words for kind in known]
     fits = tuple(kind.fits for kind in known)
     advice = next((kind.advice for kind in known if kind.advice), "")

@@ -190,8 +190,9 @@ def wrong_type(parameter: inspect.Parameter, value: object) -> bool:
 @pytest.fixture(scope="module", autouse=True)
 def place(tmp_path_factory):
     """A folder with what `RIGHT` reads, as the current one, in which wrong names mean nothing."""
-    before = os.getcwd()
-    os.chdir(tmp_path_factory.mktemp("wrong"))
+    before, top = os.getcwd(), tmp_path_factory.mktemp("wrong")
+    (top / "a" / "b").mkdir(parents=True)  # a call may write to "../..", which has to lie within
+    os.chdir(top / "a" / "b")
     pl.save_adapter(adapted(), "adapter")
     pl.save_quantized(four_bits(), "four")
     tiny.llama(layers=1).save_pretrained("base")
