@@ -13,6 +13,7 @@ from peftlab.checks import checked
 from peftlab.core.calls import observed, passed_weights
 from peftlab.core.hooks import move
 from peftlab.core.records import as_transformer, own_tensor, record_of, tensor_at, unwrap
+from peftlab.core.sharding import refuse_sharded
 from peftlab.core.targets import TASK_HEADS, is_conv1d, names_match, warn_of_experts
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.quantization.backends import AUTO, check_backend, choose
@@ -68,6 +69,7 @@ def quantize_model(
     device = None if device is None else checks.device(device, torch)
     if record_of(root) is not None:
         raise PeftLabError("Adapters are attached to this model; quantise it first, then attach.")
+    refuse_sharded(root, "a piece of a weight cannot be quantised", "Quantise first, then attach and shard.")
     check_format(format)
     block_size = check_block_size(block_size)
     paths = list(candidates(root, skip))
