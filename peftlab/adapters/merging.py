@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.adapters.injection import detach, refresh_requires_grad, restore_base
+from peftlab.checks import checked
 from peftlab.core.calls import observed
 from peftlab.core.hooks import Activity, adapters_on, hosts
 from peftlab.core.interface import Part
@@ -50,6 +51,7 @@ class MergeReport(NamedTuple):
         return f"merged {self.modules} modules; rounding lost at most {self.relative_error:.2g} of an update"
 
 
+@checked()
 @torch.no_grad()
 def merge(model: nn.Module, *, unload: bool = False, requantize: bool = False) -> MergeReport:
     """Fold the active adapters into the base's weights, in place.
@@ -109,6 +111,7 @@ def merge(model: nn.Module, *, unload: bool = False, requantize: bool = False) -
     return MergeReport(len(errors), max(errors.values(), default=0.0), errors)
 
 
+@checked()
 def unmerge(model: nn.Module) -> None:
     """Restore the base's own weights, bit for bit, and let the adapters run beside them again.
 

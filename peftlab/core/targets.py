@@ -8,10 +8,9 @@ thinks, and nothing would show it.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 from torch import nn
 
@@ -19,7 +18,7 @@ from peftlab import patterns
 from peftlab.checks import one_of, whole
 from peftlab.core.hooks import base_modules
 from peftlab.core.records import as_transformer, own_tensor
-from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.errors import PeftLabError, did_you_mean, warn
 
 ALL_LINEAR = "all-linear"
 # The names of the query and value projections in the architectures of transformers, most specific first.
@@ -80,7 +79,8 @@ class Targets:
             check_names(self, name)
         layers = self.layers_to_transform
         if layers is not None:
-            indices = tuple(layers) if isinstance(layers, Iterable) else (layers,)
+            several = isinstance(layers, Iterable) and not isinstance(layers, (str, bytes, Mapping))
+            indices: tuple[Any, ...] = tuple(cast(Iterable[int], layers)) if several else (layers,)
             if not indices:
                 raise PeftLabError("layers_to_transform is empty; leave it out for all blocks, or name some.")
             layers = tuple(whole("an index in layers_to_transform", index, least=0) for index in indices)
@@ -316,10 +316,9 @@ def warn_of_experts(model: nn.Module, what: str) -> None:
     if sizes:
         share = sum(sizes.values()) / sum(parameter.numel() for parameter in model.parameters())
         first = next(iter(sizes))
-        warnings.warn(
+        warn(
             f"{what} the experts of {type(model).__name__} ({first} and {len(sizes) - 1} more), which hold {share:.0%} "
             "of its weights. They lie in tensors of three dimensions, and only linear layers are handled.",
-            stacklevel=4,
         )
 
 
