@@ -18,7 +18,7 @@ from torch import nn
 from peftlab.core.calls import can_be_noted, noted
 from peftlab.core.forward import Entered, Forward, found_in, give_back
 from peftlab.core.hooks import ENTERED, Activity, adapters_on
-from peftlab.core.records import Record, check_hosts, marks_of, record_of
+from peftlab.core.records import Record, check_hosts, in_flat_pieces, marks_of, record_of
 from peftlab.errors import PeftLabError, some
 
 OURS = "_peftlab_forward"  # where a guarded module keeps its `Forward`, whatever stands in the place of its forward
@@ -75,7 +75,7 @@ def check_unchanged(root: nn.Module, record: Record) -> None:
     else:
         if record.marks:
             return
-    if not hasattr(root, "_is_replica"):
+    if not hasattr(root, "_is_replica") and not in_flat_pieces(root):
         check_hosts(root)
         record.marks = marks_of(root)
 
