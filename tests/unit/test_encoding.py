@@ -161,7 +161,7 @@ def test_for_an_encoder_decoder_the_prompt_and_the_answer_stand_apart(mark):
     plain = encode_completion(tiny.tokenizer(), "the cat ?", "yes .", model=model)
     assert plain["labels"] == [*words(["yes", "."]), 0], "an end is put where the tokenizer writes none"
     for most in (4, 5, 9):
-        assert encode_completion(tokenizer, "the cat ?", "yes .", most, model=model) == example, "it fits, so it is whole"
+        assert encode_completion(tokenizer, "the cat ?", "yes .", most, model=model) == example, "what fits is whole"
     cut = encode_completion(tokenizer, "red green the cat ?", "yes .", 4, model=model)
     assert cut == {**example, "input_ids": example["input_ids"]}, "cut from its beginning, with its end token"
     with pytest.raises(PeftLabError, match="Raise max_length to"):

@@ -68,6 +68,18 @@ def test_checkpointing_reaches_every_adapter(kind):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
 
 
+def test_input_gradients_are_turned_on_once():
+    model = pl.attach(half(), pl.LoRAConfig(init="random")).train()
+    assert not model.get_input_embeddings()(IDS).requires_grad
+    for _ in range(2):
+        steps = pl.prepare_for_training(model, input_gradients=True)
+        assert [step.step for step in steps] == ["freeze the base", "let inputs require gradients"]
+        assert model.get_input_embeddings()(IDS).requires_grad
+        assert len(model.get_input_embeddings()._forward_hooks) == 1
+    model.disable_input_require_grads()
+    assert not model.get_input_embeddings()(IDS).requires_grad, "all of it can be taken off again"
+
+
 def test_without_input_gradients_reentrant_checkpointing_learns_nothing():
     """The mistake that the step is there for."""
     model = pl.attach(half(), pl.LoRAConfig(init="random")).train()
