@@ -22,10 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.adapters.injection import detach, refresh_requires_grad, restore_base
+from peftlab.checks import checked
 from peftlab.core.calls import observed
 from peftlab.core.hooks import Activity, adapters_on, hosts
 from peftlab.core.interface import Part
 from peftlab.core.records import Record, check_hosts, own_tensor, record_of, tensor_at, unwrap
+from peftlab.core.sharding import Processes
 from peftlab.errors import PeftLabError
 from peftlab.methods.parts import widened
 from peftlab.quantization.weights import is_quantized, keep, store
@@ -49,9 +51,12 @@ class MergeReport(NamedTuple):
         return f"merged {self.modules} modules; rounding lost at most {self.relative_error:.2g} of an update"
 
 
+@checked()
 @torch.no_grad()
 def merge(model: nn.Module, *, unload: bool = False, requantize: bool = False) -> MergeReport:
     """Fold the active adapters into the base's weights, in place.
+
+    If `fully_shard` has divided the model, call this in every process; each changes its pieces.
 
     Args:
         model: a model with active adapters.
@@ -77,6 +82,7 @@ def merge(model: nn.Module, *, unload: bool = False, requantize: bool = False) -
         raise PeftLabError("No adapter is attached to this model, so there is nothing to merge.")
     check_hosts(root)
     check(root, record, requantize)
+    Processes(root).meet("merge")
     uses = Counter(id(tensor) for module in root.modules() for tensor in module.parameters(recurse=False))
     errors: dict[str, float] = {}
     try:
@@ -105,6 +111,7 @@ def merge(model: nn.Module, *, unload: bool = False, requantize: bool = False) -
     return MergeReport(len(errors), max(errors.values()), errors)
 
 
+@checked()
 def unmerge(model: nn.Module) -> None:
     """Restore the base's own weights, bit for bit, and let the adapters run beside them again.
 

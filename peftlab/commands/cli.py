@@ -11,15 +11,16 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from peftlab import __version__, bench
 from peftlab.assets.cache import cache_folder
 from peftlab.assets.catalogue import catalogue
 from peftlab.commands import count_and_memory, doctor, preflight, train
 from peftlab.commands.method_options import add_method_options, trainable
-from peftlab.commands.terminal import parse_targets, print_json, print_table
+from peftlab.commands.terminal import memory_for, parse_targets, print_json, print_table
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.units import format_bytes
 
@@ -30,9 +31,12 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 0, 1 (it failed), 2 (a user's mistake), 130 (Ctrl-C)."""
     try:
+        if sys.stdout is None:  # closed by `>&-`
+            raise PeftLabError("the standard output is closed; send it to a file, or to /dev/null.")
         try:
             arguments = parse(argv)
-            return arguments.run(arguments)
+            with memory_for(f"running {arguments.command}", "Close other programs, or use a larger machine."):
+                return arguments.run(arguments)
         finally:
             sys.stdout.flush()  # here and not at Python's exit, so that a closed pipe is noticed in time
     except PeftLabError as error:
@@ -60,6 +64,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, and near matches for unknown choices."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help; argparse itself would hide that the disk is full."""
+        print(message, end="", file=file or sys.stderr)
 
     def error(self, message: str) -> NoReturn:
         wrong = re.search(r"argument (\S+): invalid choice: '([^']*)' \(choose from (.*)\)", message)
@@ -163,6 +171,26 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _export_options(command: Parser) -> None:
+    command.add_argument("folder", metavar="FOLDER", help="the folder of a LoRA adapter, ours or Hugging Face peft's")
+    command.add_argument("out", metavar="OUT", help="the folder to write")
+    command.add_argument("--name", default="default", help="the adapter's name, if it lies in a subfolder of its name")
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from peftlab.adapters.exporting import export_adapter
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        folder = export_adapter(arguments.folder, arguments.out, arguments.name)
+    for one in caught:
+        print(f"peftlab: {one.message}", file=sys.stderr)
+    if arguments.json:
+        return print_json({"folder": str(folder), "programs": ["llama.cpp", "vLLM", "SGLang"]})
+    print(f"The adapter is in {folder}, in the form that llama.cpp, vLLM and SGLang read.")
+    return 0
+
+
 def _bench_options(command: Parser) -> None:
     command.add_argument("topic", metavar="TOPIC", help="what to measure, for example lora")
     command.add_argument("--out", required=True, metavar="FILE", help="the results file to write")
@@ -235,6 +263,13 @@ COMMANDS = (
         ),
         _train_options,
         _train,
+    ),
+    (
+        "export",
+        "write a LoRA adapter in a form that llama.cpp, vLLM and SGLang read rightly",
+        ("export my-adapter for-serving", "export run1 for-serving --json"),
+        _export_options,
+        _export,
     ),
     (
         "bench",

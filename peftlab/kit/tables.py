@@ -6,11 +6,13 @@ import html
 from collections.abc import Iterable
 from typing import Any
 
+from peftlab.checks import checked, shown
 from peftlab.errors import PeftLabError, did_you_mean
 
 Columns = dict[str, Any]  # {column: heading} or {column: (heading, format)}
 
 
+@checked()
 def lay_out(
     rows: Iterable[dict[str, Any]], columns: Columns | None = None
 ) -> tuple[list[str], list[list[str]], list[bool]]:
@@ -44,12 +46,19 @@ def lay_out(
     return headings, cells, numeric
 
 
+def _check_widths(headings: list[str], *lines: list[Any]) -> None:
+    for line in lines:
+        if len(line) != len(headings):
+            raise PeftLabError(f"a table of {len(headings)} columns has a row of {len(line)}: {shown(line)}.")
+
+
 def _text(value: Any, fmt: Any) -> str:
     if value is None:
         return ""
     return str(fmt(value)) if callable(fmt) else format(value, fmt)
 
 
+@checked()
 def as_html(
     headings: list[str],
     cells: list[list[str]],
@@ -58,6 +67,7 @@ def as_html(
     source: str | None = None,
 ) -> str:
     """Return a table in a region of its own, which scrolls on a narrow screen, also from the keyboard."""
+    _check_widths(headings, numeric, *cells)
     sides = [' style="text-align: right"' if right else ' style="text-align: left"' for right in numeric]
     head = "".join(f'<th scope="col"{side}>{html.escape(h)}</th>' for h, side in zip(headings, sides, strict=True))
     body = "\n".join("<tr>" + "".join(f"<td{side}>{html.escape(c)}</td>" for c, side in zip(line, sides, strict=True))
@@ -71,10 +81,12 @@ def as_html(
     return "\n".join(parts)
 
 
+@checked()
 def as_text(
     headings: list[str], cells: list[list[str]], caption: str | None = None, source: str | None = None
 ) -> str:
     """Return a table as columns of plain text."""
+    _check_widths(headings, *cells)
     widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
              for line in [headings, *cells]]

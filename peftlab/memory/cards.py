@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from peftlab.checks import one_of
+from peftlab.checks import checked, one_of
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.counting.shapes import load_shape
 from peftlab.memory.estimate import MOST, estimate, longest
@@ -40,6 +40,7 @@ def that_hold(peak: int) -> list[str]:
     return [card for card in sorted(CARDS, key=CARDS.__getitem__) if peak <= card_bytes(card)]
 
 
+@checked()
 def fits(card: str, shape: Any, method: str = "lora", **run: Any) -> bool:
     """Say whether a step fits on a card. `run` takes the arguments of `estimate`.
 
@@ -49,6 +50,7 @@ def fits(card: str, shape: Any, method: str = "lora", **run: Any) -> bool:
     return estimate(shape, method, **run).peak_bytes <= card_bytes(card)
 
 
+@checked()
 def what_fits(shape: Any, method: str = "lora", **run: Any) -> list[str]:
     """Return the cards on which a step fits, the smallest first. `run` takes the arguments of `estimate`.
 
@@ -58,6 +60,7 @@ def what_fits(shape: Any, method: str = "lora", **run: Any) -> list[str]:
     return that_hold(estimate(shape, method, **run).peak_bytes)
 
 
+@checked()
 def largest(what: str, card: str, shape: Any, method: str = "lora", **run: Any) -> int:
     """Return the largest batch, or the longest sequence, that fits on a card; 0 if not even 1 fits.
 

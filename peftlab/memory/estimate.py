@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
 from peftlab.catalogue import METHODS
-from peftlab.checks import number, one_of, whole
+from peftlab.checks import checked, number, one_of, whole
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.counting.methods import method_name, trained_by
 from peftlab.memory.counting.options import Options, Trained
@@ -79,6 +79,7 @@ class Estimate:
         return {name: value for name, value in vars(self).items() if name != "history"}
 
 
+@checked("r", "virtual_tokens", "reduction_factor", "labels", "batch", "sequence", "gpus")
 def estimate(
     shape: str | os.PathLike[str] | dict | Shape,
     method: str = "lora",
@@ -137,7 +138,7 @@ def estimate(
     shape, method = load_shape(shape, labels), method_name(method)
     row = METHODS[method]
     batch, sequence = whole("batch", batch, least=1, most=MOST), whole("sequence", sequence, least=1, most=MOST)
-    gpus = whole("gpus", gpus, least=1)
+    gpus = whole("gpus", gpus, least=1, ceiling=MOST)
     one_of("parallel", parallel, PARALLEL)
     one_of("library", library, LIBRARIES)
     one_of("precision", precision, PRECISIONS)

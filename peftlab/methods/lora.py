@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftlab.checks import check_fields, number, one_of, whole
+from peftlab.checks import check_fields, check_kinds, number, one_of, whole
 from peftlab.core.interface import Part, Placement
 from peftlab.core.records import own_tensor, tensor_at
 from peftlab.core.targets import Targets, by_pattern, check_regex, find, in_any_order, is_conv1d, shape_of
@@ -186,14 +186,15 @@ class LoRAConfig(Targets):
     init: str = "kaiming"
     lora_bias: bool = False
     fan_in_fan_out: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rank_pattern: Mapping[str, Any] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, Any] = field(default_factory=dict)
 
     method: ClassVar[str] = "lora"
     peft_type: ClassVar[str] = "LORA"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_kinds(self, "rank_pattern", "alpha_pattern")
         for key in (*self.rank_pattern, *self.alpha_pattern):
             check_regex(key)
         check_fields(self, whole, "r", least=1, usual="4 to 64")
@@ -201,6 +202,7 @@ class LoRAConfig(Targets):
         check_fields(self, number, "dropout", least=0, below=1)
         check_fields(self, one_of, "bias", known=BIAS_MODES)
         check_fields(self, one_of, "init", known=INITS)
+        check_fields(self, one_of, "use_rslora", "lora_bias", "fan_in_fan_out", known=(True, False))
         ranks = {key: whole(f"rank_pattern[{key!r}]", r, least=1) for key, r in self.rank_pattern.items()}
         alphas = {key: number(f"alpha_pattern[{key!r}]", a, above=0) for key, a in self.alpha_pattern.items()}
         object.__setattr__(self, "rank_pattern", ranks)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftlab.checks import whole
+from peftlab.checks import checked, whole
 from peftlab.errors import PeftLabError
 from peftlab.quantization.codebooks import (
     BINS,
@@ -80,6 +80,11 @@ def _pack(codes: Tensor) -> Tensor:
 
 def dequantize(packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
     """Return the weight that packed codes stand for, in the state's shape, in its dtype or another."""
+    if packed.dtype != torch.uint8 or packed.numel() != (math.prod(state.shape) + 1) // 2:
+        raise PeftLabError(
+            f"packed must be uint8 codes, two in a byte, for a weight {tuple(state.shape)}; found {packed.dtype} "
+            f"{tuple(packed.shape)}."
+        )
     # one look-up per byte gives both values q_i
     values = pairs(state.format, packed.device)[packed.view(-1).int()].view(-1)
     values = values[: math.prod(state.shape)]
@@ -120,6 +125,7 @@ def eight_bit_codes(scaled: Tensor) -> Tensor:
     return dynamic_bins(scaled.device)[bins]
 
 
+@checked("block_size")
 def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True, *, name: str = "weight") -> Quantized:
     """Quantise a tensor to NF4, the format of QLoRA. The arguments are those of `quantize`.
 
@@ -132,6 +138,7 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
     return quantize(weight, "nf4", block_size=block_size, double_quant=double_quant, name=name)
 
 
+@checked("block_size")
 @torch.no_grad()
 def quantize(
     weight: Tensor, format: str = "nf4", *, block_size: int = 64, double_quant: bool = True, name: str = "weight"
@@ -156,9 +163,7 @@ def quantize(
     tensor(True)
     """
     check_format(format)
-    block_size = whole("block_size", block_size, least=2, usual="64, always a power of two")
-    if block_size.bit_count() > 1:
-        raise PeftLabError(f"block_size must be a power of two, 32 to 4096 in bitsandbytes, not {block_size}.")
+    block_size = check_block_size(block_size)
     if not weight.is_floating_point() or weight.numel() == 0:
         kind = f"{tuple(weight.shape)} of {weight.dtype}"
         raise PeftLabError(f"{name} is {kind}; only floating weights that are not empty can be quantised.")
@@ -303,6 +308,14 @@ def nearest_eight_bit_codes(scaled: Tensor) -> Tensor:
     """Return the nearest code of `dynamic_map` for each value, as bitsandbytes' CUDA kernel does."""
     book = dynamic_book(scaled.device)
     return torch.bucketize(scaled, (book[:-1] + book[1:]) / 2, out_int32=True).to(torch.uint8)
+
+
+def check_block_size(block_size: int) -> int:
+    """Return the size of a block, a power of two."""
+    block_size = whole("block_size", block_size, least=2, usual="64, always a power of two")
+    if block_size.bit_count() > 1:
+        raise PeftLabError(f"block_size must be a power of two, 32 to 4096 in bitsandbytes, not {block_size}.")
+    return block_size
 
 
 def _blocks(values: Tensor, block_size: int) -> Tensor:

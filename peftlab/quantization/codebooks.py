@@ -28,12 +28,12 @@ def made_once(make: Callable) -> Callable:
 
     @cache
     @wraps(make)
-    def kept(*arguments: object) -> object:
+    def kept(*arguments: object, **named: object) -> object:
         dtype = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:
             with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
-                return make(*arguments)
+                return make(*arguments, **named)
         finally:
             torch.set_default_dtype(dtype)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftlab.checks import one_of
+from peftlab.checks import checked, one_of
 from peftlab.core.checkpointing import set_input_gradients, switch_checkpointing
 from peftlab.core.hooks import is_adapter_name
 from peftlab.core.records import as_transformer, unwrap
@@ -41,6 +41,7 @@ class Step(NamedTuple):
     costs: str
 
 
+@checked()
 def prepare_for_training(
     model: nn.Module,
     *,

@@ -90,7 +90,7 @@ def read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             record = json.load(file)
         with open(checkpoint / TENSORS, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PeftLabError(f"The checkpoint {checkpoint} cannot be read: {error}. {advice}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise PeftLabError(f"The checkpoint {checkpoint} is not of format {FORMAT}, which this version reads. {advice}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 
 from peftlab.core.modes import mode, to_device
 from peftlab.core.records import check_hosts, unwrap
-from peftlab.errors import PeftLabError
+from peftlab.core.sharding import refuse_sharded
+from peftlab.errors import PeftLabError, warn
 from peftlab.settings import Settings
 from peftlab.training.buffers import Buffers
 from peftlab.training.encoding import Collator
@@ -96,6 +96,11 @@ class Run:
         self.loss, self.metrics = settings.loss, settings.metrics or {}
         self.core = unwrap(model)
         check_hosts(self.core)
+        refuse_sharded(
+            self.core,
+            "train works in one process or under DistributedDataParallel",
+            "Write the loop yourself, and let every process call save_adapter.",
+        )
         self.trainable = {name: p for name, p in self.core.named_parameters() if p.requires_grad}
         if not self.trainable:
             raise PeftLabError(
@@ -216,10 +221,9 @@ class Run:
         self._looked_for_gradients = True
         without = [name for name, p in self.trainable.items() if p.grad is None]
         if without:
-            warnings.warn(
+            warn(
                 f"{len(without)} of {len(self.trainable)} trainable parameters got no gradient in the first step and "
                 f"may never train; the first is {without[0]}.",
-                stacklevel=4,
             )
 
     def _stop(self, what: str, examples: list[int]) -> TrainingError:

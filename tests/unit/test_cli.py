@@ -74,7 +74,7 @@ def test_the_module_and_the_version(capsys):
 
 
 def test_every_command_has_help_with_examples_that_parse(capsys):
-    assert [row[0] for row in cli.COMMANDS] == ["fetch", "doctor", "count", "memory", "train", "bench"]
+    assert [row[0] for row in cli.COMMANDS] == ["fetch", "doctor", "count", "memory", "train", "export", "bench"]
     status, out, _ = run(capsys, "--help")
     assert status == 0 and all(name in out for name, *_ in cli.COMMANDS)
     for name, _, examples, _, _ in cli.COMMANDS:
@@ -140,7 +140,7 @@ MISTAKES = [
     ("count gpt2 --bias lora", "--bias 'lora' is none of none, all, lora_only. Did you mean 'lora_only'?"),
     ("count", "the following arguments are required: SHAPE."),
     ("count gpt2 extra", "unknown argument 'extra'"),
-    ("cuont gpt2", "'cuont' is none of fetch, doctor, count, memory, train, bench. Did you mean 'count'?"),
+    ("cuont gpt2", "'cuont' is none of fetch, doctor, count, memory, train, export, bench. Did you mean 'count'?"),
     ("", "COMMAND"),
     ("fetch minilmm", "Did you mean 'minilm'"),
     ("bench lorra --out x.json", "Did you mean 'lora'"),
@@ -206,6 +206,32 @@ def test_a_reader_who_has_gone_is_no_reason_to_complain(command):
     os.close(write)
     assert process.communicate(timeout=HUNG_SECONDS)[1] == ""
     assert process.returncode == 141
+
+
+@pytest.mark.parametrize("command", ["count gpt2", "count gpt2 --json", "memory gpt2", "--help", "--version"])
+def test_an_output_that_cannot_be_written_is_one_line(command):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    line = f"{sys.executable} -m peftlab {command}"
+    full = subprocess.run(f"{line} > /dev/full", shell=True, stderr=subprocess.PIPE, text=True)
+    assert (full.returncode, full.stderr) == (1, "peftlab: No space left on device\n")
+    closed = subprocess.run(f"{line} >&-", shell=True, stderr=subprocess.PIPE, text=True)
+    assert closed.returncode == 2 and closed.stderr.count("\n") == 1 and "output is closed" in closed.stderr
+
+
+@pytest.mark.parametrize(("place_of", "doing"), [
+    ("peftlab.assets.models.load_model", "loading ./tiny"), ("peftlab.training.train", "training"),
+    ("peftlab.commands.tasks.test", "testing"), ("peftlab.quantization.model.quantize_model", "quantising ./tiny"),
+])  # fmt: skip
+def test_memory_that_runs_out_is_one_line(place, capsys, monkeypatch, place_of, doing):
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes. Error 12")
+
+    monkeypatch.setattr(place_of, full)
+    status, out, err = run(capsys, *train_command("ask.jsonl", "full", "--steps", 1, "--method", "qlora"))
+    assert (status, out) == (2, "")
+    assert f"Out of memory while {doing} (4096 bytes were wanted). " in err.splitlines()[-1]
+    assert "Traceback" not in err
 
 
 # ------------------------------------------------------------------------------------------------------ fetch and bench

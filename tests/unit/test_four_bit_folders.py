@@ -313,3 +313,24 @@ def test_a_config_is_written_in_order_and_one_that_names_python_says_so(folder):
         with pytest.raises(pl.PeftLabError, match=said), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pl.load_quantized(folder)
+
+
+@pytest.mark.parametrize(("field", "words"), [
+    ("bnb_4bit_quant_typ", "Did you mean 'bnb_4bit_quant_type'"), ("colour", "'colour'"),
+])  # fmt: skip
+def test_unknown_settings_of_the_quantisation_are_named(field, words, folder):
+    fields = json.loads((folder / C).read_text())
+    fields["quantization_config"] |= {field: "nf4", "nothing": None}
+    (folder / C).write_text(json.dumps(fields))
+    rewrite(folder, lambda tensors: None, sums=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pl.load_quantized(folder)
+    said = [str(one.message) for one in caught if "not known" in str(one.message)]
+    assert len(said) == 1 and repr(field) in said[0] and words in said[0] and "nothing'" not in said[0]
+
+
+def test_what_we_and_transformers_write_is_known(folder):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not known.*")
+        pl.load_quantized(folder)

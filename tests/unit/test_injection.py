@@ -162,7 +162,7 @@ def test_calls_on_a_plain_model():
     with pl.disabled(model):
         assert model(tokens()).shape == (4, 5)
     assert pl.attached(model) == {}
-    with pytest.raises(pl.PeftLabError, match="takes an nn.Module"):
+    with pytest.raises(pl.PeftLabError, match="must be a torch.nn.Module"):
         pl.attach("model", pl.LoRAConfig())
 
 

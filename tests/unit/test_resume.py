@@ -1,20 +1,17 @@
 """A run killed at any moment goes on to the same result, to the bit; and only as the run that it was."""
 
-import contextlib
 import hashlib
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+import resume_run
 import tiny
 import torch
-from patience import HUNG_SECONDS
+from children import Child, one_worker
 from safetensors.torch import load_file
 
 from peftlab.errors import PeftLabError
@@ -26,79 +23,57 @@ from peftlab.training.ranks import Ranks
 from peftlab.training.run import Run
 
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes, which only POSIX systems have")
+TRIALS = [*range(4), *(pytest.param(trial, marks=pytest.mark.kills) for trial in range(4, 20))]
 
 
-class Worker:
-    def __init__(self):
-        here = Path(__file__).parent
-        path = os.pathsep.join([str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
-        self.process = subprocess.Popen(
-            [sys.executable, str(here / "resume_worker.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        )
-
-    def run(self, folder, out, kill_after=None, die_in=None):
-        """The exit status of one run: 0, or -9 when it was killed; and how long it took, in seconds."""
-        task = {"folder": str(folder), "out": str(out), "die_in": die_in}
-        self.process.stdin.write(json.dumps(task) + "\n")
-        self.process.stdin.flush()
-        child = json.loads(self.process.stdout.readline())["pid"]
-        began = time.monotonic()
-        if kill_after is not None:
-            time.sleep(kill_after)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-        status = json.loads(self.process.stdout.readline())["status"]
-        return status, time.monotonic() - began
+def run(folder, out, kill_after=None, die_in=None):
+    """The exit status of one run: 0, or -9 when it was killed; and how long it took, in seconds."""
+    began = time.monotonic()
+    child = Child(resume_run.run, folder, out, die_in)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        child.kill()
+    return child.status(), time.monotonic() - began
 
 
 @pytest.fixture(scope="module")
-def worker():
-    worker = Worker()
-    yield worker
-    worker.process.stdin.close()
-    worker.process.wait(timeout=HUNG_SECONDS)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(worker, tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    for name in ("warm", "run"):  # the first run is slower than those that follow
-        status, seconds = worker.run(folder / name, folder / "result.json")
+    for name in ("warm", "run"):  # the first run waits for the warm process
+        status, seconds = run(folder / name, folder / "result.json")
         assert status == 0
     return json.loads((folder / "result.json").read_text()), seconds
 
 
 @posix
-@pytest.mark.parametrize("trial", range(10))
-def test_killed_at_a_random_moment(worker, uninterrupted, tmp_path, trial):
+@one_worker
+@pytest.mark.parametrize("trial", TRIALS)
+def test_killed_at_a_random_moment(uninterrupted, tmp_path, trial):
     expected, seconds = uninterrupted
     draw = random.Random(trial)
     # A child that ended before the signal came proves nothing: draw again, sooner.
     for attempt in range(20):
         folder, out = tmp_path / f"run-{attempt}", tmp_path / f"result-{attempt}.json"
-        status, _ = worker.run(folder, out, kill_after=draw.uniform(0.05, 0.95) * seconds * 0.8**attempt)
-        if status == -signal.SIGKILL:
+        status, _ = run(folder, out, kill_after=draw.uniform(0.05, 0.95) * seconds * 0.8**attempt)
+        if status == -signal.SIGKILL and not out.exists():
             break
     assert status == -signal.SIGKILL and not out.exists()
-    assert worker.run(folder, out)[0] == 0
+    assert run(folder, out)[0] == 0
     assert json.loads(out.read_text()) == expected
 
 
 @posix
-@pytest.mark.parametrize("trial", range(10))
-def test_killed_while_saving(worker, uninterrupted, tmp_path, trial):
+@one_worker
+@pytest.mark.parametrize("trial", TRIALS)
+def test_killed_while_saving(uninterrupted, tmp_path, trial):
     """Killed before a random call that changes the disk: twice in a row, for a resumed run saves too."""
     expected, _ = uninterrupted
     draw = random.Random(100 + trial)
     folder, out = tmp_path / "run", tmp_path / "result.json"
     for _ in range(2):
-        assert worker.run(folder, out, die_in=draw.randrange(1, 45))[0] == -signal.SIGKILL
+        assert run(folder, out, die_in=draw.randrange(1, 45))[0] == -signal.SIGKILL
         assert not out.exists()
-    assert worker.run(folder, out)[0] == 0
+    assert run(folder, out)[0] == 0
     assert json.loads(out.read_text()) == expected
     assert [path.name for path in folder.iterdir()] == ["step-00000024"], "nothing half-written stays"
 

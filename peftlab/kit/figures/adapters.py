@@ -11,13 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, Polygon, Rectangle
 from matplotlib.ticker import PercentFormatter
 
-from peftlab.kit.figures.style import BLACK, COLOURS, GREY, SMALLEST, Point, look, new, styled
+from peftlab.checks import checked
+from peftlab.kit.figures.style import BLACK, COLOURS, GREY, SMALLEST, Point, drawn, look, new
 
 FROZEN, TRAINED = "#dfe5ec", "#f3d3b9"
 STREAM, BRANCH, BESIDE = 1.2, 4.6, 8.8  # where the three columns of a picture stand
 
 
-@styled()
+@drawn()
 def adapter_places() -> Figure:
     """Draw one block, from bottom to top, with its adapters in three placements: houlsby, pfeiffer, parallel."""
     figure, grid = new(height=4.3, columns=3)
@@ -85,7 +86,8 @@ def _sum(axes: Axes, x: float, y: float) -> None:
     axes.text(x, y, "+", ha="center", va="center", fontsize=SMALLEST, zorder=4)
 
 
-@styled()
+@checked()
+@drawn()
 def budget(
     rows: Iterable[dict[str, Any]], x: str, y: str, by: str, *, x_label: str, y_label: str,
     reference: dict[str, float] | None = None,

@@ -12,7 +12,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from peftlab.kit.figures.style import BLACK, COLOURS, GREY, HATCHES, SMALLEST, look, new, styled
+from peftlab.checks import checked
+from peftlab.kit.figures.style import BLACK, COLOURS, GREY, HATCHES, SMALLEST, drawn, look, new
 
 
 def _finish(figure: Figure, axes: Axes, lines: int) -> Figure:
@@ -41,7 +42,8 @@ def _fewer_ticks(axis: Axis, values: Sequence[float]) -> None:
     axis.set_ticks([], minor=True)
 
 
-@styled()
+@checked()
+@drawn()
 def sweep(
     rows: Iterable[dict[str, Any]],
     x: str,
@@ -91,7 +93,8 @@ def sweep(
     return _finish(figure, axes, len(groups))
 
 
-@styled()
+@checked()
+@drawn()
 def curves(
     series: dict[str, Any], *, x_label: str = "step", y_label: str = "loss", log_x: bool = False, log_y: bool = False
 ) -> Figure:
@@ -112,7 +115,8 @@ def curves(
     return _finish(figure, axes, len(series))
 
 
-@styled()
+@checked()
+@drawn()
 def bars(
     values: dict[str, float],
     *,
@@ -153,7 +157,8 @@ def bars(
     return figure
 
 
-@styled()
+@checked()
+@drawn()
 def stacked_bars(parts: dict[str, dict[str, float]], *, x_label: str, fmt: str = ".3g") -> Figure:
     """Draw horizontal bars made of parts, with the sum at the end.
 
@@ -179,7 +184,8 @@ def stacked_bars(parts: dict[str, dict[str, float]], *, x_label: str, fmt: str =
     return _finish(figure, axes, len(kinds))
 
 
-@styled()
+@checked()
+@drawn()
 def spectrum(
     values: dict[str, Any],
     *,
@@ -210,7 +216,8 @@ def spectrum(
     return _finish(figure, axes, len(values))
 
 
-@styled()
+@checked()
+@drawn()
 def histogram(
     samples: dict[str, Any], *, x_label: str, bins: int = 100, limits: tuple[float, float] | None = None
 ) -> Figure:
@@ -223,7 +230,8 @@ def histogram(
     return _finish(figure, axes, len(samples))
 
 
-@styled()
+@checked()
+@drawn()
 def heatmap(
     matrix: Any,
     *,

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
+from peftlab.checks import checked
 from peftlab.kit.figures.charts import stacked_bars
-from peftlab.kit.figures.style import BLACK, COLOURS, GREY, SMALLEST, look, new, styled
+from peftlab.kit.figures.style import BLACK, COLOURS, GREY, SMALLEST, drawn, look, new
 from peftlab.memory import Estimate
 
 
+@checked()
 def memory_bars(estimates: Mapping[str, Estimate]) -> Figure:
     """Draw the parts of a step's peak in GB, one bar per estimate. Logits and workspace are one part."""
     rows = {}
@@ -21,7 +23,8 @@ def memory_bars(estimates: Mapping[str, Estimate]) -> Figure:
     return stacked_bars(rows, x_label="peak (GB)", fmt=".1f")
 
 
-@styled()
+@checked()
+@drawn()
 def timelines(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """Draw memory during a training step, one panel per run.
 
@@ -41,7 +44,8 @@ def timelines(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     return figure
 
 
-@styled()
+@checked()
+@drawn()
 def agreement(groups: Mapping[str, Sequence[tuple[float, float]]], *, band: float = 0.1) -> Figure:
     """Draw predicted against measured memory on logarithmic axes, with a band around equality.
 

@@ -7,11 +7,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from peftlab.checks import checked
 from peftlab.kit.figures.charts import _array
-from peftlab.kit.figures.style import COLOURS, GREY, SMALLEST, WIDTH, new, styled
+from peftlab.kit.figures.style import COLOURS, GREY, SMALLEST, WIDTH, drawn, new
 
 
-@styled()
+@checked()
+@drawn()
 def code_books(books: dict[str, Any], *, deviation: float = 0.4, x_label: str = "weight / its block's scale") -> Figure:
     """Draw the values of each code book as strokes on a line, in front of the density of the weights.
 
