@@ -108,7 +108,7 @@ def merge(model: nn.Module, *, unload: bool = False, requantize: bool = False) -
         record.backup.clear()
         for name in list(record.configs):
             detach(root, name)
-    return MergeReport(len(errors), max(errors.values(), default=0.0), errors)
+    return MergeReport(len(errors), max(errors.values()), errors)
 
 
 @checked()
@@ -189,7 +189,7 @@ def check(root: nn.Module, record: Record, requantize: bool) -> None:
                 raise PeftLabError(
                     f"Adapter {name!r} ({kind}) changes more than weights and cannot be merged; keep it attached."
                 )
-            for parameter_name, parameter in host.named_parameters(recurse=False):
+            for parameter_name, parameter in host.named_parameters():  # a module trained in full may hold others
                 if is_quantized(parameter) and not requantize:
                     raise PeftLabError(
                         f"{path}.{parameter_name} is held in four bits, where much of a small update is lost. Call "

@@ -207,8 +207,6 @@ def find(
     """
     modules = {path: module for path, module in base_modules(model).items() if path}
     spec = config.target_modules
-    check_regex(spec or ())
-
     if spec is None:
         own = writing_modules(model, modules)
         if default is None:
@@ -233,7 +231,6 @@ def find(
             if not any(names_match((entry,), path) for path in matched):
                 raise no_match_error(entry, modules, f"target_modules names {entry!r}, which matches no module")
     if config.exclude_modules is not None:
-        check_regex(config.exclude_modules)
         excluded = config.exclude_modules
         matched = {path: module for path, module in matched.items() if not names_match(excluded, path)}
     trained_whole = heads(model, config)
@@ -324,10 +321,9 @@ def warn_of_experts(model: nn.Module, what: str) -> None:
 
 def in_layers(matched: dict[str, nn.Module], config: Targets) -> dict[str, nn.Module]:
     """Return the modules whose block index is in `layers_to_transform`."""
-    wanted = config.layers_to_transform
+    wanted: Any = config.layers_to_transform  # `Targets` has made a tuple of a single number
     if wanted is None:
         return matched
-    wanted = {wanted} if isinstance(wanted, int) else set(wanted)
     before = rf"(?:^|.*?\.)(?:{'|'.join(config.layers_pattern)})" if config.layers_pattern else r".*?\.[^.]*"
     # so a block itself counts too
     found = {path: patterns.match(rf"{before}\.(?P<index>\d+)\.", path + ".") for path in matched}

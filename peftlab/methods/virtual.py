@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any, ClassVar, Self
 
 import torch
@@ -111,7 +112,7 @@ def initial_tokens(model: nn.Module, count: int, text: list[int] | None) -> Tens
     embeddings = word_embeddings(model)
     if text is None:
         return torch.randint(0, embeddings.num_embeddings, (count,)).to(embeddings.weight.device)
-    ids = (text * -(-count // len(text)))[:count]
+    ids = list(islice(cycle(text), count))
     if max(ids) >= embeddings.num_embeddings or min(ids) < 0:
         raise PeftLabError(
             f"init_text has the token {max(ids)}; the model's vocabulary has {embeddings.num_embeddings} tokens. "

@@ -119,8 +119,7 @@ def eight_bit_codes(scaled: Tensor) -> Tensor:
     On CUDA it is the nearest code, on the CPU the code of a fine bin.
     """
     if scaled.is_cuda:
-        book = dynamic_book(scaled.device)
-        return torch.bucketize(scaled, (book[:-1] + book[1:]) / 2, out_int32=True).to(torch.uint8)
+        return nearest_eight_bit_codes(scaled)
     # int(z + 0.5) rounds to the nearest of 65,536 bins, and the code is that bin's
     bins = ((scaled + 1) * 0.5 * (BINS - 1) + 0.5).nan_to_num_(0).long().clamp_(0, BINS - 1)
     return dynamic_bins(scaled.device)[bins]
@@ -303,6 +302,12 @@ def signed_codes(scaled: Tensor) -> Tensor:
     bounds = scaled.new_tensor([0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333])
     order = torch.tensor([0, 1, 6, 7, 4, 5, 2, 3], dtype=torch.uint8, device=scaled.device)
     return order[torch.bucketize(scaled.abs(), bounds, out_int32=True)] + 8 * (scaled < 0).to(torch.uint8)
+
+
+def nearest_eight_bit_codes(scaled: Tensor) -> Tensor:
+    """Return the nearest code of `dynamic_map` for each value, as bitsandbytes' CUDA kernel does."""
+    book = dynamic_book(scaled.device)
+    return torch.bucketize(scaled, (book[:-1] + book[1:]) / 2, out_int32=True).to(torch.uint8)
 
 
 def check_block_size(block_size: int) -> int:

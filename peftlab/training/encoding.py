@@ -108,7 +108,7 @@ def _cut(tokenizer: Any, ids: list[int], most: int) -> list[int]:
     special = set(tokenizer.all_special_ids)
     first = next((at for at, token in enumerate(ids) if token not in special), 0)
     first = first if first < most else 0
-    return ids if len(ids) <= most else ids[:first] + ids[len(ids) - (most - first) :]
+    return ids[:first] + ids[max(first, len(ids) - (most - first)) :]
 
 
 @checked("text")

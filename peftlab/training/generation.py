@@ -107,7 +107,7 @@ def generate_text(
 
 def _new_tokens(model: nn.Module, batch: dict[str, torch.Tensor], output: torch.Tensor) -> list[list[int]]:
     """Return the generated tokens of each row. Only a decoder-only model's output starts with the prompt."""
-    if getattr(model.config, "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         return output[:, 1:].tolist()  # the first is the decoder's start token
     return output[:, batch["input_ids"].shape[1] :].tolist()
 

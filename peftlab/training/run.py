@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -263,8 +264,8 @@ class Run:
         self.history.evaluations.append(row)
         monitor, best = self.settings.monitor, self.history.best
         if monitor in row:
-            sign = -1 if monitor == "loss" else 1
-            if best is None or sign * row[monitor] > sign * best[monitor]:
+            better = operator.lt if monitor == "loss" else operator.gt
+            if best is None or better(row[monitor], best[monitor]):
                 self.history.best = row
                 if self.settings.restore_best:
                     self.best_values = {name: p.detach().clone() for name, p in self.trainable.items()}

@@ -177,7 +177,7 @@ def test_a_collate_of_ones_own_gets_the_rows_as_they_are():
         assert {row["text"] for row in rows} == {"the cat"}
         return Collator()([{key: row[key] for key in ("input_ids", "labels")} for row in rows])
 
-    assert run(with_text(), collate=collate) == run(ROWS)
+    assert run(with_text(), collate=collate, evaluation_data=with_text()) == run(ROWS)
     assert metrics.mean_loss(tiny.llama(), with_text(), collate) > 0
 
 
