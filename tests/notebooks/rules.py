@@ -8,6 +8,7 @@ import re
 import statistics
 
 import nbformat
+import portable
 
 from peftlab.optional import PACKAGES
 
@@ -24,6 +25,7 @@ MAX_CODE_LINES = 25
 MEDIAN_CODE_LINES = 8
 MEDIAN_PROSE_WORDS = 45
 MIN_ALT_CHARACTERS = 20
+MAX_RELATIVE_TOLERANCE = 0.5
 
 # folders at the root of some system: /home/..., /content/... (Colab), C:\..., but not </p> or 1/2 or https://x/tmp
 ABSOLUTE_PATH = re.compile(
@@ -126,24 +128,53 @@ def short_cells(notebook):
 
 
 def described_figures(notebook):
-    """Every figure is numbered, captioned, and described for who cannot see it; none is SVG (it carries a date)."""
-    names = []
-    for cell in code_cells(notebook):
+    """Every figure is described for who cannot see it, and the cell after it is its caption; none is SVG (a date)."""
+    labels = []
+    for cell, following in zip(notebook.cells, [*notebook.cells[1:], None], strict=True):
+        if cell.cell_type != "code":
+            continue
         kinds = {kind for output in cell.outputs for kind in output.get("data", {})}
         if "image/svg+xml" in kinds:
             yield f"{name(cell)} stores SVG: use PNG"
         if not kinds & {"image/png", "image/jpeg"}:
             continue
-        settings = cell.metadata.get("mystnb", {})
-        figure, image = settings.get("figure", {}), settings.get("image", {})
-        if not figure.get("caption"):
-            yield f"{name(cell)} draws a figure without a caption (mystnb.figure.caption)"
-        if not str(figure.get("name", "")).startswith("fig-"):
-            yield f"{name(cell)} draws a figure without a name fig-x (mystnb.figure.name): it gets no number"
-        if len(image.get("alt", "")) < MIN_ALT_CHARACTERS:
-            yield f"{name(cell)} draws a figure without a description (mystnb.image.alt) of what is seen"
-        names.append(figure.get("name"))
-    yield from (f"two figures are named {n}" for n in sorted({n for n in names if n and names.count(n) > 1}))
+        caption = portable.CAPTION.fullmatch(following.source) if following else None
+        if caption is None:
+            yield f'{name(cell)} draws a figure, and no cell <a id="fig-x"></a>**Figure .** with its caption follows'
+        else:
+            labels.append(caption["label"])
+        if len(portable.settings(cell).get("alt", "")) < MIN_ALT_CHARACTERS:
+            yield f"{name(cell)} draws a figure without a description (peftlab.alt) of what is seen"
+        elif not cell.metadata.get("mystnb", {}).get("image", {}).get("alt"):
+            yield f"{name(cell)} draws a figure whose description is not filled in: make refresh"
+    yield from (f"two figures are named {n}" for n in sorted({n for n in labels if labels.count(n) > 1}))
+
+
+def portable_prose(notebook):
+    """Prose reads the same on the site, in Jupyter, in Colab and on GitHub: no markup that only Sphinx knows."""
+    for cell in prose_cells(notebook):
+        yield from (f"{name(cell)} holds {what}" for what in portable.raw_markup(cell.source))
+    for cell in code_cells(notebook):
+        if any("application/papermill.record/text/plain" in output.get("data", {}) for output in cell.outputs):
+            yield f"{name(cell)} glues a number; give it to the prose in the cell's metadata (peftlab.values)"
+
+
+def stated_tolerances(notebook):
+    """A cell that lets its numbers move says by how much, and prints numbers."""
+    for cell in code_cells(notebook):
+        found = portable.settings(cell)
+        if unknown := set(found) - {"values", "alt", "tolerance"}:
+            yield f"{name(cell)} has metadata that nothing reads: peftlab.{', '.join(sorted(unknown))}"
+        if "tolerance" not in found:
+            continue
+        tolerance = found["tolerance"]
+        if not tolerance or set(tolerance) - {"absolute", "relative"} or not all(v > 0 for v in tolerance.values()):
+            yield f"{name(cell)} states the tolerance {dict(tolerance)}: give absolute, relative or both, above zero"
+        if tolerance.get("relative", 0) > MAX_RELATIVE_TOLERANCE:
+            yield f"{name(cell)} lets its numbers move by {tolerance['relative']:.0%}: what would such a number say?"
+        texts = [*output_texts(cell), *(portable.stored_values(notebook).get(n, "") for n in found.get("values", {}))]
+        if not any(portable.NUMBER.search(text) for text in texts):
+            yield f"{name(cell)} states a tolerance and prints no number"
 
 
 def nothing_remote(notebook):
@@ -227,6 +258,6 @@ def whole_chapter(notebook):
 
 
 EVERY_NOTEBOOK = (
-    valid_format, executed_in_order, clean_outputs, short_cells, described_figures, nothing_remote, nothing_skipped,
-    comparable_code, plain_voice,
+    valid_format, executed_in_order, clean_outputs, short_cells, described_figures, portable_prose, stated_tolerances,
+    nothing_remote, nothing_skipped, comparable_code, plain_voice,
 )  # fmt: skip
