@@ -4,6 +4,7 @@ tests/notebooks/test_style.py applies them to every notebook of the book; test_r
 CONTRIBUTING.md says why each is there.
 """
 
+import ast
 import re
 import statistics
 
@@ -26,6 +27,11 @@ MEDIAN_CODE_LINES = 8
 MEDIAN_PROSE_WORDS = 45
 MIN_ALT_CHARACTERS = 20
 MAX_RELATIVE_TOLERANCE = 0.5
+MAX_COLUMNS = 88
+LINES_PER_VERDICT = 20
+MAX_PLUMBING = 0.1  # of the lines of code that a reader sees
+PLUMBING = ("pl.table", "pl.figures.", "pl.widgets.", "pl.expect", "pl.glue", "figure.", "axes.", "axis.")
+FOLDED_TAGS = ("hide-input", "hide-cell")
 
 # folders at the root of some system: /home/..., /content/... (Colab), C:\..., but not </p> or 1/2 or https://x/tmp
 ABSOLUTE_PATH = re.compile(
@@ -177,6 +183,62 @@ def stated_tolerances(notebook):
             yield f"{name(cell)} states a tolerance and prints no number"
 
 
+def narrow_code(notebook):
+    """No line of code or of shown source is over 88 columns: longer ones scroll on a laptop."""
+    for cell in code_cells(notebook):
+        shown = [line for output in cell.outputs for line in shown_source(output)]
+        for line in [*cell.source.splitlines(), *shown]:
+            if len(line) > MAX_COLUMNS:
+                yield f"{name(cell)} has a line of {len(line)} columns, at most {MAX_COLUMNS}: {line.strip()[:60]!r}"
+
+
+def shown_source(output) -> list[str]:
+    """The lines of a function that a cell shows with pl.show_source."""
+    text = output.get("data", {}).get("text/markdown", "")
+    found = re.fullmatch(r"```python\n(.*?)\n```\s*", text, re.DOTALL)
+    return found[1].splitlines() if found else []
+
+
+def few_verdicts(notebook):
+    """Cells print numbers, not verdicts: at most one printed line in twenty says True or False."""
+    texts = [o.text for cell in code_cells(notebook) for o in cell.outputs if o.output_type == "stream"]
+    lines = [line for text in texts for line in text.splitlines() if line.strip()]
+    verdicts = [line for line in lines if re.search(r"\b(True|False)\b", line)]
+    if len(verdicts) * LINES_PER_VERDICT > max(len(lines), LINES_PER_VERDICT):
+        yield f"{len(verdicts)} of {len(lines)} printed lines say True or False, such as {verdicts[0]!r}"
+
+
+def is_folded(cell) -> bool:
+    return bool(set(tags(cell)) & set(FOLDED_TAGS))
+
+
+def folded_everywhere(notebook):
+    """A cell that is folded on the page is folded in JupyterLab and in Colab, where its first line is its title."""
+    for cell in code_cells(notebook):
+        jupyter = bool(cell.metadata.get("jupyter", {}).get("source_hidden"))
+        colab = cell.metadata.get("cellView") == "form" and cell.source.startswith("# @title ")
+        if {is_folded(cell), jupyter, colab} not in ({True}, {False}):
+            yield (
+                f'{name(cell)} is folded in one place and not in another: give it a tag hide-input or hide-cell, '
+                'jupyter.source_hidden, cellView "form", and "# @title ..." as its first line'
+            )
+
+
+def little_plumbing(notebook):
+    """Of the lines of code that a reader sees, at most one in ten draws a table or a figure or checks the page."""
+    lines, plumbing = 0, 0
+    for cell in code_cells(notebook)[1:]:
+        if is_folded(cell):
+            continue
+        source = re.sub(r"^%.*$", "pass", cell.source, flags=re.MULTILINE)
+        lines += len([line for line in source.splitlines() if line.strip()])
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith(PLUMBING):
+                plumbing += node.end_lineno - node.lineno + 1
+    if plumbing > MAX_PLUMBING * lines:
+        yield f"{plumbing} of {lines} lines of code that a reader sees are plumbing: fold cells, or use less of it"
+
+
 def nothing_remote(notebook):
     """No image from another host, in prose or in outputs."""
     for cell in notebook.cells:
@@ -259,5 +321,6 @@ def whole_chapter(notebook):
 
 EVERY_NOTEBOOK = (
     valid_format, executed_in_order, clean_outputs, short_cells, described_figures, portable_prose, stated_tolerances,
-    nothing_remote, nothing_skipped, comparable_code, plain_voice,
+    narrow_code, few_verdicts, folded_everywhere, little_plumbing, nothing_remote, nothing_skipped, comparable_code,
+    plain_voice,
 )  # fmt: skip

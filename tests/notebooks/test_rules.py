@@ -8,6 +8,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 REPOSITORY = "https://example.org/book"
 ALT = "A curve that falls and levels."
 FIGURE = {"mystnb": {"image": {"alt": ALT}}, "peftlab": {"alt": ALT}}
+HIDDEN = {"jupyter": {"source_hidden": True}}
 CAPTION = '<a id="fig-loss"></a>**Figure 1.1.** The loss.'
 
 
@@ -85,6 +86,13 @@ FAULTS = [
     (rules.stated_tolerances, [code("x", [printed("3")], peftlab={"tolerance": {"relative": 0.9}})], "would such"),
     (rules.stated_tolerances, [code("x", [printed("a")], peftlab={"tolerance": {"absolute": 1}})], "no number"),
     (rules.stated_tolerances, [code("x", [printed("3")], peftlab={"tolerence": {"absolute": 1}})], "nothing reads"),
+    (rules.narrow_code, [code("x = " + "1" * 90)], "94 columns"),
+    (rules.narrow_code, [code("x", [shown("text/markdown", "```python\n" + "y" * 89 + "\n```")])], "89 columns"),
+    (rules.few_verdicts, [code("x", [printed("a: True\n" + "1\n" * 20 + "b: False\n")])], "2 of 22"),
+    (rules.folded_everywhere, [code("x", tags=["hide-input"])], "folded in one place"),
+    (rules.folded_everywhere, [code("x", jupyter={"source_hidden": True})], "folded in one place"),
+    (rules.folded_everywhere, [code("x", cellView="form", tags=["hide-cell"], **HIDDEN)], "folded in one place"),
+    (rules.little_plumbing, [code("x = 1\n" * 8 + "pl.table(\n    x\n)")], "3 of 11"),
     (rules.nothing_remote, [new_markdown_cell("![a](https://example.org/a.png)")], "remote image"),
     (rules.nothing_remote, [code("x", [shown("text/html", "<img src='http://example.org/a.png'>")])], "remote image"),
     (rules.nothing_skipped, [code("x", tags=["nbval-skip"])], "nbval-skip"),
@@ -104,6 +112,11 @@ FINE = [
     (rules.portable_prose, [new_markdown_cell("It is 3<!--=x-->; `{a}`, `{ref}` and $\\{a\\}$.")]),
     (rules.portable_prose, [new_markdown_cell("So:\n\n```python\n{x}\n```")]),
     (rules.stated_tolerances, [code("x", [printed("3")], peftlab={"tolerance": {"absolute": 1, "relative": 0.1}})]),
+    (rules.narrow_code, [code("x = " + "1" * 84, [printed("y" * 100)])]),
+    (rules.few_verdicts, [code("x", [printed("the same bits: True\n")])]),
+    (rules.folded_everywhere, [code("# @title The table\nx", tags=["hide-input"], cellView="form", **HIDDEN)]),
+    (rules.little_plumbing, [code("x = 1\n" * 9 + "pl.table(x)")]),
+    (rules.little_plumbing, [code("# @title The table\npl.table(x)", tags=["hide-input"])]),
     (rules.nothing_remote, [new_markdown_cell("[a page](https://example.org)")]),
     (rules.nothing_skipped, [code("x", tags=["nbval-ignore-output"]), code("check()", [printed("below 0.1")])]),
     (rules.plain_voice, [new_markdown_cell("`a != b`, $n!$ and ![loss](x.png)\n\n```python\nnot x != y\n```")]),
