@@ -48,6 +48,9 @@ refresh: setup fetch  ## run a chapter anew and store its outputs: make refresh 
 	@test -n "$(CH)" || { echo "refresh: which chapter? For example: make refresh CH=02" >&2; exit 2; }
 	@$(BIN)/python tools/refresh.py $(CH)
 
+prose: setup  ## fill in the values, links, citations and numbers that prose names, without running a chapter
+	@$(BIN)/python tools/refresh.py --prose
+
 fetch: setup  ## bring the models and data sets, verified (nothing is downloaded twice)
 	@$(BIN)/peftlab fetch
 
@@ -71,4 +74,4 @@ $(VENV)/.lab: $(INSTALLED)
 	@sh tools/setup.sh test,lab
 	@touch $@
 
-.PHONY: help book test test-newest test-colab check kills mutants test-gpu lab refresh fetch screenshot constraints clean setup
+.PHONY: help book test test-newest test-colab check kills mutants test-gpu lab refresh prose fetch screenshot constraints clean setup

@@ -26,7 +26,7 @@ NOISE = ("execution", "ExecuteTime", "collapsed", "scrolled", "trusted", "id", "
 def normalise(notebook) -> str:
     """The text to store for `notebook` (a nbformat node); the node itself stays as it was."""
     notebook = nbformat.from_dict(json.loads(json.dumps(notebook)))
-    kept = {key: notebook.metadata[key] for key in ("mystnb", "title") if key in notebook.metadata}
+    kept = {key: notebook.metadata[key] for key in ("mystnb", "title", "peftlab") if key in notebook.metadata}
     notebook.metadata = nbformat.from_dict(METADATA | kept)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     used, count = set(), 0

@@ -2,9 +2,12 @@
 
     python tools/refresh.py 02              book/02_*.ipynb
     python tools/refresh.py start_here      one page by its name
+    python tools/refresh.py --prose         run nothing; only fill in what prose binds (`make prose`)
 
 Each notebook runs in a fresh kernel and an empty folder, with this checkout's package. Its outputs are stored only if
-every cell ran without an error and wrote nothing to stderr; the file changes in one step or not at all.
+every cell ran without an error and wrote nothing to stderr; the file changes in one step or not at all. Then the prose
+of all pages is filled in: values, references, citations and the numbers of sections, equations and figures
+(book/_ext/portable.py has the marks).
 """
 
 import argparse
@@ -21,6 +24,10 @@ from normalise import normalise, read
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
+sys.path.insert(0, str(BOOK / "_ext"))
+
+import portable  # noqa: E402
+
 HUNG_SECONDS = 3600  # ends a cell that hangs, not one that is slow
 
 
@@ -49,15 +56,40 @@ def complaints(notebook) -> list[str]:
     return found
 
 
+class Client(NotebookClient):
+    """Runs a notebook, and evaluates after each cell the values that it gives to the prose."""
+
+    async def async_execute_cell(self, cell, cell_index, **options):
+        done = await super().async_execute_cell(cell, cell_index, **options)
+        if cell.cell_type == "code" and (wanted := portable.expressions(cell)):
+            asked = self.kc.execute("", silent=True, user_expressions=wanted)
+            while (reply := await self.kc.get_shell_msg(timeout=None))["parent_header"].get("msg_id") != asked:
+                pass
+            store_values(self.nb, cell, portable.evaluated(reply))
+        return done
+
+
+def store_values(notebook, cell, texts: dict[str, str]) -> None:
+    """Keep what a cell computed for the prose, and its figure's description where a page and Jupyter look for it."""
+    alt = texts.pop("alt", None)
+    notebook.metadata.setdefault("peftlab", {}).setdefault("values", {}).update(texts)
+    if alt is not None:
+        cell.metadata.setdefault("mystnb", {})["image"] = {"alt": alt}
+        for output in cell.outputs:
+            if "image/png" in output.get("data", {}):
+                output.setdefault("metadata", {}).setdefault("image/png", {})["alt"] = alt
+
+
 def execute(path: Path) -> tuple[object, float]:
     """The notebook at `path`, executed in an empty folder, and the seconds that took."""
     notebook = read(path)
+    notebook.metadata.pop("peftlab", None)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="peftlab-") as folder:
-        client = NotebookClient(
+        client = Client(
             notebook,
             timeout=HUNG_SECONDS,
             kernel_name="python3",
@@ -80,11 +112,41 @@ def store(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def fill_prose() -> int:
+    """Fill in what the prose of every page binds; return 1 if a page names what is not there, and leave that page."""
+    status, paths = 0, sorted(BOOK.glob("*.ipynb"))
+    notebooks = {path: read(path) for path in paths}
+    for path, notebook in notebooks.items():
+        prose = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
+        for cell, source in zip(prose, portable.number_headings(path.stem, [c.source for c in prose]), strict=True):
+            cell.source = source
+    book = portable.Book({path.stem: notebook for path, notebook in notebooks.items()}, BOOK)
+    for path, notebook in notebooks.items():
+        values = portable.stored_values(notebook)
+        try:
+            for cell in notebook.cells:
+                if cell.cell_type == "markdown":
+                    cell.source = book.fill(path.stem, cell.source, values)
+        except ValueError as error:
+            print(f"{path.relative_to(ROOT)}: {error}", file=sys.stderr)
+            status = 1
+            continue
+        text = normalise(notebook)
+        if text != path.read_text(encoding="utf-8"):
+            store(path, text)
+            print(f"refresh: {path.relative_to(ROOT)}: prose filled in")
+    return status
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("chapter", help="a chapter's number, 02, or a notebook's name, start_here")
+    parser.add_argument("chapter", nargs="?", help="a chapter's number, 02, or a notebook's name, start_here")
+    parser.add_argument("--prose", action="store_true", help="run nothing, only fill in what prose binds")
+    arguments = parser.parse_args()
+    if (arguments.chapter is None) != arguments.prose:
+        parser.error("name a chapter, or give --prose")
     status = 0
-    for path in chosen(parser.parse_args().chapter):
+    for path in chosen(arguments.chapter) if arguments.chapter else []:
         name = path.relative_to(ROOT)
         print(f"refresh: running {name}", flush=True)
         notebook, seconds = execute(path)
@@ -98,7 +160,7 @@ def main() -> int:
         changed = text != path.read_text(encoding="utf-8")
         store(path, text)
         print(f"refresh: {name} ran in {seconds:.0f} s, {'outputs stored' if changed else 'nothing changed'}")
-    return status
+    return fill_prose() or status
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""What the rendered site needs beyond Jupyter Book: chapter numbers, and repairs of the theme's pages.
+"""What the rendered site needs beyond Jupyter Book: Sphinx's numbers and links in the notebooks' plain Markdown
+(portable.py), chapter numbers, and repairs of the theme's pages.
 
 Written for Sphinx 7.4 and sphinx-book-theme 1.3, the versions of constraints.txt; tests/book opens every page and finds
 out when a later version needs none of it, or something else. Repairs that need a running page are in _static/book.js.
 """
 
-import re
+import json
 
+import portable
 from docutils import nodes
 from sphinx.environment.collectors.toctree import TocTreeCollector
 
@@ -22,8 +24,14 @@ REPAIRS = [
 
 def chapter_number(docname: str) -> int | None:
     """The number in a chapter's file name, book/02_lora -> 2; None for a page that is no chapter."""
-    found = re.fullmatch(r"book/(\d\d)_\w+", docname)
-    return int(found[1]) if found else None
+    return portable.chapter_number(docname.removeprefix("book/"))
+
+
+def read_notebook(app, docname, source) -> None:
+    """Give Sphinx the numbers, links and labels that the notebook's plain text stands in for."""
+    if app.env.doc2path(docname).endswith(".ipynb"):
+        page = docname.removeprefix("book/")
+        source[0] = json.dumps(portable.for_site(page, json.loads(source[0])))
 
 
 def renumber(env) -> None:
@@ -69,5 +77,6 @@ def repair_page(app, pagename, templatename, context, doctree) -> None:
 
 def setup(app):
     number_chapters()
+    app.connect("source-read", read_notebook)
     app.connect("html-page-context", repair_page, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -4,10 +4,12 @@ tests/notebooks/test_style.py applies them to every notebook of the book; test_r
 CONTRIBUTING.md says why each is there.
 """
 
+import ast
 import re
 import statistics
 
 import nbformat
+import portable
 
 from peftlab.optional import PACKAGES
 
@@ -24,6 +26,12 @@ MAX_CODE_LINES = 25
 MEDIAN_CODE_LINES = 8
 MEDIAN_PROSE_WORDS = 45
 MIN_ALT_CHARACTERS = 20
+MAX_RELATIVE_TOLERANCE = 0.5
+MAX_COLUMNS = 88
+LINES_PER_VERDICT = 20
+MAX_PLUMBING = 0.1  # of the lines of code that a reader sees
+PLUMBING = ("pl.table", "pl.figures.", "pl.widgets.", "pl.expect", "pl.glue", "figure.", "axes.", "axis.")
+FOLDED_TAGS = ("hide-input", "hide-cell")
 
 # folders at the root of some system: /home/..., /content/... (Colab), C:\..., but not </p> or 1/2 or https://x/tmp
 ABSOLUTE_PATH = re.compile(
@@ -126,24 +134,109 @@ def short_cells(notebook):
 
 
 def described_figures(notebook):
-    """Every figure is numbered, captioned, and described for who cannot see it; none is SVG (it carries a date)."""
-    names = []
-    for cell in code_cells(notebook):
+    """Every figure is described for who cannot see it, and the cell after it is its caption; none is SVG (a date)."""
+    labels = []
+    for cell, following in zip(notebook.cells, [*notebook.cells[1:], None], strict=True):
+        if cell.cell_type != "code":
+            continue
         kinds = {kind for output in cell.outputs for kind in output.get("data", {})}
         if "image/svg+xml" in kinds:
             yield f"{name(cell)} stores SVG: use PNG"
         if not kinds & {"image/png", "image/jpeg"}:
             continue
-        settings = cell.metadata.get("mystnb", {})
-        figure, image = settings.get("figure", {}), settings.get("image", {})
-        if not figure.get("caption"):
-            yield f"{name(cell)} draws a figure without a caption (mystnb.figure.caption)"
-        if not str(figure.get("name", "")).startswith("fig-"):
-            yield f"{name(cell)} draws a figure without a name fig-x (mystnb.figure.name): it gets no number"
-        if len(image.get("alt", "")) < MIN_ALT_CHARACTERS:
-            yield f"{name(cell)} draws a figure without a description (mystnb.image.alt) of what is seen"
-        names.append(figure.get("name"))
-    yield from (f"two figures are named {n}" for n in sorted({n for n in names if n and names.count(n) > 1}))
+        caption = portable.CAPTION.fullmatch(following.source) if following else None
+        if caption is None:
+            yield f'{name(cell)} draws a figure, and no cell <a id="fig-x"></a>**Figure .** with its caption follows'
+        else:
+            labels.append(caption["label"])
+        if len(portable.settings(cell).get("alt", "")) < MIN_ALT_CHARACTERS:
+            yield f"{name(cell)} draws a figure without a description (peftlab.alt) of what is seen"
+        elif not cell.metadata.get("mystnb", {}).get("image", {}).get("alt"):
+            yield f"{name(cell)} draws a figure whose description is not filled in: make refresh"
+    yield from (f"two figures are named {n}" for n in sorted({n for n in labels if labels.count(n) > 1}))
+
+
+def portable_prose(notebook):
+    """Prose reads the same on the site, in Jupyter, in Colab and on GitHub: no markup that only Sphinx knows."""
+    for cell in prose_cells(notebook):
+        yield from (f"{name(cell)} holds {what}" for what in portable.raw_markup(cell.source))
+    for cell in code_cells(notebook):
+        if any("application/papermill.record/text/plain" in output.get("data", {}) for output in cell.outputs):
+            yield f"{name(cell)} glues a number; give it to the prose in the cell's metadata (peftlab.values)"
+
+
+def stated_tolerances(notebook):
+    """A cell that lets its numbers move says by how much, and prints numbers."""
+    for cell in code_cells(notebook):
+        found = portable.settings(cell)
+        if unknown := set(found) - {"values", "alt", "tolerance"}:
+            yield f"{name(cell)} has metadata that nothing reads: peftlab.{', '.join(sorted(unknown))}"
+        if "tolerance" not in found:
+            continue
+        tolerance = found["tolerance"]
+        if not tolerance or set(tolerance) - {"absolute", "relative"} or not all(v > 0 for v in tolerance.values()):
+            yield f"{name(cell)} states the tolerance {dict(tolerance)}: give absolute, relative or both, above zero"
+        if tolerance.get("relative", 0) > MAX_RELATIVE_TOLERANCE:
+            yield f"{name(cell)} lets its numbers move by {tolerance['relative']:.0%}: what would such a number say?"
+        texts = [*output_texts(cell), *(portable.stored_values(notebook).get(n, "") for n in found.get("values", {}))]
+        if not any(portable.NUMBER.search(text) for text in texts):
+            yield f"{name(cell)} states a tolerance and prints no number"
+
+
+def narrow_code(notebook):
+    """No line of code or of shown source is over 88 columns: longer ones scroll on a laptop."""
+    for cell in code_cells(notebook):
+        shown = [line for output in cell.outputs for line in shown_source(output)]
+        for line in [*cell.source.splitlines(), *shown]:
+            if len(line) > MAX_COLUMNS:
+                yield f"{name(cell)} has a line of {len(line)} columns, at most {MAX_COLUMNS}: {line.strip()[:60]!r}"
+
+
+def shown_source(output) -> list[str]:
+    """The lines of a function that a cell shows with pl.show_source."""
+    text = output.get("data", {}).get("text/markdown", "")
+    found = re.fullmatch(r"```python\n(.*?)\n```\s*", text, re.DOTALL)
+    return found[1].splitlines() if found else []
+
+
+def few_verdicts(notebook):
+    """Cells print numbers, not verdicts: at most one printed line in twenty says True or False."""
+    texts = [o.text for cell in code_cells(notebook) for o in cell.outputs if o.output_type == "stream"]
+    lines = [line for text in texts for line in text.splitlines() if line.strip()]
+    verdicts = [line for line in lines if re.search(r"\b(True|False)\b", line)]
+    if len(verdicts) * LINES_PER_VERDICT > max(len(lines), LINES_PER_VERDICT):
+        yield f"{len(verdicts)} of {len(lines)} printed lines say True or False, such as {verdicts[0]!r}"
+
+
+def is_folded(cell) -> bool:
+    return bool(set(tags(cell)) & set(FOLDED_TAGS))
+
+
+def folded_everywhere(notebook):
+    """A cell that is folded on the page is folded in JupyterLab and in Colab, where its first line is its title."""
+    for cell in code_cells(notebook):
+        jupyter = bool(cell.metadata.get("jupyter", {}).get("source_hidden"))
+        colab = cell.metadata.get("cellView") == "form" and cell.source.startswith("# @title ")
+        if {is_folded(cell), jupyter, colab} not in ({True}, {False}):
+            yield (
+                f'{name(cell)} is folded in one place and not in another: give it a tag hide-input or hide-cell, '
+                'jupyter.source_hidden, cellView "form", and "# @title ..." as its first line'
+            )
+
+
+def little_plumbing(notebook):
+    """Of the lines of code that a reader sees, at most one in ten draws a table or a figure or checks the page."""
+    lines, plumbing = 0, 0
+    for cell in code_cells(notebook)[1:]:
+        if is_folded(cell):
+            continue
+        source = re.sub(r"^%.*$", "pass", cell.source, flags=re.MULTILINE)
+        lines += len([line for line in source.splitlines() if line.strip()])
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith(PLUMBING):
+                plumbing += node.end_lineno - node.lineno + 1
+    if plumbing > MAX_PLUMBING * lines:
+        yield f"{plumbing} of {lines} lines of code that a reader sees are plumbing: fold cells, or use less of it"
 
 
 def nothing_remote(notebook):
@@ -227,6 +320,7 @@ def whole_chapter(notebook):
 
 
 EVERY_NOTEBOOK = (
-    valid_format, executed_in_order, clean_outputs, short_cells, described_figures, nothing_remote, nothing_skipped,
-    comparable_code, plain_voice,
+    valid_format, executed_in_order, clean_outputs, short_cells, described_figures, portable_prose, stated_tolerances,
+    narrow_code, few_verdicts, folded_everywhere, little_plumbing, nothing_remote, nothing_skipped, comparable_code,
+    plain_voice,
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """Every notebook runs as a reader runs it: from an empty folder, against the built wheel, and prints what is stored."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -69,7 +70,10 @@ def test_prints_what_is_stored(path, reader_environment, kernel, tmp_path, recor
     shutil.copy(path, tmp_path)
     options, variables = kernel
     environment = {**reader_environment, "PEFTLAB_HIDDEN": ",".join(hidden_from(path)), **variables}
-    command = [sys.executable, "-m", "pytest", "--nbval", *options, f"--nbval-cell-timeout={HUNG_SECONDS}"]
+    own = [environment["PYTHONPATH"], str(Path(__file__).parent), str(BOOK / "_ext")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, own))  # for the plugin
+    command = [sys.executable, "-m", "pytest", "-p", "bound_numbers", "--nbval", *options]
+    command += [f"--nbval-cell-timeout={HUNG_SECONDS}"]
     command += ["--nbval-sanitize-with", str(Path(__file__).with_name("sanitise.cfg"))]
     command += ["-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", str(tmp_path), "-q", "--color=no", path.name]
     started = time.monotonic()

@@ -7,7 +7,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 REPOSITORY = "https://example.org/book"
 ALT = "A curve that falls and levels."
-FIGURE = {"mystnb": {"figure": {"caption": "Loss.", "name": "fig-loss"}, "image": {"alt": ALT}}}
+FIGURE = {"mystnb": {"image": {"alt": ALT}}, "peftlab": {"alt": ALT}}
+HIDDEN = {"jupyter": {"source_hidden": True}}
+CAPTION = '<a id="fig-loss"></a>**Figure 1.1.** The loss.'
 
 
 def printed(text, name="stdout"):
@@ -58,9 +60,39 @@ FAULTS = [
     (rules.short_cells, [code("x = 1\n" * 26)], "26 lines"),
     (rules.short_cells, [code("x = 1\n" * 10) for _ in range(5)], "median code"),
     (rules.short_cells, [new_markdown_cell("word " * 60) for _ in range(9)], "median prose"),
-    (rules.described_figures, [code("plot()", [shown("image/png", "")])], "caption"),
+    (rules.described_figures, [code("plot()", [shown("image/png", "")], **FIGURE)], "caption"),
+    (rules.described_figures, [code("plot()", [shown("image/png", "")]), new_markdown_cell(CAPTION)], "a description"),
+    (
+        rules.described_figures,
+        [code("plot()", [shown("image/png", "")], peftlab={"alt": ALT}), new_markdown_cell(CAPTION)],
+        "not filled in",
+    ),
     (rules.described_figures, [code("plot()", [shown("image/svg+xml", "<svg/>")], **FIGURE)], "SVG"),
-    (rules.described_figures, [code("plot()", [shown("image/png", "")], **FIGURE) for _ in "ab"], "two figures"),
+    (
+        rules.described_figures,
+        [code("plot()", [shown("image/png", "")], **FIGURE), new_markdown_cell(CAPTION)] * 2,
+        "two figures",
+    ),
+    (rules.portable_prose, [new_markdown_cell("It is {glue:text}`x`.")], "a role of Sphinx"),
+    (rules.portable_prose, [new_markdown_cell("As in {cite:p}`hu2021lora`.")], "a role of Sphinx"),
+    (rules.portable_prose, [new_markdown_cell("Look:\n\n```{math}\nx\n```")], "a directive of Sphinx"),
+    (rules.portable_prose, [new_markdown_cell(":::{note}\nLook.\n:::")], "a directive of Sphinx"),
+    (rules.portable_prose, [new_markdown_cell("(sec-x)=\n## Title")], "a target of Sphinx"),
+    (rules.portable_prose, [new_markdown_cell("It is\n<!--=x-->.")], "begins with a comment"),
+    (rules.portable_prose, [new_markdown_cell("It is 3 <!-- really? -->.")], "binds nothing"),
+    (rules.portable_prose, [code("x", [shown("application/papermill.record/text/plain", "3")])], "glues"),
+    (rules.stated_tolerances, [code("x", [printed("3")], peftlab={"tolerance": {"absolute": 0}})], "above zero"),
+    (rules.stated_tolerances, [code("x", [printed("3")], peftlab={"tolerance": {"percent": 3}})], "above zero"),
+    (rules.stated_tolerances, [code("x", [printed("3")], peftlab={"tolerance": {"relative": 0.9}})], "would such"),
+    (rules.stated_tolerances, [code("x", [printed("a")], peftlab={"tolerance": {"absolute": 1}})], "no number"),
+    (rules.stated_tolerances, [code("x", [printed("3")], peftlab={"tolerence": {"absolute": 1}})], "nothing reads"),
+    (rules.narrow_code, [code("x = " + "1" * 90)], "94 columns"),
+    (rules.narrow_code, [code("x", [shown("text/markdown", "```python\n" + "y" * 89 + "\n```")])], "89 columns"),
+    (rules.few_verdicts, [code("x", [printed("a: True\n" + "1\n" * 20 + "b: False\n")])], "2 of 22"),
+    (rules.folded_everywhere, [code("x", tags=["hide-input"])], "folded in one place"),
+    (rules.folded_everywhere, [code("x", jupyter={"source_hidden": True})], "folded in one place"),
+    (rules.folded_everywhere, [code("x", cellView="form", tags=["hide-cell"], **HIDDEN)], "folded in one place"),
+    (rules.little_plumbing, [code("x = 1\n" * 8 + "pl.table(\n    x\n)")], "3 of 11"),
     (rules.nothing_remote, [new_markdown_cell("![a](https://example.org/a.png)")], "remote image"),
     (rules.nothing_remote, [code("x", [shown("text/html", "<img src='http://example.org/a.png'>")])], "remote image"),
     (rules.nothing_skipped, [code("x", tags=["nbval-skip"])], "nbval-skip"),
@@ -76,7 +108,15 @@ FAULTS = [
 FINE = [
     (rules.clean_outputs, [code("x", [printed("1/2 of it, in 3/var; see https://example.org/tmp/x </p>")])]),
     (rules.clean_outputs, [code("x", [shown("text/html", "<table><tr><td>1</td></tr></table>")])]),
-    (rules.described_figures, [code("plot()", [shown("image/png", "")], **FIGURE)]),
+    (rules.described_figures, [code("plot()", [shown("image/png", "")], **FIGURE), new_markdown_cell(CAPTION)]),
+    (rules.portable_prose, [new_markdown_cell("It is 3<!--=x-->; `{a}`, `{ref}` and $\\{a\\}$.")]),
+    (rules.portable_prose, [new_markdown_cell("So:\n\n```python\n{x}\n```")]),
+    (rules.stated_tolerances, [code("x", [printed("3")], peftlab={"tolerance": {"absolute": 1, "relative": 0.1}})]),
+    (rules.narrow_code, [code("x = " + "1" * 84, [printed("y" * 100)])]),
+    (rules.few_verdicts, [code("x", [printed("the same bits: True\n")])]),
+    (rules.folded_everywhere, [code("# @title The table\nx", tags=["hide-input"], cellView="form", **HIDDEN)]),
+    (rules.little_plumbing, [code("x = 1\n" * 9 + "pl.table(x)")]),
+    (rules.little_plumbing, [code("# @title The table\npl.table(x)", tags=["hide-input"])]),
     (rules.nothing_remote, [new_markdown_cell("[a page](https://example.org)")]),
     (rules.nothing_skipped, [code("x", tags=["nbval-ignore-output"]), code("check()", [printed("below 0.1")])]),
     (rules.plain_voice, [new_markdown_cell("`a != b`, $n!$ and ![loss](x.png)\n\n```python\nnot x != y\n```")]),

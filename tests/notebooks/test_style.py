@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 import normalise
+import portable
 import pytest
 import rules
 
@@ -49,6 +50,23 @@ def test_the_set_up_cell_brings_what_doctor_says_the_chapter_needs(path):
 @pytest.mark.parametrize("path", CHAPTERS, ids=title)
 def test_chapter_is_whole(path):
     assert list(rules.whole_chapter(normalise.read(path))) == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=title)
+def test_prose_is_filled_in(path):
+    """Values are those that the cells computed; references, citations and numbers are those of the book as it is."""
+    notebook = normalise.read(path)
+    book, values, prose = portable.Book.read(BOOK), portable.stored_values(notebook), portable.prose(notebook)
+    expected = [book.fill(path.stem, source, values) for source in portable.number_headings(path.stem, prose)]
+    assert prose == expected, "run: make prose"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=title)
+def test_every_value_that_prose_names_is_computed(path):
+    notebook = normalise.read(path)
+    computed = {name for cell in rules.code_cells(notebook) for name in portable.settings(cell).get("values", {})}
+    used = {found["name"] for source in portable.prose(notebook) for found in portable.VALUE.finditer(source)}
+    assert used <= computed and set(portable.stored_values(notebook)) == computed
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=title)

@@ -4,6 +4,7 @@ import html
 import json
 from pathlib import Path
 
+import portable
 from docutils import nodes
 from docutils.statemachine import StringList
 from sphinx import addnodes
@@ -15,7 +16,8 @@ from peftlab.kit import measurements, tables
 from peftlab_book.facts import load
 
 log = logging.getLogger(__name__)
-FACTS = "book/facts"  # below the source folder, as is the next
+BOOK = "book"  # below the source folder, as are the next two
+FACTS = "book/facts"
 RESULTS = "peftlab/results"
 
 
@@ -37,10 +39,20 @@ class FactsDirective(SphinxDirective):
         log.warning(text, location=self.get_location(), type="peftlab_book")
 
     def parsed(self, text):
-        """Nodes of a MyST text."""
+        """Nodes of a MyST text, in which `<!--=lora-percent-->` is a value that a chapter's cell computed."""
+        text = portable.VALUE.sub(self._value, text)
         holder = nodes.container()
         self.state.nested_parse(StringList(text.splitlines(), source=self.get_source_info()[0]), 0, holder)
         return holder.children
+
+    def _value(self, found):
+        values = {}
+        for path in Path(self.env.srcdir, BOOK).glob("*.ipynb"):
+            self.env.note_dependency(str(path))
+            values |= portable.stored_values(json.loads(path.read_text(encoding="utf-8")))
+        if found["name"] not in values:
+            self.warn(f"no chapter computes the value {found['name']}")
+        return values.get(found["name"], "")
 
     def section(self, title, name):
         section = nodes.section(ids=[nodes.make_id(name)], names=[name])

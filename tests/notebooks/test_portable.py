@@ -1,0 +1,183 @@
+"""The book's Markdown is filled in right, reads the same everywhere, and becomes Sphinx's own on the site."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import nbformat
+import portable
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BOOK = ROOT / "book"
+BIBLIOGRAPHY = """
+@article{hu2021lora,
+  author = {Hu, Edward J. and Shen, Yelong and Wallis, Phillip},
+  year   = {2021},
+  url    = {https://arxiv.org/abs/2106.09685},
+}
+
+@article{liu2021a,
+  author = {Liu, Xiao and Zheng, Yanan},
+  year   = {2021},
+  doi    = {10.1/a(b)},
+}
+
+@article{liu2021b,
+  author = {Liu, Xiao and Ji, Kaixuan},
+  year   = {2021},
+  eprint = {2110.07602},
+}
+
+@article{allal2025,
+  author = {{Ben Allal}, Loubna and others},
+  year   = {2025},
+  url    = {https://example.org},
+}
+"""
+
+
+def notebook(*sources):
+    cells = [{"cell_type": "markdown", "metadata": {}, "source": source} for source in sources]
+    return {"cells": cells, "metadata": {}}
+
+
+SECOND = notebook(
+    "# LoRA",
+    '<a id="sec-why"></a>\n## Why',
+    '### Deeper\n\n<a id="eq-one"></a>\n\n$$\na\n\\tag{}\n$$',
+    '<a id="sec-how"></a>\n## How\n\n$$\nb\n$$\n\n<a id="eq-two"></a>\n\n$$\nc \\tag{9}\n$$',
+    '<a id="sec-part"></a>\n### 7.7.7 Part',
+    '<a id="fig-loss"></a>**Figure .** The loss.',
+)
+
+
+@pytest.fixture
+def book(tmp_path):
+    (tmp_path / "references.bib").write_text(BIBLIOGRAPHY, encoding="utf-8")
+    (tmp_path / "start_here.md").write_text("# Start", encoding="utf-8")
+    return portable.Book({"02_lora": SECOND, "03_qlora": notebook('# Q\n\n<a id="sec-nf4"></a>\n## NF4')}, tmp_path)
+
+
+def test_numbers_of_sections_equations_and_figures():
+    assert portable.targets("02_lora", portable.prose(SECOND)) == {
+        "sec-why": "2.1", "eq-one": "2.1", "sec-how": "2.2", "eq-two": "2.2", "sec-part": "2.2.1", "fig-loss": "2.1",
+    }  # fmt: skip
+    once = portable.number_headings("02_lora", portable.prose(SECOND))
+    assert "## 2.1 Why" in once[1] and "### 2.1.1 Deeper" in once[2] and "\\tag{2.1}" in once[2]
+    assert "## 2.2 How" in once[3] and "c \\tag{2.2}" in once[3] and "### 2.2.1 Part" in once[4]
+    assert once[5].endswith("**Figure 2.1.** The loss.") and once[0] == "# 2 LoRA"
+    assert portable.number_headings("02_lora", once) == once
+    assert portable.number_headings("start_here", ["# Start"]) == ["# Start"]
+    code = "```python\n# a comment\n```"
+    assert portable.number_headings("02_lora", [code]) == [code]
+
+
+@pytest.mark.parametrize(
+    "mark, filled",
+    [
+        ("<!--@cite hu2021lora-->", "[Hu et al., 2021](https://arxiv.org/abs/2106.09685)<!--@cite hu2021lora-->"),
+        ("<!--@cite-t allal2025-->", "[Ben Allal et al. (2025)](https://example.org)<!--@cite-t allal2025-->"),
+        ("<!--@cite liu2021a-->", "[Liu and Zheng, 2021](https://doi.org/10.1/a%28b%29)<!--@cite liu2021a-->"),
+        ("<!--@see sec-part-->", "[Section 2.2.1](#sec-part)<!--@see sec-part-->"),
+        ("[old](#old)<!--@see sec-nf4-->", f"[Section 3.1]({portable.SITE}/03_qlora.html#sec-nf4)<!--@see sec-nf4-->"),
+        ("<!--@eq eq-two-->", "[(2.2)](#eq-two)<!--@eq eq-two-->"),
+        ("[words](x)<!--@page 03_qlora-->", f"[words]({portable.SITE}/03_qlora.html)<!--@page 03_qlora-->"),
+        ("<!--@page 03_qlora-->", f"[Chapter 3]({portable.SITE}/03_qlora.html)<!--@page 03_qlora-->"),
+        ("(at 3%<!--=share-->)", "(at 14.4\u00a0GB<!--=share-->)"),
+        ("**<!--=share-->**", "**14.4\u00a0GB<!--=share-->**"),
+    ],
+)
+def test_marks_are_filled_in_once_and_for_all(book, mark, filled):
+    values = {"share": "14.4 GB"}
+    assert book.fill("02_lora", mark, values) == filled
+    assert book.fill("02_lora", filled, values) == filled
+
+
+@pytest.mark.parametrize(
+    "mark, told",
+    [
+        ("<!--=x-->", "no cell of 02_lora computes the value x"),
+        ("<!--@cite nobody-->", "nobody is not in references.bib"),
+        ("<!--@see sec-x-->", "nothing is marked with sec-x"),
+        ("<!--@page 09_x-->", "there is no page 09_x"),
+    ],
+)
+def test_what_is_missing_is_named(book, mark, told):
+    with pytest.raises(ValueError, match=told):
+        book.fill("02_lora", mark, {})
+
+
+def test_two_papers_of_one_name_and_year_are_told_apart():
+    found = portable.papers(BIBLIOGRAPHY.replace("Ji, Kaixuan", "Zheng, Yanan"))
+    assert [found[key][1] for key in ("liu2021a", "liu2021b", "hu2021lora")] == ["2021a", "2021b", "2021"]
+
+
+@pytest.mark.parametrize(
+    "stored, fresh, tolerance, differs",
+    [
+        ("loss 1.25 at 3", "loss 1.25 at 3", {}, False),
+        ("loss 1.25", "loss 1.26", {}, True),
+        ("loss 1.25", "loss 1.26", {"absolute": 0.01}, False),
+        ("loss 1.25", "loss 1.27", {"absolute": 0.01}, True),
+        ("1,000 of 2,000", "1,090 of 1,810", {"relative": 0.1}, False),
+        ("1,000 of 2,000", "1,090 of 1,790", {"relative": 0.1}, True),
+        ("x  9.8%", "x 10.1%", {"absolute": 0.5}, False),  # the column moves
+        ("x 9.8%", "y 9.8%", {"absolute": 0.5}, True),
+        ("x 9.8%", "x 9.8% 1", {"absolute": 0.5}, True),
+        ("-0.5", "0.5", {"absolute": 0.1}, True),
+        ("2e-7", "3e-7", {"absolute": 1e-7}, False),
+        ("2e-7", "3e-7", {"relative": 0.1}, True),
+        ("nan", "1.0", {"relative": 0.1}, True),
+        ("layer4 is bf16", "layer5 is bf16", {"absolute": 3}, True),  # a name, not a number
+    ],
+)
+def test_numbers_may_move_as_far_as_the_cell_says_and_words_not_at_all(stored, fresh, tolerance, differs):
+    assert bool(portable.near(stored, fresh, tolerance)) is differs
+
+
+def test_the_plugin_settles_what_is_near_and_nothing_else():
+    from bound_numbers import settled
+
+    def outputs(loss, picture="a"):
+        table = {"data": {"text/html": f"<td>{loss}</td>", "image/png": picture}, "output_type": "display_data"}
+        printed = {"output_type": "stream", "name": "stdout", "text": f"loss {loss}\n"}
+        return [nbformat.from_dict(output) for output in (printed, table)]
+
+    assert settled(outputs(1.3), outputs(1.2), {"absolute": 0.1}) == outputs(1.2)
+    assert settled(outputs(1.4), outputs(1.2), {"absolute": 0.1}) == outputs(1.4)
+
+
+def test_the_site_gets_sphinx_own_numbers_and_labels(book):
+    numbered = portable.number_headings("02_lora", portable.prose(SECOND))
+    filled = [book.fill("02_lora", source, {}) for source in numbered]
+    figure = {"cell_type": "code", "metadata": {"mystnb": {"image": {"alt": "A curve."}}}, "source": "plot()"}
+    pages = notebook(*filled, "See [Section 2.1](#sec-why)<!--@see sec-why-->, 3<!--=x-->, <!--@eq eq-one-->.")
+    pages["cells"].insert(5, figure)
+    made = portable.for_site("02_lora", pages)["cells"]
+    assert made[1]["source"] == "(sec-why)=\n## Why"
+    assert "```{math}\n:label: eq-one\na\n```" in made[2]["source"]
+    assert "$$\nb\n$$" in made[3]["source"] and ":label: eq-two" in made[3]["source"]
+    assert made[5]["metadata"]["mystnb"]["figure"] == {"caption": "The loss.", "name": "fig-loss"}
+    assert made[6]["source"] == "See [Section 2.1](#sec-why), 3, {eq}`eq-one`."
+    assert "figure" not in figure["metadata"]["mystnb"] or len(made) == 7
+
+
+@pytest.mark.parametrize("path", sorted(BOOK.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_what_the_colab_button_opens_reads_plainly(path):
+    """The button opens this path of the repository (tests/book holds the link to it). Rendered, no markup is left."""
+    from markdown_it import MarkdownIt
+
+    render = MarkdownIt("commonmark", {"html": True}).enable("table").render
+    for source in portable.prose(json.loads(path.read_text(encoding="utf-8"))):
+        html = render(re.sub(r"\$\$.*?\$\$|\$[^$]*\$", "x", source, flags=re.DOTALL))
+        seen = re.sub(r"<code>.*?</code>", "", re.sub(r"<!--.*?-->", "", html), flags=re.DOTALL)
+        seen = re.sub(r"<[^>]+>", "", seen)
+        raw = re.search(r"\{[a-z:-]+\}|&lt;!--|--&gt;|\]\(|^\([\w-]+\)=|\*\*|:label:", seen, re.MULTILINE)
+        assert raw is None, f"{raw[0]!r} in {source[:200]!r}"
+
+
+def test_the_site_is_where_the_package_says():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert portable.SITE == project["urls"]["Documentation"] + "/book"
