@@ -1,5 +1,6 @@
 """Figures: legible on a telephone, distinct in grey, enough contrast, no metadata, nothing left in pyplot."""
 
+import functools
 import itertools
 import math
 
@@ -7,12 +8,13 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.patches import Patch, Polygon, Rectangle
 from matplotlib.text import Text
 
 from peftlab.errors import PeftLabError
 from peftlab.kit import figures
-from peftlab.kit.figures import style
+from peftlab.kit.figures import style, transformer
 
 PHONE = 350  # pixels, the width of the text on a telephone 390 pixels wide
 ROWS = [{"r": r, "score": 0.5 + r / 200 + seed / 100, "layers": layers} for r in (1, 4, 16, 64) for seed in (0, 1)
@@ -34,6 +36,8 @@ FIGURES = {
     "adapter_places": figures.adapter_places,
     "budget": lambda: figures.budget(ROWS, "r", "score", "layers", x_label="parameters", y_label="score",
                                      reference={"before": 0.1}),
+    **{f"block, {method}, {norm}": functools.partial(figures.block, method, norm)
+       for method in transformer.METHODS for norm in transformer.NORMS},
     "lora_dataflow": figures.lora_dataflow,
     "lora_dataflow, step 4": lambda: figures.lora_dataflow(4),
 }
@@ -73,7 +77,7 @@ def test_figure(name):
             box = text.get_window_extent()
             assert box.x0 > -1 and box.x1 < figure.bbox.x1 + 1, f"{text.get_text()!r} is cut off"
 
-    if "dataflow" not in name and "places" not in name:
+    if not any(drawing in name for drawing in ("block", "dataflow", "places")):
         for axes in figure.axes:
             assert axes.get_label() == "<colorbar>" or axes.get_xlabel(), "the axes are named"
 
@@ -113,3 +117,54 @@ def test_steps_of_the_data_flow():
     assert len(figures.lora_dataflow().axes) == 6
     with pytest.raises(PeftLabError, match="positive whole number of at most 6, found 7"):
         figures.lora_dataflow(7)
+
+
+def trained(figure, kind=Patch):
+    """The shapes in the colour of what is trained."""
+    found = [patch for patch in figure.axes[0].patches if to_hex(patch.get_facecolor()) == style.ROLES["adapter"]]
+    return [patch for patch in found if isinstance(patch, kind)]
+
+
+# How many shapes are coloured before and behind the norms: a LoRA pair and an adapter are two trapezoids.
+COLOURED = {
+    "full": (13, 12), "lora": (4, 4), "qlora": (14, 12), "adapter": (4, 4), "parallel-adapter": (2, 2), "ia3": (3, 3),
+    "bitfit": (7, 8), "prefix": (6, 6), "prompt": (3, 3),
+}
+
+
+@pytest.mark.parametrize("method", transformer.METHODS)
+def test_a_block_colours_what_the_method_trains(method):
+    found = tuple(len(trained(figures.block(method, norm))) for norm in ("pre", "post"))
+    assert found == COLOURED[method]
+
+
+@pytest.mark.parametrize("norm", transformer.NORMS)
+def test_places_in_a_block(norm):
+    def middles(method, kind=Patch):
+        boxes = [patch.get_path().get_extents(patch.get_patch_transform())
+                 for patch in trained(figures.block(method, norm), kind)]
+        return [((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2) for box in boxes]
+
+    at, rows = transformer.LAYOUTS[norm], transformer.ROWS
+    below = {name: y - transformer.BELOW for name, y in rows.items()}
+    assert all(x < 33 and y == transformer.STREAM for x, y in middles("prompt", Rectangle)), "in front of the tokens"
+    assert {y for _, y in middles("prefix", Rectangle)} == {below["k"], below["v"]}
+    assert {round(y) for _, y in middles("lora", Polygon)} == {below["q"], below["v"]}
+    assert {round(x) for x, _ in middles("adapter", Polygon)} == {at.attention_out, at.forward_out}
+    assert all(transformer.UP < y < transformer.STREAM for _, y in middles("adapter", Polygon)), "behind o and down"
+    assert all(at.forward < x < at.forward_out for x, _ in middles("parallel-adapter", Polygon))
+    assert sorted(y for _, y in middles("ia3")) == pytest.approx([rows["v"], rows["k"], transformer.SCALE])
+
+
+def test_only_the_four_bit_block_is_hatched():
+    for method in transformer.METHODS:
+        hatched = [patch for patch in figures.block(method).axes[0].patches if patch.get_hatch()]
+        assert len(hatched) == (7 if method == "qlora" else 0), method
+
+
+@pytest.mark.parametrize("wrong, near", [(("adapters",), "'adapter'"), (("LoRA",), "'lora'"), (("q-lora",), "'qlora'"),
+                                         (("lora", "prenorm"), "'pre'"), (("lora", None), "'pre', 'post'")])
+def test_an_unknown_block_is_refused(wrong, near):
+    with pytest.raises(PeftLabError, match=r"must be one of .*found") as error:
+        figures.block(*wrong)
+    assert near in str(error.value) and "\n" not in str(error.value)

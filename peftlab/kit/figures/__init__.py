@@ -9,13 +9,27 @@ from peftlab.kit.figures.charts import bars, curves, heatmap, histogram, spectru
 from peftlab.kit.figures.lora import lora_dataflow
 from peftlab.kit.figures.memory import agreement, memory_bars, timelines
 from peftlab.kit.figures.quantization import code_books
-from peftlab.kit.figures.style import BLACK, COLOURS, HATCHES, LINES, MARKERS, WIDTH, label, new, styled, use_style
+from peftlab.kit.figures.style import (
+    BLACK,
+    COLOURS,
+    HATCHES,
+    LINES,
+    MARKERS,
+    ROLES,
+    WIDTH,
+    label,
+    new,
+    styled,
+    use_style,
+)
+from peftlab.kit.figures.transformer import block
 
 __all__ = [
+    "block",
     "adapter_places", "budget",
     "bars", "curves", "heatmap", "histogram", "spectrum", "stacked_bars", "sweep",
     "lora_dataflow",
     "agreement", "memory_bars", "timelines",
     "code_books",
-    "BLACK", "COLOURS", "HATCHES", "LINES", "MARKERS", "WIDTH", "label", "new", "styled", "use_style",
+    "BLACK", "COLOURS", "HATCHES", "LINES", "MARKERS", "ROLES", "WIDTH", "label", "new", "styled", "use_style",
 ]  # fmt: skip

@@ -20,6 +20,16 @@ WIDTH = 6.4  # inches
 SMALLEST = 12  # points
 BLACK = "#1a1a1a"
 GREY = "#767676"  # 4.5:1 on white
+# What a colour means, in every drawing and every chart of memory. All are 12 or more apart in lightness (CIE L*: 83,
+# 50, 66, 15, 33, 95), so that they differ in grey too. Each shape has a dark outline, because the pale ones need it.
+ROLES = {
+    "weights": "#c9cfd7",
+    "adapter": "#c4540f",
+    "gradients": "#5aa7de",
+    "optimiser": "#3b1152",
+    "activations": "#0a5940",
+    "workspace": "#f7f0d0",
+}
 # Neighbours are 20 or more apart in lightness (CIE L*: 29, 55, 35, 57, 18, 55). Each has 3:1 or more against white.
 COLOURS = ("#004488", "#cc6a1f", "#0b5d45", "#a8861a", "#551133", "#858585")
 MARKERS = ("o", "s", "^", "D", "v", "P")
