@@ -128,6 +128,29 @@ def test_answers_of_the_wrong_kind(capsys):
     assert exercises.grade("lora.count", torch.tensor(1_843_200)).right
 
 
+@pytest.mark.parametrize("typed, right", [
+    ((1, 843, 200), True), ((1, 843, 201), False), ((184, 320, 0), False), ((1, 843, 200, 0), False),
+])
+def test_a_number_typed_with_commas_is_a_number(typed, right):
+    grade = exercises.grade("lora.count", typed)
+    assert grade.right is right and "a number is wanted" not in grade.message
+
+
+@pytest.mark.parametrize("typed", [(1, 2000), (1843200,), (1.0, 843), (0, 843), (True, 843), (1, -5), ()])
+def test_other_tuples_are_no_numbers(typed):
+    assert "a number is wanted here, and this is of type tuple" in exercises.grade("lora.count", typed).message
+
+
+def test_the_scaling_upside_down_gets_a_counterexample():
+    for name, wrong in (
+        ("lora.forward", lambda x, W, A, B, alpha, r: x @ W.T + r / alpha * (x @ A.T) @ B.T),
+        ("lora.merge", lambda W, A, B, alpha, r: W + r / alpha * B @ A),
+    ):
+        message = exercises.grade(name, wrong).message
+        assert message.startswith("nearly") and "alpha = 8 and r = 2" in message and "quarter" in message
+    assert "alpha = 8 and r = 2" in exercises.grade("lora.first_update", 16 / 32 * math.sqrt(16 / 2304) / 1000).message
+
+
 def test_an_answer_that_changes_its_arguments_spoils_nothing():
     def greedy(W, A, B, alpha, r):
         W += alpha / r * B @ A
