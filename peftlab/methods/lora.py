@@ -28,7 +28,9 @@ from peftlab.methods.parts import BIAS_MODES, cast, first_input, trained_biases,
 
 
 class LoRALinear(Part):
-    """Add the update s B (A x) to what a linear layer returns: `nn.Linear`, `Conv1D` or a quantised linear.
+    """Add the update s B (A x) to what a linear layer returns.
+
+    The layer is an `nn.Linear`, a `Conv1D` or a quantised linear.
 
     Attributes:
         lora_A: (r, in).
@@ -54,16 +56,22 @@ class LoRALinear(Part):
         self.lora_B_bias = nn.Parameter(torch.zeros(outside)) if config.lora_bias else None
         start(self.lora_A, self.lora_B, config.init)
 
-    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
+    def after(
+        self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor
+    ) -> Tensor:
         """Add the update. x: (..., in), output: (..., out)."""
         x = cast(first_input(args, kwargs), self.lora_A.dtype)
         x = F.dropout(x, self.dropout, self.training)
-        # y = W x + b + s B (A x): two thin products instead of one with the (out, in) matrix BA
-        update = F.linear(F.linear(x, self.lora_A), self.lora_B, self.lora_B_bias) * self.scaling
+        # y = W x + b + s B (A x): two thin products, not one with the large BA
+        low = F.linear(x, self.lora_A)  # (..., r)
+        update = F.linear(low, self.lora_B, self.lora_B_bias) * self.scaling
         return (output + update).to(output.dtype)
 
     def delta(self) -> Tensor:
-        """Return the update of the weight, (out, in), in the adapter's dtype and with gradients."""
+        """Return the update of the weight, (out, in), in the adapter's dtype.
+
+        It has gradients.
+        """
         # dW = s B A
         return (self.lora_B @ self.lora_A) * self.scaling
 

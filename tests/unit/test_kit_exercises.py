@@ -34,7 +34,11 @@ ANSWERS = {
                      lambda x, W, A, B, alpha, r: 2 * x @ W.T),
     "lora.merge": (lambda W, A, B, alpha, r: torch.add(W, B @ A, alpha=alpha / r),
                    lambda W, A, B, alpha, r: W + alpha * B @ A, lambda W, A, B, alpha, r: W),
+    "lora.gradient": (lambda x, A, B, s, G: s * torch.einsum("no,oj,ni->ji", G, B, x),
+                      lambda x, A, B, s, G: (G @ B).T @ x, lambda x, A, B, s, G: A),
+    "lora.first_update": (1.6667e-4, 8.3333e-5, 1.0),
     "lora.alpha": (16 * math.sqrt(64), 2.0, 3),
+    "lora.upper_half": (50, 75.0, 90),
     "qlora.bits": (4 + 8 / 128 + 32 / 32_768, 4.25, 9.0),
     "qlora.memory": (36.36, 35.58, 140.0),
     "qlora.states": (0.24, 0.08, 12.0),
@@ -122,6 +126,29 @@ def test_answers_of_the_wrong_kind(capsys):
     shape = exercises.grade("lora.merge", lambda W, A, B, alpha, r: W.T).message
     assert "a tensor of shape (6, 10) where a tensor of shape (10, 6) is wanted" in shape
     assert exercises.grade("lora.count", torch.tensor(1_843_200)).right
+
+
+@pytest.mark.parametrize("typed, right", [
+    ((1, 843, 200), True), ((1, 843, 201), False), ((184, 320, 0), False), ((1, 843, 200, 0), False),
+])
+def test_a_number_typed_with_commas_is_a_number(typed, right):
+    grade = exercises.grade("lora.count", typed)
+    assert grade.right is right and "a number is wanted" not in grade.message
+
+
+@pytest.mark.parametrize("typed", [(1, 2000), (1843200,), (1.0, 843), (0, 843), (True, 843), (1, -5), ()])
+def test_other_tuples_are_no_numbers(typed):
+    assert "a number is wanted here, and this is of type tuple" in exercises.grade("lora.count", typed).message
+
+
+def test_the_scaling_upside_down_gets_a_counterexample():
+    for name, wrong in (
+        ("lora.forward", lambda x, W, A, B, alpha, r: x @ W.T + r / alpha * (x @ A.T) @ B.T),
+        ("lora.merge", lambda W, A, B, alpha, r: W + r / alpha * B @ A),
+    ):
+        message = exercises.grade(name, wrong).message
+        assert message.startswith("nearly") and "alpha = 8 and r = 2" in message and "quarter" in message
+    assert "alpha = 8 and r = 2" in exercises.grade("lora.first_update", 16 / 32 * math.sqrt(16 / 2304) / 1000).message
 
 
 def test_an_answer_that_changes_its_arguments_spoils_nothing():

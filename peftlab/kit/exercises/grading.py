@@ -60,6 +60,7 @@ def number(
     def grader(answer: Any) -> Grade:
         with contextlib.suppress(ValueError, RuntimeError):  # several numbers
             answer = answer.item() if hasattr(answer, "item") else answer
+        answer = _without_commas(answer)
         if isinstance(answer, bool) or not isinstance(answer, (int, float)):
             return Grade(False, f"a number is wanted here, and this is {_kind(answer)}.")
         if _close(answer, right, tolerance):
@@ -130,6 +131,16 @@ def function(
         return Grade(False, f"not yet. {hint}")
 
     return grader
+
+
+def _without_commas(answer: Any) -> Any:
+    """Return the number that was typed with commas, which Python reads as a tuple: 1,234 is (1, 234)."""
+    if not isinstance(answer, tuple) or len(answer) < 2 or not all(type(part) is int for part in answer):
+        return answer
+    first, *groups = answer
+    if not 1 <= first < 1000 or not all(0 <= group < 1000 for group in groups):
+        return answer
+    return int("".join([str(first), *(f"{group:03}" for group in groups)]))
 
 
 def _close(a: float, b: float, tolerance: float) -> bool:
