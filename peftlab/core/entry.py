@@ -61,7 +61,8 @@ def _enter(host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 
 def _leave(host: nn.Module, args: tuple, output: Any) -> None:
     """Take the mark of a call away, if the forward of others did not come to ours."""
-    vars(host)[OURS].entered.pop(get_ident(), None)
+    if not torch.compiler.is_compiling():  # nothing is marked there, and this would break the graph
+        vars(host)[OURS].entered.pop(get_ident(), None)
 
 
 def check_unchanged(root: nn.Module, record: Record) -> None:

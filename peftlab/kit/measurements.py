@@ -208,4 +208,4 @@ def write(path: str | Path, topic: str, provenance: dict[str, Any], rows: list[d
     try:
         write_atomically(path, text.encode())
     except OSError as error:
-        raise PeftLabError(f"{path} cannot be written: {error.strerror}. Give another path.") from error
+        raise PeftLabError(f"{path} cannot be written: {error.strerror or error}. Give another path.") from error

@@ -260,6 +260,7 @@ def table(
               "text/plain": tables.as_text(headings, cells, caption, source)})
 
 
+@checked()
 def provenance(source: Results) -> None:
     """Show the badge of measurements: machine and date, which fold out the versions and the command.
 

@@ -112,7 +112,7 @@ def test_without_input_gradients_reentrant_checkpointing_learns_nothing():
     "settings, said",
     [
         (dict(norms=["input_layrnorm"]), "no norm of this model. Did you mean 'input_layernorm'"),
-        (dict(norms="norm"), r"True, or a list of names"), (dict(checkpointing="yes"), "True, False, 'reentrant'"),
+        (dict(norms="norm"), "norms must be True or False"), (dict(checkpointing="yes"), "True, False, 'reentrant'"),
     ],
 )  # fmt: skip
 def test_mistakes_change_nothing(settings, said):

@@ -171,6 +171,7 @@ def look(number: int) -> dict[str, Any]:
             "linestyle": LINES[number % len(LINES)]}
 
 
+@checked()
 def role(name: str) -> str | None:
     """Return the role of a part by its name: "8-bit states" is of the optimiser. None if it has none.
 
