@@ -177,11 +177,11 @@ def load_adapter(
         if not (trainable and saved.encoder):
             config = config.as_stored()
         allowance = Allowance(saved.folder, saved.tensors, saved.encoder)
-        placements = prepare(root, name, config, adapter_dtype, allowance)
+        placements, unseen = prepare(root, name, config, adapter_dtype, allowance)
     check_fit(root, placements, saved)
     settle(root, placements)
     fill(placements, saved)
-    add(root, name, config, placements, trainable=trainable)
+    add(root, name, config, placements, unseen, trainable=trainable)
     return model
 
 

@@ -169,7 +169,7 @@ def check(root: nn.Module, record: Record, requantize: bool) -> None:
     if not activity.weights:
         raise PeftLabError("No adapter is active; call activate(model, name) before merging.")
     calls = observed(root)
-    past = calls.past if calls is not None else frozenset()
+    past = record.past | (calls.past if calls is not None else frozenset())
     for path, host in hosts(root):
         for name, _, part in active_parts(host, activity):
             if path in past:

@@ -188,11 +188,12 @@ def model_class(folder: Path, fields: dict[str, Any]) -> tuple[Any, Any]:
     except Exception as error:  # whatever a malformed config makes of transformers' own code
         told = " ".join(str(error).split())[:300]
         raise PeftLabError(f"{folder / CONFIG} is no config of a {model_type}: {told}") from error
-    made_from: Any = kind.config_class
-    if not isinstance(config, made_from):
+    made_from: Any = getattr(kind, "config_class", None)
+    if not isinstance(made_from, type) or not isinstance(config, made_from):
+        needs = f"a {made_from.__name__}" if isinstance(made_from, type) else "no config: it is no whole model"
         raise PeftLabError(
-            f"{folder / CONFIG} has model_type {model_type!r}, and its class {kind.__name__} is built from a "
-            f"{made_from.__name__}. The config was edited; fetch or save the folder again."
+            f"{folder / CONFIG} has model_type {model_type!r}, and its class {kind.__name__} is built from {needs}. "
+            "The config was edited; fetch or save the folder again."
         )
     config._name_or_path = str(folder)
     return kind, config

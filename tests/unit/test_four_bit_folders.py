@@ -228,6 +228,7 @@ def test_files_of_two_models_are_told(folder, tmp_path):
     dict(intermediate_size=10**9), dict(num_attention_heads=0), dict(num_attention_heads=7),
     dict(layer_types=[1] * 5000), dict(rope_parameters="x"), dict(dtype="nonsense"), dict(dtype="int8"),
     dict(hidden_act="os.system"), dict(model_type="gpt2"), dict(architectures=["GPT2LMHeadModel"]),
+    dict(architectures=["PreTrainedModel"]),
     dict(quantization_config=7),
 ])  # fmt: skip
 def test_a_config_that_does_not_fit_is_refused_quickly(fields, folder):
