@@ -88,27 +88,30 @@ def _phases(axes: Axes, moments: list[str]) -> None:
 
 
 @styled()
-def agreement(groups: Mapping[str, Sequence[tuple[float, float]]], *, band: float = 0.1) -> Figure:
-    """Draw predicted against measured memory on logarithmic axes, with a band around equality.
+def agreement(groups: Mapping[str, Sequence[tuple[float, float]]], *, margin: float = 0.03) -> Figure:
+    """Draw how far predictions of memory lie above or below what was measured, in percent of the measured peak.
 
     Args:
         groups: {name: [(measured, predicted), ...]} in bytes.
-        band: the relative half-width of the band.
+        margin: the share that a reader should add to a prediction, as a dashed line below zero.
 
-    >>> pl.figures.agreement({"grid": [(1e9, 1.01e9), (5e10, 5e10)]})
+    >>> pl.figures.agreement({"grid": [(1e9, 0.99e9), (5e10, 5e10)]})
     <Figure size 896x532 with 1 Axes>
     """
     figure, axes = new()
-    values = [value / 1e9 for pairs in groups.values() for pair in pairs for value in pair]
-    ends = [min(values) / 1.5, max(values) * 1.5]
-    axes.fill_between(ends, [(1 - band) * end for end in ends], [(1 + band) * end for end in ends], color=GREY,
-                      alpha=0.25, linewidth=0, label=f"within {band:.0%}")
-    axes.plot(ends, ends, color=BLACK, linewidth=1)
+    axes.axhline(0, color=BLACK, linewidth=1)
+    axes.axhline(-100 * margin, color=GREY, linestyle="--", linewidth=1.2)
     for number, (name, pairs) in enumerate(groups.items()):
-        axes.plot([m / 1e9 for m, _ in pairs], [p / 1e9 for _, p in pairs], linestyle="",
+        axes.plot([m / 1e9 for m, _ in pairs], [100 * (p / m - 1) for m, p in pairs], linestyle="",
                   marker=MARKERS[number % len(MARKERS)], color=COLOURS[number % len(COLOURS)], label=name,
                   fillstyle="none" if number else "full")
-    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured peak (GB)", ylabel="predicted (GB)")
+    axes.set(xscale="log", xlabel="measured peak (GB)", ylabel="error of the prediction (%)")
+    for text, height in (("predicted too much", 4), ("predicted too little", -4)):
+        axes.annotate(text, (0.01, 0), xycoords=("axes fraction", "data"), xytext=(0, height), fontsize=SMALLEST,
+                      textcoords="offset points", va="bottom" if height > 0 else "top", color=GREY)
+    axes.annotate(f"{margin:.0%} too little", (1, -100 * margin), xycoords=("axes fraction", "data"), ha="right",
+                  va="bottom", xytext=(0, 1), textcoords="offset points", fontsize=SMALLEST)
     finish(figure, axes)
-    add_legend(figure, axes)
+    if len(groups) > 1:
+        add_legend(figure, axes)
     return figure
