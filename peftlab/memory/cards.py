@@ -1,8 +1,8 @@
 """What fits on which card: `fits`, `largest`, `what_fits`.
 
 A card's memory is the number in its data sheet, in GB of 1e9 bytes. Drivers show a little more. The share `SPARE` of it
-is kept free. It has to cover three things: the CUDA context with the code of the kernels (0.65 GB on an H100), the error
-of the estimate (at most 2.6% too low in 87 runs), and gaps between blocks of torch's allocator.
+is kept free. It has to cover three things: the CUDA context with the code of the kernels (0.65 GB on an H100), the
+error of the estimate (at most 2.6% too low in 87 runs), and gaps between blocks of torch's allocator.
 """
 
 from __future__ import annotations

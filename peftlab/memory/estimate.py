@@ -110,8 +110,8 @@ def estimate(
 ) -> Estimate:
     """Estimate the peak memory of a training step on one GPU, or on each of several, and its parts.
 
-    The model keeps no cache of keys and values. The answer is nearly always a little too low: leave 3% of it, and 0.7 GB
-    for the CUDA context, free on the card (see the top of this file).
+    The model keeps no cache of keys and values. The answer is nearly always a little too low. Add 3% to it, and 0.7 GB
+    for the CUDA context; `pl.memory.cards.with_margin` does so, and the top of this file says why.
 
     Args:
         shape: a built-in name, the path of a `config.json` or of its folder, its dict, or a `Shape`.

@@ -55,7 +55,7 @@ EXERCISES = (
         then="The gradient passes through every frozen layer, and adapters keep inputs of their own.")),
     Exercise("memory.family", "easy", 5, '"reparameterised", "additive" or "selective"', choice(
         "reparameterised", options=("reparameterised", "additive", "selective"),
-        remarks={"additive": "Training makes new tensors. But can they be folded into a weight that is there already, so "
+        remarks={"additive": "Training makes new tensors. But can they be folded into a weight that is there, so "
                              "that nothing is left over?",
                  "selective": "Selective methods train some of the weights that are there. Here the weight itself is "
                               "frozen."},

@@ -18,7 +18,7 @@ def memory_bars(estimates: Mapping[str, Estimate], *, cards: Sequence[int] = (24
 
     Args:
         estimates: {name of the bar: what `pl.memory.estimate` returned}.
-        cards: sizes of cards in GB, as vertical lines. Those far beyond the longest bar are left out.
+        cards: sizes of cards in GB, as vertical lines. Those beyond 1.5 times the longest bar are left out.
 
     >>> runs = {method: pl.memory.estimate("llama-2-7b", method) for method in ("lora", "qlora")}
     >>> pl.figures.memory_bars(runs)
@@ -74,16 +74,17 @@ def timelines(runs: Mapping[str, Mapping[str, Sequence[float] | Sequence[tuple[s
 
 
 def _phases(axes: Axes, moments: list[str]) -> None:
-    """Shade the backward pass, and name the phases that are wide enough."""
+    """Shade the backward pass, and name the phases that are wide enough, and the last one."""
     start = 0
     for phase, group in itertools.groupby(moment.split(",")[0] for moment in moments):
         width = len(list(group))
         left, right = start / len(moments), (start + width) / len(moments)
         if phase == "backward":
             axes.axvspan(left, right, color="#eef0f3", zorder=0)
-        if right - left > 0.018 * len(phase):
-            axes.annotate(phase, ((left + right) / 2, 0.03), xycoords="axes fraction", ha="center", va="bottom",
-                          fontsize=SMALLEST, color=GREY)
+        wide = right - left > 0.018 * len(phase)
+        if wide or right == 1:
+            axes.annotate(phase, ((left + right) / 2 if wide else 1, 0.03), xycoords="axes fraction", va="bottom",
+                          ha="center" if wide else "right", fontsize=SMALLEST, color=GREY)
         start += width
 
 
