@@ -31,6 +31,7 @@ from peftlab.core.records import (
     require_adapter,
     unwrap,
 )
+from peftlab.core.sharding import refuse_sharded
 from peftlab.core.targets import ALL_LINEAR
 from peftlab.errors import PeftLabError, some
 from peftlab.patterns import bounded
@@ -110,6 +111,7 @@ def prepare(
         raise PeftLabError(f"adapter_dtype is {adapter_dtype!r}; give a floating dtype such as torch.float32.")
     record = record_of(root)
     check_hosts(root)
+    refuse_sharded(root, "attach cannot divide a new adapter with it", "Attach first, then call fully_shard.")
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(Adapters(Activity()), name):
         raise PeftLabError(f"{name!r} cannot name an adapter; use letters, digits, '_' and '-'.")
     if record and name in record.configs:

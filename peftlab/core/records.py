@@ -11,10 +11,13 @@ from torch import nn
 
 from peftlab.core.hooks import CHILD, Activity, adapters_on, base_modules, hook_keys, hosts
 from peftlab.core.interface import Config
+from peftlab.core.sharding import give_up_gathered
 from peftlab.errors import PeftLabError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+FLAT = "FullyShardedDataParallel"
 
 
 @dataclass(frozen=True)
@@ -68,18 +71,18 @@ class Record:
 
 
 def wrappings(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the model, then what the wrappers of `torch.compile` and DistributedDataParallel hold, outermost first."""
+    """Yield the model, then what torch's wrappers hold (compiled, or for several processes), outermost first."""
     inner: nn.Module | None = model
     while inner is not None:
         yield inner
         held = getattr(inner, "_orig_mod", None)
-        if held is None and type(inner).__name__ in ("DistributedDataParallel", "DataParallel"):
+        if held is None and type(inner).__name__ in ("DistributedDataParallel", "DataParallel", FLAT):
             held = inner.module
         inner = held
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside the wrappers of `torch.compile` and DistributedDataParallel."""
+    """Return the model inside torch's wrappers: `torch.compile`, DistributedDataParallel, FullyShardedDataParallel."""
     return list(wrappings(model))[-1]
 
 
@@ -165,9 +168,18 @@ def marks_of(root: nn.Module) -> list[tuple[dict, Any, Any]]:
 def check_hosts(root: nn.Module) -> None:
     """Refuse to go on with a base that was changed after an adapter was attached.
 
+    Whatever reads or changes a model's adapters calls this first. Of a sharded model they are then in pieces.
+
     Raises:
-        PeftLabError: a host was replaced or resized, tied or untied, or its parts were moved to the meta device.
+        PeftLabError: a host was replaced or resized, tied or untied, or its parts were moved to the meta device; or a
+            part of the model is wrapped in FullyShardedDataParallel.
     """
+    if any(getattr(parameter, "_fsdp_flattened", False) for parameter in root.parameters()):
+        raise PeftLabError(
+            f"The model is wrapped in torch's {FLAT} (FSDP1), which holds its parameters in flat pieces, and adapters "
+            "cannot be counted, changed or saved there. Use fully_shard (FSDP2) in its place: attach first, then shard."
+        )
+    give_up_gathered(root)
     record = record_of(root)
     now = hosts_now(root) if record is not None else {}
     for name, before in record.placed.items() if record is not None else ():
