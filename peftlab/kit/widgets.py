@@ -116,16 +116,15 @@ def memory_calculator(shape: str = "llama-2-7b", r: int = 16) -> None:
         renew()
         return widgets.VBox([*choices.values(), answer])
 
-    rows = []
-    for method in ("full", "lora", "qlora", "ia3"):
+    rows, methods = [], ("full", "lora", "qlora", "ia3")
+    for method in methods:
         targets = None if method == "ia3" else "all-linear"
         for tokens in (256, 1024, 4096, 16384):
-            run = {"r": r, "targets": targets, "sequence": tokens, "checkpointing": True}
-            rows.append({"tokens": tokens, "GB": memory.estimate(shape, method, **run).peak_bytes / 1e9,
-                         "method": method})
+            found = memory.estimate(shape, method, r=r, targets=targets, sequence=tokens, checkpointing=True)
+            rows.append({"tokens": tokens, "GB": found.peak_bytes / 1e9, "method": method})
     figure = figures.sweep(rows, "tokens", "GB", by="method", x_label="tokens in the sequence", y_label="peak (GB)")
-    methods = ", ".join(dict.fromkeys(row["method"] for row in rows))
-    _show(build, figure, f"Predicted peak of a step of {shape} against the length of its sequence, for {methods}")
+    text = f"Predicted peak of a step of {shape} against the length of its sequence, for {', '.join(methods)}"
+    _show(build, figure, text)
 
 
 def _memory_answer(run: dict[str, Any]) -> str:
