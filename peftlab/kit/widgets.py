@@ -97,7 +97,7 @@ def lora_calculator(shape: str = "smollm2-135m", r: int = 8) -> None:
 def memory_calculator(shape: str = "llama-2-7b", r: int = 16) -> None:
     """Show a widget that predicts the peak of a training step for a model, a method, a length and a precision.
 
-    Without a kernel, show the parts of the peak for four methods.
+    Without a kernel, show the peak of four methods against the length of the sequence.
     """
 
     def build(widgets: Any) -> Any:
@@ -120,12 +120,15 @@ def memory_calculator(shape: str = "llama-2-7b", r: int = 16) -> None:
         renew()
         return widgets.VBox([*choices.values(), answer])
 
-    bars = {}
-    for method in ("full", "lora", "qlora", "ia3"):
+    rows, methods = [], ("full", "lora", "qlora", "ia3")
+    for method in methods:
         targets = None if method == "ia3" else "all-linear"
-        bars[method] = memory.estimate(shape, method, r=r, targets=targets, checkpointing=True)
-    text = f"Predicted peak of a step of {shape}, one sequence of 512 tokens, for {', '.join(bars)}"
-    _show(build, figures.memory_bars(bars), text)
+        for tokens in (256, 1024, 4096, 16384):
+            found = memory.estimate(shape, method, r=r, targets=targets, sequence=tokens, checkpointing=True)
+            rows.append({"tokens": tokens, "GB": found.peak_bytes / 1e9, "method": method})
+    figure = figures.sweep(rows, "tokens", "GB", by="method", x_label="tokens in the sequence", y_label="peak (GB)")
+    text = f"Predicted peak of a step of {shape} against the length of its sequence, for {', '.join(methods)}"
+    _show(build, figure, text)
 
 
 def _memory_answer(run: dict[str, Any]) -> str:

@@ -163,15 +163,17 @@ def test_a_part_too_thin_to_see_is_a_stroke_of_its_colour():
 
 def test_memory_bars_show_cards_and_british_names():
     axes = FIGURES["memory_bars"]().axes[0]
-    assert [text.get_text() for text in axes.texts if text.get_text().endswith("GB")] == ["24 GB", "48 GB"]
-    assert [line.get_xdata()[0] for line in axes.lines] == [24, 48], "the bar ends at 54 GB, so 80 GB is far off"
+    assert [text.get_text() for text in axes.texts if text.get_text().endswith("GB")] == ["24 GB", "48 GB", "80 GB"]
+    assert [line.get_xdata()[0] for line in axes.lines] == [24, 48, 80] and axes.get_xlim()[1] > 80
+    small = figures.memory_bars({"qlora": pl.memory.estimate("llama-2-7b", "qlora")}).axes[0]
+    assert not small.lines, "the bar ends at 7 GB, so all cards are far off"
     assert "optimiser" in [container.get_label() for container in axes.containers]
 
 
 def test_timelines_mark_the_peak_and_the_phases():
     axes = FIGURES["timelines, phases"]().axes[0]
     texts = [text.get_text() for text in axes.texts]
-    assert texts == ["peak 2.2 GB", "forward", "backward"], "a phase too narrow for its name has none"
+    assert texts == ["peak 2.2 GB", "forward", "backward", "optimiser"], "one that is too narrow has none, but the last"
     assert axes.get_title(loc="left") == "full" and "full" not in axes.get_xlabel()
     peak = axes.lines[1]
     assert (peak.get_xdata()[0], peak.get_ydata()[0]) == pytest.approx((10 / 31, 2.2))

@@ -231,7 +231,8 @@ def stacked_bars(
     Args:
         parts: {name of the bar: {name of the part: number}}. A part that a bar lacks counts as 0.
         fmt: the format of the sums.
-        marks: {name: number} vertical lines, such as the memory of a card. Those far beyond the bars are left out.
+        marks: {name: number} vertical lines, such as the memory of a card. Those beyond 1.5 times the longest bar are
+            left out.
 
     >>> pl.figures.stacked_bars({"bf16": {"weights": 2, "gradients": 2, "states": 4}}, x_label="bytes per parameter")
     <Figure size 896x336 with 1 Axes>
@@ -255,13 +256,12 @@ def stacked_bars(
     axes.set_yticks(range(len(parts)), list(parts))
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    end = max(left) * 1.15
-    axes.set_xlim(0, end)
-    for name, value in (marks or {}).items():
-        if value <= end:
-            axes.axvline(value, color=BLACK, linestyle="--", linewidth=1.2, zorder=0.9)
-            axes.annotate(name, (value, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), ha="center",
-                          va="bottom", textcoords="offset points", fontsize=SMALLEST)
+    shown = {name: value for name, value in (marks or {}).items() if value <= max(left) * 1.5}
+    axes.set_xlim(0, max([max(left) * 1.15, *(value * 1.05 for value in shown.values())]))
+    for name, value in shown.items():
+        axes.axvline(value, color=BLACK, linestyle="--", linewidth=1.2, zorder=0.9)
+        axes.annotate(name, (value, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), ha="center", va="bottom",
+                      textcoords="offset points", fontsize=SMALLEST)
     axes.set_xlabel(x_label)
     if len(kinds) > 1:
         add_legend(figure, axes)
