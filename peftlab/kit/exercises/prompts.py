@@ -80,9 +80,9 @@ EXERCISES = (
         _prefix(30),
         near={_prefix(30, HIDDEN): "Under grouped-query attention keys and values are narrower than the model: 8 heads "
                                    "of 128.",
-              _prefix(30) // 2: "A key and a value: twice as many.",
-              _prefix(30, layers=1): "That is one layer.",
-              30 * HIDDEN: "That is a prompt; a prefix stands in each layer."},
+              _prefix(30) // 2: "Attention needs a key to compare with and a value to return: two rows each.",
+              _prefix(30, layers=1): "That is one layer. Every layer has keys and values of its own.",
+              30 * HIDDEN: "That is a prompt, which stands at the input only; a prefix stands in each layer."},
         hint="For each virtual token a key and a value in each layer, each as wide as all key/value heads together.",
         then="0.02% of the model.")),
     Exercise("prompts.kept", "easy", 5, '"prompt", "prefix", "both" or "none"', choice(
@@ -94,11 +94,11 @@ EXERCISES = (
         then="What the network made is all that a trained model needs.")),
     Exercise("prompts.projection", "medium", 10, "your function", function(
         _projection, cases=_projection_cases,
-        near={"The biases are missing: h and 2 L k.":
+        near={"The biases are missing: a linear layer has one for each output, here h and 2 L k.":
                   lambda n, k, h, layers: n * k + k * h + h * 2 * layers * k,
-              "The n vectors that go in are trained, too.":
+              "The n vectors that go in are trained, too: without them every virtual token would be the same.":
                   lambda n, k, h, layers: _projection(0, k, h, layers),
-              "A key and a value for each layer: 2 L k outputs.":
+              "A layer needs a key and a value of width k, so the last layer has 2 L k outputs, not L k.":
                   lambda n, k, h, layers: n * k + (k * h + h) + (h * layers * k + layers * k),
               "The MLP is the same for every virtual token; only its inputs are n.":
                   lambda n, k, h, layers: n * _projection(1, k, h, layers)},
@@ -114,9 +114,9 @@ EXERCISES = (
         then="He et al. read prefix tuning as this gate.")),
     Exercise("prompts.cache", "medium", 10, "a number", number(
         100 * 2 * 32 * 4096 * 2 / 1e6, tolerance=1e-3,
-        near={100 * 32 * 4096 * 2 / 1e6: "A key and a value: twice as much.",
-              100 * 2 * 32 * 4096 * 4 / 1e6: "bf16 takes two bytes a number.",
-              100 * 2 * 4096 * 2 / 1e6: "That is one layer."},
+        near={100 * 32 * 4096 * 2 / 1e6: "The cache keeps a key and a value for each position, not one of the two.",
+              100 * 2 * 32 * 4096 * 4 / 1e6: "bf16 takes two bytes per number; four are float32.",
+              100 * 2 * 4096 * 2 / 1e6: "That is one layer. Each layer reads keys and values of its own."},
         hint="For each virtual token a key and a value of 4096 numbers in each of 32 layers, two bytes each.",
         then="And as much again for each further request in the batch.")),
     Exercise("prompts.labels", "easy", 5, "your function", function(
