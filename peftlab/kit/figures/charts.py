@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, PercentFormatter
 
-from peftlab.kit.figures.labels import Lines, log_ticks, measured_ticks, name_lines
+from peftlab.kit.figures.labels import Line, log_ticks, measured_ticks, name_lines
 from peftlab.kit.figures.style import (
     BLACK,
     COLOURS,
@@ -30,7 +30,7 @@ THIN = 0.008  # of the longest bar: a thinner part is drawn as a stroke
 LINE = 20  # points that a line drawn by `curves` may have to show each of them
 
 
-def finish(figure: Figure, axes: Axes, lines: Lines = (), reference: dict[str, float] | None = None) -> Figure:
+def finish(figure: Figure, axes: Axes, lines: Sequence[Line] = (), reference: dict[str, float] | None = None) -> Figure:
     """Name what is drawn: each line beside it, or, where names would cover something, in a legend below the axes.
 
     Args:
@@ -68,7 +68,9 @@ def _columns(names: Sequence[str]) -> int:
     return max(1, min(len(names), 60 // (max(map(len, names)) + 6)))
 
 
-def draw_repeats(axes: Axes, rows: list[dict[str, Any]], x: str, y: str, name: str, looks: dict[str, Any]) -> tuple:
+def draw_repeats(
+    axes: Axes, rows: list[dict[str, Any]], x: str, y: str, name: str, looks: dict[str, Any]
+) -> Line:
     """Draw the means of repeats as a line, each repeat as a dot, and a bar from the least to the greatest of them.
 
     A bar stands only where there are repeats. Returns (name, xs, means, colour).
@@ -83,7 +85,7 @@ def draw_repeats(axes: Axes, rows: list[dict[str, Any]], x: str, y: str, name: s
         axes.vlines([place for place, _ in several], [min(values) for _, values in several],
                     [max(values) for _, values in several], color=colour, linewidth=1.4)
         dots = [(place, value) for place, values in several for value in values]
-        axes.scatter(*zip(*dots, strict=True), s=14, marker="_", color=colour, linewidth=1.4)
+        axes.scatter([dot[0] for dot in dots], [dot[1] for dot in dots], s=14, marker="_", color=colour, linewidth=1.4)
     return name, places, middle, looks["color"]
 
 
@@ -120,7 +122,7 @@ def sweep(
     rows = [row for row in rows if row.get(x) is not None and row.get(y) is not None]
     figure, axes = new()
     groups = list(dict.fromkeys(row.get(by) for row in rows)) if by else [None]
-    lines = []
+    lines: list[Line] = []
     for number, group in enumerate(groups):
         chosen = [row for row in rows if by is None or row.get(by) == group]
         lines.append(draw_repeats(axes, chosen, x, y, str(group), look(number)))
@@ -148,7 +150,7 @@ def curves(
     <Figure size 896x532 with 1 Axes>
     """
     figure, axes = new()
-    lines = []
+    lines: list[Line] = []
     for number, (name, values) in enumerate(series.items()):
         xs, ys = values if isinstance(values, tuple) else (range(1, len(values) + 1), values)
         looks = look(number) if len(ys) <= LINE else {**look(number), "marker": None}
@@ -281,7 +283,7 @@ def spectrum(
     <Figure size 896x532 with 1 Axes>
     """
     figure, axes = new()
-    lines = []
+    lines: list[Line] = []
     for number, (name, given) in enumerate(values.items()):
         numbers = sorted(_array(given).ravel().tolist(), reverse=True)
         top = numbers[0] if relative else 1.0

@@ -20,13 +20,14 @@ from peftlab.kit.figures.style import SMALLEST
 GAP = 7  # points from a line's point to its name
 MARK = 7  # pixels from a marker's middle to its rim
 ROOM = 3  # pixels to keep free around a name
-TOLERATED = 2  # how much of its own line a name may cover; for more there is a legend
+TOLERATED = 2.0  # how much of its own line a name may cover; for more there is a legend
 # Where a name may stand beside a point: the alignments, and the offset in units of GAP.
 SIDES = (("left", "center", 1, 0), ("center", "bottom", 0, 1), ("center", "top", 0, -1), ("right", "center", -1, 0),
          ("left", "bottom", 0.7, 0.7), ("left", "top", 0.7, -0.7), ("right", "bottom", -0.7, 0.7),
          ("right", "top", -0.7, -0.7))  # fmt: skip
 
-Lines = Sequence[tuple[str, Sequence[float], Sequence[float], str]]  # name, xs, ys, colour
+Line = tuple[str, Sequence[float], Sequence[float], str]  # name, xs, ys, colour
+Box = tuple[float, ...]  # left, bottom, right, top, in pixels
 
 
 def is_plain(value: float) -> bool:
@@ -77,7 +78,7 @@ def measured_ticks(axis: Axis, values: Iterable[float]) -> None:
         set_ticks(axis, places)
 
 
-def name_lines(figure: Figure, axes: Axes, lines: Lines, obstacles: Sequence[Annotation] = ()) -> bool:
+def name_lines(figure: Figure, axes: Axes, lines: Sequence[Line], obstacles: Sequence[Annotation] = ()) -> bool:
     """Write each line's name beside it, where it covers nothing.
 
     Args:
@@ -91,42 +92,52 @@ def name_lines(figure: Figure, axes: Axes, lines: Lines, obstacles: Sequence[Ann
     drawn = [_on_screen(axes, xs, ys) for _, xs, ys, _ in lines]
     bars = [bar for found in axes.collections if isinstance(found, LineCollection) for bar in found.get_segments()]
     around = numpy.concatenate([numpy.empty((0, 2)), *(_on_screen(axes, *numpy.transpose(bar)) for bar in bars)])
-    frame = axes.get_window_extent()
-    taken = [box.get_window_extent().extents for box in obstacles]
-    scale = figure.dpi / 72
-    best = []
-    for number, (name, xs, ys, colour) in enumerate(lines):
+    taken: list[Box] = [tuple(text.get_window_extent().extents) for text in obstacles]
+    written: list[Annotation] = []
+    for number, line in enumerate(lines):
+        name, xs, ys, colour = line
         text = axes.annotate(name, (xs[-1], ys[-1]), xytext=(0, 0), textcoords="offset points", fontsize=SMALLEST,
                              color=colour, path_effects=[withStroke(linewidth=3, foreground="white")])
         text.set_in_layout(False)  # it stays inside the axes
-        size = text.get_window_extent()
-        best.append((math.inf, text, None, (0.0, 0.0), SIDES[0]))
-        for rank, (x, y, pixel) in enumerate(_candidates(lines[number], drawn[number], axes)):
-            for liking, side in enumerate(SIDES):
-                box = _box(pixel, side, size.width, size.height, scale)
-                if not (frame.x0 <= box[0] and box[2] <= frame.x1 + 1 and frame.y0 <= box[1] and box[3] <= frame.y1):
-                    continue
-                if any(_touch(box, other) for other in taken):
-                    continue
-                others = sum(_inside(box, points) for i, points in enumerate(drawn) if i != number)
-                others += _inside(box, around)
-                cost = 10 * others + _inside(box, drawn[number]) + 0.05 * rank + 0.01 * liking
-                if cost < best[-1][0]:
-                    best[-1] = (cost, text, box, (x, y), side)
-        if best[-1][2] is not None:
-            taken.append(best[-1][2])
-    if any(cost > TOLERATED for cost, *_ in best):
-        for _, text, *_ in best:
-            text.remove()
-        return False
-    for _, text, _, place, (across, up, dx, dy) in best:
-        text.xy = place
-        text.set(ha=across, va=up)
-        text.set_position((dx * GAP, dy * GAP))
+        written.append(text)
+        others = numpy.concatenate([around, *(points for i, points in enumerate(drawn) if i != number)])
+        box = _place(axes, text, _candidates(line, drawn[number], axes), drawn[number], others, taken)
+        if box is None:
+            for text in written:
+                text.remove()
+            return False
+        taken.append(box)
     return True
 
 
-def _candidates(line: tuple, pixels: numpy.ndarray, axes: Axes) -> list[tuple[float, float, numpy.ndarray]]:
+def _place(
+    axes: Axes,
+    text: Annotation,
+    candidates: list[tuple[float, float, numpy.ndarray]],
+    own: numpy.ndarray,
+    others: numpy.ndarray,
+    taken: Sequence[Box],
+) -> Box | None:
+    """Move a name to the place where it covers least, and return its box, or None if it covers too much everywhere."""
+    size, frame, scale = text.get_window_extent(), axes.get_window_extent(), axes.figure.dpi / 72
+    least, found = TOLERATED, None
+    for rank, (x, y, pixel) in enumerate(candidates):
+        for liking, side in enumerate(SIDES):
+            box = _box(pixel, side, size.width, size.height, scale)
+            inside = frame.x0 <= box[0] and box[2] <= frame.x1 + 1 and frame.y0 <= box[1] and box[3] <= frame.y1
+            if not inside or any(_touch(box, other) for other in taken):
+                continue
+            cost = 10 * _inside(box, others) + _inside(box, own) + 0.05 * rank + 0.01 * liking
+            if cost < least:
+                least, found = cost, box
+                across, up, dx, dy = side
+                text.xy = (x, y)
+                text.set(ha=across, va=up)
+                text.set_position((dx * GAP, dy * GAP))
+    return found
+
+
+def _candidates(line: Line, pixels: numpy.ndarray, axes: Axes) -> list[tuple[float, float, numpy.ndarray]]:
     """Return points of a line, (x, y, pixels): some that were given, the last first, and some on the way."""
     _, xs, ys, _ = line
     given = list(zip(xs, ys, strict=True))[::-1][:: max(1, len(xs) // 12)]
@@ -146,7 +157,7 @@ def _on_screen(axes: Axes, xs: Sequence[float], ys: Sequence[float]) -> numpy.nd
     return numpy.concatenate(pieces)
 
 
-def _box(point: numpy.ndarray, side: tuple, width: float, height: float, scale: float) -> tuple:
+def _box(point: numpy.ndarray, side: tuple, width: float, height: float, scale: float) -> Box:
     """Return (left, bottom, right, top) in pixels of a text beside a point."""
     across, up, dx, dy = side
     x, y = point[0] + dx * GAP * scale, point[1] + dy * GAP * scale
@@ -155,11 +166,11 @@ def _box(point: numpy.ndarray, side: tuple, width: float, height: float, scale: 
     return left - ROOM, bottom - ROOM, left + width + ROOM, bottom + height + ROOM
 
 
-def _touch(one: tuple, other: tuple) -> bool:
+def _touch(one: Box, other: Box) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
-def _inside(box: tuple, points: numpy.ndarray) -> int:
+def _inside(box: Box, points: numpy.ndarray) -> int:
     left, bottom, right, top = box
     x, y = points[:, 0], points[:, 1]
     return int(((left < x) & (x < right) & (bottom < y) & (y < top)).sum())

@@ -51,7 +51,8 @@ def timelines(runs: Mapping[str, Mapping[str, Sequence[float] | Sequence[tuple[s
     for axes, (name, lines) in zip(panels, runs.items(), strict=True):
         top = 0.0
         for number, (line, values) in enumerate(lines.items()):
-            sizes = [value[1] / 1e9 if isinstance(value, tuple | list) else value / 1e9 for value in values]
+            told = [value if isinstance(value, tuple | list) else ("", value) for value in values]
+            sizes = [size / 1e9 for _, size in told]
             places = [i / max(1, len(values) - 1) for i in range(len(values))]
             axes.plot(places, sizes, label=line, **{**look(number), "marker": None})
             if not number:
@@ -60,8 +61,8 @@ def timelines(runs: Mapping[str, Mapping[str, Sequence[float] | Sequence[tuple[s
                 axes.annotate(f"peak {sizes[most]:.3g} GB", (places[most], sizes[most]), xytext=(0, 5),
                               textcoords="offset points", va="bottom", fontsize=SMALLEST,
                               ha="left" if places[most] < 0.25 else "right" if places[most] > 0.75 else "center")
-            if isinstance(values[0], tuple | list):
-                _phases(axes, [str(value[0]) for value in values])  # type: ignore[index]
+            if told[0][0]:
+                _phases(axes, [moment for moment, _ in told])
             top = max(top, *sizes)
         axes.set_ylim(0, 1.35 * top)
         axes.set_xlim(0, 1)
