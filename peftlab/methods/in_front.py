@@ -96,7 +96,8 @@ class InFront(Part):
         if kwargs.get("position_ids") is not None:
             virtual = torch.arange(self.count, device=embeddings.device).expand(batch, -1)
             kwargs["position_ids"] = torch.cat([virtual, kwargs["position_ids"].expand(batch, -1)], 1)
-        # X' = [P; X]. P is repeated for the rows before it is cast, so the rows' gradients are summed in P's own dtype.
+        # X' = [P; X]. P is repeated for the rows before it is cast,
+        # so that the rows' gradients are summed in P's own dtype.
         kwargs["inputs_embeds"] = in_front(active_prompt(host, batch), embeddings)
         for name, fill in (("labels", -100), ("token_type_ids", 0)):
             value = kwargs.get(name)

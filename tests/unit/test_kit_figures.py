@@ -45,6 +45,7 @@ FIGURES = {
                                             "LoRA": {"measured": [1e9, 2e9], "replayed": [1e9, 2e9]}}),
     "agreement": lambda: figures.agreement({"grid": [(1e9, 1.01e9), (5e10, 5e10)], "by chance": [(2e9, 1.9e9)]}),
     "adapter_places": figures.adapter_places,
+    "places of virtual_tokens": figures.virtual_tokens,
     "budget": lambda: figures.budget(ROWS, "r", "score", "layers", x_label="parameters", y_label="score",
                                      reference={"before": 0.1}),
     **{f"block, {method}, {norm}": functools.partial(figures.block, method, norm)
@@ -301,6 +302,18 @@ def test_places_in_a_block(norm):
     assert all(transformer.UP < y < transformer.STREAM for _, y in middles("adapter", Polygon)), "behind o and down"
     assert all(at.forward < x < at.forward_out for x, _ in middles("parallel-adapter", Polygon))
     assert sorted(y for _, y in middles("ia3")) == pytest.approx([rows["v"], rows["k"], transformer.SCALE])
+
+
+def test_virtual_tokens_stand_in_front_of_the_text_or_beside_the_layers():
+    prompt, deep, prefix = (trained_rectangles(axes) for axes in figures.virtual_tokens().axes)
+    assert len({box.get_y() for box in prompt}) == 1 and len({box.get_y() for box in deep}) == 3
+    assert len(prompt) == 2 and len(deep) == 6, "two virtual tokens, at the input or at every layer's"
+    assert len(prefix) == 3 * 2 * 2, "a key and a value for each virtual token in each layer"
+    assert max(box.get_x() for box in prefix) < min(box.get_x() for box in prompt) + 2 * 2.0
+
+
+def trained_rectangles(axes):
+    return [box for box in axes.patches if to_hex(box.get_facecolor()) == style.ROLES["adapter"]]
 
 
 def test_only_the_four_bit_block_is_hatched():
