@@ -32,7 +32,7 @@ _PLACES = {
     "training.generation": "generate_text",
     "training.metrics": "accuracy macro_f1 exact_match token_f1 perplexity mean_loss predict_labels",
     "kit.measurements": "results",
-    "kit.notebook": "show_source glue table expect",
+    "kit.notebook": "show_source glue table expect provenance",
     "kit.exercises": "check",
     "adapters.trainer_callback": "AdapterCallback",
     "errors": "PeftLabError",

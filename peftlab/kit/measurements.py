@@ -91,12 +91,20 @@ class Results:
         self._known(name)
         return [row.get(name) for row in self.rows]
 
+    @property
+    def machine(self) -> str:
+        """The name of the GPU, or of the CPU if there was no GPU."""
+        return str(self.provenance.get("gpu") or self.provenance["cpu"])
+
+    @property
+    def versions(self) -> str:
+        """The names and versions of the libraries, in one line."""
+        return ", ".join(f"{name} {version}" for name, version in sorted(self.provenance["versions"].items()))
+
     def cite(self) -> str:
         """Return one line that says where the numbers come from: machine, versions, date, command."""
         given = self.provenance
-        machine = given.get("gpu") or given.get("cpu")
-        versions = ", ".join(f"{name} {version}" for name, version in sorted(given["versions"].items()))
-        return f"Measured on {machine}, {given['date']} ({versions}). To repeat it: {given['command']}"
+        return f"Measured on {self.machine}, {given['date']} ({self.versions}). To repeat it: {given['command']}"
 
     def _known(self, name: str) -> None:
         if name not in self.columns:

@@ -19,6 +19,7 @@ from typing import Any
 
 from peftlab.errors import PeftLabError
 from peftlab.kit import tables
+from peftlab.kit.measurements import Results
 
 # Libraries whose messages on stderr say nothing about the reader's own code.
 NOISY = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "kernels", "peft", "torch", "torchao",
@@ -225,7 +226,7 @@ def table(
     caption: str | None = None,
     source: Any = None,
 ) -> None:
-    """Show rows as a table. Below rows from `pl.results` stands a line that says where they were measured.
+    """Show rows as a table. Below rows from `pl.results` stands a badge that says where they were measured.
 
     Args:
         rows: dicts, or `Results`.
@@ -243,10 +244,27 @@ def table(
     16    0.70
     """
     headings, cells, numeric = tables.lay_out(rows, columns)
-    source = source or rows
-    source = source.cite() if hasattr(source, "cite") else None
+    source = rows if source is None else source
+    source = source if isinstance(source, Results) else None
     _display({"text/html": tables.as_html(headings, cells, numeric, caption, source),
               "text/plain": tables.as_text(headings, cells, caption, source)})
+
+
+def provenance(source: Results) -> None:
+    """Show the badge of measurements: machine and date, which fold out the versions and the command.
+
+    `table` shows it by itself. Call this for a figure that is drawn from measurements.
+
+    Raises:
+        PeftLabError: these are no measurements from `pl.results`.
+
+    >>> pl.provenance(pl.results("memory"))
+    Measured on NVIDIA H100 80GB HBM3, 2026-11-24 (...). To repeat it: peftlab bench memory --out memory.json
+    """
+    if not isinstance(source, Results):
+        raise PeftLabError(f"provenance needs measurements from pl.results, found {type(source).__name__}. "
+                           'Call it as pl.provenance(pl.results("memory")), for example.')
+    _display({"text/html": tables.badge(source), "text/plain": source.cite()})
 
 
 def _display(data: dict[str, Any], metadata: dict[str, Any] | None = None) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.kit.measurements import Results
 
 Columns = dict[str, Any]  # {column: heading} or {column: (heading, format)}
 
@@ -55,9 +56,12 @@ def as_html(
     cells: list[list[str]],
     numeric: list[bool],
     caption: str | None = None,
-    source: str | None = None,
+    source: Results | None = None,
 ) -> str:
-    """Return a table in a region of its own, which scrolls on a narrow screen, also from the keyboard."""
+    """Return a table in a region of its own, which scrolls on a narrow screen, also from the keyboard.
+
+    Below it stands the badge of the `Results` from which its rows come.
+    """
     sides = [' style="text-align: right"' if right else ' style="text-align: left"' for right in numeric]
     head = "".join(f'<th scope="col"{side}>{html.escape(h)}</th>' for h, side in zip(headings, sides, strict=True))
     body = "\n".join("<tr>" + "".join(f"<td{side}>{html.escape(c)}</td>" for c, side in zip(line, sides, strict=True))
@@ -67,15 +71,26 @@ def as_html(
     parts += ['<table class="dataframe table">']  # the class of pandas: themes know it in light and dark
     parts += [f'<caption style="caption-side: top; color: inherit">{html.escape(caption)}</caption>'] if caption else []
     parts += [f"<thead><tr>{head}</tr></thead>", f"<tbody>\n{body}\n</tbody>", "</table>", "</div>"]
-    parts += [f"<p><small>{html.escape(source)}</small></p>"] if source else []
+    parts += [badge(source)] if source else []
     return "\n".join(parts)
 
 
+def badge(source: Results) -> str:
+    """Return one small line, machine and date, that folds out the versions and the command. It needs no script."""
+    given = source.provenance
+    return (
+        '<details class="provenance" style="font-size: 85%">'
+        f"<summary>Measured on {html.escape(source.machine)}, {html.escape(given['date'])}</summary>\n"
+        f"<p>Versions: {html.escape(source.versions)}.<br>\n"
+        f"To repeat it: <code>{html.escape(given['command'])}</code></p></details>"
+    )
+
+
 def as_text(
-    headings: list[str], cells: list[list[str]], caption: str | None = None, source: str | None = None
+    headings: list[str], cells: list[list[str]], caption: str | None = None, source: Results | None = None
 ) -> str:
-    """Return a table as columns of plain text."""
+    """Return a table as columns of plain text, with the whole provenance in a line below it."""
     widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
              for line in [headings, *cells]]
-    return "\n".join(([caption] if caption else []) + lines + ([source] if source else []))
+    return "\n".join(([caption] if caption else []) + lines + ([source.cite()] if source else []))

@@ -92,6 +92,15 @@ def test_accessible_in_dark_colours_and_on_a_phone(browser, address, name, width
     page.close()
 
 
+def test_figures_are_dark_on_a_dark_page(browser, address):
+    looks = "(({filter, mixBlendMode}) => [filter, mixBlendMode])(getComputedStyle(document.querySelector(%r)))"
+    for dark, expected in ((True, ["invert(1) hue-rotate(180deg)", "screen"]), (False, ["none", "normal"])):
+        page = browser.page(dark=dark)
+        page.open(address + "book/02_lora.html")
+        assert page.evaluate(looks % "article .cell_output img") == expected
+        page.close()
+
+
 @pytest.mark.parametrize("name", page_names())
 def test_nothing_scrolls_sideways_on_a_phone(browser, address, name):
     page = browser.page(width=390, height=844)

@@ -1,6 +1,8 @@
 """Figures: legible on a telephone, distinct in grey, enough contrast, no metadata, nothing left in pyplot."""
 
+import doctest
 import functools
+import inspect
 import itertools
 import math
 
@@ -12,6 +14,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.patches import Patch, Polygon, Rectangle
 from matplotlib.text import Text
 
+import peftlab as pl
 from peftlab.errors import PeftLabError
 from peftlab.kit import figures
 from peftlab.kit.figures import style, transformer
@@ -19,6 +22,8 @@ from peftlab.kit.figures import style, transformer
 PHONE = 350  # pixels, the width of the text on a telephone 390 pixels wide
 ROWS = [{"r": r, "score": 0.5 + r / 200 + seed / 100, "layers": layers} for r in (1, 4, 16, 64) for seed in (0, 1)
         for layers in ("q, v", "all")]
+HISTORY = [*[(f"forward, layer {i}", 1e9 + i * 1e8) for i in range(10)], ("loss", 2.2e9),
+           *[("backward", 2e9 - i * 5e7) for i in range(18)], *[("optimiser", 1e9)] * 3]
 FIGURES = {
     "sweep": lambda: figures.sweep(ROWS, "r", "score", by="layers", reference={"before": 0.1}, percent=True),
     "curves": lambda: figures.curves({"LoRA": [3, 2, 1], "full": ([1, 5, 9], [3, 1, 0.5])}, y_label="loss"),
@@ -28,6 +33,12 @@ FIGURES = {
                                                  x_label="memory (GB)"),
     "spectrum": lambda: figures.spectrum({"update": torch.rand(50), "weight": [3.0, 2.0, 0.0]}, mark=8),
     "histogram": lambda: figures.histogram({"a": torch.randn(10, 10, dtype=torch.bfloat16)}, x_label="weight"),
+    "histogram, log": lambda: figures.histogram({"a": [1, 2, 2, 3], "b": [2, 2, 3]}, x_label="w", log_y=True),
+    "by_layer": lambda: figures.by_layer({name: [[0.9, 1.0, 1.2]] * 12 for name in ("keys", "values", "feed-forward")},
+                                         y_label="learned scale", start=1),
+    "code_books": lambda: figures.code_books({"NF4": [-1, 0, 1], "INT4": [-1, 0.5]}),
+    "memory_bars": lambda: figures.memory_bars({m: pl.memory.estimate("llama-2-7b", m) for m in ("full", "lora")}),
+    "timelines, phases": lambda: figures.timelines({"full": {"predicted": HISTORY}}),
     "heatmap": lambda: figures.heatmap([[0.1, 0.9], [0.5, 0.4]], x_label="r", y_label="alpha", x_ticks=["8", "16"],
                                        fmt=".1f", scale_label="exact match"),
     "timelines": lambda: figures.timelines({"full": {"measured": [1e9, 3e9, 2e9], "replayed": [1e9, 3e9, 2.1e9, 2e9]},
@@ -79,12 +90,14 @@ def test_figure(name):
 
     if not any(drawing in name for drawing in ("block", "dataflow", "places")):
         for axes in figure.axes:
-            assert axes.get_label() == "<colorbar>" or axes.get_xlabel(), "the axes are named"
+            shared = axes.get_shared_x_axes().get_siblings(axes)  # panels above one another share a name
+            named = any(other.get_xlabel() for other in shared)
+            assert axes.get_label() == "<colorbar>" or named, "the axes are named"
 
 
 def test_lines_and_bars_can_be_told_apart_without_colour():
     figure = FIGURES["sweep"]()
-    assert not figure.legends[0].get_frame_on(), "the style holds to the end of the function"
+    assert not FIGURES["agreement"]().legends[0].get_frame_on(), "the style holds to the end of the function"
     looks = [(line.get_marker(), line.get_linestyle()) for line in figure.axes[0].lines if len(line.get_xdata()) > 2]
     assert len(looks) == 2 and looks[0][0] != looks[1][0] and looks[0][1] != looks[1][1]
     hatches = [container[0].get_hatch() for container in FIGURES["stacked_bars"]().axes[0].containers]
@@ -98,13 +111,145 @@ def test_colours_differ_in_lightness_and_stand_out_from_white():
         assert 1.05 / (luminance(colour) + 0.05) >= 3, colour
 
 
-def test_sweep_draws_mean_and_range():
-    rows = [{"r": 8, "score": 0.4}, {"r": 8, "score": 0.8}, {"r": 16, "score": 0.5}, {"r": 32}]
+@pytest.mark.parametrize("one, other", [*itertools.combinations(style.ROLES, 2)])
+def test_roles_differ_in_grey(one, other):
+    assert abs(lightness(style.ROLES[one]) - lightness(style.ROLES[other])) > 11
+
+
+def test_white_is_readable_on_the_colour_of_adapters_and_no_line_without_a_role_has_it():
+    assert 1.05 / (luminance(style.ROLES["adapter"]) + 0.05) >= 4.5
+    assert not set(style.ROLES.values()) & set(style.COLOURS)
+
+
+@pytest.mark.parametrize("name, role", [("weights", "weights"), ("4-bit weights", "weights"),
+                                        ("master copy", "weights"),
+                                        ("adapter weights", "adapter"), ("LoRA adapters", "adapter"),
+                                        ("gradient", "gradients"), ("optimizer", "optimiser"),
+                                        ("optimiser states", "optimiser"), ("8-bit states", "optimiser"),
+                                        ("Activations", "activations"), ("logits and workspace", "workspace"),
+                                        ("attention", None), ("matrix products", None)])
+def test_a_role_is_known_by_its_words(name, role):
+    assert figures.role(name) == role
+
+
+def test_a_role_has_one_colour_in_every_figure():
+    def fills(figure):
+        return {to_hex(patch.get_facecolor()) for patch in figure.axes[0].patches if patch.get_fill()}
+
+    adapter, weights = style.ROLES["adapter"], style.ROLES["weights"]
+    drawings = [figures.block("adapter"), figures.lora_dataflow(6), figures.adapter_places(),
+                figures.stacked_bars({"LoRA": {"weights": 3, "adapter": 1}}, x_label="GB"),
+                figures.bars({"weights": 3, "adapter": 1}, x_label="GB")]
+    for figure in drawings:
+        assert {adapter, weights} <= fills(figure)
+    # whatever the order of the parts, and also if the figure has other ones
+    bars = figures.stacked_bars({"a": {"gradient": 1, "states": 2}, "b": {"weight": 2}}, x_label="GB").axes[0]
+    found = {bar.get_label(): to_hex(bar[0].get_facecolor()) for bar in bars.containers}
+    assert found == {"gradient": style.ROLES["gradients"], "states": style.ROLES["optimiser"], "weight": weights}
+
+
+def test_two_parts_of_one_role_differ_in_their_hatch():
+    bars = figures.stacked_bars({"a": {"weights": 1, "master copy": 2}}, x_label="GB").axes[0].containers
+    assert to_hex(bars[0][0].get_facecolor()) == to_hex(bars[1][0].get_facecolor())
+    assert bars[0][0].get_hatch() != bars[1][0].get_hatch()
+
+
+def test_a_part_too_thin_to_see_is_a_stroke_of_its_colour():
+    bars = figures.stacked_bars({"a": {"weights": 1000, "adapter": 1}, "b": {"weights": 10}}, x_label="GB")
+    thin, absent = bars.axes[0].containers[1]
+    assert to_hex(thin.get_edgecolor()) == style.ROLES["adapter"] and thin.get_linewidth() > 1.5
+    assert absent.get_linewidth() == 0
+
+
+def test_memory_bars_show_cards_and_british_names():
+    axes = FIGURES["memory_bars"]().axes[0]
+    assert [text.get_text() for text in axes.texts if text.get_text().endswith("GB")] == ["24 GB", "48 GB"]
+    assert [line.get_xdata()[0] for line in axes.lines] == [24, 48], "the bar ends at 54 GB, so 80 GB is far off"
+    assert "optimiser" in [container.get_label() for container in axes.containers]
+
+
+def test_timelines_mark_the_peak_and_the_phases():
+    axes = FIGURES["timelines, phases"]().axes[0]
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == ["peak 2.2 GB", "forward", "backward"], "a phase too narrow for its name has none"
+    assert axes.get_title(loc="left") == "full" and "full" not in axes.get_xlabel()
+    peak = axes.lines[1]
+    assert (peak.get_xdata()[0], peak.get_ydata()[0]) == pytest.approx((10 / 31, 2.2))
+
+
+def test_by_layer_draws_medians_and_spread():
+    axes = figures.by_layer({"keys": [torch.arange(101.0), [1, 1, 1]]}, y_label="scale").axes[0]
+    assert list(axes.lines[-1].get_ydata()) == [50, 1]
+    outer, inner = axes.collections
+    assert outer.get_segments()[0][:, 1] == pytest.approx([5, 95])
+    assert inner.get_segments()[0][:, 1] == pytest.approx([25, 75])
+
+
+def test_sweep_draws_means_and_repeats_only_where_they_were_measured():
+    rows = [{"r": 8, "score": 0.4}, {"r": 8, "score": 0.8}, {"r": 8, "score": 0.5}, {"r": 16, "score": 0.5}, {"r": 32}]
     axes = figures.sweep(rows, "r", "score").axes[0]
     assert list(axes.lines[0].get_xdata()) == [8, 16]
-    assert axes.lines[0].get_ydata() == pytest.approx([0.6, 0.5])
-    low, high = axes.collections[0].get_paths()[0].get_extents().intervaly
-    assert (low, high) == pytest.approx((0.4, 0.8))
+    assert axes.lines[0].get_ydata() == pytest.approx([1.7 / 3, 0.5])
+    bars, strokes = axes.collections
+    assert [segment.tolist() for segment in bars.get_segments()] == [[[8, 0.4], [8, 0.8]]]
+    assert strokes.get_offsets().tolist() == [[8, 0.4], [8, 0.8], [8, 0.5]]
+
+
+def test_few_points_are_marked():
+    few, many = figures.curves({"few": [1, 2, 3], "many": list(range(100))}).axes[0].lines
+    assert few.get_marker() == "o" and many.get_marker() == "None"
+
+
+def boxes(texts):
+    return [text.get_window_extent() for text in texts]
+
+
+@pytest.mark.parametrize("lines", [
+    {"LoRA": [3, 2, 1], "full": [3, 1, 0.5]},
+    {"a name of some length": [1, 2, 3], "another such name": [3, 2, 1], "a third": [2, 2, 2]},
+    {"kept": [11, 12, 14, 18, 26, 42], "eager": [12, 14, 17, 23, 36, 61], "checkpointing": [10, 10, 11, 12, 13, 16]},
+])  # fmt: skip
+def test_names_stand_at_their_lines_and_touch_nothing(lines):
+    figure = figures.curves(lines)
+    axes = figure.axes[0]
+    assert not figure.legends and {text.get_text() for text in axes.texts} == set(lines)
+    figure.draw_without_rendering()
+    for one, other in itertools.combinations(boxes(axes.texts), 2):
+        assert not one.overlaps(other)
+    for box in boxes(axes.texts):
+        frame = axes.get_window_extent()
+        assert frame.x0 <= box.x0 and box.x1 <= frame.x1 + 1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+        for line in axes.lines:
+            assert not any(box.contains(x, y) for x, y in axes.transData.transform(line.get_xydata()))
+    for text, line in zip(axes.texts, axes.lines, strict=True):
+        assert to_hex(text.get_color()) == to_hex(line.get_color())
+
+
+def test_names_that_do_not_fit_go_into_a_legend():
+    figure = figures.curves({f"a line with quite a long name, number {i}": [1, 1 + i / 1000] for i in range(5)})
+    assert len(figure.legends[0].get_texts()) == 5 and not figure.axes[0].texts
+
+
+@pytest.mark.parametrize("values, expected", [
+    ([0.1, 0.15], ["0.1", "0.15"]), ([0.0032, 0.7], ["0.01", "0.1"]), ([3, 4_000_000], ["$10^{2}$", "$10^{4}$"]),
+    ([1.2, 7], ["2", "5"]), ([0.05, 0.051], []), ([1e-9, 1e9], ["$10^{-9}$"]),
+])  # fmt: skip
+def test_ticks_of_a_logarithmic_axis_are_plain_numbers(values, expected):
+    axis = figures.curves({"loss": [*values]}, log_y=True).axes[0].yaxis
+    shown = [label.get_text() for label in axis.get_ticklabels()]
+    assert set(expected) <= set(shown) and 2 <= len(shown) <= 10
+    assert not any("times" in text for text in shown), "no 1.2 x 10^-1"
+    assert not axis.get_minorticklocs().size
+
+
+def test_ticks_stand_at_the_values_measured_if_they_fit():
+    def ticks(places):
+        axis = figures.sweep([{"r": r, "loss": r} for r in places], "r", "loss").axes[0].xaxis
+        return [label.get_text() for label in axis.get_ticklabels()]
+
+    assert ticks([1, 4, 16, 64]) == ["1", "4", "16", "64"]
+    assert ticks([1e-5, 1e-3]) == ["$10^{-5}$", "$10^{-3}$"]
+    assert "114688" not in "".join(ticks([100, 100_000, 114_688, 120_000])), "too close together"
 
 
 def test_spectrum_is_sorted_relative_and_positive():
@@ -168,3 +313,18 @@ def test_an_unknown_block_is_refused(wrong, near):
     with pytest.raises(PeftLabError, match=r"must be one of .*found") as error:
         figures.block(*wrong)
     assert near in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_figure_function_has_an_example_that_runs():
+    functions = {name: value for name, value in vars(figures).items()
+                 if name in figures.__all__ and inspect.isfunction(value)}
+    for name in {"label", "new", "styled", "use_style"} & set(functions):
+        del functions[name]  # tools of the style, which draw nothing
+    for name, function in functions.items():
+        found = [test for test in doctest.DocTestFinder().find(function, name, globs={"pl": pl, "torch": torch})
+                 if test.examples]
+        assert found, f"{name} has no example"
+        report: list[str] = []
+        runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS, verbose=False)
+        runner.run(found[0], out=report.append)
+        assert not report, "".join(report)

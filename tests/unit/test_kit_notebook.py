@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import redirect_stdout
+from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
@@ -16,6 +17,7 @@ from patience import HUNG_SECONDS
 import peftlab.kit.exercises.grading as grading
 from peftlab.errors import PeftLabError
 from peftlab.kit import notebook, tables
+from peftlab.kit.measurements import Results
 
 
 def shown(function, *arguments, **options):
@@ -119,6 +121,75 @@ def test_tables_are_laid_out_and_escaped():
     assert tables.as_text(*laid[:2]).splitlines()[1] == "a<b   95.1%        r=8"
     with pytest.raises(PeftLabError, match="no row has a column 'scor'.*Did you mean 'score'"):
         tables.lay_out(ROWS, {"scor": "score"})
+
+
+def measured(**changes):
+    given = {"gpu": "NVIDIA H100 80GB HBM3", "cpu": "x", "versions": {"torch": "2.11.0", "peft": "0.21.0"},
+             "date": "2026-11-24", "command": "peftlab bench lora --out lora.json"}
+    return Results("lora", given | changes, ROWS)
+
+
+class Outline(HTMLParser):
+    """The texts of a piece of HTML by the innermost element that holds them; every element must be closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.texts = [], {}
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        if tag != "br":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if data.strip():
+            inside = self.open[-1] if self.open else ""
+            self.texts[inside] = self.texts.get(inside, "") + data.strip()
+
+
+@pytest.mark.parametrize("changes, badge", [
+    ({}, "Measured on NVIDIA H100 80GB HBM3, 2026-11-24"),
+    ({"gpu": None, "cpu": "two <cores> & more"}, "Measured on two <cores> & more, 2026-11-24"),
+    ({"command": "peftlab bench x --out 'a<b>.json'"}, "Measured on NVIDIA H100 80GB HBM3, 2026-11-24"),
+])  # fmt: skip
+def test_a_badge_folds_out_the_versions_and_the_command(changes, badge):
+    source = measured(**changes)
+    texts = Outline(tables.badge(source)).texts
+    assert texts["summary"] == badge
+    assert "peft 0.21.0, torch 2.11.0" in texts["p"] and texts["code"] == source.provenance["command"]
+    assert "\n\n" not in tables.badge(source), "an empty line would end the HTML in Markdown"
+
+
+@pytest.mark.parametrize("call", [
+    lambda: notebook.table(measured()),
+    lambda: notebook.table(measured().where(r=8)),
+    lambda: notebook.table([{"mean": 0.5}], source=measured()),
+    lambda: notebook.provenance(measured()),
+])  # fmt: skip
+def test_what_was_measured_shows_its_badge_and_in_text_its_line(monkeypatch, call):
+    kept = []
+    monkeypatch.setattr(notebook, "_display", kept.append)
+    call()
+    [data] = kept
+    assert data["text/html"].endswith(tables.badge(measured()))
+    assert data["text/plain"].splitlines()[-1] == measured().cite()
+
+
+def test_rows_of_a_live_run_have_no_badge(monkeypatch):
+    kept = []
+    monkeypatch.setattr(notebook, "_display", kept.append)
+    notebook.table([{"r": 8}])
+    assert "<details" not in kept[0]["text/html"] and "Measured" not in kept[0]["text/plain"]
+
+
+@pytest.mark.parametrize("wrong", ["lora", [{"r": 8}], None])
+def test_a_badge_needs_measurements(wrong):
+    with pytest.raises(PeftLabError, match=r"measurements from pl.results, found (str|list|NoneType)"):
+        notebook.provenance(wrong)
 
 
 CELLS = [

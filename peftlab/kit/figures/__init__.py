@@ -5,7 +5,7 @@ its alternative text are in the cell's metadata.
 """
 
 from peftlab.kit.figures.adapters import adapter_places, budget
-from peftlab.kit.figures.charts import bars, curves, heatmap, histogram, spectrum, stacked_bars, sweep
+from peftlab.kit.figures.charts import bars, by_layer, curves, heatmap, histogram, spectrum, stacked_bars, sweep
 from peftlab.kit.figures.lora import lora_dataflow
 from peftlab.kit.figures.memory import agreement, memory_bars, timelines
 from peftlab.kit.figures.quantization import code_books
@@ -19,6 +19,7 @@ from peftlab.kit.figures.style import (
     WIDTH,
     label,
     new,
+    role,
     styled,
     use_style,
 )
@@ -27,9 +28,9 @@ from peftlab.kit.figures.transformer import block
 __all__ = [
     "block",
     "adapter_places", "budget",
-    "bars", "curves", "heatmap", "histogram", "spectrum", "stacked_bars", "sweep",
+    "bars", "by_layer", "curves", "heatmap", "histogram", "spectrum", "stacked_bars", "sweep",
     "lora_dataflow",
     "agreement", "memory_bars", "timelines",
     "code_books",
-    "BLACK", "COLOURS", "HATCHES", "LINES", "MARKERS", "ROLES", "WIDTH", "label", "new", "styled", "use_style",
+    "BLACK", "COLOURS", "HATCHES", "LINES", "MARKERS", "ROLES", "WIDTH", "label", "new", "role", "styled", "use_style",
 ]  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,15 +10,20 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, Polygon, Rectangle
 from matplotlib.ticker import PercentFormatter
 
-from peftlab.kit.figures.style import BLACK, COLOURS, GREY, SMALLEST, Point, look, new, styled
+from peftlab.kit.figures.charts import draw_repeats, finish
+from peftlab.kit.figures.style import BLACK, COLOURS, ROLES, SMALLEST, Point, look, new, styled
 
-FROZEN, TRAINED = "#dfe5ec", "#f3d3b9"
+FROZEN, TRAINED = ROLES["weights"], ROLES["adapter"]
 STREAM, BRANCH, BESIDE = 1.2, 4.6, 8.8  # where the three columns of a picture stand
 
 
 @styled()
 def adapter_places() -> Figure:
-    """Draw one block, from bottom to top, with its adapters in three placements: houlsby, pfeiffer, parallel."""
+    """Draw one block, from bottom to top, with its adapters in three placements: houlsby, pfeiffer, parallel.
+
+    >>> pl.figures.adapter_places()
+    <Figure size 896x602 with 3 Axes>
+    """
     figure, grid = new(height=4.3, columns=3)
     for axes, name in zip(grid.flat, ("houlsby", "pfeiffer", "parallel"), strict=True):
         axes.set(xlim=(0.6, 10.4), ylim=(0, 17), aspect="equal")
@@ -77,7 +81,7 @@ def _bottleneck(axes: Axes, x: float, y: float) -> None:
     up = [(-0.5, 0.75), (0.5, 0.75), (1.4, 1.35), (-1.4, 1.35)]
     for corners in (down, up):
         moved = [(x + dx, y + dy) for dx, dy in corners]
-        axes.add_patch(Polygon(moved, facecolor=TRAINED, edgecolor=COLOURS[1], linewidth=1.4, hatch="//", zorder=2))
+        axes.add_patch(Polygon(moved, facecolor=TRAINED, edgecolor=TRAINED, linewidth=1.4, zorder=2))
 
 
 def _sum(axes: Axes, x: float, y: float) -> None:
@@ -87,33 +91,35 @@ def _sum(axes: Axes, x: float, y: float) -> None:
 
 @styled()
 def budget(
-    rows: Iterable[dict[str, Any]], x: str, y: str, by: str, *, x_label: str, y_label: str,
+    rows: Iterable[dict[str, Any]],
+    x: str,
+    y: str,
+    by: str,
+    *,
+    x_label: str,
+    y_label: str,
     reference: dict[str, float] | None = None,
-) -> Figure:  # fmt: skip
-    """Draw scores against the number of trained parameters: means over seeds, with bars from minimum to maximum.
+) -> Figure:
+    """Draw scores against the number of trained parameters: means over seeds, and each seed.
 
     Args:
         rows: dicts or `Results`. Rows with the same `by` and `x` are repeats, such as seeds.
         by: the column whose values make the lines. A value with only one `x` is a single point.
         reference: {name: value} horizontal lines.
+
+    >>> rows = [{"own": 2304, "score": 0.75, "kind": "BitFit"}, {"own": 16128, "score": 0.79, "kind": "IA3"}]
+    >>> pl.figures.budget(rows, "own", "score", "kind", x_label="parameters", y_label="accuracy")
+    <Figure size 896x630 with 1 Axes>
     """
     rows = list(rows)
-    figure, axes = new(height=5.0)
+    figure, axes = new(height=4.5)
+    lines = []
     for number, group in enumerate(dict.fromkeys(row[by] for row in rows)):
         chosen = [row for row in rows if row[by] == group]
-        places = sorted({row[x] for row in chosen})
-        repeats = [[row[y] for row in chosen if row[x] == place] for place in places]
-        middle = [math.fsum(values) / len(values) for values in repeats]
-        reach = [[m - min(v) for m, v in zip(middle, repeats, strict=True)],
-                 [max(v) - m for m, v in zip(middle, repeats, strict=True)]]
         hollow = {"markerfacecolor": "white"} if number >= len(COLOURS) else {}  # there are more groups than colours
-        axes.errorbar(places, middle, yerr=reach, label=str(group), capsize=3, elinewidth=1.2, **look(number), **hollow)
-    for name, value in (reference or {}).items():
-        axes.axhline(value, color=GREY, linestyle=":")
-        axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=SMALLEST)
+        lines.append(draw_repeats(axes, chosen, x, y, str(group), {**look(number), **hollow}))
     axes.set_xscale("log")
+    axes.margins(x=0.12, y=0.1)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set(xlabel=x_label, ylabel=y_label)
-    handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=SMALLEST)
-    return figure
+    return finish(figure, axes, lines, reference)

@@ -8,19 +8,52 @@ from typing import Any
 
 import numpy
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, PercentFormatter
 
-from peftlab.kit.figures.style import BLACK, COLOURS, GREY, HATCHES, SMALLEST, look, new, styled
+from peftlab.kit.figures.labels import Line, log_ticks, measured_ticks, name_lines
+from peftlab.kit.figures.style import (
+    BLACK,
+    COLOURS,
+    GREY,
+    HATCHES,
+    ROLES,
+    SMALLEST,
+    fills,
+    look,
+    new,
+    role,
+    styled,
+)
+
+THIN = 0.008  # of the longest bar: a thinner part is drawn as a stroke
+LINE = 20  # points that a line drawn by `curves` may have to show each of them
 
 
-def _finish(figure: Figure, axes: Axes, lines: int) -> Figure:
-    """Add a legend if there are several lines. It stands below the axes, where it hides no data."""
-    if lines > 1:
-        handles, names = axes.get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=_columns(names), fontsize=SMALLEST)
+def finish(figure: Figure, axes: Axes, lines: Sequence[Line] = (), reference: dict[str, float] | None = None) -> Figure:
+    """Name what is drawn: each line beside it, or, where names would cover something, in a legend below the axes.
+
+    Args:
+        lines: (name, xs, ys, colour) of each line.
+        reference: {name: y} of horizontal lines, which are drawn here.
+    """
+    texts = []
+    for name, value in (reference or {}).items():
+        axes.axhline(value, color=GREY, linestyle=":")
+        texts.append(axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                                   xytext=(0, 1), textcoords="offset points", fontsize=SMALLEST))
+    for axis in (axes.xaxis, axes.yaxis):
+        if isinstance(axis.get_major_locator(), LogLocator):  # nobody chose ticks yet
+            log_ticks(axis)
+    if len(lines) > 1 and not name_lines(figure, axes, lines, texts):
+        add_legend(figure, axes)
     return figure
+
+
+def add_legend(figure: Figure, axes: Axes) -> None:
+    """Add a legend below the axes, where it hides no data."""
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=_columns(names), fontsize=SMALLEST)
 
 
 def _array(values: Any) -> numpy.ndarray:
@@ -35,10 +68,25 @@ def _columns(names: Sequence[str]) -> int:
     return max(1, min(len(names), 60 // (max(map(len, names)) + 6)))
 
 
-def _fewer_ticks(axis: Axis, values: Sequence[float]) -> None:
-    """Put ticks of a logarithmic axis at the measured values, written as plain numbers."""
-    axis.set_ticks(values, labels=[f"{value:g}" for value in values])
-    axis.set_ticks([], minor=True)
+def draw_repeats(
+    axes: Axes, rows: list[dict[str, Any]], x: str, y: str, name: str, looks: dict[str, Any]
+) -> Line:
+    """Draw the means of repeats as a line, each repeat as a dot, and a bar from the least to the greatest of them.
+
+    A bar stands only where there are repeats. Returns (name, xs, means, colour).
+    """
+    places = sorted({row[x] for row in rows})
+    repeats = [[row[y] for row in rows if row[x] == place] for place in places]
+    middle = [math.fsum(values) / len(values) for values in repeats]
+    axes.plot(places, middle, label=name, **looks)
+    several = [(place, values) for place, values in zip(places, repeats, strict=True) if len(values) > 1]
+    if several:
+        colour = looks["color"]
+        axes.vlines([place for place, _ in several], [min(values) for _, values in several],
+                    [max(values) for _, values in several], color=colour, linewidth=1.4)
+        dots = [(place, value) for place, values in several for value in values]
+        axes.scatter([dot[0] for dot in dots], [dot[1] for dot in dots], s=14, marker="_", color=colour, linewidth=1.4)
+    return name, places, middle, looks["color"]
 
 
 @styled()
@@ -55,61 +103,65 @@ def sweep(
     reference: dict[str, float] | None = None,
     percent: bool = False,
 ) -> Figure:
-    """Draw lines of a measured quantity against a setting, with a band from the minimum to the maximum of repeats.
+    """Draw lines of a measured quantity against a setting: means of repeats, and each repeat.
+
+    Where there are repeats, a bar goes from the least to the greatest, with a stroke at each of them. Nothing is drawn
+    between the values that were measured but the line.
 
     Args:
         rows: dicts or `Results`. Rows with the same `x` (and `by`) are repeats, such as seeds.
         x, y: column names. `x_label` and `y_label` name the axes, with units in brackets.
         by: the column whose values make the lines. None draws one line.
-        log_x: logarithmic axis with a tick at each value measured.
+        log_x: logarithmic axis with a tick at each value measured, where they fit.
         reference: {name: value} horizontal lines, such as the score without any training.
         percent: write the y axis as percentages of 1.
+
+    >>> pl.figures.sweep([{"r": 4, "loss": 0.8}, {"r": 8, "loss": 0.7}, {"r": 8, "loss": 0.6}], "r", "loss")
+    <Figure size 896x532 with 1 Axes>
     """
     rows = [row for row in rows if row.get(x) is not None and row.get(y) is not None]
     figure, axes = new()
     groups = list(dict.fromkeys(row.get(by) for row in rows)) if by else [None]
+    lines: list[Line] = []
     for number, group in enumerate(groups):
         chosen = [row for row in rows if by is None or row.get(by) == group]
-        places = sorted({row[x] for row in chosen})
-        repeats = [[row[y] for row in chosen if row[x] == place] for place in places]
-        middle = [math.fsum(values) / len(values) for values in repeats]
-        axes.plot(places, middle, label=str(group), **look(number))
-        if any(len(values) > 1 for values in repeats):
-            axes.fill_between(places, [min(v) for v in repeats], [max(v) for v in repeats],
-                              color=COLOURS[number % len(COLOURS)], alpha=0.2, linewidth=0)
+        lines.append(draw_repeats(axes, chosen, x, y, str(group), look(number)))
     if log_x:
-        axes.set_xscale("log", base=2)
-        _fewer_ticks(axes.xaxis, sorted({row[x] for row in rows}))
+        axes.set_xscale("log")
+        measured_ticks(axes.xaxis, [row[x] for row in rows])
     if log_y:
         axes.set_yscale("log")
-    for name, value in (reference or {}).items():
-        axes.axhline(value, color=GREY, linestyle=":")
-        axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=SMALLEST)
     axes.set(xlabel=x_label or x, ylabel=y_label or y)
     if percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-    return _finish(figure, axes, len(groups))
+    return finish(figure, axes, lines, reference)
 
 
 @styled()
 def curves(
     series: dict[str, Any], *, x_label: str = "step", y_label: str = "loss", log_x: bool = False, log_y: bool = False
 ) -> Figure:
-    """Draw lines without markers, such as losses over training.
+    """Draw lines, such as losses over training. A line of at most 20 points shows each of them by a marker.
 
     Args:
         series: {name: list of y, or a pair (list of x, list of y)}.
+
+    >>> pl.figures.curves({"training loss": [3.1, 1.4, 0.8]}, log_y=True)
+    <Figure size 896x532 with 1 Axes>
     """
     figure, axes = new()
+    lines: list[Line] = []
     for number, (name, values) in enumerate(series.items()):
         xs, ys = values if isinstance(values, tuple) else (range(1, len(values) + 1), values)
-        axes.plot(xs, ys, label=name, **{**look(number), "marker": None})
+        looks = look(number) if len(ys) <= LINE else {**look(number), "marker": None}
+        axes.plot(xs, ys, label=name, **looks)
+        lines.append((name, list(xs), list(ys), looks["color"]))
     axes.set(xlabel=x_label, ylabel=y_label)
     if log_x:
         axes.set_xscale("log")
     if log_y:
         axes.set_yscale("log")
-    return _finish(figure, axes, len(series))
+    return finish(figure, axes, lines)
 
 
 @styled()
@@ -130,12 +182,17 @@ def bars(
         fmt: the format of the values, or a function of the value.
         highlight: names of bars that get another colour and a hatch.
         percent: write the x axis as percentages of 1.
+
+    >>> pl.figures.bars({"LoRA": 14.4, "QLoRA": 5.1}, x_label="peak (GB)")
+    <Figure size 896x271.6 with 1 Axes>
     """
     figure, axes = new(height=1.1 + 0.42 * len(values))
     names = list(values)
     for place, name in enumerate(names):
         chosen = name in highlight
-        axes.barh(place, values[name], color=COLOURS[1] if chosen else COLOURS[0], edgecolor="white",
+        own = role(name)
+        colour = COLOURS[1] if chosen else ROLES[own] if own else COLOURS[0]
+        axes.barh(place, values[name], color=colour, edgecolor="white" if chosen or not own else BLACK,
                   hatch=HATCHES[1] if chosen else "", height=0.7)
         told = fmt(values[name]) if callable(fmt) else format(values[name], fmt)
         axes.annotate(told, (values[name], place), xytext=(4, 0), textcoords="offset points", va="center",
@@ -145,6 +202,7 @@ def bars(
     axes.grid(axis="y", visible=False)
     if log_x:
         axes.set_xscale("log")
+        log_ticks(axes.xaxis)
     if not log_x:
         axes.set_xlim(min(0, *values.values()) * 1.2, max(values.values()) * 1.2)  # room for the numbers
     if percent:
@@ -154,19 +212,37 @@ def bars(
 
 
 @styled()
-def stacked_bars(parts: dict[str, dict[str, float]], *, x_label: str, fmt: str = ".3g") -> Figure:
-    """Draw horizontal bars made of parts, with the sum at the end.
+def stacked_bars(
+    parts: dict[str, dict[str, float]],
+    *,
+    x_label: str,
+    fmt: str = ".3g",
+    marks: dict[str, float] | None = None,
+) -> Figure:
+    """Draw horizontal bars made of parts, with the sum at the end. A part too thin to see is a stroke of its colour.
+
+    Parts such as "weights", "gradients" or "8-bit states" have the colours that they have in the whole book (`ROLES`).
 
     Args:
         parts: {name of the bar: {name of the part: number}}. A part that a bar lacks counts as 0.
+        fmt: the format of the sums.
+        marks: {name: number} vertical lines, such as the memory of a card. Those far beyond the bars are left out.
+
+    >>> pl.figures.stacked_bars({"bf16": {"weights": 2, "gradients": 2, "states": 4}}, x_label="bytes per parameter")
+    <Figure size 896x336 with 1 Axes>
     """
     kinds = list(dict.fromkeys(kind for row in parts.values() for kind in row))
     figure, axes = new(height=1.9 + 0.5 * len(parts))
     left = [0.0] * len(parts)
-    for number, kind in enumerate(kinds):
+    longest = max(sum(row.values()) for row in parts.values())
+    for kind, looks in zip(kinds, fills(kinds), strict=True):
         sizes = [row.get(kind, 0) for row in parts.values()]
-        axes.barh(range(len(parts)), sizes, left=left, label=kind, color=COLOURS[number % len(COLOURS)],
-                  hatch=HATCHES[number % len(HATCHES)], edgecolor="white", height=0.7)
+        drawn = axes.barh(range(len(parts)), sizes, left=left, label=kind, height=0.7, **looks)
+        for bar, size in zip(drawn, sizes, strict=True):
+            if not size:
+                bar.set_linewidth(0)
+            elif size < THIN * longest:
+                bar.set(edgecolor=looks["color"], linewidth=1.8, zorder=3)
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     for place, total in enumerate(left):
         axes.annotate(format(total, fmt), (total, place), xytext=(4, 0), textcoords="offset points", va="center",
@@ -174,9 +250,17 @@ def stacked_bars(parts: dict[str, dict[str, float]], *, x_label: str, fmt: str =
     axes.set_yticks(range(len(parts)), list(parts))
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set_xlim(0, max(left) * 1.15)
+    end = max(left) * 1.15
+    axes.set_xlim(0, end)
+    for name, value in (marks or {}).items():
+        if value <= end:
+            axes.axvline(value, color=BLACK, linestyle="--", linewidth=1.2, zorder=0.9)
+            axes.annotate(name, (value, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), ha="center",
+                          va="bottom", textcoords="offset points", fontsize=SMALLEST)
     axes.set_xlabel(x_label)
-    return _finish(figure, axes, len(kinds))
+    if len(kinds) > 1:
+        add_legend(figure, axes)
+    return figure
 
 
 @styled()
@@ -194,33 +278,90 @@ def spectrum(
         values: {name: one-dimensional tensor, array or list of singular values, at least one of them above zero}.
         relative: divide each spectrum by its largest value.
         mark: a rank to mark by a vertical line.
+
+    >>> pl.figures.spectrum({"update": torch.linalg.svdvals(torch.ones(8, 8) + torch.eye(8))}, mark=2)
+    <Figure size 896x532 with 1 Axes>
     """
     figure, axes = new()
+    lines: list[Line] = []
     for number, (name, given) in enumerate(values.items()):
         numbers = sorted(_array(given).ravel().tolist(), reverse=True)
         top = numbers[0] if relative else 1.0
         shown = [value / top for value in numbers if value > 0]
         axes.plot(range(1, len(shown) + 1), shown, label=name, markevery=max(1, len(shown) // 10), **look(number))
+        lines.append((name, list(range(1, len(shown) + 1)), shown, look(number)["color"]))
     if mark is not None:
         axes.axvline(mark, color=BLACK, linestyle=":")
         axes.annotate(f"r = {mark}", (mark, 0), xycoords=("data", "axes fraction"), xytext=(4, 4),
                       textcoords="offset points", fontsize=SMALLEST)
     axes.set_yscale("log")
     axes.set(xlabel=x_label, ylabel=y_label)
-    return _finish(figure, axes, len(values))
+    return finish(figure, axes, lines)
 
 
 @styled()
 def histogram(
-    samples: dict[str, Any], *, x_label: str, bins: int = 100, limits: tuple[float, float] | None = None
+    samples: dict[str, Any],
+    *,
+    x_label: str,
+    bins: int = 100,
+    limits: tuple[float, float] | None = None,
+    log_y: bool = False,
 ) -> Figure:
-    """Draw the outlines of normalised histograms, given as {name: numbers}. `limits` is the range of the x axis."""
+    """Draw the outlines of normalised histograms.
+
+    Args:
+        samples: {name: numbers}.
+        limits: the range of the x axis.
+        log_y: a logarithmic axis, which shows the tails.
+
+    >>> pl.figures.histogram({"weights": torch.linspace(-1, 1, 99)}, x_label="weight", bins=20)
+    <Figure size 896x532 with 1 Axes>
+    """
     figure, axes = new()
     for number, (name, given) in enumerate(samples.items()):
         axes.hist(_array(given).ravel(), bins=bins, range=limits, density=True, histtype="step", label=name,
                   linewidth=2, color=COLOURS[number % len(COLOURS)], linestyle=look(number)["linestyle"])
     axes.set(xlabel=x_label, ylabel="density")
-    return _finish(figure, axes, len(samples))
+    if log_y:
+        axes.set_yscale("log")
+    finish(figure, axes)
+    if len(samples) > 1:
+        add_legend(figure, axes)
+    return figure
+
+
+@styled()
+def by_layer(samples: dict[str, Sequence[Any]], *, y_label: str, start: float | None = None) -> Figure:
+    """Draw how numbers are spread in each layer of a model, one panel for each kind.
+
+    A dot is the median of a layer, the thick bar holds the middle half of its numbers, the thin bar nine tenths.
+
+    Args:
+        samples: {name of the kind: one tensor, array or list of numbers for each layer}.
+        start: the value before training, as a horizontal line.
+
+    >>> pl.figures.by_layer({"keys": torch.ones(6, 384), "values": torch.ones(6, 384)}, y_label="scale", start=1)
+    <Figure size 896x448 with 2 Axes>
+    """
+    figure, grid = new(height=3.2, columns=len(samples), sharey=True, squeeze=False)
+    for axes, (number, (name, layers)) in zip(grid.flat, enumerate(samples.items()), strict=True):
+        colour = COLOURS[number % len(COLOURS)]
+        low, first, middle, third, high = numpy.array(
+            [numpy.quantile(_array(layer), (0.05, 0.25, 0.5, 0.75, 0.95)) for layer in layers]
+        ).T
+        places = numpy.arange(1, len(layers) + 1)
+        if start is not None:
+            axes.axhline(start, color=GREY, linestyle=":")
+        axes.vlines(places, low, high, color=colour, linewidth=1.5)
+        axes.vlines(places, first, third, color=colour, linewidth=6)
+        axes.plot(places, middle, linestyle="", marker="o", markersize=6, color="white", markeredgecolor=colour)
+        axes.set_title(name)
+        axes.set_xlabel("layer")
+        axes.set_xlim(0.4, len(layers) + 0.6)
+        axes.set_xticks(places[:: 1 + len(places) // 7])
+    grid.flat[0].set_ylabel(y_label)
+    return figure
 
 
 @styled()
@@ -241,6 +382,9 @@ def heatmap(
         x_ticks, y_ticks: names of the columns and of the rows.
         fmt: the format of the numbers in the squares of a small matrix.
         scale_label: what the shades measure, with units in brackets.
+
+    >>> pl.figures.heatmap([[0.1, 0.9], [0.5, 0.4]], x_label="r", y_label="alpha", x_ticks=["8", "16"], fmt=".1f")
+    <Figure size 896x616 with 2 Axes>
     """
     numbers = _array(matrix)
     figure, axes = new(height=4.4)

@@ -7,9 +7,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, Polygon, Rectangle
 
 from peftlab.checks import whole
-from peftlab.kit.figures.style import BLACK, COLOURS, HATCHES, SMALLEST, WIDTH, Point, new, styled
+from peftlab.kit.figures.style import BLACK, ROLES, SMALLEST, WIDTH, Point, new, styled
 
-FROZEN, TRAINED = "#dfe5ec", "#f3d3b9"
+FROZEN, TRAINED, PASSING = ROLES["weights"], ROLES["adapter"], ROLES["activations"]
 STEPS = (
     "The input x goes both ways",
     "Frozen path: W₀x",
@@ -34,6 +34,9 @@ def lora_dataflow(step: int | None = None, *, d_in: int = 576, d_out: int = 576,
 
     Raises:
         PeftLabError: step is not a number from 1 to 6.
+
+    >>> pl.figures.lora_dataflow(step=3, d_in=576, d_out=192, r=8)
+    <Figure size 896x560 with 1 Axes>
     """
     if step is None:
         figure, grid = new(height=7.2, rows=3, columns=2)
@@ -57,11 +60,11 @@ def _draw(axes: Axes, step: int, sizes: tuple[int, int, int] | None) -> None:
     _vector(axes, 0.6, 3.5, 2.6, "x", True)
     _arrow(axes, (1.0, 3.9), (2.6, up), step >= 1)
     _arrow(axes, (1.0, 3.1), (2.6, down), step >= 1)
-    _block(axes, [(2.6, up - 1.3), (2.6, up + 1.3), (6.6, up + 1.3), (6.6, up - 1.3)], "$W_0$", FROZEN, step >= 2, "")
+    _block(axes, [(2.6, up - 1.3), (2.6, up + 1.3), (6.6, up + 1.3), (6.6, up - 1.3)], "$W_0$", FROZEN, step >= 2)
     _block(axes, [(2.6, down - 1.3), (2.6, down + 1.3), (4.4, down + 0.4), (4.4, down - 0.4)], "$A$", TRAINED,
-           step >= 3, HATCHES[1])
+           step >= 3)
     _block(axes, [(4.8, down - 0.4), (4.8, down + 0.4), (6.6, down + 1.3), (6.6, down - 1.3)], "$B$", TRAINED,
-           step >= 4, HATCHES[1])
+           step >= 4)
     _arrow(axes, (4.4, down), (4.8, down), step >= 3)
     _arrow(axes, (6.6, down), (7.5, down), step >= 4)
     _round(axes, (8.2, down), r"$\frac{\alpha}{r}$", step >= 5)
@@ -83,19 +86,17 @@ def _ink(on: bool) -> str:
     return BLACK if on else "#8a8a8a"
 
 
-def _block(axes: Axes, corners: list[Point], name: str, fill: str, on: bool, hatch: str) -> None:
+def _block(axes: Axes, corners: list[Point], name: str, fill: str, on: bool) -> None:
     axes.add_patch(Polygon(corners, facecolor=fill if on else "white", edgecolor=_ink(on), linewidth=1.5,
                            linestyle="-" if on else ":"))
-    if on and hatch:  # a patch of its own, so that the hatch is pale and the name readable
-        axes.add_patch(Polygon(corners, facecolor="none", edgecolor=COLOURS[1], linewidth=0, hatch=hatch, alpha=0.45))
     across = sum(x for x, _ in corners) / len(corners)
     height = sum(y for _, y in corners) / len(corners)
-    plate = {"facecolor": fill if on else "white", "edgecolor": "none", "pad": 1.0}
-    axes.text(across, height, name, ha="center", va="center", fontsize=14, color=_ink(on), bbox=plate)
+    ink = "white" if on and fill == TRAINED else _ink(on)
+    axes.text(across, height, name, ha="center", va="center", fontsize=14, color=ink)
 
 
 def _vector(axes: Axes, x: float, y: float, height: float, name: str, on: bool) -> None:
-    axes.add_patch(Rectangle((x - 0.4, y - height / 2), 0.8, height, facecolor=COLOURS[0] if on else "white",
+    axes.add_patch(Rectangle((x - 0.4, y - height / 2), 0.8, height, facecolor=PASSING if on else "white",
                              edgecolor=_ink(on), linewidth=1.5, linestyle="-" if on else ":"))
     axes.text(x, y, name, ha="center", va="center", fontsize=14, color="white" if on else _ink(on))
 

@@ -2,43 +2,90 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from peftlab.kit.figures.charts import stacked_bars
-from peftlab.kit.figures.style import BLACK, COLOURS, GREY, SMALLEST, look, new, styled
+from peftlab.kit.figures.charts import add_legend, finish, stacked_bars
+from peftlab.kit.figures.style import BLACK, COLOURS, GREY, MARKERS, SMALLEST, look, new, styled
 from peftlab.memory import Estimate
 
 
-def memory_bars(estimates: Mapping[str, Estimate]) -> Figure:
-    """Draw the parts of a step's peak in GB, one bar per estimate. Logits and workspace are one part."""
+def memory_bars(estimates: Mapping[str, Estimate], *, cards: Sequence[int] = (24, 48, 80)) -> Figure:
+    """Draw the parts of a step's peak in GB, one bar per estimate. Logits and workspace are one part.
+
+    Args:
+        estimates: {name of the bar: what `pl.memory.estimate` returned}.
+        cards: sizes of cards in GB, as vertical lines. Those far beyond the longest bar are left out.
+
+    >>> runs = {method: pl.memory.estimate("llama-2-7b", method) for method in ("lora", "qlora")}
+    >>> pl.figures.memory_bars(runs)
+    <Figure size 896x406 with 1 Axes>
+    """
     rows = {}
     for name, found in estimates.items():
         parts = {part: size / 1e9 for part, size in found.parts.items()}
         passing = parts.pop("logits") + parts.pop("workspace")
-        rows[name] = {**parts, "logits and passing": passing}
-    return stacked_bars(rows, x_label="peak (GB)", fmt=".1f")
+        parts = {part.replace("optimizer", "optimiser"): size for part, size in parts.items()}
+        rows[name] = {**parts, "logits and workspace": passing}
+    return stacked_bars(rows, x_label="peak (GB)", fmt=".1f", marks={f"{size} GB": size for size in cards})
 
 
 @styled()
-def timelines(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """Draw memory during a training step, one panel per run.
+def timelines(runs: Mapping[str, Mapping[str, Sequence[float] | Sequence[tuple[str, float]]]]) -> Figure:
+    """Draw memory during a training step, one panel per run, with its phases and its peak.
 
     Args:
         runs: {name of the run: {name of the line: bytes in the order of the step}}. All lines of a run share one axis:
-            the share of the step's allocations.
+            the share of the step's allocations. A line of pairs (moment, bytes), as in `Estimate.history`, tells the
+            phases too: a moment begins with the name of its phase, as in "forward, layer 3".
+
+    >>> found = pl.memory.estimate("smollm2-135m", "full")
+    >>> pl.figures.timelines({"full": {"predicted": found.history}})
+    <Figure size 896x389.2 with 1 Axes>
     """
-    figure, panels = new(height=0.6 + 1.7 * len(runs), rows=len(runs))
+    figure, grid = new(height=1.08 + 1.7 * len(runs), rows=len(runs), sharex=True, squeeze=False)
+    panels = list(grid.flat)
     for axes, (name, lines) in zip(panels, runs.items(), strict=True):
+        top = 0.0
         for number, (line, values) in enumerate(lines.items()):
+            told = [value if isinstance(value, tuple | list) else ("", value) for value in values]
+            sizes = [size / 1e9 for _, size in told]
             places = [i / max(1, len(values) - 1) for i in range(len(values))]
-            axes.plot(places, [value / 1e9 for value in values], label=line, **{**look(number), "marker": None})
-        axes.set_ylim(bottom=0)
-        axes.set(ylabel="GB", xlabel=f"{name} (share of the step's allocations)")
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=SMALLEST)
+            axes.plot(places, sizes, label=line, **{**look(number), "marker": None})
+            if not number:
+                most = max(range(len(sizes)), key=sizes.__getitem__)
+                axes.plot(places[most], sizes[most], "o", color=BLACK, zorder=4, clip_on=False)
+                axes.annotate(f"peak {sizes[most]:.3g} GB", (places[most], sizes[most]), xytext=(0, 5),
+                              textcoords="offset points", va="bottom", fontsize=SMALLEST,
+                              ha="left" if places[most] < 0.25 else "right" if places[most] > 0.75 else "center")
+            if told[0][0]:
+                _phases(axes, [moment for moment, _ in told])
+            top = max(top, *sizes)
+        axes.set_ylim(0, 1.35 * top)
+        axes.set_xlim(0, 1)
+        axes.set_ylabel("GB")
+        axes.set_title(name)
+    panels[-1].set_xlabel("share of the step's allocations")
+    if max(len(lines) for lines in runs.values()) > 1:
+        add_legend(figure, panels[0])
     return figure
+
+
+def _phases(axes: Axes, moments: list[str]) -> None:
+    """Shade the backward pass, and name the phases that are wide enough."""
+    start = 0
+    for phase, group in itertools.groupby(moment.split(",")[0] for moment in moments):
+        width = len(list(group))
+        left, right = start / len(moments), (start + width) / len(moments)
+        if phase == "backward":
+            axes.axvspan(left, right, color="#eef0f3", zorder=0)
+        if right - left > 0.018 * len(phase):
+            axes.annotate(phase, ((left + right) / 2, 0.03), xycoords="axes fraction", ha="center", va="bottom",
+                          fontsize=SMALLEST, color=GREY)
+        start += width
 
 
 @styled()
@@ -48,6 +95,9 @@ def agreement(groups: Mapping[str, Sequence[tuple[float, float]]], *, band: floa
     Args:
         groups: {name: [(measured, predicted), ...]} in bytes.
         band: the relative half-width of the band.
+
+    >>> pl.figures.agreement({"grid": [(1e9, 1.01e9), (5e10, 5e10)]})
+    <Figure size 896x532 with 1 Axes>
     """
     figure, axes = new()
     values = [value / 1e9 for pairs in groups.values() for pair in pairs for value in pair]
@@ -56,13 +106,10 @@ def agreement(groups: Mapping[str, Sequence[tuple[float, float]]], *, band: floa
                       alpha=0.25, linewidth=0, label=f"within {band:.0%}")
     axes.plot(ends, ends, color=BLACK, linewidth=1)
     for number, (name, pairs) in enumerate(groups.items()):
-        axes.plot([m / 1e9 for m, _ in pairs], [p / 1e9 for _, p in pairs], linestyle="", marker="o^s"[number % 3],
-                  color=COLOURS[number], label=name, fillstyle="none" if number else "full")
+        axes.plot([m / 1e9 for m, _ in pairs], [p / 1e9 for _, p in pairs], linestyle="",
+                  marker=MARKERS[number % len(MARKERS)], color=COLOURS[number % len(COLOURS)], label=name,
+                  fillstyle="none" if number else "full")
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured peak (GB)", ylabel="predicted (GB)")
-    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if ends[0] <= tick <= ends[1]]
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
-        axis.set_ticks([], minor=True)
-    handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=SMALLEST)
+    finish(figure, axes)
+    add_legend(figure, axes)
     return figure

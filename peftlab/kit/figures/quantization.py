@@ -18,6 +18,9 @@ def code_books(books: dict[str, Any], *, deviation: float = 0.4, x_label: str = 
     Args:
         books: {name: values from -1 to 1}.
         deviation: the standard deviation of the normal density behind, in units of the block's scale.
+
+    >>> pl.figures.code_books({"NF4": pl.quantization.code_book("nf4")})
+    <Figure size 896x231 with 1 Axes>
     """
     figure, grid = new(width=WIDTH, height=0.6 + 1.05 * len(books), rows=len(books), sharex=True)
     xs = [-1.02 + 0.01 * i for i in range(205)]

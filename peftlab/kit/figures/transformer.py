@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, HPacker, TextArea
@@ -262,7 +263,7 @@ class _Block:
     def sentence(self, trained: str, frozen: str) -> None:
         """Say below the drawing what the colours mean."""
         looks = [(trained, {"color": TRAINED, "fontweight": "bold"}), (frozen, {"color": INK})]
-        parts = [TextArea(text, textprops={"fontsize": SMALLEST, **look}) for text, look in looks if text]
+        parts: list[Artist] = [TextArea(text, textprops={"fontsize": SMALLEST, **look}) for text, look in looks if text]
         line = HPacker(children=parts, pad=0, sep=5)
         middle = (self.at.attention + self.at.forward_out) / 2 + 8
         self.axes.add_artist(AnnotationBbox(line, (middle, 11), frameon=False, pad=0))
