@@ -36,6 +36,9 @@ check: setup fetch  ## lint and unit tests, under two minutes
 kills: setup fetch  ## kill fifty saves over each kind of folder: the old or the new is there, whole
 	@$(BIN)/python -m pytest tests/unit -m kills
 
+mutants: setup  ## change 200 lines that compute, one by one, and see whether the closest tests fail (an hour; ONLY=losses.py)
+	@$(BIN)/python tools/mutants.py --jobs $(JOBS) $(if $(ONLY),--only $(ONLY),--limit 200)
+
 test-gpu: setup fetch  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest tests -m gpu
 
@@ -72,4 +75,4 @@ $(VENV)/.lab: $(INSTALLED)
 	@sh tools/setup.sh test,lab
 	@touch $@
 
-.PHONY: help book test test-newest test-colab check kills test-gpu lab refresh prose fetch screenshot constraints clean setup
+.PHONY: help book test test-newest test-colab check kills mutants test-gpu lab refresh prose fetch screenshot constraints clean setup

@@ -27,6 +27,7 @@ _PLACES = {
     "quantization.storing": "save_quantized load_quantized",
     "quantization.preparing": "prepare_for_training",
     "adapters.checkpoint": "save_adapter load_adapter",
+    "adapters.exporting": "export_adapter",
     "training.encoding": "encode_completion encode_text encode_classification Collator",
     "training": "train History TrainingError",
     "training.generation": "generate_text",

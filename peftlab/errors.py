@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class PeftLabError(ValueError):
@@ -38,3 +38,9 @@ def did_you_mean(word: str, known: Iterable[str], limit: int = 3) -> str:
     quoted = [repr(name) for name in close]
     listed = quoted[0] if len(quoted) == 1 else ", ".join(quoted[:-1]) + " or " + quoted[-1]
     return f" Did you mean {listed}?"
+
+
+def some(paths: Sequence[str]) -> str:
+    """Return the first of several paths, and how many more there are."""
+    rest = f" and {len(paths) - 2} more" if len(paths) > 2 else ""
+    return ", ".join(paths[:2]) + rest

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftlab.errors import PeftLabError
+from peftlab.errors import PeftLabError, did_you_mean
 
 MOST_BYTES = 8_000_000  # the largest real configs name some thousand modules, in less than one megabyte
 MOST_DEPTH = 64
@@ -41,6 +42,18 @@ def read_fields(file: Path, infinite: bool = False) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise PeftLabError(f"{file} holds a {type(fields).__name__}, not the fields of a config.")
     return fields
+
+
+def warn_of_unknown(where: object, strange: Sequence[str], known: Iterable[str], advice: str, stacklevel: int) -> None:
+    """Warn of fields that are not known, all in one warning, with near matches."""
+    if strange:
+        known = list(known)
+        told = ", ".join(repr(name[:60]) + did_you_mean(name[:60], known, 1) for name in strange[:20])
+        more = f" and {len(strange) - 20} more" if len(strange) > 20 else ""
+        warnings.warn(
+            f"{where} has fields that are not known, and they are ignored: {told}{more}. {advice}",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def parse(content: bytes | str, name: str, infinite: bool = False) -> Any:

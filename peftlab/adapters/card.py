@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 CARD = "README.md"
+TRAINING, LOADING = "## Training", "## How to load it"
 # A README.md without this line is a person's, and is never overwritten.
 MARKER = "<!-- Written by peftlab. Remove this line to keep your changes: the next save leaves this file alone. -->"
 PIPELINES = {
@@ -42,16 +43,25 @@ def may_write(folder: Path) -> bool:
 
 
 def card(
-    root: Any, method: str, fields: Mapping[str, Any], parameters: int, about: Mapping[str, Any] | None = None
+    root: Any,
+    method: str,
+    fields: Mapping[str, Any],
+    parameters: int,
+    about: Mapping[str, Any] | None = None,
+    serving: Sequence[str] = (),
+    training: str = "",
 ) -> bytes:
     """Return the text of a card.
 
     Args:
-        root: the model; `load_model` notes on it where the book's models come from, and on what terms.
+        root: the model; `load_model` notes on it where the book's models come from, and on what terms. None if only a
+            folder is known.
         method: its name in the catalogue.
         fields: the contents of `adapter_config.json`.
         parameters: how many the adapter has.
         about: what is known of the training: `data` (a name), `metrics` (numbers by name), `steps` and so on.
+        serving: lines on what serving programs make of the folder.
+        training: the section about the training in another card of the same adapter, instead of `about`.
     """
     origin = getattr(root, "peftlab_origin", None) or {}
     named = fields.get("base_model_name_or_path")
@@ -70,7 +80,7 @@ def card(
         lines.append(f"pipeline_tag: {PIPELINES[task]}")
     tags = [f"base_model:adapter:{base}"] if base else []
     lines += ["tags:", *(f"- {_text(tag)}" for tag in (*tags, method, "peftlab")), "---", MARKER, ""]
-    shown = base or f"a {type(root).__name__} without a name"
+    shown = base or (f"a {_class_name(root)} without a name" if root is not None else "a model without a name")
     lines += [
         f"# {method} adapter for {_plain(shown)}",
         "",
@@ -86,12 +96,13 @@ def card(
         for name, value in sorted(fields.items())
         if name not in NOT_SETTINGS and value not in (None, [], {}, "")
     ]
-    lines += ["", "## Training", "", f"- Data: {_plain(known) if known else 'not recorded'}"]
-    lines += [f"- {_plain(name)}: {_cell(value)}" for name, value in about.items()]
+    told = [f"- Data: {_plain(known) if known else 'not recorded'}"]
+    told += [f"- {_plain(name)}: {_cell(value)}" for name, value in about.items()]
     if metrics:
-        lines += ["", "| metric | value |", "| --- | --- |"]
-        lines += [f"| {_plain(name)} | {_cell(value)} |" for name, value in metrics.items()]
-    lines += ["", "## How to load it", "", "With `peftlab`:", "", "```python", "import peftlab as pl", ""]
+        told += ["", "| metric | value |", "| --- | --- |"]
+        told += [f"| {_plain(name)} | {_cell(value)} |" for name, value in metrics.items()]
+    lines += ["", TRAINING, "", *([training] if training else told), "", LOADING, ""]
+    lines += ["With `peftlab`:", "", "```python", "import peftlab as pl", ""]
     loaded = origin.get("name") or named
     lines += [
         *([f"model, tokenizer = pl.load_model({json.dumps(loaded)})"] if loaded else ["# model: the base model"]),
@@ -111,7 +122,23 @@ def card(
             "With Hugging Face peft:", "", "```python", "from peft import PeftModel", "",
             'model = PeftModel.from_pretrained(base_model, "this/folder")', "```",
         ]  # fmt: skip
+    if serving:
+        lines += ["", "## Serving", "", *serving]
     return ("\n".join(lines) + "\n").encode()
+
+
+def training_of(folder: Path) -> str:
+    """Return the lines about the training in a folder's card, if it is one of ours."""
+    if not (folder / CARD).is_file() or not may_write(folder):
+        return ""
+    text = (folder / CARD).read_text(encoding="utf-8")
+    return text.partition(f"\n{TRAINING}\n")[2].partition(f"\n{LOADING}\n")[0].strip()
+
+
+def _class_name(root: Any) -> str:
+    """The name of a model's class. `fully_shard` puts a class of its own before the real one."""
+    kinds = type(root).__mro__
+    return (kinds[2] if kinds[1].__name__ == "FSDPModule" else kinds[0]).__name__
 
 
 def _text(value: object) -> str:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields as fields_of
 from dataclasses import replace
 from pathlib import Path
@@ -26,12 +27,16 @@ from torch import Tensor, nn
 from peftlab.adapters.card import CARD, card, may_write
 from peftlab.adapters.injection import add, prepare, settle
 from peftlab.adapters.integrity import base_sample, base_tensor, check_base
-from peftlab.adapters.judging import Allowance, check_fields, check_sizes
+from peftlab.adapters.judging import Allowance, check_fields, check_sizes, warn_of_unknown
+from peftlab.adapters.key_forms import check_foreign, read_as, simpler_names
+from peftlab.adapters.serving import Note, notes, serving_lines, warning
+from peftlab.adapters.serving import portable as portable_form
 from peftlab.adapters.task_type import task_type_of
 from peftlab.catalogue import METHODS, resolve
 from peftlab.core.hooks import adapters_on, base_modules, hosts
 from peftlab.core.interface import Config, Placement
 from peftlab.core.records import as_transformer, require_adapter, unwrap
+from peftlab.core.sharding import Processes, in_one_piece, piece_of, refuse_sharded, whole
 from peftlab.core.sums import check_sums, digest, with_sums
 from peftlab.core.targets import ALL_LINEAR, Targets, by_pattern, names_match
 from peftlab.core.tensor_files import read_shapes, read_tensors, serialised
@@ -50,38 +55,64 @@ TARGET_FIELDS = (
 )  # fmt: skip
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> Path:
+def save_adapter(
+    model: nn.Module, folder: str | os.PathLike, name: str = "default", *, portable: bool = False
+) -> Path:
     """Write an adapter so that both this package and Hugging Face peft can load it, with a model card beside it.
+
+    Serving programs read less of a config than Hugging Face peft does. A warning names what llama.cpp, vLLM or SGLang
+    would refuse or misread of a language model's adapter, such as rsLoRA's scaling.
+
+    If `fully_shard` has divided the model, call this in every process. They gather whole tensors together, the first
+    process writes them, and none goes on before that is done. Under DistributedDataParallel any one process can save.
 
     Args:
         folder: where to write. An adapter that is not called "default" goes into a subfolder of its name.
+        portable: whether to write it so that all three read it rightly, as Hugging Face peft and this package still do:
+            the scalings of rsLoRA and of alpha patterns are folded into B, all modules get the greatest rank (with
+            zeros), and the targets are a list of names. The model is not changed. The adapter must be a LoRA without
+            biases and without modules trained in full.
 
     Returns:
         The folder that holds the files. The card is `README.md`; one that a person wrote or took over stays as it is.
 
     Raises:
-        PeftLabError: there is no such adapter, a parameter is not finite, or the folder holds files of these names that
-            are no adapter's. Nothing is then written.
+        PeftLabError: there is no such adapter, a parameter is not finite, the adapter has no portable form, or the
+            folder holds files of these names that are no adapter's; or the model is sharded and a process does not
+            come. Nothing is then written.
 
     >>> model = pl.attach(model, pl.LoRAConfig(r=4))
     >>> folder = pl.save_adapter(model, "my-adapter")
     >>> sorted(file.name for file in folder.iterdir())
     ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
+    root = unwrap(model)
+    require_adapter(root, name)
+    processes, call = Processes(root), f"save_adapter(model, ..., {name!r})"
+    processes.meet(call)
     with bounded():
-        contents = adapter_files(model, name)
+        state = adapter_state(root, name, portable)
+        contents = files_of(state)
+        told = serving_notes(state) if state.fields["peft_type"] == "LORA" else []  # they serve no other method
+    if told:
+        warnings.warn(warning(told), stacklevel=2)
     folder = Path(folder) if name == "default" else Path(folder) / name
-    _check_place(folder)
+    processes.write(call, lambda: write_adapter(folder, contents))
+    return folder
+
+
+def write_adapter(folder: Path, contents: dict[str, bytes | None]) -> None:
+    """Write the files of an adapter's folder, all or none; a card that is a person's stays."""
+    check_place(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if contents[ENCODER] is None and not _has_encoder(folder):
         del contents[ENCODER]  # the file, if there is one, is no adapter's
     if not may_write(folder):
         del contents[CARD]
     write_together(folder, contents)
-    return folder
 
 
-def _check_place(folder: Path) -> None:
+def check_place(folder: Path) -> None:
     """Refuse a folder with files of these names that are no adapter's; an adapter may be replaced."""
     if folder.exists() and not folder.is_dir():
         raise PeftLabError(f"{folder} is a file; save_adapter writes into a folder. Give another path.")
@@ -98,16 +129,67 @@ def _check_place(folder: Path) -> None:
         ) from None
 
 
+class State(NamedTuple):
+    """Hold what an adapter's folder is made of.
+
+    Attributes:
+        root: the model; None for a folder that is made from another folder.
+        method: the method's name in the catalogue.
+        fields: the contents of the config.
+        tensors: those of the adapter's file, and `encoder` those of the file beside it.
+        metadata: what the adapter's file says beside its tensors and their sums.
+        parameters: how many parameters the adapter has.
+        tied: paths of adapted modules whose weight is the word embeddings' own.
+    """
+
+    root: nn.Module | None
+    method: str
+    fields: dict[str, Any]
+    tensors: dict[str, Tensor]
+    encoder: dict[str, Tensor]
+    metadata: dict[str, str]
+    parameters: int
+    tied: tuple[str, ...] = ()
+
+
 def adapter_files(
     model: nn.Module, name: str = "default", about: Mapping[str, Any] | None = None
 ) -> dict[str, bytes | None]:
     """Return the card and the files of an adapter's folder by name, in the order of `FILES`.
 
-    A file that the adapter does not have is None. The card tells `about`, what is known of the training.
+    A file that the adapter does not have is None. The card tells `about`, what is known of the training. All processes
+    of a sharded model must call this together.
     """
+    return files_of(adapter_state(model, name), about)
+
+
+def files_of(state: State, about: Mapping[str, Any] | None = None, training: str = "") -> dict[str, bytes | None]:
+    """Return the card and the files of a folder, as `adapter_files` does.
+
+    Args:
+        training: the card's lines about the training, instead of `about`.
+    """
+    text = json.dumps(state.fields, indent=2, sort_keys=True)
+    sums = with_sums(state.tensors, json.loads(text), state.metadata, FREE)
+    notes_shown = serving_lines(state.fields, state.tensors, serving_notes(state))
+    return {
+        CARD: card(state.root, state.method, state.fields, state.parameters, about, notes_shown, training),
+        ENCODER: serialised(state.encoder, {"format": "pt"}) if state.encoder else None,
+        WEIGHTS: serialised(state.tensors, sums),
+        CONFIG: text.encode(),
+    }
+
+
+def serving_notes(state: State) -> list[Note]:
+    """Return what serving programs would refuse or misread; they serve language models."""
+    return notes(state.fields, state.tensors, state.tied) if state.fields.get("task_type") == "CAUSAL_LM" else []
+
+
+def adapter_state(model: nn.Module, name: str, portable: bool = False) -> State:
+    """Return what the folder of an attached adapter is made of."""
     root = unwrap(model)
     config = require_adapter(root, name).configs[name]
-    placements = placed(root, name)
+    placements = in_one_piece(placed(root, name))
     tensors = {}
     for key, parameter in key_table(placements).items():
         if not torch.isfinite(parameter).all():
@@ -119,18 +201,27 @@ def adapter_files(
     encoder = {key: value.detach().cpu().contiguous().clone() for key, value in encoder_table(placements).items()}
 
     fields = to_fields(root, config, placements)
-    tensors |= embedding_copies(root, fields, placements)
-    text = json.dumps(fields, indent=2, sort_keys=True)
+    if portable:
+        fields, tensors = portable_form(fields, tensors, base_modules(root))
+    else:
+        tensors |= embedding_copies(root, fields, placements)
     metadata = {"format": "pt", "peftlab_base": json.dumps(base_sample(root, *sampled(placements)))}
     if encoder:
         metadata["peftlab_encoder"] = digest(encoder)
     parameters = sum(parameter.numel() for placement in placements for parameter in placement.part.parameters())
-    return {
-        CARD: card(root, method_name(config), fields, parameters, about),
-        ENCODER: serialised(encoder, {"format": "pt"}) if encoder else None,
-        WEIGHTS: serialised(tensors, with_sums(tensors, json.loads(text), metadata, FREE)),
-        CONFIG: text.encode(),
-    }
+    tied = tied_paths(root, placements)
+    return State(root, method_name(config), fields, tensors, encoder, metadata, parameters, tied)
+
+
+def tied_paths(root: nn.Module, placements: Iterable[Placement]) -> tuple[str, ...]:
+    """Return the paths of adapted output heads whose weight is the word embeddings' own."""
+    if not hasattr(root, "get_input_embeddings"):
+        return ()
+    model = as_transformer(root)
+    words, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head is words or getattr(head, "weight", None) is not getattr(words, "weight", None):
+        return ()
+    return tuple(path for path, part, _ in placements if part == "lora" and root.get_submodule(path) is head)
 
 
 def _has_encoder(folder: Path) -> bool:
@@ -171,17 +262,20 @@ def load_adapter(
     4
     """
     root = unwrap(model)
+    refuse_sharded(root, "load_adapter cannot divide a new adapter with it", "Load first, then call fully_shard.")
     with bounded():
         saved = read_folder(Path(folder), name)
         config = from_fields(root, saved.fields)
+        warn_of_unknown(saved.folder, saved.fields, classes_of(saved.fields), TARGET_FIELDS)
         if not (trainable and saved.encoder):
             config = config.as_stored()
         allowance = Allowance(saved.folder, saved.tensors, saved.encoder)
-        placements = prepare(root, name, config, adapter_dtype, allowance)
+        placements, unseen = prepare(root, name, config, adapter_dtype, allowance)
+        saved = saved._replace(tensors=read_as(key_table(placements), saved.tensors, saved.folder))
     check_fit(root, placements, saved)
     settle(root, placements)
     fill(placements, saved)
-    add(root, name, config, placements, trainable=trainable)
+    add(root, name, config, placements, unseen, trainable=trainable)
     return model
 
 
@@ -216,6 +310,7 @@ def read_folder(folder: Path, name: str) -> Saved:
         check_sizes(folder, fields, read_shapes(file), read_shapes(second) if there else {})
         tensors, metadata = read_tensors(file)
         check_sums(folder / CONFIG, folder / WEIGHTS, fields, tensors, metadata, FREE)
+        check_foreign(folder, tensors)
         encoder: dict[str, Tensor] = {}
         if "peftlab_encoder" in metadata and there:
             encoder, _ = read_tensors(second)
@@ -249,9 +344,9 @@ def fill(placements: Iterable[Placement], saved: Saved) -> None:
     """Copy saved tensors into an adapter's parts, in place of the values that the parts started with."""
     # An encoder's output is not copied; its weights (next loop) reproduce it.
     for key, parameter in key_table(p for p in placements if not p.part.encoder_keys).items():
-        parameter.copy_(saved.tensors[key])
+        parameter.copy_(piece_of(saved.tensors[key], parameter))
     for key, parameter in encoder_table(placements).items():
-        parameter.copy_(saved.encoder[key])
+        parameter.copy_(piece_of(saved.encoder[key], parameter))
 
 
 def check_config(root: nn.Module, name: str, placements: list[Placement], saved: Saved) -> None:
@@ -358,12 +453,10 @@ def config_class(fields: Mapping[str, Any]) -> type[Config]:
     Raises:
         PeftLabError: no method here has this `peft_type` and these fields, or more than one has.
     """
-    paths = dict.fromkeys(row.config for row in METHODS.values() if row.config)  # one class may serve several methods
-    kinds = [resolve(path) for path in paths]
     peft_type = fields.get("peft_type")
-    alike = [kind for kind in kinds if kind.peft_type == peft_type and all(map(fields.get, kind.requires))]
+    alike = [kind for kind in classes_of(fields) if all(map(fields.get, kind.requires))]
     if not alike:
-        types = list(dict.fromkeys(kind.peft_type for kind in kinds))
+        types = list(dict.fromkeys(resolve(row.config).peft_type for row in METHODS.values() if row.config))
         raise PeftLabError(
             f"The adapter's peft_type is {peft_type!r}; this package loads {', '.join(types)}."
             + did_you_mean(str(peft_type), types)
@@ -384,6 +477,12 @@ def config_class(fields: Mapping[str, Any]) -> type[Config]:
     return fitting[0]
 
 
+def classes_of(fields: Mapping[str, Any]) -> list[type[Config]]:
+    """Return the config classes of the methods that have a folder's `peft_type`."""
+    paths = dict.fromkeys(row.config for row in METHODS.values() if row.config)  # one class may serve several methods
+    return [kind for kind in map(resolve, paths) if kind.peft_type == fields.get("peft_type")]
+
+
 def method_name(config: Config) -> str:
     """Say by which name the catalogue calls the method of a config."""
     rows = {name: row for name, row in METHODS.items() if row.config and resolve(row.config) is type(config)}
@@ -400,19 +499,42 @@ def only_present(root: nn.Module, config: Config) -> Config:
     Hugging Face peft saves such names. The keys of the file say what was really trained.
     """
     paths = list(base_modules(root))
+
+    def here(name: str, matches: Callable[[str, str], bool]) -> str:
+        """Return a name as this model has it, also where it was saved from a wrapped or a headless model."""
+        return next((one for one in simpler_names(name) if any(matches(one, path) for path in paths)), "")
+
     changes: dict[str, Any] = {}
     for field in ("target_modules", "modules_to_save"):
         names = getattr(config, field, None)
-        if names is not None and not isinstance(names, str):
-            ends = names_match if field == "target_modules" else lambda spec, path: path.endswith(spec)
-            kept = tuple(name for name in names if any(ends((name,), path) for path in paths))
+        matches = by_ending if field == "target_modules" else ends_with
+        if isinstance(names, str) and names.lower() != ALL_LINEAR:
+            changes[field] = here(names, names_match) or names
+        elif names is not None and not isinstance(names, str):
+            kept = tuple(dict.fromkeys(filter(None, (here(name, matches) for name in names))))
             changes[field] = kept or (names if field == "target_modules" else None)
     for field in ("rank_pattern", "alpha_pattern"):
         table = getattr(config, field, None) or {}
-        there = {key: value for key, value in table.items() if any(by_pattern({key: 1}, path, 0) for path in paths)}
+        there = {here(key, pattern_matches): value for key, value in table.items()}
+        there.pop("", None)
         if there != table:
             changes[field] = there
     return replace(config, **changes)
+
+
+def by_ending(name: str, path: str) -> bool:
+    """Say whether a name of `target_modules` means a path."""
+    return names_match((name,), path)
+
+
+def ends_with(name: str, path: str) -> bool:
+    """Say whether a name of `modules_to_save` means a path; its end may lie within a name."""
+    return path.endswith(name)
+
+
+def pattern_matches(key: str, path: str) -> bool:
+    """Say whether a key of `rank_pattern` or `alpha_pattern` means a path."""
+    return bool(by_pattern({key: True}, path, False))
 
 
 def locate(folder: Path, name: str) -> Path:
@@ -423,14 +545,30 @@ def locate(folder: Path, name: str) -> Path:
     if not folder.is_dir():
         near = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
         raise PeftLabError(f"There is no adapter folder {str(folder)!r}.{did_you_mean(folder.name, near)}")
-    if any(folder.glob("adapter_model.bin")):
+    pickles = [file for end in ("bin", "pt", "pth") for file in sorted(folder.glob(f"adapter_model.{end}"))]
+    if pickles and not (folder / WEIGHTS).exists():
         raise PeftLabError(
-            f"{folder} holds adapter_model.bin, a pickle, which can run code when it is opened. "
-            "If you trust it, convert it to adapter_model.safetensors."
+            f"{pickles[0]} is a pickle, which can run code when it is opened, so it is not read. Convert it; with "
+            f"weights_only=True torch runs no code: {conversion(pickles[0], folder / WEIGHTS)}"
+        )
+    if any(folder.glob("pytorch_lora_weights.*")):
+        raise PeftLabError(
+            f"{folder} holds pytorch_lora_weights, the form of diffusers, which has other keys and no {CONFIG}. Only "
+            "folders of Hugging Face peft are read: load it in diffusers, and save it with Hugging Face peft's "
+            "save_pretrained."
         )
     there = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
     hint = f" It holds adapters named {', '.join(map(repr, there))}; give one as name." if there else ""
     raise PeftLabError(f"{folder} lacks {CONFIG} or {WEIGHTS}.{hint}")
+
+
+def conversion(pickle: Path, file: Path) -> str:
+    """Return the Python code that converts a pickle of tensors to a safetensors file, running nothing of the pickle."""
+    return (
+        "import torch; from safetensors.torch import save_file; "
+        f"tensors = torch.load({str(pickle)!r}, map_location='cpu', weights_only=True); "
+        f"save_file({{key: tensor.clone().contiguous() for key, tensor in tensors.items()}}, {str(file)!r})"
+    )
 
 
 def check_keys(
@@ -468,7 +606,7 @@ def redundant(root: nn.Module, key: str, tensors: Mapping[str, Tensor]) -> bool:
         return False
     # The base may have been loaded in another dtype, so the two are compared in the coarser dtype.
     dtype = min(own.dtype, tensors[key].dtype, key=lambda dtype: dtype.itemsize)
-    return torch.equal(tensors[key].to(dtype), own.detach().cpu().to(dtype))
+    return torch.equal(tensors[key].to(dtype), whole(own).detach().cpu().to(dtype))
 
 
 def embedding_copies(root: nn.Module, fields: Mapping[str, Any], placements: list[Placement]) -> dict[str, Tensor]:
@@ -492,7 +630,7 @@ def embedding_copies(root: nn.Module, fields: Mapping[str, Any], placements: lis
         if part_name not in ("bias", "copy") and any(root.get_submodule(path) is layer for layer in embeddings):
             weight = base_tensor(root, path, "weight")
             assert weight is not None
-            copies[f"{PREFIX}{path}.base_layer.weight"] = weight.detach().cpu().contiguous().clone()
+            copies[f"{PREFIX}{path}.base_layer.weight"] = whole(weight).detach().cpu().contiguous().clone()
     return copies
 
 

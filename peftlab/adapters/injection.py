@@ -18,7 +18,8 @@ from torch import nn
 from peftlab.catalogue import METHODS
 from peftlab.checks import number
 from peftlab.core.calls import observed, passed_weights
-from peftlab.core.hooks import Activity, Adapters, adapters_on, hosts, place, plain, prompt_parts, remove
+from peftlab.core.entry import guard, unguard
+from peftlab.core.hooks import CHILD, Activity, Adapters, adapters_on, hosts, place, plain, prompt_parts, remove
 from peftlab.core.interface import Config, Placement
 from peftlab.core.records import (
     Record,
@@ -30,8 +31,9 @@ from peftlab.core.records import (
     require_adapter,
     unwrap,
 )
+from peftlab.core.sharding import refuse_sharded
 from peftlab.core.targets import ALL_LINEAR
-from peftlab.errors import PeftLabError
+from peftlab.errors import PeftLabError, some
 from peftlab.patterns import bounded
 from peftlab.quantization.marks import restore_transformers_attributes, set_transformers_attributes
 from peftlab.quantization.weights import restore_parameter, unpack
@@ -82,9 +84,9 @@ def attach(
     896 of 6,608 parameters train (13.5593%)
     """
     root = unwrap(model)
-    placements = prepare(root, name, config, adapter_dtype)
+    placements, unseen = prepare(root, name, config, adapter_dtype)
     settle(root, placements)
-    add(root, name, config, placements, trainable=True)
+    add(root, name, config, placements, unseen, trainable=True)
     return model
 
 
@@ -94,10 +96,11 @@ def prepare(
     config: Config,
     adapter_dtype: torch.dtype | None,
     check: Callable[[Placement], None] | None = None,
-) -> list[Placement]:
+) -> tuple[list[Placement], frozenset[str]]:
     """Build all parts of an adapter, with their devices and dtypes, and leave the model unchanged.
 
-    `check` gets each part before the next one is built, and may refuse it.
+    `check` gets each part before the next one is built, and may refuse it. Returns the placements, and the hosts of
+    which it is not known that the model calls them.
     """
     if not isinstance(root, nn.Module):
         raise PeftLabError(f"The model is a {type(root).__name__}; attach takes an nn.Module.")
@@ -108,6 +111,7 @@ def prepare(
         raise PeftLabError(f"adapter_dtype is {adapter_dtype!r}; give a floating dtype such as torch.float32.")
     record = record_of(root)
     check_hosts(root)
+    refuse_sharded(root, "attach cannot divide a new adapter with it", "Attach first, then call fully_shard.")
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(Adapters(Activity()), name):
         raise PeftLabError(f"{name!r} cannot name an adapter; use letters, digits, '_' and '-'.")
     if record and name in record.configs:
@@ -126,19 +130,23 @@ def prepare(
             if check is not None:
                 check(placement)
             placements.append(placement)
-    placements = within_reach(root, config, placements)
+    placements, unseen = within_reach(root, config, placements)
     for path, _, part in placements:
         host = root.get_submodule(path)
         device, dtype = device_and_dtype_for(host)
         part.to(device=device, dtype=adapter_dtype or dtype)
         part.train(host.training)
-    return placements
+    return placements, unseen
 
 
-def within_reach(root: nn.Module, config: Config, placements: list[Placement]) -> list[Placement]:
+def within_reach(
+    root: nn.Module, config: Config, placements: list[Placement]
+) -> tuple[list[Placement], frozenset[str]]:
     """Leave out parts, or refuse them, that would never run because the model reads their host's weight past it.
 
     What a rule chose ("all-linear", or a method's default) is left out with a warning; what was named is refused.
+    Returns the other placements, and those of their hosts that the copy of the model did not call. (The model's own
+    first pass is then watched.)
     """
     calls = observed(root)
     unreached = calls.unreached if calls is not None else frozenset()
@@ -163,13 +171,7 @@ def within_reach(root: nn.Module, config: Config, placements: list[Placement]) -
             "these modules. Where such kernels are installed, an adapter there does not run; leave these modules out.",
             stacklevel=4,
         )
-    return left
-
-
-def some(paths: Sequence[str]) -> str:
-    """Return the first of several paths, and how many more there are."""
-    rest = f" and {len(paths) - 2} more" if len(paths) > 2 else ""
-    return ", ".join(paths[:2]) + rest
+    return left, frozenset(path for path, _, _ in left) - (calls.called if calls is not None else frozenset())
 
 
 @torch.no_grad()
@@ -190,7 +192,14 @@ def settle(root: nn.Module, placements: list[Placement]) -> None:
         part.settle(root.get_submodule(path))
 
 
-def add(root: nn.Module, name: str, config: Config, placements: list[Placement], trainable: bool) -> None:
+def add(
+    root: nn.Module,
+    name: str,
+    config: Config,
+    placements: list[Placement],
+    unseen: frozenset[str],
+    trainable: bool,
+) -> None:
     """Put settled parts in place and activate them."""
     record = record_of(root)
     if record is None:
@@ -203,7 +212,13 @@ def add(root: nn.Module, name: str, config: Config, placements: list[Placement],
             record.base_requires_grad[plain(parameter_name)] = parameter.requires_grad
             parameter.requires_grad_(False)
     for path, part_name, part in placements:
-        place(root.get_submodule(path), record.activity, name, part_name, part)
+        host = root.get_submodule(path)
+        place(host, record.activity, name, part_name, part)
+        if part.on_forward:
+            guard(host, path, record.activity)
+    guard(root, "", record.activity)
+    record.unseen |= unseen
+    record.marks.clear()
     record.configs[name] = config
     record.trainable[name] = trainable
     record.placed[name] = hosts_now(root).get(name, {})
@@ -230,6 +245,11 @@ def detach(model: nn.Module, name: str = "default") -> nn.Module:
         restore_base(root, record)
     for _, host in list(hosts(root)):
         remove(host, name)
+        if CHILD not in host._modules and host is not root:
+            unguard(host)
+    record.marks.clear()
+    left = {path for other, placed in record.placed.items() if other != name for path in placed}
+    record.unseen &= left
     del record.configs[name], record.trainable[name], record.placed[name]
     record.activity.weights.pop(name, None)
     if record.activity.rows and name in record.activity.rows:
@@ -242,6 +262,7 @@ def detach(model: nn.Module, name: str = "default") -> nn.Module:
         flags = record.base_requires_grad
         for parameter_name, parameter in root.named_parameters():
             parameter.requires_grad_(flags.get(plain(parameter_name), parameter.requires_grad))
+        unguard(root)
         object.__delattr__(root, "_peftlab")
     return model
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftlab.core.hooks import base_modules
 from peftlab.core.records import record_of
+from peftlab.core.sharding import whole
 from peftlab.errors import PeftLabError
 from peftlab.foreign import parse
 
@@ -35,7 +36,8 @@ def weights_at(root: nn.Module, paths: Iterable[str]) -> dict[str, list[float]]:
         weight = base_tensor(root, path, "weight")
         # A quantised weight is skipped: its packed codes cannot be compared with the same weight in another dtype.
         if weight is not None and weight.is_floating_point() and weight.device.type != "meta":
-            sample[path] = weight.detach().flatten()[:8].float().tolist()
+            # of a sharded weight no more than 8 columns are gathered
+            sample[path] = whole(weight.detach()[..., :8]).flatten()[:8].float().tolist()
     return sample
 
 

@@ -6,14 +6,16 @@ million module names) exhausts neither memory nor patience.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from peftlab import foreign
 from peftlab.core.hooks import base_modules
-from peftlab.core.interface import Placement
+from peftlab.core.interface import Config, Placement
 from peftlab.errors import PeftLabError
 
 # Fields that become a dimension of the adapter's tensors, and of those of the encoder that is saved beside
@@ -22,6 +24,19 @@ ENCODER_SIZES = ("encoder_hidden_size",)
 # Fields that may hold a regular expression, which has limits of its own; any other text is a name
 PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern")
 LONGEST = 10_000
+# Fields of Hugging Face peft's configs that we need not read, because what an adapter's file computes does not depend
+# on them: who made it and when, how it began (its weights are in the file), how it is run, and what other fields refuse
+IDLE = {
+    "": ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"),
+    "LORA": (
+        "corda_config", "eva_config", "loftq_config", "lora_ga_config", "runtime_config", "ensure_weight_tying",
+        "megatron_config", "megatron_core", "qalora_group_size", "enable_lora", "merge_weights",  # the last two: 2023
+    ),
+    "IA3": ("init_ia3_weights",),
+    "PROMPT_TUNING": ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
+    "PREFIX_TUNING": ("init_weights",),
+}  # fmt: skip
+SIZES_OF_PROMPTS = ("num_transformer_submodules", "num_layers", "num_attention_heads", "token_dim")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -69,6 +84,46 @@ def check_fields(root: nn.Module, fields: Mapping[str, Any]) -> None:
                 f"The adapter's {name} has {len(value):,} entries, and this model has {most // 2 - 500:,} modules. The "
                 "config is damaged, or another model's."
             )
+
+
+class Asked(Mapping[str, Any]):
+    """A config that notes which of its fields are asked for."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self.fields = fields
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(name)
+        return self.fields[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.fields)
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+
+def warn_of_unknown(
+    folder: Path, fields: Mapping[str, Any], kinds: Iterable[type[Config]], shared: Collection[str], stacklevel: int = 3
+) -> None:
+    """Warn of the fields of a folder's config that nobody reads, with near matches; what is null asks for nothing.
+
+    Args:
+        kinds: the classes of the methods that have this `peft_type`. shared: the fields that several methods read.
+    """
+    asked = Asked(fields)
+    known = {*shared, *IDLE[""], *IDLE.get(fields["peft_type"], ())}
+    for kind in kinds:
+        with contextlib.suppress(PeftLabError):  # what a value means is for the adapter's own class to judge
+            kind.from_peft(asked)
+        known |= {*kind.requires, *kind.unsupported}
+    known |= asked.names
+    if "num_virtual_tokens" in known:
+        known |= {*SIZES_OF_PROMPTS}
+    strange = [name for name, value in fields.items() if name not in known and value is not None]
+    advice = "If one of them changes what the adapter computes, load it with the program that made it."
+    foreign.warn_of_unknown(f"The config in {folder}", strange, known, advice, stacklevel + 1)
 
 
 class Allowance:

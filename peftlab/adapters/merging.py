@@ -26,6 +26,7 @@ from peftlab.core.calls import observed
 from peftlab.core.hooks import Activity, adapters_on, hosts
 from peftlab.core.interface import Part
 from peftlab.core.records import Record, check_hosts, own_tensor, record_of, tensor_at, unwrap
+from peftlab.core.sharding import Processes
 from peftlab.errors import PeftLabError
 from peftlab.methods.parts import widened
 from peftlab.quantization.weights import is_quantized, keep, store
@@ -53,6 +54,8 @@ class MergeReport(NamedTuple):
 def merge(model: nn.Module, *, unload: bool = False, requantize: bool = False) -> MergeReport:
     """Fold the active adapters into the base's weights, in place.
 
+    If `fully_shard` has divided the model, call this in every process; each changes its pieces.
+
     Args:
         model: a model with active adapters.
         unload: also detach all adapters, and keep no copy of the weights: what remains is a plain model to ship.
@@ -77,6 +80,7 @@ def merge(model: nn.Module, *, unload: bool = False, requantize: bool = False) -
         raise PeftLabError("No adapter is attached to this model, so there is nothing to merge.")
     check_hosts(root)
     check(root, record, requantize)
+    Processes(root).meet("merge")
     uses = Counter(id(tensor) for module in root.modules() for tensor in module.parameters(recurse=False))
     errors: dict[str, float] = {}
     try:
@@ -169,7 +173,7 @@ def check(root: nn.Module, record: Record, requantize: bool) -> None:
     if not activity.weights:
         raise PeftLabError("No adapter is active; call activate(model, name) before merging.")
     calls = observed(root)
-    past = calls.past if calls is not None else frozenset()
+    past = record.past | (calls.past if calls is not None else frozenset())
     for path, host in hosts(root):
         for name, _, part in active_parts(host, activity):
             if path in past:

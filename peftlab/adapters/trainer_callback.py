@@ -16,9 +16,11 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peftlab.adapters.checkpoint import check_config, check_fit, fill, placed, read_folder, save_adapter
+from peftlab.adapters.checkpoint import check_config, check_fit, fill, key_table, placed, read_folder, save_adapter
 from peftlab.adapters.injection import attached
+from peftlab.adapters.key_forms import read_as
 from peftlab.core.records import record_of, require_adapter, unwrap
+from peftlab.core.sharding import in_one_piece, is_sharded
 from peftlab.errors import PeftLabError
 
 FOLDER = "adapter"
@@ -39,8 +41,8 @@ class AdapterCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
     ) -> None:
         """Write the adapters into the checkpoint that was just saved."""
-        if args.should_save:
-            model = rest["model"]
+        model = rest["model"]
+        if args.should_save or is_sharded(unwrap(model)):  # all processes of a sharded model save together
             for name in attached(model):
                 save_adapter(model, checkpoint_folder(args, state) / FOLDER, name)
 
@@ -94,6 +96,7 @@ def restore_adapter(model: nn.Module, folder: Path, name: str) -> None:
     root = unwrap(model)
     require_adapter(root, name)
     saved, placements = read_folder(folder, name), placed(root, name)
+    saved = saved._replace(tensors=read_as(key_table(placements), saved.tensors, saved.folder))
     check_config(root, name, placements, saved)
-    check_fit(root, placements, saved)
+    check_fit(root, in_one_piece(placements), saved)
     fill(placements, saved)

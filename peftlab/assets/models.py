@@ -1,6 +1,7 @@
 """Load a model and its tokenizer: by a name of this book, from a local folder, or by a hub id."""
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from peftlab.foreign import check_code, read_fields
 
 # transformers would put an adapter that lies beside a model into it, and unpickle it; that is for load_adapter
 NO_ADAPTER = {"subfolder": "no-adapter"}
+PRETRAINING = ("ForMaskedLM", "ForPreTraining", "ForMaskedImageModeling")
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -40,13 +42,19 @@ def load_model(
             (float32 for the names above).
         device: where to put the model, such as `"cuda"`. By default the CPU.
 
-    With `num_labels` the model is one for sequence classification. Otherwise an encoder-decoder is loaded for
-    sequence-to-sequence, a decoder for causal language modelling with its output head, and an encoder without a head.
+    With `num_labels` the model is one for sequence classification. Otherwise its class is the one that was saved, with
+    the heads that were trained: a decoder for causal language modelling, an encoder-decoder for sequence-to-sequence, a
+    model of text and images for both. Two classes are changed: a masked language model is loaded without its head, and
+    an encoder-decoder without a head for sequence-to-sequence.
+
+    The second thing returned is the tokenizer, also for a model of images or sound. The processor that prepares these
+    comes from `transformers.AutoProcessor`. A model without a tokenizer is not loaded; the error says how to go on.
 
     Only safetensors are read. No code from a repository is ever run.
 
     Raises:
-        PeftLabError: the name is not known, the weights cannot be read, or the device does not exist.
+        PeftLabError: the name is not known, the weights cannot be read, there is no tokenizer, or the device does not
+            exist.
 
     >>> small, words = pl.load_model("smollm2-135m")
     >>> type(small).__name__, words.decode(words("a kettle")["input_ids"])
@@ -62,6 +70,7 @@ def load_model(
             check_code(f"The config of {str(name)!r}", _fields(source))
             config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
             kind = _model_class(config, num_labels)
+            tokenizer = _tokenizer(name, source, kind)
             model, report = kind.from_pretrained(
                 source,
                 trust_remote_code=False,
@@ -70,7 +79,6 @@ def load_model(
                 adapter_kwargs=NO_ADAPTER,
                 **options,
             )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except (PeftLabError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a malformed folder makes anything of transformers' own code
@@ -150,15 +158,53 @@ def _on_hub(name: str) -> bool:
 
 
 def _model_class(config: transformers.PretrainedConfig, num_labels: int | None) -> Any:
-    """Return the auto class that fits a config."""
-    architecture = (config.architectures or [""])[0]
-    if num_labels is not None or architecture.endswith("ForSequenceClassification"):
+    """Return the class that fits a config: the one that was saved, or an auto class."""
+    if num_labels is not None:
         return transformers.AutoModelForSequenceClassification
-    if config.is_encoder_decoder:
+    saved, headless = _saved_class(config), transformers.MODEL_MAPPING.get(type(config), None)
+    seq2seq = type(config) in transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and config.is_encoder_decoder
+    if saved is not None and not (seq2seq and saved is headless):
+        return saved
+    if seq2seq:
         return transformers.AutoModelForSeq2SeqLM
+    architecture = (config.architectures or [""])[0]
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return transformers.AutoModelForCausalLM
+    if not architecture and type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return transformers.AutoModelForImageTextToText
     return transformers.AutoModel
+
+
+def _saved_class(config: transformers.PretrainedConfig) -> Any:
+    """Return transformers' class that a config says was saved; None for a head that only pre-training needs."""
+    name = (config.architectures or [""])[0]
+    found = getattr(transformers, name, None) if name.isidentifier() else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        return None
+    fits = found.config_class is not None and isinstance(config, found.config_class)
+    return found if fits and not name.endswith(PRETRAINING) else None
+
+
+def _tokenizer(name: str, source: str, kind: Any) -> Any:
+    """Return the tokenizer beside a model, or say that a model has none."""
+    reads_text = getattr(kind, "main_input_name", "input_ids") == "input_ids"
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception:
+        if reads_text:
+            raise
+        tokenizer = None
+    # Where no file of a tokenizer is, transformers makes some kinds from nothing: they know their special tokens alone.
+    if tokenizer is not None and len(tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens, "\u2581"}) > 0:
+        return tokenizer
+    if reads_text:
+        raise PeftLabError(
+            f"{str(name)!r} holds no tokenizer. Save the model's own there, with tokenizer.save_pretrained(folder)."
+        )
+    raise PeftLabError(
+        f"{str(name)!r} holds a {kind.__name__} and no tokenizer, and load_model loads models that read or write "
+        f"text. Load it with transformers.{kind.__name__}.from_pretrained({str(name)!r}); attach takes it as it is."
+    )
 
 
 def _warn_about_missing(name: str, model: transformers.PreTrainedModel, report: dict) -> None:
@@ -195,10 +241,17 @@ def _device(device: torch.device | str | None) -> torch.device | None:
 def _load_fault(name: str, error: Exception) -> str:
     """Return one line for a person, made from the error of transformers."""
     text = " ".join(str(error).split())
+    name = str(name)
     if (Path(name).expanduser() / "adapter_config.json").is_file():
         return (
             f"{name} holds an adapter beside the model, and transformers {transformers.__version__} cannot load the "
             "model without it. Move adapter_config.json away, load the model, and give the adapter to load_adapter."
+        )
+    if "Unrecognized configuration class" in text:
+        kind = re.search(r"configuration class <class '[\w.]*?(\w+)'>", text)
+        return (
+            f"{name!r} has a {kind.group(1) if kind else 'config'}, for which transformers has no class of this task. "
+            "Leave num_labels out."
         )
     if "trust_remote_code" in text:
         return f"{name!r} needs Python code from its repository, and peftlab never runs such code."

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -163,6 +164,26 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _export_options(command: Parser) -> None:
+    command.add_argument("folder", metavar="FOLDER", help="the folder of a LoRA adapter, ours or Hugging Face peft's")
+    command.add_argument("out", metavar="OUT", help="the folder to write")
+    command.add_argument("--name", default="default", help="the adapter's name, if it lies in a subfolder of its name")
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from peftlab.adapters.exporting import export_adapter
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        folder = export_adapter(arguments.folder, arguments.out, arguments.name)
+    for one in caught:
+        print(f"peftlab: {one.message}", file=sys.stderr)
+    if arguments.json:
+        return print_json({"folder": str(folder), "programs": ["llama.cpp", "vLLM", "SGLang"]})
+    print(f"The adapter is in {folder}, in the form that llama.cpp, vLLM and SGLang read.")
+    return 0
+
+
 def _bench_options(command: Parser) -> None:
     command.add_argument("topic", metavar="TOPIC", help="what to measure, for example lora")
     command.add_argument("--out", required=True, metavar="FILE", help="the results file to write")
@@ -235,6 +256,13 @@ COMMANDS = (
         ),
         _train_options,
         _train,
+    ),
+    (
+        "export",
+        "write a LoRA adapter in a form that llama.cpp, vLLM and SGLang read rightly",
+        ("export my-adapter for-serving", "export run1 for-serving --json"),
+        _export_options,
+        _export,
     ),
     (
         "bench",

@@ -7,6 +7,9 @@ changes the model in a way that the adapter never did.
 Names cannot tell such layers, so a copy of the model runs once. It has the model's structure, but its tensors lie on
 the meta device: they have shapes and no numbers. Its inputs are made from the model's config. While it runs, each read
 of a weight is compared with the modules that are running.
+
+Some models have no config, or one that does not say what they read. Then the model's own first forward pass is watched
+in the same way (`noted`).
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peftlab.core.hooks import CHILD, plain
+from peftlab.core.forward import give_back
+from peftlab.core.hooks import CHILD, base_modules, plain
 
 # A weight that a forward gives to a function as it is. In training, Mamba's fused kernels are called so.
 PASSED = re.compile(r"(?<!isinstance)[(,=]\s*self\.(\w+)\.weight\b(?!\s*[.\[])")
@@ -105,6 +109,7 @@ def meta_copy(root: nn.Module) -> nn.Module:
         for name, table in vars(module).items():
             if name.endswith("_hooks") and isinstance(table, dict):
                 table.clear()
+        give_back(module)
     if "flash" in str(getattr(getattr(other, "config", None), "_attn_implementation", "")):
         other.set_attn_implementation("sdpa")
     return other.eval()
@@ -152,36 +157,87 @@ def watch(model: nn.Module, inputs: dict[str, Tensor], rows: int) -> Calls | Non
 
     Returns None for a pass that does not reach its end.
     """
-    modules = {plain(path): module for path, module in model.named_modules()}
-    owners: dict[int, list[str]] = {}
-    for path, module in modules.items():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(parameter.untyped_storage()._cdata, []).append(path)
-    running: dict[str, int] = dict.fromkeys(modules, 0)
-    called: set[str] = set()
-    past: set[str] = set()
     without_rows: set[str] = set()
+    modules = {plain(path): module for path, module in model.named_modules()}
     for path, module in modules.items():
-        module.register_forward_pre_hook(_counter(running, path, 1, called))
         module.register_forward_pre_hook(_rows_of(path, rows, without_rows), with_kwargs=True)
-        module.register_forward_hook(_counter(running, path, -1))
     twins = skip_twins(modules)
     # A pass may draw numbers even when it is evaluated (for layers left out, say): the person's run does not see it.
-    with torch.random.fork_rng(devices=[]), _quiet(), _Reads(owners, running, past):
+    with torch.random.fork_rng(devices=[]), _quiet(), noted(model, _ReadsWithoutNumbers) as seen:
         try:
             model(**inputs)
         except Exception:
             return None
     for path, first in twins.items():
-        if path in called:
-            for seen in (called, past, without_rows):
-                seen.update([path + name[len(first) :] for name in seen if name.startswith(first + ".")])
-    used = called | past
-    above = {path.rsplit(".", n)[0] for path in used for n in range(path.count(".") + 1)}
-    lists = {path for path, module in modules.items() if type(module).forward is nn.Module.forward}
-    unreached = (used | above) - called - lists
-    return Calls(frozenset(called), frozenset(past), frozenset(unreached), frozenset(without_rows))
+        if path in seen.called:
+            for paths in (seen.called, seen.past, without_rows):
+                paths.update([path + name[len(first) :] for name in paths if name.startswith(first + ".")])
+    return Calls(frozenset(seen.called), frozenset(seen.past), seen.unreached(), frozenset(without_rows))
+
+
+class Seen:
+    """What is noted while a model runs.
+
+    Attributes:
+        modules: the model's modules by path.
+        running: how many calls of each module have begun and not ended.
+        called, past: as in `Calls`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = base_modules(model)
+        self.running: dict[str, int] = dict.fromkeys(self.modules, 0)
+        self.called: set[str] = set()
+        self.past: set[str] = set()
+
+    def unreached(self) -> frozenset[str]:
+        """Return the modules that were not called although they, or modules in them, were used.
+
+        A module that the pass left out is none of these: neither was it called, nor was its weight read.
+        """
+        used = self.called | self.past
+        above = {path.rsplit(".", n)[0] for path in used for n in range(path.count(".") + 1)}
+        lists = {path for path, module in self.modules.items() if type(module).forward is nn.Module.forward}
+        return frozenset((used | above) - self.called - lists)
+
+
+@contextmanager
+def noted(model: nn.Module, reads: type[_Reads] | None = None) -> Iterator[Seen]:
+    """Note which modules are called and which weights are read inside the block. Afterwards the hooks are gone."""
+    seen = Seen(model)
+    owners: dict[int, list[str]] = {}
+    kept, handles = [], []  # a storage that is kept alive shares its address with no other
+    for path, module in seen.modules.items():
+        for parameter in module._parameters.values():
+            storage = None if parameter is None else _storage(parameter)
+            if storage is not None:
+                kept.append(storage)
+                owners.setdefault(storage._cdata, []).append(path)
+        if not isinstance(module, torch.jit.ScriptModule):
+            handles.append(module.register_forward_pre_hook(_counter(seen.running, path, 1, seen.called)))
+            handles.append(module.register_forward_hook(_counter(seen.running, path, -1)))
+    try:
+        with (reads or _Reads)(owners, seen.running, seen.past):
+            yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def can_be_noted(model: nn.Module) -> bool:
+    """Say whether a pass of this very model can be watched.
+
+    It cannot be under `torch.compile`, in a replica of DataParallel, or where others gather its weights before use.
+    """
+    if hasattr(model, "_is_replica"):
+        return False
+    for module in model.modules():
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            return False
+        for parameter in module._parameters.values():
+            if parameter is not None and (hasattr(parameter, "ds_id") or hasattr(parameter, "placements")):
+                return False  # of DeepSpeed, and of FSDP
+    return True
 
 
 def skip_twins(modules: dict[str, nn.Module]) -> dict[str, str]:
@@ -249,6 +305,13 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
+    try:
+        return tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):  # a tensor of a foreign kind that has none
+        return None
+
+
 class _Reads(TorchDispatchMode):
     """Notes each weight that an operation reads while none of its owners is running."""
 
@@ -259,10 +322,22 @@ class _Reads(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
-                paths = self.owners.get(leaf.untyped_storage()._cdata)
+                storage = _storage(leaf)
+                paths = None if storage is None else self.owners.get(storage._cdata)
                 if paths is not None and not any(self.running[path] for path in paths):
                     self.past.update(paths)
-        # What a model asks of numbers that are not there. Either answer lets it go on.
+        return self.run(func, args, kwargs or {})
+
+    def run(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Return what the operation gives."""
+        return func(*args, **kwargs)
+
+
+class _ReadsWithoutNumbers(_Reads):
+    """The same on the meta device. What a model asks of numbers that are not there gets an answer here."""
+
+    def run(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        # Either answer lets the model go on.
         if func is torch.ops.aten._local_scalar_dense.default:
             return args[0].dtype is torch.bool or 1
         if func is torch.ops.aten.nonzero.default:
@@ -271,4 +346,4 @@ class _Reads(TorchDispatchMode):
             return True
         if func is torch.ops.aten._grouped_mm.default:  # all experts at once; on meta it takes bfloat16 alone
             return args[0].new_empty(args[0].shape[0], args[1].shape[-1])
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)

@@ -20,6 +20,8 @@ from peftlab.core.interface import Part
 from peftlab.errors import PeftLabError
 
 CHILD = "peftlab"
+# The input by which a call of a module tells its `Forward` that the hooks have run.
+ENTERED = "_peftlab_entered"
 
 
 class Activity:
@@ -37,6 +39,8 @@ class Activity:
             cache already holds the beginning and the prompt. The prompt on the model sets this for the prompts on its
             layers.
         saving_known: whether the person knows that `save_pretrained` leaves the adapters out.
+        inside: (thread, path) of each module with a `Forward` that is running. Several threads may use one model.
+        unsure: whether `inside` may lack a running module: a compiled one, or one whose `forward` others have replaced.
     """
 
     def __init__(self) -> None:
@@ -47,6 +51,8 @@ class Activity:
         self.text_positions = False
         self.text_begins = True
         self.saving_known = False
+        self.inside: set[tuple[int, str]] = set()
+        self.unsure = False
 
     @property
     def running(self) -> bool:
@@ -107,14 +113,17 @@ def remove(host: nn.Module, adapter: str | None = None) -> None:
         del parts[adapter]
     if not parts:
         del host._modules[CHILD]
-        hooks: tuple[tuple[dict, dict, Callable], ...] = (
-            (host._forward_pre_hooks, host._forward_pre_hooks_with_kwargs, _before),
-            (host._forward_hooks, host._forward_hooks_with_kwargs, _after),
-        )
-        for table, flags, hook in hooks:
-            for key in [key for key, value in table.items() if value is hook]:
+        flags = (host._forward_pre_hooks_with_kwargs, host._forward_hooks_with_kwargs)
+        for (table, keys), with_kwargs in zip(hook_keys(host), flags, strict=True):
+            for key in keys:
                 del table[key]
-                flags.pop(key, None)
+                with_kwargs.pop(key, None)
+
+
+def hook_keys(host: nn.Module) -> list[tuple[dict[int, Callable], list[int]]]:
+    """Return the tables of hooks before and after a host's call, each with the keys of ours in it."""
+    tables: tuple[tuple[dict, Callable], ...] = ((host._forward_pre_hooks, _before), (host._forward_hooks, _after))
+    return [(table, [key for key, value in table.items() if value is hook]) for table, hook in tables]
 
 
 def move(host: nn.Module, new: nn.Module) -> None:
@@ -131,8 +140,9 @@ def _before(host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | 
     inputs = args, kwargs
     parts = adapters_on(host)
     prompts = prompt_parts(parts, parts.activity) if parts.activity.running else {}
-    if prompts:  # one of these parts runs for all of them: it inserts the active prompt, a mixture of their prompts
-        inputs = next(iter(prompts.values())).before(host, args, kwargs)
+    if prompts:  # one adapter's parts run for all of them: they insert the active prompt, a mixture of their prompts
+        for part in filter(_is_prompt, parts.parts_of(next(iter(prompts))).values()):
+            inputs = part.before(host, *inputs)
 
     def change(mine: list[Part], inputs: tuple, base: tuple) -> tuple:
         for part in mine:
@@ -144,6 +154,9 @@ def _before(host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | 
 
 
 def _after(host: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    if ENTERED in kwargs:
+        kwargs = {name: value for name, value in kwargs.items() if name != ENTERED}
+
     def change(mine: list[Part], inputs: tuple, output: Any) -> Any:
         args, kwargs = inputs
         result = output
@@ -152,6 +165,16 @@ def _after(host: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         return result
 
     return _apply(adapters_on(host), (args, kwargs), output, change, lambda part: part.overrides("after"))
+
+
+def run_parts(host: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+    """Run a module's forward between our hooks, as a call of the module does."""
+    (_, before), (_, after) = hook_keys(host)
+    changed = _before(host, args, kwargs) if before else None
+    args, kwargs = (args, kwargs) if changed is None else changed
+    output = forward(*args, **kwargs)
+    changed = _after(host, args, kwargs, output) if after else None
+    return output if changed is None else changed
 
 
 def _is_prompt(part: Part) -> bool:

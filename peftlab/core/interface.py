@@ -34,12 +34,15 @@ class Part(nn.Module):
             here, such as "a prompt of 20 virtual tokens", which error messages show. Its results cannot be mixed, so
             the prompts are: only parts with equal texts can be active together, and of these one runs its `before`,
             with the mixture that `hooks.active_prompt` makes of what each of them returns from `make_prompt`.
+        on_forward: whether the part also runs when somebody calls its host's `forward` and not the host. A part that
+            stands on a whole model has it; modules inside a model are called.
     """
 
     keys: Mapping[str, str | tuple[str, ...]] = {}
     encoder_keys: Mapping[str, str] = {}
     replaces_base_parameters: ClassVar[bool] = False
     compatibility_key: str | None = None
+    on_forward: ClassVar[bool] = False
 
     def settle(self, host: nn.Module) -> None:
         """Compute the values that depend on the base's weights.

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from peftlab.core.hooks import Activity, adapters_on, base_modules, hosts
+from peftlab.core.hooks import CHILD, Activity, adapters_on, base_modules, hook_keys, hosts
 from peftlab.core.interface import Config
+from peftlab.core.sharding import give_up_gathered
 from peftlab.errors import PeftLabError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+FLAT = "FullyShardedDataParallel"
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,14 @@ class Host:
 
     Attributes:
         parts: the names of the adapter's parts there.
+        hooks: how many hooks run them.
         shape: its sizes, where it is a linear layer or an embedding.
         tied: the other modules that have its weight.
         on_meta: whether the parts have no numbers.
     """
 
     parts: tuple[str, ...]
+    hooks: int
     shape: tuple[int, ...]
     tied: tuple[str, ...]
     on_meta: bool
@@ -47,6 +52,9 @@ class Record:
         backup: copies of the base's weights while the model is merged, by path and name.
         without_rows: modules that do not have the batch first; None until an adapter for each row is asked for.
         placed: {adapter: {path: its host}}, by which `check_hosts` sees that the base has changed since.
+        marks: what `marks_of` returned, by which a call of the model sees in microseconds that nothing has changed.
+        unseen: hosts of which no pass has shown yet that the model calls them where it reads their weight.
+        past: modules whose weight the model's own first pass read without calling them.
     """
 
     activity: Activity = field(default_factory=Activity)
@@ -57,21 +65,24 @@ class Record:
     backup: dict[str, dict[str, list[torch.Tensor]]] = field(default_factory=dict)
     without_rows: frozenset[str] | None = None
     placed: dict[str, dict[str, Host]] = field(default_factory=dict)
+    marks: list[tuple[dict, Any, Any]] = field(default_factory=list, repr=False, compare=False)
+    unseen: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+    past: set[str] = field(default_factory=set, repr=False, compare=False)
 
 
 def wrappings(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the model, then what the wrappers of `torch.compile` and DistributedDataParallel hold, outermost first."""
+    """Yield the model, then what torch's wrappers hold (compiled, or for several processes), outermost first."""
     inner: nn.Module | None = model
     while inner is not None:
         yield inner
         held = getattr(inner, "_orig_mod", None)
-        if held is None and type(inner).__name__ in ("DistributedDataParallel", "DataParallel"):
+        if held is None and type(inner).__name__ in ("DistributedDataParallel", "DataParallel", FLAT):
             held = inner.module
         inner = held
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside the wrappers of `torch.compile` and DistributedDataParallel."""
+    """Return the model inside torch's wrappers: `torch.compile`, DistributedDataParallel, FullyShardedDataParallel."""
     return list(wrappings(model))[-1]
 
 
@@ -97,10 +108,12 @@ def require_adapter(root: nn.Module, name: str) -> Record:
     return record
 
 
+SIZES = ("num_embeddings", "embedding_dim", "in_features", "out_features", "nx", "nf")
+
+
 def sizes_of(module: nn.Module) -> tuple[int, ...]:
     """Return the sizes that a linear layer or an embedding gives as attributes; empty for other modules."""
-    names = ("num_embeddings", "embedding_dim", "in_features", "out_features", "nx", "nf")
-    return tuple(value for name in names if isinstance(value := getattr(module, name, None), int))
+    return tuple(value for name in SIZES if isinstance(value := getattr(module, name, None), int))
 
 
 def hosts_now(root: nn.Module) -> dict[str, dict[str, Host]]:
@@ -114,27 +127,66 @@ def hosts_now(root: nn.Module) -> dict[str, dict[str, Host]]:
     for path, host in hosts(root):
         weight = host._parameters.get("weight")
         tied = tuple(other for other in sharing.get(id(weight), ()) if other != path)
-        child = adapters_on(host)
+        child, hooks = adapters_on(host), sum(len(keys) for _, keys in hook_keys(host))
         for name in child:
             parts = child.parts_of(name)
             on_meta = any(parameter.is_meta for part in parts.values() for parameter in part.parameters())
-            now.setdefault(name, {})[path] = Host(tuple(parts.keys()), sizes_of(host), tied, on_meta)
+            now.setdefault(name, {})[path] = Host(tuple(parts.keys()), hooks, sizes_of(host), tied, on_meta)
     return now
+
+
+def marks_of(root: nn.Module) -> list[tuple[dict, Any, Any]]:
+    """Return (table, key, value) of all that must stay where it is: each `table[key]` is this very object.
+
+    It is the way from the model to each host, and the host's parts, hooks, sizes and weight (and what is tied to it).
+    """
+    marks: dict[tuple[int, Any], tuple[dict, Any, Any]] = {}
+    record, modules = record_of(root), base_modules(root)
+    tied = {name for placed in record.placed.values() for was in placed.values() for name in was.tied} if record else ()
+
+    def mark(table: dict, *keys: Any) -> None:
+        marks.update({(id(table), key): (table, key, table[key]) for key in keys if key in table})
+
+    for path, host in root.named_modules():
+        if CHILD not in host._modules:
+            continue
+        module = root
+        for name in path.split(".") if path else ():
+            mark(module._modules, name)
+            module = module.get_submodule(name)
+        mark(host._modules, CHILD)
+        mark(vars(host), *SIZES)
+        mark(host._parameters, "weight")
+        for hooks, keys in hook_keys(host):
+            mark(hooks, *keys)
+    for path in tied:
+        if path in modules:
+            mark(modules[path]._parameters, "weight")
+    return list(marks.values())
 
 
 def check_hosts(root: nn.Module) -> None:
     """Refuse to go on with a base that was changed after an adapter was attached.
 
+    Whatever reads or changes a model's adapters calls this first. Of a sharded model they are then in pieces.
+
     Raises:
-        PeftLabError: a host was replaced or resized, tied or untied, or its parts were moved to the meta device.
+        PeftLabError: a host was replaced or resized, tied or untied, or its parts were moved to the meta device; or a
+            part of the model is wrapped in FullyShardedDataParallel.
     """
+    if any(getattr(parameter, "_fsdp_flattened", False) for parameter in root.parameters()):
+        raise PeftLabError(
+            f"The model is wrapped in torch's {FLAT} (FSDP1), which holds its parameters in flat pieces, and adapters "
+            "cannot be counted, changed or saved there. Use fully_shard (FSDP2) in its place: attach first, then shard."
+        )
+    give_up_gathered(root)
     record = record_of(root)
     now = hosts_now(root) if record is not None else {}
     for name, before in record.placed.items() if record is not None else ():
         for path, was in before.items():
             host = now.get(name, {}).get(path)
             what = path or "The model"
-            if host is None or host.parts != was.parts:
+            if host is None or host.parts != was.parts or host.hooks < was.hooks:
                 change = f"{what} was replaced, and what adapter {name!r} had there is lost"
                 advice = "Change the model (resize_token_embeddings, say) first and attach then."
             elif host.shape != was.shape:
@@ -168,10 +220,15 @@ def own_tensor(host: nn.Module, name: str) -> torch.Tensor:
 
 
 def device_and_dtype_for(host: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Return the device and dtype for a part of this host: the host's, but float32 beside 16-bit or quantised
-    weights.
+    """Return the device and dtype for a part of this host: where it computes, and its dtype (float32 beside 16-bit or
+    quantised weights).
     """
     own = getattr(host, "weight", None)
     tensor = own if isinstance(own, torch.Tensor) else next(host.parameters(), torch.empty(0))
     wide = tensor.is_floating_point() and tensor.dtype in (torch.float32, torch.float64)
-    return tensor.device, tensor.dtype if wide else torch.float32
+    device = tensor.device
+    if tensor.is_meta:  # accelerate keeps an offloaded weight elsewhere, and brings it to a device for each call
+        hook = getattr(host, "_hf_hook", None)
+        devices = (getattr(one, "execution_device", None) for one in (hook, *getattr(hook, "hooks", ())))
+        device = next((torch.device(one) for one in devices if one is not None), device)
+    return device, tensor.dtype if wide else torch.float32

@@ -50,8 +50,9 @@ class Targets:
     """Hold the fields that all methods on chosen modules share.
 
     Attributes:
-        target_modules: `None` (the query and value projections), `"all-linear"` (every linear layer but the output
-            head), a list of module names or their endings, or a regular expression for the whole path.
+        target_modules: `None` (the query and value projections; in a model that reads images or sound and writes text,
+            those of the language model alone), `"all-linear"` (every linear layer but the output head, in all parts), a
+            list of module names or their endings, or a regular expression for the whole path.
         exclude_modules: names, endings or a regular expression of modules to leave out.
         layers_to_transform: indices of the blocks to adapt; `None` for all.
         layers_pattern: the name (or names) of the list of blocks (`"layers"`, `"h"`) in which `layers_to_transform`
@@ -206,13 +207,15 @@ def find(
     """
     modules = {path: module for path, module in base_modules(model).items() if path}
     spec = config.target_modules
-    if spec is None and default is None:
-        spec = default_targets(modules)
     check_regex(spec or ())
 
     if spec is None:
-        assert default is not None
-        matched = default(modules)
+        own = writing_modules(model, modules)
+        if default is None:
+            names = default_targets(own)
+            matched = {path: module for path, module in own.items() if names_match(names, path)}
+        else:
+            matched = default(own)
     elif isinstance(spec, str) and spec.lower() == ALL_LINEAR:
         matched = all_linear(model, modules)
         if not matched:
@@ -248,6 +251,33 @@ def find(
     for path, module in matched.items():
         (check or check_carrier)(model, path, module)
     return matched
+
+
+def writing_modules(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return the modules without those that read images or sound, of a model that reads these to write text.
+
+    Such a part has a config of its own inside the model's. A model that is built around images or sound alone, or that
+    compares them with text and writes none, keeps all its modules. So does Whisper, whose two halves share a config.
+    """
+    config: Any = getattr(model, "config", None)
+    head = getattr(model, "get_output_embeddings", None)
+    if not hasattr(config, "get_text_config") or head is None or head() is None:
+        return modules
+    text = config.get_text_config(decoder=True)
+    inner = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
+    others = {id(one): name for name, one in inner.items() if one is not None and one is not text}
+    reading = []
+    for path, module in modules.items():
+        name = others.get(id(getattr(module, "config", None)), "")
+        # A bare "encoder" may read text, too. Some parts for images do not say what they read, but their config does.
+        reads = getattr(module, "main_input_name", "input_ids")
+        if name and (re.search("vision|image|audio", name) or reads != "input_ids"):
+            reading.append(path)
+    return {
+        path: module
+        for path, module in modules.items()
+        if not any(path == part or path.startswith(part + ".") for part in reading)
+    }
 
 
 def default_targets(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from peftlab.methods.virtual import (
     stored_names,
     word_embeddings,
 )
+from peftlab.methods.within import within
 
 
 class InFront(Part):
@@ -37,6 +38,8 @@ class InFront(Part):
         source: a module that makes the prompt. Called, it gives (rows, d), and the first n rows are used. (For an
             encoder-decoder, Hugging Face peft stores 2 n rows and uses n, and so does this part.)
     """
+
+    on_forward = True
 
     def __init__(self, source: nn.Module, count: int, limit: int | None = None) -> None:
         super().__init__()
@@ -106,6 +109,8 @@ class InFront(Part):
 class LongerMemory(Part):
     """Lengthen the mask of the encoder's output, on a decoder whose encoder reads a prompt."""
 
+    on_forward = True
+
     def __init__(self, count: int) -> None:
         super().__init__()
         self.count, self.compatibility_key = count, f"a prompt of {count} virtual tokens"
@@ -123,8 +128,12 @@ def prompt_parts(model: nn.Module, source: nn.Module, count: int) -> Iterator[Pl
     """Yield the parts of a prompt: one on the model; or, for an encoder-decoder, one on each half."""
     if not is_encoder_decoder(model):
         require_cache_argument(model)
-        yield Placement("", "prompt", InFront(source, count, position_limit(model)))
+        front = InFront(source, count, position_limit(model))
+        yield Placement("", "prompt", front)
+        yield from within(model, "", model, "prompt", front.compatibility_key)
         return
     encoder, decoder = as_transformer(model).get_encoder(), as_transformer(model).get_decoder()
-    yield Placement(path_of(model, encoder), "prompt", InFront(source, count, position_limit(encoder)))
+    front, path = InFront(source, count, position_limit(encoder)), path_of(model, encoder)
+    yield Placement(path, "prompt", front)
     yield Placement(path_of(model, decoder), "prompt", LongerMemory(count))
+    yield from within(model, path, encoder, "prompt", front.compatibility_key)

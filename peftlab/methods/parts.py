@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftlab.core.entry import unguard
 from peftlab.core.hooks import CHILD, base_modules, remove
 from peftlab.core.interface import Part, Placement
 from peftlab.core.records import own_tensor
@@ -63,6 +64,7 @@ class TrainedCopy(Part):
         self.module = copy.deepcopy(host)
         for module in self.module.modules():
             remove(module)  # the copy is of the base, without the parts of other adapters
+            unguard(module)
         self.keys = {f"module.{name}": f"{key}.{name}" for name in self.module.state_dict()}
 
     def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Any, base: Any) -> Any:

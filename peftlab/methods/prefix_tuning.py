@@ -59,6 +59,7 @@ from peftlab.methods.virtual import (
     text_ids,
     word_embeddings,
 )
+from peftlab.methods.within import within
 
 # The inputs that show the batch's size, in the order of preference: of a decoder, and of an encoder-decoder.
 INPUTS = (
@@ -78,6 +79,7 @@ class Prefix(Part):
         carried: whether each layer's attention can put its share in front itself when there is no cache.
     """
 
+    on_forward = True
     carried = True
     source: Table | Projection
 
@@ -250,6 +252,7 @@ class PrefixTuningConfig(VirtualTokens):
             yield Placement(at, "prefix", LayerPrefix(prefix, index, seen.get(index)))
         for block in blocks(body):
             yield Placement(path_of(model, block), "prefix", WithoutCache(n))
+        yield from within(model, "", body, "prefix", prefix.compatibility_key)
         yield from self.task_heads(model)
 
     def as_stored(self) -> Self:

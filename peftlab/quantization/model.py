@@ -11,6 +11,7 @@ from torch import nn
 from peftlab.core.calls import observed, passed_weights
 from peftlab.core.hooks import move
 from peftlab.core.records import as_transformer, own_tensor, record_of, tensor_at, unwrap
+from peftlab.core.sharding import refuse_sharded
 from peftlab.core.targets import TASK_HEADS, is_conv1d, names_match, warn_of_experts
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.quantization.backends import AUTO, check_backend, choose
@@ -63,6 +64,7 @@ def quantize_model(
     root = unwrap(model)
     if record_of(root) is not None:
         raise PeftLabError("Adapters are attached to this model; quantise it first, then attach.")
+    refuse_sharded(root, "a piece of a weight cannot be quantised", "Quantise first, then attach and shard.")
     paths = list(candidates(root, skip))
     for path in paths:
         weight = own_tensor(root.get_submodule(path), "weight")

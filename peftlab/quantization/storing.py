@@ -25,7 +25,7 @@ from peftlab.core.targets import linear_shape
 from peftlab.core.tensor_files import read_shapes, read_tensors, serialised
 from peftlab.errors import PeftLabError
 from peftlab.files import read_settled, settled, write_together
-from peftlab.foreign import check_code, read_fields
+from peftlab.foreign import check_code, read_fields, warn_of_unknown
 from peftlab.quantization.backends import AUTO, check_backend
 from peftlab.quantization.blockwise import Quantized
 from peftlab.quantization.linear import Linear4bit
@@ -130,6 +130,7 @@ def load_quantized(
     check_layers(folder, fields, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     held = _states(folder, tensors, backend, device)
     kind, config = model_class(folder, fields)
+    _warn_of_unknown(folder, fields)
     try:
         with torch.device("meta"):
             model = kind._from_config(config, dtype=_dtype(config))
@@ -162,6 +163,18 @@ def _read(folder: Path, paths: dict[str, Path]) -> tuple[dict[str, Any], dict[st
     return fields, tensors, check_sums(folder / CONFIG, folder / WEIGHTS, fields, tensors, metadata, codes=codes)
 
 
+def _warn_of_unknown(folder: Path, fields: dict[str, Any]) -> None:
+    """Warn of settings of the quantisation that are not bitsandbytes'; what transformers' configs hold is open."""
+    from transformers import BitsAndBytesConfig
+
+    given = fields.get("quantization_config")
+    if isinstance(given, dict):
+        known = {name.lstrip("_") for name in BitsAndBytesConfig().to_dict()}
+        strange = [name for name, value in given.items() if value is not None and name.lstrip("_") not in known]
+        where = f"quantization_config in {folder / CONFIG}"
+        warn_of_unknown(where, strange, known, "The states beside the codes say how the weights are quantised.", 3)
+
+
 def model_class(folder: Path, fields: dict[str, Any]) -> tuple[Any, Any]:
     """Return the class of transformers that a config names, and the config as an object of its class.
 
@@ -188,11 +201,12 @@ def model_class(folder: Path, fields: dict[str, Any]) -> tuple[Any, Any]:
     except Exception as error:  # whatever a malformed config makes of transformers' own code
         told = " ".join(str(error).split())[:300]
         raise PeftLabError(f"{folder / CONFIG} is no config of a {model_type}: {told}") from error
-    made_from: Any = kind.config_class
-    if not isinstance(config, made_from):
+    made_from: Any = getattr(kind, "config_class", None)
+    if not isinstance(made_from, type) or not isinstance(config, made_from):
+        needs = f"a {made_from.__name__}" if isinstance(made_from, type) else "no config: it is no whole model"
         raise PeftLabError(
-            f"{folder / CONFIG} has model_type {model_type!r}, and its class {kind.__name__} is built from a "
-            f"{made_from.__name__}. The config was edited; fetch or save the folder again."
+            f"{folder / CONFIG} has model_type {model_type!r}, and its class {kind.__name__} is built from {needs}. "
+            "The config was edited; fetch or save the folder again."
         )
     config._name_or_path = str(folder)
     return kind, config

@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -53,8 +53,6 @@ class Columns(NamedTuple):
 def inner_model(model: nn.Module) -> nn.Module:
     """The model itself, inside the wrappers of torch and of Hugging Face peft."""
     core = unwrap(model)
-    if type(core).__name__ == "FullyShardedDataParallel":
-        core = cast(nn.Module, core.module)
     base = getattr(core, "get_base_model", None)
     return base() if callable(base) else core
 

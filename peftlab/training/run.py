@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peftlab.core.modes import mode, to_device
 from peftlab.core.records import check_hosts, unwrap
+from peftlab.core.sharding import refuse_sharded
 from peftlab.errors import PeftLabError
 from peftlab.settings import Settings
 from peftlab.training.buffers import Buffers
@@ -95,6 +96,11 @@ class Run:
         self.loss, self.metrics = settings.loss, settings.metrics or {}
         self.core = unwrap(model)
         check_hosts(self.core)
+        refuse_sharded(
+            self.core,
+            "train works in one process or under DistributedDataParallel",
+            "Write the loop yourself, and let every process call save_adapter.",
+        )
         self.trainable = {name: p for name, p in self.core.named_parameters() if p.requires_grad}
         if not self.trainable:
             raise PeftLabError(

@@ -21,6 +21,10 @@ USES = {
     "detach": lambda m, d: pl.detach(m),
     "attach": lambda m, d: pl.attach(m, pl.LoRAConfig(target_modules=["v_proj"]), "second"),
     "train": lambda m, d: pl.train(m, [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}], steps=1, progress=False),
+    "call": lambda m, d: m(torch.arange(5)[None]),
+    "forward": lambda m, d: m.forward(input_ids=torch.arange(5)[None]),
+    "generate": lambda m, d: m.generate(torch.arange(5)[None], max_new_tokens=1),
+    "copy": lambda m, d: copy.deepcopy(m)(torch.arange(5)[None]),
 }
 
 
@@ -67,6 +71,7 @@ CHANGES = {
 def test_each_use_names_what_was_changed(change, use, tmp_path):
     act, settings, words = CHANGES[change]
     model = pl.attach(llama(tie_word_embeddings=False).eval(), pl.LoRAConfig(r=2, **settings))
+    model(torch.arange(5)[None])
     act(model)
     with pytest.raises(PeftLabError, match=words) as caught:
         USES[use](model, tmp_path / "adapter")
@@ -109,6 +114,73 @@ def test_what_leaves_the_adapter_whole_is_no_change(act, tmp_path):
     assert pl.count_parameters(same) == count
     pl.save_adapter(same, tmp_path)
     pl.detach(same)
+
+
+class Trunk(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 4)))
+        self.heads = nn.ModuleDict({"one": nn.Linear(4, 2)})
+
+    def forward(self, x):
+        return self.heads["one"](self.layers(x))
+
+
+def set_item(model: nn.Module) -> None:
+    model.layers[0] = nn.Linear(4, 4)
+
+
+def parent(model: nn.Module) -> None:
+    model.layers = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 4)))
+
+
+def in_the_table(model: nn.Module) -> None:
+    model.layers[2]._modules["0"] = nn.Linear(4, 4)
+
+
+def updated(model: nn.Module) -> None:
+    model.heads.update({"one": nn.Linear(4, 2)})
+
+
+def without_hooks(model: nn.Module) -> None:
+    model.layers[0]._forward_hooks.clear()
+
+
+def without_child(model: nn.Module) -> None:
+    del model.layers[0].peftlab
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("act", [set_item, parent, in_the_table, updated, without_hooks, without_child])
+def test_a_forward_pass_notices_that_parts_are_gone(act, direct):
+    model = pl.attach(Trunk(), pl.LoRAConfig(r=2, target_modules="all-linear"))
+    run = model.forward if direct else model
+    run(torch.ones(1, 4))
+    act(model)
+    with pytest.raises(PeftLabError, match="changed after the adapter was attached"):
+        run(torch.ones(1, 4))
+    with pytest.raises(PeftLabError, match="changed after"):
+        run(torch.ones(1, 4))  # and again
+
+
+def test_a_forward_pass_goes_on_where_the_parts_are_still_there():
+    model = pl.attach(Trunk().eval(), pl.LoRAConfig(r=2, target_modules="all-linear", init="random"))
+    x = torch.ones(1, 4)
+    expected = model(x)
+    model.layers = nn.Sequential(*model.layers)  # another list of the same layers
+    assert torch.equal(model(x), expected)
+    model.layers[0] = torch.compile(model.layers[0], backend="eager")
+    assert torch.allclose(model(x), expected)
+    with pl.disabled(model):
+        assert not torch.allclose(model(x), expected)
+    pl.attach(model, pl.LoRAConfig(r=2, target_modules=["one"]), "second")
+    model(x)
+    pl.detach(model, "second")
+    pl.activate(model, "default")
+    assert torch.allclose(model(x), expected)
+    pl.detach(model)
+    model.layers[0] = nn.Linear(4, 4)
+    model(x)
 
 
 def test_a_model_without_numbers_takes_an_adapter():

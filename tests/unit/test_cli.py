@@ -74,7 +74,7 @@ def test_the_module_and_the_version(capsys):
 
 
 def test_every_command_has_help_with_examples_that_parse(capsys):
-    assert [row[0] for row in cli.COMMANDS] == ["fetch", "doctor", "count", "memory", "train", "bench"]
+    assert [row[0] for row in cli.COMMANDS] == ["fetch", "doctor", "count", "memory", "train", "export", "bench"]
     status, out, _ = run(capsys, "--help")
     assert status == 0 and all(name in out for name, *_ in cli.COMMANDS)
     for name, _, examples, _, _ in cli.COMMANDS:
@@ -140,7 +140,7 @@ MISTAKES = [
     ("count gpt2 --bias lora", "--bias 'lora' is none of none, all, lora_only. Did you mean 'lora_only'?"),
     ("count", "the following arguments are required: SHAPE."),
     ("count gpt2 extra", "unknown argument 'extra'"),
-    ("cuont gpt2", "'cuont' is none of fetch, doctor, count, memory, train, bench. Did you mean 'count'?"),
+    ("cuont gpt2", "'cuont' is none of fetch, doctor, count, memory, train, export, bench. Did you mean 'count'?"),
     ("", "COMMAND"),
     ("fetch minilmm", "Did you mean 'minilm'"),
     ("bench lorra --out x.json", "Did you mean 'lora'"),

@@ -107,6 +107,14 @@ def test_a_class_that_is_no_model_is_refused(classes, tmp_path):
         pl.load_quantized(tmp_path / "four")
 
 
+@pytest.mark.parametrize("name", ["PreTrainedModel", "EncoderDecoderModel", "BertPreTrainedModel"])
+def test_a_class_that_is_built_from_another_config_or_from_none_is_refused(name, tmp_path):
+    edit(four_bit(tmp_path / "four") / Q, architectures=[name])
+    with pytest.raises(pl.PeftLabError, match="its class .* is built from") as told:
+        pl.load_quantized(tmp_path / "four")
+    assert ("no whole model" in str(told.value)) == (name == "PreTrainedModel")
+
+
 def test_a_model_that_transformers_knows_loads_without_the_code_beside_it(tmp_path, trap):
     """Many models on the hub name code for older versions of transformers, which have it themselves now."""
     for folder, load in ((four_bit(tmp_path / "four"), pl.load_quantized), (plain(tmp_path / "plain"), load_model)):

@@ -228,6 +228,7 @@ def test_files_of_two_models_are_told(folder, tmp_path):
     dict(intermediate_size=10**9), dict(num_attention_heads=0), dict(num_attention_heads=7),
     dict(layer_types=[1] * 5000), dict(rope_parameters="x"), dict(dtype="nonsense"), dict(dtype="int8"),
     dict(hidden_act="os.system"), dict(model_type="gpt2"), dict(architectures=["GPT2LMHeadModel"]),
+    dict(architectures=["PreTrainedModel"]),
     dict(quantization_config=7),
 ])  # fmt: skip
 def test_a_config_that_does_not_fit_is_refused_quickly(fields, folder):
@@ -299,3 +300,24 @@ def test_the_sums_are_where_adapters_have_them(folder, tmp_path):
         with safe_open(file, "pt") as opened:
             assert {"peftlab_tensors", "peftlab_config", "peftlab_metadata"} <= opened.metadata().keys()
     assert serialised.LARGEST_BLOCK >= 4096
+
+
+@pytest.mark.parametrize(("field", "words"), [
+    ("bnb_4bit_quant_typ", "Did you mean 'bnb_4bit_quant_type'"), ("colour", "'colour'"),
+])  # fmt: skip
+def test_unknown_settings_of_the_quantisation_are_named(field, words, folder):
+    fields = json.loads((folder / C).read_text())
+    fields["quantization_config"] |= {field: "nf4", "nothing": None}
+    (folder / C).write_text(json.dumps(fields))
+    rewrite(folder, lambda tensors: None, sums=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pl.load_quantized(folder)
+    said = [str(one.message) for one in caught if "not known" in str(one.message)]
+    assert len(said) == 1 and repr(field) in said[0] and words in said[0] and "nothing'" not in said[0]
+
+
+def test_what_we_and_transformers_write_is_known(folder):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not known.*")
+        pl.load_quantized(folder)

@@ -292,6 +292,30 @@ def test_answers_to_several_prompts_are_those_of_each_alone(name, kind):
     assert together == alone and (name == "t5" or len(set(alone)) > 1)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_text_stands_right_behind_the_virtual_tokens(name, kind):
+    """Positions 0 to N - 1 are the prompt's. A text has N, N + 1, ... in each row, whatever is padded beside it."""
+    tokenizer = tiny.tokenizer()
+    model = model_with(CONFIGS[kind], MODELS[name])
+    prompts, seen = ["the cat runs", "a", "the blue cat sleeps the dog runs"], []
+
+    def look(module, args, kwargs):
+        lengths = kwargs["attention_mask"].sum(1) - N  # of the texts so far; the mask covers the virtual tokens, too
+        seen.append((kwargs["position_ids"].tolist(), lengths.tolist()))
+
+    with model.base_model.register_forward_pre_hook(look, with_kwargs=True):
+        pl.generate_text(model, tokenizer, prompts, max_new_tokens=3, progress=False)
+    (first, lengths), *later = seen
+    assert sorted(lengths) == sorted(len(tokenizer(prompt)["input_ids"]) for prompt in prompts) and len(later) == 2
+    in_columns = kind not in ("prefix", "projected")  # a prefix stands in the cache and has no columns
+    for positions, length in zip(first, lengths, strict=True):
+        assert positions[-length:] == list(range(N, N + length))
+        assert not in_columns or positions[:N] == list(range(N))
+    for positions, so_far in later:
+        assert positions == [[N + length - 1] for length in so_far]
+
+
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_a_cache_of_fixed_length_is_refused(kind):
     model = model_with(CONFIGS[kind])

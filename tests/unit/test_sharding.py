@@ -1,10 +1,14 @@
 """Estimates for one of several GPUs."""
 
+from typing import ClassVar
+
 import pytest
 
 from peftlab.errors import PeftLabError
 from peftlab.kit import measurements
 from peftlab.memory import estimate
+from peftlab.memory.replay.sharding import Sharding
+from peftlab.memory.replay.tape import Memory, Parameter, Tensor, backward, leaf, record
 
 MEASURED = measurements.results("parallel")
 SETTINGS = (
@@ -64,6 +68,79 @@ def test_four_bits_are_sharded_but_for_their_scales():
     eight = estimate("llama-2-70b", "qlora", checkpointing=True, gpus=8, parallel="fsdp")
     codes = (one.weights - eight.weights) * 8 / 7
     assert 0.5 * 68_451_041_280 < codes < one.weights  # two codes a byte, and what is not quantised
+
+
+class Blocks:
+    """What `Sharding` needs of a net: blocks "a", "b" and "c" of one parameter each, and one outside them."""
+
+    # in KiB, so that each sum of them says what is in it
+    SIZES: ClassVar[dict[str, int]] = {"": 1, "a": 10, "b": 100, "c": 1000}
+
+    def __init__(self, gpus, four_bit=()):
+        self.memory = Memory()
+        self.weights = {
+            name: Parameter(self.memory, (1024 * size,), 1, trains=True, shards=gpus)
+            for name, size in self.SIZES.items()
+        }
+        self.quantised = {name: (Tensor(self.memory, (2048,), 1, "weights"),) for name in four_bit}
+        self.sharding = Sharding(self, gpus)
+        self.kept = self.memory.total
+
+    def everything(self):
+        return list(self.weights.items())
+
+    def block_of(self, path):
+        return path
+
+    @property
+    def whole(self):
+        """KiB that are neither shards of the weights nor of their gradients."""
+        return (self.memory.total - self.kept - self.memory.now["gradients"]) / 1024
+
+    def step(self):
+        """One step. Returns what is whole while each block runs, forward and backward."""
+        found = {}
+        x = leaf(Tensor(self.memory, (), 1))
+        own = self.memory.now["workspace"] / 1024
+        self.sharding.start()
+        for name in "abc":
+            x = self.sharding.around(name, lambda x, name=name: self.run(name, x, found, own), (x,))
+        backward(x.node, [Tensor(self.memory, (), 1)])
+        self.sharding.finish()
+        return found
+
+    def run(self, name, x, found, own):
+        found[name] = self.whole - own
+
+        def gradient(g):
+            found[name.upper()] = self.whole - own - g.storage.size / 1024
+            return g, Tensor(self.memory, (1024 * self.SIZES[name],), 1)
+
+        return record(x.view(), [x, self.weights[name]], gradient)
+
+
+def test_what_is_whole_while_a_block_runs():
+    """Its copies, the buffer that they came from, and in the backward pass the buffer of the block before it."""
+    net = Blocks(gpus=2)
+    found = net.step()
+    outside = 1
+    assert found["a"] == outside + 10 + 10  # the copies and the buffer of this block
+    assert found["b"] == outside + 100 + 100
+    assert found["c"] == outside + 1000 + 1000
+    assert found["C"] == outside + 1000 + 100  # the copies, and block b gathered ahead
+    assert found["B"] == outside + 100 + 10 + 1000  # and the gradients of block c, summed last
+    assert found["A"] == outside + 10 + 100  # there is none before it
+
+
+@pytest.mark.parametrize(("size", "gpus", "shard"), [(1024, 2, 512), (1025, 2, 1024), (4097, 8, 1024), (4096, 8, 512)])
+def test_a_shard_is_rounded_up(size, gpus, shard):
+    """The last shard is padded to the size of the others. (The allocator then rounds up to 512 bytes.)"""
+    net = Blocks(gpus=gpus)
+    net.weights["a"] = one = Parameter(net.memory, (size,), 1, trains=True, shards=gpus)
+    assert one.storage.size == shard
+    one.grad = Tensor(net.memory, (size,), 1)
+    net.sharding.let_go("a")
+    assert one.grad.storage.size == net.memory.now["gradients"] == shard
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Settings, schedules, precision, evaluation, early stop, and what happens when numbers stop being finite."""
 
 import math
+import random
 
+import numpy
 import pytest
 import tiny
 import torch
@@ -73,6 +75,42 @@ def test_epochs_and_seeds_differ_and_grouping_brings_lengths_together():
     assert spread[0] > 30 and spread[1] < 5
 
 
+# -- random numbers ----------------------------------------------------------------------------------------------------
+
+
+def drawn(steps=4, rank=0, **settings):
+    """What a loss draws from torch, Python and numpy in each step of a run, in the process of this number."""
+    rows = []
+
+    def loss(model, batch):
+        rows.append((torch.rand(()).item(), random.random(), numpy.random.rand()))
+        return causal_lm_loss(model, batch)
+
+    model = tiny.llama()
+    ranks = Ranks(model)
+    ranks.rank = rank
+    chosen = Settings(steps=steps, loss=loss, precision="fp32", **settings)
+    run = Run(model, tiny.examples(), chosen, device=torch.device("cpu"), ranks=ranks)
+    for _ in range(steps):
+        run.update()
+        run.clear()
+    return rows
+
+
+def test_the_random_numbers_of_a_step_follow_from_the_seed_its_number_and_the_process():
+    """Otherwise the same units drop out in each step, or for each process's examples."""
+    assert drawn() == drawn(), "the same run draws the same"
+    for which in range(3):  # torch, Python, numpy
+        runs = [[row[which] for row in drawn(seed=seed, rank=rank)] for seed in (0, 1) for rank in (0, 1, 2)]
+        numbers = [number for run in runs for number in run]
+        assert len(set(numbers)) == len(numbers) == 24
+
+
+def test_the_parts_of_an_accumulated_batch_draw_anew():
+    numbers = drawn(batch_size=2, accumulation=3)
+    assert len(set(numbers)) == len(numbers) == 12
+
+
 # -- precision ---------------------------------------------------------------------------------------------------------
 
 
@@ -117,11 +155,27 @@ def test_half_precision_parameters():
     assert history.steps[-1]["loss"] < history.steps[0]["loss"]
 
 
-def fp16_run(loss=None):
+def fp16_run(loss=None, precision="fp16", **settings):
     """A run under fp16 with a loss scale, on the CPU, which ``train`` itself refuses for its slowness."""
-    settings = Settings(steps=40, learning_rate=0.02, precision="fp16", loss=loss)
+    settings = Settings(steps=40, learning_rate=0.02, precision=precision, loss=loss, **settings)
     model = tiny.llama()
     return Run(model, tiny.examples(), settings, device=torch.device("cpu"), ranks=Ranks(model))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**10, 2.0**16])
+@pytest.mark.parametrize("limit", [0.25, None])
+def test_fp16_clips_the_gradient_and_not_the_scaled_one(scale, limit):
+    """The norm of a step, what is left after clipping, and the update are those of float32, whatever the scale."""
+    exact, run = (fp16_run(precision=name, max_grad_norm=limit, schedule="constant", optimizer="sgd") for name in
+                  ("fp32", "fp16"))  # fmt: skip
+    run.scaler._lazy_init_scale_growth_tracker(run.device)
+    run.scaler._scale.fill_(scale)
+    expected, found = exact.update(), run.update()
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2) and found["grad_norm"] > 0.3
+    left = torch.stack([parameter.grad.norm() for parameter in run.trainable.values()]).norm().item()
+    assert left == pytest.approx(found["grad_norm"] if limit is None else limit, rel=1e-3)
+    for name, parameter in run.trainable.items():
+        torch.testing.assert_close(parameter, exact.trainable[name], rtol=0, atol=2e-4)
 
 
 def test_fp16_scales_the_loss_and_skips_what_overflows():
