@@ -46,6 +46,7 @@ FIGURES = {
     "agreement": lambda: figures.agreement({"grid": [(1e9, 1.01e9), (5e10, 5e10)], "by chance": [(2e9, 1.9e9)]}),
     "adapter_places": figures.adapter_places,
     "places of virtual_tokens": figures.virtual_tokens,
+    "block_steps": lambda: figures.block_steps([0.5, -2.0, 0.0, 1.0], [i / 7 - 1 for i in range(16)]),
     "budget": lambda: figures.budget(ROWS, "r", "score", "layers", x_label="parameters", y_label="score",
                                      reference={"before": 0.1}),
     **{f"block, {method}, {norm}": functools.partial(figures.block, method, norm)
@@ -343,3 +344,12 @@ def test_every_figure_function_has_an_example_that_runs():
         runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS, verbose=False)
         runner.run(found[0], out=report.append)
         assert not report, "".join(report)
+
+
+def test_steps_of_a_block_end_in_the_bytes_that_the_package_stores():
+    weights = [0.3, -0.7, 0.0, 0.1, 0.25, -0.02]
+    figure = figures.block_steps(weights, pl.quantization.code_book("nf4"))
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    held = pl.quantize_nf4(torch.tensor(weights), double_quant=False)
+    stored = [f"{byte:02x}" for byte in held.packed.flatten().tolist()]
+    assert [text for text in texts if text in stored] == stored and texts[-1] == "0.7"
