@@ -19,7 +19,6 @@ book: setup fetch  ## render the book into _build/html, from the stored outputs;
 
 test: setup fetch  ## everything: lint, unit and parity tests, every notebook, the rendered book in a browser
 	@$(BIN)/ruff check .
-	@$(BIN)/mypy
 	@$(BIN)/python -m pytest tests -m "not gpu and not kills" $(PARALLEL)
 
 test-newest: setup fetch  ## every notebook, unit and parity tests with the newest releases, in an environment of its own
@@ -33,7 +32,7 @@ check: setup fetch  ## lint and unit tests, under two minutes
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest tests/unit tests/notebooks/test_rules.py tests/notebooks/test_style.py -m "not gpu and not slow and not kills" $(PARALLEL)
 
-kills: setup fetch  ## kill fifty saves over each kind of folder: the old or the new is there, whole
+kills: setup fetch  ## kill many saves and runs: the old or the new folder is there, whole, and a run goes on to the bit
 	@$(BIN)/python -m pytest tests/unit -m kills
 
 mutants: setup  ## change 200 lines that compute, one by one, and see whether the closest tests fail (an hour; ONLY=losses.py)

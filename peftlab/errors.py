@@ -1,9 +1,17 @@
-"""The error that this package raises for a user's mistake, and the near matches in its messages."""
+"""The error that this package raises for a user's mistake, the near matches in its messages, and its warnings."""
 
 from __future__ import annotations
 
 import difflib
+import re
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
+
+NO_MEMORY = re.compile(
+    r"(?i)out of memory|can(?:no|')t allocate memory|not enough memory|unable to allocate|ALLOC_FAILED|"
+    r"Storage size calculation overflowed|array is too big"
+)
 
 
 class PeftLabError(ValueError):
@@ -44,3 +52,23 @@ def some(paths: Sequence[str]) -> str:
     """Return the first of several paths, and how many more there are."""
     rest = f" and {len(paths) - 2} more" if len(paths) > 2 else ""
     return ", ".join(paths[:2]) + rest
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """Return what is known of how much memory was wanted, or `None` for an error that is not about memory.
+
+    Python, torch on each device, numpy and safetensors each say it in their own way.
+    """
+    text = " ".join(str(error).split())
+    if not (isinstance(error, MemoryError) or NO_MEMORY.search(text)):
+        return None
+    wanted = re.search(r"(?i)(?:allocate|with sizes=)\s*(\[[\d, ]+\]|[\d.]+ ?\w+)", text)
+    return f" ({wanted[1]} were wanted)" if wanted else ""
+
+
+def warn(message: str) -> None:
+    """Warn, and name the user's own line: the last one outside this package that led here."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("peftlab."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

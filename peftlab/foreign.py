@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.errors import PeftLabError, did_you_mean, warn
 
 MOST_BYTES = 8_000_000  # the largest real configs name some thousand modules, in less than one megabyte
 MOST_DEPTH = 64
@@ -44,16 +43,13 @@ def read_fields(file: Path, infinite: bool = False) -> dict[str, Any]:
     return fields
 
 
-def warn_of_unknown(where: object, strange: Sequence[str], known: Iterable[str], advice: str, stacklevel: int) -> None:
+def warn_of_unknown(where: object, strange: Sequence[str], known: Iterable[str], advice: str) -> None:
     """Warn of fields that are not known, all in one warning, with near matches."""
     if strange:
         known = list(known)
         told = ", ".join(repr(name[:60]) + did_you_mean(name[:60], known, 1) for name in strange[:20])
         more = f" and {len(strange) - 20} more" if len(strange) > 20 else ""
-        warnings.warn(
-            f"{where} has fields that are not known, and they are ignored: {told}{more}. {advice}",
-            stacklevel=stacklevel + 1,
-        )
+        warn(f"{where} has fields that are not known, and they are ignored: {told}{more}. {advice}")
 
 
 def parse(content: bytes | str, name: str, infinite: bool = False) -> Any:

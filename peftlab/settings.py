@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
-from peftlab.checks import check_fields, number, one_of, whole
+from peftlab.checks import check_fields, check_kinds, number, one_of, whole
 from peftlab.errors import PeftLabError, did_you_mean
 
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+MOST_STEPS, MOST_EXAMPLES = 1_000_000_000, 1_000_000  # far beyond any run; a typo must not fill the memory
 OPTIMIZERS = ("adamw", "adamw8bit", "paged-adamw8bit", "sgd")
 
 Model = TypeVar("Model")
@@ -56,13 +57,15 @@ class Settings:
     evaluation_data: Sequence[Mapping[str, Any]] | None = setting(
         None, "encoded examples for the evaluation loss; without them only `metrics` are evaluated")
     steps: int | None = setting(
-        None, "number of updates; give this or epochs", whole, least=1, optional=True, option="steps")
+        None, "number of updates; give this or epochs", whole, least=1, ceiling=MOST_STEPS, optional=True,
+        option="steps")
     epochs: float | None = setting(
         None, "times through the training data; one if neither this nor steps is given",
-        number, above=0, optional=True, option="epochs")
-    batch_size: int = setting(8, "examples in memory at once", whole, least=1, option="batch-size")
+        number, above=0, ceiling=MOST_STEPS, optional=True, option="epochs")
+    batch_size: int = setting(
+        8, "examples in memory at once", whole, least=1, ceiling=MOST_EXAMPLES, option="batch-size")
     accumulation: int = setting(
-        1, "batches in one update", whole, least=1, option="accumulation",
+        1, "batches in one update", whole, least=1, ceiling=MOST_EXAMPLES, option="accumulation",
         more="How `batch_size` x `accumulation` is split changes memory and time, but not the result.")
     learning_rate: float = setting(2e-4, "peak learning rate", number, above=0, most=1000, option="lr")
     weight_decay: float = setting(
@@ -126,6 +129,7 @@ class Settings:
         for one in fields(self):
             if one.metadata["check"]:
                 check_fields(self, one.metadata["check"], one.name)
+        check_kinds(self, "monitor", "folder", "loss", "metrics", "collate", "callback")
         if self.steps is not None and self.epochs is not None:
             raise PeftLabError(f"Give steps ({self.steps}) or epochs ({self.epochs}), not both.")
         if isinstance(self.evaluation_data, Sized) and not len(self.evaluation_data):

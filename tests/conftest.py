@@ -18,7 +18,8 @@ ORDER = ("unit", "parity", "gpu", "notebooks", "book")
 def pytest_collection_modifyitems(session, config, items):
     """Run the folders in the order of ORDER; within one, as pytest found them.
 
-    Several workers (`-n 2 --dist loadgroup`) start with what takes longest, so that none waits for another in the end.
+    Several workers (`-n 2 --dist loadgroup`) start with what takes longest, so that none waits for another in the end:
+    with the last folder, and in each with the tests that are marked as slow.
     The rendered pages stay with one worker, which builds the book once.
     """
     root = config.rootpath / "tests"
@@ -29,7 +30,11 @@ def pytest_collection_modifyitems(session, config, items):
         parts = item.path.relative_to(root).parts if item.path.is_relative_to(root) else ()
         return parts[0] if parts else ""
 
-    items.sort(key=lambda item: order.index(folder(item)) if folder(item) in order else len(order))
+    def place(item):
+        quick = not (several and item.get_closest_marker("slow"))
+        return order.index(folder(item)) if folder(item) in order else len(order), quick
+
+    items.sort(key=place)
     for item in items if several else ():
         if folder(item) == "book":
             item.add_marker(pytest.mark.xdist_group("book"))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields as fields_of
 from dataclasses import replace
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.adapters.card import CARD, card, may_write
-from peftlab.adapters.injection import add, prepare, settle
+from peftlab.adapters.injection import add, check_name, prepare, settle
 from peftlab.adapters.integrity import base_sample, base_tensor, check_base
 from peftlab.adapters.judging import Allowance, check_fields, check_sizes, warn_of_unknown
 from peftlab.adapters.key_forms import check_foreign, read_as, simpler_names
@@ -33,6 +32,7 @@ from peftlab.adapters.serving import Note, notes, serving_lines, warning
 from peftlab.adapters.serving import portable as portable_form
 from peftlab.adapters.task_type import task_type_of
 from peftlab.catalogue import METHODS, resolve
+from peftlab.checks import checked
 from peftlab.core.hooks import adapters_on, base_modules, hosts
 from peftlab.core.interface import Config, Placement
 from peftlab.core.records import as_transformer, require_adapter, unwrap
@@ -40,7 +40,7 @@ from peftlab.core.sharding import Processes, in_one_piece, piece_of, refuse_shar
 from peftlab.core.sums import check_sums, digest, with_sums
 from peftlab.core.targets import ALL_LINEAR, Targets, by_pattern, names_match
 from peftlab.core.tensor_files import read_shapes, read_tensors, serialised
-from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.errors import PeftLabError, did_you_mean, warn
 from peftlab.files import read_settled, settled, write_together
 from peftlab.foreign import read_fields
 from peftlab.patterns import bounded
@@ -55,6 +55,7 @@ TARGET_FIELDS = (
 )  # fmt: skip
 
 
+@checked()
 def save_adapter(
     model: nn.Module, folder: str | os.PathLike, name: str = "default", *, portable: bool = False
 ) -> Path:
@@ -95,7 +96,7 @@ def save_adapter(
         contents = files_of(state)
         told = serving_notes(state) if state.fields["peft_type"] == "LORA" else []  # they serve no other method
     if told:
-        warnings.warn(warning(told), stacklevel=2)
+        warn(warning(told))
     folder = Path(folder) if name == "default" else Path(folder) / name
     processes.write(call, lambda: write_adapter(folder, contents))
     return folder
@@ -235,6 +236,7 @@ def _has_encoder(folder: Path) -> bool:
         return False
 
 
+@checked()
 def load_adapter(
     model: nn.Module,
     folder: str | os.PathLike,
@@ -262,6 +264,7 @@ def load_adapter(
     4
     """
     root = unwrap(model)
+    check_name(name)
     refuse_sharded(root, "load_adapter cannot divide a new adapter with it", "Load first, then call fully_shard.")
     with bounded():
         saved = read_folder(Path(folder), name)

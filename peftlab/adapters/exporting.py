@@ -16,14 +16,17 @@ from peftlab.adapters.checkpoint import (
     read_folder,
     write_adapter,
 )
+from peftlab.adapters.injection import check_name
 from peftlab.adapters.judging import warn_of_unknown
 from peftlab.adapters.key_forms import in_file_form
 from peftlab.adapters.serving import portable
+from peftlab.checks import checked
 from peftlab.errors import PeftLabError
 from peftlab.methods.lora import LoRAConfig
 from peftlab.patterns import bounded
 
 
+@checked()
 def export_adapter(folder: str | os.PathLike, out: str | os.PathLike, name: str = "default") -> Path:
     """Write a LoRA folder in the form that llama.cpp, vLLM and SGLang all read rightly, without loading a model.
 
@@ -48,6 +51,7 @@ def export_adapter(folder: str | os.PathLike, out: str | os.PathLike, name: str 
     >>> pl.attached(same)["default"].use_rslora
     False
     """
+    check_name(name)
     out = Path(out)
     with bounded():
         saved = read_folder(Path(folder), name)

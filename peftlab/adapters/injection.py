@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from peftlab.catalogue import METHODS
-from peftlab.checks import number
+from peftlab.checks import checked, number, shown
 from peftlab.core.calls import observed, passed_weights
 from peftlab.core.entry import guard, unguard
 from peftlab.core.hooks import CHILD, Activity, Adapters, adapters_on, hosts, place, plain, prompt_parts, remove
@@ -33,10 +32,12 @@ from peftlab.core.records import (
 )
 from peftlab.core.sharding import refuse_sharded
 from peftlab.core.targets import ALL_LINEAR
-from peftlab.errors import PeftLabError, some
+from peftlab.errors import PeftLabError, out_of_memory, some, warn
 from peftlab.patterns import bounded
 from peftlab.quantization.marks import restore_transformers_attributes, set_transformers_attributes
 from peftlab.quantization.weights import restore_parameter, unpack
+
+OVERFLOW = re.compile("overflow|too large|too big")  # in torch's words for a size beyond 64 bits
 
 
 class ParameterCount(NamedTuple):
@@ -56,6 +57,7 @@ class ParameterCount(NamedTuple):
         return f"{self.trainable:,} of {self.total:,} parameters train ({self.percent:.4f}%)"
 
 
+@checked("name")
 def attach(
     model: nn.Module,
     config: Config,
@@ -102,8 +104,6 @@ def prepare(
     `check` gets each part before the next one is built, and may refuse it. Returns the placements, and the hosts of
     which it is not known that the model calls them.
     """
-    if not isinstance(root, nn.Module):
-        raise PeftLabError(f"The model is a {type(root).__name__}; attach takes an nn.Module.")
     if not isinstance(config, Config) or isinstance(config, type):
         known = ", ".join(dict.fromkeys(row.config_name for row in METHODS.values() if row.config_name))
         raise PeftLabError(f"The config is {config!r}; make one of {known}.")
@@ -111,9 +111,8 @@ def prepare(
         raise PeftLabError(f"adapter_dtype is {adapter_dtype!r}; give a floating dtype such as torch.float32.")
     record = record_of(root)
     check_hosts(root)
+    check_name(name)
     refuse_sharded(root, "attach cannot divide a new adapter with it", "Attach first, then call fully_shard.")
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(Adapters(Activity()), name):
-        raise PeftLabError(f"{name!r} cannot name an adapter; use letters, digits, '_' and '-'.")
     if record and name in record.configs:
         raise PeftLabError(f"An adapter named {name!r} is attached already; detach it first, or use another name.")
     if record and record.activity.merged:
@@ -125,11 +124,18 @@ def prepare(
                 "Attach and detach through the same model."
             )
     placements = []
-    with bounded():
-        for placement in config.parts(root):
-            if check is not None:
-                check(placement)
-            placements.append(placement)
+    try:
+        with bounded():
+            for placement in config.parts(root):
+                if check is not None:
+                    check(placement)
+                placements.append(placement)
+    except (MemoryError, OverflowError, RuntimeError, TypeError) as error:
+        if out_of_memory(error) is None and not OVERFLOW.search(str(error)):
+            raise
+        raise PeftLabError(
+            f"The parts of this adapter are too large for the memory: {shown(config)}. Choose smaller sizes."
+        ) from error
     placements, unseen = within_reach(root, config, placements)
     for path, _, part in placements:
         host = root.get_submodule(path)
@@ -137,6 +143,12 @@ def prepare(
         part.to(device=device, dtype=adapter_dtype or dtype)
         part.train(host.training)
     return placements, unseen
+
+
+def check_name(name: str) -> None:
+    """Refuse what cannot name an adapter: it becomes a part of paths in the model, and of a folder's path."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(Adapters(Activity()), name):
+        raise PeftLabError(f"{shown(name)} cannot name an adapter; use letters, digits, '_' and '-'.")
 
 
 def within_reach(
@@ -162,14 +174,13 @@ def within_reach(
                 f"{what}, so an adapter there would never run. Name other modules in target_modules "
                 "(and modules_to_save), and use bias=\"none\"."
             )
-        warnings.warn(f"{what}, so an adapter there would never run. They are left out.", stacklevel=4)
+        warn(f"{what}, so an adapter there would never run. They are left out.")
     passed = passed_weights(root)
     doubtful = [path for path in dict.fromkeys(path for path, _, _ in left) if path in passed]
     if doubtful:
-        warnings.warn(
+        warn(
             f"In training, fused kernels of {type(root).__name__} read the weights of {some(doubtful)} without calling "
             "these modules. Where such kernels are installed, an adapter there does not run; leave these modules out.",
-            stacklevel=4,
         )
     return left, frozenset(path for path, _, _ in left) - (calls.called if calls is not None else frozenset())
 
@@ -182,11 +193,10 @@ def settle(root: nn.Module, placements: list[Placement]) -> None:
     """
     repaired = sum(unpack(module) for module in root.modules())
     if repaired:
-        warnings.warn(
+        warn(
             f"bitsandbytes had repacked {repaired} 4-bit weights for inference on this CPU and rounded their scales "
             "to bf16. They are unpacked again, but the rounding stays. To have them exact, attach before the first "
             "forward pass in eval mode.",
-            stacklevel=3,
         )
     for path, _, part in placements:
         part.settle(root.get_submodule(path))
@@ -226,6 +236,7 @@ def add(
     activate(root, name)
 
 
+@checked()
 def detach(model: nn.Module, name: str = "default") -> nn.Module:
     """Take an adapter off. After the last one the model is as it was before the first, bit for bit.
 
@@ -267,6 +278,7 @@ def detach(model: nn.Module, name: str = "default") -> nn.Module:
     return model
 
 
+@checked("which")
 def activate(
     model: nn.Module,
     which: str | Mapping[str, float] | Sequence[str | None],
@@ -368,6 +380,7 @@ def refresh_requires_grad(root: nn.Module, record: Record) -> None:
             parts.requires_grad_(name in active and record.trainable[name] and not activity.merged)
 
 
+@checked()
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Run the base alone inside the block. After it the adapters run as before.
@@ -396,6 +409,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         record.activity.enabled = before
 
 
+@checked()
 def attached(model: nn.Module) -> dict[str, Config]:
     """Return {adapter name: its config}, in the order attached; empty for a plain model.
 
@@ -407,6 +421,7 @@ def attached(model: nn.Module) -> dict[str, Config]:
     return dict(record.configs) if record else {}
 
 
+@checked()
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Count the parameters that train, count all of them, and give the percentage.
 

@@ -105,7 +105,7 @@ class Asked(Mapping[str, Any]):
 
 
 def warn_of_unknown(
-    folder: Path, fields: Mapping[str, Any], kinds: Iterable[type[Config]], shared: Collection[str], stacklevel: int = 3
+    folder: Path, fields: Mapping[str, Any], kinds: Iterable[type[Config]], shared: Collection[str]
 ) -> None:
     """Warn of the fields of a folder's config that nobody reads, with near matches; what is null asks for nothing.
 
@@ -123,7 +123,7 @@ def warn_of_unknown(
         known |= {*SIZES_OF_PROMPTS}
     strange = [name for name, value in fields.items() if name not in known and value is not None]
     advice = "If one of them changes what the adapter computes, load it with the program that made it."
-    foreign.warn_of_unknown(f"The config in {folder}", strange, known, advice, stacklevel + 1)
+    foreign.warn_of_unknown(f"The config in {folder}", strange, known, advice)
 
 
 class Allowance:

@@ -13,14 +13,13 @@ several do, the error names the form.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from peftlab.errors import PeftLabError
+from peftlab.errors import PeftLabError, warn
 
 PREFIX = "base_model.model."
 # Modules that hold a whole model or a layer, and what puts them there
@@ -134,11 +133,10 @@ def read_as(expected: Collection[str], tensors: Mapping[str, Tensor], folder: Pa
     if front or back:
         forms.append(outer_form(front, back))
     if forms:
-        warnings.warn(
+        warn(
             f"The keys in {folder} are in another form than Hugging Face peft's files have ({'; '.join(forms)}). They "
             "fit this model without that, so they are read. Hugging Face peft would not read them; to mend the folder, "
             "save the adapter again with pl.save_adapter.",
-            stacklevel=3,
         )
     renamed = {key: found.pop(back + name.removeprefix(front)) for name, key in wanted.items()}
     return renamed | {PREFIX + front + name.removeprefix(back): tensor for name, tensor in found.items()}

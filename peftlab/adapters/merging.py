@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.adapters.injection import detach, refresh_requires_grad, restore_base
+from peftlab.checks import checked
 from peftlab.core.calls import observed
 from peftlab.core.hooks import Activity, adapters_on, hosts
 from peftlab.core.interface import Part
@@ -50,6 +51,7 @@ class MergeReport(NamedTuple):
         return f"merged {self.modules} modules; rounding lost at most {self.relative_error:.2g} of an update"
 
 
+@checked()
 @torch.no_grad()
 def merge(model: nn.Module, *, unload: bool = False, requantize: bool = False) -> MergeReport:
     """Fold the active adapters into the base's weights, in place.
@@ -106,9 +108,10 @@ def merge(model: nn.Module, *, unload: bool = False, requantize: bool = False) -
         record.backup.clear()
         for name in list(record.configs):
             detach(root, name)
-    return MergeReport(len(errors), max(errors.values(), default=0.0), errors)
+    return MergeReport(len(errors), max(errors.values()), errors)
 
 
+@checked()
 def unmerge(model: nn.Module) -> None:
     """Restore the base's own weights, bit for bit, and let the adapters run beside them again.
 
@@ -186,7 +189,7 @@ def check(root: nn.Module, record: Record, requantize: bool) -> None:
                 raise PeftLabError(
                     f"Adapter {name!r} ({kind}) changes more than weights and cannot be merged; keep it attached."
                 )
-            for parameter_name, parameter in host.named_parameters(recurse=False):
+            for parameter_name, parameter in host.named_parameters():  # a module trained in full may hold others
                 if is_quantized(parameter) and not requantize:
                     raise PeftLabError(
                         f"{path}.{parameter_name} is held in four bits, where much of a small update is lost. Call "

@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from peftlab.adapters.checkpoint import check_config, check_fit, fill, key_table, placed, read_folder, save_adapter
 from peftlab.adapters.injection import attached
 from peftlab.adapters.key_forms import read_as
+from peftlab.checks import checked
 from peftlab.core.records import record_of, require_adapter, unwrap
 from peftlab.core.sharding import in_one_piece, is_sharded
 from peftlab.errors import PeftLabError
@@ -34,6 +35,7 @@ class AdapterCallback(TrainerCallback):
             folder lies outside `output_dir`, since `Trainer` does not tell its callbacks.
     """
 
+    @checked()
     def __init__(self, resume_from: str | os.PathLike | None = None) -> None:
         self.resume_from = resume_from
 

@@ -5,6 +5,7 @@ import contextlib
 import csv
 import hashlib
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from peftlab.assets import support_desk
 from peftlab.assets.fetch import ensure
-from peftlab.checks import whole
+from peftlab.checks import checked, whole
 from peftlab.errors import PeftLabError, did_you_mean
 
 NAMES = ("reviews", "news", "support-desk")
@@ -39,8 +40,13 @@ AS_WRITTEN = {
 }
 
 
+@checked()
 def load_data(
-    name: str, *, sizes: Sequence[int] | None = None, difficulty: float | None = None, subset: str | None = None
+    name: str | os.PathLike[str],
+    *,
+    sizes: Sequence[int] | None = None,
+    difficulty: float | None = None,
+    subset: str | None = None,
 ) -> DatasetDict:
     """Load a data set in splits.
 
@@ -170,6 +176,8 @@ def _elsewhere(name: str, subset: str | None) -> DatasetDict:
     """Load a local file or folder, or a hub data set, with `datasets`. The result always has splits."""
     path = Path(name).expanduser()
     options: dict[str, Any]
+    if path.resolve() == path.resolve().parent:
+        raise PeftLabError(f"{name!r} is the whole file system; give the folder that holds the data.")
     try:
         with quiet():
             if path.is_file():
@@ -194,7 +202,7 @@ def _elsewhere(name: str, subset: str | None) -> DatasetDict:
                     f"There is no data set {name!r}.{did_you_mean(name, NAMES)} Known: {', '.join(NAMES)}; "
                     'else give the path of a file or folder, or a hub id such as "org/data".'
                 )
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, PeftLabError):
             raise
         reason = error.__cause__ or error  # the first message is only "an error occurred while generating"

@@ -19,6 +19,7 @@ from pathlib import Path
 from peftlab.assets import cache
 from peftlab.assets.catalogue import AssetError, catalogue, entry, tree_hash
 from peftlab.assets.convert import RECIPES
+from peftlab.checks import checked
 from peftlab.progress import Bar
 
 MEGABYTE = 1_000_000
@@ -35,6 +36,7 @@ NETWORK_SIGNS = (
 )
 
 
+@checked()
 def fetch(
     names: str | Iterable[str] | None = None, progress: bool = True, say: Callable | None = None
 ) -> dict[str, Path]:

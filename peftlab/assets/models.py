@@ -1,8 +1,8 @@
 """Load a model and its tokenizer: by a name of this book, from a local folder, or by a hub id."""
 
 import contextlib
+import os
 import re
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,24 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging
 
+from peftlab import checks
 from peftlab.assets.catalogue import catalogue
 from peftlab.assets.fetch import ensure
-from peftlab.checks import whole
-from peftlab.errors import PeftLabError, did_you_mean, near_matches
+from peftlab.checks import checked, whole
+from peftlab.errors import PeftLabError, did_you_mean, near_matches, out_of_memory, warn
 from peftlab.foreign import check_code, read_fields
 
 # transformers would put an adapter that lies beside a model into it, and unpickle it; that is for load_adapter
 NO_ADAPTER = {"subfolder": "no-adapter"}
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?", re.ASCII)
+MOST_LABELS = 1_000_000
 PRETRAINING = ("ForMaskedLM", "ForPreTraining", "ForMaskedImageModeling")
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
+@checked()
 def load_model(
-    name: str,
+    name: str | os.PathLike[str],
     *,
     num_labels: int | None = None,
     dtype: torch.dtype | str | None = None,
@@ -60,11 +64,12 @@ def load_model(
     >>> type(small).__name__, words.decode(words("a kettle")["input_ids"])
     ('LlamaForCausalLM', 'a kettle')
     """
-    dtype, device = _dtype(dtype), _device(device)
+    dtype, device = _dtype(dtype), None if device is None else checks.device(device, torch)
+    name = str(name)
     source = _source(name)
     options = {} if dtype is None else {"dtype": dtype}
     if num_labels is not None:
-        options["num_labels"] = num_labels = whole("num_labels", num_labels, least=1)
+        options["num_labels"] = num_labels = whole("num_labels", num_labels, least=1, ceiling=MOST_LABELS)
     with quiet():
         try:
             check_code(f"The config of {str(name)!r}", _fields(source))
@@ -79,9 +84,9 @@ def load_model(
                 adapter_kwargs=NO_ADAPTER,
                 **options,
             )
-        except (PeftLabError, MemoryError, torch.OutOfMemoryError):
-            raise
         except Exception as error:  # a malformed folder makes anything of transformers' own code
+            if isinstance(error, PeftLabError) or out_of_memory(error) is not None:
+                raise
             raise PeftLabError(_load_fault(name, error)) from error
     _warn_about_missing(name, model, report)
     if name in catalogue():  # for the model card of an adapter; the config names the folder, which loads again
@@ -123,7 +128,6 @@ def quiet() -> Iterator[None]:
 
 def _source(name: str) -> str:
     """Return what to pass to `from_pretrained` for `name`: a folder or a hub id."""
-    name = str(name)
     known = catalogue()
     models = [known_name for known_name, found in known.items() if found["kind"] != "dataset"]
     if name in models:
@@ -135,10 +139,11 @@ def _source(name: str) -> str:
         if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
             raise PeftLabError(f"{folder} holds an adapter: load its base model, then use load_adapter on that.")
         return str(folder)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+    odd = not HUB_ID.fullmatch(name) or ".." in name
+    if name.startswith((".", "/", "~")) or ("/" in name and odd) or "\\" in name:
         raise PeftLabError(f"There is no folder {name!r}.")
     # A single word may be an old hub id ("gpt2"), unless it looks like a misspelt name of ours.
-    if "/" not in name and (near_matches(name, models) or not _on_hub(name)):
+    if "/" not in name and (odd or near_matches(name, models) or not _on_hub(name)):
         raise PeftLabError(
             f"There is no model {name!r}.{did_you_mean(name, models)} Known: {', '.join(models)}; "
             'else give the path of a folder, or a hub id such as "org/model".'
@@ -214,7 +219,7 @@ def _warn_about_missing(name: str, model: transformers.PreTrainedModel, report: 
     lost = sorted(key for key in report["missing_keys"] if headless or key.startswith(prefix))
     if lost:
         more = "" if len(lost) == 1 else f" and {len(lost) - 1} more"
-        warnings.warn(f"{name}: the checkpoint has no {lost[0]}{more}; random values were put there.", stacklevel=3)
+        warn(f"{name}: the checkpoint has no {lost[0]}{more}; random values were put there.")
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
@@ -224,18 +229,6 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise PeftLabError(f'dtype must be "float32", "bfloat16", "float16", "auto" or a torch dtype, not {dtype!r}.')
     return found
-
-
-def _device(device: torch.device | str | None) -> torch.device | None:
-    if device is None:
-        return None
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise PeftLabError(f'{device!r} is not a device: use "cpu", "cuda", "cuda:1" or "mps".') from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise PeftLabError(f"There is no device {device} here: torch sees {torch.cuda.device_count()} CUDA devices.")
-    return device
 
 
 def _load_fault(name: str, error: Exception) -> str:

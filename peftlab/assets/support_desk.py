@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from peftlab.assets import phrases
-from peftlab.checks import number, one_of
+from peftlab.checks import checked, number, one_of, whole
 from peftlab.errors import PeftLabError
 
 Item = TypeVar("Item")
@@ -36,10 +36,12 @@ INTENTS = tuple(phrases.INTENTS)
 PRODUCTS = phrases.PRODUCTS
 URGENCIES = tuple(phrases.URGENCY)
 SIZES = {"train": 4000, "validation": 500, "test": 500}
+MOST_MESSAGES = 1_000_000
 PATIENCE = 5000  # after this many draws in a row without a new message, the phrases are used up
 INSTRUCTION = "Reply with the ticket as JSON."
 
 
+@checked("size", "difficulty")
 def generate(split: str, size: int | None = None, *, difficulty: float = 0.15, seed: int = 0) -> list[dict[str, str]]:
     """Generate messages with their tickets. No two messages are equal.
 
@@ -65,7 +67,7 @@ def generate(split: str, size: int | None = None, *, difficulty: float = 0.15, s
     """
     split = one_of("split", split, SIZES)
     difficulty = number("difficulty", difficulty, least=0, most=1)
-    size = SIZES[split] if size is None else size
+    size = SIZES[split] if size is None else whole("size", size, least=0, ceiling=MOST_MESSAGES)
     draw = Draw(f"{seed}/{split}/{difficulty:.6f}")
     combinations = list(itertools.product(INTENTS, PRODUCTS, URGENCIES))
     rows: list[dict[str, str]] = []
@@ -88,8 +90,11 @@ def generate(split: str, size: int | None = None, *, difficulty: float = 0.15, s
     return rows[:size]
 
 
+@checked("difficulty")
 def message(split: str, intent: str, product: str, urgency: str, difficulty: float, draw: "Draw") -> str:
     """Draw one message with the given labels."""
+    split, difficulty = one_of("split", split, SIZES), number("difficulty", difficulty, least=0, most=1)
+    _check_labels(intent, product, urgency)
     hard = max(0.0, 2 * difficulty - 1)
     other = draw.one([name for name in PRODUCTS if name != product])
     request = draw.one(phrases.INTENTS[intent][split])
@@ -115,20 +120,29 @@ def message(split: str, intent: str, product: str, urgency: str, difficulty: flo
     return " ".join(part for part in (greeting, *body, closing) if part)
 
 
+@checked()
 def ticket(intent: str, product: str, urgency: str) -> str:
     """Return the canonical JSON of a ticket.
 
     >>> pl.support_desk.ticket("repair", "lamp", "normal")
     '{"intent":"repair","product":"lamp","urgency":"normal"}'
     """
+    _check_labels(intent, product, urgency)
     return json.dumps({"intent": intent, "product": product, "urgency": urgency}, separators=(",", ":"))
 
 
+def _check_labels(*labels: str) -> None:
+    for name, label, known in zip(FIELDS, labels, (INTENTS, PRODUCTS, URGENCIES), strict=True):
+        one_of(name, label, known)
+
+
+@checked()
 def prompt(message: str) -> list[dict[str, str]]:
     """Return what the model reads: the instruction as the system's turn and the message as the user's."""
     return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": message}]
 
 
+@checked()
 def parse(answer: str) -> dict | None:
     """Return the ticket in an answer, or None if the answer is anything but one JSON object and white space.
 
@@ -142,6 +156,7 @@ def parse(answer: str) -> dict | None:
     return found if isinstance(found, dict) else None
 
 
+@checked()
 def score(answers: Sequence[str], tickets: Sequence[str]) -> dict[str, float]:
     """Return the shares of right answers, between 0 and 1.
 
@@ -167,6 +182,7 @@ def score(answers: Sequence[str], tickets: Sequence[str]) -> dict[str, float]:
 class Draw:
     """Random choices that are the same everywhere. They use only `random()`, which Python promises not to change."""
 
+    @checked()
     def __init__(self, seed: str):
         self._random = random.Random(seed)
 

@@ -20,8 +20,7 @@ from torch import nn
 import peftlab as pl
 from peftlab.bench.fullsize import ALL_LINEAR, timed, vocabulary_of
 from peftlab.bench.kernels import Row, forward_passes, kernels_of, profile_of
-from peftlab.core.checkpointing import switch_checkpointing
-from peftlab.core.records import as_transformer
+from peftlab.core.checkpointing import set_input_gradients, switch_checkpointing
 from peftlab.memory.counting.shapes import load_shape
 from peftlab.optional import available, require
 from peftlab.quantization import Linear4bit
@@ -127,8 +126,7 @@ def under(model: nn.Module, library: str, run: Row) -> Iterator[nn.Module]:
             say_four_bit(model, False)
         if run["checkpointing"]:
             switch_checkpointing(model, "disable")
-            if hasattr(model, "disable_input_require_grads") and getattr(model, "_require_grads_hooks", None):
-                as_transformer(model).disable_input_require_grads()
+            set_input_gradients(model, False)
         for name, parameter in model.named_parameters():  # the casts came from 16-bit values, so casting back is exact
             if parameter.dtype != before[name]:
                 parameter.data = parameter.data.to(before[name])

@@ -13,14 +13,14 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from peftlab import __version__, bench
 from peftlab.assets.cache import cache_folder
 from peftlab.assets.catalogue import catalogue
 from peftlab.commands import count_and_memory, doctor, preflight, train
 from peftlab.commands.method_options import add_method_options, trainable
-from peftlab.commands.terminal import parse_targets, print_json, print_table
+from peftlab.commands.terminal import memory_for, parse_targets, print_json, print_table
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.units import format_bytes
 
@@ -31,9 +31,12 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 0, 1 (it failed), 2 (a user's mistake), 130 (Ctrl-C)."""
     try:
+        if sys.stdout is None:  # closed by `>&-`
+            raise PeftLabError("the standard output is closed; send it to a file, or to /dev/null.")
         try:
             arguments = parse(argv)
-            return arguments.run(arguments)
+            with memory_for(f"running {arguments.command}", "Close other programs, or use a larger machine."):
+                return arguments.run(arguments)
         finally:
             sys.stdout.flush()  # here and not at Python's exit, so that a closed pipe is noticed in time
     except PeftLabError as error:
@@ -61,6 +64,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, and near matches for unknown choices."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help; argparse itself would hide that the disk is full."""
+        print(message, end="", file=file or sys.stderr)
 
     def error(self, message: str) -> NoReturn:
         wrong = re.search(r"argument (\S+): invalid choice: '([^']*)' \(choose from (.*)\)", message)

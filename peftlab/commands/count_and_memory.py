@@ -21,12 +21,13 @@ from peftlab.memory.estimate import (
     estimate,
 )
 from peftlab.memory.replay.tape import KINDS
-from peftlab.memory.units import format_both, format_count, format_percent
+from peftlab.memory.units import format_both, format_bytes, format_count, format_percent
 
 LABELS = {
     "weights": "weights", "adapter": "adapter", "gradients": "gradients", "optimizer": "optimiser states",
     "activations": "activations", "logits": "logits and loss", "workspace": "alive for a moment",
 }  # fmt: skip
+MARGIN = f"{cards.TOO_LOW:.0%} for the estimate, {format_bytes(cards.CONTEXT)} for the CUDA context"
 OF_A_RUN = (
     "batch", "sequence", "precision", "optimizer", "checkpointing", "autocast", "adapter_precision", "attention",
     "gpus", "parallel", "library",
@@ -107,6 +108,7 @@ def memory(arguments: argparse.Namespace) -> int:
         *([("GPUs", f"{arguments.gpus}, {arguments.parallel}; what follows is of each")] if arguments.gpus > 1 else []),
         ("peak", format_both(result.peak_bytes)),
         *((f"  {LABELS[kind]}", format_both(result.parts[kind])) for kind in KINDS),
+        ("with a margin", f"{format_both(cards.with_margin(result.peak_bytes))} ({MARGIN})"),
         ("reached in", result.moment),
         ("arithmetic", f"{result.flops / 1e12:.3g} TFLOP a step"),
         ("file", format_both(result.file_bytes)),

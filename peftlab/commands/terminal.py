@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from peftlab.errors import PeftLabError, out_of_memory
+
+
+@contextlib.contextmanager
+def memory_for(doing: str, advice: str) -> Iterator[None]:
+    """Report memory that runs out inside the block, in any library's words, as one line."""
+    try:
+        yield
+    except Exception as error:
+        wanted = None if isinstance(error, PeftLabError) else out_of_memory(error)
+        if wanted is None:
+            raise
+        raise PeftLabError(f"Out of memory while {doing}{wanted}. {advice}") from error
 
 
 def print_table(rows: Sequence[tuple[str, str]]) -> None:

@@ -23,6 +23,7 @@ from peftlab.checks import whole
 from peftlab.commands import tasks
 from peftlab.commands.method_options import options_of, trainable
 from peftlab.commands.run_folder import LOCK, STATE, Place, claim, locked, look, save, write_card, write_metrics
+from peftlab.commands.terminal import memory_for
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.units import format_both, format_count, format_percent
 from peftlab.settings import Settings, known_values
@@ -32,6 +33,13 @@ INCIDENTAL = ("command", "run", "json", "out", "resume", "save_every", "device",
 # The training settings that have an option, by the name of the option
 OPTIONS = {one.metadata["option"]: one for one in fields(Settings) if one.metadata["option"]}
 LOG_SECONDS = 30.0
+# What to do when the memory does not suffice
+SMALLER_MODEL = "Take a smaller model; peftlab memory says what it needs, and what --method qlora needs after loading."
+SMALLER_STEP = (
+    "Take a smaller --batch-size with more --accumulation, --checkpointing, or a smaller --max-length (with "
+    "--no-resume if the run had begun); peftlab memory says what a step needs."
+)
+SMALLER_TEST = "What was trained is saved. Run the command again with a smaller --test-limit or --max-new-tokens."
 TEST_LIMIT = {"completion": 64, "classification": 1000, "text": 200}
 
 
@@ -96,8 +104,6 @@ def run(arguments: argparse.Namespace, targets: Any) -> dict[str, Any]:
     if (folder / LOCK).exists():
         with locked(folder):
             pass  # a run that is writing there is told of now, not after the model is loaded
-    import torch
-
     with contextlib.ExitStack() as held:
 
         def begin() -> Place:
@@ -107,12 +113,6 @@ def run(arguments: argparse.Namespace, targets: Any) -> dict[str, Any]:
         try:
             place, measured = _train(arguments, targets, begin)
             result = {"settings": settings, **measured}
-        except torch.OutOfMemoryError as error:
-            text = str(error).split(".")[0]
-            raise PeftLabError(
-                f"Out of memory ({text}). Try a smaller --batch-size with more --accumulation, --checkpointing, or a "
-                "smaller --max-length."
-            ) from error
         except KeyboardInterrupt:
             raise KeyboardInterrupt("interrupted; the same command goes on from the last saved state") from None
         write_metrics(place, result)
@@ -171,14 +171,16 @@ def _train(
     task = tasks.task_of(load_data(arguments.data), arguments.data, arguments.seed, arguments.limit)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(arguments.seed)  # the seed decides the start of a new head and of the adapter
-    model, tokenizer = load_model(arguments.model, num_labels=len(task.classes) or None, device=device)
+    with memory_for(f"loading {arguments.model}", SMALLER_MODEL):
+        model, tokenizer = load_model(arguments.model, num_labels=len(task.classes) or None, device=device)
     tasks.check_model(task, model, arguments.model)
     if model.config.pad_token_id is None:  # a decoder that classifies looks for the last token before the padding
         model.config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if row.four_bit:
         from peftlab.quantization.model import quantize_model
 
-        quantize_model(model)
+        with memory_for(f"quantising {arguments.model}", SMALLER_MODEL):
+            quantize_model(model)
     if row.config:
         task_type = "SEQ_CLS" if task.kind == "classification" else None
         attach(model, _config(arguments, targets, tokenizer=tokenizer, task_type=task_type))
@@ -193,15 +195,16 @@ def _train(
         return places[0].folder / STATE
 
     say(f"{arguments.model} on {device}, {len(examples):,} examples, {counted}")
-    history = train(
-        model,
-        examples,
-        tokenizer=tokenizer,
-        evaluation_data=watched,
-        folder=state_folder,
-        callback=None if sys.stderr.isatty() else _log(),
-        **{one.name: _given(arguments, option) for option, one in OPTIONS.items()},
-    )
+    with memory_for("training", SMALLER_STEP):
+        history = train(
+            model,
+            examples,
+            tokenizer=tokenizer,
+            evaluation_data=watched,
+            folder=state_folder,
+            callback=None if sys.stderr.isatty() else _log(),
+            **{one.name: _given(arguments, option) for option, one in OPTIONS.items()},
+        )
     (place,) = places
     about = {
         "data": arguments.data, "training examples": len(examples), "steps": len(history.steps),
@@ -209,7 +212,9 @@ def _train(
     }  # fmt: skip
     size = save(model, tokenizer, place, row.config is not None, about)
     rows = task.test[: arguments.test_limit or TEST_LIMIT[task.kind]]
-    scores = tasks.test(task, model, tokenizer, rows, max_length, 2 * arguments.batch_size, arguments.max_new_tokens)
+    batch = 2 * arguments.batch_size
+    with memory_for("testing", SMALLER_TEST):
+        scores = tasks.test(task, model, tokenizer, rows, max_length, batch, arguments.max_new_tokens)
     if row.config:
         write_card(model, place, about | {"test examples": len(rows), "metrics": scores})
     return place, {

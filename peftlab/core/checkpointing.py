@@ -38,7 +38,7 @@ def memory_settings(model: nn.Module, checkpointing: bool | str) -> Iterator[Non
             # Only the reentrant kind needs inputs that require gradients. transformers turns that on for both kinds,
             # and then the backward pass also runs through every frozen layer below the first adapter.
             if not required_before:
-                _require_input_gradients(core, reentrant)
+                set_input_gradients(core, reentrant)
         yield
     finally:
         if cache is not None:
@@ -46,7 +46,7 @@ def memory_settings(model: nn.Module, checkpointing: bool | str) -> Iterator[Non
         if switched and any(getattr(m, "gradient_checkpointing", False) for m in core.modules()):
             switch_checkpointing(core, "disable")
             if not required_before:
-                _require_input_gradients(core, False)
+                set_input_gradients(core, False)
 
 
 def switch_checkpointing(model: nn.Module, verb: str, *arguments: dict) -> None:
@@ -67,7 +67,8 @@ def _inputs_require_gradients(model: nn.Module) -> bool:
     return bool(getattr(model, "_require_grads_hooks", None) or getattr(model, "_require_grads_hook", None))
 
 
-def _require_input_gradients(model: nn.Module, wanted: bool) -> None:
+def set_input_gradients(model: nn.Module, wanted: bool) -> None:
+    """Turn the gradients of a transformers model's embedded inputs on or off, unless they are so already."""
     if wanted and not _inputs_require_gradients(model):
         as_transformer(model).enable_input_require_grads()
     elif not wanted and _inputs_require_gradients(model):

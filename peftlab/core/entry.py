@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -17,15 +18,18 @@ from torch import nn
 from peftlab.core.calls import can_be_noted, noted
 from peftlab.core.forward import Entered, Forward, found_in, give_back
 from peftlab.core.hooks import ENTERED, Activity, adapters_on
-from peftlab.core.records import Record, check_hosts, marks_of, record_of
+from peftlab.core.records import Record, check_hosts, in_flat_pieces, marks_of, record_of
 from peftlab.errors import PeftLabError, some
+
+OURS = "_peftlab_forward"  # where a guarded module keeps its `Forward`, whatever stands in the place of its forward
 
 
 def guard(host: nn.Module, path: str, activity: Activity) -> None:
     """Let a module's calls, and direct calls of its forward, pass through here."""
     if _enter not in host._forward_pre_hooks.values():
-        host.__dict__["forward"] = Forward(host, path, activity, _enter)
+        host.__dict__["forward"] = host.__dict__[OURS] = Forward(host, path, activity, _enter)
         host.register_forward_pre_hook(_enter, with_kwargs=True)
+        host.register_forward_hook(_leave, always_call=True)
 
 
 def unguard(host: nn.Module) -> None:
@@ -33,6 +37,10 @@ def unguard(host: nn.Module) -> None:
     for key in [key for key, hook in host._forward_pre_hooks.items() if hook is _enter]:
         del host._forward_pre_hooks[key]
         host._forward_pre_hooks_with_kwargs.pop(key, None)
+    for key in [key for key, hook in host._forward_hooks.items() if hook is _leave]:
+        del host._forward_hooks[key]
+        host._forward_hooks_always_called.pop(key, None)
+    host.__dict__.pop(OURS, None)
     give_back(host)
 
 
@@ -46,8 +54,15 @@ def _enter(host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             watch = FirstPass(host, record)
     if found_in(host) is None:  # others have put their own forward there, which takes no more inputs
         (record.activity if record is not None else adapters_on(host).activity).unsure = True
+        vars(host)[OURS].entered[get_ident()] = Entered(host, watch)
         return args, kwargs
     return args, {**kwargs, ENTERED: Entered(host, watch)}
+
+
+def _leave(host: nn.Module, args: tuple, output: Any) -> None:
+    """Take the mark of a call away, if the forward of others did not come to ours."""
+    if not torch.compiler.is_compiling():  # nothing is marked there, and this would break the graph
+        vars(host)[OURS].entered.pop(get_ident(), None)
 
 
 def check_unchanged(root: nn.Module, record: Record) -> None:
@@ -61,7 +76,7 @@ def check_unchanged(root: nn.Module, record: Record) -> None:
     else:
         if record.marks:
             return
-    if not hasattr(root, "_is_replica"):
+    if not hasattr(root, "_is_replica") and not in_flat_pieces(root):
         check_hosts(root)
         record.marks = marks_of(root)
 

@@ -5,7 +5,8 @@ torch runs hooks when a module is called, and skips them when its `forward` is c
 are attached, the model's `forward` is a `Forward`, which runs our hooks itself in a direct call.
 
 A call of the module comes to this object too, after the hooks, which must not run twice. So the hook that `entry.guard`
-sets adds one named input to such a call, and `Forward` takes it out again.
+sets adds one named input to such a call, and `Forward` takes it out again. Where others have put a forward of their own
+in front of it (TRL does), that forward might not take the input. Then the hook leaves the mark here instead.
 """
 
 from __future__ import annotations
@@ -42,11 +43,13 @@ class Forward:
         activity: that of the model's adapters.
         enter: the hook that marks a call of the module.
         own: a `forward` that the module had as an attribute of its own, or None.
+        entered: {thread: mark} of calls of the module that are under way behind a forward of others.
     """
 
     def __init__(self, host: nn.Module, path: str, activity: Activity, enter: Callable[..., Any]) -> None:
         self.host, self.path, self.activity, self.enter = host, path, activity, enter
         self.own: Callable[..., Any] | None = vars(host).get("forward")
+        self.entered: dict[int, Entered] = {}
         self.__name__ = "forward"
 
     @property
@@ -58,12 +61,14 @@ class Forward:
         """Run the module's own forward; in a direct call, with what stands on the module."""
         if args and args[0] is self.host:  # accelerate binds what it finds here to the model a second time
             args = args[1:]
-        entered = kwargs.pop(ENTERED, None)
+        entered = kwargs.pop(ENTERED, None) or self.entered.pop(get_ident(), None)
         if entered is None:
             enter = self.enter
             if enter not in self.host._forward_pre_hooks.values():  # after detaching, others may still hold this object
                 return self.__wrapped__(*args, **kwargs)
-            return run_parts(self.host, self, *enter(self.host, args, kwargs))
+            args, kwargs = enter(self.host, args, kwargs)
+            kwargs = {ENTERED: self.entered.pop(get_ident(), None), **kwargs}
+            return run_parts(self.host, self, args, kwargs)
         if torch.compiler.is_compiling():
             self.activity.unsure = True
             return self.run(entered.host, *args, **kwargs)

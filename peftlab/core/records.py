@@ -165,6 +165,11 @@ def marks_of(root: nn.Module) -> list[tuple[dict, Any, Any]]:
     return list(marks.values())
 
 
+def in_flat_pieces(root: nn.Module) -> bool:
+    """Whether FullyShardedDataParallel holds a part of the model. Its forward passes are right all the same."""
+    return any(getattr(parameter, "_fsdp_flattened", False) for parameter in root.parameters())
+
+
 def check_hosts(root: nn.Module) -> None:
     """Refuse to go on with a base that was changed after an adapter was attached.
 
@@ -174,7 +179,7 @@ def check_hosts(root: nn.Module) -> None:
         PeftLabError: a host was replaced or resized, tied or untied, or its parts were moved to the meta device; or a
             part of the model is wrapped in FullyShardedDataParallel.
     """
-    if any(getattr(parameter, "_fsdp_flattened", False) for parameter in root.parameters()):
+    if in_flat_pieces(root):
         raise PeftLabError(
             f"The model is wrapped in torch's {FLAT} (FSDP1), which holds its parameters in flat pieces, and adapters "
             "cannot be counted, changed or saved there. Use fully_shard (FSDP2) in its place: attach first, then shard."

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from peftlab.core.interface import Placement
-from peftlab.errors import PeftLabError
+from peftlab.errors import PeftLabError, warn
 
 PATIENT_SECONDS = 30.0  # after this, who waits for another process says so
 
@@ -183,5 +182,5 @@ def _wait(missing: Callable[[], list[int]], message: Callable[[list[int]], str])
             raise PeftLabError(f"{message(ranks)} This process waited for {waited:.0f} seconds.")
         if waited > min(PATIENT_SECONDS, limit / 2) and not told:
             told = True
-            warnings.warn(f"{message(ranks)} This process waits for up to {limit:.0f} seconds.", stacklevel=5)
+            warn(f"{message(ranks)} This process waits for up to {limit:.0f} seconds.")
         time.sleep(0.002 if waited < 1 else 0.1)

@@ -8,10 +8,9 @@ thinks, and nothing would show it.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 from torch import nn
 
@@ -19,7 +18,7 @@ from peftlab import patterns
 from peftlab.checks import one_of, whole
 from peftlab.core.hooks import base_modules
 from peftlab.core.records import as_transformer, own_tensor
-from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.errors import PeftLabError, did_you_mean, warn
 
 ALL_LINEAR = "all-linear"
 # The names of the query and value projections in the architectures of transformers, most specific first.
@@ -80,7 +79,8 @@ class Targets:
             check_names(self, name)
         layers = self.layers_to_transform
         if layers is not None:
-            indices = tuple(layers) if isinstance(layers, Iterable) else (layers,)
+            several = isinstance(layers, Iterable) and not isinstance(layers, (str, bytes, Mapping))
+            indices: tuple[Any, ...] = tuple(cast(Iterable[int], layers)) if several else (layers,)
             if not indices:
                 raise PeftLabError("layers_to_transform is empty; leave it out for all blocks, or name some.")
             layers = tuple(whole("an index in layers_to_transform", index, least=0) for index in indices)
@@ -207,8 +207,6 @@ def find(
     """
     modules = {path: module for path, module in base_modules(model).items() if path}
     spec = config.target_modules
-    check_regex(spec or ())
-
     if spec is None:
         own = writing_modules(model, modules)
         if default is None:
@@ -233,7 +231,6 @@ def find(
             if not any(names_match((entry,), path) for path in matched):
                 raise no_match_error(entry, modules, f"target_modules names {entry!r}, which matches no module")
     if config.exclude_modules is not None:
-        check_regex(config.exclude_modules)
         excluded = config.exclude_modules
         matched = {path: module for path, module in matched.items() if not names_match(excluded, path)}
     trained_whole = heads(model, config)
@@ -316,19 +313,17 @@ def warn_of_experts(model: nn.Module, what: str) -> None:
     if sizes:
         share = sum(sizes.values()) / sum(parameter.numel() for parameter in model.parameters())
         first = next(iter(sizes))
-        warnings.warn(
+        warn(
             f"{what} the experts of {type(model).__name__} ({first} and {len(sizes) - 1} more), which hold {share:.0%} "
             "of its weights. They lie in tensors of three dimensions, and only linear layers are handled.",
-            stacklevel=4,
         )
 
 
 def in_layers(matched: dict[str, nn.Module], config: Targets) -> dict[str, nn.Module]:
     """Return the modules whose block index is in `layers_to_transform`."""
-    wanted = config.layers_to_transform
+    wanted: Any = config.layers_to_transform  # `Targets` has made a tuple of a single number
     if wanted is None:
         return matched
-    wanted = {wanted} if isinstance(wanted, int) else set(wanted)
     before = rf"(?:^|.*?\.)(?:{'|'.join(config.layers_pattern)})" if config.layers_pattern else r".*?\.[^.]*"
     # so a block itself counts too
     found = {path: patterns.match(rf"{before}\.(?P<index>\d+)\.", path + ".") for path in matched}

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from peftlab.checks import checked
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.files import write_atomically
 
@@ -120,6 +121,7 @@ def _meets(value: Any, condition: Any) -> bool:
     return value == condition
 
 
+@checked()
 def results(topic: str | Path) -> Results:
     """Read the measurements of a topic.
 
@@ -152,6 +154,7 @@ def topics() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
+@checked()
 def validate(content: Any, name: str) -> None:
     """Require a results file with its full provenance. The error names the file and the fault."""
     fault = _fault(content)
@@ -188,6 +191,7 @@ def _fault(content: Any) -> str | None:
     return None
 
 
+@checked()
 def write(path: str | Path, topic: str, provenance: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Check the contents as `results` does, then write a results file, completely or not at all.
 
@@ -201,4 +205,7 @@ def write(path: str | Path, topic: str, provenance: dict[str, Any], rows: list[d
     head = json.dumps({"topic": topic, "provenance": provenance}, indent=1, sort_keys=False)
     lines = ",\n  ".join(json.dumps(row, allow_nan=False) for row in rows)
     text = f'{head[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n'
-    write_atomically(path, text.encode())
+    try:
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise PeftLabError(f"{path} cannot be written: {error.strerror or error}. Give another path.") from error

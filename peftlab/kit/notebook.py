@@ -11,12 +11,14 @@ import inspect
 import logging
 import os
 import random
+import re
 import sys
 import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from peftlab.checks import checked, whole
 from peftlab.errors import PeftLabError
 from peftlab.kit import tables
 from peftlab.kit.measurements import Results
@@ -27,6 +29,7 @@ NOISY = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "kernels",
 GLUE_PREFIX = "application/papermill.record/"  # a MIME type that nothing displays; the book's glue role reads it
 
 
+@checked()
 def start(seed: int = 0) -> None:
     """Quiet the libraries, set the seeds and use the book's figure style. Every chapter calls this first."""
     quiet()
@@ -69,8 +72,10 @@ def _quiet_if_loaded() -> None:
         sys.modules["datasets"].disable_progress_bars()
 
 
+@checked()
 def set_seed(seed: int = 0) -> None:
     """Seed Python, NumPy and torch (every device)."""
+    seed = whole("seed", seed, least=0, most=2**32 - 1)  # as NumPy wants it
     random.seed(seed)
     import numpy
 
@@ -80,6 +85,7 @@ def set_seed(seed: int = 0) -> None:
     torch.manual_seed(seed)
 
 
+@checked()
 def show_source(
     *objects: Any,
     docstring: bool = True,
@@ -117,6 +123,7 @@ def _source(item: Any, docstring: bool, methods: str | Sequence[str] | None, bet
     except (TypeError, OSError):
         raise PeftLabError(f"there is no Python source to show for {name}; "
                            "give the function, class or module itself, not an instance") from None
+    code = re.sub(r"\A@checked\(.*\)\n", "", code)  # every public function has this line, and it explains nothing
     if methods is not None:
         code = _only_methods(code, name, [methods] if isinstance(methods, str) else methods)
     if not docstring:
@@ -168,6 +175,7 @@ def _cut(code: str, name: str, first: str, last: str) -> str:
     return textwrap.dedent("\n".join(lines[start_at:end_at + 1]))
 
 
+@checked()
 def glue(name: str, value: Any, fmt: str = "") -> None:
     """Store a number under a name, so that the page's prose can use it: ``{glue:text}`name` ``.
 
@@ -188,15 +196,16 @@ def glue(name: str, value: Any, fmt: str = "") -> None:
     Traceback (most recent call last):
     peftlab.errors.PeftLabError: glue 'example-share': the format '.1%' does not fit 'half' ...
     """
-    if hasattr(value, "item") and not isinstance(value, (int, float, str)):
-        value = value.item()
     try:
+        if hasattr(value, "item") and not isinstance(value, (int, float, str)):
+            value = value.item()
         text = fmt.format(value) if "{" in fmt else format(value, fmt)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, LookupError, RuntimeError) as error:
         raise PeftLabError(f"glue {name!r}: the format {fmt!r} does not fit {value!r} ({error})") from None
     _display({GLUE_PREFIX + "text/plain": repr(text)}, {"scrapbook": {"name": name, "mime_prefix": GLUE_PREFIX}})
 
 
+@checked()
 def expect(claim: str, holds: bool) -> None:
     """Compare a result of a live run with what the page says about it.
 
@@ -220,6 +229,7 @@ def expect(claim: str, holds: bool) -> None:
     print(f"Expected: {claim}. It came out otherwise here: results differ between machines and releases.")
 
 
+@checked()
 def table(
     rows: Iterable[dict[str, Any]],
     columns: tables.Columns | None = None,
@@ -250,6 +260,7 @@ def table(
               "text/plain": tables.as_text(headings, cells, caption, source)})
 
 
+@checked()
 def provenance(source: Results) -> None:
     """Show the badge of measurements: machine and date, which fold out the versions and the command.
 

@@ -6,12 +6,14 @@ import html
 from collections.abc import Iterable
 from typing import Any
 
+from peftlab.checks import checked, shown
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.kit.measurements import Results
 
 Columns = dict[str, Any]  # {column: heading} or {column: (heading, format)}
 
 
+@checked()
 def lay_out(
     rows: Iterable[dict[str, Any]], columns: Columns | None = None
 ) -> tuple[list[str], list[list[str]], list[bool]]:
@@ -45,12 +47,19 @@ def lay_out(
     return headings, cells, numeric
 
 
+def _check_widths(headings: list[str], *lines: list[Any]) -> None:
+    for line in lines:
+        if len(line) != len(headings):
+            raise PeftLabError(f"a table of {len(headings)} columns has a row of {len(line)}: {shown(line)}.")
+
+
 def _text(value: Any, fmt: Any) -> str:
     if value is None:
         return ""
     return str(fmt(value)) if callable(fmt) else format(value, fmt)
 
 
+@checked()
 def as_html(
     headings: list[str],
     cells: list[list[str]],
@@ -62,6 +71,7 @@ def as_html(
 
     Below it stands the badge of the `Results` from which its rows come.
     """
+    _check_widths(headings, numeric, *cells)
     sides = [' style="text-align: right"' if right else ' style="text-align: left"' for right in numeric]
     head = "".join(f'<th scope="col"{side}>{html.escape(h)}</th>' for h, side in zip(headings, sides, strict=True))
     body = "\n".join("<tr>" + "".join(f"<td{side}>{html.escape(c)}</td>" for c, side in zip(line, sides, strict=True))
@@ -75,6 +85,7 @@ def as_html(
     return "\n".join(parts)
 
 
+@checked()
 def badge(source: Results) -> str:
     """Return one small line, machine and date, that folds out the versions and the command. It needs no script."""
     given = source.provenance
@@ -86,10 +97,12 @@ def badge(source: Results) -> str:
     )
 
 
+@checked()
 def as_text(
     headings: list[str], cells: list[list[str]], caption: str | None = None, source: Results | None = None
 ) -> str:
     """Return a table as columns of plain text, with the whole provenance in a line below it."""
+    _check_widths(headings, *cells)
     widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
              for line in [headings, *cells]]

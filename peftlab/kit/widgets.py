@@ -14,6 +14,7 @@ from html import escape
 from typing import Any
 
 from peftlab import memory
+from peftlab.checks import checked
 from peftlab.errors import PeftLabError
 from peftlab.kit import figures
 from peftlab.kit.figures.lora import STEPS
@@ -31,6 +32,7 @@ SHAPES = ("smollm2-135m", "llama-3.2-1b", "llama-2-7b", "llama-3.1-8b", "llama-2
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
+@checked()
 def lora_stepper(d_in: int = 576, d_out: int = 576, r: int = 8) -> None:
     """Show a widget that steps through the data flow of a LoRA layer. Without a kernel, show six small pictures."""
 
@@ -64,6 +66,7 @@ def lora_stepper(d_in: int = 576, d_out: int = 576, r: int = 8) -> None:
     _show(build, figures.lora_dataflow(d_in=d_in, d_out=d_out, r=r), f"A LoRA layer in {len(STEPS)} steps: {steps}")
 
 
+@checked()
 def lora_calculator(shape: str = "smollm2-135m", r: int = 8) -> None:
     """Show a widget that computes LoRA's parameters, file size and optimiser memory for a model, rank and layers.
 
@@ -90,10 +93,11 @@ def lora_calculator(shape: str = "smollm2-135m", r: int = 8) -> None:
     _show(build, figure, f"Trainable parameters of LoRA on {shape} against r, for each choice of layers")
 
 
+@checked()
 def memory_calculator(shape: str = "llama-2-7b", r: int = 16) -> None:
     """Show a widget that predicts the peak of a training step for a model, a method, a length and a precision.
 
-    Without a kernel, show the parts of the peak for four methods.
+    Without a kernel, show the peak of four methods against the length of the sequence.
     """
 
     def build(widgets: Any) -> Any:
@@ -116,12 +120,15 @@ def memory_calculator(shape: str = "llama-2-7b", r: int = 16) -> None:
         renew()
         return widgets.VBox([*choices.values(), answer])
 
-    bars = {}
-    for method in ("full", "lora", "qlora", "ia3"):
+    rows, methods = [], ("full", "lora", "qlora", "ia3")
+    for method in methods:
         targets = None if method == "ia3" else "all-linear"
-        bars[method] = memory.estimate(shape, method, r=r, targets=targets, checkpointing=True)
-    text = f"Predicted peak of a step of {shape}, one sequence of 512 tokens, for {', '.join(bars)}"
-    _show(build, figures.memory_bars(bars), text)
+        for tokens in (256, 1024, 4096, 16384):
+            found = memory.estimate(shape, method, r=r, targets=targets, sequence=tokens, checkpointing=True)
+            rows.append({"tokens": tokens, "GB": found.peak_bytes / 1e9, "method": method})
+    figure = figures.sweep(rows, "tokens", "GB", by="method", x_label="tokens in the sequence", y_label="peak (GB)")
+    text = f"Predicted peak of a step of {shape} against the length of its sequence, for {', '.join(methods)}"
+    _show(build, figure, text)
 
 
 def _memory_answer(run: dict[str, Any]) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from peftlab.checks import checked
+
 _DECIMAL = ("bytes", "kB", "MB", "GB", "TB", "PB")
 _BINARY = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
+@checked()
 def format_bytes(size: float, binary: bool = False) -> str:
     """Write a number of bytes with a unit, in steps of 1000 or, with `binary`, of 1024.
 
@@ -19,6 +22,7 @@ def format_bytes(size: float, binary: bool = False) -> str:
     return f"{value:.0f} {units[0]}" if unit == 0 else f"{value:.2f} {units[unit]}"
 
 
+@checked()
 def format_both(size: float) -> str:
     """Write a number of bytes in both units.
 
@@ -28,6 +32,7 @@ def format_both(size: float) -> str:
     return f"{format_bytes(size)} ({format_bytes(size, binary=True)})"
 
 
+@checked()
 def format_count(number: int) -> str:
     """Write a count with commas.
 
@@ -37,6 +42,7 @@ def format_count(number: int) -> str:
     return f"{number:,}"
 
 
+@checked()
 def format_percent(percent: float) -> str:
     """Write a percentage with three significant figures.
 

@@ -138,6 +138,7 @@ class IA3Config(Targets):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields(self, one_of, "init", known=("ones", "random"))
+        check_fields(self, one_of, "fan_in_fan_out", known=(True, False))
         modules = self.feedforward_modules
         if isinstance(modules, str):
             check_regex(modules)

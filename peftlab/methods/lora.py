@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftlab.checks import check_fields, number, one_of, whole
+from peftlab.checks import check_fields, check_kinds, number, one_of, whole
 from peftlab.core.interface import Part, Placement
 from peftlab.core.records import own_tensor, tensor_at
 from peftlab.core.targets import Targets, by_pattern, check_regex, find, in_any_order, is_conv1d, shape_of
@@ -28,7 +28,9 @@ from peftlab.methods.parts import BIAS_MODES, cast, first_input, trained_biases,
 
 
 class LoRALinear(Part):
-    """Add the update s B (A x) to what a linear layer returns: `nn.Linear`, `Conv1D` or a quantised linear.
+    """Add the update s B (A x) to what a linear layer returns.
+
+    The layer is an `nn.Linear`, a `Conv1D` or a quantised linear.
 
     Attributes:
         lora_A: (r, in).
@@ -54,16 +56,22 @@ class LoRALinear(Part):
         self.lora_B_bias = nn.Parameter(torch.zeros(outside)) if config.lora_bias else None
         start(self.lora_A, self.lora_B, config.init)
 
-    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
+    def after(
+        self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor
+    ) -> Tensor:
         """Add the update. x: (..., in), output: (..., out)."""
         x = cast(first_input(args, kwargs), self.lora_A.dtype)
         x = F.dropout(x, self.dropout, self.training)
-        # y = W x + b + s B (A x): two thin products instead of one with the (out, in) matrix BA
-        update = F.linear(F.linear(x, self.lora_A), self.lora_B, self.lora_B_bias) * self.scaling
+        # y = W x + b + s B (A x): two thin products, not one with the large BA
+        low = F.linear(x, self.lora_A)  # (..., r)
+        update = F.linear(low, self.lora_B, self.lora_B_bias) * self.scaling
         return (output + update).to(output.dtype)
 
     def delta(self) -> Tensor:
-        """Return the update of the weight, (out, in), in the adapter's dtype and with gradients."""
+        """Return the update of the weight, (out, in), in the adapter's dtype.
+
+        It has gradients.
+        """
         # dW = s B A
         return (self.lora_B @ self.lora_A) * self.scaling
 
@@ -186,14 +194,15 @@ class LoRAConfig(Targets):
     init: str = "kaiming"
     lora_bias: bool = False
     fan_in_fan_out: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rank_pattern: Mapping[str, Any] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, Any] = field(default_factory=dict)
 
     method: ClassVar[str] = "lora"
     peft_type: ClassVar[str] = "LORA"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_kinds(self, "rank_pattern", "alpha_pattern")
         for key in (*self.rank_pattern, *self.alpha_pattern):
             check_regex(key)
         check_fields(self, whole, "r", least=1, usual="4 to 64")
@@ -201,6 +210,7 @@ class LoRAConfig(Targets):
         check_fields(self, number, "dropout", least=0, below=1)
         check_fields(self, one_of, "bias", known=BIAS_MODES)
         check_fields(self, one_of, "init", known=INITS)
+        check_fields(self, one_of, "use_rslora", "lora_bias", "fan_in_fan_out", known=(True, False))
         ranks = {key: whole(f"rank_pattern[{key!r}]", r, least=1) for key, r in self.rank_pattern.items()}
         alphas = {key: number(f"alpha_pattern[{key!r}]", a, above=0) for key, a in self.alpha_pattern.items()}
         object.__setattr__(self, "rank_pattern", ranks)

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from peftlab.checks import check_fields, whole
+from peftlab.checks import check_fields, one_of, whole
 from peftlab.core.hooks import active_prompt
 from peftlab.core.interface import Part, Placement
 from peftlab.core.records import as_transformer
@@ -207,8 +207,8 @@ class PrefixTuningConfig(VirtualTokens):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields(self, whole, "encoder_hidden", least=1, optional=True)
-        if self.init is not None:
-            check_start(self, INITS)
+        check_fields(self, one_of, "projection", known=(True, False))
+        check_start(self, (None, *INITS))
         if self.projection and self.init in ("vocabulary", "text"):
             raise PeftLabError(
                 f"init={self.init!r} does not work with a projection, whose weights decide where the prefix starts. "

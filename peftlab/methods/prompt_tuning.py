@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from peftlab.checks import check_fields, one_of
 from peftlab.core.hooks import active_prompt, adapters_on
 from peftlab.core.interface import Part, Placement
 from peftlab.core.records import as_transformer
@@ -115,6 +116,7 @@ class PromptTuningConfig(VirtualTokens):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_start(self, INITS)
+        check_fields(self, one_of, "deep", known=(True, False))
 
     def parts(self, model: nn.Module) -> Iterator[Placement]:
         """Yield the prompt in front of the input, the prompts of the deeper layers, and the copies of heads."""

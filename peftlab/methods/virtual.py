@@ -11,12 +11,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from peftlab.checks import check_fields, one_of, whole
+from peftlab.checks import check_fields, one_of, shown, whole
 from peftlab.core.interface import Placement
 from peftlab.core.records import as_transformer
 from peftlab.core.targets import check_names, check_task
@@ -111,7 +112,7 @@ def initial_tokens(model: nn.Module, count: int, text: list[int] | None) -> Tens
     embeddings = word_embeddings(model)
     if text is None:
         return torch.randint(0, embeddings.num_embeddings, (count,)).to(embeddings.weight.device)
-    ids = (text * -(-count // len(text)))[:count]
+    ids = list(islice(cycle(text), count))
     if max(ids) >= embeddings.num_embeddings or min(ids) < 0:
         raise PeftLabError(
             f"init_text has the token {max(ids)}; the model's vocabulary has {embeddings.num_embeddings} tokens. "
@@ -147,13 +148,16 @@ def _tokenizer(name: str) -> Any:
         ) from error
 
 
-def check_start(config: Any, known: tuple[str, ...]) -> None:
+def check_start(config: Any, known: tuple[str | None, ...]) -> None:
     """Check `init`, and that a text to start from comes with the tokenizer that it needs."""
     check_fields(config, one_of, "init", known=known)
     if config.init == "text" and config.init_text is None:
         raise PeftLabError("init is 'text' but there is no init_text; give the text to start from.")
     if config.init != "text" and config.init_text is not None:
         raise PeftLabError(f"init_text was given, but init is {config.init!r}; say init='text' to start from it.")
+    tokenizer = config.tokenizer
+    if not (tokenizer is None or isinstance(tokenizer, str) or hasattr(tokenizer, "eos_token_id")):
+        raise PeftLabError(f"tokenizer must be a tokenizer, or the name of one; found {shown(tokenizer)}.")
     if config.init == "text" and isinstance(config.init_text, str) and config.tokenizer is None:
         raise PeftLabError("init_text needs a tokenizer: give the model's, or its name; or give token ids.")
 

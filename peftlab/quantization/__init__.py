@@ -11,9 +11,14 @@
 Arrows point down. `peftlab` names what a user needs; the rest is here to be read.
 """
 
-from peftlab.quantization.blockwise import Quantized, QuantState, dequantize, quantize, quantize_nf4
-from peftlab.quantization.codebooks import FORMATS, code_book, dynamic_map
+from peftlab.checks import checked
+from peftlab.quantization import blockwise, codebooks
+from peftlab.quantization.blockwise import Quantized, QuantState, quantize, quantize_nf4
+from peftlab.quantization.codebooks import FORMATS, dynamic_map
 from peftlab.quantization.linear import Linear4bit
+
+# A layer's forward calls these too, and needs no check of its arguments.
+code_book, dequantize = checked()(codebooks.code_book), checked()(blockwise.dequantize)
 
 __all__ = [
     "FORMATS", "Linear4bit", "QuantState", "Quantized", "code_book", "dequantize", "dynamic_map", "quantize",

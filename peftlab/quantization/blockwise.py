@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftlab.checks import whole
+from peftlab.checks import checked, whole
 from peftlab.errors import PeftLabError
 from peftlab.quantization.codebooks import (
     BINS,
@@ -80,6 +80,11 @@ def _pack(codes: Tensor) -> Tensor:
 
 def dequantize(packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
     """Return the weight that packed codes stand for, in the state's shape, in its dtype or another."""
+    if packed.dtype != torch.uint8 or packed.numel() != (math.prod(state.shape) + 1) // 2:
+        raise PeftLabError(
+            f"packed must be uint8 codes, two in a byte, for a weight {tuple(state.shape)}; found {packed.dtype} "
+            f"{tuple(packed.shape)}."
+        )
     # one look-up per byte gives both values q_i
     values = pairs(state.format, packed.device)[packed.view(-1).int()].view(-1)
     values = values[: math.prod(state.shape)]
@@ -114,13 +119,13 @@ def eight_bit_codes(scaled: Tensor) -> Tensor:
     On CUDA it is the nearest code, on the CPU the code of a fine bin.
     """
     if scaled.is_cuda:
-        book = dynamic_book(scaled.device)
-        return torch.bucketize(scaled, (book[:-1] + book[1:]) / 2, out_int32=True).to(torch.uint8)
+        return nearest_eight_bit_codes(scaled)
     # int(z + 0.5) rounds to the nearest of 65,536 bins, and the code is that bin's
     bins = ((scaled + 1) * 0.5 * (BINS - 1) + 0.5).nan_to_num_(0).long().clamp_(0, BINS - 1)
     return dynamic_bins(scaled.device)[bins]
 
 
+@checked("block_size")
 def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True, *, name: str = "weight") -> Quantized:
     """Quantise a tensor to NF4, the format of QLoRA. The arguments are those of `quantize`.
 
@@ -133,6 +138,7 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
     return quantize(weight, "nf4", block_size=block_size, double_quant=double_quant, name=name)
 
 
+@checked("block_size")
 @torch.no_grad()
 def quantize(
     weight: Tensor, format: str = "nf4", *, block_size: int = 64, double_quant: bool = True, name: str = "weight"
@@ -157,9 +163,7 @@ def quantize(
     tensor(True)
     """
     check_format(format)
-    block_size = whole("block_size", block_size, least=2, usual="64, always a power of two")
-    if block_size.bit_count() > 1:
-        raise PeftLabError(f"block_size must be a power of two, 32 to 4096 in bitsandbytes, not {block_size}.")
+    block_size = check_block_size(block_size)
     if not weight.is_floating_point() or weight.numel() == 0:
         kind = f"{tuple(weight.shape)} of {weight.dtype}"
         raise PeftLabError(f"{name} is {kind}; only floating weights that are not empty can be quantised.")
@@ -298,6 +302,20 @@ def signed_codes(scaled: Tensor) -> Tensor:
     bounds = scaled.new_tensor([0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333])
     order = torch.tensor([0, 1, 6, 7, 4, 5, 2, 3], dtype=torch.uint8, device=scaled.device)
     return order[torch.bucketize(scaled.abs(), bounds, out_int32=True)] + 8 * (scaled < 0).to(torch.uint8)
+
+
+def nearest_eight_bit_codes(scaled: Tensor) -> Tensor:
+    """Return the nearest code of `dynamic_map` for each value, as bitsandbytes' CUDA kernel does."""
+    book = dynamic_book(scaled.device)
+    return torch.bucketize(scaled, (book[:-1] + book[1:]) / 2, out_int32=True).to(torch.uint8)
+
+
+def check_block_size(block_size: int) -> int:
+    """Return the size of a block, a power of two."""
+    block_size = whole("block_size", block_size, least=2, usual="64, always a power of two")
+    if block_size.bit_count() > 1:
+        raise PeftLabError(f"block_size must be a power of two, 32 to 4096 in bitsandbytes, not {block_size}.")
+    return block_size
 
 
 def _blocks(values: Tensor, block_size: int) -> Tensor:

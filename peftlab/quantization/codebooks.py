@@ -28,12 +28,12 @@ def made_once(make: Callable) -> Callable:
 
     @cache
     @wraps(make)
-    def kept(*arguments: object) -> object:
+    def kept(*arguments: object, **named: object) -> object:
         dtype = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:
             with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
-                return make(*arguments)
+                return make(*arguments, **named)
         finally:
             torch.set_default_dtype(dtype)
 
@@ -43,10 +43,11 @@ def made_once(make: Callable) -> Callable:
 def normal_quantiles() -> Tensor:
     """Return NF4: sixteen quantiles of the standard normal distribution, (16,) float32, ascending from -1 to 1.
 
-    Weights of a trained layer are close to normal, so each of the sixteen is used about equally often. Seven lie below
-    zero and eight above, so that zero itself is one of them. A padded or pruned weight then stays exactly zero.
+    Weights of a trained layer are close to normal. Seven values lie below zero and eight above, so that zero itself is
+    one of them. A padded or pruned weight then stays exactly zero. The values are not used equally often: a block's
+    scale stretches the table beyond the quantiles that it was made from, so the values near zero are used more.
     """
-    # The quantile at 1 would be infinite, so half a bin is left out at each end: the mean of 31/32 and 29/30.
+    # The quantile at 1 is infinite, so the table stops at the mean of 31/32 and 29/30.
     offset = 0.9677083
     positive = quantile(torch.linspace(offset, 0.5, 9)[:-1])
     negative = -quantile(torch.linspace(offset, 0.5, 8)[:-1])
@@ -61,11 +62,11 @@ def quantile(p: Tensor) -> Tensor:
 
 
 def four_bit_floats() -> Tensor:
-    """Return FP4: a sign, two bits of exponent, one of mantissa, (16,) float32 in the order of their bit patterns.
+    """Return the FP4 of bitsandbytes, (16,) float32 in the order of their bit patterns.
 
-    The seven magnitudes above zero are 2, 3, 4, 6, 8, 12 and one subnormal, 1/16, each divided by 12. They are finer
-    near zero, but not in the way that a normal distribution needs. Zero occurs twice, with either sign, so fifteen
-    values are distinct.
+    The seven magnitudes above zero are 1/16, 2, 3, 4, 6, 8 and 12, each divided by 12. This is not the E2M1 of the OCP
+    standard, which has 1 in the place of 1/16: so this table has almost nothing between zero and 2/12, where most
+    weights are. Zero occurs twice, with either sign, so fifteen values are distinct.
     """
     magnitudes = torch.tensor([0, 1 / 16, 8, 12, 4, 6, 2, 3])
     return torch.cat([magnitudes, -magnitudes]) / 12

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftlab.checks import checked
 from peftlab.errors import PeftLabError
 from peftlab.quantization.backends import AUTO, Reference, choose
 from peftlab.quantization.blockwise import Quantized, QuantState
@@ -68,6 +69,7 @@ class Linear4bit(nn.Linear):
         backend: `"auto"`, `"reference"` or `"bitsandbytes"`.
     """
 
+    @checked()
     def __init__(self, quantized: Quantized, bias: nn.Parameter | None = None, backend: str = AUTO) -> None:
         nn.Module.__init__(self)  # nn.Linear.__init__ would make a weight of full size
         self.out_features, self.in_features = quantized.shape

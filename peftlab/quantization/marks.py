@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from types import MethodType
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import nn
 
 from peftlab.core.hooks import adapters_on, hosts, is_adapter_name
 from peftlab.core.records import Record, unwrap
+from peftlab.errors import warn
 from peftlab.quantization.weights import REPACKS, layers_that_repack
 
 
@@ -60,10 +60,9 @@ def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
     activity = next((adapters_on(host).activity for _, host in hosts(self)), None)
     if activity is not None and not activity.saving_known:
         activity.saving_known = True
-        warnings.warn(
+        warn(
             "save_pretrained writes the base model without its adapters. Save them with pl.save_adapter(model, "
             "folder); in transformers' Trainer, give it AdapterCallback, which saves them with each checkpoint.",
-            stacklevel=2,
         )
     return type(self).save_pretrained(self, *args, **kwargs)
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from peftlab import checks
+from peftlab.checks import checked
 from peftlab.core.calls import observed, passed_weights
 from peftlab.core.hooks import move
 from peftlab.core.records import as_transformer, own_tensor, record_of, tensor_at, unwrap
@@ -15,7 +17,8 @@ from peftlab.core.sharding import refuse_sharded
 from peftlab.core.targets import TASK_HEADS, is_conv1d, names_match, warn_of_experts
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.quantization.backends import AUTO, check_backend, choose
-from peftlab.quantization.blockwise import quantize
+from peftlab.quantization.blockwise import check_block_size, quantize
+from peftlab.quantization.codebooks import check_format
 from peftlab.quantization.linear import Linear4bit
 from peftlab.quantization.marks import restore_transformers_attributes, set_transformers_attributes
 from peftlab.quantization.weights import dense, is_quantized, is_repacked, quantized
@@ -24,6 +27,7 @@ from peftlab.quantization.weights import dense, is_quantized, is_repacked, quant
 MARKS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_quantized", "is_4bit_serializable")
 
 
+@checked("skip", "block_size")
 def quantize_model(
     model: nn.Module,
     backend: str = AUTO,
@@ -62,13 +66,16 @@ def quantize_model(
     256 of 5,968 parameters train (4.2895%)
     """
     root = unwrap(model)
+    device = None if device is None else checks.device(device, torch)
     if record_of(root) is not None:
         raise PeftLabError("Adapters are attached to this model; quantise it first, then attach.")
     refuse_sharded(root, "a piece of a weight cannot be quantised", "Quantise first, then attach and shard.")
+    check_format(format)
+    block_size = check_block_size(block_size)
     paths = list(candidates(root, skip))
     for path in paths:
         weight = own_tensor(root.get_submodule(path), "weight")
-        check_backend(backend, format, block_size, torch.device(device or weight.device))
+        check_backend(backend, format, block_size, device or weight.device)
         if not torch.isfinite(weight).all():
             quantize(weight, name=f"{path}.weight")  # raises an error that says how many are wrong
     if not paths:
@@ -107,6 +114,8 @@ def candidates(root: nn.Module, skip: Iterable[str]) -> Iterator[str]:
     if isinstance(skip, (str, bytes)) or not isinstance(skip, Iterable):
         raise PeftLabError(f"skip is {skip!r}; give a list of module names, such as ['lm_head'].")
     skip = tuple(skip)
+    if wrong := [name for name in skip if not isinstance(name, str)]:
+        raise PeftLabError(f"skip holds {checks.shown(wrong[0])}; its entries are module names, as strings.")
     modules = dict(root.named_modules())
     for name in skip:
         if not any(names_match((name,), path) for path in modules):
@@ -127,6 +136,7 @@ def candidates(root: nn.Module, skip: Iterable[str]) -> Iterator[str]:
         yield path
 
 
+@checked()
 @torch.no_grad()
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Turn 4-bit layers, this package's or bitsandbytes', into plain `nn.Linear`, in place. Adapters stay attached.

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftlab.checks import one_of
-from peftlab.core.checkpointing import switch_checkpointing
+from peftlab.checks import checked, one_of
+from peftlab.core.checkpointing import set_input_gradients, switch_checkpointing
 from peftlab.core.hooks import is_adapter_name
 from peftlab.core.records import as_transformer, unwrap
 from peftlab.core.targets import names_match
@@ -41,6 +41,7 @@ class Step(NamedTuple):
     costs: str
 
 
+@checked()
 def prepare_for_training(
     model: nn.Module,
     *,
@@ -132,9 +133,8 @@ def _in_input_dtype(module: nn.Module, args: tuple, output: Any) -> Any:
 def enable_checkpointing(root: nn.Module, reentrant: bool) -> Step:
     """Turn gradient checkpointing on, and the key-value cache off, since the two exclude each other."""
     switch_checkpointing(root, "enable", {"use_reentrant": reentrant})
-    if not reentrant and hasattr(root, "disable_input_require_grads") and getattr(root, "_require_grads_hooks", None):
-        # transformers turns that on for both kinds; only one needs it
-        as_transformer(root).disable_input_require_grads()
+    if not reentrant:
+        set_input_gradients(root, False)  # transformers turns that on for both kinds; only one needs it
     if getattr(getattr(root, "config", None), "use_cache", None):
         as_transformer(root).config.use_cache = False
     on = [path for path, module in root.named_modules() if getattr(module, "gradient_checkpointing", False)]
@@ -149,8 +149,7 @@ def require_input_gradients(root: nn.Module) -> Step:
             f"{type(root).__name__} has no enable_input_require_grads; it is no transformers model. Leave "
             "input_gradients out, and use the non-reentrant checkpointing."
         )
-    if not getattr(root, "_require_grads_hooks", None) and not getattr(root, "_require_grads_hook", None):
-        as_transformer(root).enable_input_require_grads()
+    set_input_gradients(root, True)
     return Step("let inputs require gradients", 1, 0, "the backward pass also runs below the lowest adapter")
 
 

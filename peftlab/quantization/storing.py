@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftlab import checks
+from peftlab.checks import checked
 from peftlab.core.hooks import is_adapter_name
 from peftlab.core.records import as_transformer, record_of, unwrap
 from peftlab.core.sums import check_sums, with_sums
 from peftlab.core.targets import linear_shape
 from peftlab.core.tensor_files import read_shapes, read_tensors, serialised
-from peftlab.errors import PeftLabError
+from peftlab.errors import PeftLabError, warn
 from peftlab.files import read_settled, settled, write_together
 from peftlab.foreign import check_code, read_fields, warn_of_unknown
 from peftlab.quantization.backends import AUTO, check_backend
@@ -39,6 +40,7 @@ FILES = (WEIGHTS, CONFIG)  # the order in which they are put in place; other pro
 MODELS = (CONFIG, "model*.safetensors", "model*.safetensors.index.json", "pytorch_model*")
 
 
+@checked()
 def save_quantized(model: nn.Module, folder: str | os.PathLike) -> Path:
     """Write a transformers model with 4-bit layers, this package's or bitsandbytes', without its adapters.
 
@@ -102,6 +104,7 @@ def _check_place(folder: Path) -> None:
     )
 
 
+@checked()
 def load_quantized(
     folder: str | os.PathLike, *, backend: str = AUTO, device: torch.device | str = "cpu"
 ) -> nn.Module:
@@ -125,10 +128,10 @@ def load_quantized(
     >>> same.model.layers[0].mlp.up_proj.weight.numel()  # bytes, for 512 weights
     256
     """
-    folder, device = Path(folder), torch.device(device)
+    folder, place = Path(folder), checks.device(device, torch)
     fields, tensors, summed = read_settled(folder, FILES, lambda paths: _read(folder, paths))
     check_layers(folder, fields, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    held = _states(folder, tensors, backend, device)
+    held = _states(folder, tensors, backend, place)
     kind, config = model_class(folder, fields)
     _warn_of_unknown(folder, fields)
     try:
@@ -145,12 +148,11 @@ def load_quantized(
         replace(model, path, Linear4bit(value, bias, backend))
     _fill(model, tensors, folder)
     if not summed:
-        warnings.warn(
+        warn(
             f"{folder} carries no sums, as save_quantized writes them. Its shapes, types and scales were checked, but "
             "numbers that changed since it was saved cannot be noticed. To have sums, save it with save_quantized.",
-            stacklevel=2,
         )
-    return model.to(device).eval()
+    return model.to(place).eval()
 
 
 def _read(folder: Path, paths: dict[str, Path]) -> tuple[dict[str, Any], dict[str, Tensor], bool]:
@@ -172,7 +174,7 @@ def _warn_of_unknown(folder: Path, fields: dict[str, Any]) -> None:
         known = {name.lstrip("_") for name in BitsAndBytesConfig().to_dict()}
         strange = [name for name, value in given.items() if value is not None and name.lstrip("_") not in known]
         where = f"quantization_config in {folder / CONFIG}"
-        warn_of_unknown(where, strange, known, "The states beside the codes say how the weights are quantised.", 3)
+        warn_of_unknown(where, strange, known, "The states beside the codes say how the weights are quantised.")
 
 
 def model_class(folder: Path, fields: dict[str, Any]) -> tuple[Any, Any]:

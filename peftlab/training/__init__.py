@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import nn
 
+from peftlab.checks import checked
 from peftlab.core.checkpointing import memory_settings
 from peftlab.core.modes import device_of, mode
 from peftlab.progress import Bar
@@ -35,6 +36,7 @@ from peftlab.training.schedule import borrowed_generators
 __all__ = ["History", "TrainingError", "train"]
 
 
+@checked("train_data")
 @takes(Settings)
 def train(model: nn.Module, train_data: Sequence[Mapping[str, Any]], **given: Any) -> History:
     """Train the parameters of `model` that require gradients, in place.

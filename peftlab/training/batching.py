@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from peftlab.checks import whole
 from peftlab.core.records import record_of, unwrap
 from peftlab.errors import PeftLabError
 
@@ -22,6 +23,7 @@ def batches(model: nn.Module, lengths: Sequence[int], batch_size: int) -> list[l
     Raises:
         PeftLabError: `activate` named one adapter per row, but not one per example, or there is more than one batch.
     """
+    batch_size = whole("batch_size", batch_size, least=1)
     record = record_of(unwrap(model))
     rows = record.activity.rows if record and record.activity.enabled and not record.activity.merged else None
     count = len(lengths)

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
-from peftlab.checks import one_of, whole
+from peftlab.checks import Tokenizer, checked, one_of, shown, whole
 from peftlab.errors import PeftLabError
 from peftlab.training.conversations import (
     Completion,
@@ -29,11 +30,19 @@ from peftlab.training.conversations import (
 )
 from peftlab.training.model_task import is_encoder_decoder
 
+MOST_TOKENS = 100_000_000  # of an example or an answer
+MOST_MULTIPLE = 1_000_000  # a batch of one token is padded to so many
 IGNORE = -100  # the label that torch's cross-entropy leaves out
 
 
+@checked("prompt", "completion")
 def encode_completion(
-    tokenizer: Any, prompt: Prompt, completion: Completion, max_length: int | None = None, *, model: Any = None
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    completion: Completion,
+    max_length: int | None = None,
+    *,
+    model: nn.Module | None = None,
 ) -> dict[str, list[int]]:
     """A prompt and the answer to learn: `{"input_ids", "labels"}`.
 
@@ -54,6 +63,7 @@ def encode_completion(
     >>> pl.encode_completion(tokenizer, "the cat", "runs")
     {'input_ids': [14, 10, 12, 0], 'labels': [-100, -100, 12, 0]}
     """
+    max_length = _most(max_length)
     answer = completion_text(completion)
     if model is not None and is_encoder_decoder(model):
         return _encode_for_encoder_decoder(tokenizer, prompt, answer, max_length)
@@ -89,15 +99,22 @@ def _encode_for_encoder_decoder(
     return {"input_ids": before, "labels": after}
 
 
+def _most(max_length: int | None) -> int | None:
+    return whole("max_length", max_length, least=1, ceiling=MOST_TOKENS, optional=True)
+
+
 def _cut(tokenizer: Any, ids: list[int], most: int) -> list[int]:
     """The last tokens of a text, and the special ones around it."""
     special = set(tokenizer.all_special_ids)
     first = next((at for at, token in enumerate(ids) if token not in special), 0)
     first = first if first < most else 0
-    return ids if len(ids) <= most else ids[:first] + ids[len(ids) - (most - first) :]
+    return ids[:first] + ids[max(first, len(ids) - (most - first)) :]
 
 
-def encode_text(tokenizer: Any, text: str, max_length: int | None = None, *, end: bool = True) -> dict[str, list[int]]:
+@checked("text")
+def encode_text(
+    tokenizer: Tokenizer, text: str, max_length: int | None = None, *, end: bool = True
+) -> dict[str, list[int]]:
     """Encode a text, every token of which is learned, as `{"input_ids", "labels"}`.
 
     Args:
@@ -107,6 +124,7 @@ def encode_text(tokenizer: Any, text: str, max_length: int | None = None, *, end
     >>> pl.encode_text(tokenizer, "the cat runs")
     {'input_ids': [14, 10, 12, 0], 'labels': [14, 10, 12, 0]}
     """
+    max_length = _most(max_length)
     ids = list(tokenizer(text_of(text, "text"))["input_ids"])
     eos = tokenizer.eos_token_id
     if not end and ids and ids[-1] == eos:
@@ -119,8 +137,9 @@ def encode_text(tokenizer: Any, text: str, max_length: int | None = None, *, end
     return {"input_ids": ids, "labels": list(ids)}
 
 
+@checked("text", "label", "pair")
 def encode_classification(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     text: str,
     label: int | float | Sequence[float],
     max_length: int | None = None,
@@ -135,6 +154,7 @@ def encode_classification(
     >>> pl.encode_classification(tokenizer, "the cat", label=1)
     {'input_ids': [14, 10], 'labels': 1}
     """
+    max_length = _most(max_length)
     pair = None if pair is None else text_of(pair, "pair")
     encoded = tokenizer(text_of(text, "text"), pair, truncation=max_length is not None, max_length=max_length)
     example = {key: list(value) for key, value in encoded.items() if key != "attention_mask"}
@@ -184,7 +204,9 @@ class Collator:
 
     def __post_init__(self) -> None:
         one_of("side", self.side, ("left", "right"))
-        whole("multiple_of", self.multiple_of, least=1)
+        whole("multiple_of", self.multiple_of, least=1, ceiling=MOST_MULTIPLE)
+        if self.tokenizer is not None and not hasattr(self.tokenizer, "eos_token_id"):
+            raise PeftLabError(f"tokenizer must be a tokenizer or None, found {shown(self.tokenizer)}.")
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         if not examples:

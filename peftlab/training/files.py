@@ -40,8 +40,8 @@ def newest(folder: Path) -> Path | None:
     return max(finished, key=lambda path: int(path.name.removeprefix("step-")), default=None)
 
 
-def write(folder: Path, step: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> Path:
-    """Write the checkpoint of a step, remove the older ones, and return its folder.
+def write(folder: Path, step: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    """Write the checkpoint of a step, and remove the older ones.
 
     Raises:
         PeftLabError: it cannot be written (a full disk, no permission). The older checkpoint is still whole.
@@ -76,7 +76,6 @@ def write(folder: Path, step: int, tensors: dict[str, Tensor], record: dict[str,
     for older in _folders(folder, STEP):
         if int(older.name.removeprefix("step-")) < step:
             _remove(older)
-    return target
 
 
 def read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -91,7 +90,7 @@ def read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             record = json.load(file)
         with open(checkpoint / TENSORS, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PeftLabError(f"The checkpoint {checkpoint} cannot be read: {error}. {advice}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise PeftLabError(f"The checkpoint {checkpoint} is not of format {FORMAT}, which this version reads. {advice}")

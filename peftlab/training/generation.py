@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftlab.checks import whole
+from peftlab.checks import Tokenizer, checked, whole
 from peftlab.core.hooks import text_positions
 from peftlab.core.modes import device_of, mode, to_device
 from peftlab.core.records import unwrap
@@ -18,7 +18,7 @@ from peftlab.errors import PeftLabError
 from peftlab.progress import Bar
 from peftlab.training.batching import batches
 from peftlab.training.conversations import Prompt, encoder_ids, end_ids, prompt_ids
-from peftlab.training.encoding import Collator
+from peftlab.training.encoding import MOST_TOKENS, Collator
 from peftlab.training.model_facts import vocabulary
 from peftlab.training.model_task import is_encoder_decoder
 
@@ -35,9 +35,10 @@ NOT_TOKENS = (
 ).split()
 
 
+@checked("prompts")
 def generate_text(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     prompts: Prompt | Sequence[Prompt],
     max_new_tokens: int = 64,
     batch_size: int = 16,
@@ -71,7 +72,7 @@ def generate_text(
     listed: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
     if listed and all(isinstance(one, Mapping) and "role" in one for one in listed):
         listed = [listed]
-    max_new_tokens = whole("max_new_tokens", max_new_tokens, least=1)
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, least=1, ceiling=MOST_TOKENS)
     batch_size = whole("batch_size", batch_size, least=1)
     core: Any = unwrap(model)  # a mixin gives it `generate`
     generate = getattr(core, "generate", None)
@@ -106,7 +107,7 @@ def generate_text(
 
 def _new_tokens(model: nn.Module, batch: dict[str, torch.Tensor], output: torch.Tensor) -> list[list[int]]:
     """Return the generated tokens of each row. Only a decoder-only model's output starts with the prompt."""
-    if getattr(model.config, "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         return output[:, 1:].tolist()  # the first is the decoder's start token
     return output[:, batch["input_ids"].shape[1] :].tolist()
 

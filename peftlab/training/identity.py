@@ -79,7 +79,7 @@ def frozen_digest(model: nn.Module) -> str:
         if not parameter.requires_grad:
             flat = parameter.detach().reshape(-1)
             places = [i * flat.numel() // ELEMENTS_LOOKED_AT for i in range(min(flat.numel(), ELEMENTS_LOOKED_AT))]
-            values = flat[torch.tensor(places, dtype=torch.long, device=flat.device)].tolist()
+            values = flat[torch.tensor(places, dtype=torch.long)].tolist()
             hasher.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {values}".encode())
     return hasher.hexdigest()
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from peftlab.errors import PeftLabError
+from peftlab.errors import PeftLabError, warn
 from peftlab.training.checks import SPAN, answer_in_encoder, check_labels, check_tokens
 from peftlab.training.encoding import IGNORE
 from peftlab.training.losses import Loss
@@ -173,7 +172,7 @@ class Inputs:
     def _warn(self, message: str) -> None:
         if message not in self.said:
             self.said.add(message)
-            warnings.warn(message, stacklevel=5)
+            warn(message)
 
 
 def example_lengths(examples: Sequence[Any]) -> list[int]:

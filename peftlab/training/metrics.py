@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftlab.checks import checked
 from peftlab.core.modes import device_of, mode, to_device
 from peftlab.core.records import as_transformer
 from peftlab.errors import PeftLabError
@@ -25,6 +26,7 @@ from peftlab.training.rows import rows_of
 LANGUAGE = ("causal language modelling", "masked language modelling", "sequence to sequence")
 
 
+@checked()
 def accuracy(predictions: Sequence[Any], references: Sequence[Any]) -> float:
     """Return the share of predictions that equal their reference, between 0 and 1.
 
@@ -39,6 +41,7 @@ def accuracy(predictions: Sequence[Any], references: Sequence[Any]) -> float:
     return sum(p == r for p, r in zip(_plain(predictions), _plain(references), strict=True)) / len(references)
 
 
+@checked()
 def macro_f1(predictions: Sequence[Any], references: Sequence[Any]) -> float:
     """Return the mean of F1 over the classes, each of which counts alike.
 
@@ -59,6 +62,7 @@ def macro_f1(predictions: Sequence[Any], references: Sequence[Any]) -> float:
     return sum(scores) / len(scores)
 
 
+@checked()
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Return the share of texts that equal their reference, between 0 and 1. White space at both ends is ignored.
 
@@ -69,6 +73,7 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
     return sum(p.strip() == r.strip() for p, r in zip(predictions, references, strict=True)) / len(references)
 
 
+@checked()
 def token_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Return the mean over texts of the F1 of their words, between 0 and 1: ROUGE-1 without stemming (Lin 2004).
 
@@ -90,6 +95,7 @@ def _words_f1(prediction: str, reference: str) -> float:
     return 2 * both / size if size else 1.0
 
 
+@checked("examples")
 def perplexity(
     model: nn.Module,
     examples: Sequence[str | Mapping[str, Any]],
@@ -136,6 +142,7 @@ def perplexity(
     return math.exp(mean) if mean < 700 else math.inf
 
 
+@checked("examples")
 def mean_loss(
     model: nn.Module,
     examples: Sequence[Mapping[str, Any]],
@@ -183,6 +190,7 @@ def mean_loss(
     return total / count
 
 
+@checked("examples")
 def predict_labels(
     model: nn.Module,
     examples: Sequence[Mapping[str, Any]],
@@ -243,7 +251,7 @@ def _problem(model: nn.Module, rows: Sequence[Any]) -> str:
         return known
     if config.num_labels == 1:
         return "regression"
-    first = rows[0] if len(rows) else {}
+    first = rows[0] if len(rows) and isinstance(rows[0], Mapping) else {}  # others are refused with the examples
     found = (first[key] for key in ("labels", "label", "label_ids") if key in first)
     labels: Any = next(found, None) if first else None
     several = labels is not None and getattr(labels, "shape", None) != () and hasattr(labels, "__len__")

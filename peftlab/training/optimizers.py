@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from peftlab import optional
 from peftlab.checks import one_of
+from peftlab.errors import warn
 
 Groups = list[dict[str, Any]]
 
@@ -43,10 +43,9 @@ def paged_adamw8bit(groups: Groups, lr: float, device: torch.device) -> torch.op
     """
     if device.type == "cuda":
         return _eight_bit("PagedAdamW8bit", groups, lr, device)
-    warnings.warn(
+    warn(
         f"optimizer='paged-adamw8bit' pages between a GPU's memory and the computer's, and the model is on {device}: "
         "its states stay where they are (adamw8bit).",
-        stacklevel=5,  # the line that called train
     )
     return adamw8bit(groups, lr, device)
 
@@ -64,7 +63,7 @@ def _eight_bit(kind: str, groups: Groups, lr: float, device: torch.device) -> to
             reason = f"bitsandbytes {library.__version__} has no 8-bit AdamW for {device} ({type(error).__name__})"
     if reason:
         states = "adamw runs instead, whose states take 8 bytes per trained parameter, not 2"
-        warnings.warn(f"{reason}; {states}.", stacklevel=6)
+        warn(f"{reason}; {states}.")
         return adamw(groups, lr, device)
     return getattr(library.optim, kind)(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8)
 

@@ -47,6 +47,8 @@ class Columns(Sequence):
         return self.length
 
     def __getitem__(self, index: Any) -> Any:  # an int; a Sequence's type has slices too
+        if not -self.length <= index < self.length:
+            raise IndexError(index)  # which also ends a loop over no columns at all
         return {key: value[index] for key, value in self.columns.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peftlab.core.modes import mode, to_device
 from peftlab.core.records import check_hosts, unwrap
 from peftlab.core.sharding import refuse_sharded
-from peftlab.errors import PeftLabError
+from peftlab.errors import PeftLabError, warn
 from peftlab.settings import Settings
 from peftlab.training.buffers import Buffers
 from peftlab.training.encoding import Collator
@@ -221,10 +221,9 @@ class Run:
         self._looked_for_gradients = True
         without = [name for name, p in self.trainable.items() if p.grad is None]
         if without:
-            warnings.warn(
+            warn(
                 f"{len(without)} of {len(self.trainable)} trainable parameters got no gradient in the first step and "
                 f"may never train; the first is {without[0]}.",
-                stacklevel=4,
             )
 
     def _stop(self, what: str, examples: list[int]) -> TrainingError:
@@ -265,8 +264,8 @@ class Run:
         self.history.evaluations.append(row)
         monitor, best = self.settings.monitor, self.history.best
         if monitor in row:
-            sign = -1 if monitor == "loss" else 1
-            if best is None or sign * row[monitor] > sign * best[monitor]:
+            better = operator.lt if monitor == "loss" else operator.gt
+            if best is None or better(row[monitor], best[monitor]):
                 self.history.best = row
                 if self.settings.restore_best:
                     self.best_values = {name: p.detach().clone() for name, p in self.trainable.items()}

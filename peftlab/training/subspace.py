@@ -19,20 +19,20 @@ class Along(nn.Module):
 
     Args:
         z: (d,), the coordinates, shared by all weights.
-        offset: the number of entries in the weights before this one.
+        offset: the number of entries in the weights before this one, kept modulo d.
     """
 
     def __init__(self, z: nn.Parameter, weight: Tensor, offset: int, generator: torch.Generator) -> None:
         super().__init__()
         self.signs: Tensor
-        self.z, self.start = z, offset % len(z)
+        self.z, self.offset = z, offset % len(z)
         signs = torch.randint(2, weight.shape, generator=generator, device=weight.device, dtype=torch.int8)
         self.register_buffer("signs", 2 * signs - 1, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
         """W0 + P z. weight: (out, in)."""
-        times = -(-(self.start + weight.numel()) // len(self.z))
-        coordinates = self.z.repeat(times)[self.start : self.start + weight.numel()]
+        times = -(-(self.offset + weight.numel()) // len(self.z))
+        coordinates = self.z.repeat(times)[self.offset : self.offset + weight.numel()]
         return weight + self.signs * coordinates.view_as(weight)
 
 

@@ -1,17 +1,13 @@
-"""One of two processes that hold one model, sharded by fully_shard: ``sharded_worker.py TASK RANK FOLDER``.
+"""What each of two processes does that hold one model, sharded by fully_shard.
 
-Each task leaves what it saw in ``FOLDER/TASK-RANK.json``, and files in ``FOLDER``.
+Each task returns what it saw, and leaves files in its folder.
 """
 
 import datetime
-import json
-import sys
 import time
 import warnings
-from pathlib import Path
 
 import tiny
-import together
 import torch
 from torch import distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -244,16 +240,8 @@ def wrong(rank, folder):
     return seen
 
 
-def main():
-    together.arrive()
-    task, rank, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+def run(task, rank, folder):
     limit = datetime.timedelta(seconds=8 if task == "wrong" else 600)
     meeting = f"file://{folder}/meet-{task}"
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=limit)
-    seen = globals()[task](rank, folder)
-    (folder / f"{task}-{rank}.json").write_text(json.dumps(seen))
-    together.leave()
-
-
-if __name__ == "__main__":
-    main()
+    return globals()[task](rank, folder)

@@ -12,6 +12,8 @@ import peftlab as pl
 from peftlab.assets import data
 from peftlab.errors import PeftLabError
 
+pytestmark = pytest.mark.xdist_group("data")  # fetched, read and loaded by one worker
+
 
 @pytest.fixture(scope="module", autouse=True)
 def brought():

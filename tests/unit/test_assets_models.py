@@ -20,6 +20,8 @@ import peftlab as pl
 from peftlab.assets import convert, models
 from peftlab.errors import PeftLabError
 
+pytestmark = pytest.mark.xdist_group("models")  # fetched, read and loaded by one worker
+
 
 @pytest.fixture(scope="module", autouse=True)
 def brought():

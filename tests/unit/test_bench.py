@@ -218,15 +218,21 @@ def test_the_memory_grid_is_wide_and_predictable():
             memory_grid.measure(grid[0])
 
 
+def write_shape(folder, **changes):
+    """The config.json of a small model."""
+    values = {
+        "model_type": "llama", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(values | changes))
+
+
 @pytest.mark.parametrize(
     "method", ["full", "lora", "qlora", "dora", "adalora", "vera", "ia3", "prompt", "p-tuning", "prefix"]
 )
 def test_a_run_of_the_memory_grid_takes_its_two_steps(method, tmp_path):
     """All but reading the GPU's counter, on a small shape: what trains is what the estimator counts, and it moves."""
-    (tmp_path / "config.json").write_text(json.dumps({
-        "model_type": "llama", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2,
-    }))  # fmt: skip
+    write_shape(tmp_path)
     optimizer = "adamw8bit" if method == "lora" else "adamw"
     point = memory_grid.run(str(tmp_path), method, sequence=16, precision="fp32", optimizer=optimizer)
     model, batch = memory_grid.build(point, torch.device("cpu"))
@@ -242,7 +248,7 @@ def test_a_run_of_the_memory_grid_takes_its_two_steps(method, tmp_path):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_run_on_several_gpus_keeps_no_whole_parameter(method, parallel, monkeypatch):
+def test_a_run_on_several_gpus_keeps_no_whole_parameter(method, parallel, monkeypatch, tmp_path):
     """On one process; what fully sharded data parallelism replaces must be gone before the peak is read."""
     from torch import distributed
 
@@ -257,7 +263,8 @@ def test_a_run_on_several_gpus_keeps_no_whole_parameter(method, parallel, monkey
         return model, batch
 
     monkeypatch.setattr(memory_grid, "build", watched)
-    point = {**bench_parallel.run("smollm2-135m", method, parallel, batch=1, sequence=8), "r": 4}
+    write_shape(tmp_path, num_hidden_layers=4, tie_word_embeddings=True)
+    point = {**bench_parallel.run(str(tmp_path), method, parallel, batch=1, sequence=8), "r": 4}
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         model, optimizer, batch = bench_parallel.prepared(point, torch.device("cpu"))

@@ -2,15 +2,12 @@
 
 import json
 import signal
-import subprocess
-import sys
-import textwrap
 import time
-from pathlib import Path
 
 import peft
 import pytest
 import torch
+from children import Child, one_worker
 from nets import Net, assert_same, snapshot, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -239,29 +236,26 @@ def test_a_failed_write_leaves_the_old_folder_and_no_litter(folder, monkeypatch)
     assert same
 
 
+def save_in_turn(folder, ready):
+    models = [attach(Net(), seed=seed) for seed in (1, 2)]
+    ready.touch()
+    while True:
+        for model in models:
+            pl.save_adapter(model, folder)
+
+
+@one_worker
 def test_killed_while_saving_leaves_a_whole_adapter(tmp_path):
     """A child saves two adapters in turn, as fast as it can, and is killed: what lies there is one of them, whole."""
-    here = Path(__file__).parent
-    code = f"""
-        import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent.parent)!r}]
-        import torch; torch.set_num_threads(1)
-        from test_checkpoint import attach
-        from nets import Net
-        import peftlab as pl
-        models = [attach(Net(), seed=seed) for seed in (1, 2)]
-        print("ready", flush=True)
-        while True:
-            for model in models:
-                pl.save_adapter(model, {str(tmp_path / "out")!r})
-    """
     for trial in range(2):
-        child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE)
-        child.stdout.readline()
-        while not (tmp_path / "out" / W).exists():
+        ready = tmp_path / f"ready {trial}"
+        child = Child(save_in_turn, tmp_path / "out", ready)
+        while not (ready.exists() and (tmp_path / "out" / W).exists()):
+            assert child.process.is_alive()
             time.sleep(0.005)
         time.sleep(0.013 * (3 * trial + 1))
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+        child.kill()
+        assert child.status() == -signal.SIGKILL
         expected = [attach(Net(), seed=seed)(tokens()) for seed in (1, 2)]
         found = pl.load_adapter(Net(), tmp_path / "out")(tokens())
         assert any(torch.equal(found, one) for one in expected)

@@ -208,6 +208,32 @@ def test_a_reader_who_has_gone_is_no_reason_to_complain(command):
     assert process.returncode == 141
 
 
+@pytest.mark.parametrize("command", ["count gpt2", "count gpt2 --json", "memory gpt2", "--help", "--version"])
+def test_an_output_that_cannot_be_written_is_one_line(command):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    line = f"{sys.executable} -m peftlab {command}"
+    full = subprocess.run(f"{line} > /dev/full", shell=True, stderr=subprocess.PIPE, text=True)
+    assert (full.returncode, full.stderr) == (1, "peftlab: No space left on device\n")
+    closed = subprocess.run(f"{line} >&-", shell=True, stderr=subprocess.PIPE, text=True)
+    assert closed.returncode == 2 and closed.stderr.count("\n") == 1 and "output is closed" in closed.stderr
+
+
+@pytest.mark.parametrize(("place_of", "doing"), [
+    ("peftlab.assets.models.load_model", "loading ./tiny"), ("peftlab.training.train", "training"),
+    ("peftlab.commands.tasks.test", "testing"), ("peftlab.quantization.model.quantize_model", "quantising ./tiny"),
+])  # fmt: skip
+def test_memory_that_runs_out_is_one_line(place, capsys, monkeypatch, place_of, doing):
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes. Error 12")
+
+    monkeypatch.setattr(place_of, full)
+    status, out, err = run(capsys, *train_command("ask.jsonl", "full", "--steps", 1, "--method", "qlora"))
+    assert (status, out) == (2, "")
+    assert f"Out of memory while {doing} (4096 bytes were wanted). " in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
 # ------------------------------------------------------------------------------------------------------ fetch and bench
 
 

@@ -38,6 +38,13 @@ def test_every_built_in_shape_has_its_published_size():
     assert {name: load_shape(name).parameters for name in BUILT_IN} == PUBLISHED
 
 
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_module_knows_the_block_that_it_lies_in(name):
+    for module in load_shape(name).modules:
+        numbers = [int(part) for part in module.path.split(".") if part.isdigit()]
+        assert module.layer == (numbers[0] if numbers else None), module.path
+
+
 def test_lora_numbers_that_circulate():
     assert count("llama-2-7b", "lora", r=8).trainable == 4_194_304
     assert count("llama-3.2-3b", "lora", r=32).trainable == 9_175_040  # peft's own method comparison

@@ -77,6 +77,15 @@ def test_text_ends_unless_it_is_cut():
     assert encode_text(tokenizer, "the cat sleeps", end=False)["input_ids"] == whole["input_ids"][:3]
 
 
+def test_a_text_gets_one_end_token_whether_or_not_the_tokenizer_writes_one():
+    writes, writes_none = TargetTokenizer(), tiny.tokenizer()
+    for end in (True, False):
+        assert encode_text(writes, "the cat", end=end) == encode_text(writes_none, "the cat", end=end)
+    assert encode_text(writes, "the cat")["input_ids"].count(0) == 1
+    assert encode_text(writes_none, "")["input_ids"] == encode_text(writes, "")["input_ids"] == [0]
+    assert encode_text(writes_none, "", end=False)["input_ids"] == encode_text(writes, "", end=False)["input_ids"] == []
+
+
 def test_classification_has_one_label_an_example():
     tokenizer = tiny.tokenizer()
     rows = [encode_classification(tokenizer, text, label) for text, label in [("the cat runs", 1), ("no", 0)]]
@@ -151,6 +160,8 @@ def test_for_an_encoder_decoder_the_prompt_and_the_answer_stand_apart(mark):
     assert example["labels"] == [*words(["yes", "."]), 0, *([2] if mark else [])]
     plain = encode_completion(tiny.tokenizer(), "the cat ?", "yes .", model=model)
     assert plain["labels"] == [*words(["yes", "."]), 0], "an end is put where the tokenizer writes none"
+    for most in (4, 5, 9):
+        assert encode_completion(tokenizer, "the cat ?", "yes .", most, model=model) == example, "what fits is whole"
     cut = encode_completion(tokenizer, "red green the cat ?", "yes .", 4, model=model)
     assert cut == {**example, "input_ids": example["input_ids"]}, "cut from its beginning, with its end token"
     with pytest.raises(PeftLabError, match="Raise max_length to"):

@@ -228,7 +228,8 @@ def test_files_of_two_models_are_told(folder, tmp_path):
     dict(intermediate_size=10**9), dict(num_attention_heads=0), dict(num_attention_heads=7),
     dict(layer_types=[1] * 5000), dict(rope_parameters="x"), dict(dtype="nonsense"), dict(dtype="int8"),
     dict(hidden_act="os.system"), dict(model_type="gpt2"), dict(architectures=["GPT2LMHeadModel"]),
-    dict(architectures=["PreTrainedModel"]),
+    dict(architectures=["PreTrainedModel"]), dict(architectures=[]), dict(architectures=[7]), dict(architectures=None),
+    dict(architectures="LlamaForCausalLM"), dict(architectures={}), dict(architectures=[["LlamaForCausalLM"]]),
     dict(quantization_config=7),
 ])  # fmt: skip
 def test_a_config_that_does_not_fit_is_refused_quickly(fields, folder):
@@ -300,6 +301,18 @@ def test_the_sums_are_where_adapters_have_them(folder, tmp_path):
         with safe_open(file, "pt") as opened:
             assert {"peftlab_tensors", "peftlab_config", "peftlab_metadata"} <= opened.metadata().keys()
     assert serialised.LARGEST_BLOCK >= 4096
+
+
+def test_a_config_is_written_in_order_and_one_that_names_python_says_so(folder):
+    text = (folder / C).read_text()
+    assert list(json.loads(text)) == sorted(json.loads(text)), "as transformers writes it"
+    rewrite(folder, lambda tensors: None, sums=False)
+    named = {"auto_map": {"AutoModel": "odd.Odd"}}
+    for code, said in (({}, r"\['Odd'\]\.$"), (named, "auto_map.*never runs such code")):
+        (folder / C).write_text(json.dumps(json.loads(text) | {"architectures": ["Odd"]} | code))
+        with pytest.raises(pl.PeftLabError, match=said), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pl.load_quantized(folder)
 
 
 @pytest.mark.parametrize(("field", "words"), [

@@ -1,14 +1,12 @@
 """Models that torch divides among processes: fully_shard (FSDP2) works, FSDP1 is refused, DDP is unwrapped."""
 
 import functools
-import json
-from pathlib import Path
 
 import pytest
 import sharded_worker
 import tiny
-import together
 import torch
+from children import one_worker, together
 from sharded_worker import CASES, LORA, built, logits, sharded
 from torch import distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -32,12 +30,11 @@ def one_process():
 
 def two_processes(task, folder):
     """Run a task of the worker in two processes; return what each saw."""
-    worker = Path(sharded_worker.__file__)
-    together.run(*([worker, task, rank, folder] for rank in range(2)))
-    return [json.loads((folder / f"{task}-{rank}.json").read_text()) for rank in range(2)]
+    return together(*((sharded_worker.run, task, rank, folder) for rank in range(2)))
 
 
 @pytest.mark.slow
+@one_worker
 def test_the_folder_is_that_of_one_process(tmp_path):
     first, second = two_processes("save", tmp_path)
     assert list(first) == list(second) == list(CASES)
@@ -51,6 +48,7 @@ def test_the_folder_is_that_of_one_process(tmp_path):
 
 
 @pytest.mark.slow
+@one_worker
 def test_what_else_one_does_with_adapters(tmp_path):
     for seen in two_processes("change", tmp_path):
         for call, name in (("attach", "attach"), ("load", "load_adapter")):
@@ -62,6 +60,7 @@ def test_what_else_one_does_with_adapters(tmp_path):
 
 
 @pytest.mark.slow
+@one_worker
 def test_the_callback_saves_from_all_processes_and_restores_the_pieces(tmp_path):
     for seen in two_processes("callback", tmp_path):
         for case, results in seen.items():
@@ -70,6 +69,7 @@ def test_the_callback_saves_from_all_processes_and_restores_the_pieces(tmp_path)
 
 
 @pytest.mark.slow
+@one_worker
 def test_what_goes_wrong_is_told_in_every_process(tmp_path):
     first, second = two_processes("wrong", tmp_path)
     for seen in (first.pop("alone"), first.pop("merge alone"), *first.pop("told")):
@@ -145,6 +145,7 @@ def test_a_model_wrapped_for_copies_is_saved_as_the_model(wrap, one_process, tmp
 
 
 @pytest.mark.slow
+@one_worker
 def test_under_ddp_one_process_may_save_or_all_may(tmp_path):
     two_processes("copies_of_the_model", tmp_path)
     one, every = (pl.load_adapter(tiny.llama(), tmp_path / name) for name in ("one", "all"))

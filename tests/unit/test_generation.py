@@ -8,6 +8,7 @@ import tiny
 import torch
 
 from peftlab.errors import PeftLabError
+from peftlab.training import generation
 from peftlab.training.encoding import Collator, encode_completion
 from peftlab.training.generation import generate_text
 from peftlab.training.losses import causal_lm_loss
@@ -139,6 +140,27 @@ def test_an_answer_ends_at_the_tokenizers_end_and_at_the_configs():
     assert whole.startswith(cut) and len(cut) < len(whole)
     tokenizer.eos_token = None  # the config's alone will do
     assert generate_text(model, tokenizer, "the cat runs ?", 12) == [cut]
+
+
+@pytest.mark.parametrize("make", [decoder, bart])
+def test_the_configs_end_token_may_be_missing_or_a_list(make):
+    tokenizer, model = tiny.tokenizer(), make()
+    plain = generate_text(model, tokenizer, PROMPTS, 8)
+    for end in (None, [0], 0):
+        model.generation_config.eos_token_id = end
+        assert generate_text(model, tokenizer, PROMPTS, 8) == plain
+
+
+def test_the_bar_counts_each_answer(monkeypatch):
+    bars = []
+
+    class Seen(generation.Bar):
+        def __exit__(self, *exc_info):
+            bars.append((self.total, self.done))
+
+    monkeypatch.setattr(generation, "Bar", Seen)
+    generate_text(decoder(), tiny.tokenizer(), PROMPTS, 2, batch_size=2)
+    assert bars == [(5, 5)]
 
 
 def test_one_conversation_alone_is_one_prompt():

@@ -162,7 +162,7 @@ def test_calls_on_a_plain_model():
     with pl.disabled(model):
         assert model(tokens()).shape == (4, 5)
     assert pl.attached(model) == {}
-    with pytest.raises(pl.PeftLabError, match="takes an nn.Module"):
+    with pytest.raises(pl.PeftLabError, match="must be a torch.nn.Module"):
         pl.attach("model", pl.LoRAConfig())
 
 
@@ -365,6 +365,34 @@ def test_inference_mode_and_no_grad():
     expected = model(tokens())
     with torch.inference_mode():
         assert torch.equal(model(tokens()), expected)
+
+
+def test_a_bias_trained_instead_of_the_bases_is_one_parameter():
+    model = Net()
+    base = sum(parameter.numel() for parameter in model.parameters())
+    biases = 2 * (6 + 11 + 6) + 5
+    assert pl.count_parameters(pl.attach(model, pl.BitFitConfig()))[:2] == (biases, base)
+
+
+def test_a_changed_base_is_not_counted():
+    model = attach(Net())
+    model.head = torch.nn.Linear(6, 5)
+    with pytest.raises(pl.PeftLabError, match="head was replaced"):
+        pl.count_parameters(model)
+
+
+def test_a_copied_module_may_answer_with_several_tensors():
+    model = torch.nn.ModuleDict({"fc": torch.nn.Linear(4, 4), "rnn": torch.nn.LSTM(4, 3, batch_first=True)})
+    x = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    base, (state, cell) = model["rnn"](model["fc"](x))
+    pl.attach(model, pl.LoRAConfig(r=2, target_modules=["fc"], modules_to_save=["rnn"]))
+    found, (state_now, cell_now) = model["rnn"](model["fc"](x))
+    assert torch.equal(found, base) and torch.equal(state_now, state) and torch.equal(cell_now, cell)
+    with torch.no_grad():
+        for parameter in model["rnn"].peftlab["default"].parameters():
+            parameter.zero_()
+    found, (state_now, cell_now) = model["rnn"](model["fc"](x))
+    assert not found.any() and not state_now.any() and not cell_now.any()
 
 
 def test_tied_weights_are_counted_once():

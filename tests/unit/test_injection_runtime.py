@@ -3,9 +3,9 @@
 import copy
 
 import pytest
-import together
 import torch
 import torch._dynamo.testing
+from children import one_worker, together
 from nets import Net, tokens
 from tiny import llama
 from torch import nn
@@ -32,20 +32,23 @@ def compiler(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("build, inputs, targets", [
-    (Net, tokens(), CONFIG["target_modules"]),
+ROWS = ["a", None, "b", "a"]
+
+
+@pytest.mark.parametrize("build, inputs, targets, choices", [
+    (Net, tokens(), CONFIG["target_modules"], ("a", "b", {"a": 0.7, "b": 0.3}, ROWS)),
     pytest.param(
-        lambda: llama(layers=1).double(), tokens() + 1, ["q_proj", "down_proj", "embed_tokens"], marks=pytest.mark.slow
+        lambda: llama(layers=1).double(), tokens() + 1, ["q_proj", "down_proj", "embed_tokens"], ("a", ROWS),
+        marks=pytest.mark.slow,
     ),
 ])  # fmt: skip
-def test_compiled_it_gives_the_same_also_after_switching(build, inputs, targets, compiler):
+def test_compiled_it_gives_the_same_also_after_switching(build, inputs, targets, choices, compiler):
     model = build()
     out = lambda one: getattr(one(inputs), "logits", None) if not isinstance(model, Net) else one(inputs)  # noqa: E731
     attach(model, "a", seed=1, target_modules=targets)
     attach(model, "b", seed=2, target_modules=targets[:2], dropout=0.0)
     compiled = torch.compile(model, backend=compiler)
-    rows = ["a", None, "b", "a"]
-    for which in ("a", "b", {"a": 0.7, "b": 0.3}, rows):
+    for which in choices:
         pl.activate(compiled, which)
         results = []
         for one in (model, compiled):
@@ -113,8 +116,7 @@ def test_distributed_data_parallel_in_one_process():
 
 
 def ddp_step(rank, world, folder):
-    """Two backwards under DistributedDataParallel; rank 0 writes its gradients. The end of its process."""
-    together.arrive()
+    """Two backwards under DistributedDataParallel; rank 0 writes its gradients."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     model = attach(Net(), modules_to_save=["blocks.0.norm"])
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
@@ -126,13 +128,12 @@ def ddp_step(rank, world, folder):
     if rank == 0:
         pl.save_adapter(wrapped, folder)
         torch.save({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, folder / "grads.pt")
-    together.leave()
 
 
+@one_worker
 @pytest.mark.slow
 def test_distributed_data_parallel_on_two_processes(tmp_path, world=2):
-    code = "from pathlib import Path; from test_injection_runtime import ddp_step; ddp_step({}, {}, Path({!r}))"
-    together.run(*(["-c", code.format(rank, world, str(tmp_path))] for rank in range(world)))
+    together(*((ddp_step, rank, world, tmp_path) for rank in range(world)))
     alone = attach(Net(), modules_to_save=["blocks.0.norm"])
     alone(tokens(4)).square().mean().backward()
     expected = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}

@@ -34,7 +34,11 @@ ANSWERS = {
                      lambda x, W, A, B, alpha, r: 2 * x @ W.T),
     "lora.merge": (lambda W, A, B, alpha, r: torch.add(W, B @ A, alpha=alpha / r),
                    lambda W, A, B, alpha, r: W + alpha * B @ A, lambda W, A, B, alpha, r: W),
+    "lora.gradient": (lambda x, A, B, s, G: s * torch.einsum("no,oj,ni->ji", G, B, x),
+                      lambda x, A, B, s, G: (G @ B).T @ x, lambda x, A, B, s, G: A),
+    "lora.first_update": (1.6667e-4, 8.3333e-5, 1.0),
     "lora.alpha": (16 * math.sqrt(64), 2.0, 3),
+    "lora.upper_half": (50, 75.0, 90),
     "qlora.bits": (4 + 8 / 128 + 32 / 32_768, 4.25, 9.0),
     "qlora.memory": (36.36, 35.58, 140.0),
     "qlora.states": (0.24, 0.08, 12.0),
@@ -49,6 +53,10 @@ ANSWERS = {
         lambda gradient, codes, book, scales: 2 * gradient @ book[codes],
     ),
     "qlora.merge": ("Dequantize", None, "merge"),
+    "qlora.pack": (lambda codes: torch.tensor([16 * int(a) + int(b) for a, b in codes.view(-1, 2)]),
+                   lambda codes: codes[1::2] * 16 + codes[0::2], lambda codes: codes[0::2]),
+    "qlora.share": (8.6619, 6.25, 50),
+    "qlora.rounded": (13.2936, 18.8, 94),
     "adapters.count": (1_789_056, 894_528, 7),
     "adapters.start": ("up", None, "down"),
     "adapters.forward": (
@@ -82,6 +90,22 @@ ANSWERS = {
     "prompts.position": (lambda n, lengths: torch.tensor([n + max(lengths) - i for i in lengths]),
                          lambda n, lengths: torch.full((len(lengths),), n),
                          lambda n, lengths: torch.zeros(len(lengths), dtype=torch.long)),
+    "memory.sixteen": (51.2, 38.4, 7),
+    "memory.stays": ("activations", None, "states"),
+    "memory.family": ("reparameterised", None, "additive"),
+    "memory.logits": (3 * 4 * 2 * 4096 * 128_256 / 1e9, 4 * 2 * 4096 * 128_256 / 1e9, 1),
+    "memory.copies": (32.768, 16.384, 7),
+    "memory.frozen": (lambda h, k, m, n, tokens: tokens * (12 * h + 4 * k + 6 * m + 4 * n + 8),
+                      lambda h, k, m, n, tokens: tokens * (20 * h + 4 * k + 8 * m + 4 * n + 8),
+                      lambda h, k, m, n, tokens: tokens),
+    "memory.crossing": (lambda N, V, h, a, layers: (2 * N + 4 * V * h) / (a * layers + 12 * V),
+                        lambda N, V, h, a, layers: 2 * N / (a * layers + 12 * V),
+                        lambda N, V, h, a, layers: N / layers),
+    "memory.margin": (23.875, 23.2, 7),
+    "memory.states": (lambda card, spare, each: int((1 - spare) * card // each),
+                      lambda card, spare, each: int(card // each), lambda card, spare, each: 7),
+    "memory.longest": (lambda card, weights, each: max(0, (card - weights) // each),
+                       lambda card, weights, each: card // each, lambda card, weights, each: 7),
     "lora.rank": (energy_rank, lambda s, share: energy_rank(s.sqrt(), share), lambda s, share: len(s) + 1),
 }
 
@@ -99,7 +123,7 @@ def test_answers(name):
 
 
 def test_every_exercise_is_tried():
-    assert {exercise.name for exercise in EVERY if not exercise.name.startswith("memory.")} == set(ANSWERS)
+    assert {exercise.name for exercise in EVERY} == set(ANSWERS)
     for topic in TOPICS:
         for exercise in exercises.exercises(topic):
             assert exercise.name.startswith(f"{topic}.")
@@ -128,6 +152,29 @@ def test_answers_of_the_wrong_kind(capsys):
     shape = exercises.grade("lora.merge", lambda W, A, B, alpha, r: W.T).message
     assert "a tensor of shape (6, 10) where a tensor of shape (10, 6) is wanted" in shape
     assert exercises.grade("lora.count", torch.tensor(1_843_200)).right
+
+
+@pytest.mark.parametrize("typed, right", [
+    ((1, 843, 200), True), ((1, 843, 201), False), ((184, 320, 0), False), ((1, 843, 200, 0), False),
+])
+def test_a_number_typed_with_commas_is_a_number(typed, right):
+    grade = exercises.grade("lora.count", typed)
+    assert grade.right is right and "a number is wanted" not in grade.message
+
+
+@pytest.mark.parametrize("typed", [(1, 2000), (1843200,), (1.0, 843), (0, 843), (True, 843), (1, -5), ()])
+def test_other_tuples_are_no_numbers(typed):
+    assert "a number is wanted here, and this is of type tuple" in exercises.grade("lora.count", typed).message
+
+
+def test_the_scaling_upside_down_gets_a_counterexample():
+    for name, wrong in (
+        ("lora.forward", lambda x, W, A, B, alpha, r: x @ W.T + r / alpha * (x @ A.T) @ B.T),
+        ("lora.merge", lambda W, A, B, alpha, r: W + r / alpha * B @ A),
+    ):
+        message = exercises.grade(name, wrong).message
+        assert message.startswith("nearly") and "alpha = 8 and r = 2" in message and "quarter" in message
+    assert "alpha = 8 and r = 2" in exercises.grade("lora.first_update", 16 / 32 * math.sqrt(16 / 2304) / 1000).message
 
 
 def test_an_answer_that_changes_its_arguments_spoils_nothing():

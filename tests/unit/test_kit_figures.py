@@ -46,6 +46,7 @@ FIGURES = {
     "agreement": lambda: figures.agreement({"grid": [(1e9, 1.01e9), (5e10, 5e10)], "by chance": [(2e9, 1.9e9)]}),
     "adapter_places": figures.adapter_places,
     "places of virtual_tokens": figures.virtual_tokens,
+    "block_steps": lambda: figures.block_steps([0.5, -2.0, 0.0, 1.0], [i / 7 - 1 for i in range(16)]),
     "budget": lambda: figures.budget(ROWS, "r", "score", "layers", x_label="parameters", y_label="score",
                                      reference={"before": 0.1}),
     **{f"block, {method}, {norm}": functools.partial(figures.block, method, norm)
@@ -164,15 +165,17 @@ def test_a_part_too_thin_to_see_is_a_stroke_of_its_colour():
 
 def test_memory_bars_show_cards_and_british_names():
     axes = FIGURES["memory_bars"]().axes[0]
-    assert [text.get_text() for text in axes.texts if text.get_text().endswith("GB")] == ["24 GB", "48 GB"]
-    assert [line.get_xdata()[0] for line in axes.lines] == [24, 48], "the bar ends at 54 GB, so 80 GB is far off"
+    assert [text.get_text() for text in axes.texts if text.get_text().endswith("GB")] == ["24 GB", "48 GB", "80 GB"]
+    assert [line.get_xdata()[0] for line in axes.lines] == [24, 48, 80] and axes.get_xlim()[1] > 80
+    small = figures.memory_bars({"qlora": pl.memory.estimate("llama-2-7b", "qlora")}).axes[0]
+    assert not small.lines, "the bar ends at 7 GB, so all cards are far off"
     assert "optimiser" in [container.get_label() for container in axes.containers]
 
 
 def test_timelines_mark_the_peak_and_the_phases():
     axes = FIGURES["timelines, phases"]().axes[0]
     texts = [text.get_text() for text in axes.texts]
-    assert texts == ["peak 2.2 GB", "forward", "backward"], "a phase too narrow for its name has none"
+    assert texts == ["peak 2.2 GB", "forward", "backward", "optimiser"], "one that is too narrow has none, but the last"
     assert axes.get_title(loc="left") == "full" and "full" not in axes.get_xlabel()
     peak = axes.lines[1]
     assert (peak.get_xdata()[0], peak.get_ydata()[0]) == pytest.approx((10 / 31, 2.2))
@@ -321,7 +324,7 @@ def test_only_the_four_bit_block_is_hatched():
 
 
 @pytest.mark.parametrize("wrong, near", [(("adapters",), "'adapter'"), (("LoRA",), "'lora'"), (("q-lora",), "'qlora'"),
-                                         (("lora", "prenorm"), "'pre'"), (("lora", None), "'pre', 'post'")])
+                                         (("lora", "prenorm"), "'pre'"), (("lora", "none"), "'pre', 'post'")])
 def test_an_unknown_block_is_refused(wrong, near):
     with pytest.raises(PeftLabError, match=r"must be one of .*found") as error:
         figures.block(*wrong)
@@ -341,3 +344,12 @@ def test_every_figure_function_has_an_example_that_runs():
         runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS, verbose=False)
         runner.run(found[0], out=report.append)
         assert not report, "".join(report)
+
+
+def test_steps_of_a_block_end_in_the_bytes_that_the_package_stores():
+    weights = [0.3, -0.7, 0.0, 0.1, 0.25, -0.02]
+    figure = figures.block_steps(weights, pl.quantization.code_book("nf4"))
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    held = pl.quantize_nf4(torch.tensor(weights), double_quant=False)
+    stored = [f"{byte:02x}" for byte in held.packed.flatten().tolist()]
+    assert [text for text in texts if text in stored] == stored and texts[-1] == "0.7"

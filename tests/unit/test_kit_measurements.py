@@ -82,7 +82,7 @@ def test_a_failed_write_leaves_the_old_file(demo, monkeypatch):
     def full(*paths):
         raise OSError("no space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+    with monkeypatch.context() as patch, pytest.raises(PeftLabError, match="cannot be written: no space left"):
         patch.setattr("os.replace", full)
         measurements.write(demo, "demo", PROVENANCE, ROWS[:1])
     with pytest.raises(PeftLabError, match="demo.json: row 1 holds nan in the column 'score'"):

@@ -191,6 +191,43 @@ def test_a_span_behind_the_texts_end_counts_as_none():
         metrics.mean_loss(made, [{"input_ids": [5, 6]}], Collator())
 
 
+def test_answers_behind_virtual_tokens_and_of_embeddings():
+    """The logits of virtual tokens are no tokens of the text, and a text may come as embeddings."""
+    made = model("BertForQuestionAnswering", SMALL)
+    batch = Collator()(rows(span))
+    batch["start_positions"][0] = batch["input_ids"].shape[1]  # just behind the text, so that it counts as none
+    expected, count = losses.question_answering_loss(made, batch)
+    assert count == 7
+    embeddings = {key: value for key, value in batch.items() if key != "input_ids"}
+    embeddings["inputs_embeds"] = made.get_input_embeddings()(batch["input_ids"])
+    found, count = losses.question_answering_loss(made, embeddings)
+    assert count == 7 and found.item() == pytest.approx(expected.item(), rel=1e-6)
+    pl.attach(made, pl.PromptTuningConfig(num_virtual_tokens=3))
+    output = made(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    found, count = losses.question_answering_loss(made, batch)
+    wanted = 0.0
+    for side in ("start", "end"):
+        of_text = output[f"{side}_logits"][:, -batch["input_ids"].shape[1] :].log_softmax(1)
+        places = [(row, place) for row, place in enumerate(batch[f"{side}_positions"]) if place < of_text.shape[1]]
+        wanted -= sum(of_text[row, place] for row, place in places)
+    assert count == 7 and found.item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_of_16_bit_models_are_summed_in_float32(dtype):
+    made = model("BertForSequenceClassification", SMALL, num_labels=3).to(dtype)
+    batch = Collator()(rows(lambda place, tokens: {"labels": [0.1, 0.7, place / 3]}))
+    logits = made(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+    labels = batch["labels"]
+    for loss, right in (
+        (losses.multi_label_loss, -(labels * logits.sigmoid().log() + (1 - labels) * (-logits).sigmoid().log()).sum()),
+        (losses.regression_loss, (logits - labels).square().sum()),
+    ):
+        total, count = loss(made, batch)
+        assert total.dtype == torch.float32 and count == 12
+        assert total.item() == pytest.approx(right.item(), rel=1e-6)
+
+
 def test_taggers_learn_this_tokens_tag():
     made = model("RobertaForTokenClassification", {**SMALL, "max_position_embeddings": 32}, num_labels=4)
     pl.attach(made, pl.LoRAConfig(r=8, alpha=32, task_type="TOKEN_CLS", target_modules="all-linear"))
@@ -322,6 +359,10 @@ def test_labels_that_do_not_fit_are_told():
         examples = [{"input_ids": [5, 6, 7], "labels": good}, {"input_ids": [5, 6, 7], "labels": label}]
         with pytest.raises(PeftLabError, match=message):
             pl.train(made, examples, steps=1, batch_size=2, progress=False)
+    one = model("BertForSequenceClassification", SMALL, num_labels=1)
+    for made, label, number in ((bert[0], [1, 0], "3 numbers"), (one, [0.5, 1.0], "one number")):
+        with pytest.raises(PeftLabError, match=rf"{number} an example \(see"):
+            pl.train(made, [{"input_ids": [5, 6, 7], "labels": label}], steps=1, progress=False)
     with pytest.raises(PeftLabError, match="token classification: its labels are one whole number a token"):
         pl.train(tagger[0], [{"input_ids": [5, 6, 7], "labels": 1}], steps=1, progress=False)
 

@@ -75,6 +75,7 @@ def test_the_reported_error_is_the_rounding(dtype, most):
         assert report.by_module[path] == pytest.approx(lost, rel=0.05, abs=1e-7)
         assert torch.equal(stored, exact.to(dtype).double())  # rounded once, from the exact sum
     assert 0 < report.relative_error < most
+    assert len(report.by_module) == 6 and report.relative_error == max(report.by_module.values())
 
 
 def test_factors_in_16_bits_are_multiplied_in_wide_numbers():
@@ -232,3 +233,21 @@ def test_nothing_is_merged_into_eight_bits(dtype):
     with pytest.raises(pl.PeftLabError, match="quantised to torch.float8.*Load the base in 16 or 32 bits"):
         pl.merge(model)
     assert torch.equal(model[0].weight.data.view(torch.uint8), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_nor_where_they_lie_within_a_module_trained_in_full(dtype):
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "tail": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))})
+    model["tail"][0].weight = nn.Parameter(model["tail"][0].weight.data.to(dtype))
+    pl.attach(model, pl.LoRAConfig(r=2, target_modules=["fc"], modules_to_save=["tail"], init="random"))
+    before = model["fc"].weight.data.clone()
+    with pytest.raises(pl.PeftLabError, match="^tail.0.weight is quantised to torch.float8.*Load the base in 16 or"):
+        pl.merge(model)
+    assert torch.equal(model["fc"].weight.data, before)
+
+
+def test_a_changed_base_is_not_merged_into():
+    model = attach(Net())
+    model.head.weight = model.embed.weight
+    with pytest.raises(pl.PeftLabError, match="the weight of embed was tied to that of head"):
+        pl.merge(model)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import tiny
 import torch
@@ -15,7 +16,10 @@ from peftlab.training.losses import causal_lm_loss, seq2seq_loss
 def test_accuracy_macro_f1_exact_match():
     predictions, references = [0, 0, 1, 1, 2, 0], [0, 0, 0, 1, 2, 2]
     assert metrics.accuracy(predictions, references) == pytest.approx(4 / 6)
-    assert metrics.accuracy(torch.tensor(predictions), torch.tensor(references)) == pytest.approx(4 / 6)
+    for kind in (torch.tensor, numpy.array, tuple):
+        found = metrics.accuracy(kind(predictions), kind(references))
+        assert found == pytest.approx(4 / 6) and isinstance(found, float)
+        assert metrics.macro_f1(kind(predictions), kind(references)) == pytest.approx(2 / 3)
     # by hand: F1 of 0 is 4/6, of 1 is 2/3, of 2 is 2/3
     assert metrics.macro_f1(predictions, references) == pytest.approx(2 / 3)
     assert metrics.macro_f1([0] * 20, [0] * 19 + [1]) == pytest.approx((38 / 39) / 2), "accuracy would say 0.95"

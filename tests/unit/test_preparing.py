@@ -68,6 +68,36 @@ def test_checkpointing_reaches_every_adapter(kind):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
 
 
+def test_input_gradients_are_turned_on_once():
+    model = pl.attach(half(), pl.LoRAConfig(init="random")).train()
+    assert not model.get_input_embeddings()(IDS).requires_grad
+    for _ in range(2):
+        steps = pl.prepare_for_training(model, input_gradients=True)
+        assert [step.step for step in steps] == ["freeze the base", "let inputs require gradients"]
+        assert model.get_input_embeddings()(IDS).requires_grad
+        assert len(model.get_input_embeddings()._forward_hooks) == 1
+    model.disable_input_require_grads()
+    assert not model.get_input_embeddings()(IDS).requires_grad, "all of it can be taken off again"
+
+
+@pytest.mark.parametrize("mark", ["_require_grads_hooks", "_require_grads_hook"])
+def test_input_gradients_are_seen_by_either_mark(mark, monkeypatch):
+    """Releases of transformers write one or the other on the model, or both."""
+    model, asked = half(), []
+    setattr(model, mark, [7])
+    for verb in ("enable", "disable"):
+        monkeypatch.setattr(type(model), f"{verb}_input_require_grads", lambda self, verb=verb: asked.append(verb))
+    pl.prepare_for_training(model, input_gradients=True)
+    assert asked == [], "they are on"
+    monkeypatch.setattr(type(model), "gradient_checkpointing_enable", lambda *args, **kwargs: None)
+    pl.prepare_for_training(model, checkpointing=True)
+    assert asked == ["disable"], "the newer kind needs none"
+    delattr(model, mark)
+    pl.prepare_for_training(model, checkpointing=True)
+    pl.prepare_for_training(model, input_gradients=True)
+    assert asked == ["disable", "enable"]
+
+
 def test_without_input_gradients_reentrant_checkpointing_learns_nothing():
     """The mistake that the step is there for."""
     model = pl.attach(half(), pl.LoRAConfig(init="random")).train()
@@ -82,7 +112,7 @@ def test_without_input_gradients_reentrant_checkpointing_learns_nothing():
     "settings, said",
     [
         (dict(norms=["input_layrnorm"]), "no norm of this model. Did you mean 'input_layernorm'"),
-        (dict(norms="norm"), r"True, or a list of names"), (dict(checkpointing="yes"), "True, False, 'reentrant'"),
+        (dict(norms="norm"), "norms must be True or False"), (dict(checkpointing="yes"), "True, False, 'reentrant'"),
     ],
 )  # fmt: skip
 def test_mistakes_change_nothing(settings, said):

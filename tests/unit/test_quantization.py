@@ -13,8 +13,8 @@ from hypothesis import strategies as st  # noqa: E402
 
 import peftlab as pl  # noqa: E402
 from peftlab.optional import available  # noqa: E402
-from peftlab.quantization import blockwise, codebooks  # noqa: E402
-from peftlab.quantization.backends import BACKENDS, code_zeros  # noqa: E402
+from peftlab.quantization import backends, blockwise, codebooks  # noqa: E402
+from peftlab.quantization.backends import BACKENDS, code_zeros, from_bitsandbytes  # noqa: E402
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -255,3 +255,40 @@ def test_fp4_codes_by_magnitude_stand_for_the_same_values():
     distance = (scaled[differ][:, None] - bounds).abs().min(1).values
     assert (distance < 4e-7).all()
     assert blockwise.signed_codes(torch.tensor([0.001, -0.001, 0.5, -0.5])).tolist() == [0, 8, 5, 13]
+
+
+def test_on_a_gpu_scales_have_the_nearest_code():
+    """bitsandbytes' CUDA rule, which the CPU can compute too: of all 256 values none is nearer."""
+    torch.manual_seed(0)
+    scaled = torch.cat([torch.rand(20_000) * 2 - 1, torch.randn(20_000).mul(1e-3).clamp(-1, 1)])
+    book = codebooks.dynamic_map()
+    found = blockwise.nearest_eight_bit_codes(scaled)
+    distance = (scaled[:, None].double() - book.double()).abs()
+    assert found.dtype == torch.uint8
+    chosen = distance.gather(1, found.long()[:, None])[:, 0]
+    assert (chosen - distance.min(1).values).max() < 1e-7
+    assert torch.equal(blockwise.nearest_eight_bit_codes(book), torch.arange(256, dtype=torch.uint8))
+    of_bins = distance.gather(1, blockwise.eight_bit_codes(scaled).long()[:, None])[:, 0]  # the CPU's rule
+    assert 0 <= (of_bins - chosen).max() < 2 / codebooks.BINS
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_record_of_bitsandbytes_is_read_whole(double_quant):
+    weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(0))
+    packed, state = bnb.functional.quantize_4bit(
+        weight, blocksize=64, quant_type="nf4", compress_statistics=double_quant
+    )
+    found, expected = from_bitsandbytes(state), pl.quantize_nf4(weight, double_quant=double_quant)
+    assert found.nested == double_quant and set(found.tensors()) == set(expected.state.tensors())
+    for name, tensor in expected.state.tensors().items():
+        assert torch.equal(found.tensors()[name], tensor), name
+    assert torch.equal(blockwise.dequantize(packed, found), expected.dequantize())
+
+
+def test_on_a_cpu_the_reference_quantises(monkeypatch):
+    """bitsandbytes gives the same bits there, and takes longer."""
+    monkeypatch.setattr(backends, "require", lambda name: pytest.fail(f"{name} was asked"))
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.float64):
+        found = BACKENDS["bitsandbytes"].quantize(weight.to(dtype), "nf4", 64, True, "weight")
+        assert torch.equal(found.packed, pl.quantize_nf4(weight).packed)

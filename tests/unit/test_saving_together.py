@@ -3,43 +3,40 @@
 import contextlib
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
+import kill_trials
 import pytest
 import torch
+from children import one_worker, together
 from nets import Net, tokens
 from tiny import llama
 
 import peftlab as pl
 from peftlab import files
 
-WORKER = Path(__file__).with_name("kill_worker.py")
 KINDS = ("adapter", "prompt", "four-bit")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that can fork and kill")
 C, W, R = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
 
 def outcomes(kind, folder, seeds):
-    command = [sys.executable, str(WORKER), kind, str(folder / "saved"), *map(str, seeds)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    (lines,) = together((kill_trials.trials, kind, folder / "saved", seeds))
     assert len(lines) == len(seeds) and set(lines) <= {"old", "new", "nothing"}, lines
     return lines
 
 
 @needs_fork
+@one_worker
 @pytest.mark.parametrize("kind", KINDS)
 def test_three_kills(kind, tmp_path):
     outcomes(kind, tmp_path, range(3))
 
 
 @needs_fork
+@one_worker
 @pytest.mark.kills
 @pytest.mark.parametrize("kind", KINDS)
 def test_fifty_kills(kind, tmp_path):

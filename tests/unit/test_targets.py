@@ -7,7 +7,7 @@ from tiny import llama
 from torch import nn
 
 import peftlab as pl
-from peftlab.core.targets import find, linear_shape
+from peftlab.core.targets import by_pattern, find, in_any_order, linear_shape
 
 
 def paths(model, **settings):
@@ -65,6 +65,7 @@ def test_layers_count_from_the_first_number_or_the_named_list():
     (dict(target_modules=["q_prj"]), "Did you mean 'q_proj'"),
     (dict(target_modules=["q_proj", "w_proj"]), "'w_proj', which matches no module"),
     (dict(target_modules="q_proj"), r"as a name, give it in a list: \['q_proj'\]"),
+    (dict(target_modules="q_prj"), r"matches no module's whole path\. Did you mean 'q_proj'"),
     (dict(target_modules="*q_proj"), "no regular expression"),
     (dict(target_modules=["q_proj"], exclude_modules=["q_proj"]), "leave no target module"),
     (dict(target_modules=["q_proj"], exclude_modules="(["), "no regular expression"),
@@ -92,7 +93,8 @@ def test_mistakes_are_named_and_change_nothing(settings, said):
 @pytest.mark.parametrize("settings", [
     dict(target_modules=[]), dict(target_modules=[3]), dict(target_modules=7), dict(modules_to_save="lm_head"),
     dict(layers_to_transform=[-1]), dict(layers_to_transform=[True]), dict(layers_to_transform=[]),
-    dict(layers_pattern="layers"), dict(task_type="CLASSIFY"), dict(exclude_modules=[""]), dict(target_modules=b"q"),
+    dict(layers_pattern="layers"), dict(layers_pattern="(", layers_to_transform=1), dict(rank_pattern={"(": 2}),
+    dict(task_type="CLASSIFY"), dict(exclude_modules=[""]), dict(target_modules=b"q"),
 ])  # fmt: skip
 def test_wrong_types_are_refused_at_once(settings):
     with pytest.raises(pl.PeftLabError):
@@ -134,3 +136,23 @@ def test_shapes():
 def test_default_targets_of_an_unknown_model():
     with pytest.raises(pl.PeftLabError, match="its linear layers end in .*down"):
         pl.attach(Net(), pl.LoRAConfig())
+
+
+def test_a_pattern_table_means_the_same_in_any_order():
+    """A file sorts its keys, and the first key that matches counts."""
+    paths = ["a.up", "a.down", "b.up", "b.down", "head"]
+    for table, kept in (({"up": 1, "down": 2}, True), ({"b.up": 4, "up": 1}, True), ({"up": 1, "a.*": 4}, False),
+                        ({r"[ab]\.up": 1, ".*": 3}, False)):  # fmt: skip
+        found = in_any_order(table, paths)
+        assert (found == table) == kept, table
+        for keys in (sorted(found), sorted(found, reverse=True)) if not kept else (sorted(found),):
+            ordered = {key: found[key] for key in keys}
+            assert [by_pattern(ordered, path, 0) for path in paths] == [by_pattern(table, path, 0) for path in paths]
+
+
+def test_experts_that_all_linear_leaves_alone_are_named():
+    model = Net()
+    model.experts = nn.Module()
+    model.experts.weight = nn.Parameter(torch.zeros(3, 6, 6))
+    with pytest.warns(UserWarning, match="'all-linear' does not adapt the experts of Net .experts and 0 more"):
+        paths(model, target_modules="all-linear")

@@ -9,11 +9,12 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import distributed, nn
 
 from peftlab.errors import PeftLabError
 from peftlab.settings import Settings
 from peftlab.training import TrainingError, train
+from peftlab.training import state as state_of_run
 from peftlab.training.losses import causal_lm_loss
 from peftlab.training.precision import choose_precision
 from peftlab.training.ranks import Ranks
@@ -111,6 +112,58 @@ def test_the_parts_of_an_accumulated_batch_draw_anew():
     assert len(set(numbers)) == len(numbers) == 12
 
 
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+def test_each_process_has_its_share_of_a_batch_and_one_without_any_counts_nothing():
+    ranks = Ranks(tiny.llama())
+    assert ranks.share([5, 6, 7]) == ([5, 6, 7], True)
+    ranks.world, shares = 3, []
+    for ranks.rank in range(3):
+        shares.append((ranks.share([5, 6, 7, 8]), ranks.share([5, 6])))
+    assert shares == [(([5, 8], True), ([5], True)), (([6], True), ([6], True)), (([7], True), ([5], False))]
+
+
+def test_all_processes_take_what_the_first_has(monkeypatch):
+    def from_the_first(box, src):
+        assert src == 0
+        box[0] = {"loss": 2.0}
+
+    monkeypatch.setattr(distributed, "broadcast_object_list", from_the_first)
+    ranks = Ranks(tiny.llama())
+    assert ranks.agree({"loss": 1.0}) == {"loss": 1.0}, "alone it asks nobody"
+    ranks.world = 2
+    assert ranks.agree({"loss": 1.0}) == {"loss": 2.0}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_the_shares_of_two_processes_make_the_gradient_of_one(batch_size):
+    """Also where a part is one example, so that the second process repeats it and must not count it."""
+
+    def run(rank, world, total):
+        model = tiny.llama()
+        ranks, mine = Ranks(model), []
+        ranks.rank, ranks.world = rank, world
+
+        def sum_of_all(value):
+            mine.append(value.detach().double())
+            return total[len(mine) - 1].to(value.dtype) if total else value.detach()
+
+        ranks.sum = sum_of_all
+        settings = Settings(steps=2, batch_size=batch_size, accumulation=2, max_grad_norm=None, precision="fp32")
+        run = Run(model, tiny.examples(), settings, device=torch.device("cpu"), ranks=ranks)
+        row = run.update()
+        return row, mine, torch.cat([p.grad.flatten() for p in run.trainable.values()])
+
+    expected, total, gradient = run(0, 1, None)
+    (first, one, its), (second, other, others) = (run(rank, 2, total) for rank in (0, 1))
+    assert len(one) == len(other) == len(total) == 4
+    for a, b, both in zip(one, other, total, strict=True):
+        assert float(a + b) == pytest.approx(float(both), rel=1e-6)
+    assert first["loss"] == second["loss"] == expected["loss"] and first["tokens"] == expected["tokens"]
+    torch.testing.assert_close((its + others) / 2, gradient)  # DistributedDataParallel takes the mean
+
+
 # -- precision ---------------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +245,23 @@ def test_fp16_scales_the_loss_and_skips_what_overflows():
     assert 21 in skipped and 40 not in skipped
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
     assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
+
+
+def test_a_continued_fp16_run_has_its_loss_scale(tmp_path):
+    """Else it begins with 65,536 again, and its first steps overflow and are skipped."""
+    begun = fp16_run()
+    state_of_run.resume_or_start(begun, tmp_path, resume=True)
+    begun.scaler._lazy_init_scale_growth_tracker(begun.device)
+    for scale in (2.0**26, 2.0**9):  # the first is far too much
+        begun.scaler._scale.fill_(scale)
+        begun.update()
+        begun.clear()
+    assert [row["grad_norm"] is None for row in begun.history.steps] == [True, False]
+    state_of_run.save(begun, tmp_path)
+    continued = fp16_run()
+    state_of_run.resume_or_start(continued, tmp_path, resume=True)
+    assert continued.scaler.get_scale() == begun.scaler.get_scale() == 2.0**9
+    assert continued.update() == begun.update() and same(state(continued.model), state(begun.model))
 
 
 def test_fp16_gives_up_when_no_scale_is_small_enough():

@@ -1,13 +1,10 @@
 """transformers' Trainer on an attached model: what it trains, what it saves, and that a resumed run loses nothing."""
 
 import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
+from children import Child, one_worker
 from safetensors.torch import load_file
 from tiny import checkpointing_arguments, llama
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -68,20 +65,16 @@ def test_it_trains_the_adapter_alone_and_saves_the_base_alone(tmp_path):
     assert all(torch.equal(value, after[name]) for name, value in loaded.state_dict().items())
 
 
+def train_until_stopped(folder):
+    trainer(model_with_adapters(), folder, [Stop()]).train()
+
+
+@one_worker
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     whole = model_with_adapters()
     trainer(whole, tmp_path / "whole").train()
 
-    here = Path(__file__).parent
-    code = f"""
-        import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent.parent)!r}]
-        import torch; torch.set_num_threads(1)
-        from pathlib import Path
-        from test_transformers_trainer import Stop, model_with_adapters, trainer
-        trainer(model_with_adapters(), Path({str(tmp_path / "killed")!r}), [Stop()]).train()
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
-    assert done.returncode == 9, done.stderr
+    assert Child(train_until_stopped, tmp_path / "killed").status() == 9
 
     resumed = model_with_adapters()
     with torch.no_grad():

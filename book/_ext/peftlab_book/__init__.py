@@ -1,6 +1,7 @@
 """Sphinx extension of the book: tables and lists that are made from book/facts/*.toml and peftlab/results/*.json.
 
-Directives, none of which takes a body:
+Directives. Only the first takes a body, which describes the drawing in words:
+    {block-drawing}   a transformer block with the place of a method coloured; its argument is the method
     {chapter-table}   chapters with their questions and measured run times
     {claims-table}    claims in circulation: verdict, what is so, the section that shows it
     {facts-glossary}  the terms of all chapters; {term}`LoRA` refers to one
@@ -11,10 +12,11 @@ A fault in a facts or results file is a warning with the file's name, so a build
 ordinary references, which Sphinx checks.
 """
 
-from peftlab_book.directives import ChapterTable, ClaimsTable, FactsGlossary, Measurements, Questions
+from peftlab_book.directives import BlockDrawing, ChapterTable, ClaimsTable, FactsGlossary, Measurements, Questions
 
 
 def setup(app):
+    app.add_directive("block-drawing", BlockDrawing)
     app.add_directive("chapter-table", ChapterTable)
     app.add_directive("claims-table", ClaimsTable)
     app.add_directive("facts-glossary", FactsGlossary)

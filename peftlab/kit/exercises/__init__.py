@@ -12,12 +12,14 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from peftlab.checks import checked, one_of
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.kit.exercises.grading import Exercise, Grade, choice, function, number
 
 __all__ = ["Exercise", "Grade", "check", "choice", "exercises", "function", "grade", "number"]
 
 
+@checked()
 def check(name: str, answer: Any) -> None:
     """Check the reader's answer to an exercise, and print the verdict.
 
@@ -39,6 +41,7 @@ def check(name: str, answer: Any) -> None:
     print(textwrap.fill(f"{name}: {message}", width=72))
 
 
+@checked()
 def grade(name: str, answer: Any) -> Grade:
     """Return the verdict on an answer, a `Grade` with `right` (bool) and `message`."""
     return find(name).grader(answer)
@@ -55,9 +58,10 @@ def find(name: str) -> Exercise:
     return known[name]
 
 
+@checked()
 def exercises(topic: str) -> tuple[Exercise, ...]:
     """Return a tuple of all exercises of a chapter, given its topic, such as "lora"."""
-    return importlib.import_module(f".{topic}", __name__).EXERCISES
+    return importlib.import_module(f".{one_of('topic', topic, _topics())}", __name__).EXERCISES
 
 
 def _topics() -> list[str]:

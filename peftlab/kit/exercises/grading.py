@@ -6,10 +6,13 @@ also lists common mistakes. An answer that comes from one of them gets the remar
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from peftlab.checks import checked
 
 
 class Grade(NamedTuple):
@@ -41,6 +44,7 @@ class Exercise:
     grader: Grader
 
 
+@checked()
 def number(
     right: float, *, near: dict[float, str] | None = None, tolerance: float = 0.0, hint: str, then: str = ""
 ) -> Grader:
@@ -54,8 +58,9 @@ def number(
         then: a sentence to add to a right answer.
     """
     def grader(answer: Any) -> Grade:
-        if hasattr(answer, "item"):
-            answer = answer.item()
+        with contextlib.suppress(ValueError, RuntimeError):  # several numbers
+            answer = answer.item() if hasattr(answer, "item") else answer
+        answer = _without_commas(answer)
         if isinstance(answer, bool) or not isinstance(answer, (int, float)):
             return Grade(False, f"a number is wanted here, and this is {_kind(answer)}.")
         if _close(answer, right, tolerance):
@@ -69,6 +74,7 @@ def number(
     return grader
 
 
+@checked()
 def choice(
     right: str, *, options: Sequence[str], remarks: dict[str, str] | None = None, hint: str, then: str = ""
 ) -> Grader:
@@ -85,6 +91,7 @@ def choice(
     return grader
 
 
+@checked()
 def function(
     reference: Callable[..., Any],
     *,
@@ -124,6 +131,16 @@ def function(
         return Grade(False, f"not yet. {hint}")
 
     return grader
+
+
+def _without_commas(answer: Any) -> Any:
+    """Return the number that was typed with commas, which Python reads as a tuple: 1,234 is (1, 234)."""
+    if not isinstance(answer, tuple) or len(answer) < 2 or not all(type(part) is int for part in answer):
+        return answer
+    first, *groups = answer
+    if not 1 <= first < 1000 or not all(0 <= group < 1000 for group in groups):
+        return answer
+    return int("".join([str(first), *(f"{group:03}" for group in groups)]))
 
 
 def _close(a: float, b: float, tolerance: float) -> bool:

@@ -9,7 +9,7 @@ from peftlab.kit.figures.charts import bars, by_layer, curves, heatmap, histogra
 from peftlab.kit.figures.lora import lora_dataflow
 from peftlab.kit.figures.memory import agreement, memory_bars, timelines
 from peftlab.kit.figures.prompts import virtual_tokens
-from peftlab.kit.figures.quantization import code_books
+from peftlab.kit.figures.quantization import block_steps, code_books
 from peftlab.kit.figures.style import (
     BLACK,
     COLOURS,
@@ -32,7 +32,7 @@ __all__ = [
     "bars", "by_layer", "curves", "heatmap", "histogram", "spectrum", "stacked_bars", "sweep",
     "lora_dataflow",
     "agreement", "memory_bars", "timelines",
-    "code_books",
     "virtual_tokens",
+    "block_steps", "code_books",
     "BLACK", "COLOURS", "HATCHES", "LINES", "MARKERS", "ROLES", "WIDTH", "label", "new", "role", "styled", "use_style",
 ]  # fmt: skip

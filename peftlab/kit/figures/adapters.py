@@ -10,14 +10,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, Polygon, Rectangle
 from matplotlib.ticker import PercentFormatter
 
+from peftlab.checks import checked
 from peftlab.kit.figures.charts import draw_repeats, finish
-from peftlab.kit.figures.style import BLACK, COLOURS, ROLES, SMALLEST, Point, look, new, styled
+from peftlab.kit.figures.style import BLACK, COLOURS, ROLES, SMALLEST, Point, drawn, look, new
 
 FROZEN, TRAINED = ROLES["weights"], ROLES["adapter"]
 STREAM, BRANCH, BESIDE = 1.2, 4.6, 8.8  # where the three columns of a picture stand
 
 
-@styled()
+@drawn()
 def adapter_places() -> Figure:
     """Draw one block, from bottom to top, with its adapters in three placements: houlsby, pfeiffer, parallel.
 
@@ -89,7 +90,8 @@ def _sum(axes: Axes, x: float, y: float) -> None:
     axes.text(x, y, "+", ha="center", va="center", fontsize=SMALLEST, zorder=4)
 
 
-@styled()
+@checked()
+@drawn()
 def budget(
     rows: Iterable[dict[str, Any]],
     x: str,

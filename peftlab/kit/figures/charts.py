@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, PercentFormatter
 
+from peftlab.checks import checked
 from peftlab.kit.figures.labels import Line, log_ticks, measured_ticks, name_lines
 from peftlab.kit.figures.style import (
     BLACK,
@@ -19,11 +20,11 @@ from peftlab.kit.figures.style import (
     HATCHES,
     ROLES,
     SMALLEST,
+    drawn,
     fills,
     look,
     new,
     role,
-    styled,
 )
 
 THIN = 0.008  # of the longest bar: a thinner part is drawn as a stroke
@@ -89,7 +90,8 @@ def draw_repeats(
     return name, places, middle, looks["color"]
 
 
-@styled()
+@checked()
+@drawn()
 def sweep(
     rows: Iterable[dict[str, Any]],
     x: str,
@@ -137,7 +139,8 @@ def sweep(
     return finish(figure, axes, lines, reference)
 
 
-@styled()
+@checked()
+@drawn()
 def curves(
     series: dict[str, Any], *, x_label: str = "step", y_label: str = "loss", log_x: bool = False, log_y: bool = False
 ) -> Figure:
@@ -164,7 +167,8 @@ def curves(
     return finish(figure, axes, lines)
 
 
-@styled()
+@checked()
+@drawn()
 def bars(
     values: dict[str, float],
     *,
@@ -211,7 +215,8 @@ def bars(
     return figure
 
 
-@styled()
+@checked()
+@drawn()
 def stacked_bars(
     parts: dict[str, dict[str, float]],
     *,
@@ -226,7 +231,8 @@ def stacked_bars(
     Args:
         parts: {name of the bar: {name of the part: number}}. A part that a bar lacks counts as 0.
         fmt: the format of the sums.
-        marks: {name: number} vertical lines, such as the memory of a card. Those far beyond the bars are left out.
+        marks: {name: number} vertical lines, such as the memory of a card. Those beyond 1.5 times the longest bar are
+            left out.
 
     >>> pl.figures.stacked_bars({"bf16": {"weights": 2, "gradients": 2, "states": 4}}, x_label="bytes per parameter")
     <Figure size 896x336 with 1 Axes>
@@ -250,20 +256,20 @@ def stacked_bars(
     axes.set_yticks(range(len(parts)), list(parts))
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    end = max(left) * 1.15
-    axes.set_xlim(0, end)
-    for name, value in (marks or {}).items():
-        if value <= end:
-            axes.axvline(value, color=BLACK, linestyle="--", linewidth=1.2, zorder=0.9)
-            axes.annotate(name, (value, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), ha="center",
-                          va="bottom", textcoords="offset points", fontsize=SMALLEST)
+    shown = {name: value for name, value in (marks or {}).items() if value <= max(left) * 1.5}
+    axes.set_xlim(0, max([max(left) * 1.15, *(value * 1.05 for value in shown.values())]))
+    for name, value in shown.items():
+        axes.axvline(value, color=BLACK, linestyle="--", linewidth=1.2, zorder=0.9)
+        axes.annotate(name, (value, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), ha="center", va="bottom",
+                      textcoords="offset points", fontsize=SMALLEST)
     axes.set_xlabel(x_label)
     if len(kinds) > 1:
         add_legend(figure, axes)
     return figure
 
 
-@styled()
+@checked()
+@drawn()
 def spectrum(
     values: dict[str, Any],
     *,
@@ -299,7 +305,8 @@ def spectrum(
     return finish(figure, axes, lines)
 
 
-@styled()
+@checked()
+@drawn()
 def histogram(
     samples: dict[str, Any],
     *,
@@ -331,7 +338,8 @@ def histogram(
     return figure
 
 
-@styled()
+@checked()
+@drawn()
 def by_layer(samples: dict[str, Sequence[Any]], *, y_label: str, start: float | None = None) -> Figure:
     """Draw how numbers are spread in each layer of a model, one panel for each kind.
 
@@ -364,7 +372,8 @@ def by_layer(samples: dict[str, Sequence[Any]], *, y_label: str, start: float | 
     return figure
 
 
-@styled()
+@checked()
+@drawn()
 def heatmap(
     matrix: Any,
     *,

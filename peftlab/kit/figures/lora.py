@@ -6,8 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, Polygon, Rectangle
 
-from peftlab.checks import whole
-from peftlab.kit.figures.style import BLACK, ROLES, SMALLEST, WIDTH, Point, new, styled
+from peftlab.checks import checked, whole
+from peftlab.kit.figures.style import BLACK, ROLES, SMALLEST, WIDTH, Point, drawn, new
 
 FROZEN, TRAINED, PASSING = ROLES["weights"], ROLES["adapter"], ROLES["activations"]
 STEPS = (
@@ -20,7 +20,8 @@ STEPS = (
 )
 
 
-@styled()
+@checked()
+@drawn()
 def lora_dataflow(step: int | None = None, *, d_in: int = 576, d_out: int = 576, r: int = 8) -> Figure:
     """Draw the data flow of a LoRA layer, y = W₀x + (α/r) B A x: the sum of a frozen path and a low-rank path.
 
@@ -38,6 +39,7 @@ def lora_dataflow(step: int | None = None, *, d_in: int = 576, d_out: int = 576,
     >>> pl.figures.lora_dataflow(step=3, d_in=576, d_out=192, r=8)
     <Figure size 896x560 with 1 Axes>
     """
+    d_in, d_out, r = (whole("a size", size, least=1) for size in (d_in, d_out, r))
     if step is None:
         figure, grid = new(height=7.2, rows=3, columns=2)
         for number, axes in enumerate(grid.flat, 1):

@@ -8,17 +8,19 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from peftlab.checks import checked
 from peftlab.kit.figures.charts import add_legend, finish, stacked_bars
-from peftlab.kit.figures.style import BLACK, COLOURS, GREY, MARKERS, SMALLEST, look, new, styled
+from peftlab.kit.figures.style import BLACK, COLOURS, GREY, MARKERS, SMALLEST, drawn, look, new
 from peftlab.memory import Estimate
 
 
+@checked()
 def memory_bars(estimates: Mapping[str, Estimate], *, cards: Sequence[int] = (24, 48, 80)) -> Figure:
     """Draw the parts of a step's peak in GB, one bar per estimate. Logits and workspace are one part.
 
     Args:
         estimates: {name of the bar: what `pl.memory.estimate` returned}.
-        cards: sizes of cards in GB, as vertical lines. Those far beyond the longest bar are left out.
+        cards: sizes of cards in GB, as vertical lines. Those beyond 1.5 times the longest bar are left out.
 
     >>> runs = {method: pl.memory.estimate("llama-2-7b", method) for method in ("lora", "qlora")}
     >>> pl.figures.memory_bars(runs)
@@ -33,7 +35,8 @@ def memory_bars(estimates: Mapping[str, Estimate], *, cards: Sequence[int] = (24
     return stacked_bars(rows, x_label="peak (GB)", fmt=".1f", marks={f"{size} GB": size for size in cards})
 
 
-@styled()
+@checked()
+@drawn()
 def timelines(runs: Mapping[str, Mapping[str, Sequence[float] | Sequence[tuple[str, float]]]]) -> Figure:
     """Draw memory during a training step, one panel per run, with its phases and its peak.
 
@@ -75,41 +78,46 @@ def timelines(runs: Mapping[str, Mapping[str, Sequence[float] | Sequence[tuple[s
 
 
 def _phases(axes: Axes, moments: list[str]) -> None:
-    """Shade the backward pass, and name the phases that are wide enough."""
+    """Shade the backward pass, and name the phases that are wide enough, and the last one."""
     start = 0
     for phase, group in itertools.groupby(moment.split(",")[0] for moment in moments):
         width = len(list(group))
         left, right = start / len(moments), (start + width) / len(moments)
         if phase == "backward":
             axes.axvspan(left, right, color="#eef0f3", zorder=0)
-        if right - left > 0.018 * len(phase):
-            axes.annotate(phase, ((left + right) / 2, 0.03), xycoords="axes fraction", ha="center", va="bottom",
-                          fontsize=SMALLEST, color=GREY)
+        wide = right - left > 0.018 * len(phase)
+        if wide or right == 1:
+            axes.annotate(phase, ((left + right) / 2 if wide else 1, 0.03), xycoords="axes fraction", va="bottom",
+                          ha="center" if wide else "right", fontsize=SMALLEST, color=GREY)
         start += width
 
 
-@styled()
-def agreement(groups: Mapping[str, Sequence[tuple[float, float]]], *, band: float = 0.1) -> Figure:
-    """Draw predicted against measured memory on logarithmic axes, with a band around equality.
+@checked()
+@drawn()
+def agreement(groups: Mapping[str, Sequence[tuple[float, float]]], *, margin: float = 0.03) -> Figure:
+    """Draw how far predictions of memory lie above or below what was measured, in percent of the measured peak.
 
     Args:
         groups: {name: [(measured, predicted), ...]} in bytes.
-        band: the relative half-width of the band.
+        margin: the share that a reader should add to a prediction, as a dashed line below zero.
 
-    >>> pl.figures.agreement({"grid": [(1e9, 1.01e9), (5e10, 5e10)]})
+    >>> pl.figures.agreement({"grid": [(1e9, 0.99e9), (5e10, 5e10)]})
     <Figure size 896x532 with 1 Axes>
     """
     figure, axes = new()
-    values = [value / 1e9 for pairs in groups.values() for pair in pairs for value in pair]
-    ends = [min(values) / 1.5, max(values) * 1.5]
-    axes.fill_between(ends, [(1 - band) * end for end in ends], [(1 + band) * end for end in ends], color=GREY,
-                      alpha=0.25, linewidth=0, label=f"within {band:.0%}")
-    axes.plot(ends, ends, color=BLACK, linewidth=1)
+    axes.axhline(0, color=BLACK, linewidth=1)
+    axes.axhline(-100 * margin, color=GREY, linestyle="--", linewidth=1.2)
     for number, (name, pairs) in enumerate(groups.items()):
-        axes.plot([m / 1e9 for m, _ in pairs], [p / 1e9 for _, p in pairs], linestyle="",
+        axes.plot([m / 1e9 for m, _ in pairs], [100 * (p / m - 1) for m, p in pairs], linestyle="",
                   marker=MARKERS[number % len(MARKERS)], color=COLOURS[number % len(COLOURS)], label=name,
                   fillstyle="none" if number else "full")
-    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured peak (GB)", ylabel="predicted (GB)")
+    axes.set(xscale="log", xlabel="measured peak (GB)", ylabel="error of the prediction (%)")
+    for text, height in (("predicted too much", 4), ("predicted too little", -4)):
+        axes.annotate(text, (0.01, 0), xycoords=("axes fraction", "data"), xytext=(0, height), fontsize=SMALLEST,
+                      textcoords="offset points", va="bottom" if height > 0 else "top", color=GREY)
+    axes.annotate(f"{margin:.0%} too little", (1, -100 * margin), xycoords=("axes fraction", "data"), ha="right",
+                  va="bottom", xytext=(0, 1), textcoords="offset points", fontsize=SMALLEST)
     finish(figure, axes)
-    add_legend(figure, axes)
+    if len(groups) > 1:
+        add_legend(figure, axes)
     return figure

@@ -6,7 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from peftlab.kit.figures.style import BLACK, ROLES, SMALLEST, new, styled
+from peftlab.checks import checked
+from peftlab.kit.figures.style import BLACK, ROLES, SMALLEST, drawn, new
 
 VIRTUAL, TEXT, LAYERS = 2, 3, 3  # how many positions and layers are drawn
 STEP, FLOOR = 2.0, 0.8  # from position to position; the height of the input
@@ -14,7 +15,8 @@ RISE = 3.0  # from layer to layer
 TRAINED, FROZEN, COMPUTED = ROLES["adapter"], ROLES["weights"], "#f3d3bf"  # the last is a pale orange
 
 
-@styled()
+@checked()
+@drawn()
 def virtual_tokens() -> Figure:
     """Draw the positions that three layers read: behind a prompt, behind a deep prompt, and with a prefix.
 

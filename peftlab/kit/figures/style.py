@@ -16,7 +16,11 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from peftlab.checks import checked, number, whole
+from peftlab.errors import PeftLabError
+
 WIDTH = 6.4  # inches
+MOST_INCHES, MOST_PANELS = 600, 100
 SMALLEST = 12  # points
 BLACK = "#1a1a1a"
 GREY = "#767676"  # 4.5:1 on white
@@ -92,6 +96,19 @@ def styled() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def drawn() -> Iterator[None]:
+    """Draw a figure in the book's style, and say in one line why data cannot be drawn. Decorates every figure."""
+    with styled():
+        try:
+            yield
+        except (TypeError, LookupError, OverflowError, ValueError) as error:
+            if isinstance(error, PeftLabError):
+                raise
+            told = " ".join(str(error).split())[:200]
+            raise PeftLabError(f"This cannot be drawn ({type(error).__name__}: {told}). Look at its data.") from error
+
+
 def _use_png() -> None:
     """Show figures as PNGs in a notebook, without metadata.
 
@@ -106,6 +123,7 @@ def _use_png() -> None:
         set_matplotlib_formats("png", metadata={"Software": None})
 
 
+@checked()
 def new(
     width: float = WIDTH, height: float = 3.8, rows: int = 1, columns: int = 1, **layout: Any
 ) -> tuple[Figure, Any]:
@@ -120,12 +138,15 @@ def new(
         (Figure, Axes), or (Figure, array of Axes) if there are several. pyplot does not know the figure, so it is not
         drawn twice and does not stay in memory.
     """
+    width, height = (number("width or height", size, above=0, ceiling=MOST_INCHES) for size in (width, height))
+    rows, columns = (whole("rows or columns", panels, least=1, ceiling=MOST_PANELS) for panels in (rows, columns))
     _use_png()
     with styled():
         figure = Figure(figsize=(width, height), layout="constrained")
         return figure, figure.subplots(rows, columns, **layout)
 
 
+@checked()
 def label(
     axes: Axes,
     x: str | None = None,
@@ -150,6 +171,7 @@ def look(number: int) -> dict[str, Any]:
             "linestyle": LINES[number % len(LINES)]}
 
 
+@checked()
 def role(name: str) -> str | None:
     """Return the role of a part by its name: "8-bit states" is of the optimiser. None if it has none.
 

@@ -11,8 +11,8 @@ from matplotlib.offsetbox import AnnotationBbox, HPacker, TextArea
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Patch, Polygon, Rectangle
 from matplotlib.path import Path
 
-from peftlab.checks import one_of
-from peftlab.kit.figures.style import BLACK, ROLES, SMALLEST, WIDTH, Point, new, styled
+from peftlab.checks import checked, one_of
+from peftlab.kit.figures.style import BLACK, ROLES, SMALLEST, WIDTH, Point, drawn, new
 
 # What the line below the drawing says about each method.
 METHODS = {
@@ -51,7 +51,8 @@ class _Layout:
 LAYOUTS = {"pre": _Layout(107, 235, 306, 416, 466), "post": _Layout(92, 220, 301, 389, 466)}
 
 
-@styled()
+@checked()
+@drawn()
 def block(method: str, norm: str = "pre") -> Figure:
     """Draw one transformer block, with what the method trains in the colour of adapters.
 

@@ -7,6 +7,9 @@ from typing import Any
 from peftlab.checks import number, whole
 from peftlab.errors import PeftLabError
 
+# Every block is listed, so their number is bounded; other sizes only enter sums and products.
+MOST_LAYERS, MOST_SIZE = 1_000, 10**12
+
 
 class Config:
     """The values of a `config.json`. A wrong or missing value is an error that names it, never a guess."""
@@ -21,7 +24,8 @@ class Config:
             value = self.values.get(name)
             if value is None:
                 continue
-            return whole(f"{self.source}: {name}", value, least=1)
+            ceiling = MOST_LAYERS if "layer" in name else MOST_SIZE
+            return whole(f"{self.source}: {name}", value, least=1, ceiling=ceiling)
         if default is None:
             raise PeftLabError(f"{self.source}: {names[0]} is missing; a {self.values['model_type']} config needs it.")
         return default

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from peftlab.checks import check_fields, one_of, whole
+from peftlab.memory.counting.config import MOST_LAYERS, MOST_SIZE
 from peftlab.memory.counting.families import Module
 
 
@@ -24,8 +25,9 @@ class Options:
     encoder_layers: int = 2  # layers of P-tuning's LSTM; the MLP always has three linear layers
 
     def __post_init__(self) -> None:
-        check_fields(self, whole, "r", "encoder_hidden", least=1, optional=True)
-        check_fields(self, whole, "virtual_tokens", "reduction_factor", "encoder_layers", least=1)
+        check_fields(self, whole, "r", "encoder_hidden", least=1, ceiling=MOST_SIZE, optional=True)
+        check_fields(self, whole, "virtual_tokens", "reduction_factor", least=1, ceiling=MOST_SIZE)
+        check_fields(self, whole, "encoder_layers", least=1, ceiling=MOST_LAYERS)
         check_fields(self, one_of, "bias", known=("none", "all", "lora_only"))
         check_fields(self, one_of, "encoder", known=("mlp", "lstm"))
 

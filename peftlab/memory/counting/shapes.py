@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from peftlab import patterns
-from peftlab.checks import whole
+from peftlab.checks import checked, whole
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.counting.builtin import BUILT_IN
-from peftlab.memory.counting.config import Config
+from peftlab.memory.counting.config import MOST_SIZE, Config
 from peftlab.memory.counting.families import FAMILIES, Module
 
 ALL_LINEAR = "all-linear"
@@ -118,6 +118,7 @@ def _check_expression(text: str) -> None:
         raise PeftLabError(f"Targets {text[:60]!r} are not a valid regular expression: {error}") from None
 
 
+@checked("labels")
 def load_shape(shape: str | os.PathLike[str] | dict[str, Any] | Shape, labels: int | None = None) -> Shape:
     """Make a shape from a built-in name, the path of a `config.json` or of its folder, or the dict that it holds.
 
@@ -173,7 +174,7 @@ def _from_config(values: dict[str, Any], name: str, labels: int | None) -> Shape
         hint = did_you_mean(family, FAMILIES)
         raise PeftLabError(f"{name}: model_type {family!r} is not known.{hint} Known: {', '.join(FAMILIES)}.")
     if labels is not None:
-        values = {**values, "id2label": None, "num_labels": whole("labels", labels, least=1)}
+        values = {**values, "id2label": None, "num_labels": whole("labels", labels, least=1, ceiling=MOST_SIZE)}
     entry = FAMILIES[family]
     modules = tuple(entry.table(Config(values, name), **entry.options))
     return Shape(name, family, entry.kind, modules, values)

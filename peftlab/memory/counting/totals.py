@@ -9,9 +9,12 @@ Counts are logical: a weight held in four bits is one parameter. `total` include
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
+from peftlab.checks import checked
 from peftlab.memory.counting.families import Module
 from peftlab.memory.counting.methods import method_name, trained_by
 from peftlab.memory.counting.options import Options
@@ -41,8 +44,9 @@ class Count:
         return {"trainable": self.trainable, "total": self.total, "percent": self.percent}
 
 
+@checked("r", "virtual_tokens", "reduction_factor", "encoder_hidden", "encoder_layers", "labels")
 def count(
-    shape: str | Shape,
+    shape: str | os.PathLike[str] | dict[str, Any] | Shape,
     method: str = "lora",
     *,
     r: int | None = None,

@@ -1,15 +1,9 @@
-"""Trains a tiny model again and again, in children that the test may kill; started by test_resume.py, once.
-
-Importing torch takes seconds, so this process does it once and forks a child for every run. It reads one JSON line a
-run, ``{"folder", "out", "die_in"}``, and writes one: the child's process id when it starts, and its exit status when it
-has ended. With ``die_in`` the child sends itself SIGKILL just before the n-th call to the file system while it saves.
-"""
+"""A run of a tiny model that may kill itself while it saves; each run is a child of test_resume.py."""
 
 import hashlib
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import tiny
@@ -28,7 +22,13 @@ def model_with_adapter():
     return model
 
 
-def run(folder, out):
+def run(folder, out, die_in=None):
+    """Train in `folder` and write into `out` what came of it.
+
+    With `die_in` the process sends itself SIGKILL just before the n-th call to the file system while it saves.
+    """
+    if die_in:
+        die_before_call(die_in)
     model = model_with_adapter()
     history = train(
         model,
@@ -78,25 +78,3 @@ def die_before_call(number):
         (json, "dump"),
     ]:
         setattr(owner, name, deadly(getattr(owner, name)))
-
-
-def main():
-    train(model_with_adapter(), tiny.examples(3), steps=1)  # whatever torch loads late is loaded once, here
-    for line in sys.stdin:
-        task = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            try:
-                if task.get("die_in"):
-                    die_before_call(task["die_in"])
-                run(task["folder"], task["out"])
-                os._exit(0)
-            except BaseException as error:
-                print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-                os._exit(1)
-        print(json.dumps({"pid": child}), flush=True)
-        print(json.dumps({"status": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,7 @@
-"""One of two processes that train one model together: ``ddp_worker.py RANK RENDEZVOUS-FILE RUN-FOLDER OUT``."""
-
-import sys
+"""What each of two processes does that train one model together."""
 
 import tiny
-import together
 import torch
-from safetensors.torch import save_file
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
@@ -15,9 +11,8 @@ SETTINGS = {"epochs": 1, "batch_size": 4, "accumulation": 2, "learning_rate": 0.
 EXAMPLES = 21  # the last batch leaves one process without an example of its own
 
 
-def main():
-    together.arrive()
-    rank, rendezvous, folder, out = int(sys.argv[1]), *sys.argv[2:]
+def run(rank, rendezvous, folder):
+    """The weights of the trained model and the loss of each step, as arrays."""
     distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     model = tiny.llama()
     model.requires_grad_(False)
@@ -32,9 +27,4 @@ def main():
         **SETTINGS,
     )
     losses = torch.tensor([row["loss"] for row in history.steps], dtype=torch.float64)
-    save_file({**{n: p.detach() for n, p in model.named_parameters()}, "losses": losses}, f"{out}-{rank}")
-    together.leave()
-
-
-if __name__ == "__main__":
-    main()
+    return {**{name: value.detach().numpy() for name, value in model.named_parameters()}, "losses": losses.numpy()}

@@ -1,10 +1,8 @@
-"""Saves over a folder, is killed at a chosen moment, and looks at what lies there; run by test_saving_together.
-
-usage: kill_worker.py KIND FOLDER SEED...
+"""Saves over a folder, is killed at a chosen moment, and looks at what lies there: children of test_saving_together.
 
 Each seed forks a child that saves and kills itself: at a line of `peftlab/files.py` that the seed chooses, or in the
-middle of writing a file. The parent then loads the folder, as a user would, and saves into it once more. It prints one
-line for each seed: what lay there (old, new, or nothing where there was nothing), or what is wrong.
+middle of writing a file. The parent then loads the folder, as a user would, and saves into it once more. It says for
+each seed what lay there (old, new, or nothing where there was nothing), or what is wrong.
 """
 
 import os
@@ -13,19 +11,14 @@ import shutil
 import signal
 import sys
 import warnings
-from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+import torch
+from nets import Net, tokens
+from tiny import llama
 
-import torch  # noqa: E402
-from nets import Net, tokens  # noqa: E402
-from tiny import llama  # noqa: E402
+import peftlab as pl
+from peftlab import files
 
-import peftlab as pl  # noqa: E402
-from peftlab import files  # noqa: E402
-
-torch.set_num_threads(1)
-warnings.simplefilter("ignore")
 IDS = torch.tensor([[3, 4, 5, 6]])
 SHAPE = dict(hidden_size=64, intermediate_size=64, layers=1)
 
@@ -157,7 +150,6 @@ def trial(kind, folder, seed):
     return state
 
 
-if __name__ == "__main__":
-    kind, folder, *seeds = sys.argv[1:]
-    for seed in seeds:
-        print(trial(kind, Path(folder), int(seed)), flush=True)
+def trials(kind, folder, seeds):
+    warnings.simplefilter("ignore")
+    return [trial(kind, folder, seed) for seed in seeds]
