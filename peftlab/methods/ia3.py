@@ -52,7 +52,9 @@ class IA3Output(Part):
         self.transposed = stores_transposed(host, config)
         self.ia3_l = nn.Parameter(drawn((shape_of(host)[1], 1), config.init))
 
-    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
+    def after(
+        self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor
+    ) -> Tensor:
         """Scale the output. output: (..., out)."""
         # y = l * (W x + b)
         return (output * self.ia3_l.flatten()).to(output.dtype)
