@@ -45,6 +45,7 @@ FIGURES = {
                                             "LoRA": {"measured": [1e9, 2e9], "replayed": [1e9, 2e9]}}),
     "agreement": lambda: figures.agreement({"grid": [(1e9, 1.01e9), (5e10, 5e10)], "by chance": [(2e9, 1.9e9)]}),
     "adapter_places": figures.adapter_places,
+    "adapter_places, post": lambda: figures.adapter_places("post"),
     "budget": lambda: figures.budget(ROWS, "r", "score", "layers", x_label="parameters", y_label="score",
                                      reference={"before": 0.1}),
     **{f"block, {method}, {norm}": functools.partial(figures.block, method, norm)
