@@ -10,54 +10,80 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, Polygon, Rectangle
 from matplotlib.ticker import PercentFormatter
 
-from peftlab.checks import checked
+from peftlab.checks import checked, one_of
 from peftlab.kit.figures.charts import draw_repeats, finish
 from peftlab.kit.figures.style import BLACK, COLOURS, ROLES, SMALLEST, Point, drawn, look, new
+from peftlab.kit.figures.transformer import NORMS
 
 FROZEN, TRAINED = ROLES["weights"], ROLES["adapter"]
 STREAM, BRANCH, BESIDE = 1.2, 4.6, 8.8  # where the three columns of a picture stand
 
 
+@checked()
 @drawn()
-def adapter_places() -> Figure:
+def adapter_places(norm: str = "pre") -> Figure:
     """Draw one block, from bottom to top, with its adapters in three placements: houlsby, pfeiffer, parallel.
+
+    Args:
+        norm: "pre" draws a block that normalises what a part reads, such as Llama's. "post" draws one that normalises
+            the residual stream after each addition, such as BERT's.
 
     >>> pl.figures.adapter_places()
     <Figure size 896x602 with 3 Axes>
     """
+    pre = one_of("norm", norm, NORMS) == "pre"
     figure, grid = new(height=4.3, columns=3)
     for axes, name in zip(grid.flat, ("houlsby", "pfeiffer", "parallel"), strict=True):
-        axes.set(xlim=(0.6, 10.4), ylim=(0, 17), aspect="equal")
+        axes.set(xlim=(0.6 if pre else -1.0, 10.4), ylim=(0, 17), aspect="equal")
         axes.axis("off")
         axes.set_title(name, fontsize=SMALLEST)
         _line(axes, (STREAM, 0), (STREAM, 16.6), arrow=True)
-        _branch(axes, 0.8, "attention", adapter=name == "houlsby", beside=False)
-        _branch(axes, 7.0, "feed-\nforward", adapter=name == "houlsby", beside=name == "parallel")
+        _branch(axes, 0.8, "attention", pre, adapter=name == "houlsby", beside=False)
+        _branch(axes, 7.0, "feed-\nforward", pre, adapter=name == "houlsby", beside=name == "parallel")
         if name == "pfeiffer":
-            _line(axes, (STREAM, 13.2), (BRANCH, 13.2))
-            _line(axes, (BRANCH, 13.2), (BRANCH, 15.6))
-            _bottleneck(axes, BRANCH, 13.7)
-            _join(axes, 15.6)
+            _after_block(axes, 13.2 if pre else 10.7, pre)
+        elif not pre:
+            _norm(axes, STREAM, 11.8)
     return figure
 
 
-def _branch(axes: Axes, bottom: float, name: str, adapter: bool, beside: bool) -> None:
-    """Draw a sub-layer: from the stream through norm, layer and perhaps an adapter, and back into the stream."""
-    top = bottom + (5.6 if adapter else 4.6)
+def _branch(axes: Axes, bottom: float, name: str, pre: bool, adapter: bool, beside: bool) -> None:
+    """Draw a part: from the stream through the layer and perhaps an adapter, and back into the stream."""
+    layer = bottom + (1.9 if pre else 0.5)
+    top = layer + (3.7 if adapter else 2.7)
     _line(axes, (STREAM, bottom), (BRANCH, bottom))
     _line(axes, (BRANCH, bottom), (BRANCH, top))
-    _box(axes, BRANCH, bottom + 0.4, 0.9, "norm")
-    _box(axes, BRANCH, bottom + 1.9, 1.7, name)
+    if pre:
+        _norm(axes, BRANCH, bottom + 0.4)
+    _box(axes, BRANCH, layer, 1.7, name)
     if adapter:
-        _bottleneck(axes, BRANCH, bottom + 3.9)
+        _bottleneck(axes, BRANCH, layer + 2.0)
     if beside:
-        middle = bottom + 1.6
+        middle = layer - 0.3
         _line(axes, (BRANCH, middle), (BESIDE, middle))
         _line(axes, (BESIDE, middle), (BESIDE, top - 0.5))
         _line(axes, (BESIDE, top - 0.5), (BRANCH + 0.4, top - 0.5), arrow=True)
-        _bottleneck(axes, BESIDE, bottom + 2.1)
+        _bottleneck(axes, BESIDE, layer + 0.2)
         _sum(axes, BRANCH, top - 0.5)
     _join(axes, top)
+    if not pre and name == "attention":
+        _norm(axes, STREAM, 5.6)
+
+
+def _after_block(axes: Axes, bottom: float, pre: bool) -> None:
+    """Draw Pfeiffer's adapter, which reads the stream after the block. BERT's norm runs before it and again after."""
+    adapter = bottom + (0.5 if pre else 1.8)
+    _line(axes, (STREAM, bottom), (BRANCH, bottom))
+    _line(axes, (BRANCH, bottom), (BRANCH, adapter + 1.9))
+    _bottleneck(axes, BRANCH, adapter)
+    _join(axes, adapter + 1.9)
+    if not pre:
+        _norm(axes, BRANCH, bottom + 0.4)
+        _norm(axes, STREAM, adapter + 2.5)
+
+
+def _norm(axes: Axes, x: float, y: float) -> None:
+    _box(axes, x, y, 0.9, "norm", 2.5 if x == BRANCH else 1.8)
 
 
 def _join(axes: Axes, y: float) -> None:
@@ -71,8 +97,9 @@ def _line(axes: Axes, start: Point, end: Point, arrow: bool = False) -> None:
                                    shrinkA=0, shrinkB=0, zorder=1))
 
 
-def _box(axes: Axes, x: float, y: float, height: float, name: str) -> None:
-    axes.add_patch(Rectangle((x - 2.5, y), 5.0, height, facecolor=FROZEN, edgecolor=BLACK, linewidth=1.2, zorder=2))
+def _box(axes: Axes, x: float, y: float, height: float, name: str, half: float = 2.5) -> None:
+    shape = Rectangle((x - half, y), 2 * half, height, facecolor=FROZEN, edgecolor=BLACK, linewidth=1.2, zorder=2)
+    axes.add_patch(shape)
     axes.text(x, y + height / 2, name, ha="center", va="center", fontsize=SMALLEST, zorder=3, linespacing=0.85)
 
 
