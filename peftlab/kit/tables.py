@@ -10,7 +10,7 @@ from peftlab.checks import checked, shown
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.kit.measurements import Results
 
-Columns = dict[str, Any]  # {column: heading} or {column: (heading, format)}
+Columns = dict[Any, Any]  # {column: heading} or {column: (heading, format)}
 
 
 @checked()
