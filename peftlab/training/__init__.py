@@ -72,6 +72,7 @@ def train(model: nn.Module, train_data: Sequence[Mapping[str, Any]], **given: An
         memory_settings(model, settings.checkpointing),
         Bar(len(run.order), "Training", enabled=settings.progress and ranks.first, initial=run.step) as bar,
     ):
+        run.clear()  # a gradient that an earlier backward pass left would count in the first step
         try:
             _loop(run, bar, folder)
         finally:

@@ -163,6 +163,15 @@ def test_classification_learns_a_rule():
     assert history.evaluations[-1]["loss"] < 0.45 < history.steps[0]["loss"]
 
 
+def test_a_gradient_left_from_before_does_not_count():
+    fresh, used = tiny.llama(), tiny.llama()
+    for parameter in used.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for model in (fresh, used):
+        train(model, tiny.examples(), steps=1, batch_size=4, learning_rate=0.1, optimizer="sgd")
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), used.parameters(), strict=True))
+
+
 def test_a_custom_loss_and_callback():
     model, seen = nn.Linear(2, 1), []
     data = [{"x": [float(i), 1.0], "y": float(3 * i - 1)} for i in range(8)]
