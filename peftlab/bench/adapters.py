@@ -22,8 +22,8 @@ from torch import nn
 
 import peftlab as pl
 from peftlab.bench import fullsize, lora
-from peftlab.bench.models import ALL_LINEAR, held, lent, vocabulary_of
-from peftlab.bench.timing import clock, gpu_for, named
+from peftlab.bench.models import ALL_LINEAR, gpu_for, held, lent, vocabulary_of
+from peftlab.bench.timing import clock, named
 from peftlab.optional import require
 
 SEEDS = (0, 1, 2)

@@ -14,6 +14,7 @@ from torch import nn
 import peftlab as pl
 from peftlab.core.checkpointing import set_input_gradients, switch_checkpointing
 from peftlab.core.records import as_transformer
+from peftlab.errors import PeftLabError
 from peftlab.memory.counting.shapes import load_shape
 from peftlab.optional import available, require
 from peftlab.quantization import Linear4bit
@@ -28,6 +29,13 @@ KINDS = {
     "encoder-decoder": "AutoModelForSeq2SeqLM",
 }
 _held: dict[str, nn.Module] = {}  # one at most
+
+
+def gpu_for(point: Row, what: str) -> torch.device:
+    """Return the GPU, or raise an error that says what needs one."""
+    if not torch.cuda.is_available():
+        raise PeftLabError(f"Section {point['section']!r} measures {what} and needs a CUDA GPU.")
+    return torch.device("cuda")
 
 
 @contextmanager

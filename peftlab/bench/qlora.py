@@ -28,8 +28,8 @@ from torch import nn
 import peftlab as pl
 from peftlab.bench import fourbit, lora
 from peftlab.bench.fourbit import Row
-from peftlab.bench.models import release
-from peftlab.bench.timing import gpu_for, named
+from peftlab.bench.models import gpu_for, release
+from peftlab.bench.timing import named
 from peftlab.optional import require
 from peftlab.quantization.blockwise import quantize
 from peftlab.quantization.model import replace

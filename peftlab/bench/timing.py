@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import torch
-
 from peftlab.errors import PeftLabError
 
 Row = dict[str, Any]
@@ -32,13 +30,6 @@ def begin(profiles: bool) -> None:
 def profiling() -> bool:
     """Whether this process reads the kernels' own time, and not the clock."""
     return _profiles
-
-
-def gpu_for(point: Row, what: str) -> torch.device:
-    """Return the GPU, or raise an error that says what needs one."""
-    if not torch.cuda.is_available():
-        raise PeftLabError(f"Section {point['section']!r} measures {what} and needs a CUDA GPU.")
-    return torch.device("cuda")
 
 
 def named(point: Row, rows: Iterable[Row]) -> list[Row]:
@@ -68,6 +59,8 @@ def clock(step: Callable[[], Any], repeats: int = 5, warm_up: int = 2, prefix: s
 
 def timed(step: Callable[[], Any], repeats: int, warm_up: int) -> list[float]:
     """Return the seconds of each repeat, after a warm-up. The peak of memory is counted from the warm-up on."""
+    import torch
+
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -95,6 +88,7 @@ class Kernel(NamedTuple):
 
 def kernels_of(step: Callable[[], Any]) -> list[Kernel]:
     """Return each kernel that the GPU runs in one step, copies among them; none without a GPU."""
+    import torch
     from torch.profiler import ProfilerActivity, profile
 
     if not torch.cuda.is_available():

@@ -11,8 +11,8 @@ from torch import nn
 
 import peftlab as pl
 from peftlab.bench import fullsize
-from peftlab.bench.models import held, lent, vocabulary_of
-from peftlab.bench.timing import clock, gpu_for, named
+from peftlab.bench.models import gpu_for, held, lent, vocabulary_of
+from peftlab.bench.timing import clock, named
 from peftlab.core.modes import device_of
 from peftlab.methods.caches import cache_in, cache_name
 from peftlab.optional import require

@@ -11,6 +11,7 @@ import statistics
 import nbformat
 import portable
 
+from peftlab.kit import measurements
 from peftlab.optional import PACKAGES
 
 SETUP = """from importlib.util import find_spec
@@ -31,6 +32,7 @@ MAX_COLUMNS = 88
 LINES_PER_VERDICT = 20
 MAX_PLUMBING = 0.1  # of the lines of code that a reader sees
 PLUMBING = ("pl.table", "pl.figures.", "pl.widgets.", "pl.expect", "pl.glue", "figure.", "axes.", "axis.")
+CHOICE = re.compile(r"\.(?:where|one)\([^()]*?section=(\[[^\]]*\]|\([^)]*\)|\"[^\"]*\")")
 FOLDED_TAGS = ("hide-input", "hide-cell")
 
 # folders at the root of some system: /home/..., /content/... (Colab), C:\..., but not </p> or 1/2 or https://x/tmp
@@ -281,6 +283,24 @@ def plain_voice(notebook):
         yield from (f"the word {word!r} in {name(cell)}" for word in BANNED_WORDS.findall(prose))
 
 
+def timed_sections() -> frozenset[str]:
+    """The sections of measurements whose rows name their run and hold times of several processes."""
+    stored = [measurements.results(topic) for topic in measurements.topics()]
+    return frozenset(row["section"] for results in stored for row in results if "run" in row and "processes" in row)
+
+
+def times_of_one_run(notebook, timed=None):
+    """Times are compared within one run only: a cell that reads some chooses their rows with `within_run`."""
+    timed = timed_sections() if timed is None else timed
+    for cell in code_cells(notebook):
+        if "seconds" not in cell.source or ".ratio(" in cell.source:
+            continue
+        for choice in CHOICE.finditer(cell.source):
+            for section in sorted(timed.intersection(re.findall(r"[\w-]+", choice.group(1)))):
+                yield (f"{name(cell)} reads times of section {section!r}, which may be of several runs: "
+                       "choose the rows with within_run, or divide the times with ratio")
+
+
 def packages() -> dict[str, tuple[str, ...]]:
     """The optional packages of each extra."""
     found = {}
@@ -322,5 +342,5 @@ def whole_chapter(notebook):
 EVERY_NOTEBOOK = (
     valid_format, executed_in_order, clean_outputs, short_cells, described_figures, portable_prose, stated_tolerances,
     narrow_code, few_verdicts, folded_everywhere, little_plumbing, nothing_remote, nothing_skipped, comparable_code,
-    plain_voice,
+    plain_voice, times_of_one_run,
 )  # fmt: skip

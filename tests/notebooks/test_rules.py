@@ -5,6 +5,8 @@ import pytest
 import rules
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from peftlab.kit import measurements
+
 REPOSITORY = "https://example.org/book"
 ALT = "A curve that falls and levels."
 FIGURE = {"mystnb": {"image": {"alt": ALT}}, "peftlab": {"alt": ALT}}
@@ -134,6 +136,35 @@ def test_passes_what_is_right(rule, cells):
     assert problems(rule, *cells) == []
 
 
+@pytest.mark.parametrize(
+    ("source", "fault"),
+    [
+        ('rows = measured.where(section="latency", tokens=1)\nrows.column("seconds")', True),
+        ('measured.one(section="latency", state="base")["busy_seconds"]', True),
+        ('measured.where(\n    section=["fullsize", "latency"]).column("seconds")', True),
+        ('measured.within_run(section="latency").column("seconds")', False),
+        ('measured.where(section="latency").column("peak_bytes")', False),
+        ('measured.where(section="rank").column("seconds")', False),
+        ('one, other = (measured.one(section="latency", state=s) for s in "ab")\nmeasured.ratio(one, other, "seconds")',
+         False),
+    ],
+)  # fmt: skip
+def test_times_are_compared_within_one_run(source, fault):
+    found = list(rules.times_of_one_run(chapter(code(source)), timed={"latency"}))
+    assert bool(found) == fault and all("'latency'" in problem and "within_run" in problem for problem in found)
+
+
+def test_sections_are_timed_if_their_rows_say_so(monkeypatch, tmp_path):
+    run = {"host": "90ab34cd", "cpu": "two cores", "date": "2026-11-22"}
+    given = {"gpu": None, "cpu": "two cores", "versions": {"torch": "2.11.0"}, "date": "2026-11-22", "command": "x"}
+    new = [{"section": "latency", "seconds": 1.0, "processes": 3, "run": "aaaaaa"},
+           {"section": "rank", "seconds": 1.0, "run": "aaaaaa"}]  # fmt: skip
+    measurements.write(tmp_path / "new.json", "new", {**given, "runs": {"aaaaaa": run}}, new)
+    measurements.write(tmp_path / "old.json", "old", given, [{"section": "fullsize", "seconds": 1.0}])
+    monkeypatch.setattr(measurements, "FOLDER", tmp_path)
+    assert rules.timed_sections() == {"latency"}
+
+
 def test_every_rule_passes_a_chapter_without_faults():
     notebook = chapter(code("x = 1", [printed("1\n")]))
     assert [p for rule in rules.EVERY_NOTEBOOK for p in rule(notebook)] == []
@@ -141,7 +172,7 @@ def test_every_rule_passes_a_chapter_without_faults():
 
 
 def test_every_rule_has_a_fault_it_finds():
-    covered = {rule for rule, _, _ in FAULTS} | {rules.valid_format}  # the next test's
+    covered = {rule for rule, _, _ in FAULTS} | {rules.valid_format, rules.times_of_one_run}  # tests of their own
     assert covered == set(rules.EVERY_NOTEBOOK)
 
 

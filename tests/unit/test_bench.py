@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import importlib
+import itertools
 import json
 import sys
 import weakref
@@ -16,14 +18,16 @@ import torch
 import peftlab
 import peftlab as pl
 from peftlab import bench
+from peftlab.bench import adapters, fullsize, models, timing, virtual_tokens
 from peftlab.bench import memory as memory_grid
-from peftlab.bench import timing
 from peftlab.errors import PeftLabError
 from peftlab.kit import measurements
 from peftlab.memory import estimate
 
-HERE = {"gpu": None, "cpu": "a processor, 2 cores", "host": "90ab34cd", "versions": {"python": "3.12.0", "torch": "2.11.0"},
-        "date": "2026-11-22", "command": "peftlab bench fake --out out.json"}  # fmt: skip
+HERE = {
+    "gpu": None, "cpu": "a processor, 2 cores", "host": "90ab34cd", "date": "2026-11-22",
+    "versions": {"python": "3.12.0", "torch": "2.11.0"}, "command": "peftlab bench fake --out out.json",
+}  # fmt: skip
 POINTS = [
     {"section": "first", "n": 1},
     {"section": "first", "n": 2},
@@ -238,6 +242,44 @@ def test_processes_share_cores_and_gpus(monkeypatch):
     assert given == [0, 1, 0] and threads == [2, 2, 2]
 
 
+def test_kernels_that_overlap_count_once():
+    kernels = [timing.Kernel("a", *span) for span in ((5, 6), (0, 2), (1, 3), (1.5, 2.5), (3, 4), (10, 12))]
+    assert timing.busy(kernels) == 4 + 1 + 2
+    assert timing.busy([]) is None
+
+
+def test_a_process_reads_the_clock_or_the_kernels(monkeypatch):
+    calls = []
+    row = timing.clock(lambda: calls.append("step"), repeats=3, warm_up=2)
+    assert row["seconds"] >= 0 and row["busy_seconds"] is None and row["repeats"] == 3 and len(calls) == 5
+    monkeypatch.setattr(timing, "_profiles", True)
+    monkeypatch.setattr(timing, "kernels_of", lambda step: step() or [timing.Kernel("k", 1.0, 1.5)])
+    row = timing.clock(lambda: calls.append("step"), repeats=3, warm_up=2, prefix="read_")
+    assert row == {"read_seconds": None, "read_busy_seconds": 0.5, "read_repeats": 3} and len(calls) == 8
+
+
+def test_rows_of_several_processes_become_one():
+    spent = [{"seconds": s, "busy_seconds": None} for s in (3.0, 1.0, 2.0)] + [{"seconds": None, "busy_seconds": 0.5}]
+    rates, peaks = (1.0, 3.0, 2.0, None), (7, 9, 7, 8)
+    given = [
+        [{"state": "base", **s, "tokens_per_second": r, "peak_bytes": p}, {"state": "merged", "seconds": 4.0}]
+        for s, r, p in zip(spent, rates, peaks, strict=True)
+    ]
+    base, merged = timing.together([*given, []])
+    assert base == {
+        "state": "base", "seconds": 2.0, "seconds_1": 3.0, "seconds_2": 1.0, "seconds_3": 2.0, "seconds_least": 1.0,
+        "seconds_most": 3.0, "processes": 3, "busy_seconds": 0.5, "tokens_per_second": 2.0, "peak_bytes": 9,
+    }  # fmt: skip
+    assert merged["state"] == "merged" and merged["processes"] == 4
+    assert timing.together([[], [], [], [{"what": "copies", "busy_seconds": 0.1}]]) == [
+        {"what": "copies", "busy_seconds": 0.1}
+    ]
+    with pytest.raises(PeftLabError, match="do not agree in 'state': 'base', 'merged'"):
+        timing.together([[{"state": "base"}], [{"state": "merged"}]])
+    with pytest.raises(PeftLabError, match="measured 1, 2 rows of one point"):
+        timing.together([[{}], [{}, {}]])
+
+
 def test_a_timeline_keeps_its_highest_points():
     points = [("forward", n) for n in (1, 5, 2, 2, 9)] + [("backward", n) for n in (3, 8, 1)]
     found = list(memory_grid.thinned(points, most=4))
@@ -355,8 +397,6 @@ def test_a_run_on_several_gpus_keeps_no_whole_parameter(method, parallel, monkey
 
 
 def test_every_point_of_the_adapters_bench_has_a_config():
-    from peftlab.bench import adapters
-
     points = adapters.points()
     assert len({bench.key(point) for point in points}) == len(points)
     sections = dict.fromkeys(point["section"] for point in points)
@@ -370,12 +410,10 @@ def test_every_point_of_the_adapters_bench_has_a_config():
             )
     assert {point.get("timed", False) for point in points if point["section"] in ("fullsize", "biases")} == {True}
     with pytest.raises(PeftLabError, match="needs a CUDA GPU"):
-        adapters.measure({"section": "latency"})
+        adapters.measure({"section": "latency", "shape": "llama-2-7b"})
 
 
 def test_a_rate_is_chosen_on_the_validation_split(monkeypatch):
-    from peftlab.bench import adapters
-
     def classify(point, rate, seed):
         return {"validation": -abs(rate - 2), "accuracy": 10 * rate + seed}
 
@@ -387,7 +425,7 @@ def test_a_rate_is_chosen_on_the_validation_split(monkeypatch):
 
 
 def test_the_points_on_virtual_tokens_are_all_different_and_each_has_a_config(monkeypatch):
-    from peftlab.bench import fullsize, prompts, virtual_tokens
+    from peftlab.bench import prompts
 
     points = prompts.points()
     assert len({bench.key(point) for point in points}) == len(points)
@@ -398,24 +436,99 @@ def test_the_points_on_virtual_tokens_are_all_different_and_each_has_a_config(mo
             model = virtual_tokens.attached(copy.deepcopy(base), {"library": "peftlab", **point})
             assert model(input_ids=torch.ones(1, 5, dtype=torch.long)).logits.isfinite().all()
 
-    monkeypatch.setattr(fullsize, "timed", lambda step, repeats, warm_up: [step() or 1.0])
+    monkeypatch.setattr(timing, "timed", lambda step, repeats, warm_up: [step() or 1.0])
     rows = list(virtual_tokens.reading(base, (0, 7)))
     assert [(row["method"], row["tokens"]) for row in rows] == [("base", 0), ("prefix", 7), ("prompt", 7)]
+    assert all(row["write_seconds"] == 1 and row["read_seconds"] for row in rows)
     per_token = rows[0]["cache_bytes"] / 512
     assert rows[1]["cache_bytes"] == rows[2]["cache_bytes"] == (512 + 7) * per_token
     assert pl.attached(base) == {}
 
 
-@pytest.mark.parametrize("library", ["peft", "peftlab"])
-def test_a_step_of_an_encoder_decoder_is_measured(library, monkeypatch):
-    from transformers import T5Config, T5ForConditionalGeneration
+CPU = torch.device("cpu")
+SHAPES = {
+    "llama-2-7b": dict(
+        model_type="llama", vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=4096,
+    ),
+    "t5-base": dict(
+        model_type="t5", vocab_size=64, d_model=16, d_ff=32, d_kv=8, num_layers=2, num_heads=2, tie_word_embeddings=True
+    ),
+    "roberta-large": dict(
+        model_type="roberta", vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, type_vocab_size=1, pad_token_id=1,
+    ),
+}  # fmt: skip
 
-    from peftlab.bench import fullsize, prompts, virtual_tokens
 
-    monkeypatch.setattr(fullsize, "timed", lambda step, repeats, warm_up: [step() or 1.0])
-    for point in prompts.points():
-        if point["section"] == "seq2seq" and point["library"] == library:
-            config = T5Config(d_model=16, d_ff=32, d_kv=8, num_layers=2, num_heads=2, vocab_size=64,
-                              decoder_start_token_id=0, use_cache=False)  # fmt: skip
-            (row,) = virtual_tokens.seq2seq_step(T5ForConditionalGeneration(config), {**point, "sequence": 80})
-            assert row["trainable"] == 20 * {"prompt": 2 * 16, "prefix": 2 * 2 * 16}[point["method"]]
+def small(point):
+    """The same point on a model that a processor holds."""
+    changes = {name: value for name, value in (("sequence", 16), ("r", 4), ("reduction_factor", 8)) if name in point}
+    return {**point, "shape": SHAPES[point["shape"]], "batch": 2, **changes}
+
+
+@pytest.fixture
+def no_model_held():
+    models.let_go()
+    yield
+    models.let_go()
+
+
+@pytest.mark.parametrize("name", ["lora", "prompts", "adapters"])
+def test_timed_points_lend_one_model_and_give_it_back_as_it_was(name, monkeypatch, no_model_held):
+    """Every training step of a topic, in its order, on small shapes: a point must not leave anything to the next."""
+    pytest.importorskip("peft")
+    module = importlib.import_module(f"peftlab.bench.{name}")
+    for where in (fullsize, adapters, virtual_tokens):
+        monkeypatch.setattr(where, "gpu_for", lambda *_: CPU)
+    monkeypatch.setattr(timing, "timed", lambda step, repeats, warm_up: [step() or 1.0])
+    monkeypatch.setattr(models, "release", lambda: None)  # collecting garbage hundreds of times takes a minute
+    made, build = [], models.random_model
+    monkeypatch.setattr(models, "random_model", lambda *given: made.append(build(*given)) or made[-1])
+    points = [small(p) for p in module.points() if p.get("timed") and "method" in p]
+    seen, trainable = {}, {}
+    for point in points:
+        (row,) = module.measure(point)
+        assert {"timed", "alone"}.isdisjoint(row) and row["seconds"] > 0 and row["busy_seconds"] is None
+        assert row["section"] == point["section"] and row["repeats"] >= 5
+        model = made[-1]
+        names = {path: type(m) for path, m in model.named_modules()}
+        assert seen.setdefault(id(model), names) == names, f"{point} left its modules behind"
+        assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+        trainable[point["section"], point["method"], point.get("library")] = row["trainable"]
+    assert len(made) == {"lora": 1, "prompts": 2, "adapters": 2}[name]
+    for (section, method, library), count in trainable.items():
+        assert count == trainable.get((section, method, "peft"), count), f"{method} of {library} trains other weights"
+    if name == "lora":
+        assert trainable["fullsize", "full", "transformers"] == sum(p.numel() for p in made[0].parameters())
+
+
+def test_forward_passes_give_the_model_back(monkeypatch, no_model_held):
+    monkeypatch.setattr(timing, "timed", lambda step, repeats, warm_up: [step() and 1.0])
+    with models.held(SHAPES["llama-2-7b"], CPU) as model:
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        rows = list(fullsize.forward_passes(model, (1, 3)))
+        assert [(row["state"], row["tokens"]) for row in rows] == list(
+            itertools.product(("base", "attached", "merged"), (1, 3)))  # fmt: skip
+        rows = list(adapters.forward_passes(model, ((2, 3),)))
+        assert [row["state"] for row in rows] == [
+            "base", "houlsby", "pfeiffer", "parallel", "ia3", "ia3 merged", "lora", "lora merged",
+        ]  # fmt: skip
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def test_a_model_is_made_once_and_not_kept_after_a_failure(no_model_held):
+    with models.held(SHAPES["t5-base"], CPU) as first:
+        pass
+    with models.held(SHAPES["t5-base"], CPU) as again:
+        assert again is first
+        assert again.get_input_embeddings().weight is again.lm_head.weight  # tied
+        assert all(p.dtype == torch.float32 and not p.is_meta for p in again.parameters())
+    with pytest.raises(ZeroDivisionError), models.held(SHAPES["llama-2-7b"], CPU) as broken:
+        assert {p.dtype for p in broken.parameters()} == {torch.bfloat16}
+        1 / 0  # noqa: B018
+    with models.held(SHAPES["llama-2-7b"], CPU) as other:
+        assert other is not broken

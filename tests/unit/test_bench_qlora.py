@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from peftlab.bench import fourbit, kernels, qlora
+import peftlab as pl
+from peftlab.bench import fourbit, models, qlora, timing
 from peftlab.errors import PeftLabError
 from peftlab.optional import available
 
@@ -20,9 +21,10 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def without_cuda(monkeypatch):
-    for name in ("synchronize", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda *arguments: None)
+def no_model_held():
+    models.let_go()
+    yield
+    models.let_go()
 
 
 def test_points_cover_the_chapter():
@@ -30,45 +32,68 @@ def test_points_cover_the_chapter():
     assert len({qlora.__name__ + str(point) for point in points}) == len(points)
     equality = [point for point in points if point["section"] == "equality" and point["block_size"] == 64]
     assert len(equality) == 3 and all(point["values"] >= 1e8 for point in equality)
-    timed = {point["section"] for point in points if point.get("timed")}
-    assert timed == {"kernels", "seven", "sixteen", "where", "eight", "seventy", "fits", "segments"}
+    large = {"seven", "where", "eight", "seventy", "fits", "segments"}
+    assert {point["section"] for point in points if point.get("timed") or point.get("alone")} == large
+    steps = [point for point in points if point.get("kind") == "step"]
+    assert all(("timed" in point) != (point["library"] == "peft, prepared") for point in steps)
     if not torch.cuda.is_available():
         with pytest.raises(PeftLabError, match="'seventy' measures a GPU"):
             qlora.measure({"section": "seventy", "shape": "llama-2-70b"})
 
 
+def small(point):
+    """The same point on a model that a processor holds."""
+    run = {name: RUN[name] for name in ("sequence", "r") if name in point}
+    return {**{name: value for name, value in point.items() if name != "card_bytes"}, "shape": TINY, **run}
+
+
 @pytest.mark.skipif(available("bitsandbytes") is None, reason="needs bitsandbytes")
-def test_each_library_in_turn_and_the_model_as_it_was():
+def test_every_point_at_full_size_gives_the_model_back_as_it_was(monkeypatch):
     pytest.importorskip("peft")
-    model = fourbit.random_model(TINY, CPU)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    modules = dict(model.named_modules())
-    rows = list(fourbit.beside(model, [RUN, {**RUN, "checkpointing": False}], CPU))
-    assert [row["library"] for row in rows] == 2 * ["peftlab", "peft", "peft, prepared"]
-    assert [row["ratio"] is None for row in rows] == 2 * [False, True, True]
-    assert len({row["trainable"] for row in rows}) == 1 and rows[0]["trainable"] > 0
-    assert all(row["fastest"] <= row["seconds"] for row in rows)
-    assert {*fourbit.PEAKS, "gpu_seconds", "kernels"} <= set(rows[0])
-    after = model.state_dict()
-    assert list(after) == list(before) and all(torch.equal(value, after[name]) for name, value in before.items())
-    assert dict(model.named_modules()) == modules
-    assert not any(p.requires_grad for p in model.parameters())
-    assert fourbit.tried(model, {**RUN, "optimizer": "adamw8bit"}, CPU)["fits"]
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", lambda settings: None)
+    for where in (timing, fourbit):
+        monkeypatch.setattr(where, "timed", lambda step, repeats, warm_up: [step() or 1.0])
+    for where in (models, fourbit):
+        monkeypatch.setattr(where, "release", lambda: None)  # collecting garbage hundreds of times takes a minute
+    made, build, trainable = [], models.random_model, {}
+    monkeypatch.setattr(models, "random_model", lambda *given: made.append(build(*given)) or made[-1])
+    before = {}
+    for point in map(small, fourbit.points()):
+        rows = fourbit.measure(point, CPU)
+        assert all({"timed", "alone"}.isdisjoint(row) for row in rows)
+        assert bool(rows) == (point["kind"] != "profile")  # these rows come from the process that profiles
+        if point["kind"] in ("step", "optimizer"):
+            (row,) = rows
+            assert {*fourbit.PEAKS, "trainable"} <= set(row) and ("seconds" in row) == ("timed" in point)
+            trainable[point["library"]] = row["trainable"]
+        if point["kind"] == "fits":
+            assert [row["tried"] for row in rows] == [True, *[False] * (len(rows) - 1)]
+            assert {row["fits"] for row in rows} == {True} and rows[0]["sequence"] == point["sequence"]
+        model = made[-1]
+        values, modules = before.setdefault(
+            len(made), ({n: v.clone() for n, v in model.state_dict().items()}, dict(model.named_modules()))
+        )
+        after = model.state_dict()
+        assert list(after) == list(values) and all(torch.equal(value, after[name]) for name, value in values.items())
+        assert dict(model.named_modules()) == modules
+        assert not any(p.requires_grad for p in model.parameters())
+    assert len(set(trainable.values())) == 1 and trainable["peft"] > 0
 
 
-def test_a_twin_shares_every_weight_and_nothing_else():
-    model = fourbit.random_model(TINY, CPU)
-    twin = fourbit.twin_of(model)
-    assert all(one is other for one, other in zip(model.parameters(), twin.parameters(), strict=True))
-    layer, other = (m.model.layers[0].mlp.up_proj for m in (model, twin))
-    assert layer is not other and layer.quant_state.absmax is other.quant_state.absmax
-    fourbit.replace(twin, "model.layers.0.mlp.up_proj", torch.nn.Identity())
-    assert model.model.layers[0].mlp.up_proj is layer
+def test_where_the_time_goes_is_told_by_the_process_that_profiles(monkeypatch):
+    point = next(small(p) for p in fourbit.points() if p["kind"] == "profile")
+    kernels = [timing.Kernel(name, start, start + 1) for start, name in enumerate(("gemm_a", "Memcpy", "gemm_b"))]
+    monkeypatch.setattr(timing, "_profiles", True)
+    monkeypatch.setattr(fourbit, "kernels_of", lambda step: step() or kernels)
+    rows = fourbit.measure(point, CPU)
+    assert [(row["what"], row["kernels"], row["busy_seconds"]) for row in rows] == [
+        ("copies", 1, 1), ("matrix products", 2, 2),
+    ]  # fmt: skip
 
 
 @pytest.mark.skipif(available("bitsandbytes") is None, reason="needs bitsandbytes")
 def test_bitsandbytes_layers_over_the_same_codes_compute_the_same():
-    model = fourbit.random_model(TINY, CPU)
+    model = models.random_model(TINY, CPU, True)
     layer = model.model.layers[0].mlp.up_proj
     theirs = fourbit.as_bitsandbytes(layer).train()
     assert theirs.weight.data_ptr() == layer.weight.data_ptr()
@@ -84,21 +109,51 @@ def test_kernels_are_told_apart_by_name():
         ("pytorch_flash::flash_fwd_kernel", "attention"), ("FusedAdamMathFunctor", "optimiser"),
         ("Memcpy DtoD", "copies"), ("vectorized_elementwise_kernel", "everything else"),
     ):  # fmt: skip
-        assert kernels.kind_of(name) == kind
+        assert fourbit.kind_of(name) == kind
 
 
-def test_four_bits_and_sixteen_take_their_steps_in_turn(monkeypatch):
-    monkeypatch.setattr(fourbit, "PAIRS", 2)
-    monkeypatch.setattr(fourbit, "RUN", RUN)
-    rows = list(fourbit.sixteen({"shape": TINY}, CPU))
-    assert [row["kind"] for row in rows] == ["weights", *3 * ["step"], *6 * ["beside"]]
-    assert [row["format"] for row in rows[4:]] == 3 * ["nf4", "bf16"]
-    assert all((row["ratio"] is None) == (row["format"] == "bf16") and row["fastest"] > 0 for row in rows[4:])
+def test_what_is_forgotten_is_measured_at_every_rate_with_every_seed():
+    points = list(qlora.forgetting())
+    for method in ("lora", "qlora", "full"):
+        mine = [point for point in points if point["method"] == method]
+        rates = {point["learning_rate"] for point in mine}
+        assert len(mine) == 3 * len(rates) and len(rates) >= 4
+        assert {point["seed"] for point in mine} == set(qlora.SEEDS)
+        assert {point["format"] for point in mine} == {"nf4" if method == "qlora" else "whole"}
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_a_run_on_the_support_desk_counts_right_answers(method, monkeypatch):
+    """One step of a small model that reads smollm2's tokens, and few messages of each split."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _, tokenizer = pl.load_model("smollm2-135m")
+    config = AutoConfig.for_model(**{**TINY, "vocab_size": 49152, "max_position_embeddings": 512})
+    load, asked = pl.load_data, []
+    desk = {split: rows.select(range(8)) for split, rows in load("support-desk").items()}
+    desk["train"] = load("support-desk")["train"]
+    monkeypatch.setattr(pl, "load_model", lambda *_, **__: (AutoModelForCausalLM.from_config(config), tokenizer))
+    monkeypatch.setattr(pl, "load_data", lambda name: desk if name == "support-desk" else load(name))
+    monkeypatch.setattr(pl, "encode_completion", lambda tokenizer, *_: pl.encode_text(tokenizer, "a b", max_length=8))
+    monkeypatch.setattr(qlora, "texts", lambda: ([], ["The weather was fine."]))
+
+    def answer(model, tokenizer, prompts, **_):
+        asked.append(prompts)
+        right = [row["ticket"] for split in ("validation", "test") for row in desk[split] if row["prompt"] in prompts]
+        return [*right[: 3 * len(asked)], *[""] * (8 - 3 * len(asked))]
+
+    monkeypatch.setattr(pl, "generate_text", answer)
+    point = next(p for p in qlora.forgetting() if p["method"] == method)
+    (row,) = qlora.measure({**point, "steps": 1, "batch_size": 1})
+    assert asked == [[row["prompt"] for row in desk[split]] for split in ("validation", "test")]
+    assert row["validation_exact"] == 3 / 8 and (row["correct"], row["messages"], row["exact"]) == (6, 8, 6 / 8)
+    assert row["perplexity_before"] > 1 and row["perplexity"] > 1 and row["train_loss"] > 0
+    assert (row["trainable"] > 49152 * 64) == (method == "full")
 
 
 def test_no_optimiser_is_left_when_memory_is_given_back(monkeypatch):
     """Of a run that fitted and of one that did not: the next must not find its states."""
-    model, made, alive = fourbit.random_model(TINY, CPU), [], []
+    model, made, alive = models.random_model(TINY, CPU, True), [], []
 
     def watched(*args):
         made.append(weakref.ref(optimizer := make(*args)))
@@ -122,7 +177,7 @@ def test_no_optimiser_is_left_when_memory_is_given_back(monkeypatch):
         return fail
 
     monkeypatch.setattr(fourbit, "stepper", full)
-    assert fourbit.tried(model, RUN, CPU) == {"fits": False, **dict.fromkeys(fourbit.PEAKS), "seconds": None}
+    assert fourbit.tried(model, RUN, CPU) == {"fits": False, **dict.fromkeys(fourbit.PEAKS)}
     assert len(made) == 2 and alive[-1] == 0
 
 

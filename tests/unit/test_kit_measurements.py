@@ -5,7 +5,7 @@ import json
 import pytest
 
 from peftlab.errors import PeftLabError
-from peftlab.kit import measurements
+from peftlab.kit import measurements, tables
 
 PROVENANCE = {"gpu": None, "cpu": "two cores", "versions": {"torch": "2.11.0", "peft": "0.21.0"}, "date": "2026-11-22",
               "command": "peftlab bench demo --out demo.json"}
@@ -66,6 +66,9 @@ def test_a_choice_that_misses_says_what_there_is(demo):
         (lambda c: c.update(rows=[]), "no rows"),
         (lambda c: c["rows"].append({"nested": [1]}), "row 4 is not a flat"),
         (lambda c: c.pop("topic"), "no topic"),
+        (lambda c: c["provenance"].update(runs={"aaaaaa": {"host": "x"}}), "does not say host, cpu, date of each run"),
+        (lambda c: c["provenance"].update(runs={"aaaaaa": dict.fromkeys(measurements.RUN, "x")}),
+         "row 0 names the run None, which its provenance does not know"),
     ],
 )
 def test_a_file_without_provenance_is_refused(demo, change, fault):
@@ -74,6 +77,58 @@ def test_a_file_without_provenance_is_refused(demo, change, fault):
     demo.write_text(json.dumps(content))
     with pytest.raises(PeftLabError, match=f"demo.json: .*{fault}"):
         measurements.results(demo)
+
+
+RUNS = {
+    "aaaaaa": {"host": "90ab34cd", "cpu": "two cores", "date": "2026-11-22"},
+    "bbbbbb": {"host": "0f0f0f0f", "cpu": "four cores", "date": "2026-11-23"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def timed(tmp_path):
+    """Two things that one run timed in three processes, and one that another run timed."""
+    path = tmp_path / "timed.json"
+    rows = [
+        {"state": state, "seconds": times[1], **{f"seconds_{n}": t for n, t in enumerate(times, 1)}, "processes": 3,
+         "busy_seconds": 0.5, "run": run}
+        for state, times, run in (("base", (1.0, 2.0, 4.0), "aaaaaa"), ("attached", (3.0, 4.0, 4.0), "aaaaaa"),
+                                  ("merged", (1.0, 2.0, 3.0), "bbbbbb"))
+    ]  # fmt: skip
+    measurements.write(path, "timed", {**PROVENANCE, "runs": RUNS}, rows)
+    return measurements.results(path)
+
+
+def test_rows_of_one_run_may_be_compared(timed):
+    assert timed.within_run(state=["base", "attached"]).rows == timed.where(state=["base", "attached"]).rows
+    assert timed.within_run(run="bbbbbb").column("state") == ["merged"]
+    with pytest.raises(PeftLabError) as refused:
+        timed.within_run(state=lambda state: state != "base")
+    assert str(refused.value) == (
+        "results 'timed': these rows are of 2 runs: aaaaaa (host 90ab34cd, 2026-11-22), bbbbbb (host 0f0f0f0f, "
+        "2026-11-23). Times may be compared within one run only. Add a condition, for example run='aaaaaa'.")
+
+
+def test_a_ratio_of_times_is_taken_in_each_process_and_within_a_run(timed):
+    base, attached, merged = timed
+    ratio = timed.ratio(attached, base)
+    assert ratio == (2.0, 1.0, 3.0) and str(ratio) == "2.00 (1.00 to 3.00)"
+    assert timed.ratio(base, base, "busy_seconds") == (1, 1, 1)  # one process read these
+    with pytest.raises(PeftLabError, match="of two runs: bbbbbb .host 0f0f0f0f.* and aaaaaa .*within one run only"):
+        timed.ratio(merged, base)
+    with pytest.raises(PeftLabError, match="no 'busy_second'.*Did you mean 'busy_seconds'"):
+        timed.ratio(attached, base, "busy_second")
+
+
+def test_a_file_from_before_there_were_runs_is_one_run(demo):
+    results = measurements.results(demo)
+    assert results.within_run(method="lora").rows == results.where(method="lora").rows
+    assert results.ratio(results.rows[1], results.rows[0], "score") == (1.2, 1.2, 1.2)
+    assert results.when == "2026-11-22"
+
+
+def test_the_badge_says_that_there_were_several_runs(timed):
+    assert "2026-11-22, in 2 runs" in tables.badge(timed) and "2026-11-22, in 2 runs" in timed.cite()
 
 
 def test_a_failed_write_leaves_the_old_file(demo, monkeypatch):

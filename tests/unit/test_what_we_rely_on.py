@@ -276,8 +276,11 @@ def test_tools_of_the_benches(ours):
     )
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as recorded:
         torch.ones(1)
-    missing = lacks(recorded.events()[0], "name", "device_type", "device_time_total")
+    missing = lacks(recorded.events()[0], "name", "device_type", "time_range", "is_user_annotation")
     assert not missing, f"an event of torch's profiler no longer has {missing}: {ours}"
+    assert not lacks(recorded.events()[0].time_range, "start", "end"), (
+        f"an event of torch's profiler no longer says when it started and ended: {ours}"
+    )
     assert not lacks(importlib.import_module("torch.distributed.fsdp"), "fully_shard"), (
         f"torch.distributed.fsdp has no fully_shard: {ours}"
     )
