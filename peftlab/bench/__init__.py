@@ -1,33 +1,49 @@
 """Measurements that take too long for a notebook: `peftlab bench TOPIC --out FILE`.
 
 A topic is a module here with `points()` (dicts that say what to measure, in order) and `measure(point) -> list[dict]`
-(rows). Finished points are kept in FILE.partial, so a killed run continues where it stopped.
+(rows). Points are measured in processes of their own, in three parts:
+
+1. points that may share the machine, in `jobs` processes;
+2. points with `alone`, one after the other in one process;
+3. points with `timed`, in several fresh processes (see `timing`). The timed points of a section are one comparison: in
+   each process they take turns.
+
+Finished points are kept in FILE.partial, so a killed run continues where it stopped, also on another host with the same
+GPU and the same versions. Each row names its run: the host and the day. A comparison is always of one run.
 """
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import multiprocessing
 import os
 import platform
+import secrets
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peftlab
+from peftlab.bench import timing
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.kit import measurements
 from peftlab.progress import Bar
 
 TOPICS = ("memory", "lora", "qlora", "prompts", "adapters", "parallel")
 BEGINNING = b'{"gpu": '  # of FILE.partial
+FORM = 2  # of FILE.partial
 LIBRARIES = ("torch", "transformers", "peft", "peftlab", "bitsandbytes", "triton")
+KERNELS = timing.PROCESSES + 1  # the number of the process that reads the kernels' own time
+
+Point = dict[str, Any]
+Rows = list[dict[str, Any]]
 
 
 def run(topic: str, out: str | os.PathLike, *, only: Iterable[str] | None = None, jobs: int = 1) -> Path:
@@ -37,12 +53,12 @@ def run(topic: str, out: str | os.PathLike, *, only: Iterable[str] | None = None
         topic: what to measure.
         out: the file to write. FILE.partial beside it keeps finished points until all are done.
         only: the sections of the topic to measure; `None` for all.
-        jobs: the number of processes for points that are not timed. Timed points always run alone, after the others.
+        jobs: the number of processes for points that may share the machine. The others run after them.
 
     Raises:
         PeftLabError: an unknown topic or section (with near matches), a folder that does not exist, or a FILE.partial
-            from another machine or other versions. Or some points failed: then all others are measured first, and the
-            same command tries the failed ones again.
+            of another GPU or other versions. Or some points failed: then all others are measured first, and the same
+            command tries the failed ones again.
     """
     if topic not in TOPICS:
         raise PeftLabError(f"There is no bench {topic!r}; there is {', '.join(TOPICS)}.{did_you_mean(topic, TOPICS)}")
@@ -61,49 +77,98 @@ def run(topic: str, out: str | os.PathLike, *, only: Iterable[str] | None = None
             raise PeftLabError(f"bench {topic} has no section {section!r}; it has {', '.join(sections)}.{hint}")
     points = [point for point in points if not only or point["section"] in only]
 
-    here = provenance()
-    partial = Partial(out.with_name(out.name + ".partial"), here)
-    todo = [point for point in points if key(point) not in partial.done]
-    failed: list[str] = []
-    with Bar(len(points), f"bench {topic}", unit="point", initial=len(points) - len(todo)) as bar:
-        for point, rows in measured(module, todo, jobs):
-            if isinstance(rows, Exception):
-                failed.append(f"{key(point)}: {type(rows).__name__}: {rows}")
-            else:
-                partial.add(point, rows)
-            bar.update(note=point["section"])
+    partial = Partial(out.with_name(out.name + ".partial"), provenance())
+    every = units(points)
+    todo = [unit for unit in every if not partial.has(unit, every)]
+    failed: dict[str, str] = {}
+    with Bar(len(every), f"bench {topic}", unit="part", initial=len(every) - len(todo)) as bar:
+        for unit, found in measured(module, todo, jobs):
+            errors = {key(p): e for p, e in zip(unit.points, found, strict=True) if isinstance(e, Exception)}
+            failed |= {name: f"{name}: {type(error).__name__}: {error}" for name, error in errors.items()}
+            if not errors:
+                partial.add(unit, found)
+            bar.update(note=unit.section)
     if failed:
-        told = "\n".join(failed)
+        told = "\n".join(failed.values())
         raise PeftLabError(f"{len(failed)} of {len(points)} points failed; {partial.file} keeps the others.\n{told}")
-    rows = [row for point in points for row in partial.done[key(point)]]
-    measurements.write(out, topic, here, rows)
+    rows = list(partial.rows(points, every))
+    measurements.write(out, topic, partial.provenance(rows), rows)
     partial.file.unlink(missing_ok=True)
     return out
 
 
-def measured(module: Any, points: list[dict], jobs: int) -> Iterator[tuple[dict, list[dict] | Exception]]:
-    """Yield (point, rows): first the points that may share the machine, then each timed point alone.
+class Unit(NamedTuple):
+    """What is measured and kept as a whole: one point, or the timed points of a section in one process."""
 
-    Points that share the machine are spread over its cores and GPUs. A point that fails yields its exception, so that
-    one out-of-memory error does not waste the hour that the others took.
-    """
-    shared = [point for point in points if not point.get("timed")] if jobs > 1 else []
-    if shared:
-        context = multiprocessing.get_context("spawn")
-        begun = context.Value("i", 0)
-        with ProcessPoolExecutor(jobs, context, initializer=take_share, initargs=(begun, jobs)) as pool:
-            futures = {pool.submit(module.measure, point): point for point in shared}
-            for future in as_completed(futures):
-                error = future.exception()
-                yield futures[future], error if isinstance(error, Exception) else future.result()
+    points: tuple[Point, ...]
+    process: int | None  # its number; None for a point that is not timed
+
+    @property
+    def section(self) -> str:
+        """The section of all its points."""
+        return self.points[0]["section"]
+
+    @property
+    def name(self) -> str:
+        """A text by which a later run recognises it."""
+        return key(self.points[0]) if self.process is None else key({"process": self.process, "of": self.points})
+
+
+def units(points: list[Point]) -> list[Unit]:
+    """Return all units in the order of measuring: points that are not timed, then process after process."""
+    timed: dict[str, list[Point]] = {}
     for point in points:
-        if point not in shared:
-            try:
-                rows = module.measure(point)
-            except Exception as error:
-                error.__traceback__ = None  # its frames hold what the point had allocated
-                rows = error
-            yield point, rows
+        if point.get("timed"):
+            timed.setdefault(point["section"], []).append(point)
+    return [
+        *(Unit((point,), None) for point in points if not point.get("timed")),
+        *(Unit(tuple(those), process) for process in range(1, KERNELS + 1) for those in timed.values()),
+    ]
+
+
+def measured(module: Any, todo: list[Unit], jobs: int) -> Iterator[tuple[Unit, list[Rows | Exception]]]:
+    """Yield (unit, what came of each of its points): first what may share the machine, then each other point alone.
+
+    A point that fails yields its exception, so that one out-of-memory error does not waste the hour that the others
+    took. A comparison in which a point failed is not measured in further processes.
+    """
+    context = multiprocessing.get_context("spawn")
+    for alone in (False, True):
+        waiting = [u for u in todo if u.process is None and bool(u.points[0].get("alone")) == alone]
+        workers = 1 if alone else jobs
+        if waiting:
+            begun = context.Value("i", 0)
+            with ProcessPoolExecutor(workers, context, initializer=take_share, initargs=(begun, workers)) as pool:
+                yield from (one_by_one if workers == 1 else side_by_side)(pool, module, waiting)
+    broken: set[str] = set()
+    for process in range(1, KERNELS + 1):
+        waiting = [unit for unit in todo if unit.process == process and unit.section not in broken]
+        if waiting:
+            with ProcessPoolExecutor(1, context, initializer=timing.begin, initargs=(process == KERNELS,)) as pool:
+                for unit, found in one_by_one(pool, module, waiting):
+                    broken |= {unit.section for each in found if isinstance(each, Exception)}
+                    yield unit, found
+
+
+def one_by_one(pool: Executor, module: Any, waiting: list[Unit]) -> Iterator[tuple[Unit, list[Rows | Exception]]]:
+    """Measure all points in turn, in one process."""
+    for unit in waiting:
+        yield unit, [outcome(pool.submit, module.measure, point) for point in unit.points]
+
+
+def side_by_side(pool: Executor, module: Any, waiting: list[Unit]) -> Iterator[tuple[Unit, list[Rows | Exception]]]:
+    """Measure units of one point each in several processes at once."""
+    futures = {pool.submit(module.measure, unit.points[0]): unit for unit in waiting}
+    for future in as_completed(futures):
+        yield futures[future], [outcome(lambda future: future, future)]
+
+
+def outcome(submit: Callable[..., Future], *arguments: Any) -> Rows | Exception:
+    """Return the rows of a point, or the exception that it ended in."""
+    try:
+        return submit(*arguments).result()
+    except Exception as error:
+        return error
 
 
 def take_share(begun: Any, jobs: int) -> None:
@@ -121,50 +186,97 @@ def take_share(begun: Any, jobs: int) -> None:
         torch.cuda.set_device(number % torch.cuda.device_count())
 
 
-def key(point: dict) -> str:
+def key(point: Any) -> str:
     """Return a point as text, by which a later run recognises it."""
     return json.dumps(point, sort_keys=True)
 
 
 class Partial:
-    """FILE.partial: a first line that says where it was measured, then `[key, rows]` for each finished point."""
+    """FILE.partial: a first line that says what it was measured with, then a line for each run and each finished unit.
+
+    A run is one host on one day. Units of several runs may lie in one file, but a comparison needs its units of all
+    processes from one run.
+    """
 
     def __init__(self, file: Path, here: dict[str, Any]) -> None:
-        """Read the points that an earlier run finished. Ignore a line that a kill cut short.
+        """Read the units that earlier runs finished. Ignore a line that a kill cut short.
 
         Raises:
-            PeftLabError: the points in it were measured on another machine or with other versions than `here`.
+            PeftLabError: the units in it were measured on another GPU or with other versions than `here`.
         """
-        self.file, self.done = file, {}
-        self.head = {name: here[name] for name in ("gpu", "cpu", "versions")}
+        self.file, self.here = file, here
+        self.done: dict[str, dict[str, list[Any]]] = {}  # by the unit's name, then by run
+        self.runs: dict[str, dict[str, Any]] = {}
+        self.head = {"gpu": here["gpu"], "versions": here["versions"], "form": FORM}
+        now = {name: here[name] for name in measurements.RUN}
         first, *lines = list(self._lines()) or [None]
         if first is None:
             begun = file.read_bytes() if file.is_file() else b""
             if not (begun.startswith(BEGINNING) or BEGINNING.startswith(begun)):
                 raise PeftLabError(f"{file} holds no points of a bench. Move it away, or use another --out.")
             file.unlink(missing_ok=True)  # killed before its first line was whole
-            return
-        before = first if isinstance(first, dict) else {}
-        changed = [name for name in self.head if before.get(name) != self.head[name]]
-        if changed:
+        elif first != self.head:
+            before = first if isinstance(first, dict) else {}
+            changed = [name for name in self.head if before.get(name) != self.head[name]]
             told = "; ".join(f"{name} was {before.get(name)}, is now {self.head[name]}" for name in changed)
             raise PeftLabError(
-                f"{file} holds points that were measured elsewhere or with other versions ({told}). "
+                f"{file} holds points that were measured on another GPU or with other versions ({told}). "
                 "Delete it to start again, or use another --out."
             )
-        self.done = dict(lines)
+        for line in lines:
+            self.runs[line["run"]] = line["of"]
+            self.done.setdefault(line["name"], {})[line["run"]] = line["found"]
+        same = [run for run, told in self.runs.items() if told == now]
+        self.run = same[0] if same else secrets.token_hex(3)
+        self.runs[self.run] = now
 
-    def add(self, point: dict, rows: list[dict]) -> None:
-        """Keep a finished point. It is on the disk when this returns."""
-        self.done[key(point)] = rows
+    def has(self, unit: Unit, every: list[Unit]) -> bool:
+        """Whether a unit need not be measured: it was in this run, or its whole comparison was in another one."""
+        if unit.process is None:
+            return unit.name in self.done
+        return self.run in self.done.get(unit.name, {}) or self._run_of(unit, every) is not None
+
+    def add(self, unit: Unit, found: list[Any]) -> None:
+        """Keep what came of a unit's points. It is on the disk when this returns."""
+        self.done.setdefault(unit.name, {})[self.run] = found
         content = self.file.read_bytes() if self.file.is_file() else b""
-        lines = [[key(point), rows]] if content else [self.head, [key(point), rows]]
-        # If a kill cut the last line short, begin a new one. Otherwise this point would be lost with it.
+        line = {"run": self.run, "of": self.runs[self.run], "name": unit.name, "found": found}
+        lines = [line] if content else [self.head, line]
+        # If a kill cut the last line short, begin a new one. Otherwise this unit would be lost with it.
         broken = "\n" if content and not content.endswith(b"\n") else ""
         with open(self.file, "a", encoding="utf-8") as file:
             file.write(broken + "".join(json.dumps(line) + "\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
+
+    def rows(self, points: list[Point], every: list[Unit]) -> Iterator[dict[str, Any]]:
+        """Yield the rows of all points, in the order of the points. Each names its run."""
+        for point in points:
+            unit = next(unit for unit in every if point in unit.points)
+            if unit.process is None:
+                run, (rows,) = next(iter(self.done[unit.name].items()))
+            else:
+                run, place = self._run_of(unit, every) or self.run, unit.points.index(point)
+                found = [self.done[same.name][run] for same in every if same.points == unit.points]
+                rows = timing.together([each[place] for each in found])
+            yield from ({**row, "run": run} for row in rows)
+
+    def provenance(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return where rows come from: the GPU, the versions, the command, and each run with its host and its day."""
+        used = {run: self.runs[run] for run in dict.fromkeys(row["run"] for row in rows)}
+        return {
+            "gpu": self.here["gpu"],
+            "cpu": " or ".join(dict.fromkeys(run["cpu"] for run in used.values())),
+            "versions": self.here["versions"],
+            "date": max(run["date"] for run in used.values()),
+            "command": self.here["command"],
+            "runs": used,
+        }
+
+    def _run_of(self, unit: Unit, every: list[Unit]) -> str | None:
+        """Return the run that measured a comparison in all processes, if there is one."""
+        found = [set(self.done.get(same.name, {})) for same in every if same.points == unit.points]
+        return min(set.intersection(*found), default=None)
 
     def _lines(self) -> Iterator[Any]:
         if self.file.is_file():
@@ -201,6 +313,7 @@ def provenance() -> dict[str, Any]:
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu": processor(),
+        "host": host(),
         "versions": versions,
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["peftlab", *sys.argv[1:]]),
@@ -215,3 +328,10 @@ def processor() -> str:
         models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         name = models[0].partition(":")[2].strip() if models else name
     return f"{name}, {os.cpu_count()} cores"
+
+
+def host() -> str:
+    """Return a mark that tells this computer, since it was started, from others. It does not give its name away."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    marks = [platform.node(), boot.read_text().strip() if boot.is_file() else ""]
+    return hashlib.sha256("\n".join(marks).encode()).hexdigest()[:8]

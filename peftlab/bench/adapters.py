@@ -10,11 +10,10 @@ Sections:
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -23,6 +22,8 @@ from torch import nn
 
 import peftlab as pl
 from peftlab.bench import fullsize, lora
+from peftlab.bench.models import ALL_LINEAR, held, lent, vocabulary_of
+from peftlab.bench.timing import clock, gpu_for, named
 from peftlab.optional import require
 
 SEEDS = (0, 1, 2)
@@ -48,7 +49,6 @@ VARIANTS: tuple[tuple[str, dict[str, Any], tuple[float, ...]], ...] = (
     ("prefix, 20 tokens", {"method": "prefix", "tokens": 20}, HIGH),
 )
 ON_NEWS = ("head only", "full", "BitFit", "IA3", "LoRA, r = 8", "Pfeiffer, width 24")
-ALL = fullsize.ALL_LINEAR
 
 
 def points() -> list[dict[str, Any]]:
@@ -111,7 +111,7 @@ def config_of(point: dict[str, Any], head: list[str] | None = None) -> Any:
     given: dict[str, Any] = {name: point[name] for name in ("r", "width", "reduction_factor") if name in point}
     if method == "lora":
         given["alpha"] = 2 * point["r"]
-        targets = list(ALL) if point.get("shape") == "llama-2-7b" else targets
+        targets = list(ALL_LINEAR) if point.get("shape") == "llama-2-7b" else targets
     if method in ("houlsby", "pfeiffer", "parallel"):
         given["placement"] = method
     if "tokens" in point:
@@ -126,16 +126,10 @@ def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
         return list(chosen_rate(point))
     if section == "desk":
         return [{**point, **desk(point)}]
-    if not torch.cuda.is_available():
-        raise pl.PeftLabError(f"Section {section!r} is about a GPU's memory and time, and needs a CUDA GPU.")
     if section == "fullsize":
         return fullsize.measure(point, adapt=with_method)
-    try:
-        rows = list(roberta_step(point) if section == "biases" else forward_passes())
-    finally:
-        gc.collect()
-        torch.cuda.empty_cache()
-    return [{**{name: value for name, value in point.items() if name != "timed"}, **row} for row in rows]
+    with held(point["shape"], gpu_for(point, "a GPU's memory and time")) as model:
+        return named(point, [roberta_step(model, point)] if section == "biases" else forward_passes(model))
 
 
 def chosen_rate(point: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -237,31 +231,22 @@ def with_method(model: nn.Module, point: dict[str, Any]) -> nn.Module:
     return pl.attach(model, config_of(point))
 
 
-def roberta_step(point: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Measure a step's peak and time: float32 weights, bf16 autocast, fused AdamW; median of ten after three."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    shape = pl.memory.load_shape(point["shape"])
+def roberta_step(model: nn.Module, point: dict[str, Any]) -> dict[str, Any]:
+    """Measure a step's peak and time: float32 weights, bf16 autocast, fused AdamW."""
     torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**shape.config)).train()
+    with lent(model, with_head, point) as wrapped:
+        device = next(model.parameters()).device
+        ids = torch.randint(3, vocabulary_of(model), (point["batch"], point["sequence"]), device=device)
+        return fullsize.step_of(wrapped, {"input_ids": ids, "labels": ids[:, 0] % 2}, repeats=10, warm_up=3)
+
+
+def with_head(model: nn.Module, point: dict[str, Any]) -> nn.Module:
+    """Return the classifier with what a point trains, its head too."""
     config = config_of(point, ["classifier"])
-    if config is not None:
-        pl.attach(model, config)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-    ids = torch.randint(3, shape.config["vocab_size"], (point["batch"], point["sequence"]), device="cuda")
-
-    def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids[:, 0] % 2).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    yield fullsize.measured(step, trained, repeats=10, warm_up=3)
+    return model.requires_grad_(True) if config is None else pl.attach(model, config)
 
 
+SIZES = tuple(product((1, 32), (1, 128)))  # sequences, and tokens of each
 STATES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("houlsby", {"method": "houlsby", "reduction_factor": 16}),
     ("pfeiffer", {"method": "pfeiffer", "reduction_factor": 16}),
@@ -272,17 +257,17 @@ STATES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 @torch.no_grad()
-def forward_passes() -> Iterator[dict[str, Any]]:
-    """Time a forward pass of 1 and 128 tokens, for 1 and 32 sequences, with 16-bit adapters. Median of 10."""
+def forward_passes(model: nn.Module, sizes: tuple[tuple[int, int], ...] = SIZES) -> Iterator[dict[str, Any]]:
+    """Time a forward pass by the numbers of sequences and of tokens in each, with 16-bit adapters."""
     torch.manual_seed(0)
-    model = fullsize.llama_7b().eval()
+    model.eval()
+    device = next(model.parameters()).device
 
     def passes(state: str) -> Iterator[dict[str, Any]]:
-        for batch, count in product((1, 32), (1, 128)):
-            tokens = torch.randint(32000, (batch, count), device="cuda")
-            times = fullsize.timed(lambda: model(input_ids=tokens, logits_to_keep=1), repeats=10, warm_up=3)  # noqa: B023
-            yield {"state": state, "batch": batch, "tokens": count, "seconds": statistics.median(times),
-                   "seconds_spread": max(times) - min(times)}  # fmt: skip
+        for batch, count in sizes:
+            tokens = torch.randint(vocabulary_of(model), (batch, count), device=device)
+            spent = clock(partial(model, input_ids=tokens, logits_to_keep=1), 10, 3)
+            yield {"state": state, "batch": batch, "tokens": count, **spent}
 
     yield from passes("base")
     for name, settings in STATES:

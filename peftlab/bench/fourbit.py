@@ -1,16 +1,23 @@
 """Full size in four bits: Hugging Face peft on bitsandbytes and this package, compared on the same codes.
 
 The Llama shapes have random weights and are quantised layer by layer on the GPU. The layers of both libraries share the
-same codes, so one model is enough. The runs alternate, so that any disturbance of the machine affects both.
+same codes, so one model is enough.
+
+Kinds of points:
+    weights     the bytes of the weights
+    step        one training step; timed, but by peft's published preparation, of which only the memory is measured
+    optimizer   the memory of a step by the optimiser
+    cast        what that preparation casts to float32
+    latency     one forward pass of 1 and of 512 tokens
+    profile     where the GPU's time of a step goes
+    fits        what can be trained on a card of 48 GB
 """
 
 from __future__ import annotations
 
-import copy
-import gc
-import statistics
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -18,51 +25,95 @@ import torch
 from torch import nn
 
 import peftlab as pl
-from peftlab.bench.fullsize import ALL_LINEAR, timed, vocabulary_of
-from peftlab.bench.kernels import Row, forward_passes, kernels_of, profile_of
+from peftlab.bench.models import ALL_LINEAR, held, let_go, release, vocabulary_of
+from peftlab.bench.timing import busy, clock, kernels_of, named, profiling, timed
 from peftlab.core.checkpointing import set_input_gradients, switch_checkpointing
-from peftlab.memory.counting.shapes import load_shape
-from peftlab.optional import available, require
+from peftlab.optional import require
 from peftlab.quantization import Linear4bit
-from peftlab.quantization.backends import AUTO, choose
 from peftlab.quantization.codebooks import code_book, dynamic_book
 from peftlab.quantization.model import replace, weight_bytes
 from peftlab.quantization.preparing import kbit_casts
 
-CARD = 48e9  # bytes: a card sold as 48 GB has a little more
-REPEATS, WARM_UP, PAIRS = 2, 2, 24
+Row = dict[str, Any]
+CARD = 48_000_000_000  # bytes: a card sold as 48 GB has a little more
 PEAKS = {"peak_bytes": "allocated_bytes.all.peak", "requested_bytes": "requested_bytes.all.peak"}  # torch's counters
 RUN = {"r": 16, "optimizer": "adamw", "batch": 1, "sequence": 512, "checkpointing": True, "adapter_dtype": "float32"}
 # r, optimiser and adapter dtype that 70B is tried with, and the sequences from the longest down
 FITS = ((16, "adamw", "float32"), (64, "adamw", "float32"), (64, "adamw", "bfloat16"),
         (64, "adamw8bit", "float32"), (64, "paged-adamw8bit", "float32"))  # fmt: skip
-STEPS = ((1, True), (4, True), (4, False))  # batch and checkpointing at 7B
+STEPS = tuple({**RUN, "batch": b, "checkpointing": c} for b, c in ((1, True), (4, True), (4, False)))  # at 7B
 SEQUENCES = (4096, 2048, 1024, 512)
+SEVEN = {"shape": "llama-2-7b", "format": "nf4"}
+EIGHT = {"shape": "llama-3.1-8b", "format": "nf4"}
+SEVENTY = {"shape": "llama-2-70b", "format": "nf4", "card_bytes": CARD}
+KERNELS = (
+    ("dequantise the weights", ("dequantize_blockwise", "dequantizeblockwise", "kdequantize")),
+    ("matrix products", ("gemm", "cutlass", "nvjet", "xmma", "matmul", "cublas")),
+    ("attention", ("flash", "fmha", "attention")),
+    ("optimiser", ("adam", "multi_tensor")),
+)
 
 
-# ------------------------------------------------------------------------------------------------------ the models
+# ------------------------------------------------------------------------------------------------------ the points
 
 
-@torch.no_grad()
-def random_model(shape: str | dict, device: torch.device, four_bit: bool = True) -> nn.Module:
-    """Make a Llama shape with random bf16 weights, layer by layer. The body's linear layers may be in NF4."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def points() -> Iterator[Row]:
+    """Yield every point at full size. Points that take turns stand together; those of one model too."""
+    yield {"section": "seven", "alone": True, "kind": "weights", **SEVEN}
+    for run in STEPS:
+        yield from beside("seven", SEVEN, run)
+    for r, optimizer in product((16, 64), ("adamw", "adamw8bit", "paged-adamw8bit")):
+        yield {"section": "seven", "alone": True, "kind": "optimizer", "method": "qlora", "library": "peftlab", **SEVEN,
+               **RUN, "r": r, "optimizer": optimizer}  # fmt: skip
+    bf16 = {**SEVEN, "format": "bf16"}
+    for run in STEPS:
+        yield {"section": "seven", "timed": True, "kind": "step", "method": "lora", "library": "peftlab", **bf16, **run}
+    for model in (bf16, SEVEN):
+        yield {"section": "where", "timed": True, "kind": "latency", **model}
+        yield {"section": "where", "timed": True, "kind": "profile", **model, **RUN, "batch": 4}
+    yield {"section": "eight", "alone": True, "kind": "cast", **EIGHT}
+    for batch in (1, 4):
+        yield from beside("eight", EIGHT, {**RUN, "r": 64, "batch": batch})
+    yield {"section": "seventy", "alone": True, "kind": "weights", **SEVENTY}
+    yield from beside("seventy", SEVENTY, RUN)
+    for r, optimizer, adapter_dtype in FITS:
+        yield {"section": "fits", "alone": True, "kind": "fits", **SEVENTY, **RUN, "r": r, "optimizer": optimizer,
+               "adapter_dtype": adapter_dtype, "sequence": None}  # fmt: skip
+    yield {"section": "segments", "alone": True, "kind": "fits", **SEVENTY, **RUN, "sequence": SEQUENCES[0]}
 
-    config = AutoConfig.for_model(**load_shape(shape).config)
-    config.use_cache = False
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    worker = choose(AUTO, "nf4", 64, device)
-    for path, module in list(model.named_modules()):
-        if four_bit and type(module) is nn.Linear and module is not model.get_output_embeddings():
-            weight = torch.randn(module.weight.shape, dtype=torch.bfloat16, device=device).mul_(0.02)
-            replace(model, path, Linear4bit(worker.quantize(weight, "nf4", 64, True, path)))
-            continue
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            if tensor.is_meta:
-                value = torch.randn(tensor.shape, dtype=tensor.dtype, device=device).mul_(0.02)
-                setattr(module, name, nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value)
-    return model.requires_grad_(False)
+
+def beside(section: str, model: Row, run: Row) -> Iterator[Row]:
+    """Yield one run here and in peft without casts, in turn; then its memory by peft's published recipe."""
+    for library in ("peftlab", "peft", "peft, prepared"):
+        how = "timed" if library != "peft, prepared" else "alone"
+        yield {"section": section, how: True, "kind": "step", "method": "qlora", "library": library, **model, **run}
+
+
+def measure(point: Row, device: torch.device) -> list[Row]:
+    """Measure one point, and return its rows."""
+    kinds: dict[str, Callable[..., Any]] = {
+        "weights": weights, "step": step, "optimizer": step, "cast": casts, "latency": latency, "profile": profile,
+        "fits": fits,
+    }  # fmt: skip
+    if point["section"] != "segments":
+        return limited(kinds[point["kind"]], point, device)
+    let_go()
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # they grow and leave fewer gaps
+    try:
+        return limited(kinds[point["kind"]], point, device)
+    finally:
+        let_go()
+        torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+
+
+def limited(kind: Callable[..., Iterator[Row]], point: Row, device: torch.device) -> list[Row]:
+    """Measure a kind of point, on a card of the size that the point names, if it names one."""
+    card = only(point["card_bytes"], device) if "card_bytes" in point else nullcontext(0)
+    with card as taken, held(point["shape"], device, four_bit=point["format"] == "nf4") as model:
+        return named(point, (without(taken, row) for row in kind(model, point, device)))
+
+
+# --------------------------------------------------------------------------------------- one model, two libraries
 
 
 def as_bitsandbytes(layer: Linear4bit) -> nn.Module:
@@ -167,79 +218,6 @@ def stepper(wrapped: nn.Module, run: Row, device: torch.device) -> Callable[[], 
     return step
 
 
-def compare(
-    model: nn.Module, run: Row, libraries: tuple[str, ...], device: torch.device, repeats: int = REPEATS
-) -> Iterator[Row]:  # fmt: skip
-    """Measure one run under each library in turn: its peak, its kernels' GPU time, and its median step.
-
-    The steps of two libraries alternate one by one, each on a copy of the model's modules over the same weights. If the
-    host is slow for a second, it is slow for both.
-    """
-    times: dict[str, list[float]] = {library: [] for library in libraries}
-    peaks: dict[str, Row] = {}
-    kernels: dict[str, Row] = {}
-    for library in libraries:
-        with under(model, library, run) as wrapped:
-            step = stepper(wrapped, run, device)
-            times[library] = timed(step, repeats=repeats, warm_up=WARM_UP)
-            peaks[library] = peak()
-            spent = [seconds for _, seconds in kernels_of(step)]
-            kernels[library] = {"kernels": len(spent), "gpu_seconds": sum(spent)}
-            trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-            del step, wrapped
-    ratio = None
-    if len(libraries) == 2:
-        # swap the trees for half of them: steps on a tree that was made at once, as a copy is, are a few per cent
-        # faster
-        twin = twin_of(model)
-        times = {library: [] for library in libraries}
-        for trees in ((model, twin), (twin, model)):
-            sides = {library: (tree, library) for library, tree in zip(libraries, trees, strict=True)}
-            for library, taken in alternating(sides, run, device, PAIRS // 2).items():
-                times[library] += taken
-        ratio = ratio_of(times)
-    for library in libraries:
-        yield {
-            "ratio": ratio if library == libraries[0] else None,
-            **run, "library": library, **peaks[library], **kernels[library], "trainable": trainable,
-            **spread_of(times[library]),
-            "tokens_per_second": run["batch"] * run["sequence"] / statistics.median(times[library]),
-        }  # fmt: skip
-
-
-def alternating(
-    sides: dict[str, tuple[nn.Module, str]], run: Row, device: torch.device, pairs: int
-) -> dict[str, list[float]]:  # fmt: skip
-    """Time single steps of two models in turn, each under a library. The first one changes every time."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    one, other = sides.values()
-    with under(*one, run) as first, under(*other, run) as second:
-        steps = {name: stepper(model, run, device) for name, model in zip(sides, (first, second), strict=True)}
-        for number in range(WARM_UP + pairs):
-            for name in sides if number % 2 else reversed(sides):
-                taken = timed(steps[name], repeats=1, warm_up=0)
-                times[name] += taken if number >= WARM_UP else []
-        del steps
-    return times
-
-
-def spread_of(times: list[float]) -> Row:
-    """Return a row's columns about the times of one side."""
-    return {"seconds": statistics.median(times), "fastest": min(times), "seconds_spread": max(times) - min(times)}
-
-
-def ratio_of(times: dict[str, list[float]]) -> float:
-    """Return the median ratio of the times of a step of the first and its partner."""
-    return statistics.median(a / b for a, b in zip(*times.values(), strict=True))
-
-
-def twin_of(model: nn.Module) -> nn.Module:
-    """Return another tree of modules over the same weights, codes and scales."""
-    states = [module.quant_state for module in model.modules() if isinstance(module, Linear4bit)]
-    shared = [*model.parameters(), *model.buffers(), *(t for state in states for t in state.tensors().values())]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
-
-
 def peak() -> Row:
     """Return the most bytes that torch's allocator handed out since `timed`, and the most requested; 0 without a GPU.
 
@@ -256,132 +234,87 @@ def without(ballast: int, row: Row) -> Row:
     return {**row, **{name: row[name] - ballast for name in PEAKS if row.get(name) is not None}}
 
 
-def release() -> None:
-    """Free what nothing refers to. bitsandbytes keeps a list of all paged states it ever made."""
-    if available("bitsandbytes") is not None:
-        require("bitsandbytes").functional.GlobalPageManager.get_instance().paged_tensors.clear()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+# ------------------------------------------------------------------------------------------------------- the kinds
 
 
-# ------------------------------------------------------------------------------------------------------ the points
+def weights(model: nn.Module, point: Row, device: torch.device) -> Iterator[Row]:
+    """Measure the bytes of the weights."""
+    yield {"weight_bytes": weight_bytes(model)}
 
 
-def beside(model: nn.Module, runs: list[Row], device: torch.device) -> Iterator[Row]:
-    """Measure each run here and in peft without casts, in turn; then once by peft's published recipe."""
-    for run in runs:
-        both = compare(model, run, ("peftlab", "peft"), device)
-        published = compare(model, run, ("peft, prepared",), device)
-        yield from ({"kind": "step", "method": "qlora", **row} for row in (*both, *published))
+def casts(model: nn.Module, point: Row, device: torch.device) -> Iterator[Row]:
+    """Measure what peft's preparation casts to float32."""
+    for cast in kbit_casts(model):
+        yield {"what": cast.step, "modules": cast.modules, "bytes": cast.bytes}
 
 
-def profiles(model: nn.Module, device: torch.device) -> Iterator[Row]:
-    """Measure where the time of one step goes, at 1 and at 4 x 512 tokens."""
-    for batch in (1, 4):
-        run = {**RUN, "batch": batch}
-        with under(model, "peftlab", run) as wrapped:
-            yield from ({**run, **row} for row in profile_of(stepper(wrapped, run, device)))
+def step(model: nn.Module, point: Row, device: torch.device) -> Iterator[Row]:
+    """Measure one training step: its peak, and its time if the point is timed."""
+    with under(model, point["library"], point) as wrapped:
+        trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+        call = stepper(wrapped, point, device)
+        spent = clock(call) if point.get("timed") else {}
+        if not spent:
+            timed(call, repeats=0, warm_up=2)
+        yield {"trainable": trainable, **peak(), **spent}
+        del call, wrapped
 
 
-def seven(point: Row, device: torch.device) -> Iterator[Row]:
-    """Measure 7B: steps here and in peft, and the optimisers."""
-    model = random_model(point["shape"], device)
-    yield {"kind": "weights", "format": "nf4", "weight_bytes": weight_bytes(model)}
-    yield from beside(model, [{**RUN, "batch": b, "checkpointing": c} for b, c in STEPS], device)
-    for r, optimizer in product((16, 64), ("adamw", "adamw8bit", "paged-adamw8bit")):
-        run = {**RUN, "r": r, "optimizer": optimizer}
-        for row in compare(model, run, ("peftlab",), device, repeats=3):
-            yield {"kind": "optimizer", "method": "qlora", **row}
+@torch.no_grad()
+def latency(model: nn.Module, point: Row, device: torch.device) -> Iterator[Row]:
+    """Measure one forward pass in bf16 over 1 and over 512 tokens: what a quantised base costs when it answers."""
+    model.eval()
+    for count in (1, 512):
+        tokens = torch.randint(vocabulary_of(model), (1, count), device=device)
+        yield {"tokens": count, **clock(partial(model, input_ids=tokens), 10, 3)}
 
 
-def sixteen(point: Row, device: torch.device) -> Iterator[Row]:
-    """Measure 7B in bf16: LoRA on 16-bit weights, for comparison, then its steps and 4-bit steps in turn."""
-    whole = random_model(point["shape"], device, four_bit=False)
-    yield {"kind": "weights", "format": "bf16", "weight_bytes": weight_bytes(whole)}
-    runs = [{**RUN, "batch": batch, "checkpointing": checkpointing} for batch, checkpointing in STEPS]
-    for run in runs:
-        for row in compare(whole, run, ("peftlab",), device):
-            yield {"kind": "step", "method": "lora", **row}
-    sides = {"nf4": (random_model(point["shape"], device), "peftlab"), "bf16": (whole, "peftlab")}
-    for run in runs:
-        times = alternating(sides, run, device, PAIRS)
-        for format, taken in times.items():
-            yield {
-                "kind": "beside", "format": format, **run, "ratio": ratio_of(times) if format == "nf4" else None,
-                **spread_of(taken),
-            }  # fmt: skip
+def profile(model: nn.Module, point: Row, device: torch.device) -> Iterator[Row]:
+    """Measure where the GPU's time of one step goes. Only the process that reads the kernels' time has rows."""
+    if not profiling():
+        return
+    with under(model, "peftlab", point) as wrapped:
+        call = stepper(wrapped, point, device)
+        timed(call, repeats=0, warm_up=2)
+        spent: dict[str, list[Any]] = {}
+        for kernel in kernels_of(call):
+            spent.setdefault(kind_of(kernel.name), []).append(kernel)
+        del call, wrapped
+    for what, kernels in sorted(spent.items()):
+        yield {"what": what, "kernels": len(kernels), "busy_seconds": busy(kernels)}
 
 
-def where(point: Row, device: torch.device) -> Iterator[Row]:
-    """Measure 7B in four bits and in bf16: where the time of a step goes, and what answering costs."""
-    for format in ("nf4", "bf16"):
-        model = random_model(point["shape"], device, four_bit=format == "nf4")
-        yield from ({"kind": "latency", "format": format, **row} for row in forward_passes(model, device))
-        yield from ({"kind": "profile", "format": format, **row} for row in profiles(model, device))
-        del model
-        release()
+def kind_of(kernel: str) -> str:
+    """Say what a CUDA kernel does, from its name."""
+    name = kernel.lower()
+    for kind, marks in KERNELS:
+        if any(mark in name for mark in marks):
+            return kind
+    return "copies" if "memcpy" in name or "memset" in name else "everything else"
 
 
-def eight(point: Row, device: torch.device) -> Iterator[Row]:
-    """Measure 8B, whose vocabulary has 128,256 words: steps here and in peft, and what its preparation casts."""
-    model = random_model(point["shape"], device)
-    for step in kbit_casts(model):
-        yield {"kind": "cast", "what": step.step, "modules": step.modules, "bytes": step.bytes}
-    yield from beside(model, [{**RUN, "r": 64, "batch": batch} for batch in (1, 4)], device)
-
-
-def seventy(point: Row, device: torch.device) -> Iterator[Row]:
-    """Measure 70B on a card of 48 GB: steps here and in peft. The rest of the GPU's memory is taken away first."""
-    with only(CARD, device) as taken:
-        model = random_model(point["shape"], device)
-        yield {"kind": "weights", "format": "nf4", "weight_bytes": weight_bytes(model), "card_bytes": int(CARD)}
-        for row in beside(model, [RUN], device):
-            yield without(taken, row)
-
-
-def fits(point: Row, device: torch.device) -> Iterator[Row]:
-    """Measure what else can be trained on that card: the longest sequence of each kind of run."""
-    with only(CARD, device) as taken:
-        model = random_model(point["shape"], device)
-        for r, optimizer, adapter_dtype in FITS:
-            fitted = False
-            for sequence in SEQUENCES:
-                run = {**RUN, "r": r, "optimizer": optimizer, "adapter_dtype": adapter_dtype, "sequence": sequence}
-                if fitted:
-                    yield {"kind": "fits", **run, "fits": True, "tried": False}  # a shorter one than one that fits
-                    continue
-                row = without(taken, tried(model, run, device))
-                fitted = row["fits"]
-                yield {"kind": "fits", **run, "tried": True, **row}
-
-
-def segments(point: Row, device: torch.device) -> Iterator[Row]:
-    """Measure the longest sequence again, with an allocator whose segments grow and leave fewer gaps."""
-    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
-    try:
-        with only(CARD, device) as taken:
-            model, run = random_model(point["shape"], device), {**RUN, "sequence": SEQUENCES[0]}
-            yield {"kind": "fits", **run, "tried": True, **without(taken, tried(model, run, device))}
-    finally:
-        torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+def fits(model: nn.Module, point: Row, device: torch.device) -> Iterator[Row]:
+    """Try the sequence of the point. If it has none, go from the longest one down to the first that fits."""
+    fitted = False
+    for sequence in [point["sequence"]] if point["sequence"] else SEQUENCES:
+        if fitted:
+            yield {"sequence": sequence, "fits": True, "tried": False}
+            continue
+        row = tried(model, {**point, "sequence": sequence}, device)
+        fitted = row["fits"]
+        yield {"sequence": sequence, "tried": True, **row}
 
 
 def tried(model: nn.Module, run: Row, device: torch.device) -> Row:
-    """Measure two steps of a run: its peak and the second's time, or that there was not enough memory."""
+    """Make two steps of a run. Return their peak, or that there was not enough memory."""
     try:
-        return {"fits": True, **two_steps(model, run, device)}
+        with under(model, "peftlab", run) as wrapped:
+            timed(stepper(wrapped, run, device), repeats=0, warm_up=2)
+            return {"fits": True, **peak()}
     except torch.OutOfMemoryError:
-        return {"fits": False, **dict.fromkeys(PEAKS), "seconds": None}
+        return {"fits": False, **dict.fromkeys(PEAKS)}
     finally:
         release()  # the optimiser has been freed by now
-
-
-def two_steps(model: nn.Module, run: Row, device: torch.device) -> Row:
-    """Return the peak of two steps and the time of the second."""
-    with under(model, "peftlab", run) as wrapped:
-        times = timed(stepper(wrapped, run, device), repeats=1, warm_up=1)
-        return {**peak(), "seconds": times[0]}
 
 
 @contextmanager

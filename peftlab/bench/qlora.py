@@ -4,30 +4,32 @@ Sections, in the chapter's order:
     equality    codes, scales and weights against bitsandbytes' CUDA kernels, 10^8 values in each dtype
     perplexity  smollm2-135m on news text in each format and block size
     quality     the same formats after LoRA on top: the support desk, and held-out news
+    forgetting  LoRA, QLoRA and full fine-tuning on the support desk: what they learn, and what news text costs after
     curve       twenty steps of LoRA on an NF4 base, here and with Hugging Face peft on bitsandbytes
-    kernels     bandwidth of quantising and dequantising against a plain copy
-    seven, eight, seventy   Llama shapes at full size beside Hugging Face peft's recipe; 70B inside 48 GB
+    seven, eight, seventy   Llama shapes at full size beside Hugging Face peft's recipe; 7B also in bf16; 70B in 48 GB
+    where       where the time of a step at 7B goes, and what a forward pass costs
     fits        what can be trained of 70B on a card of 48 GB
     segments    the same at the longest sequence, with an allocator that leaves fewer gaps
-    sixteen     LoRA on 7B in bf16; then steps on 4 and on 16 bits in turn
-    where       where the time of a step at 7B goes, and what a forward pass costs
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 from collections.abc import Iterator
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
 from torch import nn
 
 import peftlab as pl
-from peftlab.bench import fourbit, kernels
+from peftlab.bench import fourbit, lora
 from peftlab.bench.fourbit import Row
-from peftlab.errors import PeftLabError
+from peftlab.bench.models import release
+from peftlab.bench.timing import gpu_for, named
 from peftlab.optional import require
 from peftlab.quantization.blockwise import quantize
 from peftlab.quantization.model import replace
@@ -37,9 +39,12 @@ FORMATS = ("whole", "nf4", "fp4", "int4")
 BLOCK_SIZES = (32, 64, 256, 1024, 4096)
 DESK = {"task": "desk", "r": 8, "alpha": 32, "learning_rate": 5e-3, "steps": 70, "batch_size": 8, "seed": 0}
 NEWS = {"task": "news", "r": 8, "alpha": 32, "learning_rate": 1e-3, "steps": 60, "batch_size": 8, "seed": 0}
-SEVEN = "llama-2-7b"
-FULL_SIZE = {"seven": SEVEN, "sixteen": SEVEN, "where": SEVEN, "eight": "llama-3.1-8b",
-             "seventy": "llama-2-70b", "fits": "llama-2-70b", "segments": "llama-2-70b"}  # fmt: skip
+# What is trained on the support desk, the format of the weights below, and the learning rates to try
+FORGETTING = (
+    ("lora", "whole", (1e-3, 3e-3, 1e-2, 3e-2)), ("qlora", "nf4", (1e-3, 3e-3, 1e-2, 3e-2)),
+    ("full", "whole", (1e-5, 3e-5, 1e-4, 3e-4)),
+)  # fmt: skip
+SEEDS = (0, 1, 2)
 
 
 def points() -> list[Row]:
@@ -50,25 +55,35 @@ def points() -> list[Row]:
                  for size in (32, 4096)]  # fmt: skip
     perplexity = [{"section": "perplexity", "format": format} for format in FORMATS]
     quality = [{"section": "quality", "format": format, **task} for task in (DESK, NEWS) for format in FORMATS]
-    sizes = [{"section": "kernels", "timed": True, "rows": rows, "columns": columns}
-             for rows, columns in ((4096, 4096), (11008, 4096), (28672, 8192))]  # fmt: skip
-    full = [{"section": name, "timed": True, "shape": shape} for name, shape in FULL_SIZE.items()]
-    return [*equality, *perplexity, *quality, {"section": "curve", "steps": 20}, *sizes, *full]
+    return [
+        *equality, *perplexity, *quality, *forgetting(), {"section": "curve", "steps": 20}, *fourbit.points(),
+    ]  # fmt: skip
+
+
+def forgetting() -> Iterator[Row]:
+    """Yield the LoRA chapter's recipe for each method, at every rate, with every seed.
+
+    A reader chooses each method's rate by `validation_exact`. The test messages choose nothing.
+    """
+    recipe = {name: lora.RECIPE[name] for name in ("r", "alpha", "steps", "batch_size")}
+    for method, format, rates in FORGETTING:
+        for learning_rate, seed in product(rates, SEEDS):
+            yield {"section": "forgetting", "method": method, "format": format, "task": "desk", **recipe,
+                   "learning_rate": learning_rate, "seed": seed}  # fmt: skip
 
 
 def measure(point: Row) -> list[Row]:
     """Measure one point, and return its rows."""
-    section, device = point["section"], torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    small = {"perplexity": perplexities, "quality": quality, "curve": curve}
-    large = {"equality": equality, "kernels": kernels.bandwidths,
-             **{name: getattr(fourbit, name) for name in FULL_SIZE}}  # fmt: skip
-    if section in large and device.type != "cuda":
-        raise PeftLabError(f"Section {section!r} measures a GPU and needs one with CUDA.")
+    section = point["section"]
+    small = {"perplexity": perplexities, "quality": quality, "forgetting": forget, "curve": curve}
     try:
-        told = {name: value for name, value in point.items() if name != "timed"}
-        return [{**told, **row} for row in (small | large)[section](point, device)]
+        if section in small:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return named(point, small[section](point, device))
+        device = gpu_for(point, "a GPU")
+        return named(point, equality(point, device)) if section == "equality" else fourbit.measure(point, device)
     finally:
-        fourbit.release()
+        release()
 
 
 # -------------------------------------------------------------------------------------------------------- equality
@@ -134,30 +149,57 @@ def perplexities(point: Row, device: torch.device) -> Iterator[Row]:
 def quality(point: Row, device: torch.device) -> Iterator[Row]:
     """Train LoRA on a base in a format, on the support desk or on news text."""
     model, tokenizer = in_format(point["format"], device)
-    train_text, news = texts()
-    before = pl.perplexity(model, news, tokenizer, progress=False)
+    before = pl.perplexity(model, texts()[1], tokenizer, progress=False)
     target = ["q_proj", "v_proj"] if point["task"] == "desk" else "all-linear"
     pl.attach(model, pl.LoRAConfig(r=point["r"], alpha=point["alpha"], target_modules=target))
-    desk = pl.load_data("support-desk")
-    rows = list(desk["train"].select(range(2000)))
+    row = {"perplexity_before": before, **trained(model, tokenizer, point)}
+    yield row | (answered(model, tokenizer, "test") if point["task"] == "desk" else {"exact": None})
+
+
+def forget(point: Row, device: torch.device) -> Iterator[Row]:
+    """Train on the support desk. Measure validation and test messages, and perplexity on news before and after."""
+    model, tokenizer = in_format(point["format"], device)
+    before = pl.perplexity(model, texts()[1], tokenizer, progress=False)
+    torch.manual_seed(point["seed"])
+    if point["method"] != "full":
+        pl.attach(model, pl.LoRAConfig(r=point["r"], alpha=point["alpha"], target_modules=["q_proj", "v_proj"]))
+    row = {"perplexity_before": before, **trained(model, tokenizer, point)}
+    chosen_by = answered(model, tokenizer, "validation")
+    yield {**row, "validation_exact": chosen_by["exact"], **answered(model, tokenizer, "test")}
+
+
+def trained(model: nn.Module, tokenizer: Any, point: Row) -> Row:
+    """Train as the point says. Return the perplexity on news, and the mean loss of the last ten steps."""
     if point["task"] == "desk":
+        rows = list(pl.load_data("support-desk")["train"].select(range(2000)))
         examples = [pl.encode_completion(tokenizer, row["prompt"], row["ticket"]) for row in rows]
     else:
-        examples = [pl.encode_text(tokenizer, text, max_length=256) for text in train_text]
-    history = pl.train(
-        model, examples, tokenizer=tokenizer, steps=point["steps"], batch_size=point["batch_size"], warmup=0.1,
-        learning_rate=point["learning_rate"], seed=point["seed"], precision="fp32", group_by_length=True,
-        progress=False,
-    )  # fmt: skip
-    row = {"perplexity_before": before, "perplexity": pl.perplexity(model, news, tokenizer, progress=False),
-           "train_loss": statistics.fmean(step["loss"] for step in history.steps[-10:]),
-           "seconds": history.seconds, "exact": None}  # fmt: skip
-    if point["task"] == "desk":
-        test = list(desk["test"].select(range(128)))
-        prompts = [each["prompt"] for each in test]
-        answers = pl.generate_text(model, tokenizer, prompts, max_new_tokens=40, batch_size=64, progress=False)
-        row["exact"] = pl.support_desk.score(answers, [each["ticket"] for each in test])["exact"]
-    yield row
+        examples = [pl.encode_text(tokenizer, text, max_length=256) for text in texts()[0]]
+    losses: list[float] = []
+    try:
+        history = pl.train(
+            model, examples, tokenizer=tokenizer, steps=point["steps"], batch_size=point["batch_size"], warmup=0.1,
+            learning_rate=point["learning_rate"], seed=point["seed"], precision="fp32", group_by_length=True,
+            progress=False,
+        )  # fmt: skip
+        losses = [step["loss"] for step in history.steps]
+    except pl.TrainingError:  # divergence is a result too; the model keeps its last finite state
+        pass
+    after = pl.perplexity(model, texts()[1], tokenizer, progress=False)
+    return {
+        "trainable": pl.count_parameters(model).trainable,
+        "perplexity": after if math.isfinite(after) else None,
+        "train_loss": statistics.fmean(losses[-10:]) if losses else None,
+    }
+
+
+def answered(model: nn.Module, tokenizer: Any, split: str) -> Row:
+    """Return how many of a split's messages there are, and how many were answered with exactly the right ticket."""
+    rows = list(pl.load_data("support-desk")[split])
+    prompts = [row["prompt"] for row in rows]
+    answers = pl.generate_text(model, tokenizer, prompts, max_new_tokens=40, batch_size=64, progress=False)
+    exact = pl.support_desk.score(answers, [row["ticket"] for row in rows])["exact"]
+    return {"exact": exact, "correct": round(exact * len(rows)), "messages": len(rows)}
 
 
 @cache

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import statistics
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -13,8 +11,9 @@ from torch import nn
 
 import peftlab as pl
 from peftlab.bench import fullsize
+from peftlab.bench.models import held, lent, vocabulary_of
+from peftlab.bench.timing import clock, gpu_for, named
 from peftlab.core.modes import device_of
-from peftlab.errors import PeftLabError
 from peftlab.methods.caches import cache_in, cache_name
 from peftlab.optional import require
 
@@ -24,17 +23,8 @@ READ = (0, 20, 100, 500, 2000)
 
 def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
     """Measure a point of the sections `reading` and `seq2seq`, and return its rows."""
-    if not torch.cuda.is_available():
-        raise PeftLabError(f"Section {point['section']!r} measures a whole {point['shape']} and needs a CUDA GPU.")
-    try:
-        if point["section"] == "reading":
-            rows = list(reading(fullsize.llama_7b().eval()))
-        else:
-            rows = list(seq2seq_step(t5_base(), point))
-    finally:
-        gc.collect()
-        torch.cuda.empty_cache()
-    return [{**{name: value for name, value in point.items() if name != "timed"}, **row} for row in rows]
+    with held(point["shape"], gpu_for(point, f"a whole {point['shape']}")) as model:
+        return named(point, reading(model) if point["section"] == "reading" else [seq2seq_step(model, point)])
 
 
 def config_of(point: dict[str, Any], tokenizer: Any = None, task_type: str | None = None) -> Any:
@@ -76,11 +66,19 @@ def in_peft(model: nn.Module, method: str, tokens: int, task: str) -> nn.Module:
     return peft.get_peft_model(model, configs[method]())
 
 
+def encoder_decoder(model: nn.Module, point: dict[str, Any]) -> nn.Module:
+    """Return an encoder-decoder as the point's library prepares it."""
+    if point["library"] == "peft":
+        return in_peft(model, point["method"], point["tokens"], "SEQ_2_SEQ_LM")
+    return pl.attach(model, config_of({**point, "init": "random"}))
+
+
 @torch.no_grad()
 def reading(model: nn.Module, lengths: tuple[int, ...] = READ) -> Iterator[dict[str, Any]]:
-    """Measure batch 1: read 512 tokens, and write one more after them. Median of 20 runs after 5."""
+    """Measure batch 1: read 512 tokens, and write one more after them."""
     torch.manual_seed(0)
-    text = torch.randint(fullsize.vocabulary_of(model), (1, 512), device=device_of(model))
+    model.eval()
+    text = torch.randint(vocabulary_of(model), (1, 512), device=device_of(model))
     for method in ("prefix", "prompt"):
         for tokens in lengths:
             if tokens:
@@ -88,21 +86,19 @@ def reading(model: nn.Module, lengths: tuple[int, ...] = READ) -> Iterator[dict[
                 pl.attach(model, config_of(point), adapter_dtype=torch.bfloat16)
             elif method == "prompt":
                 continue  # the base was measured already
-            read = fullsize.timed(lambda: model(input_ids=text, use_cache=True), repeats=20, warm_up=5)
-            peak = torch.cuda.max_memory_allocated()
+            read = clock(partial(model, input_ids=text, use_cache=True), 20, 5, "read_")
+            peak = fullsize.peak()
 
             def write(cache: Any) -> None:
                 model(input_ids=text[:, :1], use_cache=True, **{str(cache_name(model)): cache})
                 cache.crop(-1)  # that token again, each time
 
             cache = cache_in(model(input_ids=text, use_cache=True).values())
-            written = fullsize.timed(partial(write, cache), repeats=20, warm_up=5)
             yield {
                 "method": method if tokens else "base",
                 "tokens": tokens,
-                "read_seconds": statistics.median(read),
-                "write_seconds": statistics.median(written),
-                "write_spread": max(written) - min(written),
+                **read,
+                **clock(partial(write, cache), 20, 5, "write_"),
                 "cache_bytes": sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values)),
                 "peak_bytes": peak,
             }
@@ -110,35 +106,10 @@ def reading(model: nn.Module, lengths: tuple[int, ...] = READ) -> Iterator[dict[
                 pl.detach(model)
 
 
-def t5_base() -> nn.Module:
-    """Make the t5-base architecture with random float32 weights, on the GPU."""
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    torch.manual_seed(0)
-    fields: dict[str, Any] = {"decoder_start_token_id": 0}
-    config = T5Config(d_model=768, d_ff=3072, d_kv=64, num_layers=12, num_heads=12, vocab_size=32128,
-                      use_cache=False, **fields)  # fmt: skip
-    with torch.device("cuda"):
-        return T5ForConditionalGeneration(config)
-
-
-def seq2seq_step(model: nn.Module, point: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def seq2seq_step(model: nn.Module, point: dict[str, Any]) -> dict[str, Any]:
     """Measure peak memory and time of a step: float32 weights, bf16 autocast, 64 tokens to write."""
-    if point["library"] == "peft":
-        wrapped = in_peft(model, point["method"], point["tokens"], "SEQ_2_SEQ_LM")
-    else:
-        wrapped = pl.attach(model, config_of({**point, "init": "random"}))
-    wrapped.train()
-    trainable = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=True)
-    ids = torch.randint(fullsize.vocabulary_of(model), (point["batch"], point["sequence"]), device=device_of(model))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, :64].contiguous()}
-
-    def step() -> None:
-        with torch.autocast(ids.device.type, torch.bfloat16):
-            loss = wrapped(**inputs).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    yield fullsize.measured(step, trainable, repeats=5, warm_up=2)
+    torch.manual_seed(0)
+    with lent(model, encoder_decoder, point) as wrapped:
+        ids = torch.randint(vocabulary_of(model), (point["batch"], point["sequence"]), device=device_of(model))
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, :64].contiguous()}
+        return fullsize.step_of(wrapped, batch)

@@ -4,10 +4,13 @@ A results file is written by `peftlab bench TOPIC --out FILE` and read by the ch
 
     {"topic": "lora",
      "provenance": {"gpu": "NVIDIA H100 80GB HBM3", "cpu": "...", "versions": {"torch": "2.11.0", ...},
-                    "date": "2026-11-22", "command": "peftlab bench lora --out lora.json"},
-     "rows": [{"shape": "llama-2-7b", "method": "lora", "r": 16, "peak_bytes": 14400000000}, ...]}
+                    "date": "2026-11-22", "command": "peftlab bench lora --out lora.json",
+                    "runs": {"5c01d2": {"host": "90ab34cd", "cpu": "...", "date": "2026-11-22"}}},
+     "rows": [{"shape": "llama-2-7b", "method": "lora", "r": 16, "peak_bytes": 14400000000, "run": "5c01d2"}, ...]}
 
 A number without its machine, versions, date and command is not a measurement: such a file is refused.
+Each row names its run: one host on one day. Times may be compared within a run only; `within_run` and `ratio` refuse
+anything else. A file from before there were runs is one run.
 This module needs only the standard library, so the build of the book can read results without torch.
 """
 
@@ -16,9 +19,10 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from peftlab.checks import checked
 from peftlab.errors import PeftLabError, did_you_mean
@@ -26,6 +30,18 @@ from peftlab.files import write_atomically
 
 FOLDER = Path(__file__).parents[1] / "results"
 SCALARS = (str, int, float, bool, type(None))
+RUN = ("host", "cpu", "date")  # what is told of each run
+
+
+class Ratio(NamedTuple):
+    """How many times as large one time is as another: the median over the processes, the smallest and the largest."""
+
+    middle: float
+    least: float
+    most: float
+
+    def __str__(self) -> str:
+        return f"{self.middle:.2f} ({self.least:.2f} to {self.most:.2f})"
 
 
 class Results:
@@ -33,7 +49,8 @@ class Results:
 
     Attributes:
         topic: the name under which the file is stored.
-        provenance: dict with `gpu` and `cpu` (a name, or None), `versions`, `date`, `command`.
+        provenance: dict with `gpu` and `cpu` (a name, or None), `versions`, `date`, `command`, and `runs`: from the
+            name of each run to its `host`, `cpu` and `date`. Older files have no `runs`.
         rows: list of dicts from column name to number, string, bool or None. The units are in the column names
             (`peak_bytes`, `seconds`). They are never converted.
     """
@@ -92,10 +109,62 @@ class Results:
         self._known(name)
         return [row.get(name) for row in self.rows]
 
+    def within_run(self, **conditions: Any) -> Results:
+        """Return the rows that meet every condition, as `where` does, if one run measured them all.
+
+        Only then may their times be compared.
+
+        Raises:
+            PeftLabError: the rows are of several runs.
+        """
+        found = self.where(**conditions)
+        runs = list(dict.fromkeys(row.get("run") for row in found))
+        if len(runs) > 1:
+            told = ", ".join(self._told(run) for run in runs)
+            raise PeftLabError(f"results {self.topic!r}: these rows are of {len(runs)} runs: {told}. Times may be "
+                               f"compared within one run only. Add a condition, for example run={runs[0]!r}.")
+        return found
+
+    def ratio(self, one: dict[str, Any], other: dict[str, Any], column: str = "seconds") -> Ratio:
+        """Return how many times as large a time of one row is as that of another, by the processes that measured both.
+
+        Say that one thing is slower only if `least` is above 1.
+
+        Raises:
+            PeftLabError: the rows are of different runs, or lack that time.
+
+        >>> measured = pl.results("lora")
+        >>> base, merged = (measured.one(section="latency", state=s, tokens=512) for s in ("base", "merged"))
+        >>> print(round(measured.ratio(base, merged).middle))
+        1
+        """
+        if one.get("run") != other.get("run"):
+            raise PeftLabError(f"results {self.topic!r}: these rows are of two runs: {self._told(one.get('run'))} and "
+                               f"{self._told(other.get('run'))}. Times may be compared within one run only.")
+        for row in (one, other):
+            if not row.get(column):
+                raise PeftLabError(f"results {self.topic!r}: a row has no {column!r}; its columns are "
+                                   f"{', '.join(row)}." + did_you_mean(column, row))
+        each = [name for number in range(1, 1 + (one.get("processes") or 0))
+                if (name := f"{column}_{number}") in one and name in other] or [column]
+        ratios = [one[name] / other[name] for name in each]
+        return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+
+    def _told(self, run: str | None) -> str:
+        """Name a run with its host and its date, where they are known."""
+        known = self.provenance.get("runs", {}).get(run)
+        return f"{run} (host {known['host']}, {known['date']})" if known else str(run)
+
     @property
     def machine(self) -> str:
         """The name of the GPU, or of the CPU if there was no GPU."""
         return str(self.provenance.get("gpu") or self.provenance["cpu"])
+
+    @property
+    def when(self) -> str:
+        """The date, and the number of runs if there were several."""
+        runs = len(self.provenance.get("runs", ()))
+        return str(self.provenance["date"]) + (f", in {runs} runs" if runs > 1 else "")
 
     @property
     def versions(self) -> str:
@@ -105,7 +174,7 @@ class Results:
     def cite(self) -> str:
         """Return one line that says where the numbers come from: machine, versions, date, command."""
         given = self.provenance
-        return f"Measured on {self.machine}, {given['date']} ({self.versions}). To repeat it: {given['command']}"
+        return f"Measured on {self.machine}, {self.when} ({self.versions}). To repeat it: {given['command']}"
 
     def _known(self, name: str) -> None:
         if name not in self.columns:
@@ -179,16 +248,27 @@ def _fault(content: Any) -> str | None:
         datetime.date.fromisoformat(given["date"])
     except (KeyError, TypeError, ValueError):
         return f"its provenance has no date of the form YYYY-MM-DD (found {given.get('date')!r})"
+    runs = given.get("runs")
+    if runs is not None and not _tells_of_runs(runs):
+        return f"its provenance does not say {', '.join(RUN)} of each run"
     rows = content.get("rows")
     if not isinstance(rows, list) or not rows:
         return "it has no rows"
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not all(isinstance(value, SCALARS) for value in row.values()):
             return f"row {number} is not a flat table row (numbers, strings, true, false, null)"
+        if runs is not None and row.get("run") not in runs:
+            return f"row {number} names the run {row.get('run')!r}, which its provenance does not know"
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 return f"row {number} holds {value} in the column {name!r}; leave it out, or say null"
     return None
+
+
+def _tells_of_runs(runs: Any) -> bool:
+    return isinstance(runs, dict) and all(
+        isinstance(run, dict) and all(isinstance(run.get(name), str) for name in RUN) for run in runs.values()
+    )
 
 
 @checked()

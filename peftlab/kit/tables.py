@@ -91,7 +91,7 @@ def badge(source: Results) -> str:
     given = source.provenance
     return (
         '<details class="provenance" style="font-size: 85%">'
-        f"<summary>Measured on {html.escape(source.machine)}, {html.escape(given['date'])}</summary>\n"
+        f"<summary>Measured on {html.escape(source.machine)}, {html.escape(source.when)}</summary>\n"
         f"<p>Versions: {html.escape(source.versions)}.<br>\n"
         f"To repeat it: <code>{html.escape(given['command'])}</code></p></details>"
     )

@@ -5,6 +5,7 @@ import gc
 import json
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
@@ -16,11 +17,12 @@ import peftlab
 import peftlab as pl
 from peftlab import bench
 from peftlab.bench import memory as memory_grid
+from peftlab.bench import timing
 from peftlab.errors import PeftLabError
 from peftlab.kit import measurements
 from peftlab.memory import estimate
 
-HERE = {"gpu": None, "cpu": "a processor, 2 cores", "versions": {"python": "3.12.0", "torch": "2.11.0"},
+HERE = {"gpu": None, "cpu": "a processor, 2 cores", "host": "90ab34cd", "versions": {"python": "3.12.0", "torch": "2.11.0"},
         "date": "2026-11-22", "command": "peftlab bench fake --out out.json"}  # fmt: skip
 POINTS = [
     {"section": "first", "n": 1},
@@ -30,21 +32,31 @@ POINTS = [
 ]
 
 
+EVERY = bench.units(POINTS)
+TURNS = [3] * bench.KERNELS  # the timed point, once in each process
+
+
 @pytest.fixture
 def topic(monkeypatch, tmp_path):
-    """A topic whose points are a number each; `stop` is the point at which it dies."""
-    fake = SimpleNamespace(measured=[], stop=None, points=lambda: iter(POINTS), out=tmp_path / "out.json")
+    """A topic whose points are a number each; `stop` is the point at which it dies. Its processes are threads."""
+    fake = SimpleNamespace(measured=[], stop=None, points=lambda: iter(POINTS), out=tmp_path / "out.json", pools=[])
 
     def measure(point):
         if point["n"] == fake.stop:
             raise KeyboardInterrupt
         fake.measured.append(point["n"])
-        return [{"n": point["n"], "part": part} for part in ("a", "b")]
+        spent = {"seconds": 10.0 * point["n"] + len(fake.measured)} if point.get("timed") else {}
+        return [{"n": point["n"], "part": part, **spent} for part in ("a", "b")]
+
+    def pool(workers, context, initializer, initargs):
+        fake.pools.append((workers, initializer.__name__, *initargs[initializer is bench.take_share :]))
+        return ThreadPoolExecutor(workers)
 
     fake.measure, fake.partial = measure, tmp_path / "out.json.partial"
     monkeypatch.setitem(sys.modules, "peftlab.bench.fake", fake)
     monkeypatch.setattr(bench, "TOPICS", ("lora", "fake"))
     monkeypatch.setattr(bench, "provenance", lambda: dict(HERE))
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", pool)
     return fake
 
 
@@ -59,30 +71,48 @@ def interrupted(topic, at):
 def test_rows_are_written_in_order_and_with_provenance(topic):
     assert bench.run("fake", topic.out) == topic.out
     found = measurements.results(topic.out)
-    assert found.topic == "fake" and found.provenance == HERE
+    (run,) = found.provenance.pop("runs")
+    assert found.topic == "fake" and found.provenance == {n: v for n, v in HERE.items() if n != "host"}
     assert [(row["n"], row["part"]) for row in found] == [(n, part) for n in (1, 2, 3, 4) for part in "ab"]
+    assert len(run) == 6 and {row["run"] for row in found} == {run}
     assert not topic.partial.exists()
+
+
+def test_timed_points_take_turns_in_fresh_processes(topic, monkeypatch):
+    points = [{"section": s, "n": n, "timed": True} for s, n in (("one", 1), ("one", 2), ("other", 3))]
+    topic.points = lambda: iter([*points, {"section": "one", "n": 4, "alone": True}, {"section": "one", "n": 5}])
+    bench.run("fake", topic.out)
+    assert topic.measured == [5, 4, *[1, 2, 3] * (timing.PROCESSES + 1)]
+    begun = [(1, "begin", False)] * timing.PROCESSES + [(1, "begin", True)]
+    assert topic.pools == [(1, "take_share", 1), (1, "take_share", 1), *begun]
+    row = measurements.results(topic.out).one(n=2, part="b")
+    # n = 2 was the 4th, 7th, 10th and 13th thing to be measured
+    each = {f"seconds_{number}": 20.0 + place for number, place in enumerate((4, 7, 10, 13), 1)}
+    assert row == {"n": 2, "part": "b", "seconds": 28.5, **each, "seconds_least": 24.0, "seconds_most": 33.0,
+                   "processes": 4, "run": row["run"]}  # fmt: skip
 
 
 def test_sections_may_come_from_a_generator(topic):
     bench.run("fake", topic.out, only=(name for name in ["second"]))
-    assert topic.measured == [3, 4]
+    assert topic.measured == [4, *TURNS]
 
 
 def test_a_killed_run_goes_on_where_it_stopped(topic):
-    assert interrupted(topic, at=3) == [1, 2]
-    assert json.loads(topic.partial.read_text().splitlines()[0]) == {k: HERE[k] for k in ("gpu", "cpu", "versions")}
+    assert interrupted(topic, at=4) == [1, 2]
+    first = json.loads(topic.partial.read_text().splitlines()[0])
+    assert first == {"gpu": None, "versions": HERE["versions"], "form": bench.FORM}
     bench.run("fake", topic.out)
-    assert topic.measured == [3, 4]
-    assert measurements.results(topic.out).column("n") == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert topic.measured == [4, *TURNS]
+    found = measurements.results(topic.out)
+    assert found.column("n") == [1, 1, 2, 2, 3, 3, 4, 4] and len(set(found.column("run"))) == 1
 
 
 def test_a_cut_last_line_costs_its_point_and_not_the_next(topic):
-    interrupted(topic, at=3)
+    interrupted(topic, at=4)
     topic.partial.write_bytes(topic.partial.read_bytes()[:-9])
-    assert interrupted(topic, at=3) == [2]  # kept on a line of its own
+    assert interrupted(topic, at=4) == [2]  # kept on a line of its own
     bench.run("fake", topic.out)
-    assert topic.measured == [3, 4]
+    assert topic.measured == [4, *TURNS]
     assert measurements.results(topic.out).column("n") == [1, 1, 2, 2, 3, 3, 4, 4]
 
 
@@ -91,19 +121,20 @@ def test_a_cut_first_line_is_a_fresh_start(topic):
     topic.partial.write_text('{"gpu": nu')
     assert interrupted(topic, at=2) == [1]
     bench.run("fake", topic.out)
-    assert topic.measured == [2, 3, 4]
+    assert topic.measured == [2, 4, *TURNS]
 
 
 def test_rows_come_in_the_order_of_points_not_of_finishing(topic):
-    bench.Partial(topic.partial, HERE).add(POINTS[3], [{"n": 4, "part": "kept"}])
+    last = next(unit for unit in EVERY if unit.points == (POINTS[3],))
+    bench.Partial(topic.partial, HERE).add(last, [[{"n": 4, "part": "kept"}]])
     bench.run("fake", topic.out)
-    assert topic.measured == [1, 2, 3]
+    assert topic.measured == [1, 2, *TURNS]
     assert measurements.results(topic.out).column("n") == [1, 1, 2, 2, 3, 3, 4]
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"gpu": "another GPU"}, {"cpu": "another"}, {"versions": {"python": "3.12.0", "torch": "2.12.0"}}],
+    [{"gpu": "another GPU"}, {"versions": {"python": "3.12.0", "torch": "2.12.0"}}],
     ids=lambda change: next(iter(change)),
 )
 def test_points_from_elsewhere_are_refused_and_kept(topic, monkeypatch, change):
@@ -115,19 +146,65 @@ def test_points_from_elsewhere_are_refused_and_kept(topic, monkeypatch, change):
     assert topic.partial.read_bytes() == before and not topic.out.exists()
 
 
-def test_another_date_or_command_goes_on(topic, monkeypatch):
-    interrupted(topic, at=3)
-    monkeypatch.setattr(bench, "provenance", lambda: {**HERE, "date": "2026-11-23", "command": "peftlab bench fake"})
+def killed_in_its_second_process(topic):
+    measure = topic.measure
+
+    def stops(point):
+        if point.get("timed") and topic.measured.count(3):
+            raise KeyboardInterrupt
+        return measure(point)
+
+    topic.measure = stops
+    with pytest.raises(KeyboardInterrupt):
+        bench.run("fake", topic.out)
+    assert topic.measured == [1, 2, 4, 3]
+    topic.measure, topic.measured = measure, []
+
+
+def test_the_same_host_goes_on_with_its_comparison(topic, monkeypatch):
+    killed_in_its_second_process(topic)
+    monkeypatch.setattr(bench, "provenance", lambda: {**HERE, "command": "peftlab bench fake"})
     bench.run("fake", topic.out)
-    assert topic.measured == [3, 4]
+    assert topic.measured == TURNS[1:]
+    found = measurements.results(topic.out)
+    assert found.provenance["command"] == "peftlab bench fake"
+    assert found.provenance["runs"] == {found.rows[0]["run"]: {n: HERE[n] for n in ("host", "cpu", "date")}}
+
+
+@pytest.mark.parametrize("change", [{"host": "0f0f0f0f"}, {"cpu": "another"}, {"date": "2026-11-23"}], ids=str)
+def test_another_host_or_day_is_another_run_and_begins_a_comparison_anew(topic, monkeypatch, change):
+    killed_in_its_second_process(topic)
+    monkeypatch.setattr(bench, "provenance", lambda: {**HERE, **change})
+    bench.run("fake", topic.out)
+    assert topic.measured == TURNS  # not one of these is of the first run
+    found = measurements.results(topic.out)
+    first, second = found.provenance["runs"]
+    assert [row["run"] for row in found] == [first] * 4 + [second] * 2 + [first] * 2
+    assert found.provenance["runs"][second] == {n: {**HERE, **change}[n] for n in ("host", "cpu", "date")}
+    assert found.provenance["date"] == change.get("date", HERE["date"])
+    assert found.provenance["cpu"] == HERE["cpu"] + (" or another" if "cpu" in change else "")
+    assert set(found.within_run(n=3).column("run")) == {second}
+    with pytest.raises(PeftLabError, match=f"2 runs: {first} .host 90ab34cd, 2026-11-22.*one run only"):
+        found.within_run(part="a")
+
+
+def test_a_whole_comparison_of_another_run_is_kept(topic, monkeypatch):
+    topic.points = lambda: iter([POINTS[2], {"section": "third", "n": 5, "timed": True}])
+    measure = topic.measure
+    topic.measure = lambda point: {}[0] if point["n"] == 5 else measure(point)
+    with pytest.raises(PeftLabError, match="1 of 2 points failed"):
+        bench.run("fake", topic.out)
+    assert topic.measured == TURNS
+    topic.measure, topic.measured = measure, []
+    monkeypatch.setattr(bench, "provenance", lambda: {**HERE, "host": "0f0f0f0f"})
+    bench.run("fake", topic.out)
+    assert topic.measured == [5] * bench.KERNELS
+    first, second = measurements.results(topic.out).column("run")[::2]
+    assert first != second
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_point_that_fails_does_not_cost_the_others(topic, monkeypatch, jobs):
-    if jobs == 2:  # the pool's processes cannot see the fake module: run its points in threads
-        from concurrent.futures import ThreadPoolExecutor
-
-        monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda jobs, context, **share: ThreadPoolExecutor(jobs))
     measure = topic.measure
 
     def fails(point):
@@ -142,7 +219,7 @@ def test_a_point_that_fails_does_not_cost_the_others(topic, monkeypatch, jobs):
     assert not topic.out.exists() and sorted(topic.measured) == [1, 4]
     topic.measure = measure
     bench.run("fake", topic.out, jobs=jobs)
-    assert sorted(topic.measured) == [1, 2, 3, 4]
+    assert sorted(topic.measured) == [1, 2, *TURNS, 4]
     assert measurements.results(topic.out).column("n") == [1, 1, 2, 2, 3, 3, 4, 4]
 
 
@@ -169,7 +246,7 @@ def test_a_timeline_keeps_its_highest_points():
 
 def test_points_without_provenance_are_refused(topic):
     topic.partial.write_text(json.dumps([bench.key(POINTS[0]), [{"n": 1}]]) + "\n")
-    with pytest.raises(PeftLabError, match="measured elsewhere"):
+    with pytest.raises(PeftLabError, match="measured on another GPU or with other versions"):
         bench.run("fake", topic.out)
 
 
@@ -199,7 +276,7 @@ def test_provenance_names_machine_and_versions_also_without_an_installation(monk
     monkeypatch.setattr(sys, "argv", ["/a/path/peftlab", "bench", "lora", "--out", "my file.json"])
     found = bench.provenance()
     assert found["versions"]["peftlab"] == peftlab.__version__ and found["versions"]["torch"] == "1.0"
-    assert found["cpu"] and found["command"] == "peftlab bench lora --out 'my file.json'"
+    assert found["cpu"] and len(found["host"]) == 8 and found["command"] == "peftlab bench lora --out 'my file.json'"
     measurements.validate({"topic": "x", "provenance": found, "rows": [{"n": 1}]}, "x")
 
 
@@ -315,9 +392,9 @@ def test_the_points_on_virtual_tokens_are_all_different_and_each_has_a_config(mo
     points = prompts.points()
     assert len({bench.key(point) for point in points}) == len(points)
     base = tiny.llama(max_position_embeddings=4096, use_cache=False).eval()
-    apart = ("reviews", "headlines", "reading", "seq2seq")
-    for point in points:
-        if point["section"] not in apart and point.get("init") != "text":
+    kinds = {(point["section"], point.get("method"), point.get("init"), point.get("tokens")): point for point in points}
+    for (section, method, init, _), point in kinds.items():
+        if method not in (None, "none") and section != "seq2seq" and init != "text":
             model = virtual_tokens.attached(copy.deepcopy(base), {"library": "peftlab", **point})
             assert model(input_ids=torch.ones(1, 5, dtype=torch.long)).logits.isfinite().all()
 
@@ -327,6 +404,77 @@ def test_the_points_on_virtual_tokens_are_all_different_and_each_has_a_config(mo
     per_token = rows[0]["cache_bytes"] / 512
     assert rows[1]["cache_bytes"] == rows[2]["cache_bytes"] == (512 + 7) * per_token
     assert pl.attached(base) == {}
+
+
+def test_each_method_has_its_own_rates_with_three_seeds_each():
+    from peftlab.bench import prompts
+
+    grid = {}
+    for point in prompts.points():
+        if "learning_rate" in point and point["section"] != "live":
+            of = (point["section"], point["method"], point["init"], point.get("tokens"))
+            grid.setdefault(of, {}).setdefault(point["learning_rate"], []).append(point["seed"])
+    assert len(grid) == len(prompts.RATES) + len(prompts.LENGTHS) + len(prompts.HEADLINES)
+    assert all(len(rates) >= 3 and set(map(tuple, rates.values())) == {(0, 1, 2)} for rates in grid.values())
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "prefix projected", "lora"])
+def test_a_run_on_the_desk_is_scored_and_a_prefix_shows_its_steps(method, monkeypatch):
+    from peftlab.bench import prompts
+
+    ticket = pl.support_desk.ticket("repair", "lamp", "normal")
+    rows = [{"prompt": "the cat runs", "ticket": ticket}, {"prompt": "a dog", "ticket": ticket}]
+    monkeypatch.setattr(pl, "load_model", lambda name, device: (tiny.llama(layers=3), tiny.tokenizer()))
+    monkeypatch.setattr(prompts, "desk_data", lambda: (rows, rows, rows[:1]))
+    point = next(p for p in prompts.points() if p["section"] == "rate" and p["method"] == method and p["seed"] == 1)
+    point = {**point, "init": "random", "steps": 10, "batch_size": 1}
+    first, *steps = prompts.measure(point)
+    assert point.items() <= first.items() and (first["messages"], first["correct"]) == (1, 0)
+    assert first["finished_steps"] == 10 and 0 < first["validation_loss"] != first["test_loss"]
+    assert [row["step"] for row in steps] == ([5, 10] if method.startswith("prefix") else [])
+    assert all(row["section"] == "steps" and 0 < row["early_share"] < 1 and row["grad_norm"] > 0 for row in steps)
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_the_early_share_is_that_of_the_first_third_of_the_layers(projection):
+    from peftlab.bench import prompts
+
+    model = pl.attach(tiny.llama(layers=3), pl.PrefixTuningConfig(num_virtual_tokens=2, projection=projection))
+    source = model.peftlab["default"]["prefix"].source
+    table = source()
+    ways = torch.zeros_like(table)
+    each = table.shape[1] // 3  # keys and values of one layer
+    for layer, size in enumerate((1.0, 2.0, 3.0)):
+        ways[:, each * layer : each * (layer + 1)] = size
+    (ways * table).sum().backward()
+    assert prompts.early_share(model) == pytest.approx(1 / 14)
+
+
+def test_a_small_t5_is_trained_and_adapted(monkeypatch):
+    """Everything but the sizes; with a tokenizer that needs no download."""
+    from peftlab.bench import small_t5
+
+    assert len(small_t5.KNOWN) == 14 and small_t5.JOB not in small_t5.KNOWN
+    few = {"train": 40, "validation": 8, "test": 6}
+    monkeypatch.setattr(small_t5, "messages", lambda split: pl.support_desk.generate(split, few[split]))
+    monkeypatch.setattr(small_t5, "AutoTokenizer", SimpleNamespace(from_pretrained=lambda _: tiny.tokenizer()))
+    monkeypatch.setattr(small_t5, "ensure", str)
+    small_t5.small_tokenizer.cache_clear()
+    (point, *others) = small_t5.points((0, 1))
+    assert len(others) == 1
+    rows = list(small_t5.measure({**point, "width": 16, "base_steps": 2, "base_batch": 4, "steps": 1, "batch_size": 2}))
+    small_t5.small_tokenizer.cache_clear()
+    assert [row["method"] for row in rows[:2]] == ["base", "base"] and rows[1]["job"] == "urgency product intent"
+    assert [(row["method"], row["learning_rate"]) for row in rows[2:]] == [
+        (method, rate) for method, rates in small_t5.RATES.items() for rate in rates
+    ]
+    assert all(row["messages"] == 6 and row["validation_loss"] > 0 for row in rows)
+    row = {"message": "It is urgent.", "intent": "repair", "product": "lamp", "urgency": "urgent"}
+    assert small_t5.text_and_answer(row, ("product", "urgency"), True) == (
+        "product urgency: It is urgent.",
+        "lamp, urgent",
+    )
+    assert small_t5.text_and_answer(row, small_t5.JOB, False) == ("It is urgent.", "urgent, lamp, repair")
 
 
 @pytest.mark.parametrize("library", ["peft", "peftlab"])
