@@ -15,11 +15,9 @@ Sections, in the chapter's order:
 from __future__ import annotations
 
 import copy
-import math
 import statistics
 from collections.abc import Iterator
 from functools import cache
-from itertools import product
 from typing import Any
 
 import torch
@@ -39,12 +37,8 @@ FORMATS = ("whole", "nf4", "fp4", "int4")
 BLOCK_SIZES = (32, 64, 256, 1024, 4096)
 DESK = {"task": "desk", "r": 8, "alpha": 32, "learning_rate": 5e-3, "steps": 70, "batch_size": 8, "seed": 0}
 NEWS = {"task": "news", "r": 8, "alpha": 32, "learning_rate": 1e-3, "steps": 60, "batch_size": 8, "seed": 0}
-# What is trained on the support desk, the format of the weights below, and the learning rates to try
-FORGETTING = (
-    ("lora", "whole", (1e-3, 3e-3, 1e-2, 3e-2)), ("qlora", "nf4", (1e-3, 3e-3, 1e-2, 3e-2)),
-    ("full", "whole", (1e-5, 3e-5, 1e-4, 3e-4)),
-)  # fmt: skip
-SEEDS = (0, 1, 2)
+# What is trained on the support desk, and the learning rates to begin with
+FORGETTING = {"lora": (1e-3, 3e-3, 1e-2, 3e-2), "qlora": (1e-3, 3e-3, 1e-2, 3e-2), "full": (1e-5, 3e-5, 1e-4, 3e-4)}
 
 
 def points() -> list[Row]:
@@ -61,22 +55,18 @@ def points() -> list[Row]:
 
 
 def forgetting() -> Iterator[Row]:
-    """Yield the LoRA chapter's recipe for each method, at every rate, with every seed.
-
-    A reader chooses each method's rate by `validation_exact`. The test messages choose nothing.
-    """
-    recipe = {name: lora.RECIPE[name] for name in ("r", "alpha", "steps", "batch_size")}
-    for method, format, rates in FORGETTING:
-        for learning_rate, seed in product(rates, SEEDS):
-            yield {"section": "forgetting", "method": method, "format": format, "task": "desk", **recipe,
-                   "learning_rate": learning_rate, "seed": seed}  # fmt: skip
+    """Yield the LoRA chapter's recipe for LoRA, for LoRA on an NF4 base, and for full fine-tuning."""
+    for method, rates in FORGETTING.items():
+        yield lora.desk("forgetting", rates, method=method)
 
 
 def measure(point: Row) -> list[Row]:
     """Measure one point, and return its rows."""
     section = point["section"]
-    small = {"perplexity": perplexities, "quality": quality, "forgetting": forget, "curve": curve}
+    small = {"perplexity": perplexities, "quality": quality, "curve": curve}
     try:
+        if section == "forgetting":
+            return list(forget(point))
         if section in small:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             return named(point, small[section](point, device))
@@ -149,57 +139,31 @@ def perplexities(point: Row, device: torch.device) -> Iterator[Row]:
 def quality(point: Row, device: torch.device) -> Iterator[Row]:
     """Train LoRA on a base in a format, on the support desk or on news text."""
     model, tokenizer = in_format(point["format"], device)
-    before = pl.perplexity(model, texts()[1], tokenizer, progress=False)
+    train_text, news = texts()
+    before = pl.perplexity(model, news, tokenizer, progress=False)
     target = ["q_proj", "v_proj"] if point["task"] == "desk" else "all-linear"
     pl.attach(model, pl.LoRAConfig(r=point["r"], alpha=point["alpha"], target_modules=target))
-    row = {"perplexity_before": before, **trained(model, tokenizer, point)}
-    yield row | (answered(model, tokenizer, "test") if point["task"] == "desk" else {"exact": None})
-
-
-def forget(point: Row, device: torch.device) -> Iterator[Row]:
-    """Train on the support desk. Measure validation and test messages, and perplexity on news before and after."""
-    model, tokenizer = in_format(point["format"], device)
-    before = pl.perplexity(model, texts()[1], tokenizer, progress=False)
-    torch.manual_seed(point["seed"])
-    if point["method"] != "full":
-        pl.attach(model, pl.LoRAConfig(r=point["r"], alpha=point["alpha"], target_modules=["q_proj", "v_proj"]))
-    row = {"perplexity_before": before, **trained(model, tokenizer, point)}
-    chosen_by = answered(model, tokenizer, "validation")
-    yield {**row, "validation_exact": chosen_by["exact"], **answered(model, tokenizer, "test")}
-
-
-def trained(model: nn.Module, tokenizer: Any, point: Row) -> Row:
-    """Train as the point says. Return the perplexity on news, and the mean loss of the last ten steps."""
+    examples = lora.encoded("train")
+    if point["task"] == "news":
+        examples = [pl.encode_text(tokenizer, text, max_length=256) for text in train_text]
+    history = pl.train(
+        model, examples, tokenizer=tokenizer, steps=point["steps"], batch_size=point["batch_size"], warmup=0.1,
+        learning_rate=point["learning_rate"], seed=point["seed"], precision="fp32", group_by_length=True,
+        progress=False,
+    )  # fmt: skip
+    row = {"perplexity_before": before, "perplexity": pl.perplexity(model, news, tokenizer, progress=False),
+           "train_loss": statistics.fmean(step["loss"] for step in history.steps[-10:]), "exact": None}  # fmt: skip
     if point["task"] == "desk":
-        rows = list(pl.load_data("support-desk")["train"].select(range(2000)))
-        examples = [pl.encode_completion(tokenizer, row["prompt"], row["ticket"]) for row in rows]
-    else:
-        examples = [pl.encode_text(tokenizer, text, max_length=256) for text in texts()[0]]
-    losses: list[float] = []
-    try:
-        history = pl.train(
-            model, examples, tokenizer=tokenizer, steps=point["steps"], batch_size=point["batch_size"], warmup=0.1,
-            learning_rate=point["learning_rate"], seed=point["seed"], precision="fp32", group_by_length=True,
-            progress=False,
-        )  # fmt: skip
-        losses = [step["loss"] for step in history.steps]
-    except pl.TrainingError:  # divergence is a result too; the model keeps its last finite state
-        pass
-    after = pl.perplexity(model, texts()[1], tokenizer, progress=False)
-    return {
-        "trainable": pl.count_parameters(model).trainable,
-        "perplexity": after if math.isfinite(after) else None,
-        "train_loss": statistics.fmean(losses[-10:]) if losses else None,
-    }
+        score = lora.on_test(model, tokenizer)
+        row |= {**score, "exact": score["right"] / score["messages"]}
+    yield row
 
 
-def answered(model: nn.Module, tokenizer: Any, split: str) -> Row:
-    """Return how many of a split's messages there are, and how many were answered with exactly the right ticket."""
-    rows = list(pl.load_data("support-desk")[split])
-    prompts = [row["prompt"] for row in rows]
-    answers = pl.generate_text(model, tokenizer, prompts, max_new_tokens=40, batch_size=64, progress=False)
-    exact = pl.support_desk.score(answers, [row["ticket"] for row in rows])["exact"]
-    return {"exact": exact, "correct": round(exact * len(rows)), "messages": len(rows)}
+def forget(point: Row) -> Iterator[Row]:
+    """Tune and score a method by the LoRA chapter's protocol. Add the perplexity on news before training."""
+    model, tokenizer = lora.base("qlora" if point["method"] == "qlora" else "whole")
+    before = pl.perplexity(model, lora.news(), tokenizer, progress=False)
+    yield from ({**row, "news_perplexity_before": before} for row in lora.tuned(point))
 
 
 @cache

@@ -430,9 +430,9 @@ def test_the_points_on_virtual_tokens_are_all_different_and_each_has_a_config(mo
     points = prompts.points()
     assert len({bench.key(point) for point in points}) == len(points)
     base = tiny.llama(max_position_embeddings=4096, use_cache=False).eval()
-    apart = ("reviews", "headlines", "reading", "seq2seq")
-    for point in points:
-        if point["section"] not in apart and point.get("init") != "text":
+    kinds = {(point["section"], point.get("method"), point.get("init"), point.get("tokens")): point for point in points}
+    for (section, method, init, _), point in kinds.items():
+        if method not in (None, "none") and section != "seq2seq" and init != "text":
             model = virtual_tokens.attached(copy.deepcopy(base), {"library": "peftlab", **point})
             assert model(input_ids=torch.ones(1, 5, dtype=torch.long)).logits.isfinite().all()
 
@@ -443,6 +443,77 @@ def test_the_points_on_virtual_tokens_are_all_different_and_each_has_a_config(mo
     per_token = rows[0]["cache_bytes"] / 512
     assert rows[1]["cache_bytes"] == rows[2]["cache_bytes"] == (512 + 7) * per_token
     assert pl.attached(base) == {}
+
+
+def test_each_method_has_its_own_rates_with_three_seeds_each():
+    from peftlab.bench import prompts
+
+    grid = {}
+    for point in prompts.points():
+        if "learning_rate" in point and point["section"] != "live":
+            of = (point["section"], point["method"], point["init"], point.get("tokens"))
+            grid.setdefault(of, {}).setdefault(point["learning_rate"], []).append(point["seed"])
+    assert len(grid) == len(prompts.RATES) + len(prompts.LENGTHS) + len(prompts.HEADLINES)
+    assert all(len(rates) >= 3 and set(map(tuple, rates.values())) == {(0, 1, 2)} for rates in grid.values())
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "prefix projected", "lora"])
+def test_a_run_on_the_desk_is_scored_and_a_prefix_shows_its_steps(method, monkeypatch):
+    from peftlab.bench import prompts
+
+    ticket = pl.support_desk.ticket("repair", "lamp", "normal")
+    rows = [{"prompt": "the cat runs", "ticket": ticket}, {"prompt": "a dog", "ticket": ticket}]
+    monkeypatch.setattr(pl, "load_model", lambda name, device: (tiny.llama(layers=3), tiny.tokenizer()))
+    monkeypatch.setattr(prompts, "desk_data", lambda: (rows, rows, rows[:1]))
+    point = next(p for p in prompts.points() if p["section"] == "rate" and p["method"] == method and p["seed"] == 1)
+    point = {**point, "init": "random", "steps": 10, "batch_size": 1}
+    first, *steps = prompts.measure(point)
+    assert point.items() <= first.items() and (first["messages"], first["correct"]) == (1, 0)
+    assert first["finished_steps"] == 10 and 0 < first["validation_loss"] != first["test_loss"]
+    assert [row["step"] for row in steps] == ([5, 10] if method.startswith("prefix") else [])
+    assert all(row["section"] == "steps" and 0 < row["early_share"] < 1 and row["grad_norm"] > 0 for row in steps)
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_the_early_share_is_that_of_the_first_third_of_the_layers(projection):
+    from peftlab.bench import prompts
+
+    model = pl.attach(tiny.llama(layers=3), pl.PrefixTuningConfig(num_virtual_tokens=2, projection=projection))
+    source = model.peftlab["default"]["prefix"].source
+    table = source()
+    ways = torch.zeros_like(table)
+    each = table.shape[1] // 3  # keys and values of one layer
+    for layer, size in enumerate((1.0, 2.0, 3.0)):
+        ways[:, each * layer : each * (layer + 1)] = size
+    (ways * table).sum().backward()
+    assert prompts.early_share(model) == pytest.approx(1 / 14)
+
+
+def test_a_small_t5_is_trained_and_adapted(monkeypatch):
+    """Everything but the sizes; with a tokenizer that needs no download."""
+    from peftlab.bench import small_t5
+
+    assert len(small_t5.KNOWN) == 14 and small_t5.JOB not in small_t5.KNOWN
+    few = {"train": 40, "validation": 8, "test": 6}
+    monkeypatch.setattr(small_t5, "messages", lambda split: pl.support_desk.generate(split, few[split]))
+    monkeypatch.setattr(small_t5, "AutoTokenizer", SimpleNamespace(from_pretrained=lambda _: tiny.tokenizer()))
+    monkeypatch.setattr(small_t5, "ensure", str)
+    small_t5.small_tokenizer.cache_clear()
+    (point, *others) = small_t5.points((0, 1))
+    assert len(others) == 1
+    rows = list(small_t5.measure({**point, "width": 16, "base_steps": 2, "base_batch": 4, "steps": 1, "batch_size": 2}))
+    small_t5.small_tokenizer.cache_clear()
+    assert [row["method"] for row in rows[:2]] == ["base", "base"] and rows[1]["job"] == "urgency product intent"
+    assert [(row["method"], row["learning_rate"]) for row in rows[2:]] == [
+        (method, rate) for method, rates in small_t5.RATES.items() for rate in rates
+    ]
+    assert all(row["messages"] == 6 and row["validation_loss"] > 0 for row in rows)
+    row = {"message": "It is urgent.", "intent": "repair", "product": "lamp", "urgency": "urgent"}
+    assert small_t5.text_and_answer(row, ("product", "urgency"), True) == (
+        "product urgency: It is urgent.",
+        "lamp, urgent",
+    )
+    assert small_t5.text_and_answer(row, small_t5.JOB, False) == ("It is urgent.", "urgent, lamp, repair")
 
 
 CPU = torch.device("cpu")

@@ -1,5 +1,6 @@
 """`peftlab bench qlora`: its points, and that a comparison leaves the one model as it was for the next library."""
 
+import math
 import weakref
 from types import SimpleNamespace
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import peftlab as pl
-from peftlab.bench import fourbit, models, qlora, timing
+from peftlab.bench import fourbit, lora, models, qlora, timing
 from peftlab.errors import PeftLabError
 from peftlab.optional import available
 
@@ -112,43 +113,33 @@ def test_kernels_are_told_apart_by_name():
         assert fourbit.kind_of(name) == kind
 
 
-def test_what_is_forgotten_is_measured_at_every_rate_with_every_seed():
+def test_what_is_forgotten_is_measured_by_the_lora_chapters_protocol(monkeypatch):
+    """Each method has its own rates and three scored seeds, and its row says what news text cost before."""
+    models_of = {"whole": "float32", "qlora": "NF4"}
+    monkeypatch.setattr(lora, "base", lambda kind="whole": (models_of[kind], "tokenizer"))
+    monkeypatch.setattr(lora, "news", lambda: ["The weather was fine."])
+    monkeypatch.setattr(pl, "perplexity", lambda model, *_, **__: {"float32": 32.0, "NF4": 40.0}[model])
+    ran = []
+
+    def trained(point):
+        ran.append((point["learning_rate"], point["seed"]))
+        loss = abs(math.log(point["learning_rate"] / point["best"]))
+        return None, {**point, "validation_loss": loss, "news_perplexity": 50.0}
+
+    monkeypatch.setattr(lora, "trained", trained)
+    monkeypatch.setattr(lora, "scored", lambda point: (None, {**trained(point)[1], "right": 480, "scored": True}))
     points = list(qlora.forgetting())
-    for method in ("lora", "qlora", "full"):
-        mine = [point for point in points if point["method"] == method]
-        rates = {point["learning_rate"] for point in mine}
-        assert len(mine) == 3 * len(rates) and len(rates) >= 4
-        assert {point["seed"] for point in mine} == set(qlora.SEEDS)
-        assert {point["format"] for point in mine} == {"nf4" if method == "qlora" else "whole"}
-
-
-@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
-def test_a_run_on_the_support_desk_counts_right_answers(method, monkeypatch):
-    """One step of a small model that reads smollm2's tokens, and few messages of each split."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    _, tokenizer = pl.load_model("smollm2-135m")
-    config = AutoConfig.for_model(**{**TINY, "vocab_size": 49152, "max_position_embeddings": 512})
-    load, asked = pl.load_data, []
-    desk = {split: rows.select(range(8)) for split, rows in load("support-desk").items()}
-    desk["train"] = load("support-desk")["train"]
-    monkeypatch.setattr(pl, "load_model", lambda *_, **__: (AutoModelForCausalLM.from_config(config), tokenizer))
-    monkeypatch.setattr(pl, "load_data", lambda name: desk if name == "support-desk" else load(name))
-    monkeypatch.setattr(pl, "encode_completion", lambda tokenizer, *_: pl.encode_text(tokenizer, "a b", max_length=8))
-    monkeypatch.setattr(qlora, "texts", lambda: ([], ["The weather was fine."]))
-
-    def answer(model, tokenizer, prompts, **_):
-        asked.append(prompts)
-        right = [row["ticket"] for split in ("validation", "test") for row in desk[split] if row["prompt"] in prompts]
-        return [*right[: 3 * len(asked)], *[""] * (8 - 3 * len(asked))]
-
-    monkeypatch.setattr(pl, "generate_text", answer)
-    point = next(p for p in qlora.forgetting() if p["method"] == method)
-    (row,) = qlora.measure({**point, "steps": 1, "batch_size": 1})
-    assert asked == [[row["prompt"] for row in desk[split]] for split in ("validation", "test")]
-    assert row["validation_exact"] == 3 / 8 and (row["correct"], row["messages"], row["exact"]) == (6, 8, 6 / 8)
-    assert row["perplexity_before"] > 1 and row["perplexity"] > 1 and row["train_loss"] > 0
-    assert (row["trainable"] > 49152 * 64) == (method == "full")
+    assert [point["method"] for point in points] == ["lora", "qlora", "full"]
+    for point in points:
+        ran.clear()
+        rows = qlora.measure({**point, "best": point["rates"][1]})
+        assert len(point["rates"]) >= 4
+        assert set(point["rates"]) <= {rate for rate, seed in ran if seed not in lora.SEEDS}
+        chosen = [row for row in rows if row["scored"]]
+        assert {row["learning_rate"] for row in chosen} == {point["rates"][1]}
+        assert {row["seed"] for row in chosen} == set(lora.SEEDS) and len(lora.SEEDS) == 3
+        assert {row["news_perplexity_before"] for row in rows} == {40.0 if point["method"] == "qlora" else 32.0}
+        assert {row["section"] for row in rows} == {"forgetting"} and not {"rates", "tuning"} & set(rows[0])
 
 
 def test_no_optimiser_is_left_when_memory_is_given_back(monkeypatch):
