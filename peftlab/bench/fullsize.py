@@ -55,7 +55,7 @@ def training_step(model: nn.Module, point: dict[str, Any], adapt: Adapt) -> dict
     return {**row, "tokens_per_second": tokens.numel() / seconds if seconds else None}
 
 
-def step_of(model: nn.Module, batch: dict[str, torch.Tensor], repeats: int = 5, warm_up: int = 2) -> dict[str, Any]:
+def step_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Measure a training step: how many parameters it trains, its peak, and its time."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
@@ -68,7 +68,7 @@ def step_of(model: nn.Module, batch: dict[str, torch.Tensor], repeats: int = 5, 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    spent = clock(step, repeats, warm_up)
+    spent = clock(step)
     return {"trainable": sum(parameter.numel() for parameter in trained), "peak_bytes": peak(), **spent}
 
 
@@ -103,4 +103,4 @@ def forward_passes(model: nn.Module, lengths: tuple[int, ...] = (1, 512)) -> Ite
             pl.merge(model, unload=True)
         for count in lengths:
             tokens = torch.randint(vocabulary_of(model), (1, count), device=device)
-            yield {"state": state, "tokens": count, **clock(partial(model, input_ids=tokens), 20, 5)}
+            yield {"state": state, "tokens": count, **clock(partial(model, input_ids=tokens), 10, 3)}

@@ -139,5 +139,3 @@ def lent(model: nn.Module, adapt: Callable[[nn.Module, Row], nn.Module], point: 
     elif pl.attached(model):
         pl.detach(model)
     model.requires_grad_(False)
-    del wrapped
-    release()

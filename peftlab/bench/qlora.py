@@ -64,14 +64,15 @@ def measure(point: Row) -> list[Row]:
     """Measure one point, and return its rows."""
     section = point["section"]
     small = {"perplexity": perplexities, "quality": quality, "curve": curve}
+    if section not in (*small, "forgetting", "equality"):
+        return fourbit.measure(point, gpu_for(point, "a GPU"))
     try:
         if section == "forgetting":
             return list(forget(point))
-        if section in small:
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            return named(point, small[section](point, device))
-        device = gpu_for(point, "a GPU")
-        return named(point, equality(point, device)) if section == "equality" else fourbit.measure(point, device)
+        if section == "equality":
+            return named(point, equality(point, gpu_for(point, "a GPU")))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return named(point, small[section](point, device))
     finally:
         release()
 

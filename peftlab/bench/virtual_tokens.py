@@ -86,7 +86,7 @@ def reading(model: nn.Module, lengths: tuple[int, ...] = READ) -> Iterator[dict[
                 pl.attach(model, config_of(point), adapter_dtype=torch.bfloat16)
             elif method == "prompt":
                 continue  # the base was measured already
-            read = clock(partial(model, input_ids=text, use_cache=True), 20, 5, "read_")
+            read = clock(partial(model, input_ids=text, use_cache=True), 10, 3, "read_")
             peak = fullsize.peak()
 
             def write(cache: Any) -> None:
@@ -98,7 +98,7 @@ def reading(model: nn.Module, lengths: tuple[int, ...] = READ) -> Iterator[dict[
                 "method": method if tokens else "base",
                 "tokens": tokens,
                 **read,
-                **clock(partial(write, cache), 20, 5, "write_"),
+                **clock(partial(write, cache), 10, 3, "write_"),
                 "cache_bytes": sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values)),
                 "peak_bytes": peak,
             }

@@ -24,7 +24,7 @@ MODULES = ("exercises", "figures", "measurements", "memory", "notebook", "quanti
 # What the package makes and hands out, and what `isinstance` and `except` are for
 RESULTS = {
     "Count", "Draw", "Estimate", "Exercise", "Grade", "History", "Item", "MergeReport", "Module", "ParameterCount",
-    "PeftLabError", "QuantState", "Quantized", "Results", "Shape", "TrainingError",
+    "PeftLabError", "QuantState", "Quantized", "Ratio", "Results", "Shape", "TrainingError",
 }  # fmt: skip
 
 
