@@ -107,8 +107,8 @@ def overfit() -> Iterator[Row]:
     ways = ((16, 8, 0.0, 0.0), (16, 64, 0.0, 0.0), (16, 8, 0.1, 0.0), (16, 8, 0.0, 0.1), (128, 8, 0.0, 0.0),
             (128, 64, 0.0, 0.0))  # fmt: skip
     for examples, r, dropout, decay in ways:
-        changes = {"examples": examples, "r": r, "dropout": dropout, "weight_decay": decay}
-        yield desk("overfit", (1e-3, 3e-3, 1e-2), **changes, steps=2 * RECIPE["steps"])
+        changes: Row = {"examples": examples, "r": r, "dropout": dropout, "weight_decay": decay}
+        yield desk("overfit", (1e-3, 3e-3, 1e-2), steps=2 * RECIPE["steps"], **changes)
 
 
 def where() -> Iterator[Row]:
