@@ -46,7 +46,7 @@ KNOWN = [order for count in (1, 2, 3) for order in permutations(FIELDS, count) i
 def points(seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Yield a point for each seed. It trains a base of its own, and adapts that by each method at each rate."""
     for seed in seeds:
-        yield {"section": "t5", "seed": seed, "width": 128, "layers": 3, "base_steps": 1000, "base_batch": 128,
+        yield {"section": "t5", "seed": seed, "width": 128, "layers": 3, "base_steps": 1500, "base_batch": 128,
                "base_rate": 2e-3, "tokens": 20, "steps": 150, "batch_size": 32}  # fmt: skip
 
 
@@ -105,11 +105,13 @@ def trained_base(point: dict[str, Any]) -> tuple[nn.Module, Any]:
     """Make a T5 with random weights, and teach it the known jobs: of each message one, drawn at random."""
     tokenizer = small_tokenizer()
     torch.manual_seed(point["seed"])
-    model = T5ForConditionalGeneration(T5Config(
+    ends: dict[str, Any] = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": tokenizer.eos_token_id}
+    config = T5Config(
         vocab_size=len(tokenizer), d_model=point["width"], d_ff=2 * point["width"], num_layers=point["layers"],
-        num_heads=4, d_kv=point["width"] // 4, dropout_rate=0.0, decoder_start_token_id=0, use_cache=False,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-    )).to("cuda" if torch.cuda.is_available() else "cpu")  # fmt: skip
+        num_heads=4, d_kv=point["width"] // 4, dropout_rate=0.0, use_cache=False, **ends,
+    )  # fmt: skip
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = T5ForConditionalGeneration(config)
     draw, rows = Random(point["seed"]), messages("train")
     examples = [example for row in rows for example in encoded(model, tokenizer, [row], draw.choice(KNOWN), named=True)]
     train(model, tokenizer, examples, point, point["base_steps"], point["base_batch"], point["base_rate"])
