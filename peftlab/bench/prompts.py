@@ -1,11 +1,11 @@
 """The measurements of the chapter on prompts and prefixes.
 
 Sections, in the chapter's order:
-    live                    the chapter's live run, with three seeds
+    live                    the chapter's live run, and a longer one, with three seeds
     rate                    the support desk learned by smollm2-135m: each method and start at several learning rates
     steps                   rows that the prefixes of `rate` add: loss and gradient at every fifth step
     length                  the same with other numbers of virtual tokens
-    t5                      a small T5 learns a job, and another one by a prompt, a prefix and LoRA
+    t5                      a small T5 learns a job, and another one by a prompt, a prefix and LoRA (see `small_t5`)
     headlines               smollm2-135m writes the headline of a news article
     fullsize, fullsize-more a training step of the Llama-2-7B shape (random weights), beside peft
     reading                 what a prefix and a prompt cost that shape when it reads and writes
@@ -19,7 +19,7 @@ run and cannot know which rate will be chosen, so every run is scored. That cost
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import product
 from typing import Any
@@ -76,12 +76,13 @@ def run(section: str, method: str, **changes: Any) -> dict[str, Any]:
 
 
 def live() -> Iterator[dict[str, Any]]:
-    """Repeat the chapter's live run, with its seed and two others."""
-    for seed in SEEDS:
-        yield run("live", "prompt", init="vocabulary", learning_rate=1e-1, steps=60, batch_size=4, seed=seed)
+    """Repeat the chapter's live run with three seeds: 45 steps of two examples, and a longer run of 60 steps of four."""
+    for (steps, batch_size), seed in product(((45, 2), (60, 4)), SEEDS):
+        yield run("live", "prompt", init="vocabulary", learning_rate=1e-1, steps=steps, batch_size=batch_size,
+                  seed=seed)  # fmt: skip
 
 
-def tried(section: str, grid: dict[tuple[str, str], tuple[float, ...]]) -> Iterator[dict[str, Any]]:
+def tried(section: str, grid: Mapping[tuple[str, str], tuple[float, ...]]) -> Iterator[dict[str, Any]]:
     """Try the learning rates of each method and start."""
     for (method, init), rates in grid.items():
         for learning_rate, seed in product(rates, SEEDS):
@@ -124,55 +125,60 @@ def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
         return virtual_tokens.measure(point)
     if section == "t5":
         return list(small_t5.measure(point))
-    return list((summarise if section == "headlines" else learn)(point))
-
-
-def device() -> str | None:
-    """Return a GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else None
+    return list(learn(point))
 
 
 def learn(point: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Train smollm2-135m on the support desk as a point says, and measure what it learned."""
-    model, tokenizer = pl.load_model("smollm2-135m", device=device())
-    torch.manual_seed(point["seed"])
-    pl.attach(model, config_of(point, tokenizer))
-    train, validation, test = desk_data()
-    log = trained(model, encoded(tokenizer, train, "ticket"), tokenizer, point)
-    answers = pl.generate_text(
-        model, tokenizer, [row["prompt"] for row in test], max_new_tokens=24, batch_size=250, progress=False
-    )
-    exact = pl.support_desk.score(answers, [row["ticket"] for row in test])["exact"]
-    yield {
-        **point,
-        **summary(model, log),
-        "validation_loss": mean_loss(model, tokenizer, validation, "ticket"),
-        "test_loss": mean_loss(model, tokenizer, test, "ticket"),
-        "messages": len(test),
-        "correct": round(exact * len(test)),
-    }
-    if point["section"] == "rate" and point["method"].startswith("prefix"):
-        told = {name: point[name] for name in ("method", "init", "learning_rate", "seed")}
-        for row in log:
-            if "early_share" in row:
-                yield {"section": "steps", **told, **row}
+    """Train smollm2-135m as a point says, and measure what it learned."""
+    (model, tokenizer), log = base(), []
+    train, validation, test, prompts, wanted = task("news" if point["section"] == "headlines" else "desk")
+    told = {name: point[name] for name in ("method", "init", "learning_rate", "seed") if name in point}
+    try:
+        if point["method"] != "none":
+            torch.manual_seed(point["seed"])
+            pl.attach(model, config_of(point, tokenizer))
+            log = trained(model, train, tokenizer, point)
+        losses = [pl.mean_loss(model, rows, pl.Collator(tokenizer), batch_size=50) for rows in (validation, test)]
+        row = {**point, **summary(model, log), "validation_loss": losses[0], "test_loss": losses[1]}
+        answers = pl.generate_text(model, tokenizer, prompts, max_new_tokens=24, batch_size=250, progress=False)
+    finally:
+        if pl.attached(model):
+            pl.detach(model)
+    if point["section"] == "headlines":
+        scores = [pl.token_f1([answer], [headline]) for answer, headline in zip(answers, wanted, strict=True)]
+        error = statistics.stdev(scores) / len(scores) ** 0.5
+        yield {**row, "articles": len(scores), "token_f1": statistics.fmean(scores), "f1_error": error}
+    else:
+        exact = pl.support_desk.score(answers, wanted)["exact"]
+        yield {**row, "messages": len(wanted), "correct": round(exact * len(wanted))}
+    if point["section"] == "rate":
+        yield from ({"section": "steps", **told, **step} for step in log if "early_share" in step)
 
 
 @cache
-def desk_data() -> tuple[list[dict], list[dict], list[dict]]:
-    """Return 2,000 messages to train on, and all 500 of validation and of test."""
-    data = pl.load_data("support-desk", sizes=(2000, 500, 500))
-    return list(data["train"]), list(data["validation"]), list(data["test"])
+def base() -> tuple[Any, Any]:
+    """Load smollm2-135m with its tokenizer. All runs of a process share it: its weights are frozen in each."""
+    return pl.load_model("smollm2-135m", device="cuda" if torch.cuda.is_available() else None)
 
 
-def encoded(tokenizer: Any, rows: list[dict], answer: str) -> list[dict[str, list[int]]]:
-    """Return prompts with their answers as examples. Only the prompt of an article is ever cut."""
-    return [pl.encode_completion(tokenizer, row["prompt"], row[answer], 256) for row in rows]
+@cache
+def task(name: str) -> tuple[list[dict], list[dict], list[dict], list[Any], list[str]]:
+    """Return examples of training, validation and test, and the prompts and answers of the test.
 
-
-def mean_loss(model: nn.Module, tokenizer: Any, rows: list[dict], answer: str) -> float:
-    """Return the mean loss per token of the answers."""
-    return pl.mean_loss(model, encoded(tokenizer, rows, answer), pl.Collator(tokenizer), batch_size=100)
+    The desk has 2,000 messages to train on, and 500 each for validation and test. For news, the last 200 articles of
+    the training data are for validation. All of the test split are for the test.
+    """
+    if name == "desk":
+        data, answer = pl.load_data("support-desk", sizes=(2000, 500, 500)), "ticket"
+        splits = [list(data[split]) for split in ("train", "validation", "test")]
+    else:
+        (train, test), answer = articles(tested=1000), "headline"
+        splits = [train[:-200], train[-200:], test]
+    _, tokenizer = base()
+    train, validation, test = (
+        [pl.encode_completion(tokenizer, row["prompt"], row[answer], 256) for row in rows] for rows in splits
+    )
+    return train, validation, test, [row["prompt"] for row in splits[2]], [row[answer] for row in splits[2]]
 
 
 def trained(model: nn.Module, examples: list[dict], tokenizer: Any, point: dict[str, Any]) -> list[dict[str, float]]:
@@ -208,6 +214,8 @@ def early_share(model: Any) -> float:
 
 def summary(model: nn.Module, log: list[dict[str, float]]) -> dict[str, Any]:
     """Return what was trained, and the run in a few numbers. `worst_loss` is the largest of the second half."""
+    if not log:  # nothing was trained
+        return {"trainable": 0}
     losses = [row["loss"] for row in log]
     return {
         "trainable": pl.count_parameters(model).trainable,
@@ -216,29 +224,4 @@ def summary(model: nn.Module, log: list[dict[str, float]]) -> dict[str, Any]:
         "train_loss": statistics.fmean(losses[-10:]),
         "worst_loss": max(losses[len(losses) // 2 :]),
         "largest_grad_norm": max(row["grad_norm"] for row in log),
-    }
-
-
-def summarise(point: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Train smollm2-135m to write headlines. The last 200 articles of the training data choose the rate."""
-    model, tokenizer = pl.load_model("smollm2-135m", device=device())
-    measured: dict[str, Any] = {}
-    train, test = articles(tested=1000)  # these are all
-    train, validation = train[:-200], train[-200:]
-    if point["method"] != "none":
-        torch.manual_seed(point["seed"])
-        pl.attach(model, config_of(point, tokenizer))
-        measured = summary(model, trained(model, encoded(tokenizer, train, "headline"), tokenizer, point))
-    answers = pl.generate_text(
-        model, tokenizer, [row["prompt"] for row in test], max_new_tokens=24, batch_size=110, progress=False
-    )
-    pairs = zip(answers, [row["headline"] for row in test], strict=True)
-    scores = [pl.token_f1([answer], [headline]) for answer, headline in pairs]
-    yield {
-        **point,
-        **measured,
-        "validation_loss": mean_loss(model, tokenizer, validation, "headline"),
-        "articles": len(test),
-        "token_f1": statistics.fmean(scores),
-        "f1_error": statistics.stdev(scores) / len(scores) ** 0.5,
     }

@@ -463,11 +463,16 @@ def test_a_run_on_the_desk_is_scored_and_a_prefix_shows_its_steps(method, monkey
 
     ticket = pl.support_desk.ticket("repair", "lamp", "normal")
     rows = [{"prompt": "the cat runs", "ticket": ticket}, {"prompt": "a dog", "ticket": ticket}]
-    monkeypatch.setattr(pl, "load_model", lambda name, device: (tiny.llama(layers=3), tiny.tokenizer()))
-    monkeypatch.setattr(prompts, "desk_data", lambda: (rows, rows, rows[:1]))
+    splits = {"train": rows, "validation": rows, "test": rows[:1]}
+    model = tiny.llama(layers=3)
+    monkeypatch.setattr(prompts, "base", lambda: (model, tiny.tokenizer()))
+    monkeypatch.setattr(pl, "load_data", lambda name, sizes: splits)
+    prompts.task.cache_clear()
     point = next(p for p in prompts.points() if p["section"] == "rate" and p["method"] == method and p["seed"] == 1)
     point = {**point, "init": "random", "steps": 10, "batch_size": 1}
     first, *steps = prompts.measure(point)
+    prompts.task.cache_clear()
+    assert pl.attached(model) == {}, "the next run shares the model"
     assert point.items() <= first.items() and (first["messages"], first["correct"]) == (1, 0)
     assert first["finished_steps"] == 10 and 0 < first["validation_loss"] != first["test_loss"]
     assert [row["step"] for row in steps] == ([5, 10] if method.startswith("prefix") else [])
@@ -503,8 +508,8 @@ def test_a_small_t5_is_trained_and_adapted(monkeypatch):
     assert len(others) == 1
     rows = list(small_t5.measure({**point, "width": 16, "base_steps": 2, "base_batch": 4, "steps": 1, "batch_size": 2}))
     small_t5.small_tokenizer.cache_clear()
-    assert [row["method"] for row in rows[:2]] == ["base", "base"] and rows[1]["job"] == "urgency product intent"
-    assert [(row["method"], row["learning_rate"]) for row in rows[2:]] == [
+    assert [row["method"] for row in rows[:3]] == ["base"] * 3 and rows[2]["job"] == "urgency product intent"
+    assert [(row["method"], row["learning_rate"]) for row in rows[3:]] == [
         (method, rate) for method, rates in small_t5.RATES.items() for rate in rates
     ]
     assert all(row["messages"] == 6 and row["validation_loss"] > 0 for row in rows)
