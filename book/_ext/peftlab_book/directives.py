@@ -2,6 +2,7 @@
 
 import base64
 import html
+import itertools
 import json
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from sphinx.util.docutils import SphinxDirective
 from peftlab.kit import measurements, tables
 from peftlab.kit.figures import block
 from peftlab.kit.figures.style import png
-from peftlab_book.facts import load
+from peftlab_book.facts import THEMES, load
 
 log = logging.getLogger(__name__)
 BOOK = "book"  # below the source folder, as are the next two
@@ -100,6 +101,8 @@ class ChapterTable(FactsDirective):
         where = {kind: {run[kind] for run in runs if kind in run} for kind in ("cpu", "gpu")}
         same = {kind: machines.pop() if len(machines) == 1 else None for kind, machines in where.items()}
         for facts in self.facts():
+            if not facts.chapter:
+                continue
             run = facts.run or {}
             # the page is looked up by Sphinx: a facts file without a chapter is a warning
             link = f"{{doc}}`{facts.chapter['title']} </book/{facts.page}>`"
@@ -125,9 +128,10 @@ class ClaimsTable(FactsDirective):
         made = []
         for facts in self.facts():
             if facts.claims:
-                section = self.section(facts.chapter["title"], f"claims-{facts.page}")
+                section = self.section(facts.title, f"claims-{facts.page}")
                 # two columns, so that the table can be read on a telephone
-                rows = [[claim["claim"], f"**{claim['verdict'].capitalize()}.** {claim['truth'].strip()}\n\n"
+                rows = [[claim["claim"] + (f"\n\n*Seen in {claim['seen']}.*" if "seen" in claim else ""),
+                         f"**{claim['verdict'].capitalize()}.** {claim['truth'].strip()}\n\n"
                          f"Shown in {_references(claim['shown'])}."] for claim in facts.claims]
                 section += self.table(["Claim", "Verdict, and what is so"], [38, 62], rows)
                 made.append(section)
@@ -155,18 +159,31 @@ class FactsGlossary(FactsDirective):
 
 
 class Questions(FactsDirective):
+    """The questions by chapter, numbered through, under an index of the numbers by theme."""
+
     def run(self):
-        made = []
+        made, index, numbers = [], {theme: [] for theme in THEMES}, itertools.count(1)
         for facts in self.facts():
             if facts.questions:
-                section = self.section(facts.chapter["title"], f"questions-{facts.page}")
-                for entry in facts.questions:
-                    shown = entry.get("shown")
-                    seen = f"\n\nShown in {_references(shown)}." if shown else ""
-                    text = f"`````{{dropdown}} {entry['question']}\n{entry['answer'].strip()}{seen}\n`````"
-                    section += self.parsed(text)
+                section = self.section(facts.title, f"questions-{facts.page}")
+                for entry, number in zip(facts.questions, numbers, strict=False):  # in this order, so that none is lost
+                    index[entry["theme"]].append(number)
+                    section += self.parsed(self._folded(number, entry))
                 made.append(section)
-        return made
+        if not made:
+            return []
+        rows = [[THEMES[theme], ", ".join(f"[{number}](#question-{number})" for number in numbers)]
+                for theme, numbers in index.items() if numbers]
+        by_theme = self.section("By theme", "questions-by-theme")
+        by_theme += self.table(["Theme", "Questions"], [38, 62], rows)
+        return [by_theme, *made]
+
+    @staticmethod
+    def _folded(number, entry):
+        shown = entry.get("shown")
+        seen = f"\n\nShown in {_references(shown)}." if shown else ""
+        return (f"`````{{dropdown}} {number}. {entry['question']} ({entry['level']})\n:name: question-{number}\n\n"
+                f"{entry['answer'].strip()}{seen}\n`````")
 
 
 MOST_ROWS = 60  # of a section on the page
