@@ -25,7 +25,7 @@ from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.kit import measurements
 from peftlab.progress import Bar
 
-TOPICS = ("memory", "lora", "qlora", "prompts", "adapters", "parallel")
+TOPICS = ("memory", "lora", "qlora", "prompts", "adapters", "parallel", "circulating")
 BEGINNING = b'{"gpu": '  # of FILE.partial
 LIBRARIES = ("torch", "transformers", "peft", "peftlab", "bitsandbytes", "triton")
 
