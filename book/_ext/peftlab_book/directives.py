@@ -4,6 +4,7 @@ import base64
 import html
 import itertools
 import json
+import re
 from pathlib import Path
 
 import portable
@@ -184,6 +185,64 @@ class Questions(FactsDirective):
         seen = f"\n\nShown in {_references(shown)}." if shown else ""
         return (f"`````{{dropdown}} {number}. {entry['question']} ({entry['level']})\n:name: question-{number}\n\n"
                 f"{entry['answer'].strip()}{seen}\n`````")
+
+
+EXERCISE = re.compile(r"^\*\*(?P<number>\d+)\. (?P<title>[^*]+)\*\* \((?P<level>\w+), (?P<minutes>\d+) minutes\)",
+                      re.MULTILINE)
+CHECK = re.compile(r"pl\.check\(\"([\w.]+)\"")
+
+
+class ExerciseTable(FactsDirective):
+    """The exercises of all chapters, as the notebooks have them. The body says after which section one can be done.
+
+    Each line of it names a check and the label of a section, `lora.count: sec-lora-savings`.
+    """
+
+    has_content = True
+
+    def run(self):
+        after = dict(line.split(": ", 1) for line in self.content if line.strip())
+        made = []
+        for facts in self.facts():
+            path = Path(self.env.srcdir, BOOK, f"{facts.page}.ipynb")
+            if not facts.chapter or not path.is_file():
+                continue
+            self.env.note_dependency(str(path))
+            rows, times = [], []
+            for found, check in exercises(json.loads(path.read_text(encoding="utf-8"))):
+                times += [int(found["minutes"])] if check else []
+                section = after.pop(check, None)
+                rows.append([f"{facts.chapter['number']}, {found['number']}. {found['title']}",
+                             _references([section]) if section else "the chapter",
+                             f"{found['level']}, {found['minutes']} minutes"])
+            told = (f"{facts.chapter['number']} {facts.title}: {len(times)} with a check, {sum(times)} minutes in all; "
+                    f"{len(rows) - len(times)} open")
+            made += self._folded(told, self.table(["Chapter, exercise", "After", "Level, time"], [36, 40, 24], rows))
+        for check in after:
+            self.warn(f"no chapter has an exercise with the check {check}")
+        return made
+
+    def _folded(self, title, table):
+        folded = self.parsed(f"`````{{dropdown}} {title}\n.\n`````")
+        (body,) = folded[0].findall(nodes.paragraph)  # the title is a rubric, the dot stands in for the table
+        body.replace_self(table)
+        return folded
+
+
+def exercises(notebook):
+    """Yield (match of EXERCISE, name of its check or None) for each exercise; an open one has no check."""
+    waiting = []
+    for cell in notebook["cells"]:
+        source = portable.text_of(cell["source"])
+        if cell["cell_type"] == "markdown":
+            yield from ((found, None) for found in waiting)
+            waiting = list(EXERCISE.finditer(source))
+        elif waiting and (check := CHECK.search(source)):
+            *before, last = waiting
+            yield from ((found, None) for found in before)
+            yield last, check[1]
+            waiting = []
+    yield from ((found, None) for found in waiting)
 
 
 MOST_ROWS = 60  # of a section on the page
