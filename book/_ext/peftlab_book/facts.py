@@ -31,8 +31,8 @@
     answer = "..."
     shown = ["sec-lora-merge"]
 
-The texts are MyST: mathematics, citations and references work in them. A measured number is a value that a chapter's cell
-computes, named as in a chapter: `LoRA trains <!--=lora-percent--> of the weights`.
+The texts are MyST: mathematics, citations and references work in them. A measured number is a value that a chapter's
+cell computes, named as in a chapter: `LoRA trains <!--=lora-percent--> of the weights`.
 """
 
 import datetime
