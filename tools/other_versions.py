@@ -22,7 +22,7 @@ from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "notebooks"))
+sys.path[:0] = [str(ROOT / folder) for folder in ("tests/notebooks", "book/_ext")]
 
 import normalise  # noqa: E402
 import rules  # noqa: E402

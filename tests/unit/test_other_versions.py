@@ -1,6 +1,8 @@
 """The command that tests other versions: which pins, which chapters with which extras, what it writes down."""
 
 import json
+import os
+import subprocess
 import sys
 
 import other_versions
@@ -18,6 +20,14 @@ def test_the_newest_have_no_pins_and_colab_has_its_own(monkeypatch):
     monkeypatch.setenv("TORCH", "2.11.0")
     assert other_versions.pinned("newest") == ["torch==2.11.0"]
     assert other_versions.pinned("colab")[-1] == "torch==2.11.0"
+
+
+def test_it_starts_as_make_starts_it_without_the_paths_that_the_tests_have():
+    command = [sys.executable, str(other_versions.ROOT / "tools" / "other_versions.py"), "--help"]
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, env=bare | {"PYTHONPATH": str(other_versions.ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert "newest" in done.stdout
 
 
 def test_every_chapter_runs_with_its_own_extras_and_the_fewest_come_first():

@@ -51,10 +51,10 @@ class FactsDirective(SphinxDirective):
         return holder.children
 
     def _value(self, found):
-        values = {}
-        for path in Path(self.env.srcdir, BOOK).glob("*.ipynb"):
+        paths = list(Path(self.env.srcdir, BOOK).glob("*.ipynb"))
+        for path in paths:
             self.env.note_dependency(str(path))
-            values |= portable.stored_values(json.loads(path.read_text(encoding="utf-8")))
+        values = portable.values_of_all(json.loads(path.read_text(encoding="utf-8")) for path in paths)
         if found["name"] not in values:
             self.warn(f"no chapter computes the value {found['name']}")
         return values.get(found["name"], "")

@@ -37,8 +37,8 @@
 A file of what belongs to no single chapter, such as practice.toml, begins with a table [topic] that holds a title, in
 place of [chapter] and [run].
 
-The texts are MyST: mathematics, citations and references work in them. `<!--=lora-percent-->` is a value that a
-chapter's cell computed.
+The texts are MyST: mathematics, citations and references work in them. A measured number is a value that a chapter's
+cell computes, named as in a chapter: `LoRA trains <!--=lora-percent--> of the weights`.
 """
 
 import datetime
