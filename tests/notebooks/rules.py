@@ -331,7 +331,8 @@ def no_typed_facts(page: str, facts: dict, code: dict):
     page: "02_lora"; facts: the content of its TOML file; code: of typed_numbers.code_by_label.
     """
     everywhere = code.get(page, typed_numbers.Code())
-    texts = [(text, text, everywhere, "") for text in (facts["chapter"]["question"], *facts["chapter"].get("know", []))]
+    head = facts.get("chapter", {})
+    texts = [(text, text, everywhere, "") for text in [*head.values(), *head.get("know", [])] if isinstance(text, str)]
     texts += [(term["term"], term["text"], everywhere, "") for term in facts.get("term", [])]
     for kind, said, given in (("claim", "truth", "claim"), ("question", "answer", "question")):
         for entry in facts.get(kind, []):
