@@ -244,9 +244,9 @@ def test_exercises_are_listed_as_the_notebooks_have_them(built):
     listed = page[page.index('id="exercises"') :]
     assert "7 Demo: 2 with a check, 20 minutes in all; 2 open" in listed
     cells = [re.sub(r"<[^>]+>", "", cell).strip() for cell in re.findall(r"<td>(.*?)</td>", listed, re.DOTALL)]
-    assert cells == ["7, 1. First", "One is one", "easy, 5 minutes", "7, 2. Second", "the chapter", "hard, 15 minutes",
-                     "7, 3. Third", "the chapter", "open, 30 minutes",
-                     "7, 4. Fourth", "the chapter", "open, 45 minutes"]
+    assert cells == ["1: First", "One is one", "easy, 5 minutes", "2: Second", "the chapter", "hard, 15 minutes",
+                     "3: Third", "the chapter", "open, 30 minutes",
+                     "4: Fourth", "the chapter", "open, 45 minutes"]
     assert 'href="07_demo.html#sec-demo"' in listed
 
 

@@ -212,12 +212,12 @@ class ExerciseTable(FactsDirective):
             for found, check in exercises(json.loads(path.read_text(encoding="utf-8"))):
                 times += [int(found["minutes"])] if check else []
                 section = after.pop(check, None)
-                rows.append([f"{facts.chapter['number']}, {found['number']}. {found['title']}",
+                rows.append([f"{found['number']}: {found['title']}",
                              _references([section]) if section else "the chapter",
                              f"{found['level']}, {found['minutes']} minutes"])
             told = (f"{facts.chapter['number']} {facts.title}: {len(times)} with a check, {sum(times)} minutes in all; "
                     f"{len(rows) - len(times)} open")
-            made += self._folded(told, self.table(["Chapter, exercise", "After", "Level, time"], [36, 40, 24], rows))
+            made += self._folded(told, self.table(["Exercise", "After", "Level, time"], [36, 40, 24], rows))
         for check in after:
             self.warn(f"no chapter has an exercise with the check {check}")
         return made
