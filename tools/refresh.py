@@ -107,7 +107,7 @@ def execute(path: Path) -> tuple[object, float]:
 
 def store(path: Path, text: str) -> None:
     """Write in one step: a reader sees the old file or the new one."""
-    temporary = path.with_suffix(".ipynb.partial")
+    temporary = path.with_name(path.name + ".partial")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
@@ -134,6 +134,23 @@ def fill_prose() -> int:
         text = normalise(notebook)
         if text != path.read_text(encoding="utf-8"):
             store(path, text)
+            print(f"refresh: {path.relative_to(ROOT)}: prose filled in")
+    return fill_pages(book, portable.values_of_all(notebooks.values())) or status
+
+
+def fill_pages(book: portable.Book, values: dict[str, str]) -> int:
+    """Fill in what the pages without code bind; return 1 if one names what is not there, and leave that page."""
+    status = 0
+    for path in sorted(BOOK.glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        try:
+            filled = book.fill(path.stem, text, values)
+        except ValueError as error:
+            print(f"{path.relative_to(ROOT)}: {error}", file=sys.stderr)
+            status = 1
+            continue
+        if filled != text:
+            store(path, filled)
             print(f"refresh: {path.relative_to(ROOT)}: prose filled in")
     return status
 

@@ -27,11 +27,13 @@ def chapter_number(docname: str) -> int | None:
     return portable.chapter_number(docname.removeprefix("book/"))
 
 
-def read_notebook(app, docname, source) -> None:
-    """Give Sphinx the numbers, links and labels that the notebook's plain text stands in for."""
+def read_page(app, docname, source) -> None:
+    """Give Sphinx the numbers, links and labels that a notebook's plain text stands in for; of a page, its values."""
     if app.env.doc2path(docname).endswith(".ipynb"):
         page = docname.removeprefix("book/")
         source[0] = json.dumps(portable.for_site(page, json.loads(source[0])))
+    else:
+        source[0] = portable.VALUE.sub(lambda found: found["text"], source[0])
 
 
 def renumber(env) -> None:
@@ -77,6 +79,6 @@ def repair_page(app, pagename, templatename, context, doctree) -> None:
 
 def setup(app):
     number_chapters()
-    app.connect("source-read", read_notebook)
+    app.connect("source-read", read_page)
     app.connect("html-page-context", repair_page, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

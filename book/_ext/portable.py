@@ -14,7 +14,8 @@ in `\\tag{2.1}`, and in front of a caption, `<a id="fig-lora-loss"></a>**Figure 
 follows the figure. Numbers of sections, equations and figures are filled in, too.
 
 An author writes the comment alone; `make refresh` puts the text in front of it. Values are f-strings in the metadata of
-the code cell that computes them, evaluated as soon as it has run:
+the code cell that computes them, evaluated as soon as it has run. A chapter has its own values; pages without code and
+facts/*.toml have those of all chapters:
 
     "peftlab": {"values": {"lora-percent": "{count.percent / 100:.2%}"}, "alt": "A line from {losses[0]:.1f} ...",
                 "tolerance": {"absolute": 0.5, "relative": 0.1}}
@@ -213,6 +214,11 @@ def number_headings(page: str, sources: list[str]) -> list[str]:
 def stored_values(notebook: Mapping) -> dict[str, str]:
     """The values of a page as they were when its outputs were stored."""
     return dict(notebook["metadata"].get("peftlab", {}).get("values", {}))
+
+
+def values_of_all(notebooks) -> dict[str, str]:
+    """The values of all chapters, which pages without code may name."""
+    return {name: text for notebook in notebooks for name, text in stored_values(notebook).items()}
 
 
 def expressions(cell: Mapping) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 Sections:
     reviews, news   minilm classifies: every method, rates tried on the validation split, then more seeds at the best
+    labels          the same on movie reviews, with a share of the training labels flipped
     desk            smollm2-135m learns the support desk by adapters, IA3 and its last block
     fullsize        one training step of the Llama-2-7B shape (random weights); IA3 beside peft
     biases          the same of roberta-large, which has biases
@@ -10,6 +11,7 @@ Sections:
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Iterator
@@ -48,12 +50,14 @@ VARIANTS: tuple[tuple[str, dict[str, Any], tuple[float, ...]], ...] = (
     ("prompt, 20 tokens", {"method": "prompt", "tokens": 20}, (1e-2, 3e-2, 1e-1)),
     ("prefix, 20 tokens", {"method": "prefix", "tokens": 20}, HIGH),
 )
+FLIPPED, ON_WRONG_LABELS = (0.1, 0.2, 0.4), ("full", "LoRA, r = 8", "Pfeiffer, width 24")
 ON_NEWS = ("head only", "full", "BitFit", "IA3", "LoRA, r = 8", "Pfeiffer, width 24")
 
 
 def points() -> list[dict[str, Any]]:
     """Yield every point to measure: first those that learn, then those that are timed."""
-    return [*classified(), *desks(), *steps(), {"section": "latency", "timed": True, "shape": "llama-2-7b"}]
+    learn = [*classified(), *mislabelled(), *desks()]
+    return [*learn, *steps(), {"section": "latency", "timed": True, "shape": "llama-2-7b"}]
 
 
 def classified() -> Iterator[dict[str, Any]]:
@@ -66,6 +70,14 @@ def classified() -> Iterator[dict[str, Any]]:
                     "section": section, "variant": name, **settings, "rates": list(rates), "steps": many,
                     "batch_size": 32, "max_length": length,
                 }  # fmt: skip
+
+
+def mislabelled() -> Iterator[dict[str, Any]]:
+    """Yield some variants on movie reviews of whose training labels a share is wrong."""
+    for flipped, (name, settings, rates) in product(FLIPPED, VARIANTS):
+        if name in ON_WRONG_LABELS:
+            yield {"section": "labels", "variant": name, **settings, "flipped": flipped, "rates": list(rates),
+                   "steps": 150, "batch_size": 32, "max_length": 64}  # fmt: skip
 
 
 def desks() -> Iterator[dict[str, Any]]:
@@ -122,7 +134,7 @@ def config_of(point: dict[str, Any], head: list[str] | None = None) -> Any:
 def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
     """Measure one point, and return its rows."""
     section = point["section"]
-    if section in ("reviews", "news"):
+    if section in ("reviews", "news", "labels"):
         return list(chosen_rate(point))
     if section == "desk":
         return [{**point, **desk(point)}]
@@ -145,7 +157,9 @@ def chosen_rate(point: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def classify(point: dict[str, Any], rate: float, seed: int) -> dict[str, Any]:
     """Train minilm on one task, and return the measurements."""
-    train, validation, test, classes = encoded(point["section"], point["max_length"])
+    data = "reviews" if point["section"] == "labels" else point["section"]
+    train, validation, test, classes = encoded(data, point["max_length"])
+    train = with_wrong_labels(train, point.get("flipped", 0.0))
     torch.manual_seed(seed)
     model, tokenizer = pl.load_model(
         "minilm", num_labels=classes, device="cuda" if torch.cuda.is_available() else None
@@ -177,6 +191,12 @@ def classify(point: dict[str, Any], rate: float, seed: int) -> dict[str, Any]:
         "accuracy": score(test),
         "seconds": seconds,
     }
+
+
+def with_wrong_labels(rows: list[dict], share: float) -> list[dict]:
+    """Return the rows with this share of their labels, 0 or 1, exchanged: always the same rows."""
+    wrong = set(random.Random(0).sample(range(len(rows)), round(share * len(rows))))
+    return [{**row, "labels": 1 - row["labels"]} if i in wrong else row for i, row in enumerate(rows)]
 
 
 def head_of(module: nn.Module) -> list[nn.Parameter]:

@@ -10,6 +10,7 @@ import statistics
 
 import nbformat
 import portable
+import typed_numbers
 
 from peftlab.kit import measurements
 from peftlab.optional import PACKAGES
@@ -61,8 +62,8 @@ def tags(cell) -> list[str]:
 
 
 def name(cell) -> str:
-    """How a message calls a cell: its first line."""
-    lines = cell.source.strip().splitlines()
+    """How a message calls a cell: its first line that is not an anchor."""
+    lines = [line for line in cell.source.strip().splitlines() if not re.fullmatch(r'<a id="[\w-]+"></a>|', line)]
     return repr(lines[0][:60]) if lines else "an empty cell"
 
 
@@ -299,6 +300,71 @@ def times_of_one_run(notebook, timed=None):
             for section in sorted(timed.intersection(re.findall(r"[\w-]+", choice.group(1)))):
                 yield (f"{name(cell)} reads times of section {section!r}, which may be of several runs: "
                        "choose the rows with within_run, or divide the times with ratio")
+
+
+def no_typed_numbers(notebook):
+    """Numbers in prose, captions and descriptions of figures are bound to a cell; typed is only what measures nothing.
+
+    A number is bound by the mark behind it (`0.34%<!--=share-->`); in a figure's description by the f-string that
+    computes it. Not read are code, formulas (one that is a bare number is read) and the text of a link that is filled
+    in. May be typed:
+
+    - what another source says: numbers in quotation marks, repeated beside them too, and in a sentence that cites a
+      paper or links to a page outside the book;
+    - inputs of the code of the same section: literals of its cells, or of the whole chapter if three significant digits
+      rule chance out. A number with a unit (%, GB, ms, times, ...) needs the literal at the unit's scale (0.05 for 5%,
+      8e9 for 8 GB), or the same words in a string;
+    - an exercise's givens: numbers without a unit, and those with one that stand in its solution;
+    - names and places: a word that begins with a letter (SmolLM2-135M, r2), a model by its size (a 7B model), a card
+      and its memory (a card of 48 GB), numbers of chapters, sections, figures, steps, layers and list items, dates;
+    - formats: "8 bits", and up to 16 whole bytes;
+    - plans of time in minutes or hours (measured times are in seconds), and the constants 0 and 1.
+    """
+    for cells, code in typed_numbers.sections(notebook):
+        for cell in cells:
+            if cell.cell_type == "markdown":
+                yield from (f"{name(cell)} types {found}" for found in typed_numbers.typed(cell.source, code))
+            elif cell.cell_type == "code":
+                yield from typed_beside_code(cell, code)
+
+
+def typed_beside_code(cell, code):
+    """What a code cell types in its figure's description, in its tables' captions, and as values for the prose."""
+    found = portable.settings(cell)
+    for told in typed_numbers.typed(typed_numbers.template_words(found.get("alt", "")), code):
+        yield f"{name(cell)} types in its figure's description {told}"
+    for caption in typed_numbers.table_captions(cell.source):
+        yield from (f"{name(cell)} types in a caption {told}" for told in typed_numbers.typed(caption, code))
+    for value, template in found.get("values", {}).items():
+        if not typed_numbers.computes(template):
+            yield f"{name(cell)} computes the value {value} from nothing: {template!r}"
+        for told in typed_numbers.typed(typed_numbers.template_words(template), typed_numbers.Code()):
+            yield f"{name(cell)} types in its value {value} {told}"
+
+
+def no_typed_facts(page: str, facts: dict, code: dict):
+    """The facts of a chapter keep no_typed_numbers, too. Their code is that of the sections in which they are shown.
+
+    A claim is what others say; its truth may repeat the claim's numbers, and an answer those of its question. The table
+    [run] is itself a source: it names the machine and the date.
+
+    page: "02_lora"; facts: the content of its TOML file; code: of typed_numbers.code_by_label.
+    """
+    everywhere = code.get(page, typed_numbers.Code())
+    head = facts.get("chapter", {})
+    texts = [(text, text, everywhere, "") for text in [*head.values(), *head.get("know", [])] if isinstance(text, str)]
+    texts += [(term["term"], term["text"], everywhere, "") for term in facts.get("term", [])]
+    for kind, said, given in (("claim", "truth", "claim"), ("question", "answer", "question")):
+        for entry in facts.get(kind, []):
+            near = [code[label] for label in entry.get("shown", []) if label in code]
+            texts.append((entry[given], entry[said], typed_numbers.together(near), entry[given]))
+    for title, text, near, given in texts:
+        yield from (f"{page}: {title[:60]!r} types {found}" for found in typed_numbers.typed(text, near, given))
+
+
+def no_typed_page(page: str, text: str):
+    """A page without code keeps no_typed_numbers, too: it has the values of the chapters, and no inputs."""
+    yield from (f"{page} types {found}" for found in typed_numbers.typed(text, typed_numbers.Code()))
 
 
 def packages() -> dict[str, tuple[str, ...]]:

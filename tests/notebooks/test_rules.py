@@ -3,6 +3,7 @@
 import normalise
 import pytest
 import rules
+import typed_numbers
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from peftlab.kit import measurements
@@ -174,6 +175,99 @@ def test_every_rule_passes_a_chapter_without_faults():
 def test_every_rule_has_a_fault_it_finds():
     covered = {rule for rule, _, _ in FAULTS} | {rules.valid_format, rules.times_of_one_run}  # tests of their own
     assert covered == set(rules.EVERY_NOTEBOOK)
+
+
+def prose(text, *cells):
+    return [new_markdown_cell("## Start\n\n" + text), *cells]
+
+
+TYPED = [
+    (prose("LoRA needs 14.4 GB."), "14.4 GB"),
+    (prose("It needs 14.4\u00a0GB, and 3<!--=gpus--> GPUs."), "14.4 GB"),
+    (prose("It needs 8, 9 or 16 GB."), ["8 GB", "9 GB", "16 GB"]),
+    (prose("From 0.5 to 7 seconds"), ["0.5 seconds", "7 seconds"]),
+    (prose("It is 31%, or $31$ %, of `31` per cent."), ["31 %", "31 %", "31 per cent"]),
+    (prose("It is 2.5 times as slow, and by 3 points worse."), ["2.5 times", "3 points"]),
+    (prose("It took 19-23 ms."), ["19 ms", "23 ms"]),
+    (prose("It trains 460,800 parameters at -.5 nats."), ["460,800", "-.5 nats"]),
+    (prose("It trains 35M parameters."), "35 M"),
+    (prose("This happened in 54 runs."), "54"),
+    (prose("So 135 models ran on 4096 tokens."), ["135", "4096"]),
+    (prose("It has 4.4<!--=times--> GB, once 35%."), "35 %"),
+    (prose("| method | accuracy |\n| --- | --- |\n| LoRA | 81.0% |"), "81.0 %"),
+    (prose("[Chapter 2](x)<!--@page 02_lora--> has 97% right."), "97 %"),
+    (prose("The paper reports 11 billion<!--@cite x-->. We saw 12 billion."), "12 billion"),
+    (prose('You will read "84 GB". We found 85 GB.'), "85 GB"),
+    # a literal of the code that is another thing, or the same by chance
+    (prose("It needs 16 GB.", code("r = 16")), "16 GB"),
+    (prose("It loses 10%.", code("warmup = 0.1")), "10 %"),
+    (prose("It took 2 seconds.", code("steps = 2")), "2 seconds"),
+    (prose("The loss is 0.010.", code("rate = 0.01")), "0.010"),
+    (prose("It has 16 heads.", code("print(f'{heads} of 16 heads')")), "16"),
+    (prose("It has 16 heads.", code("pl.table(rows, caption='16 heads')")), ["16", "in a caption 16"]),
+    ([*prose("Look.", code("r = 16")), new_markdown_cell("## Next\n\nThe rank is 16.")], "16"),
+    # figures, captions and values
+    ([new_markdown_cell('<a id="fig-a"></a>**Figure 1.3.** It peaks at 54.5 GB.')], "54.5 GB"),
+    ([code("x", peftlab={"alt": "A line from {a:.1f} to 2.7."})], "in its figure's description 2.7"),
+    ([code("x", peftlab={"alt": "Bars: {'; '.join(f'{n} at 27%' for n in names)}."})], "figure's description 27 %"),
+    ([code("x", peftlab={"values": {"a": "{x:.1f} of 57"}})], "in its value a 57"),
+    ([code("pl.table(x, caption=f'{n} runs of 57')")], "in a caption 57"),
+    (prose("**3. Launches** (easy, 5 minutes). It costs 90 ms.", code("answer = None")), "90 ms"),
+]
+NOT_TYPED = [
+    prose("It needs 14.4\u00a0GB<!--=peak-->, **31%<!--=share-->** (2.5<!--=times--> times)."),
+    prose("See [Section 2.8](#sec-a)<!--@see sec-a-->, [(2.1)](#eq-a)<!--@eq eq-a-->, chapters 3 and 4, Figure 1.2."),
+    prose("[Hu et al., 2021](https://x.org/2106)<!--@cite hu--> trained 11 billion, a third of 33%."),
+    prose("84 GB stand in [a course](https://example.org/84)."),
+    prose('Is it "10 to 15 GB"? No: 10 GB is too much, and 15 too.'),
+    prose("$d = 384$, $x^2 + 0.5$, `lr=0.01`, `0.1 GB` and\n\n$$\n0.31 + 7\n$$\n\n```python\nx = 14.4\n```"),
+    prose("SmolLM2-135M, Llama-3.1-8B, a 7B model, a 70B shape, a 135M model, Qwen2.5, GPT-2, H100, IA3 and r2"),
+    prose("An RTX 4090, cards of 24 or 32 GB, a card of 48 GB, an 80 GB card, and the 80 GB of our card"),
+    prose("It takes 8 bits or 16 bits, 8-bit states, 2 or 4 bytes, and 16 bytes."),
+    prose("1. First, from 0 to 1\n2. Step 1, layers 3 to 5, block 15"),
+    prose("Read it in 20 minutes or 2 hours, on 21 August 2026, or of 2025."),
+    prose("| minutes | what |\n| --- | --- |\n| 0-10 | Start |"),
+    prose("r = 16, a rate of 0.01, 4 heads, 1,024 words", code("r, rate, heads, words = 16, 0.01, [4], 1024")),
+    prose("It reads 3.25 billion and 12.5%, and 80 GB.", code("a, b, c = 3.25e9, 0.125, 80e9")),
+    prose("The guide says 8 GB.", code("rows = [('guide', '8 GB')]")),
+    [*prose("Look.", code("tokens = 1024")), new_markdown_cell("## Next\n\nThere are 1,024 tokens.")],
+    prose("**3. Launches** (easy, 5 minutes). 32 blocks cost 90 ms.", code("pl.check('x', 32 * 90)")),
+    prose("**4. Open** (open, 30 minutes). Try 0.98 with 48 blocks."),
+    [code("x", peftlab={"alt": "A line from {a:.1f} to {b[3]:.2%}.", "values": {"a": "{x / 8:.1f} points"}})],
+]
+
+
+@pytest.mark.parametrize("cells, found", TYPED)
+def test_a_typed_number_is_found(cells, found):
+    wanted = [found] if isinstance(found, str) else found
+    told = problems(rules.no_typed_numbers, *cells)
+    assert len(told) == len(wanted), told
+    assert all(any(f" {one}: ..." in problem for problem in told) for one in wanted), told
+
+
+@pytest.mark.parametrize("cells", NOT_TYPED)
+def test_a_bound_number_and_one_that_names_a_thing_may_stand(cells):
+    assert problems(rules.no_typed_numbers, *cells) == []
+
+
+def test_a_value_computed_from_nothing_is_found():
+    (told,) = problems(rules.no_typed_numbers, code("x", peftlab={"values": {"a": "{2 / 3:.1f}"}}))
+    assert "from nothing" in told
+
+
+def test_typed_numbers_of_facts_and_pages_are_found():
+    chapter = {"title": "T", "question": "Do 7 do?", "know": ["chapter 2"]}
+    claim = {"claim": "It saves 10 GB.", "truth": "It saves 10 GB, or 3%, at r = 8, of 9<!--=a-->.", "shown": ["sec-a"]}
+    question = {"question": "97% or 94%?", "answer": "97% beat 95%.", "shown": []}
+    facts = {"chapter": chapter, "claim": [claim], "question": [question], "term": [{"term": "a", "text": "Of 512."}]}
+    cells = [new_markdown_cell('<a id="sec-a"></a>\n## A'), code("r = 8")]
+    by_label = typed_numbers.code_by_label({"02_lora": new_notebook(cells=cells)})
+    told = list(rules.no_typed_facts("02_lora", facts, by_label))
+    assert [t.split(" types ")[1].split(":")[0] for t in told] == ["7", "512", "3 %", "95 %"]
+    assert "'It saves 10 GB.'" in told[2]
+    assert list(rules.no_typed_page("start", "Fetch 189\u00a0MB<!--=a-->, then 640 MB.")) == [
+        "start types 640 MB: ...Fetch •, then 640 MB...."
+    ]
 
 
 def test_an_invalid_or_old_notebook_is_found():

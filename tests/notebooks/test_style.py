@@ -8,6 +8,7 @@ import normalise
 import portable
 import pytest
 import rules
+import typed_numbers
 
 from peftlab.commands import doctor
 from peftlab.optional import PACKAGES
@@ -17,6 +18,9 @@ BOOK = ROOT / "book"
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
 NOTEBOOKS = sorted(BOOK.glob("*.ipynb"))
 CHAPTERS = [path for path in NOTEBOOKS if path.parent == BOOK and re.match(r"\d\d_", path.name)]
+BOUND = [path for path in CHAPTERS if path.name[:2] in ("01", "05", "06")]  # those that rules.no_typed_numbers holds
+FACTS, PAGES = sorted(BOOK.glob("facts/*.toml")), sorted(BOOK.glob("*.md"))
+MOST_MISSED = 0.05
 
 
 def title(path: Path) -> str:
@@ -67,6 +71,50 @@ def test_every_value_that_prose_names_is_computed(path):
     computed = {name for cell in rules.code_cells(notebook) for name in portable.settings(cell).get("values", {})}
     used = {found["name"] for source in portable.prose(notebook) for found in portable.VALUE.finditer(source)}
     assert used <= computed and set(portable.stored_values(notebook)) == computed
+
+
+@pytest.fixture(scope="module")
+def notebooks():
+    return {path.stem: normalise.read(path) for path in NOTEBOOKS}
+
+
+@pytest.mark.parametrize("path", BOUND, ids=title)
+def test_no_number_is_typed(path):
+    assert list(rules.no_typed_numbers(normalise.read(path))) == [], rules.no_typed_numbers.__doc__
+
+
+@pytest.mark.parametrize("path", FACTS, ids=lambda path: path.stem)
+def test_no_number_is_typed_in_facts(path, notebooks):
+    facts, code = tomllib.loads(path.read_text(encoding="utf-8")), typed_numbers.code_by_label(notebooks)
+    assert list(rules.no_typed_facts(path.stem, facts, code)) == [], rules.no_typed_numbers.__doc__
+
+
+@pytest.mark.parametrize("path", PAGES, ids=title)
+def test_no_number_is_typed_on_a_page(path):
+    assert list(rules.no_typed_page(path.stem, path.read_text(encoding="utf-8"))) == [], rules.no_typed_numbers.__doc__
+
+
+@pytest.mark.parametrize("path", BOUND, ids=title)
+def test_a_number_that_loses_its_mark_is_found(path):
+    """Take each mark of a chapter away in turn: the number left behind is found, unless it is an input by chance."""
+    tried, missed = 0, []
+    for cells, code in typed_numbers.sections(normalise.read(path)):
+        for source in (cell.source for cell in cells if cell.cell_type == "markdown"):
+            for value in portable.VALUE.finditer(source):
+                if re.search(r"\d", value["text"]):
+                    left = source[: value.start()] + value["text"] + source[value.end() :]
+                    tried += 1
+                    missed += [value["name"]] * (list(typed_numbers.typed(left, code)) == [])
+    assert tried and len(missed) <= MOST_MISSED * tried, missed
+
+
+@pytest.mark.parametrize("path", FACTS + PAGES, ids=lambda path: path.stem)
+def test_every_value_that_facts_and_pages_name_is_stored(path, notebooks):
+    values = portable.values_of_all(notebooks.values())
+    text = path.read_text(encoding="utf-8")
+    assert {found["name"] for found in portable.VALUE.finditer(text)} <= set(values)
+    if path in PAGES:
+        assert portable.Book.read(BOOK).fill(path.stem, text, values) == text, "run: make prose"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=title)

@@ -18,7 +18,7 @@ import torch
 import peftlab
 import peftlab as pl
 from peftlab import bench
-from peftlab.bench import adapters, fullsize, models, timing, virtual_tokens
+from peftlab.bench import adapters, circulating, fullsize, models, timing, virtual_tokens
 from peftlab.bench import memory as memory_grid
 from peftlab.errors import PeftLabError
 from peftlab.kit import measurements
@@ -363,6 +363,37 @@ def test_a_run_of_the_memory_grid_takes_its_two_steps(method, tmp_path):
     memory_grid.steps(memory_grid.phases(model, optimizer, batch, autocasts=False), 2)
     assert any(not torch.equal(a, b) for a, b in zip(before, trained, strict=True))
     assert all(torch.isfinite(parameter).all() for parameter in trained)
+
+
+def test_each_circulating_figure_is_measured_as_it_counts(tmp_path):
+    """All but reading the GPU's counter, on a small shape: weights, gradients and states have the bytes counted."""
+    write_shape(tmp_path)
+    for point in circulating.points(str(tmp_path)):
+        model, batch = memory_grid.build(point, torch.device("cpu"))
+        trained = memory_grid.trained(model)
+        optimizer = circulating.optimizer_of(point["optimizer"], trained)
+        steps = memory_grid.phases(model, optimizer, batch, memory_grid.autocast(point))
+        for part in ("forward", "backward"):
+            steps[part]()
+        held = sum(p.nbytes + p.grad.nbytes for p in trained)
+        steps["optimiser"]()
+        states = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+        held += sum(t.nbytes for t in states if t.numel() > 1)
+        assert held == point["bytes_each"] * sum(p.numel() for p in trained), point["held"]
+    assert {point["bytes_each"] for point in circulating.points()} == {8, 12, 16}
+    if not torch.cuda.is_available():
+        with pytest.raises(PeftLabError, match="needs a CUDA GPU"):
+            circulating.measure(next(circulating.points()))
+
+
+def test_wrong_labels_are_a_share_and_stay_the_same():
+    rows = [{"input_ids": [i], "labels": i % 2} for i in range(50)]
+    wrong = adapters.with_wrong_labels(rows, 0.2)
+    assert sum(a["labels"] != b["labels"] for a, b in zip(rows, wrong, strict=True)) == 10
+    assert wrong == adapters.with_wrong_labels(rows, 0.2) and adapters.with_wrong_labels(rows, 0) == rows
+    assert [row["input_ids"] for row in wrong] == [row["input_ids"] for row in rows]
+    sections = [point["section"] for point in adapters.points()]
+    assert sections.count("labels") == 9 and sections.count("reviews") == len(adapters.VARIANTS)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

@@ -45,6 +45,7 @@ FIGURES = {
                                             "LoRA": {"measured": [1e9, 2e9], "replayed": [1e9, 2e9]}}),
     "agreement": lambda: figures.agreement({"grid": [(1e9, 1.01e9), (5e10, 5e10)], "by chance": [(2e9, 1.9e9)]}),
     "adapter_places": figures.adapter_places,
+    "places of families": figures.families,
     "places of virtual_tokens": figures.virtual_tokens,
     "block_steps": lambda: figures.block_steps([0.5, -2.0, 0.0, 1.0], [i / 7 - 1 for i in range(16)]),
     "adapter_places, post": lambda: figures.adapter_places("post"),

@@ -2,7 +2,9 @@
 
 import base64
 import html
+import itertools
 import json
+import re
 from pathlib import Path
 
 import portable
@@ -16,7 +18,7 @@ from sphinx.util.docutils import SphinxDirective
 from peftlab.kit import measurements, tables
 from peftlab.kit.figures import block
 from peftlab.kit.figures.style import png
-from peftlab_book.facts import load
+from peftlab_book.facts import THEMES, load
 
 log = logging.getLogger(__name__)
 BOOK = "book"  # below the source folder, as are the next two
@@ -49,10 +51,10 @@ class FactsDirective(SphinxDirective):
         return holder.children
 
     def _value(self, found):
-        values = {}
-        for path in Path(self.env.srcdir, BOOK).glob("*.ipynb"):
+        paths = list(Path(self.env.srcdir, BOOK).glob("*.ipynb"))
+        for path in paths:
             self.env.note_dependency(str(path))
-            values |= portable.stored_values(json.loads(path.read_text(encoding="utf-8")))
+        values = portable.values_of_all(json.loads(path.read_text(encoding="utf-8")) for path in paths)
         if found["name"] not in values:
             self.warn(f"no chapter computes the value {found['name']}")
         return values.get(found["name"], "")
@@ -100,6 +102,8 @@ class ChapterTable(FactsDirective):
         where = {kind: {run[kind] for run in runs if kind in run} for kind in ("cpu", "gpu")}
         same = {kind: machines.pop() if len(machines) == 1 else None for kind, machines in where.items()}
         for facts in self.facts():
+            if not facts.chapter:
+                continue
             run = facts.run or {}
             # the page is looked up by Sphinx: a facts file without a chapter is a warning
             link = f"{{doc}}`{facts.chapter['title']} </book/{facts.page}>`"
@@ -125,9 +129,10 @@ class ClaimsTable(FactsDirective):
         made = []
         for facts in self.facts():
             if facts.claims:
-                section = self.section(facts.chapter["title"], f"claims-{facts.page}")
+                section = self.section(facts.title, f"claims-{facts.page}")
                 # two columns, so that the table can be read on a telephone
-                rows = [[claim["claim"], f"**{claim['verdict'].capitalize()}.** {claim['truth'].strip()}\n\n"
+                rows = [[claim["claim"] + (f"\n\n*Seen in {claim['seen']}.*" if "seen" in claim else ""),
+                         f"**{claim['verdict'].capitalize()}.** {claim['truth'].strip()}\n\n"
                          f"Shown in {_references(claim['shown'])}."] for claim in facts.claims]
                 section += self.table(["Claim", "Verdict, and what is so"], [38, 62], rows)
                 made.append(section)
@@ -155,18 +160,89 @@ class FactsGlossary(FactsDirective):
 
 
 class Questions(FactsDirective):
+    """The questions by chapter, numbered through, under an index of the numbers by theme."""
+
     def run(self):
-        made = []
+        made, index, numbers = [], {theme: [] for theme in THEMES}, itertools.count(1)
         for facts in self.facts():
             if facts.questions:
-                section = self.section(facts.chapter["title"], f"questions-{facts.page}")
-                for entry in facts.questions:
-                    shown = entry.get("shown")
-                    seen = f"\n\nShown in {_references(shown)}." if shown else ""
-                    text = f"`````{{dropdown}} {entry['question']}\n{entry['answer'].strip()}{seen}\n`````"
-                    section += self.parsed(text)
+                section = self.section(facts.title, f"questions-{facts.page}")
+                for entry, number in zip(facts.questions, numbers, strict=False):  # in this order, so that none is lost
+                    index[entry["theme"]].append(number)
+                    section += self.parsed(self._folded(number, entry))
                 made.append(section)
+        if not made:
+            return []
+        rows = [[THEMES[theme], ", ".join(f"[{number}](#question-{number})" for number in numbers)]
+                for theme, numbers in index.items() if numbers]
+        by_theme = self.section("By theme", "questions-by-theme")
+        by_theme += self.table(["Theme", "Questions"], [38, 62], rows)
+        return [by_theme, *made]
+
+    @staticmethod
+    def _folded(number, entry):
+        shown = entry.get("shown")
+        seen = f"\n\nShown in {_references(shown)}." if shown else ""
+        return (f"`````{{dropdown}} {number}. {entry['question']} ({entry['level']})\n:name: question-{number}\n\n"
+                f"{entry['answer'].strip()}{seen}\n`````")
+
+
+EXERCISE = re.compile(r"^\*\*(?P<number>\d+)\. (?P<title>[^*]+)\*\* \((?P<level>\w+), (?P<minutes>\d+) minutes\)",
+                      re.MULTILINE)
+CHECK = re.compile(r"pl\.check\(\"([\w.]+)\"")
+
+
+class ExerciseTable(FactsDirective):
+    """The exercises of all chapters, as the notebooks have them. The body says after which section one can be done.
+
+    Each line of it names a check and the label of a section, `lora.count: sec-lora-savings`.
+    """
+
+    has_content = True
+
+    def run(self):
+        after = dict(line.split(": ", 1) for line in self.content if line.strip())
+        made = []
+        for facts in self.facts():
+            path = Path(self.env.srcdir, BOOK, f"{facts.page}.ipynb")
+            if not facts.chapter or not path.is_file():
+                continue
+            self.env.note_dependency(str(path))
+            rows, times = [], []
+            for found, check in exercises(json.loads(path.read_text(encoding="utf-8"))):
+                times += [int(found["minutes"])] if check else []
+                section = after.pop(check, None)
+                rows.append([f"{found['number']}: {found['title']}",
+                             _references([section]) if section else "the chapter",
+                             f"{found['level']}, {found['minutes']} minutes"])
+            told = (f"{facts.chapter['number']} {facts.title}: {len(times)} with a check, {sum(times)} minutes in all; "
+                    f"{len(rows) - len(times)} open")
+            made += self._folded(told, self.table(["Exercise", "After", "Level, time"], [36, 40, 24], rows))
+        for check in after:
+            self.warn(f"no chapter has an exercise with the check {check}")
         return made
+
+    def _folded(self, title, table):
+        folded = self.parsed(f"`````{{dropdown}} {title}\n.\n`````")
+        (body,) = folded[0].findall(nodes.paragraph)  # the title is a rubric, the dot stands in for the table
+        body.replace_self(table)
+        return folded
+
+
+def exercises(notebook):
+    """Yield (match of EXERCISE, name of its check or None) for each exercise; an open one has no check."""
+    waiting = []
+    for cell in notebook["cells"]:
+        source = portable.text_of(cell["source"])
+        if cell["cell_type"] == "markdown":
+            yield from ((found, None) for found in waiting)
+            waiting = list(EXERCISE.finditer(source))
+        elif waiting and (check := CHECK.search(source)):
+            *before, last = waiting
+            yield from ((found, None) for found in before)
+            yield last, check[1]
+            waiting = []
+    yield from ((found, None) for found in waiting)
 
 
 MOST_ROWS = 60  # of a section on the page

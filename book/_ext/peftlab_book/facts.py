@@ -1,4 +1,4 @@
-"""Reads book/facts/*.toml: what the appendices say about each chapter, one file a chapter.
+"""Reads book/facts/*.toml: what the appendices say about each chapter, one file per chapter.
 
     [chapter]
     number = 2
@@ -19,6 +19,7 @@
     claim = "..."
     verdict = "wrong"                     # right, half right, wrong
     truth = "..."                         # what is so
+    seen = "..."                          # where it was seen; may be missing
     shown = ["sec-lora-merge"]            # labels of the sections that show it
 
     [[term]]                              # an entry of the glossary; refer to it with {term}`LoRA`
@@ -27,14 +28,21 @@
     text = "..."
 
     [[question]]                          # an interview question
+    theme = "settings"                    # one of THEMES
+    level = "easy"                        # one of LEVELS
     question = "..."
     answer = "..."
-    shown = ["sec-lora-merge"]
+    shown = ["sec-lora-merge"]            # may be missing if the answer holds no number
 
-The texts are MyST: mathematics, citations and references work in them.
+A file of what belongs to no single chapter, such as practice.toml, begins with a table [topic] that holds a title, in
+place of [chapter] and [run].
+
+The texts are MyST: mathematics, citations and references work in them. A measured number is a value that a chapter's
+cell computes, named as in a chapter: `LoRA trains <!--=lora-percent--> of the weights`.
 """
 
 import datetime
+import math
 import re
 import tomllib
 from dataclasses import dataclass, field
@@ -42,24 +50,45 @@ from pathlib import Path
 
 NUMBER, TEXT, TEXTS, DATE = (int, float), (str,), (list,), (datetime.date,)
 VERDICTS = ("right", "half right", "wrong")
+LEVELS = ("easy", "medium", "hard")
+# The themes of the questions: {as a file names it: as the page shows it}, in the order of the page.
+THEMES = {
+    "methods": "How the methods work",
+    "derivations": "Derivations and counts",
+    "memory": "Memory",
+    "speed": "Time and arithmetic",
+    "settings": "Rank, rate and place",
+    "bits": "Precision and four bits",
+    "runs": "Running a training",
+    "choosing": "Comparing and choosing",
+    "forgetting": "Forgetting",
+    "shipping": "Merging, storing and serving",
+}
 # What each table may hold: {key: types}; the keys in the second part may be missing.
 TABLES = {
     "chapter": ({"number": (int,), "title": TEXT, "question": TEXT}, {"know": TEXTS}),
+    "topic": ({"title": TEXT}, {}),
     "run": ({"cpu": TEXT, "seconds_cpu": NUMBER, "memory_gb": NUMBER, "date": DATE},
             {"gpu": TEXT, "seconds_gpu": NUMBER}),
-    "claim": ({"id": TEXT, "claim": TEXT, "verdict": TEXT, "truth": TEXT, "shown": TEXTS}, {}),
+    "claim": ({"id": TEXT, "claim": TEXT, "verdict": TEXT, "truth": TEXT, "shown": TEXTS}, {"seen": TEXT}),
     "term": ({"term": TEXT, "text": TEXT}, {"also": TEXTS}),
-    "question": ({"question": TEXT, "answer": TEXT}, {"shown": TEXTS}),
+    "question": ({"theme": TEXT, "level": TEXT, "question": TEXT, "answer": TEXT}, {"shown": TEXTS}),
 }
+# {(table, key): the texts that it may hold}
+ALLOWED = {("claim", "verdict"): VERDICTS, ("question", "level"): LEVELS, ("question", "theme"): tuple(THEMES)}
 LISTS = ("claim", "term", "question")
 
 
 @dataclass
 class Facts:
-    """One chapter's facts. ``page`` is the name of the notebook without its ending, such as "02_lora"."""
+    """One file's facts. ``page`` is its name without the ending, for a chapter that of the notebook, "02_lora".
+
+    ``chapter`` is None where the facts belong to no single chapter.
+    """
 
     page: str
-    chapter: dict
+    title: str
+    chapter: dict | None = None
     run: dict | None = None
     claims: list[dict] = field(default_factory=list)
     terms: list[dict] = field(default_factory=list)
@@ -70,8 +99,8 @@ def load(folder):
     """Read all facts.
 
     Returns:
-        (list of Facts in the order of the chapters, list of faults): a fault is a sentence that begins with the file's
-        name. A chapter whose file has a fault in its head is left out.
+        (list of Facts, the chapters in their order and then the others, list of faults): a fault is a sentence that
+        begins with the file's name. A file with a fault in its head is left out.
     """
     found, faults = [], []
     for path in sorted(Path(folder).glob("*.toml")):
@@ -79,11 +108,12 @@ def load(folder):
         faults += [f"{path.name}: {fault}" for fault in own]
         if facts:
             found.append(facts)
-    found.sort(key=lambda facts: facts.chapter["number"])
-    faults += _twice("chapter number", [(facts.page, str(facts.chapter["number"])) for facts in found])
+    found.sort(key=lambda facts: facts.chapter["number"] if facts.chapter else math.inf)
+    faults += _twice("chapter number", [(facts.page, str(facts.chapter["number"])) for facts in found if facts.chapter])
     faults += _twice("claim id", [(facts.page, claim["id"]) for facts in found for claim in facts.claims])
     faults += _twice("term", [(facts.page, name.lower()) for facts in found for term in facts.terms
                               for name in [term["term"], *term.get("also", [])]])
+    faults += _twice("question", [(facts.page, entry["question"]) for facts in found for entry in facts.questions])
     return found, faults
 
 
@@ -93,11 +123,11 @@ def _read(path):
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         return None, [f"no valid TOML: {error}"]
     faults = [f"unknown table [{name}]; there are: {', '.join(TABLES)}" for name in content if name not in TABLES]
-    if not isinstance(content.get("chapter"), dict):
+    head = next((name for name in ("chapter", "topic") if isinstance(content.get(name), dict)), None)
+    if head is None:
         return None, [*faults, "the table [chapter] is missing"]
-    head = _faults("chapter", content["chapter"], "[chapter]")
-    if head:
-        return None, faults + head
+    if wrong := _faults(head, content[head], f"[{head}]"):
+        return None, faults + wrong
     run = content.get("run")
     if run is not None:
         faults += _faults("run", run, "[run]")
@@ -112,7 +142,8 @@ def _read(path):
             own = _faults(name, entry, f"[[{name}]] {place}")
             faults += own
             kept[name] += [entry] if not own else []
-    return Facts(path.stem, content["chapter"], run, kept["claim"], kept["term"], kept["question"]), faults
+    made = Facts(path.stem, content[head]["title"], content.get("chapter"), run, *(kept[name] for name in LISTS))
+    return made, faults
 
 
 def _faults(name, entry, where):
@@ -130,8 +161,9 @@ def _faults(name, entry, where):
             faults.append(f"{where}: {key!r} is to be a list of texts, found {value!r}")
         elif isinstance(value, (int, float)) and value <= 0:
             faults.append(f"{where}: {key!r} is to be above zero, found {value!r}")
-    if name == "claim" and isinstance(entry.get("verdict"), str) and entry["verdict"] not in VERDICTS:
-        faults.append(f"{where}: verdict {entry['verdict']!r} is none of: {', '.join(VERDICTS)}")
+    for (table, key), texts in ALLOWED.items():
+        if name == table and isinstance(entry.get(key), str) and entry[key] not in texts:
+            faults.append(f"{where}: {key} {entry[key]!r} is none of: {', '.join(texts)}")
     if name == "claim" and isinstance(entry.get("id"), str) and not re.fullmatch(r"[A-Z]\d+[a-z]?", entry["id"]):
         faults.append(f"{where}: id {entry['id']!r} is no letter and number such as H18 or H19a")
     if name == "claim" and entry.get("shown") == []:

@@ -6,6 +6,7 @@ its alternative text are in the cell's metadata.
 
 from peftlab.kit.figures.adapters import adapter_places, budget
 from peftlab.kit.figures.charts import bars, by_layer, curves, heatmap, histogram, spectrum, stacked_bars, sweep
+from peftlab.kit.figures.families import families
 from peftlab.kit.figures.lora import lora_dataflow
 from peftlab.kit.figures.memory import agreement, memory_bars, timelines
 from peftlab.kit.figures.prompts import virtual_tokens
@@ -30,6 +31,7 @@ __all__ = [
     "block",
     "adapter_places", "budget",
     "bars", "by_layer", "curves", "heatmap", "histogram", "spectrum", "stacked_bars", "sweep",
+    "families",
     "lora_dataflow",
     "agreement", "memory_bars", "timelines",
     "virtual_tokens",

@@ -1,0 +1,165 @@
+"""A reference shows what it refers to, for the mouse and the keyboard, and stays a plain link elsewhere."""
+
+import time
+from pathlib import Path
+
+import pytest
+from browser import Page
+from test_pages import AXE, RUN_AXE, violations
+
+SECONDS = 120  # a busy machine takes a few
+CHAPTER = "book/01_full_finetuning_memory.html"
+QUESTIONS = "book/appendix_questions.html"
+GLOSSARY = "book/appendix_glossary.html"
+SHOWN = "[...document.querySelectorAll('.reference-preview')].find(e => e.getClientRects().length > 0)"
+# the middle of the first line of a link, which is scrolled to the middle of the window
+POINT = """(link => {
+  link.scrollIntoView({block: "center"});
+  const line = link.getClientRects()[0];
+  return [line.left + line.width / 2, line.top + line.height / 2];
+})(document.querySelector(%r))"""
+SECTION = "article a.reference.internal[href='#sec-memory-logits']"
+# (page, the link, words of the preview, whether it has a formula)
+KINDS = {
+    "section": (CHAPTER, SECTION, "The logits", True),
+    "section elsewhere": (CHAPTER, "article a.reference[href*='02_lora.html#sec-lora']", "2.12. What", True),
+    "equation": (CHAPTER, "article a.reference[href='#equation-eq-memory-states']", "(1.1)", True),
+    "figure": ("book/05_adapters.html", "article a.reference[href='#fig-adapters-block']", "Fig. 5.1", False),
+    "term": (GLOSSARY, "article a.reference[href='#term-scaling']", "low-rank path", True),
+    "paper": (CHAPTER, "article a[href='https://arxiv.org/abs/2106.09685']", "Yelong Shen", False),
+    "paper by its DOI": (CHAPTER, "article a[href*='doi.org/10.1016/S0079']", "McCloskey", False),
+    "paper in an answer": (QUESTIONS, "article details[open] a[href*='appendix_bibliography']", "20", False),
+}
+
+
+def until(page: Page, condition: str) -> bool:
+    """Whether a JavaScript condition comes true."""
+    deadline = time.monotonic() + SECONDS
+    while not (found := page.evaluate(f"!!({condition})")) and time.monotonic() < deadline:
+        page.browser.pump(0.02)
+    return found
+
+
+def point(page: Page, selector: str) -> None:
+    """Move the mouse to an element."""
+    x, y = page.evaluate(POINT % selector)
+    page.command("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+
+def seen(page: Page) -> str | None:
+    return page.evaluate(f"({SHOWN})?.innerText")
+
+
+@pytest.fixture
+def opened(browser, address):
+    """Opens a page of the site, and closes it afterwards."""
+    pages = []
+
+    def open_page(name: str, **options) -> Page:
+        pages.append(browser.page(**options))
+        pages[-1].open(address + name)
+        pages[-1].evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        return pages[-1]
+
+    yield open_page
+    for page in pages:
+        page.close()
+
+
+@pytest.mark.parametrize("name, link, words, formula", KINDS.values(), ids=KINDS)
+def test_the_mouse_shows_what_a_reference_refers_to(opened, address, name, link, words, formula):
+    page = opened(name)
+    point(page, link)
+    assert until(page, SHOWN)
+    assert words in seen(page) and len(seen(page)) > len(words)
+    assert r"\(" not in seen(page) and r"\[" not in seen(page)
+    assert page.evaluate(f"({SHOWN}).querySelectorAll('mjx-container').length > 0") is formula
+    assert page.evaluate(f"document.querySelector({link!r}).getAttribute('aria-describedby') === ({SHOWN}).id")
+    assert page.evaluate(f"({SHOWN}).role === 'tooltip' && !({SHOWN}).querySelector('a, button, [id], [tabindex]')")
+    images = f"Promise.all([...({SHOWN}).querySelectorAll('img')].map(i => i.decode().then(() => i.naturalWidth)))"
+    assert all(width > 0 for width in page.evaluate(images))
+    assert page.evaluate(f"({SHOWN}).scrollHeight <= ({SHOWN}).clientHeight"), "it is cut off"
+    box = page.evaluate(f"({SHOWN}).getBoundingClientRect().toJSON()")
+    assert box["left"] >= 0 and box["right"] <= 1280 and box["top"] >= 0 and box["bottom"] <= 900
+    assert [url for url in page.requests if not url.startswith(address)] == [] and page.problems == []
+
+
+def test_a_preview_stays_under_the_mouse_and_goes_with_it(opened):
+    page = opened(CHAPTER)
+    point(page, SECTION)
+    assert until(page, SHOWN)
+    point(page, ".reference-preview:not([hidden])")
+    page.browser.pump(0.5)
+    assert seen(page)
+    point(page, "article h1")
+    assert until(page, f"!({SHOWN})")
+    assert page.evaluate(f"document.querySelector({SECTION!r}).getAttribute('aria-describedby')") is None
+
+
+def test_the_keyboard_shows_it_and_escape_closes_it(opened):
+    page = opened(CHAPTER)
+    page.evaluate(f"document.querySelector({SECTION!r}).focus({{focusVisible: true}})")
+    assert until(page, SHOWN)
+    assert "The logits" in seen(page)
+    for kind in ("keyDown", "keyUp"):
+        page.command("Input.dispatchKeyEvent", type=kind, key="Escape", code="Escape", windowsVirtualKeyCode=27)
+    assert until(page, f"!({SHOWN})")
+    assert page.evaluate(f"document.activeElement.matches({SECTION!r})")
+    assert page.evaluate("document.activeElement.getAttribute('aria-describedby')") is None
+    page.evaluate("document.activeElement.blur()")
+    page.evaluate(f"document.querySelector({SECTION!r}).focus({{focusVisible: true}})")
+    assert until(page, SHOWN)
+    page.evaluate("document.activeElement.blur()")
+    assert until(page, f"!({SHOWN})")
+
+
+def test_touch_shows_nothing_and_follows_the_link(opened):
+    page = opened(CHAPTER, width=390, height=844)
+    page.command("Emulation.setTouchEmulationEnabled", enabled=True)
+    x, y = page.evaluate(POINT % SECTION)
+    page.command("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+    page.command("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+    assert until(page, "location.hash === '#sec-memory-logits'")
+    page.browser.pump(0.5)
+    assert seen(page) is None
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("kind", ["section", "figure", "paper"])
+def test_a_preview_is_accessible(opened, kind, dark):
+    name, link, _, _ = KINDS[kind]
+    page = opened(name, dark=dark)
+    point(page, link)
+    assert until(page, SHOWN)
+    page.evaluate(AXE.read_text(encoding="utf-8") + "; true")
+    parts = f"{{include: [['.reference-preview:not([hidden])'], [{link!r}]]}}"
+    assert page.evaluate(RUN_AXE.replace("document", parts)) == []
+    assert seen(page)
+
+
+def test_an_open_preview_leaves_the_page_accessible(opened):
+    page = opened(CHAPTER)
+    point(page, SECTION)
+    assert until(page, SHOWN)
+    assert violations(page) == []
+    assert seen(page)
+
+
+def test_a_figure_is_dark_on_a_dark_page(opened):
+    looks = f"(({{filter, mixBlendMode}}) => [filter, mixBlendMode])(getComputedStyle(({SHOWN}).querySelector('img')))"
+    for dark, expected in ((True, ["invert(1) hue-rotate(180deg)", "screen"]), (False, ["none", "normal"])):
+        page = opened("book/05_adapters.html", dark=dark)
+        point(page, KINDS["figure"][1])
+        assert until(page, SHOWN)
+        assert page.evaluate(looks) == expected
+
+
+def test_a_page_that_is_opened_as_a_file_keeps_its_links(browser, site):
+    page = browser.page()
+    page.open(Path(site / CHAPTER).as_uri())
+    point(page, SECTION)
+    page.evaluate(f"document.querySelector({SECTION!r}).focus({{focusVisible: true}})")
+    page.browser.pump(0.5)
+    assert seen(page) is None
+    assert not [problem for problem in page.problems if "preview" in problem]
+    page.close()
