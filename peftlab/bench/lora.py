@@ -254,14 +254,14 @@ def news() -> list[str]:
 
 def on_validation(model: nn.Module, tokenizer: Any) -> Row:
     """Return the loss on the validation messages, and the perplexity on news. None stands for a value too large."""
-    loss = pl.mean_loss(model, encoded("validation"), pl.Collator(tokenizer), batch_size=32)
+    loss = pl.mean_loss(model, encoded("validation"), pl.Collator(tokenizer), batch_size=8)
     perplexity = pl.perplexity(model, news(), tokenizer)
     return {"validation_loss": finite(loss), "news_perplexity": finite(perplexity)}
 
 
 def on_test(model: nn.Module, tokenizer: Any) -> Row:
     """Return the loss on the test messages, their number, and how many answers are right."""
-    loss = pl.mean_loss(model, encoded("test"), pl.Collator(tokenizer), batch_size=32)
+    loss = pl.mean_loss(model, encoded("test"), pl.Collator(tokenizer), batch_size=8)
     prompts = [row["prompt"] for row in messages("test")]
     return {"test_loss": finite(loss), **answered(model, tokenizer, prompts, max_new_tokens=24, batch_size=125)}
 

@@ -76,7 +76,7 @@ def run(section: str, method: str, **changes: Any) -> dict[str, Any]:
 
 
 def live() -> Iterator[dict[str, Any]]:
-    """Repeat the chapter's live run with three seeds: 45 steps of two examples, and a longer run of 60 steps of four."""
+    """Repeat the live run of the chapter (45 steps of two), and a longer one (60 steps of four), with three seeds."""
     for (steps, batch_size), seed in product(((45, 2), (60, 4)), SEEDS):
         yield run("live", "prompt", init="vocabulary", learning_rate=1e-1, steps=steps, batch_size=batch_size,
                   seed=seed)  # fmt: skip
@@ -138,7 +138,7 @@ def learn(point: dict[str, Any]) -> Iterator[dict[str, Any]]:
             torch.manual_seed(point["seed"])
             pl.attach(model, config_of(point, tokenizer))
             log = trained(model, train, tokenizer, point)
-        losses = [pl.mean_loss(model, rows, pl.Collator(tokenizer), batch_size=50) for rows in (validation, test)]
+        losses = [pl.mean_loss(model, rows, pl.Collator(tokenizer), batch_size=10) for rows in (validation, test)]
         row = {**point, **summary(model, log), "validation_loss": losses[0], "test_loss": losses[1]}
         answers = pl.generate_text(model, tokenizer, prompts, max_new_tokens=24, batch_size=250, progress=False)
     finally:
