@@ -60,6 +60,8 @@ class Method:
             leaves the method out of `count` and `memory`.
         replay: path of the function (net, path, tensors by name) that puts the method's layer into the replay of a
             training step, for `memory`. None where the method adds no tensors.
+        in_peft: whether Hugging Face peft has the method, under the config's `peft_type`. The card of an adapter folder
+            says how peft opens it, or that peft cannot.
         four_bit: whether the base is held in four bits.
         whole: whether the model's own weights all train, and there is no adapter.
     """
@@ -70,6 +72,7 @@ class Method:
     learning_rate: float = LEARNING_RATE
     tensors: str | None = None
     replay: str | None = None
+    in_peft: bool = False
     four_bit: bool = False
     whole: bool = False
 
@@ -151,6 +154,7 @@ LORA = Method(
     options=(R, ALPHA, DROPOUT, TARGETS, BIAS, INIT),
     tensors="peftlab.memory.counting.methods:lora",
     replay="peftlab.memory.replay.layers:lora",
+    in_peft=True,
 )
 PFEIFFER = Method(
     config="peftlab.methods.adapter:AdapterConfig",
@@ -171,16 +175,19 @@ METHODS: dict[str, Method] = {
         options=(R, TARGETS, BIAS),
         tensors="peftlab.memory.counting.methods:dora",
         replay="peftlab.memory.replay.layers:dora",
+        in_peft=True,
     ),
     "adalora": Method(
         options=(replace(R, default=12), TARGETS, BIAS),
         tensors="peftlab.memory.counting.methods:adalora",
         replay="peftlab.memory.replay.layers:adalora",
+        in_peft=True,
     ),
     "vera": Method(
         options=(replace(R, default=256), TARGETS, BIAS),
         tensors="peftlab.memory.counting.methods:vera",
         replay="peftlab.memory.replay.layers:vera",
+        in_peft=True,
     ),
     "ia3": Method(
         config="peftlab.methods.ia3:IA3Config",
@@ -188,6 +195,7 @@ METHODS: dict[str, Method] = {
         learning_rate=3e-3,
         tensors="peftlab.memory.counting.methods:ia3",
         replay="peftlab.memory.replay.layers:ia3",
+        in_peft=True,
     ),
     "bitfit": Method(
         config="peftlab.methods.bitfit:BitFitConfig",
@@ -202,6 +210,7 @@ METHODS: dict[str, Method] = {
         learning_rate=1e-1,
         tensors="peftlab.memory.counting.methods:prompt",
         replay="peftlab.memory.replay.layers:prompt",
+        in_peft=True,
     ),
     "p-tuning": Method(
         config="peftlab.methods.p_tuning:PTuningConfig",
@@ -209,6 +218,7 @@ METHODS: dict[str, Method] = {
         learning_rate=1e-3,
         tensors="peftlab.memory.counting.methods:p_tuning",
         replay="peftlab.memory.replay.layers:p_tuning",
+        in_peft=True,
     ),
     "prefix": Method(
         config="peftlab.methods.prefix_tuning:PrefixTuningConfig",
@@ -216,6 +226,7 @@ METHODS: dict[str, Method] = {
         learning_rate=1e-2,
         tensors="peftlab.memory.counting.methods:prefix",
         replay="peftlab.memory.replay.layers:prefix",
+        in_peft=True,
     ),
     "houlsby": replace(PFEIFFER, fixed={"placement": "houlsby"}, tensors="peftlab.memory.counting.methods:houlsby"),
     "pfeiffer": PFEIFFER,

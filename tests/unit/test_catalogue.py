@@ -69,6 +69,17 @@ def test_every_option_is_a_field_of_the_config_or_an_argument_of_count(name):
                 assert option.name in inspect.signature(function).parameters
 
 
+@ROWS
+def test_a_row_knows_whether_peft_has_the_method(name):
+    """The card of a folder tells people to open it with peft, or not to try."""
+    row = METHODS[name]
+    if row.config:
+        theirs = {kind.value for kind in pytest.importorskip("peft").PeftType}
+        peft_type = resolve(row.config).peft_type
+        told = f"{peft_type} is {'' if peft_type in theirs else 'not '}in peft.PeftType, so set in_peft in the row"
+        assert row.in_peft == (peft_type in theirs), told
+
+
 def test_every_config_in_the_folder_of_methods_has_a_row():
     known = {resolve(row.config) for row in METHODS.values() if row.config}
     files = [path.stem for path in Path(pl.methods.__file__).parent.glob("*.py") if path.stem != "__init__"]
