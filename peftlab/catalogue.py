@@ -25,6 +25,8 @@ class Option:
         fills: the field of the method's config that takes the value; by default the one of the same name.
         kind: `int`, `float`, `str`, or `bool` for a pair such as `--projection` and `--no-projection`.
         default: the value where the option is not given. None leaves the choice to the config.
+        chosen: for a default of None, what the config then chooses, in the words of `--help`. Rows may differ in
+            `default` and `chosen` (`replace(TARGETS, chosen="...")`), and in nothing else.
         metavar: what stands for the value in `--help`.
         choices: the values allowed, where they are few.
         counted: whether `peftlab count` and `peftlab memory` take it too, beside `peftlab train`. It is then one of
@@ -36,6 +38,7 @@ class Option:
     fills: str = ""
     kind: type = str
     default: Any = None
+    chosen: str = ""
     metavar: str | None = None
     choices: tuple[str, ...] | None = None
     counted: bool = False
@@ -99,6 +102,10 @@ class Method:
         """The default of an option; None if the method does not take it."""
         return next((option.default for option in self.options if option.name == name), None)
 
+    def chosen(self, name: str) -> str:
+        """What the config chooses where an option has no default, in words; empty if the option does not say."""
+        return next((option.chosen for option in self.options if option.name == name), "")
+
 
 def resolve(path: str) -> Any:
     """Load what a path names: `resolve("peftlab.methods.lora:LoRAConfig")` is the class."""
@@ -113,8 +120,8 @@ TARGETS = Option(
     name="targets",
     fills="target_modules",
     metavar="T",
-    help="modules to adapt: a comma-separated list of names, a regular expression for whole paths, or all-linear "
-    "(default: the query and value projections; for ia3 keys, values and the last of the MLP)",
+    help="modules to adapt: a comma-separated list of names, a regular expression for whole paths, or all-linear",
+    chosen="the query and value projections",
     counted=True,
 )
 BIAS = Option(
@@ -159,7 +166,7 @@ LORA = Method(
 PFEIFFER = Method(
     config="peftlab.methods.adapter:AdapterConfig",
     fixed={"placement": "pfeiffer"},
-    options=(DROPOUT, TARGETS, INIT, REDUCTION_FACTOR),
+    options=(DROPOUT, replace(TARGETS, chosen="the places that the method has"), INIT, REDUCTION_FACTOR),
     tensors="peftlab.memory.counting.methods:pfeiffer",
     replay="peftlab.memory.replay.layers:bottleneck",
 )
@@ -191,7 +198,7 @@ METHODS: dict[str, Method] = {
     ),
     "ia3": Method(
         config="peftlab.methods.ia3:IA3Config",
-        options=(TARGETS, INIT),
+        options=(replace(TARGETS, chosen="keys, values and the last of the MLP"), INIT),
         learning_rate=3e-3,
         tensors="peftlab.memory.counting.methods:ia3",
         replay="peftlab.memory.replay.layers:ia3",
@@ -199,11 +206,14 @@ METHODS: dict[str, Method] = {
     ),
     "bitfit": Method(
         config="peftlab.methods.bitfit:BitFitConfig",
-        options=(TARGETS,),
+        options=(replace(TARGETS, chosen="every module with a bias"),),
         learning_rate=1e-3,
         tensors="peftlab.memory.counting.methods:bitfit",
     ),
-    "selective": Method(config="peftlab.methods.bitfit:SelectiveConfig", options=(TARGETS, LAST_LAYERS)),
+    "selective": Method(
+        config="peftlab.methods.bitfit:SelectiveConfig",
+        options=(replace(TARGETS, chosen="none"), LAST_LAYERS),
+    ),
     "prompt": Method(
         config="peftlab.methods.prompt_tuning:PromptTuningConfig",
         options=(VIRTUAL_TOKENS, INIT, INIT_TEXT),

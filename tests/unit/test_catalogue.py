@@ -69,6 +69,27 @@ def test_every_option_is_a_field_of_the_config_or_an_argument_of_count(name):
                 assert option.name in inspect.signature(function).parameters
 
 
+def test_an_option_is_the_same_in_all_rows_but_for_its_default():
+    """The command line has one option of a name, so a help of one row would stand for all."""
+    for name, row in METHODS.items():
+        for option in row.options:
+            first = next(o for other in METHODS.values() for o in other.options if o.name == option.name)
+            alike = dataclasses.replace(option, default=first.default, chosen=first.chosen)
+            assert alike == first, f"the row of {name} changes more of --{option.name} than default and chosen"
+
+
+@ROWS
+def test_the_help_says_what_a_row_chooses_for_targets(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    row = METHODS[name]
+    if row.trains and row.takes("targets"):
+        with pytest.raises(SystemExit):
+            cli.main(["train", "--help"])
+        told = " ".join(capsys.readouterr().out.split()).partition("or all-linear (default: ")[2].partition(")")[0]
+        (chosen,) = [choice for choice in told.split("; ") if name in choice.rpartition(" for ")[2].split("/")]
+        assert chosen.startswith(row.chosen("targets")) and row.chosen("targets")
+
+
 @ROWS
 def test_a_row_knows_whether_peft_has_the_method(name):
     """The card of a folder tells people to open it with peft, or not to try."""
