@@ -404,7 +404,8 @@ def test_every_method_trains_from_the_shell_and_its_folder_loads(place, capsys, 
         assert result["trainable"] == count("tiny", method, reduction_factor=4).trainable
 
 
-def test_the_help_names_every_method(capsys):
+def test_the_help_names_every_method(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")  # argparse breaks a name at its hyphen
     for command, known in (("train", trainable()), ("count", counted()), ("memory", counted())):
         _, out, _ = run(capsys, command, "--help")
         assert f"--method M {', '.join(known)} (default: lora)" in " ".join(out.split())
