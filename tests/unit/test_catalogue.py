@@ -5,6 +5,7 @@ import dataclasses
 import doctest
 import inspect
 import json
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import toy_method
 from places import shape_for
 from tiny import llama, tokenizer
 from torch import nn
@@ -231,7 +233,7 @@ def test_the_help_and_the_messages_name_a_toy(toy, capsys, monkeypatch):
         out = " ".join(capsys.readouterr().out.split())
         assert ", toy (default: lora)" in out
         assert ("--toy-start S where the scale of toy starts (default: 1)" in out) == (command == "train")
-        assert "; the output projections of attention for toy)" in out
+        assert re.search(r"; the output projections of attention for (\S+/)?toy\)", out)
         assert ("toy 0.25; others 0.0002" in out) == (command == "train")
     with pytest.raises(PeftLabError, match=r"make one of .*, ToyConfig\."):
         pl.attach(nn.Linear(2, 2), ToyConfig)
@@ -243,6 +245,15 @@ def test_the_example_of_a_toy_runs(monkeypatch):
     monkeypatch.setattr(pl, "ToyConfig", ToyConfig, raising=False)
     (test,) = doctest.DocTestFinder().find(ToyConfig, "ToyConfig", globs={"pl": pl, "model": llama()})[:1]
     assert test.examples and doctest.DocTestRunner(verbose=False).run(test).failed == 0
+
+
+def test_the_template_takes_the_helpers_that_contributing_lists():
+    root = Path(catalogue.__file__).parents[1]
+    table = (root / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("| for | take |")[2].partition("\n\n")[0]
+    named = {name for line in table.splitlines() for name in re.findall(r"`(?:yield from )?(\w+)[(`]", line)}
+    helpers = {name for name in named if name in vars(toy_method)}
+    known = {"find", "check_carrier", "shape_of", "own_tensor", "tensor_at", "widened", "is_conv1d", "trained_copies"}
+    assert known | {"Targets", "check_fields", "number", "PeftLabError"} <= helpers
 
 
 def test_without_its_row_a_toy_is_unknown(place):
