@@ -25,6 +25,8 @@ class Option:
         fills: the field of the method's config that takes the value; by default the one of the same name.
         kind: `int`, `float`, `str`, or `bool` for a pair such as `--projection` and `--no-projection`.
         default: the value where the option is not given. None leaves the choice to the config.
+        chosen: for a default of None, what the config then chooses, in the words of `--help`. Rows may differ in
+            `default` and `chosen` (`replace(TARGETS, chosen="...")`), and in nothing else.
         metavar: what stands for the value in `--help`.
         choices: the values allowed, where they are few.
         counted: whether `peftlab count` and `peftlab memory` take it too, beside `peftlab train`. It is then one of
@@ -36,6 +38,7 @@ class Option:
     fills: str = ""
     kind: type = str
     default: Any = None
+    chosen: str = ""
     metavar: str | None = None
     choices: tuple[str, ...] | None = None
     counted: bool = False
@@ -60,6 +63,8 @@ class Method:
             leaves the method out of `count` and `memory`.
         replay: path of the function (net, path, tensors by name) that puts the method's layer into the replay of a
             training step, for `memory`. None where the method adds no tensors.
+        in_peft: whether Hugging Face peft has the method, under the config's `peft_type`. The card of an adapter folder
+            says how peft opens it, or that peft cannot.
         four_bit: whether the base is held in four bits.
         whole: whether the model's own weights all train, and there is no adapter.
     """
@@ -70,6 +75,7 @@ class Method:
     learning_rate: float = LEARNING_RATE
     tensors: str | None = None
     replay: str | None = None
+    in_peft: bool = False
     four_bit: bool = False
     whole: bool = False
 
@@ -96,6 +102,10 @@ class Method:
         """The default of an option; None if the method does not take it."""
         return next((option.default for option in self.options if option.name == name), None)
 
+    def chosen(self, name: str) -> str:
+        """What the config chooses where an option has no default, in words; empty if the option does not say."""
+        return next((option.chosen for option in self.options if option.name == name), "")
+
 
 def resolve(path: str) -> Any:
     """Load what a path names: `resolve("peftlab.methods.lora:LoRAConfig")` is the class."""
@@ -110,8 +120,8 @@ TARGETS = Option(
     name="targets",
     fills="target_modules",
     metavar="T",
-    help="modules to adapt: a comma-separated list of names, a regular expression for whole paths, or all-linear "
-    "(default: the query and value projections; for ia3 keys, values and the last of the MLP)",
+    help="modules to adapt: a comma-separated list of names, a regular expression for whole paths, or all-linear",
+    chosen="the query and value projections",
     counted=True,
 )
 BIAS = Option(
@@ -151,11 +161,12 @@ LORA = Method(
     options=(R, ALPHA, DROPOUT, TARGETS, BIAS, INIT),
     tensors="peftlab.memory.counting.methods:lora",
     replay="peftlab.memory.replay.layers:lora",
+    in_peft=True,
 )
 PFEIFFER = Method(
     config="peftlab.methods.adapter:AdapterConfig",
     fixed={"placement": "pfeiffer"},
-    options=(DROPOUT, TARGETS, INIT, REDUCTION_FACTOR),
+    options=(DROPOUT, replace(TARGETS, chosen="the places that the method has"), INIT, REDUCTION_FACTOR),
     tensors="peftlab.memory.counting.methods:pfeiffer",
     replay="peftlab.memory.replay.layers:bottleneck",
 )
@@ -171,37 +182,45 @@ METHODS: dict[str, Method] = {
         options=(R, TARGETS, BIAS),
         tensors="peftlab.memory.counting.methods:dora",
         replay="peftlab.memory.replay.layers:dora",
+        in_peft=True,
     ),
     "adalora": Method(
         options=(replace(R, default=12), TARGETS, BIAS),
         tensors="peftlab.memory.counting.methods:adalora",
         replay="peftlab.memory.replay.layers:adalora",
+        in_peft=True,
     ),
     "vera": Method(
         options=(replace(R, default=256), TARGETS, BIAS),
         tensors="peftlab.memory.counting.methods:vera",
         replay="peftlab.memory.replay.layers:vera",
+        in_peft=True,
     ),
     "ia3": Method(
         config="peftlab.methods.ia3:IA3Config",
-        options=(TARGETS, INIT),
+        options=(replace(TARGETS, chosen="keys, values and the last of the MLP"), INIT),
         learning_rate=3e-3,
         tensors="peftlab.memory.counting.methods:ia3",
         replay="peftlab.memory.replay.layers:ia3",
+        in_peft=True,
     ),
     "bitfit": Method(
         config="peftlab.methods.bitfit:BitFitConfig",
-        options=(TARGETS,),
+        options=(replace(TARGETS, chosen="every module with a bias"),),
         learning_rate=1e-3,
         tensors="peftlab.memory.counting.methods:bitfit",
     ),
-    "selective": Method(config="peftlab.methods.bitfit:SelectiveConfig", options=(TARGETS, LAST_LAYERS)),
+    "selective": Method(
+        config="peftlab.methods.bitfit:SelectiveConfig",
+        options=(replace(TARGETS, chosen="none"), LAST_LAYERS),
+    ),
     "prompt": Method(
         config="peftlab.methods.prompt_tuning:PromptTuningConfig",
         options=(VIRTUAL_TOKENS, INIT, INIT_TEXT),
         learning_rate=1e-1,
         tensors="peftlab.memory.counting.methods:prompt",
         replay="peftlab.memory.replay.layers:prompt",
+        in_peft=True,
     ),
     "p-tuning": Method(
         config="peftlab.methods.p_tuning:PTuningConfig",
@@ -209,6 +228,7 @@ METHODS: dict[str, Method] = {
         learning_rate=1e-3,
         tensors="peftlab.memory.counting.methods:p_tuning",
         replay="peftlab.memory.replay.layers:p_tuning",
+        in_peft=True,
     ),
     "prefix": Method(
         config="peftlab.methods.prefix_tuning:PrefixTuningConfig",
@@ -216,6 +236,7 @@ METHODS: dict[str, Method] = {
         learning_rate=1e-2,
         tensors="peftlab.memory.counting.methods:prefix",
         replay="peftlab.memory.replay.layers:prefix",
+        in_peft=True,
     ),
     "houlsby": replace(PFEIFFER, fixed={"placement": "houlsby"}, tensors="peftlab.memory.counting.methods:houlsby"),
     "pfeiffer": PFEIFFER,

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peftlab.catalogue import METHODS
+
 CARD = "README.md"
 TRAINING, LOADING = "## Training", "## How to load it"
 # A README.md without this line is a person's, and is never overwritten.
@@ -26,7 +28,6 @@ OPENERS = {
     "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
 }
-OURS_ALONE = ("BITFIT", "SELECTIVE", "BOTTLENECK")  # Hugging Face peft has no such methods
 NOT_SETTINGS = ("base_model_name_or_path", "inference_mode", "peft_type", "task_type")
 
 
@@ -69,7 +70,7 @@ def card(
     task, about = fields.get("task_type"), dict(about or {})
     known = about.pop("data", None)
     metrics = about.pop("metrics", None) or {}
-    peft_opens = fields["peft_type"] not in OURS_ALONE
+    peft_opens = method in METHODS and METHODS[method].in_peft  # a config of one's own has no row
     lines = ["---"]
     if base:
         lines.append(f"base_model: {_text(base)}")

@@ -444,6 +444,14 @@ def from_fields(root: nn.Module, fields: Mapping[str, Any]) -> Config:
             return only_present(root, kind(**shared, **kind.from_peft(fields)))
     except PeftLabError:
         raise
+    except KeyError as error:
+        (missing,) = error.args
+        if missing in fields:  # found there, so this is not a damaged folder but a mistake in our code
+            raise
+        raise PeftLabError(
+            f"{CONFIG} lacks the field {missing!r}, which {kind.__name__} reads. The file was edited, or an older "
+            "release of the method wrote it; save or fetch the adapter again."
+        ) from None
     except (TypeError, AttributeError, ValueError, OverflowError) as error:
         raise PeftLabError(f"{CONFIG} holds a field of a wrong type: {error}.") from None
 

@@ -31,7 +31,7 @@ from peftlab.core.records import (
     unwrap,
 )
 from peftlab.core.sharding import refuse_sharded
-from peftlab.core.targets import ALL_LINEAR
+from peftlab.core.targets import ALL_LINEAR, heads
 from peftlab.errors import PeftLabError, out_of_memory, some, warn
 from peftlab.patterns import bounded
 from peftlab.quantization.marks import restore_transformers_attributes, set_transformers_attributes
@@ -136,6 +136,7 @@ def prepare(
         raise PeftLabError(
             f"The parts of this adapter are too large for the memory: {shown(config)}. Choose smaller sizes."
         ) from error
+    check_copies(root, config, placements)
     placements, unseen = within_reach(root, config, placements)
     for path, _, part in placements:
         host = root.get_submodule(path)
@@ -143,6 +144,21 @@ def prepare(
         part.to(device=device, dtype=adapter_dtype or dtype)
         part.train(host.training)
     return placements, unseen
+
+
+def check_copies(root: nn.Module, config: Config, placements: list[Placement]) -> None:
+    """Require a copy of each module that is to train in full, since a head left untrained would not be noticed.
+
+    A method's own `parts` yields these copies, and whoever writes a method may forget it.
+    """
+    copied = [path for path, name, _ in placements if name == "copy"]
+    for path in heads(root, config):
+        if not any(one == path or one.startswith(path + ".") for one in copied):
+            raise PeftLabError(
+                f"{path} is to train in full, as modules_to_save or task_type asks, but {type(config).__name__}.parts "
+                "yields no copy of it. End that method with `yield from trained_copies(model, self)`, which "
+                "peftlab.methods.parts has."
+            )
 
 
 def check_name(name: str) -> None:

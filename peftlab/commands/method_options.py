@@ -26,12 +26,12 @@ def options_of(rows: Mapping[str, Method]) -> dict[str, Option]:
     return {option.name: option for row in rows.values() for option in row.options}
 
 
-def defaults_of(name: str, rows: Mapping[str, Method]) -> dict[Any, list[str]]:
-    """Return the defaults of an option, and for each the methods that have it."""
-    found: dict[Any, list[str]] = {}
+def defaults_of(name: str, rows: Mapping[str, Method]) -> dict[tuple[Any, str], list[str]]:
+    """Return the defaults of an option, each with what the config chooses for it, and the methods that have it."""
+    found: dict[tuple[Any, str], list[str]] = {}
     for method, row in rows.items():
         if row.takes(name):
-            found.setdefault(row.default(name), []).append(method)
+            found.setdefault((row.default(name), row.chosen(name)), []).append(method)
     return found
 
 
@@ -43,21 +43,31 @@ def add_method_options(command: argparse.ArgumentParser, rows: Mapping[str, Meth
     command.add_argument("--method", default="lora", metavar="M", help=f"{', '.join(rows)} (default: lora)")
     for name, option in options_of(rows).items():
         defaults = defaults_of(name, rows)
-        (default, *others) = defaults
-        told = [_shown(default)] if not others else [f"{_shown(d)} for {'/'.join(defaults[d])}" for d in defaults]
+        values = list(dict.fromkeys(value for value, _ in defaults))
+        told = {told: methods for (value, chosen), methods in defaults.items() if (told := _shown(value, chosen))}
         more: dict[str, Any] = {"type": option.kind, "metavar": option.metavar, "choices": option.choices}
         if option.kind is bool:
             more = {"action": argparse.BooleanOptionalAction}
         command.add_argument(
             f"--{name.replace('_', '-')}",
-            default=None if others else default,
-            help=option.help + ("" if default is None else f" (default: {', '.join(told)})"),
+            default=values[0] if len(values) == 1 else None,
+            help=option.help + _told(told),
             **more,
         )
 
 
-def _shown(default: Any) -> str:
-    """Return a default as `--help` shows it."""
+def _told(defaults: Mapping[str, list[str]]) -> str:
+    """Return what `--help` says of an option's defaults: {a default in words: the methods that have it}."""
+    if not defaults:
+        return ""
+    each = list(defaults) if len(defaults) == 1 else [f"{words} for {'/'.join(m)}" for words, m in defaults.items()]
+    return f" (default: {('; ' if any(', ' in words for words in defaults) else ', ').join(each)})"
+
+
+def _shown(default: Any, chosen: str) -> str:
+    """Return a default as `--help` shows it; empty where nobody says what the config chooses."""
+    if default is None:
+        return chosen
     if isinstance(default, bool):
         return "yes" if default else "no"
     return f"{default:g}" if isinstance(default, float) else str(default)

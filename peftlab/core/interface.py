@@ -88,7 +88,9 @@ class Placement(NamedTuple):
 
     Attributes:
         path: the host's path in the model; "" is the model itself.
-        name: the part's name among the parts of its adapter on this host.
+        name: the part's name among the parts of its adapter on this host. A method's own name will do. Two names have
+            a meaning: `copy` is a trained copy of a module, and `bias` a trained bias. Their hosts are no targets, and
+            are left out of `target_modules` in an adapter's file.
         part: the part.
     """
 
@@ -106,7 +108,8 @@ class Config(Protocol):
 
     Attributes:
         method: the method's name on the command line.
-        peft_type: its name in Hugging Face's `adapter_config.json`. Several methods may share one.
+        peft_type: its name in Hugging Face's `adapter_config.json`. Several methods may share one. A method that peft
+            does not have takes a name that `peft.PeftType` does not have.
         requires: fields of `adapter_config.json` that a folder of this method always uses, such as `use_dora`.
         unsupported: fields that Hugging Face's method has and this one does not. A folder that uses one of them is not
             loaded as this method: it would compute something else.

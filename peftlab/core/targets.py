@@ -192,28 +192,39 @@ def heads(model: nn.Module, config: Any) -> dict[str, nn.Module]:
 def find(
     model: nn.Module,
     config: Targets,
-    default: Callable[[dict[str, nn.Module]], dict[str, nn.Module]] | None = None,
+    default: Iterable[str] | Callable[[dict[str, nn.Module]], dict[str, nn.Module]] | None = None,
     check: Callable[[nn.Module, str, nn.Module], None] | None = None,
 ) -> dict[str, nn.Module]:
     """Return the modules that a config names, by path, in the model's order.
 
     Args:
-        default: picks the modules for a config without `target_modules`; without it, the query and value projections.
+        default: the modules for a config without `target_modules`: their names or endings, or a function that picks
+            them. Without it, the query and value projections. Names that the model does not have are passed over, as
+            long as it has one of them.
         check: raises for a module that cannot carry the method; without it, `check_carrier`.
 
     Raises:
-        PeftLabError: an entry, an index or a pattern matches nothing (with near matches); a module is of a kind that
-            cannot carry a low-rank update, or something other than the module's own call uses its weight.
+        PeftLabError: an entry, an index or a pattern matches nothing (with near matches); the model has no module that
+            the method takes by default; a module is of a kind that cannot carry a low-rank update, or something other
+            than the module's own call uses its weight.
     """
     modules = {path: module for path, module in base_modules(model).items() if path}
     spec = config.target_modules
     if spec is None:
         own = writing_modules(model, modules)
-        if default is None:
-            names = default_targets(own)
-            matched = {path: module for path, module in own.items() if names_match(names, path)}
-        else:
+        taken = ""
+        if callable(default):
             matched = default(own)
+        else:
+            names = default_targets(own) if default is None else tuple(default)
+            matched = {path: module for path, module in own.items() if names_match(names, path)}
+            taken = f" ({', '.join(names)})"
+        if not matched:
+            raise PeftLabError(
+                f"target_modules is not set, and {type(model).__name__} has none of the modules that "
+                f"{type(config).__name__} takes by default{taken}. Name the modules to adapt; "
+                f"its linear layers end in {', '.join(linear_endings(own)) or 'nothing'}."
+            )
     elif isinstance(spec, str) and spec.lower() == ALL_LINEAR:
         matched = all_linear(model, modules)
         if not matched:
@@ -277,9 +288,14 @@ def writing_modules(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str
     }
 
 
+def linear_endings(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return the last names of the paths of all linear layers and embeddings, each once, in the model's order."""
+    return list(dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if linear_shape(module)))
+
+
 def default_targets(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
     """Return the names of the query and value projections of a known architecture."""
-    endings = {path.rpartition(".")[2] for path, module in modules.items() if linear_shape(module)}
+    endings = set(linear_endings(modules))
     for names in QUERY_VALUE:
         if endings.issuperset(names):
             return names
@@ -369,7 +385,7 @@ def check_regex(spec: str | Iterable[str]) -> None:
 
 def no_match_error(entry: str, modules: Mapping[str, nn.Module], what: str) -> PeftLabError:
     """Return the error for a name that matches nothing, with the names that the model has."""
-    endings = list(dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if linear_shape(module)))
+    endings = linear_endings(modules)
     suggestion = did_you_mean(entry, endings) or did_you_mean(entry, modules)
     return PeftLabError(
         f"{what}.{suggestion} Linear and embedding layers here end in {', '.join(endings) or 'nothing'}."

@@ -91,9 +91,11 @@ class Beside(Part):
         super().__init__()
         self.bottleneck = bottleneck
 
-    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
-        """Add the update of the input to the output."""
-        return (output + self.bottleneck(first_input(args, kwargs))).to(output.dtype)
+    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Any, base: Any) -> Any:
+        """Add the update of the input to the output, or to its first entry where a module returns several."""
+        y = output[0] if isinstance(output, tuple) else output
+        result = (y + self.bottleneck(first_input(args, kwargs))).to(y.dtype)
+        return (result, *output[1:]) if isinstance(output, tuple) else result
 
 
 class AroundNorm(Part):
@@ -220,7 +222,12 @@ class AdapterConfig(Targets):
                     )
             return found
 
-        for path, host in find(model, self, default, check_host).items():
+        def check(model: nn.Module, path: str, host: nn.Module) -> None:
+            check_host(model, path, host)
+            if kind_at(path, self.placement) is Beside:
+                check_widths(path, host)
+
+        for path, host in find(model, self, default, check).items():
             yield Placement(path, "adapter", kind_at(path, self.placement)(Bottleneck(known_width(host), self)))
         yield from trained_copies(model, self)
 
@@ -312,4 +319,16 @@ def check_host(model: nn.Module, path: str, host: nn.Module) -> None:
         raise PeftLabError(
             f"{path} is a {type(host).__name__}; an adapter stands after (or beside) a module that is called and that "
             "holds a linear layer, or is a norm."
+        )
+
+
+def check_widths(path: str, host: nn.Module) -> None:
+    """Refuse a layer that does not read what it returns: an adapter beside it reads one and is added to the other."""
+    shape = linear_shape(host)
+    if shape is not None and (isinstance(host, nn.Embedding) or shape[0] != shape[1]):
+        reads = "token ids" if isinstance(host, nn.Embedding) else f"{shape[0]} features"
+        raise PeftLabError(
+            f"{path} reads {reads} and returns {shape[1]} features. A parallel adapter reads what its module reads and "
+            "is added to what it returns, so both must be equally wide. Name a whole feed-forward, or use "
+            "placement='houlsby'."
         )

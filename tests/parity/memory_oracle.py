@@ -16,7 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.integrations.sdpa_attention import create_position_bias_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import peftlab as pl
 from peftlab.core.checkpointing import switch_checkpointing
+from peftlab.core.interface import Config
 
 BLOCK = 512
 AUTO = {
@@ -128,7 +130,10 @@ def measure(
     attention="fused_stand_in",
     monkeypatch,
 ):
-    """Bytes above the parameters, at the most, of forward and of backward, in the second of two steps."""
+    """Bytes above the parameters, at the most, of forward and of backward, in the second of two steps.
+
+    `adapter` is a config of Hugging Face peft, or one of ours: then our own layers run.
+    """
     monkeypatch.setattr(masks, "find_packed_sequence_indices", lambda *args, **options: None)
     monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
     config = AutoConfig.for_model(**{**config, "use_cache": False})
@@ -139,7 +144,9 @@ def measure(
         model = AUTO[kind].from_config(config, dtype=dtype)
     if checkpointing:
         switch_checkpointing(model, "enable", {"use_reentrant": False})
-    if adapter is not None:
+    if isinstance(adapter, Config):
+        pl.attach(model, adapter)
+    elif adapter is not None:
         model = peft.get_peft_model(model, adapter)
     model.train()
     ids = torch.zeros(batch, sequence, dtype=torch.long, device=device)

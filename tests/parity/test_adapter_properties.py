@@ -1,5 +1,7 @@
 """Bottleneck adapters: where they stand, how they start, what they refuse, and all that an attached adapter can do."""
 
+import dataclasses
+
 import pytest
 import torch
 from nets import Net, assert_same, snapshot, tokens
@@ -82,12 +84,9 @@ def test_the_formula_on_one_layer():
     expected = y + 1.5 * (torch.tanh(y @ b.down.weight.T + b.down.bias) @ b.up.weight.T + b.up.bias)
     torch.testing.assert_close(model(x), expected)
     pl.detach(model)
-    pl.attach(
-        model, pl.AdapterConfig(placement="parallel", target_modules=["0"], width=2, activation="gelu", init="random")
-    )  # fmt: skip
     # beside a layer that changes the width there is nothing to add
-    with pytest.raises(RuntimeError):
-        model(x)
+    with pytest.raises(pl.PeftLabError, match="0 reads 5 features and returns 3"):
+        pl.attach(model, pl.AdapterConfig(placement="parallel", target_modules=["0"], width=2))
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -235,6 +234,8 @@ def test_models_and_places_that_are_refused():
         ({}, "places of a pfeiffer adapter in Net are not known. Name the modules .* end in embed, up, down, head"),
         (dict(target_modules=["blocks"]), "blocks is a ModuleList"),
         (dict(target_modules=["upp"]), "Did you mean 'up'"),
+        (dict(placement="parallel", target_modules=["up"]), "up reads 6 features and returns 11 .*equally wide"),
+        (dict(placement="parallel", target_modules=["embed"]), "embed reads token ids and returns 6 features"),
     ]:
         with pytest.raises(pl.PeftLabError, match=message):
             pl.attach(model, pl.AdapterConfig(**settings))
@@ -247,6 +248,18 @@ def test_models_and_places_that_are_refused():
     # Houlsby et al. trained the norms too
     pl.attach(bert, pl.AdapterConfig(placement="houlsby", modules_to_save=["LayerNorm"], task_type="SEQ_CLS"))
     assert torch.equal(bert(**batch("bert")).logits, base("bert")(**batch("bert")).logits)
+
+
+def test_beside_a_module_that_returns_several_things():
+    """Attention returns its output and its weights; only the output is changed."""
+    model = base("llama")
+    expected = model(**batch("llama")).logits
+    config = pl.AdapterConfig(placement="parallel", target_modules=["self_attn"], width=2)
+    pl.attach(model, config)
+    assert torch.equal(model(**batch("llama")).logits, expected)
+    pl.detach(model)
+    pl.attach(model, dataclasses.replace(config, init="random"))
+    assert relative(model(**batch("llama")).logits, expected) > 1e-3
 
 
 def test_a_model_of_ones_own():

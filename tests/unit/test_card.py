@@ -61,6 +61,16 @@ def test_a_model_without_a_name_and_a_method_that_peft_lacks(tmp_path):
     assert "Hugging Face peft has no such method" in body and "houlsby" in head["tags"]
 
 
+def test_a_config_without_a_row_is_not_said_to_open_in_peft(tmp_path):
+    """Its peft_type is not peft's, whatever it is called; the card once told people to try."""
+
+    class Mine(pl.IA3Config):
+        peft_type = "MINE"
+
+    _, body = front_matter(pl.save_adapter(pl.attach(llama(), Mine()), tmp_path))
+    assert "Hugging Face peft has no such method" in body and "AutoPeft" not in body
+
+
 def test_what_load_model_knows_of_a_base(tmp_path):
     model = llama()
     hub = "HuggingFaceTB/SmolLM2-135M-Instruct"

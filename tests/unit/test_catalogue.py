@@ -2,31 +2,33 @@
 
 import ast
 import dataclasses
+import doctest
 import inspect
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
 
 import pytest
 import torch
+import toy_method
+from places import shape_for
+from tiny import llama, tokenizer
 from torch import nn
+from toy_method import ToyConfig
+from toy_rows import TOY, TOY_START
 
 import peftlab as pl
 from peftlab import catalogue
 from peftlab.assets.models import load_model
-from peftlab.catalogue import METHODS, Method, Option, resolve
+from peftlab.catalogue import METHODS, resolve
 from peftlab.commands import cli
-from peftlab.core.interface import Part, Placement
-from peftlab.core.targets import Targets, find
 from peftlab.errors import PeftLabError
 from peftlab.memory import count, estimate, load_shape
 from peftlab.memory.counting.methods import trained_by
-from peftlab.memory.counting.options import Added, Options, Trained
-from peftlab.memory.replay import ops
+from peftlab.memory.counting.options import Options
 
 HEAVY = ("torch", "transformers", "datasets", "peft", "numpy")
 ROWS = pytest.mark.parametrize("name", METHODS)
@@ -48,7 +50,7 @@ def test_every_path_leads_to_what_the_row_says(name):
         assert getattr(pl, row.config_name) is config and getattr(pl.methods, row.config_name) is config
         assert row.four_bit or config(**row.fixed).method == name
     if row.tensors:
-        added = trained_by(name, load_shape("bert-base"), Options()).added
+        added = trained_by(name, load_shape(shape_for(name)), Options()).added
         assert bool(added) == bool(row.replay), "what adds tensors needs a replay"
 
 
@@ -67,6 +69,38 @@ def test_every_option_is_a_field_of_the_config_or_an_argument_of_count(name):
             assert option.name in {field.name for field in dataclasses.fields(Options)}
             for function in (count, estimate):
                 assert option.name in inspect.signature(function).parameters
+
+
+def test_an_option_is_the_same_in_all_rows_but_for_its_default():
+    """The command line has one option of a name, so a help of one row would stand for all."""
+    for name, row in METHODS.items():
+        for option in row.options:
+            first = next(o for other in METHODS.values() for o in other.options if o.name == option.name)
+            alike = dataclasses.replace(option, default=first.default, chosen=first.chosen)
+            assert alike == first, f"the row of {name} changes more of --{option.name} than default and chosen"
+
+
+@ROWS
+def test_the_help_says_what_a_row_chooses_for_targets(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    row = METHODS[name]
+    if row.trains and row.takes("targets"):
+        with pytest.raises(SystemExit):
+            cli.main(["train", "--help"])
+        told = " ".join(capsys.readouterr().out.split()).partition("or all-linear (default: ")[2].partition(")")[0]
+        (chosen,) = [choice for choice in told.split("; ") if name in choice.rpartition(" for ")[2].split("/")]
+        assert chosen.startswith(row.chosen("targets")) and row.chosen("targets")
+
+
+@ROWS
+def test_a_row_knows_whether_peft_has_the_method(name):
+    """The card of a folder tells people to open it with peft, or not to try."""
+    row = METHODS[name]
+    if row.config:
+        theirs = {kind.value for kind in pytest.importorskip("peft").PeftType}
+        peft_type = resolve(row.config).peft_type
+        told = f"{peft_type} is {'' if peft_type in theirs else 'not '}in peft.PeftType, so set in_peft in the row"
+        assert row.in_peft == (peft_type in theirs), told
 
 
 def test_every_config_in_the_folder_of_methods_has_a_row():
@@ -102,84 +136,21 @@ def test_the_catalogue_imports_nothing_of_the_package():
     [
         "import peftlab.catalogue",
         "from peftlab.commands import cli; cli.build_parser()",
-        "from peftlab.memory import METHODS, count, estimate; "
-        "[(count('bert-base', m), estimate('bert-base', m, sequence=16)) for m in METHODS]",
+        "from peftlab.memory import METHODS, count, estimate; from places import shape_for; "
+        "[(count(shape_for(m), m), estimate(shape_for(m), m, sequence=16)) for m in METHODS]",
     ],
     ids=["catalogue", "command line", "memory"],
 )
 def test_reading_the_rows_loads_no_torch_and_no_method(code):
-    code += f"; import sys; print([m for m in sys.modules if m in {HEAVY} or m.startswith('peftlab.methods')])"
+    code = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); {code}"
+    code += f"; print([m for m in sys.modules if m in {HEAVY} or m.startswith('peftlab.methods')])"
     root = Path(catalogue.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
 
 # ------------------------------------------------------------------------------------------------------ a toy method
-# All that a new method needs: a config and its part, its tensors, its replay, and a row. In the package the first is
-# one file in peftlab/methods/; the two functions lie beside those of the other methods.
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ToyConfig(Targets):
-    """A learned number s for each output of a layer, o_proj by default: y = s * (W x)."""
-
-    start: float = 1.0
-
-    method: ClassVar[str] = "toy"
-    peft_type: ClassVar[str] = "TOY"
-    unsupported: ClassVar[tuple[str, ...]] = ()
-
-    def parts(self, model: nn.Module) -> Iterator[Placement]:
-        for path, host in find(model, self, ends_in_o_proj).items():
-            yield Placement(path, "toy", ToyScale(host, self.start))
-
-    def to_peft(self, model: nn.Module, hosts: dict[str, nn.Module]) -> dict[str, Any]:
-        return {"start": self.start}
-
-    @staticmethod
-    def from_peft(fields: dict[str, Any]) -> dict[str, Any]:
-        return {"start": fields["start"]}
-
-
-class ToyScale(Part):
-    keys: ClassVar[dict[str, str]] = {"scale": "{path}.scale"}
-
-    def __init__(self, host: nn.Linear, start: float) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.full((host.out_features,), start))
-
-    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor, base: Any) -> torch.Tensor:
-        return (output * self.scale).to(output.dtype)
-
-    def merged(self, host: nn.Module) -> dict[str, torch.Tensor]:
-        return {"weight": host.weight * self.scale[:, None]}
-
-
-def ends_in_o_proj(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    return {path: module for path, module in modules.items() if path.endswith(".o_proj")}
-
-
-def toy_tensors(shape, options):
-    adapted = shape.match(options.targets or ["o_proj"])
-    return Trained(tuple(Added(m.path, "scale", (m.outputs,)) for m in adapted), adapted=adapted)
-
-
-def toy_replay(net, path, own):
-    def call(x):
-        result = net.plain(path, x)
-        return ops.cast(ops.mul_vector(result, own["scale"]), result.bytes)
-
-    net.layers[path] = call
-
-
-START = Option(name="start", kind=float, default=1.0, metavar="S", help="where the scale of toy starts")
-TOY = Method(
-    config=f"{__name__}:ToyConfig",
-    options=(catalogue.TARGETS, START),
-    learning_rate=0.25,
-    tensors=f"{__name__}:toy_tensors",
-    replay=f"{__name__}:toy_replay",
-)
+# All that a new method needs: toy_method.py is its file in the package, toy_rows.py its row and the two functions.
 
 
 @pytest.fixture
@@ -190,8 +161,6 @@ def toy(monkeypatch):
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder with a tiny model and a data file, as the current one."""
-    from tiny import llama, tokenizer
-
     monkeypatch.chdir(tmp_path)
     llama().save_pretrained("tiny")
     tokenizer(pad=False).save_pretrained("tiny")
@@ -222,12 +191,23 @@ def test_a_toy_attaches_and_is_counted_and_estimated(toy, place, capsys):
     assert told == {**twin, "method": "toy"} and told["adapter"] > 0
 
 
+def test_where_a_toy_has_no_place_the_message_names_what_it_takes_by_default(toy, place):
+    with pytest.raises(PeftLabError, match=r"gpt2 has none of the modules .*by default \(o_proj\).*--targets.*c_attn"):
+        count("gpt2", "toy")
+    with pytest.raises(PeftLabError, match=r"Linear has none of the modules that ToyConfig .*\(o_proj\)"):
+        pl.attach(nn.Linear(2, 2), ToyConfig())
+    with pytest.raises(PeftLabError, match="Target 'o_prj' matches no module .*Did you mean 'o_proj'"):
+        count("llama-2-7b", "toy", targets=["o_prj"])
+    with pytest.raises(PeftLabError, match="toy adapts linear layers only; target transformer.wte of gpt2"):
+        count("gpt2", "toy", targets=["wte"])
+
+
 def test_a_toy_trains_from_the_command_line_and_its_folder_loads(toy, place, capsys):
     data = ("--model", "./tiny", "--data", "ask.jsonl", "--out", "run", "--steps", 12)
-    result = run(capsys, "train", *data, "--method", "toy", "--start", 0.5)
+    result = run(capsys, "train", *data, "--method", "toy", "--toy-start", 0.5)
     assert result["trainable"] == 2 * 16 and result["settings"]["lr"] == 0.25
     settings = result["settings"].keys() & {option.name for row in METHODS.values() for option in row.options}
-    assert settings == {"targets", "start"}, "options of other methods are no part of the run"
+    assert settings == {"targets", "toy_start"}, "options of other methods are no part of the run"
 
     ids = torch.tensor([[5, 6, 7]])
     plain, trained = load_model("./tiny")[0], load_model("./tiny")[0]
@@ -251,12 +231,29 @@ def test_the_help_and_the_messages_name_a_toy(toy, capsys, monkeypatch):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         out = " ".join(capsys.readouterr().out.split())
-        assert "parallel, toy (default: lora)" in out
-        assert ("--start S where the scale of toy starts (default: 1)" in out) == (command == "train")
+        assert ", toy (default: lora)" in out
+        assert ("--toy-start S where the scale of toy starts (default: 1)" in out) == (command == "train")
+        assert re.search(r"; the output projections of attention for (\S+/)?toy\)", out)
         assert ("toy 0.25; others 0.0002" in out) == (command == "train")
     with pytest.raises(PeftLabError, match=r"make one of .*, ToyConfig\."):
         pl.attach(nn.Linear(2, 2), ToyConfig)
     assert pl.METHODS["toy"] is ToyConfig and "toy" in pl.memory.METHODS
+
+
+def test_the_example_of_a_toy_runs(monkeypatch):
+    """The template is copied with its example, and `test_examples.py` asks for one of every public config."""
+    monkeypatch.setattr(pl, "ToyConfig", ToyConfig, raising=False)
+    (test,) = doctest.DocTestFinder().find(ToyConfig, "ToyConfig", globs={"pl": pl, "model": llama()})[:1]
+    assert test.examples and doctest.DocTestRunner(verbose=False).run(test).failed == 0
+
+
+def test_the_template_takes_the_helpers_that_contributing_lists():
+    root = Path(catalogue.__file__).parents[1]
+    table = (root / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("| for | take |")[2].partition("\n\n")[0]
+    named = {name for line in table.splitlines() for name in re.findall(r"`(?:yield from )?(\w+)[(`]", line)}
+    helpers = {name for name in named if name in vars(toy_method)}
+    known = {"find", "check_carrier", "shape_of", "own_tensor", "tensor_at", "widened", "is_conv1d", "trained_copies"}
+    assert known | {"Targets", "check_fields", "number", "PeftLabError"} <= helpers
 
 
 def test_without_its_row_a_toy_is_unknown(place):
@@ -276,7 +273,7 @@ def test_a_method_without_a_replay_is_counted_and_not_estimated(monkeypatch):
 
 
 def test_where_defaults_differ_the_row_decides(monkeypatch, capsys):
-    other = dataclasses.replace(TOY, options=(catalogue.TARGETS, dataclasses.replace(START, default=3.0)))
+    other = dataclasses.replace(TOY, options=(catalogue.TARGETS, dataclasses.replace(TOY_START, default=3.0)))
     monkeypatch.setitem(METHODS, "toy", TOY)
     monkeypatch.setitem(METHODS, "other", other)
     with pytest.raises(SystemExit):
@@ -286,4 +283,4 @@ def test_where_defaults_differ_the_row_decides(monkeypatch, capsys):
         line = ["train", "--model", "m", "--data", "d", "--out", "o", "--method", method]
         arguments = cli.parse(line)
         cli.train.check(arguments)
-        assert arguments.start == start
+        assert arguments.toy_start == start

@@ -139,6 +139,19 @@ def test_fields_of_a_wrong_kind(fields, folder):
     assert_same(before, snapshot(model))
 
 
+def test_a_field_that_is_missing_is_named(folder, monkeypatch):
+    """`from_peft` may read a field with `fields["name"]`; a folder without it is one clear line, not a KeyError."""
+    model = Net()
+    before = snapshot(model)
+    monkeypatch.setattr(pl.LoRAConfig, "from_peft", staticmethod(lambda fields: {"r": fields["width"]}))
+    with pytest.raises(pl.PeftLabError, match="adapter_config.json lacks the field 'width', which LoRAConfig reads"):
+        pl.load_adapter(model, folder)
+    assert_same(before, snapshot(model))
+    monkeypatch.setattr(pl.LoRAConfig, "from_peft", staticmethod(lambda fields: {"r": {}["r"]}))
+    with pytest.raises(KeyError):  # not a matter of the folder
+        pl.load_adapter(model, folder)
+
+
 def test_another_base_is_noticed(folder):
     with pytest.raises(pl.PeftLabError, match="trained on another base: the weights of"):
         pl.load_adapter(Net(seed=7), folder)

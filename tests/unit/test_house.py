@@ -130,6 +130,14 @@ def test_links_between_documents_lead_somewhere():
             assert "://" in target or (ROOT / target).exists(), f"{name}: {target} does not exist"
 
 
+def test_contributing_names_files_that_exist():
+    """Only of the package, the tests and the tools; a name with NAME or NN stands for a file of your own."""
+    named = re.findall(r"(?:peftlab|tests|tools|book)/[\w/.-]+", read("CONTRIBUTING.md"))
+    named += [f"peftlab/{path}" for path in re.findall(r"`((?:methods|core)/\w+\.py)`", read("CONTRIBUTING.md"))]
+    for path in (path.rstrip(".") for path in named if not re.search("NAME|NN|/peftlab$", path)):
+        assert (ROOT / path).exists(), f"CONTRIBUTING.md names {path}, which does not exist"
+
+
 def test_one_version():
     import peftlab
 

@@ -74,6 +74,15 @@ def test_a_host_gets_hooks_only_for_what_its_parts_override(kind, pre, post):
     assert_same(before, snapshot(model))
 
 
+def test_a_method_that_forgets_the_trained_copies_is_refused():
+    """`Targets` has modules_to_save and task_type, and nothing would show that a head is not trained."""
+    model = Net()
+    before = snapshot(model)
+    with pytest.raises(pl.PeftLabError, match="embed is to train.*OneKind.parts yields no copy.*trained_copies"):
+        pl.attach(model, OneKind(target_modules=["head"], modules_to_save=["embed"]))
+    assert_same(before, snapshot(model))
+
+
 def test_a_part_without_merged_is_refused_and_the_model_is_as_it_was():
     model = attached(After)
     expected, before = model(tokens()), snapshot(model)

@@ -101,6 +101,14 @@ def test_every_file_and_every_test_of_the_table_exists():
                 assert (mutants.ROOT / "tests" / f"{test}.py").is_file(), test
 
 
+def test_every_method_is_in_the_table():
+    """A new method is easily left out, and then no mutant of it is ever tried."""
+    folder = mutants.ROOT / "peftlab"
+    named = {path for files in mutants.TABLE.values() for pattern in files for path in folder.glob(pattern)}
+    missing = {path.name for path in set((folder / "methods").glob("[!_]*.py")) - named}
+    assert not missing, f"Name the closest tests of these in tools/mutants.toml, under [methods]: {sorted(missing)}"
+
+
 def test_every_reason_is_about_a_mutant_that_exists():
     for key, reason in mutants.explained().items():
         there = {(one.file, one.before, one.operator) for one in mutants.chosen(key[0])}

@@ -138,6 +138,19 @@ def test_default_targets_of_an_unknown_model():
         pl.attach(Net(), pl.LoRAConfig())
 
 
+def test_a_method_takes_the_modules_that_it_names_by_default():
+    model = llama()
+    assert list(find(model, pl.LoRAConfig(), ["o_proj", "c_proj"])) == [
+        f"model.layers.{i}.self_attn.o_proj" for i in range(2)
+    ]
+    assert list(find(model, pl.LoRAConfig(target_modules=["up_proj"]), ["c_proj"]))[0].endswith("up_proj")
+    for default, named in ((("c_proj", "out"), r" \(c_proj, out\)"), (lambda modules: {}, "")):
+        # the message once named fields that nobody had set
+        said = rf"target_modules is not set, and LlamaForCausalLM .*LoRAConfig takes by default{named}\. Name .*v_proj"
+        with pytest.raises(pl.PeftLabError, match=said):
+            find(model, pl.LoRAConfig(), default)
+
+
 def test_a_pattern_table_means_the_same_in_any_order():
     """A file sorts its keys, and the first key that matches counts."""
     paths = ["a.up", "a.down", "b.up", "b.down", "head"]

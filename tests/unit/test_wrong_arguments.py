@@ -240,7 +240,8 @@ def test_a_wrong_argument_is_one_clear_line(name, monkeypatch, capsys):
                         faults.append(f"{parameter.name}={kind} is accepted for {parameter.annotation}")
             if time.thread_time() - began > 3:
                 faults.append(f"{parameter.name}={kind} takes {time.thread_time() - began:.1f} s")
-    assert not faults, "\n".join(faults)
+    advice = "\nA config checks its fields in __post_init__, with check_fields." if name.endswith("Config") else ""
+    assert not faults, "\n".join(faults) + advice
 
 
 def test_every_public_function_is_tried():

@@ -95,10 +95,9 @@ def ia3(shape: Shape, options: Options) -> Trained:
     """
     if options.bias != "none":
         raise PeftLabError(f"ia3 trains no biases; found bias={options.bias!r}. Leave it out, or use lora or bitfit.")
-    family, targets = FAMILIES[shape.family], options.targets
-    if targets is None:  # as in peft, leave out a default that this model does not have (mT5 without a gate)
-        targets = tuple(name for name in family.ia3 if any(m.path.endswith(f".{name}") for m in shape.modules))
-    adapted = _linear(shape, targets, "ia3")
+    family = FAMILIES[shape.family]
+    # as in peft, a default that this model does not have (mT5 without a gate) is left out
+    adapted = linear_targets(shape, options.targets, "ia3", family.ia3)
     # compare the end of the string, as peft does, not whole names of the path
     sizes = [(1, m.inputs) if m.path.endswith(family.ia3_inputs) else (m.outputs, 1) for m in adapted]
     added = (Added(m.path, "ia3_l", size) for m, size in zip(adapted, sizes, strict=True))
@@ -192,7 +191,8 @@ def _low_rank(
     `bias="lora_only"` unfreezes the biases of the adapted modules, `bias="all"` every bias of the model outside a
     classification head, which trains anyway. peft adapts embeddings with LoRA and DoRA alone.
     """
-    adapted = shape.match(options.targets) if method in ("lora", "dora") else _linear(shape, options.targets, method)
+    targets = options.targets
+    adapted = shape.match(targets) if method in ("lora", "dora") else linear_targets(shape, targets, method)
     unfrozen = {"none": (), "lora_only": adapted, "all": _body(shape)}
     added = tuple(tensor for module in adapted for tensor in tensors(module, rank_of(options)))
     return Trained(added, _biases(unfrozen[options.bias]), adapted)
@@ -210,9 +210,11 @@ def _pair(m: Module, r: int) -> list[Added]:
     return [Added(m.path, name + "A", (r, m.inputs)), Added(m.path, name + "B", (m.outputs, r))]
 
 
-def _linear(shape: Shape, targets: str | Iterable[str] | None, method: str) -> tuple[Module, ...]:
-    """Return the targets of a method that peft does not allow on embeddings."""
-    adapted = shape.match(targets)
+def linear_targets(
+    shape: Shape, targets: str | Iterable[str] | None, method: str, default: Iterable[str] | None = None
+) -> tuple[Module, ...]:
+    """Return the targets of a method that stands on linear layers alone, not on embeddings."""
+    adapted = shape.match(targets, default)
     for module in adapted:
         if module.kind == "embedding":
             raise PeftLabError(

@@ -53,7 +53,9 @@ class Shape:
         """The names of the query and value projections: the default targets of the LoRA family."""
         return FAMILIES[self.family].query_value
 
-    def match(self, targets: str | Iterable[str] | None = None) -> tuple[Module, ...]:
+    def match(
+        self, targets: str | Iterable[str] | None = None, default: Iterable[str] | None = None
+    ) -> tuple[Module, ...]:
         """Return the modules that `targets` selects, by the rules of Hugging Face peft.
 
         `targets` may be
@@ -61,16 +63,26 @@ class Shape:
         - a list of names, each a whole path or the end of one (`"q_proj"`, `"mlp.c_proj"`);
         - `"all-linear"`: every linear layer except the output head;
         - any other string: a regular expression for whole paths;
-        - None: query and value.
+        - None: query and value, or the names in `default`, if a method has its own. Names that this model does not have
+          are passed over, as long as it has one of them.
 
         A classification head never matches, because all of it trains anyway.
 
         Raises:
-            PeftLabError: a name matches nothing, or a module that is neither a linear nor an embedding layer.
+            PeftLabError: a name matches nothing, or a module that is neither a linear nor an embedding layer; the model
+                has none of the names in `default`.
         """
         body = [module for module in self.modules if module.role != "head"]
-        if targets is None:
+        if targets is None and default is None:
             targets = self.query_value
+        elif targets is None:
+            named = tuple(default or ())
+            targets = [name for name in named if any(_ends_with(module.path, name) for module in body)]
+            if not targets:
+                raise PeftLabError(
+                    f"{self.name} has none of the modules that the method adapts by default ({', '.join(named)}). Name "
+                    f"others in targets (--targets).{self._names()}"
+                )
         if isinstance(targets, str):
             if targets.lower() == ALL_LINEAR:
                 return tuple(m for m in body if m.kind in ("linear", "conv1d") and m.role != "output")
