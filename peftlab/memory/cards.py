@@ -1,10 +1,10 @@
 """What fits on which card: `fits`, `largest`, `what_fits`.
 
-A card's memory is the number in its data sheet, in GB of 1e9 bytes. Drivers show a few percent more or less. A step fits if its
-estimate with the margin is not larger. The margin is 3% of the estimate, and 0.7 GB for the CUDA context with the code
-of the kernels (0.65 GB on an H100). It is above the measured need of all 87 runs in `results/memory.json`, and it
-predicts all 13 trials of `results/qlora.json` on a card of 48 GB: which ran, and which did not. What torch reserves
-beyond its tensors is not added, because torch gives it back before it fails.
+A card's memory is the number in its data sheet, in GB of 1e9 bytes. Drivers show a few percent more or less. A step
+fits if its estimate with the margin is not larger. The margin is 3% of the estimate, and 0.7 GB for the CUDA context
+with the code of the kernels (0.65 GB on an H100). It covers all 87 runs in `results/memory.json`, and it predicts all
+13 trials in `results/qlora.json` on a card of 48 GB: which ran, and which did not. What torch reserves beyond its
+tensors is not added, because torch gives it back before it fails.
 """
 
 from __future__ import annotations
