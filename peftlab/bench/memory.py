@@ -8,6 +8,9 @@ Sections:
     unseen     runs drawn at random, measured after the estimator was finished; nothing was changed afterwards
     timeline   bytes allocated during one step, as torch's allocator records them
     context    what the GPU holds outside torch's allocator: the CUDA context and the kernels' code
+    optimizers the forms of torch's AdamW: what torch takes if nothing is said (foreach), and the fused one
+
+`optimizers` came later than the others. Its rows are in a file of their own, `results/memory_optimizers.json`.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from peftlab.core.checkpointing import switch_checkpointing
 from peftlab.errors import PeftLabError
 from peftlab.memory import estimate
 from peftlab.memory.counting.shapes import load_shape
+from peftlab.memory.replay.step import TORCH_ADAMW
 from peftlab.optional import require
 
 ALL = "all-linear"
@@ -45,7 +49,10 @@ RUN = {"r": 16, "targets": ALL, "batch": 1, "sequence": 512, "precision": "bf16"
 
 def points() -> list[dict[str, Any]]:
     """Yield every run of the grid, the small shapes first."""
-    return [{"section": "context"}, *_small(), *_decoders(), *_methods(), *_large(), *_unseen(), *_timelines()]
+    return [
+        {"section": "context"}, *_small(), *_decoders(), *_methods(), *_large(), *_unseen(), *_timelines(),
+        *_optimizers(),
+    ]  # fmt: skip
 
 
 def run(shape: str, method: str, **changes: Any) -> dict[str, Any]:
@@ -126,6 +133,15 @@ def _unseen() -> Iterator[dict[str, Any]]:
 def _timelines() -> Iterator[dict[str, Any]]:
     for method, checkpointing in (("full", False), ("lora", False), ("qlora", False), ("qlora", True)):
         yield {**run("llama-2-7b", method, batch=4, checkpointing=checkpointing), "section": "timeline"}
+
+
+def _optimizers() -> Iterator[dict[str, Any]]:
+    for optimizer in TORCH_ADAMW:
+        for shape, method, changes in (
+            ("llama-3.2-1b", "full", {"precision": "mixed"}), ("llama-2-7b", "full", {}), ("llama-2-7b", "lora", {}),
+        ):  # fmt: skip
+            point = run(shape, method, checkpointing=True, optimizer=optimizer, **changes)
+            yield {**point, "section": "optimizers"}
 
 
 def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
@@ -254,8 +270,10 @@ def optimizer_of(name: str, trained: list[nn.Parameter]) -> torch.optim.Optimize
     """Return the optimiser by the estimator's name for it."""
     if name == "sgd":
         return torch.optim.SGD(trained, lr=1e-4)
-    if name == "adamw":
-        return torch.optim.AdamW(trained, lr=1e-5, foreach=False)
+    if name == "adamw-foreach":  # nothing is said, as in a plain loop: on a GPU torch then takes foreach=True
+        return torch.optim.AdamW(trained, lr=1e-5)
+    if name in TORCH_ADAMW:
+        return torch.optim.AdamW(trained, lr=1e-5, foreach=False, fused=name == "adamw-fused")
     bnb = require("bitsandbytes")
 
     return (bnb.optim.PagedAdamW8bit if name.startswith("paged") else bnb.optim.AdamW8bit)(trained, lr=1e-5)

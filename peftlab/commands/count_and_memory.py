@@ -19,6 +19,7 @@ from peftlab.memory.estimate import (
     PARALLEL,
     PRECISIONS,
     estimate,
+    uses_autocast,
 )
 from peftlab.memory.replay.tape import KINDS
 from peftlab.memory.units import format_both, format_bytes, format_count, format_percent
@@ -28,6 +29,7 @@ LABELS = {
     "activations": "activations", "logits": "logits and loss", "workspace": "alive for a moment",
 }  # fmt: skip
 MARGIN = f"{cards.TOO_LOW:.0%} for the estimate, {format_bytes(cards.CONTEXT)} for the CUDA context"
+NO_AUTOCAST = dict.fromkeys(PRECISIONS, "none") | {"bf16": "none; for Trainer(bf16=True) add --autocast"}
 OF_A_RUN = (
     "batch", "sequence", "precision", "optimizer", "checkpointing", "autocast", "adapter_precision", "attention",
     "gpus", "parallel", "library",
@@ -49,7 +51,8 @@ def add_memory_options(command: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=1, metavar="N", help="examples at once (default: 1)")
     add("--sequence", type=int, default=512, metavar="N", help="tokens of an example (default: 512)")
     add("--precision", default="bf16", metavar="P", help=f"{', '.join(PRECISIONS)} (default: bf16)")
-    add("--optimizer", default="adamw", metavar="O", help=f"{', '.join(OPTIMIZERS)} (default: adamw)")
+    named = ", ".join(OPTIMIZERS)
+    add("--optimizer", default="adamw", metavar="O", help=f"{named} (default: adamw, which is torch's plain loop)")
     switch: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
     add("--checkpointing", **switch, default=False, help="recompute activations in the backward pass (default: no)")
     add("--autocast", **switch, help="compute in bf16, as Trainer(bf16=True) does (default: for mixed and qlora)")
@@ -96,6 +99,7 @@ def memory(arguments: argparse.Namespace) -> int:
     if arguments.card:
         cards.card_bytes(arguments.card)  # refuse an unknown card before anything is computed
     result = estimate(**run)
+    autocast = uses_autocast(result.method, arguments.precision) if arguments.autocast is None else arguments.autocast
     more = {}
     if arguments.card:
         more = {f"largest_{what}": cards.largest(what, arguments.card, **run) for what in ("batch", "sequence")}
@@ -105,6 +109,7 @@ def memory(arguments: argparse.Namespace) -> int:
         ("shape", result.shape),
         ("method", f"{result.method}, {format_count(result.trainable)} trainable"),
         ("step", f"{arguments.batch:,} x {arguments.sequence:,} tokens, {arguments.precision}, {arguments.optimizer}"),
+        ("autocast", "bf16" if autocast else NO_AUTOCAST[arguments.precision]),
         *([("GPUs", f"{arguments.gpus}, {arguments.parallel}; what follows is of each")] if arguments.gpus > 1 else []),
         ("peak", format_both(result.peak_bytes)),
         *((f"  {LABELS[kind]}", format_both(result.parts[kind])) for kind in KINDS),
@@ -116,7 +121,7 @@ def memory(arguments: argparse.Namespace) -> int:
     ]
     if arguments.card:
         batch, sequence = more["largest_batch"], more["largest_sequence"]
-        usable = f"of {format_both(cards.card_bytes(arguments.card))}, {cards.SPARE:.0%} of the card being left aside, "
+        usable = f"of {format_both(cards.card_bytes(arguments.card))}, the margin being left aside, "
         told = f"batches up to {batch:,} of {arguments.sequence:,} tokens" if batch else "no batch of this length"
         rows.append((f"on {arguments.card}", usable + told))
         rows.append(("", f"or sequences up to {sequence:,} tokens in batches of {arguments.batch:,}"))

@@ -22,7 +22,7 @@ from peftlab.assets.cache import asset_folder, cache_folder, fault
 from peftlab.assets.catalogue import catalogue
 from peftlab.commands import machine
 from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.memory.cards import SPARE
+from peftlab.memory.cards import largest_estimate
 from peftlab.memory.estimate import estimate
 from peftlab.memory.units import format_both, format_bytes
 from peftlab.optional import PACKAGES, load
@@ -196,10 +196,8 @@ def _is_cuda(device: dict[str, Any]) -> bool:
 def _sizes(room: int) -> dict[str, list[str]]:
     """Return, by model, the methods whose step fits: 1 x 512 tokens, bf16, r = 16 on all linear layers."""
     run: dict[str, Any] = {"r": 16, "targets": "all-linear", "checkpointing": True}
-    usable = (1 - SPARE) * room
-    return {
-        shape: [method for method in WAYS if estimate(shape, method, **run).peak_bytes <= usable] for shape in SIZES
-    }
+    most = largest_estimate(room)
+    return {shape: [method for method in WAYS if estimate(shape, method, **run).peak_bytes <= most] for shape in SIZES}
 
 
 def _four_bit(packages: dict[str, str | None], devices: list[dict[str, Any]]) -> dict[str, Any]:

@@ -139,6 +139,7 @@ def _memory_answer(run: dict[str, Any]) -> str:
         return escape(str(error))
     rows = [[part, memory.format_bytes(size)] for part, size in found.parts.items()]
     rows.append(["peak", memory.format_bytes(found.peak_bytes)])
+    rows.append(["with the margin", memory.format_bytes(memory.cards.with_margin(found.peak_bytes))])
     rows.append(["fits on", ", ".join(memory.cards.that_hold(found.peak_bytes)) or "no card known"])
     return as_html([run["method"], run["shape"]], rows, [False, True])
 

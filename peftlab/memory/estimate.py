@@ -3,11 +3,13 @@
 The answer comes from a replay of two steps (see `replay/step` and `replay/tape`), not from a fitted formula. It is what
 `torch.cuda.max_memory_allocated` reports for transformers' model under Hugging Face peft, with float32 adapters, SDPA,
 `torch.optim.AdamW(foreach=False)` and `loss = model(input_ids, labels=labels).loss`. cuBLAS' workspace is included.
+With 16-bit weights it is a step without autocast, except for `qlora`. `Trainer(bf16=True)` and `peftlab train` on a GPU
+use autocast, under which adapters keep less: pass `autocast=True` for those.
 
 The answer is nearly always a little too low. Of the 87 runs in `results/memory.json` it lies below the measured peak in
 83; the worst is 2.6% too low. So leave a margin: add 3% to the peak, and 0.7 GB for the CUDA context, which torch's
-counter does not see. torch also reserves more than it uses, because free gaps are too small for the next tensor. `fits`
-and its neighbours keep 8% of a card free for all of this.
+counter does not see. `fits` and its neighbours do so. torch also reserves more than it uses, because free gaps are too
+small for the next tensor; `cards` says what speaks for the margin all the same.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from peftlab.memory.replay.step import FORWARD, Recipe, Run
 from peftlab.memory.replay.tape import KINDS
 
 PRECISIONS = {"bf16": 2, "fp32": 4, "mixed": 4}  # bytes of a weight, and so of its gradient and states
-OPTIMIZERS = ("adamw", "adamw8bit", "paged-adamw8bit", "sgd")
+OPTIMIZERS = ("adamw", "adamw-foreach", "adamw-fused", "adamw8bit", "paged-adamw8bit", "sgd")
 PARALLEL = ("ddp", "fsdp")
 LIBRARIES = ("peft", "peftlab")
 ATTENTIONS = ("sdpa", "eager")
@@ -121,9 +123,12 @@ def estimate(
         sequence: tokens per example, padding included.
         precision: `"bf16"` (weights, gradients and optimiser states), `"fp32"`, or `"mixed"` (float32 weights and bf16
             autocast). A 4-bit base keeps embeddings, norms and the output head in this precision.
-        optimizer: `"adamw"`, `"adamw8bit"`, `"paged-adamw8bit"` or `"sgd"` (without momentum).
+        optimizer: `"adamw"`, `"adamw8bit"`, `"paged-adamw8bit"` or `"sgd"` (without momentum). `"adamw"` is torch's
+            plain loop, `foreach=False`. `"adamw-foreach"` is what torch takes on a GPU if nothing is said: it makes a
+            temporary tensor for every trained parameter at once. `"adamw-fused"` makes none.
         checkpointing: whether the backward pass computes each block's activations again.
-        autocast: None switches it on for mixed precision and for `qlora`.
+        autocast: whether the forward pass runs under bf16 autocast, as in `Trainer(bf16=True)`. None switches it on
+            for mixed precision and for `qlora`, and for nothing else.
         adapter_precision: the precision of the tensors that the method adds, `"fp32"` as in peft or `"bf16"`.
         attention: `"sdpa"` (fused) or `"eager"`.
         labels: classes of an encoder's head.
@@ -161,7 +166,7 @@ def estimate(
         sequence=sequence,
         weight_bytes=PRECISIONS[precision],
         adapter_bytes=ADAPTER_PRECISIONS[adapter_precision],
-        autocast=precision == "mixed" or row.four_bit if autocast is None else autocast,
+        autocast=uses_autocast(method, precision) if autocast is None else autocast,
         checkpointing=checkpointing,
         optimizer=optimizer,
         four_bit=row.four_bit,
@@ -201,6 +206,11 @@ def _contiguous_bias(transformers: str | None) -> bool:
         return tuple(int(part) for part in transformers.split(".")[:2]) >= CONTIGUOUS_BIAS
     except ValueError:
         raise PeftLabError(f"transformers must be a version such as '5.20.0'; found {transformers!r}.") from None
+
+
+def uses_autocast(method: str, precision: str) -> bool:
+    """Say whether a run is estimated under bf16 autocast if nothing is said: with mixed precision or a 4-bit base."""
+    return precision == "mixed" or METHODS[method].four_bit
 
 
 def _refuse_what_cannot_run(shape: Shape, method: str, sequence: int, virtual_tokens: int) -> None:

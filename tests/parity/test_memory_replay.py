@@ -1,5 +1,7 @@
 """The replayed step against the real one: transformers' models under Hugging Face peft, tensor by tensor."""
 
+from types import SimpleNamespace
+
 import memory_oracle
 import peft
 import pytest
@@ -16,7 +18,7 @@ from peftlab.memory.counting.options import Options
 from peftlab.memory.counting.shapes import load_shape
 from peftlab.memory.replay.nets import Recipe
 from peftlab.memory.replay.step import Run
-from peftlab.memory.replay.tape import backward
+from peftlab.memory.replay.tape import Memory, Parameter, backward
 
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3, "num_attention_heads": 8}
 CONFIGS = {
@@ -198,3 +200,38 @@ def test_the_peak_under_autocast(method, checkpointing, monkeypatch):
         checkpointing=checkpointing, autocast=True, monkeypatch=monkeypatch, **size,
     )  # fmt: skip
     assert max(found) == pytest.approx(max(expected), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("adamw", {"foreach": False}), ("adamw-foreach", {"foreach": True}), ("adamw-fused", {"fused": True})],
+)
+@pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16,), (torch.bfloat16, torch.float32)])
+def test_an_update_allocates_what_torch_does(name, form, dtypes):
+    """The second update, above weights, gradients and states. Parameters of two types are two groups to torch."""
+    tracker, memory = memory_oracle.Tracker(), Memory()
+    kinds = [dtypes[i % len(dtypes)] for i in range(5)]
+    sizes = [(300, 70), (128,), (900, 40), (64, 640), (1000, 16)]
+    real = [torch.nn.Parameter(torch.ones(size, dtype=kind)) for size, kind in zip(sizes, kinds, strict=True)]
+    ours = [Parameter(memory, size, kind.itemsize, trains=True) for size, kind in zip(sizes, kinds, strict=True)]
+    optimizer = torch.optim.AdamW(real, **form)
+    for parameter in real:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with tracker:
+        for parameter in real:
+            for tensor in (parameter, parameter.grad, *optimizer.state[parameter].values()):
+                tracker.see(tensor.detach())
+        start = tracker.peak = tracker.now
+        optimizer.step()
+    run = SimpleNamespace(net=SimpleNamespace(parameters=ours), recipe=SimpleNamespace(optimizer=name), memory=memory,
+                          states=None)  # fmt: skip
+    run.state = lambda parameter: Run.state(run, parameter)
+    for parameter in ours:
+        parameter.grad = parameter.new()
+    Run.optimize(run)
+    before = memory.peak = memory.total
+    Run.optimize(run)
+    few = 20 * memory_oracle.BLOCK  # torch's numbers of steps and scalars
+    assert memory.peak - before == pytest.approx(tracker.peak - start, abs=few)
+    assert (tracker.peak - start > few) == (name != "adamw-fused")

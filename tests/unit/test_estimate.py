@@ -13,6 +13,7 @@ from peftlab.commands import cli
 from peftlab.errors import PeftLabError
 from peftlab.kit import measurements
 from peftlab.memory import CARDS, METHODS, cards, count, estimate, fits, largest, load_shape, what_fits
+from peftlab.memory.estimate import CUBLAS_WORKSPACE
 from peftlab.memory.replay import ops
 from peftlab.memory.replay.tape import Memory, Parameter, backward
 
@@ -192,6 +193,32 @@ def test_the_largest_that_fits():
     found = what_fits("llama-2-7b", "full", precision="mixed", checkpointing=True)
     assert found == ["H200", "B200"] and set(found) < set(CARDS)
     assert cards.card_bytes("h100") < 80e9
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_card_holds_an_estimate_whose_margin_it_holds_too(card):
+    """There is one rule: what `with_margin` asks for must not be more than the card's memory."""
+    most = cards.card_bytes(card)
+    assert abs(cards.with_margin(most) - CARDS[card] * 10**9) <= 1
+    assert card in cards.that_hold(most) and card not in cards.that_hold(most + 2)
+
+
+def test_a_gpu_smaller_than_its_context_holds_nothing():
+    assert cards.largest_estimate(cards.CONTEXT // 2) == 0 == cards.largest_estimate(cards.CONTEXT)
+
+
+def test_the_margin_predicts_what_ran_on_a_card_of_48_gb():
+    """All 13 trials of `peftlab bench qlora --only fits`, 70B in four bits: which trained and which did not."""
+    trials = measurements.results("qlora").where(section="fits", tried=True)
+    assert len(trials) == 13 and {row["fits"] for row in trials} == {True, False}
+    for row in trials:
+        said = estimate(
+            row["shape"], "qlora", r=row["r"], targets="all-linear", batch=row["batch"], sequence=row["sequence"],
+            checkpointing=row["checkpointing"], optimizer=row["optimizer"], library="peftlab",
+            adapter_precision={"float32": "fp32", "bfloat16": "bf16"}[row["adapter_dtype"]],
+        ).peak_bytes  # fmt: skip
+        assert (cards.with_margin(said) <= 48e9) == row["fits"], row
+        assert ("L40S" in cards.that_hold(said)) == row["fits"]
 
 
 @pytest.mark.parametrize(
@@ -402,3 +429,45 @@ def test_what_the_command_tells_of_a_margin(capsys):
     peak = estimate("smollm2-135m").peak_bytes
     told = " ".join(capsys.readouterr().out.split())
     assert f"with a margin {1.03 * peak / 1e9 + 0.7:.2f} GB" in told
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("--method lora", "autocast none; for Trainer(bf16=True) add --autocast"),
+        ("--method lora --autocast", "autocast bf16"),
+        ("--method qlora", "autocast bf16"),
+        ("--method qlora --no-autocast", "autocast none; for"),
+        ("--method lora --precision fp32", "autocast none reached"),
+        ("--method full --precision mixed", "autocast bf16"),
+    ],
+)
+def test_the_command_says_whether_it_counts_with_autocast(line, told, capsys):
+    assert cli.main(["memory", "smollm2-135m", *line.split()]) == 0
+    rows = [" ".join(row.split()) for row in capsys.readouterr().out.splitlines()]
+    (row,) = [row for row in rows if row.startswith("autocast")]
+    assert f"{row} reached".startswith(told)
+
+
+def test_the_fused_adamw_is_what_a_gpu_measured():
+    """`peftlab bench lora` trains in full with `fused=True`; the others of these runs are with `foreach=False`."""
+    rows = measurements.results("lora").where(section="fullsize", method="full")
+    assert len(rows) >= 4
+    for row in rows:
+        run = {name: row[name] for name in ("batch", "sequence", "checkpointing")}
+        said = estimate(row["shape"], "full", optimizer="adamw-fused", **run).peak_bytes
+        assert said == pytest.approx(row["peak_bytes"], rel=0.002)
+
+
+def test_the_temporaries_of_each_adamw():
+    """One after another for each parameter, for all parameters at once, or none."""
+    shape = load_shape("llama-3.2-1b")
+    run = {"precision": "fp32", "sequence": 8}
+    peaks = {name: estimate(shape, "full", optimizer=name, **run) for name in ("adamw", "adamw-foreach", "adamw-fused")}
+    tensors = len([module for module in shape.modules if not module.tied])
+    largest_weight = max(module.parameters for module in shape.modules)
+    there = 16 * shape.parameters + CUBLAS_WORKSPACE  # weights, gradients, two states
+    assert peaks["adamw"].peak_bytes == near(there + 2 * 4 * largest_weight, 6 * tensors)
+    assert peaks["adamw-foreach"].peak_bytes == near(there + 4 * shape.parameters, 6 * tensors)
+    assert there <= peaks["adamw-fused"].peak_bytes < there + 2 * 4 * largest_weight  # the peak may be elsewhere
+    assert len({found.optimizer for found in peaks.values()}) == 1

@@ -67,7 +67,7 @@ EXERCISES = (
               3 * 2 * 2 * 4096 * 128_256 / 1e9: "A float32 has four bytes, not two.",
               3 * 4 * 4096 * 128_256 / 1e9: "The batch has two sequences."},
         hint="Tokens times vocabulary times four bytes is one copy.",
-        then="That is more than the weights of a small model.")),
+        then=f"That is {3 * 4 * 2 * 4096 * 128_256 / 1e9:.1f} GB, nearly as much as a 7B model's weights in 16 bits.")),
     Exercise("memory.copies", "medium", 10, "a number", number(
         8 * 4096 / 1e3, tolerance=1e-6,
         near={4 * 4096 / 1e3: "That is one copy. q and v each make their own from the same input.",
@@ -75,7 +75,7 @@ EXERCISES = (
               16 * 4096 / 1e3: "That is for q, k, v and o."},
         hint="One float32 copy of a vector of width h takes 4 h bytes. How many projections make one?",
         then="So fewer adapted projections keep fewer copies.")),
-    Exercise("memory.frozen", "medium", 15, "your function", function(
+    Exercise("memory.frozen", "hard", 15, "your function", function(
         _frozen, cases=_block_cases,
         near={"Per token it is right; multiply by the tokens.": lambda h, k, m, n, tokens: _frozen(h, k, m, n, 1),
               "That is the block with all weights trained.":
@@ -113,7 +113,7 @@ EXERCISES = (
                   lambda card, spare, each: int(spare * card // each)},
         hint="Usable bytes divided by the bytes of one parameter, in whole parameters.",
         then="Activations still need room, so a real model must be smaller.")),
-    Exercise("memory.longest", "hard", 15, "your function", function(
+    Exercise("memory.longest", "medium", 10, "your function", function(
         _longest, cases=_longest_cases,
         near={"Where the weights alone are too large, the answer is 0, not a negative number.":
                   lambda card, weights, per_token: (card - weights) // per_token,

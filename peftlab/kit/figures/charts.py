@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
 from peftlab.checks import checked
 from peftlab.kit.figures.labels import Line, log_ticks, measured_ticks, name_lines
@@ -252,7 +252,7 @@ def stacked_bars(
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     for place, total in enumerate(left):
         axes.annotate(format(total, fmt), (total, place), xytext=(4, 0), textcoords="offset points", va="center",
-                      fontsize=SMALLEST)
+                      fontsize=SMALLEST, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})
     axes.set_yticks(range(len(parts)), list(parts))
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
@@ -262,6 +262,7 @@ def stacked_bars(
         axes.axvline(value, color=BLACK, linestyle="--", linewidth=1.2, zorder=0.9)
         axes.annotate(name, (value, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), ha="center", va="bottom",
                       textcoords="offset points", fontsize=SMALLEST)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 4, 5, 10]))
     axes.set_xlabel(x_label)
     if len(kinds) > 1:
         add_legend(figure, axes)

@@ -28,6 +28,8 @@ FORWARD: dict[str, Callable[[Net, Tensor], Tensor]] = {
     **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), lambda net, ids: bert(net, ids, "roberta")),
 }
 
+TORCH_ADAMW = ("adamw", "adamw-foreach", "adamw-fused")  # foreach=False, foreach=True, fused=True
+
 # bitsandbytes' 8-bit AdamW. Tensors with fewer than SMALL_8BIT elements have float32 states. Larger ones have 8-bit
 # states with one scale per BLOCK_8BIT elements. A paged optimiser pages the states of tensors with at least PAGED
 # elements.
@@ -110,24 +112,32 @@ class Run:
         return loss
 
     def optimize(self) -> None:
-        """Replay an update of torch.optim.AdamW(foreach=False), of SGD, or of bitsandbytes' 8-bit AdamW."""
+        """Replay an update of torch.optim.AdamW in one of its three forms, of SGD, or of bitsandbytes' 8-bit AdamW."""
         parameters = [one for one in self.net.parameters if one.grad is not None]
         if self.states is None:
             with self.memory.kind("optimizer"):
                 self.states = [self.state(parameter) for parameter in parameters]
         if self.recipe.optimizer == "adamw":
+            denominator = None
             for parameter in parameters:
-                # denom = (v.sqrt() / c).add_(eps): two tensors of v's size live at once
+                # denom = (v.sqrt() / c).add_(eps): two tensors of v's size live at once. With them lives the last
+                # parameter's denom, because its name is bound anew only afterwards.
                 root = parameter.new((parameter.held,))
-                denominator = parameter.new((parameter.held,))
-                del root, denominator
+                quotient = parameter.new((parameter.held,))
+                del root
+                denominator = quotient
+                del quotient
+            del denominator
+        elif self.recipe.optimizer == "adamw-foreach":  # torch._foreach_sqrt: the roots of all parameters at once
+            roots = [parameter.new((parameter.held,)) for parameter in parameters]
+            del roots
 
     def state(self, parameter: Parameter) -> tuple[Tensor, ...]:
         """Allocate the optimiser's states for one parameter."""
         optimizer, count = self.recipe.optimizer, parameter.held
         if optimizer == "sgd":
             return ()
-        if optimizer == "adamw":  # two moments in the parameter's dtype
+        if optimizer in TORCH_ADAMW:  # two moments in the parameter's dtype
             return parameter.new((count,)), parameter.new((count,))
         # two moments in 8 bits, with a float32 scale per block of 256; float32 moments for small tensors
         bytes = ops.FLOAT32 if count < SMALL_8BIT else 1
