@@ -6,11 +6,12 @@ import argparse
 from typing import Any
 
 from peftlab.catalogue import METHODS
-from peftlab.commands.method_options import add_method_options, counted
+from peftlab.commands.method_options import add_method_options, counted, settle
 from peftlab.commands.terminal import parse_targets, print_json, print_table
 from peftlab.memory import cards
 from peftlab.memory.counting import totals as counting
 from peftlab.memory.counting.builtin import BUILT_IN
+from peftlab.memory.counting.methods import method_name
 from peftlab.memory.estimate import (
     ADAPTER_PRECISIONS,
     ATTENTIONS,
@@ -67,6 +68,8 @@ def add_memory_options(command: argparse.ArgumentParser) -> None:
 
 def described(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the keyword arguments that `count` and `estimate` share."""
+    method_name(arguments.method)  # an unknown one is told before its options
+    settle(arguments, counted())
     names = ("shape", "method", "r", "bias", "virtual_tokens", "reduction_factor", "labels")
     return {name: getattr(arguments, name) for name in names} | {"targets": parse_targets(arguments.targets)}
 

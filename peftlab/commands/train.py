@@ -21,7 +21,7 @@ from peftlab.assets.catalogue import catalogue
 from peftlab.catalogue import LEARNING_RATE, METHODS
 from peftlab.checks import whole
 from peftlab.commands import tasks
-from peftlab.commands.method_options import options_of, trainable
+from peftlab.commands.method_options import options_of, settle, trainable
 from peftlab.commands.run_folder import LOCK, STATE, Place, claim, locked, look, save, write_card, write_metrics
 from peftlab.commands.terminal import memory_for
 from peftlab.errors import PeftLabError, did_you_mean
@@ -130,11 +130,7 @@ def check(arguments: argparse.Namespace) -> None:
     row = known[method]
     if arguments.lr is None:
         arguments.lr = row.learning_rate
-    for option in row.options:  # one with another default for other methods
-        if getattr(arguments, option.name) is None:
-            setattr(arguments, option.name, option.default)
-    if row.config and arguments.bias != "none" and not row.takes("bias"):
-        raise PeftLabError(f"--bias {arguments.bias} has no meaning for {method}; use lora, or --method bitfit.")
+    settle(arguments, known)
     for name, one in OPTIONS.items():
         one.metadata["check"](f"--{name}", _given(arguments, name))
     for name in ("limit", "max-length", "test-limit", "max-new-tokens", "virtual-tokens"):
