@@ -121,9 +121,9 @@ def memory(arguments: argparse.Namespace) -> int:
     ]
     if arguments.card:
         batch, sequence = more["largest_batch"], more["largest_sequence"]
-        usable = f"of {format_both(cards.card_bytes(arguments.card))}, the margin being left aside, "
-        told = f"batches up to {batch:,} of {arguments.sequence:,} tokens" if batch else "no batch of this length"
-        rows.append((f"on {arguments.card}", usable + told))
+        has = f"it has {format_both(cards.card_bytes(arguments.card))}. With the margin it holds "
+        told = f"batches up to {batch:,} of {arguments.sequence:,} tokens," if batch else "no batch of this length,"
+        rows.append((f"on {arguments.card}", has + told))
         rows.append(("", f"or sequences up to {sequence:,} tokens in batches of {arguments.batch:,}"))
     print_table(rows)
     return 0
