@@ -220,7 +220,7 @@ class Measurements(FactsDirective):
 
     def _topic(self, path, results):
         given = results.provenance
-        section = self.section(path.stem.replace("_", ", "), f"measurements-{path.stem}")
+        section = self.section(path.stem, f"measurements-{path.stem}")
         versions = ", ".join(f"{name} {version}" for name, version in sorted(given["versions"].items()))
         facts = [("GPU", given.get("gpu")), ("CPU", given.get("cpu")), ("Versions", versions), ("Date", given["date"]),
                  ("Rows", f"{len(results)}, in {{download}}`{path.name} </{RESULTS}/{path.name}>`")]
