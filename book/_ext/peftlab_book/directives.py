@@ -198,7 +198,7 @@ def exercises(notebook):
     yield from ((found, None) for found in waiting)
 
 
-MOST_ROWS = 60  # of a section on the page
+MOST_ROWS = 40  # of a section on the page
 
 
 class Measurements(FactsDirective):
@@ -227,7 +227,7 @@ class Measurements(FactsDirective):
         section += self.parsed("\n".join(f"- {name}: {value}" for name, value in facts if value)
                                + f"\n\nTo repeat it:\n\n```shell\n{given['command']}\n```")
         for name, rows in self._parts(results):
-            section += nodes.raw("", self._folded(results.topic, name, rows), format="html")
+            section += nodes.raw("", self._folded(path.stem, name, rows), format="html")
         return section
 
     @staticmethod
