@@ -239,13 +239,13 @@ class Measurements(FactsDirective):
         return parts.items()
 
     @staticmethod
-    def _folded(topic, name, rows):
+    def _folded(file, name, rows):
         """A part's rows under its name, in a table without columns that say the same in each row."""
         shown = rows[:MOST_ROWS]
         same = {key: value for key, value in rows[0].items() if all(row.get(key, ...) == value for row in rows)}
         varied = [{key: value for key, value in row.items() if key not in same} for row in shown]
         told = ", ".join(f"{key} {value}" for key, value in same.items() if key != "section")
-        table = tables.as_html(*tables.lay_out(varied), caption=f"{topic}: {name}") if any(varied) else ""
+        table = tables.as_html(*tables.lay_out(varied), caption=f"{file}: {name}") if any(varied) else ""
         more = f"<p>The first {len(shown)} of {len(rows)} rows; the others are in the file.</p>" * (rows != shown)
         summary = f"<summary>{html.escape(name)} ({len(rows)} row{'s' * (len(rows) != 1)})</summary>"
         return f"<details>{summary}\n<p>{html.escape(told)}</p>\n{table}\n{more}</details>"
