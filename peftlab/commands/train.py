@@ -209,6 +209,7 @@ def _train(
     size = save(model, tokenizer, place, row.config is not None, about)
     rows = task.test[: arguments.test_limit or TEST_LIMIT[task.kind]]
     batch = 2 * arguments.batch_size
+    say(f"saved; testing on {len(rows):,} examples")
     with memory_for("testing", SMALLER_TEST):
         scores = tasks.test(task, model, tokenizer, rows, max_length, batch, arguments.max_new_tokens)
     if row.config:
@@ -283,7 +284,7 @@ def _log() -> Callable[[Any, dict[str, Any]], None]:
     return callback
 
 
-def summary(result: dict[str, Any]) -> list[tuple[str, str]]:
+def summary(result: dict[str, Any], folder: str) -> list[tuple[str, str]]:
     """Return the result as rows for a person."""
     settings, test = result["settings"], result["test"]
     saved = "model" if METHODS[settings["method"]].whole else "adapter"
@@ -300,7 +301,7 @@ def summary(result: dict[str, Any]) -> list[tuple[str, str]]:
         if name != "examples":
             rows.append((name.replace("_", " "), f"{value:.3f} on {test['examples']} test examples"))
     rows += [
-        ("saved", f"{saved}, {format_both(result['saved_bytes'])}"),
+        ("saved", f"{saved} in {folder}, {format_both(result['saved_bytes'])}"),
         ("seconds", f"{result['training_seconds']:.1f} of training, {result['seconds']:.1f} in all"),
     ]
     return rows

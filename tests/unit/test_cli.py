@@ -313,6 +313,7 @@ def test_a_run_learns_saves_and_reports(place, capsys, monkeypatch):
     assert re.search(r"^step 120: loss \d\.\d{4}$", err, re.MULTILINE)
     for label in ("trainable", "steps", "final loss", "validation loss", "exact match", "saved", "seconds"):
         assert re.search(rf"^{label} ", out, re.MULTILINE), out
+    assert "saved; testing on 3 examples\n" in err and "adapter in run, " in out
     metrics = json.loads((place / "run" / "metrics.json").read_text())
     assert metrics["test"] == {"examples": 3, "exact_match": 1.0}
     assert metrics["steps"] == 120

@@ -1,6 +1,5 @@
 """The directives. Each builds document nodes; texts from the facts files are parsed as MyST on the way."""
 
-import base64
 import html
 import itertools
 import json
@@ -16,8 +15,6 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 from peftlab.kit import measurements, tables
-from peftlab.kit.figures import block
-from peftlab.kit.figures.style import png
 from peftlab_book.facts import THEMES, load
 
 log = logging.getLogger(__name__)
@@ -78,50 +75,6 @@ class FactsDirective(SphinxDirective):
 
 def _references(labels):
     return ", ".join(f"{{ref}}`{label}`" for label in labels)
-
-
-class BlockDrawing(SphinxDirective):
-    """The drawing of a transformer block with the place of a method coloured; the body describes it in words."""
-
-    required_arguments = 1
-    has_content = True
-
-    def run(self):
-        image = base64.b64encode(png(block(self.arguments[0]))).decode()
-        words = html.escape(" ".join(self.content), quote=True)
-        # in the classes of a notebook's figure, so that the page turns it dark with the others
-        tag = f'<div class="cell_output"><img src="data:image/png;base64,{image}" alt="{words}"></div>'
-        return [nodes.raw("", tag, format="html")]
-
-
-class ChapterTable(FactsDirective):
-    """The chapters and what a run takes. The machines stand once in the headings if they are everywhere the same."""
-
-    def run(self):
-        rows, runs = [], [facts.run for facts in self.facts() if facts.run]
-        where = {kind: {run[kind] for run in runs if kind in run} for kind in ("cpu", "gpu")}
-        same = {kind: machines.pop() if len(machines) == 1 else None for kind, machines in where.items()}
-        for facts in self.facts():
-            if not facts.chapter:
-                continue
-            run = facts.run or {}
-            # the page is looked up by Sphinx: a facts file without a chapter is a warning
-            link = f"{{doc}}`{facts.chapter['title']} </book/{facts.page}>`"
-            rows.append([str(facts.chapter["number"]), f"{link}: {facts.chapter['question']}",
-                         _seconds(run.get("seconds_cpu"), run.get("cpu"), same["cpu"]),
-                         _seconds(run.get("seconds_gpu"), run.get("gpu"), same["gpu"]),
-                         f"{run['memory_gb']:.1f} GB" if "memory_gb" in run else "not measured"])
-        if not rows:
-            return []
-        headings = ["No.", "Chapter", f"Time on {same['cpu'] or 'a CPU'}", f"Time on {same['gpu'] or 'a GPU'}",
-                    "Peak memory"]
-        return [self.table(headings, [6, 44, 18, 18, 14], rows)]
-
-
-def _seconds(seconds, machine, same):
-    if not seconds or not machine:
-        return "not measured"
-    return f"{seconds:.0f} s" if machine == same else f"{seconds:.0f} s ({machine})"
 
 
 class ClaimsTable(FactsDirective):
