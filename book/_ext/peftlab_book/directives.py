@@ -245,7 +245,7 @@ def exercises(notebook):
     yield from ((found, None) for found in waiting)
 
 
-MOST_ROWS = 60  # of a section on the page
+MOST_ROWS = 40  # of a section on the page
 
 
 class Measurements(FactsDirective):
@@ -267,14 +267,14 @@ class Measurements(FactsDirective):
 
     def _topic(self, path, results):
         given = results.provenance
-        section = self.section(results.topic, f"measurements-{path.stem}")
+        section = self.section(path.stem, f"measurements-{path.stem}")
         versions = ", ".join(f"{name} {version}" for name, version in sorted(given["versions"].items()))
         facts = [("GPU", given.get("gpu")), ("CPU", given.get("cpu")), ("Versions", versions), ("Date", given["date"]),
                  ("Rows", f"{len(results)}, in {{download}}`{path.name} </{RESULTS}/{path.name}>`")]
         section += self.parsed("\n".join(f"- {name}: {value}" for name, value in facts if value)
                                + f"\n\nTo repeat it:\n\n```shell\n{given['command']}\n```")
         for name, rows in self._parts(results):
-            section += nodes.raw("", self._folded(results.topic, name, rows), format="html")
+            section += nodes.raw("", self._folded(path.stem, name, rows), format="html")
         return section
 
     @staticmethod
@@ -286,13 +286,13 @@ class Measurements(FactsDirective):
         return parts.items()
 
     @staticmethod
-    def _folded(topic, name, rows):
+    def _folded(file, name, rows):
         """A part's rows under its name, in a table without columns that say the same in each row."""
         shown = rows[:MOST_ROWS]
         same = {key: value for key, value in rows[0].items() if all(row.get(key, ...) == value for row in rows)}
         varied = [{key: value for key, value in row.items() if key not in same} for row in shown]
         told = ", ".join(f"{key} {value}" for key, value in same.items() if key != "section")
-        table = tables.as_html(*tables.lay_out(varied), caption=f"{topic}: {name}") if any(varied) else ""
+        table = tables.as_html(*tables.lay_out(varied), caption=f"{file}: {name}") if any(varied) else ""
         more = f"<p>The first {len(shown)} of {len(rows)} rows; the others are in the file.</p>" * (rows != shown)
         summary = f"<summary>{html.escape(name)} ({len(rows)} row{'s' * (len(rows) != 1)})</summary>"
         return f"<details>{summary}\n<p>{html.escape(told)}</p>\n{table}\n{more}</details>"
