@@ -18,7 +18,8 @@ BOOK = ROOT / "book"
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
 NOTEBOOKS = sorted(BOOK.glob("*.ipynb"))
 CHAPTERS = [path for path in NOTEBOOKS if path.parent == BOOK and re.match(r"\d\d_", path.name)]
-BOUND = [path for path in CHAPTERS if path.name[:2] in ("01", "04", "05", "06")]  # those that rules.no_typed_numbers holds
+# those that rules.no_typed_numbers holds
+BOUND = [path for path in CHAPTERS if path.name[:2] in ("01", "04", "05", "06")]
 FACTS, PAGES = sorted(BOOK.glob("facts/*.toml")), sorted(BOOK.glob("*.md"))
 MOST_MISSED = 0.05
 
