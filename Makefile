@@ -55,7 +55,7 @@ fetch: setup  ## bring the models and data sets, verified (nothing is downloaded
 	@$(BIN)/peftlab fetch
 
 screenshot: book  ## draw the README's picture from the rendered LoRA chapter (needs Chromium)
-	@$(BIN)/python tools/screenshot.py
+	@$(BIN)/python tools/screenshot.py --at equation-eq-lora --below 260 --height 1120
 
 constraints:  ## renew constraints.txt from a fresh environment, with today's releases
 	@sh tools/constraints.sh

@@ -7,11 +7,12 @@
 Each notebook runs in a fresh kernel and an empty folder, with this checkout's package. Its outputs are stored only if
 every cell ran without an error and wrote nothing to stderr; the file changes in one step or not at all. Then the prose
 of all pages is filled in: values, references, citations and the numbers of sections, equations and figures
-(book/_ext/portable.py has the marks).
+(book/_ext/portable.py has the marks). Drawings that a page without code shows as files are drawn anew.
 """
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 import time
@@ -28,6 +29,11 @@ sys.path.insert(0, str(BOOK / "_ext"))
 
 import portable  # noqa: E402
 
+from peftlab.kit import figures  # noqa: E402
+from peftlab.kit.figures.style import png  # noqa: E402
+
+PAGES = [*sorted(BOOK.glob("*.md")), ROOT / "README.md"]
+DRAWING = re.compile(r"\]\((_static/drawing_([a-z0-9-]+)\.png)\)")
 HUNG_SECONDS = 3600  # ends a cell that hangs, not one that is slow
 
 
@@ -135,13 +141,13 @@ def fill_prose() -> int:
         if text != path.read_text(encoding="utf-8"):
             store(path, text)
             print(f"refresh: {path.relative_to(ROOT)}: prose filled in")
-    return fill_pages(book, portable.values_of_all(notebooks.values())) or status
+    return fill_pages(book, portable.values_of_all(notebooks.values()) | portable.runs(BOOK)) or status
 
 
 def fill_pages(book: portable.Book, values: dict[str, str]) -> int:
-    """Fill in what the pages without code bind; return 1 if one names what is not there, and leave that page."""
+    """Fill in what pages without code bind, and draw; return 1 if one names what is not there, and leave that page."""
     status = 0
-    for path in sorted(BOOK.glob("*.md")):
+    for path in PAGES:
         text = path.read_text(encoding="utf-8")
         try:
             filled = book.fill(path.stem, text, values)
@@ -152,6 +158,11 @@ def fill_pages(book: portable.Book, values: dict[str, str]) -> int:
         if filled != text:
             store(path, filled)
             print(f"refresh: {path.relative_to(ROOT)}: prose filled in")
+        for name, method in DRAWING.findall(filled):
+            drawn = png(figures.block(method))
+            if not (picture := BOOK / name).is_file() or picture.read_bytes() != drawn:
+                picture.write_bytes(drawn)
+                print(f"refresh: {picture.relative_to(ROOT)}: drawn")
     return status
 
 

@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument("page", nargs="?", default="book/02_lora.html", help="a page below _build/html")
     parser.add_argument("out", nargs="?", type=Path, default=ROOT / "book" / "_static" / "readme.png")
     parser.add_argument("--at", help="an element's id to scroll to, such as a figure's name")
+    parser.add_argument("--below", type=int, default=0, help="pixels to scroll further down")
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--height", type=int, default=800)
     parser.add_argument("--dark", action="store_true")
@@ -39,6 +40,7 @@ def main() -> int:
         page.open(f"http://127.0.0.1:{server.server_port}/{arguments.page}")
         if arguments.at:
             page.evaluate(f"document.getElementById({arguments.at!r}).scrollIntoView({{block: 'center'}})")
+        page.evaluate(f"window.scrollBy(0, {arguments.below})")
         browser.pump(0.5)
         page.screenshot(arguments.out)
         server.shutdown()

@@ -28,12 +28,12 @@ def chapter_number(docname: str) -> int | None:
 
 
 def read_page(app, docname, source) -> None:
-    """Give Sphinx the numbers, links and labels that a notebook's plain text stands in for; of a page, its values."""
+    """Give Sphinx the numbers, links, labels and directives that a page's plain text stands in for."""
+    page = docname.removeprefix("book/")
     if app.env.doc2path(docname).endswith(".ipynb"):
-        page = docname.removeprefix("book/")
         source[0] = json.dumps(portable.for_site(page, json.loads(source[0])))
     else:
-        source[0] = portable.VALUE.sub(lambda found: found["text"], source[0])
+        source[0] = portable.markdown_for_site(page, source[0])
 
 
 def renumber(env) -> None:

@@ -5,17 +5,20 @@ text, which no reader sees, says where it comes from:
 
     LoRA trains 0.34%<!--=lora-percent--> of the weights     a value: the text up to the last space or bracket
     [Hu et al., 2021](https://...)<!--@cite hu2021lora-->    a paper of references.bib; cite-t gives "Hu et al. (2021)"
-    [Section 2.8](#sec-lora-rank)<!--@see sec-lora-rank-->   a section, in this chapter or in another one
+    [Section 2.8](#sec-lora-rank)<!--@see sec-lora-rank-->   a section, in this chapter or in another one; title adds
+                                                             its title
     [(2.1)](#eq-lora)<!--@eq eq-lora-->                      an equation
     [the LoRA chapter](https://...)<!--@page 02_lora-->      a page; the words are the author's
+    [The table](https://...)<!--@made claims-table-->        what only the site shows, made by the directive of
+                                                             this name; further lines of the comment are its body
 
 Targets are HTML anchors: `<a id="sec-lora-rank"></a>` on the line above a heading, above a displayed equation that ends
 in `\\tag{2.1}`, and in front of a caption, `<a id="fig-lora-loss"></a>**Figure 2.1.** The loss ...`, in the cell that
 follows the figure. Numbers of sections, equations and figures are filled in, too.
 
 An author writes the comment alone; `make refresh` puts the text in front of it. Values are f-strings in the metadata of
-the code cell that computes them, evaluated as soon as it has run. A chapter has its own values; pages without code and
-facts/*.toml have those of all chapters:
+the code cell that computes them, evaluated as soon as it has run. A chapter has its own values; facts/*.toml have those
+of all chapters. Pages without code and README.md also have what facts/*.toml say of a chapter's run (`runs`):
 
     "peftlab": {"values": {"lora-percent": "{count.percent / 100:.2%}"}, "alt": "A line from {losses[0]:.1f} ...",
                 "tolerance": {"absolute": 0.5, "relative": 0.1}}
@@ -29,6 +32,7 @@ This module imports nothing but the standard library, so that the site, the test
 import ast
 import json
 import re
+import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -36,8 +40,9 @@ NO_BREAK = "\u00a0"  # between a number and its unit: a value in prose is one wo
 SITE = "https://peftlab.github.io/peftlab/book"
 VALUE = re.compile(r"(?P<text>[^ \n\t(\[*|<>\"]*)<!--=(?P<name>[\w-]+)-->")
 LINK = re.compile(
-    r"(?:\[(?P<text>[^\]]*)\]\((?P<url>[^)\s]*)\))?<!--@(?P<kind>cite|cite-t|see|eq|page) (?P<target>[\w-]+)-->"
+    r"(?:\[(?P<text>[^\]]*)\]\((?P<url>[^)\s]*)\))?<!--@(?P<kind>cite|cite-t|see|title|eq|page) (?P<target>[\w-]+)-->"
 )
+MADE = re.compile(r"\[(?P<text>[^\]]*)\]\([^)\s]*\)<!--@made (?P<name>[\w-]+)(?P<body>(?:\n(?!-->).*)*)\n?-->")
 HEADING = re.compile(r"^(?P<level>#{1,3}) (?:\d+(?:\.\d+)* )?(?P<title>\S.*)$", re.MULTILINE)
 ANCHOR = re.compile(r'<a id="(?P<label>[\w-]+)"></a>')
 TAG = re.compile(r"\\tag\{[\d.]*\}")
@@ -105,6 +110,12 @@ def targets(page: str, sources: list[str]) -> dict[str, str]:
     return found
 
 
+def titles(sources: list[str]) -> dict[str, str]:
+    """The titles of a chapter's sections, without their numbers: {"sec-lora-rank": "Why a low rank is enough"}."""
+    marked = re.compile(rf"{ANCHOR.pattern}\n+{HEADING.pattern.removeprefix('^')}", re.MULTILINE)
+    return {found["label"]: found["title"].strip() for source in sources for found in marked.finditer(source)}
+
+
 def papers(bibliography: str) -> dict[str, tuple[str, str, str]]:
     """{key: (authors, year, address)} of a BibTeX file whose entries have one field per line."""
     found = {}
@@ -135,6 +146,7 @@ class Book:
     def __init__(self, notebooks: Mapping[str, Mapping], folder: Path):
         self.pages = {*notebooks, *(path.stem for path in folder.glob("*.md"))}
         self.papers = papers((folder / "references.bib").read_text(encoding="utf-8"))
+        self.titles = {label: title for nb in notebooks.values() for label, title in titles(prose(nb)).items()}
         self.places = {
             label: (page, number)
             for page, notebook in notebooks.items()
@@ -161,7 +173,9 @@ class Book:
             raise ValueError(f"nothing is marked with {target}")
         there, number = self.places[target]
         address = f"#{target}" if there == page else f"{SITE}/{there}.html#{target}"
-        return f"[({number})]({address})" if kind == "eq" else f"[Section {number}]({address})"
+        if kind == "eq":
+            return f"[({number})]({address})"
+        return f"[Section {number}{': ' + self.titles[target] if kind == 'title' else ''}]({address})"
 
     def fill(self, page: str, source: str, values: Mapping[str, str]) -> str:
         """A prose cell with all that is bound in it filled in; a ValueError names what is missing."""
@@ -175,7 +189,10 @@ class Book:
             filled = self.link(page, found["kind"], found["target"], found["text"] or "")
             return f"{filled}<!--@{found['kind']} {found['target']}-->"
 
-        return LINK.sub(link, VALUE.sub(value, source))
+        def made(found):
+            return f"[{found['text']}]({SITE}/{page}.html)<!--@made {found['name']}{found['body']}-->"
+
+        return MADE.sub(made, LINK.sub(link, VALUE.sub(value, source)))
 
 
 def number_headings(page: str, sources: list[str]) -> list[str]:
@@ -219,6 +236,19 @@ def stored_values(notebook: Mapping) -> dict[str, str]:
 def values_of_all(notebooks) -> dict[str, str]:
     """The values of all chapters, which pages without code may name."""
     return {name: text for notebook in notebooks for name, text in stored_values(notebook).items()}
+
+
+def runs(folder: Path) -> dict[str, str]:
+    """What the facts say of each chapter's run, as values: run-02-cpu, run-02-gpu, run-02-memory; and run-gpu."""
+    found = {}
+    for path in sorted(folder.glob("facts/*.toml")):
+        facts = tomllib.loads(path.read_text(encoding="utf-8"))
+        if (number := chapter_number(path.stem)) is not None and (run := facts.get("run")):
+            name = f"run-{number:02}"
+            found |= {f"{name}-cpu": f"{run['seconds_cpu']:.0f} s", f"{name}-memory": f"{run['memory_gb']:.1f} GB"}
+            if "gpu" in run:
+                found |= {f"{name}-gpu": f"{run['seconds_gpu']:.0f} s", "run-gpu": run["gpu"]}
+    return found
 
 
 def expressions(cell: Mapping) -> dict[str, str]:
@@ -286,7 +316,7 @@ def markdown_for_site(page: str, source: str) -> str:
     chapter = chapter_number(page)
 
     def link(found):
-        if found["kind"] == "see":
+        if found["kind"] in ("see", "title"):
             return f"[{found['text']}](#{found['target']})"
         if found["kind"] == "eq":
             return f"{{eq}}`{found['target']}`"
@@ -296,6 +326,7 @@ def markdown_for_site(page: str, source: str) -> str:
 
     source = EQUATION.sub(lambda m: f"```{{math}}\n:label: {m['label']}\n{m['body']}\n```", source)
     source = LINK.sub(link, VALUE.sub(lambda m: m["text"], source))
+    source = MADE.sub(lambda m: f"```{{{m['name']}}}{m['body']}\n```", source)
     if chapter is not None and not FENCE.search(re.sub(r"```\{math\}.*?```", "", source, flags=re.DOTALL)):
         source = HEADING.sub(lambda m: f"{m['level']} {m['title']}", source)
     return re.sub(r'^<a id="([\w-]+)"></a>$', r"(\1)=", source, flags=re.MULTILINE)

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields as fields_of
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,35 +22,38 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.adapters.card import CARD, card, may_write
+from peftlab.adapters.config_fields import CONFIG, TARGET_FIELDS, classes_of, from_fields, method_name, to_fields
 from peftlab.adapters.injection import add, check_name, prepare, settle
-from peftlab.adapters.integrity import base_sample, base_tensor, check_base
-from peftlab.adapters.judging import Allowance, check_fields, check_sizes, warn_of_unknown
-from peftlab.adapters.key_forms import check_foreign, read_as, simpler_names
+from peftlab.adapters.integrity import base_sample, check_base
+from peftlab.adapters.judging import Allowance, check_sizes, warn_of_unknown
+from peftlab.adapters.key_forms import check_foreign, read_as
+from peftlab.adapters.key_table import (
+    base_name,
+    check_keys,
+    embedding_copies,
+    encoder_table,
+    key_table,
+    placed,
+    sampled,
+)
 from peftlab.adapters.serving import Note, notes, serving_lines, warning
 from peftlab.adapters.serving import portable as portable_form
-from peftlab.adapters.task_type import task_type_of
-from peftlab.catalogue import METHODS, resolve
 from peftlab.checks import checked
-from peftlab.core.hooks import adapters_on, base_modules, hosts
-from peftlab.core.interface import Config, Placement
+from peftlab.core.hooks import base_modules
+from peftlab.core.interface import Placement
 from peftlab.core.records import as_transformer, require_adapter, unwrap
-from peftlab.core.sharding import Processes, in_one_piece, piece_of, refuse_sharded, whole
+from peftlab.core.sharding import Processes, in_one_piece, piece_of, refuse_sharded
 from peftlab.core.sums import check_sums, digest, with_sums
-from peftlab.core.targets import ALL_LINEAR, Targets, by_pattern, names_match
 from peftlab.core.tensor_files import read_shapes, read_tensors, serialised
 from peftlab.errors import PeftLabError, did_you_mean, warn
 from peftlab.files import read_settled, settled, write_together
 from peftlab.foreign import read_fields
 from peftlab.patterns import bounded
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 ENCODER = "adapter_encoder.safetensors"  # only this package reads it
 FILES = (ENCODER, WEIGHTS, CONFIG)  # the order in which they are put in place; peft looks for the config first
 FREE = ("base_model_name_or_path", "inference_mode", "revision", "peft_version")  # fields that may be edited
-PREFIX = "base_model.model."
-TARGET_FIELDS = (
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "task_type",
-)  # fmt: skip
 
 
 @checked()
@@ -368,186 +369,6 @@ def check_config(root: nn.Module, name: str, placements: list[Placement], saved:
             )
 
 
-def sampled(placements: Iterable[Placement]) -> tuple[list[str], list[str]]:
-    """Return (modules whose weights fingerprint the base, modules replaced by trained copies)."""
-    copied = [placement.path for placement in placements if placement.name == "copy"]
-    return [placement.path for placement in placements], copied
-
-
-def placed(root: nn.Module, name: str) -> list[Placement]:
-    """Return the parts of an attached adapter and where they stand, in the model's order."""
-    return [
-        Placement(path, part_name, part)
-        for path, host in hosts(root)
-        if name in adapters_on(host)
-        for part_name, part in adapters_on(host).parts_of(name).items()
-    ]
-
-
-def key_table(placements: Iterable[Placement]) -> dict[str, Tensor]:
-    """Return the one table: {key in Hugging Face's file: our parameter, or the output of an encoder}."""
-    table: dict[str, Tensor] = {}
-    for path, _, part in placements:
-        for own, keys in part.keys.items():
-            owner, _, parameter_name = own.rpartition(".")
-            parameter = getattr(part.get_submodule(owner), parameter_name)
-            for key in (keys,) if isinstance(keys, str) else keys:
-                if parameter is not None:
-                    table[key.format(path=PREFIX + path, root=PREFIX, module=path)] = parameter
-    return table
-
-
-def encoder_table(placements: Iterable[Placement]) -> dict[str, nn.Parameter]:
-    """Return {key in the second file: our parameter}, for what Hugging Face's format leaves out."""
-    return {key: part.get_parameter(own) for _, _, part in placements for own, key in part.encoder_keys.items()}
-
-
-def to_fields(root: nn.Module, config: Config, placements: list[Placement]) -> dict[str, Any]:
-    """Return a config as the contents of `adapter_config.json`."""
-    hosts_by_path = {path: root.get_submodule(path) for path, _, _ in placements}
-    fields = {name: getattr(config, name, None) for name in TARGET_FIELDS}
-    fields["task_type"] = fields["task_type"] or task_type_of(root, sampled(placements)[1])
-    targets = fields["target_modules"]
-    found_here = isinstance(targets, str) and (
-        targets.lower() == ALL_LINEAR or getattr(config, "layers_to_transform", None)
-    )
-    if not isinstance(config, Targets):  # its adapter stands on the model itself
-        fields = {name: fields[name] for name in ("modules_to_save", "task_type")}
-    elif targets is None or found_here:
-        # Write the names that were found, so that no library has to guess them again. Also, Hugging Face peft takes
-        # layers_to_transform only together with a list.
-        adapted = {path for path, part_name, _ in placements if part_name not in ("bias", "copy")}
-        fields["target_modules"] = sorted(adapted)
-    # Hugging Face's IA3 has no fields for layers, and warns about each one in a file.
-    unset = [name for name in ("layers_to_transform", "layers_pattern") if fields.get(name) is None]
-    fields = {name: value for name, value in fields.items() if name not in unset}
-    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
-    return fields | {
-        "peft_type": config.peft_type,
-        "base_model_name_or_path": base_name(root),
-        "inference_mode": True,
-        **config.to_peft(root, hosts_by_path),
-    }
-
-
-def from_fields(root: nn.Module, fields: Mapping[str, Any]) -> Config:
-    """Return the contents of `adapter_config.json` as a config for this model."""
-    check_fields(root, fields)
-    kind = config_class(fields)
-    takes = {field.name for field in fields_of(kind)}
-    given = {name: fields.get(name) for name in TARGET_FIELDS if name in takes}
-    shared = {name: None if value in ([], "") else value for name, value in given.items()}
-    if "layers_to_transform" in takes and shared["layers_to_transform"] is None:
-        shared["layers_pattern"] = None  # without layers it has no meaning
-    try:
-        with bounded():
-            return only_present(root, kind(**shared, **kind.from_peft(fields)))
-    except PeftLabError:
-        raise
-    except KeyError as error:
-        (missing,) = error.args
-        if missing in fields:  # found there, so this is not a damaged folder but a mistake in our code
-            raise
-        raise PeftLabError(
-            f"{CONFIG} lacks the field {missing!r}, which {kind.__name__} reads. The file was edited, or an older "
-            "release of the method wrote it; save or fetch the adapter again."
-        ) from None
-    except (TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise PeftLabError(f"{CONFIG} holds a field of a wrong type: {error}.") from None
-
-
-def config_class(fields: Mapping[str, Any]) -> type[Config]:
-    """Return the config class of a folder's method, by its `peft_type` and by the fields it uses.
-
-    DoRA's `peft_type`, for example, is LoRA's; `use_dora` tells them apart.
-
-    Raises:
-        PeftLabError: no method here has this `peft_type` and these fields, or more than one has.
-    """
-    peft_type = fields.get("peft_type")
-    alike = [kind for kind in classes_of(fields) if all(map(fields.get, kind.requires))]
-    if not alike:
-        types = list(dict.fromkeys(resolve(row.config).peft_type for row in METHODS.values() if row.config))
-        raise PeftLabError(
-            f"The adapter's peft_type is {peft_type!r}; this package loads {', '.join(types)}."
-            + did_you_mean(str(peft_type), types)
-        )
-    fitting = [kind for kind in alike if not any(map(fields.get, kind.unsupported))]
-    if not fitting:
-        closest = max(alike, key=lambda kind: len(kind.requires))
-        name = next(name for name in closest.unsupported if fields.get(name))
-        raise PeftLabError(
-            f"The adapter uses {name}={fields[name]!r}, which this package does not have. Load it with Hugging Face "
-            "peft."
-        )
-    if len(fitting) > 1:
-        raise PeftLabError(
-            f"The adapter's fields fit {' and '.join(kind.__name__ for kind in fitting)}. Each of these classes must "
-            "name, in `requires` or in `unsupported`, a field that tells its folders from the others'."
-        )
-    return fitting[0]
-
-
-def classes_of(fields: Mapping[str, Any]) -> list[type[Config]]:
-    """Return the config classes of the methods that have a folder's `peft_type`."""
-    paths = dict.fromkeys(row.config for row in METHODS.values() if row.config)  # one class may serve several methods
-    return [kind for kind in map(resolve, paths) if kind.peft_type == fields.get("peft_type")]
-
-
-def method_name(config: Config) -> str:
-    """Say by which name the catalogue calls the method of a config."""
-    rows = {name: row for name, row in METHODS.items() if row.config and resolve(row.config) is type(config)}
-    fixed = [
-        name for name, row in rows.items()
-        if row.fixed and all(getattr(config, field, None) == value for field, value in row.fixed.items())
-    ]  # fmt: skip
-    return next(iter([*fixed, *rows]), type(config).__name__)
-
-
-def only_present(root: nn.Module, config: Config) -> Config:
-    """Return the config without the names and patterns that this model does not have.
-
-    Hugging Face peft saves such names. The keys of the file say what was really trained.
-    """
-    paths = list(base_modules(root))
-
-    def here(name: str, matches: Callable[[str, str], bool]) -> str:
-        """Return a name as this model has it, also where it was saved from a wrapped or a headless model."""
-        return next((one for one in simpler_names(name) if any(matches(one, path) for path in paths)), "")
-
-    changes: dict[str, Any] = {}
-    for field in ("target_modules", "modules_to_save"):
-        names = getattr(config, field, None)
-        matches = by_ending if field == "target_modules" else ends_with
-        if isinstance(names, str) and names.lower() != ALL_LINEAR:
-            changes[field] = here(names, names_match) or names
-        elif names is not None and not isinstance(names, str):
-            kept = tuple(dict.fromkeys(filter(None, (here(name, matches) for name in names))))
-            changes[field] = kept or (names if field == "target_modules" else None)
-    for field in ("rank_pattern", "alpha_pattern"):
-        table = getattr(config, field, None) or {}
-        there = {here(key, pattern_matches): value for key, value in table.items()}
-        there.pop("", None)
-        if there != table:
-            changes[field] = there
-    return replace(config, **changes)
-
-
-def by_ending(name: str, path: str) -> bool:
-    """Say whether a name of `target_modules` means a path."""
-    return names_match((name,), path)
-
-
-def ends_with(name: str, path: str) -> bool:
-    """Say whether a name of `modules_to_save` means a path; its end may lie within a name."""
-    return path.endswith(name)
-
-
-def pattern_matches(key: str, path: str) -> bool:
-    """Say whether a key of `rank_pattern` or `alpha_pattern` means a path."""
-    return bool(by_pattern({key: True}, path, False))
-
-
 def locate(folder: Path, name: str) -> Path:
     """Return the folder that holds an adapter's two files."""
     for candidate in (folder / name, folder) if name != "default" else (folder,):
@@ -580,72 +401,3 @@ def conversion(pickle: Path, file: Path) -> str:
         f"tensors = torch.load({str(pickle)!r}, map_location='cpu', weights_only=True); "
         f"save_file({{key: tensor.clone().contiguous() for key, tensor in tensors.items()}}, {str(file)!r})"
     )
-
-
-def check_keys(
-    root: nn.Module, folder: Path, fields: Mapping, table: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
-) -> None:
-    """Require exactly the keys that the config implies for this model, in the right shapes."""
-    trained_on = fields.get("base_model_name_or_path") or "an unnamed base"
-    origin = f" The adapter was trained on {trained_on!r}; this model is {base_name(root) or type(root).__name__!r}."
-    missing = [key for key in table if key not in tensors]
-    if missing:
-        raise PeftLabError(f"{folder} lacks {len(missing)} of {len(table)} keys, the first {missing[0]!r}." + origin)
-    extra = [key for key in tensors if key not in table and not redundant(root, key, tensors)]
-    if extra:
-        raise PeftLabError(f"{folder} has {len(extra)} keys without a place here, the first {extra[0]!r}." + origin)
-    for key, parameter in table.items():
-        if tensors[key].shape != parameter.shape:
-            raise PeftLabError(
-                f"{key!r} has shape {tuple(tensors[key].shape)}; this model needs {tuple(parameter.shape)}." + origin
-            )
-
-
-def redundant(root: nn.Module, key: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Say whether a key only repeats what the model holds already.
-
-    Hugging Face peft saves the base's own weight beside an adapted embedding. With bias="all" it also saves the inside
-    of its wrapper around a module trained in full.
-    """
-    twin = key.replace(".modules_to_save.", ".")
-    if twin != key:
-        return twin in tensors and torch.equal(tensors[twin], tensors[key])
-    path = key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
-    module, _, name = path.rpartition(".")
-    own = base_tensor(root, module, name) if module in base_modules(root) else None
-    if own is None or own.shape != tensors[key].shape:
-        return False
-    # The base may have been loaded in another dtype, so the two are compared in the coarser dtype.
-    dtype = min(own.dtype, tensors[key].dtype, key=lambda dtype: dtype.itemsize)
-    return torch.equal(tensors[key].to(dtype), whole(own).detach().cpu().to(dtype))
-
-
-def embedding_copies(root: nn.Module, fields: Mapping[str, Any], placements: list[Placement]) -> dict[str, Tensor]:
-    """Return the base's weights that Hugging Face peft saves beside adapted embeddings.
-
-    Its rule: the targets name `embed_tokens` or `lm_head`. A vocabulary that was lengthened before training then
-    travels with the adapter.
-    """
-    targets, names = fields.get("target_modules") or (), ("embed_tokens", "lm_head")
-    if isinstance(targets, str):
-        paths = (path for path in base_modules(root) if path.rpartition(".")[2] in names)
-        named = any(names_match(targets, path) for path in paths)
-    else:
-        named = any(name in targets for name in names)
-    if not named or not hasattr(root, "get_input_embeddings"):
-        return {}
-    model = as_transformer(root)
-    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
-    copies = {}
-    for path, part_name, _ in placements:
-        if part_name not in ("bias", "copy") and any(root.get_submodule(path) is layer for layer in embeddings):
-            weight = base_tensor(root, path, "weight")
-            assert weight is not None
-            copies[f"{PREFIX}{path}.base_layer.weight"] = whole(weight).detach().cpu().contiguous().clone()
-    return copies
-
-
-def base_name(root: nn.Module) -> str | None:
-    """Return the base's name or path, as transformers knows it."""
-    config = getattr(root, "config", None)
-    return getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None) or None

@@ -7,15 +7,13 @@ from pathlib import Path
 
 from peftlab.adapters.card import training_of
 from peftlab.adapters.checkpoint import (
-    TARGET_FIELDS,
     State,
     check_place,
-    classes_of,
-    config_class,
     files_of,
     read_folder,
     write_adapter,
 )
+from peftlab.adapters.config_fields import TARGET_FIELDS, classes_of, config_class
 from peftlab.adapters.injection import check_name
 from peftlab.adapters.judging import warn_of_unknown
 from peftlab.adapters.key_forms import in_file_form

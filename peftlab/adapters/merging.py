@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftlab.adapters.injection import detach, refresh_requires_grad, restore_base
+from peftlab.adapters.activation import refresh_requires_grad
+from peftlab.adapters.injection import detach, restore_base
 from peftlab.checks import checked
 from peftlab.core.calls import observed
 from peftlab.core.hooks import Activity, adapters_on, hosts

@@ -16,9 +16,10 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peftlab.adapters.checkpoint import check_config, check_fit, fill, key_table, placed, read_folder, save_adapter
+from peftlab.adapters.checkpoint import check_config, check_fit, fill, read_folder, save_adapter
 from peftlab.adapters.injection import attached
 from peftlab.adapters.key_forms import read_as
+from peftlab.adapters.key_table import key_table, placed
 from peftlab.checks import checked
 from peftlab.core.records import record_of, require_adapter, unwrap
 from peftlab.core.sharding import in_one_piece, is_sharded

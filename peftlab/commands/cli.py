@@ -167,7 +167,7 @@ def _train(arguments: argparse.Namespace) -> int:
     result = train.run(arguments, parse_targets(arguments.targets))
     if arguments.json:
         return print_json(result)
-    print_table(train.summary(result))
+    print_table(train.summary(result, arguments.out))
     return 0
 
 

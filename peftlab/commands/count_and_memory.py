@@ -6,11 +6,12 @@ import argparse
 from typing import Any
 
 from peftlab.catalogue import METHODS
-from peftlab.commands.method_options import add_method_options, counted
+from peftlab.commands.method_options import add_method_options, counted, settle
 from peftlab.commands.terminal import parse_targets, print_json, print_table
 from peftlab.memory import cards
 from peftlab.memory.counting import totals as counting
 from peftlab.memory.counting.builtin import BUILT_IN
+from peftlab.memory.counting.methods import method_name
 from peftlab.memory.estimate import (
     ADAPTER_PRECISIONS,
     ATTENTIONS,
@@ -67,6 +68,8 @@ def add_memory_options(command: argparse.ArgumentParser) -> None:
 
 def described(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the keyword arguments that `count` and `estimate` share."""
+    method_name(arguments.method)  # an unknown one is told before its options
+    settle(arguments, counted())
     names = ("shape", "method", "r", "bias", "virtual_tokens", "reduction_factor", "labels")
     return {name: getattr(arguments, name) for name in names} | {"targets": parse_targets(arguments.targets)}
 
@@ -114,16 +117,18 @@ def memory(arguments: argparse.Namespace) -> int:
         ("peak", format_both(result.peak_bytes)),
         *((f"  {LABELS[kind]}", format_both(result.parts[kind])) for kind in KINDS),
         ("with a margin", f"{format_both(cards.with_margin(result.peak_bytes))} ({MARGIN})"),
-        ("reached in", result.moment),
-        ("arithmetic", f"{result.flops / 1e12:.3g} TFLOP a step"),
+        ("peak reached in", result.moment),
+        ("arithmetic", f"{result.flops / 1e12:.3g} TFLOP per step"),
         ("file", format_both(result.file_bytes)),
         ("fits on", ", ".join(cards.that_hold(result.peak_bytes)) or "none of the cards known"),
     ]
     if arguments.card:
         batch, sequence = more["largest_batch"], more["largest_sequence"]
-        usable = f"of {format_both(cards.card_bytes(arguments.card))}, the margin being left aside, "
-        told = f"batches up to {batch:,} of {arguments.sequence:,} tokens" if batch else "no batch of this length"
-        rows.append((f"on {arguments.card}", usable + told))
-        rows.append(("", f"or sequences up to {sequence:,} tokens in batches of {arguments.batch:,}"))
+        has = f"it has {format_both(cards.card_bytes(arguments.card))}. With the margin it holds "
+        told = f"{f'batches up to {batch:,}' if batch else 'no batch'} of {arguments.sequence:,} tokens,"
+        longest = f"sequences up to {sequence:,} tokens" if sequence else "no sequence at all"
+        link = "or" if batch and sequence else "but" if batch or sequence else "and"
+        rows.append((f"on {arguments.card}", has + told))
+        rows.append(("", f"{link} {longest} in batches of {arguments.batch:,}"))
     print_table(rows)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -36,24 +37,48 @@ def defaults_of(name: str, rows: Mapping[str, Method]) -> dict[tuple[Any, str], 
 
 
 def add_method_options(command: argparse.ArgumentParser, rows: Mapping[str, Method]) -> None:
-    """Give a command `--method` and the options of these rows.
-
-    The default of an option is set where all rows agree on it. Otherwise it is None, and the method's row decides.
-    """
+    """Give a command `--method` and the options of these rows. An option that is not given is None until `settle`."""
     command.add_argument("--method", default="lora", metavar="M", help=f"{', '.join(rows)} (default: lora)")
     for name, option in options_of(rows).items():
         defaults = defaults_of(name, rows)
-        values = list(dict.fromkeys(value for value, _ in defaults))
         told = {told: methods for (value, chosen), methods in defaults.items() if (told := _shown(value, chosen))}
         more: dict[str, Any] = {"type": option.kind, "metavar": option.metavar, "choices": option.choices}
         if option.kind is bool:
             more = {"action": argparse.BooleanOptionalAction}
         command.add_argument(
-            f"--{name.replace('_', '-')}",
-            default=values[0] if len(values) == 1 else None,
+            flag(name),
+            default=None,
             help=option.help + _told(told),
             **more,
         )
+
+
+def settle(arguments: argparse.Namespace, rows: Mapping[str, Method]) -> None:
+    """Fill in the options that were not given, and name those that the method does not take.
+
+    An option gets the default of the method's row. If the method does not take it, it gets the default that all other
+    rows agree on, or None. One that was given is passed over, and standard error says so: a loop over methods may give
+    the same options to all. An unknown method is left to the command.
+    """
+    method = str(arguments.method).lower()
+    row = rows.get(method)
+    if row is None:
+        return
+    idle = [name for name in options_of(rows) if getattr(arguments, name) is not None and not row.takes(name)]
+    if idle:
+        own = ", ".join(flag(option.name) for option in row.options) or "none"
+        told = f"{', '.join(map(flag, idle))}: no option of the method {method}, so it changes nothing. Its own: {own}."
+        print(f"peftlab: {told}", file=sys.stderr)
+    for name in options_of(rows):
+        if getattr(arguments, name) is None:
+            values = {value for value, _ in defaults_of(name, rows)}
+            shared = values.pop() if len(values) == 1 else None
+            setattr(arguments, name, row.default(name) if row.takes(name) else shared)
+
+
+def flag(name: str) -> str:
+    """Return an option as it is typed: `--virtual-tokens`."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _told(defaults: Mapping[str, list[str]]) -> str:

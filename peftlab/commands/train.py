@@ -21,7 +21,7 @@ from peftlab.assets.catalogue import catalogue
 from peftlab.catalogue import LEARNING_RATE, METHODS
 from peftlab.checks import whole
 from peftlab.commands import tasks
-from peftlab.commands.method_options import options_of, trainable
+from peftlab.commands.method_options import options_of, settle, trainable
 from peftlab.commands.run_folder import LOCK, STATE, Place, claim, locked, look, save, write_card, write_metrics
 from peftlab.commands.terminal import memory_for
 from peftlab.errors import PeftLabError, did_you_mean
@@ -130,11 +130,7 @@ def check(arguments: argparse.Namespace) -> None:
     row = known[method]
     if arguments.lr is None:
         arguments.lr = row.learning_rate
-    for option in row.options:  # one with another default for other methods
-        if getattr(arguments, option.name) is None:
-            setattr(arguments, option.name, option.default)
-    if row.config and arguments.bias != "none" and not row.takes("bias"):
-        raise PeftLabError(f"--bias {arguments.bias} has no meaning for {method}; use lora, or --method bitfit.")
+    settle(arguments, known)
     for name, one in OPTIONS.items():
         one.metadata["check"](f"--{name}", _given(arguments, name))
     for name in ("limit", "max-length", "test-limit", "max-new-tokens", "virtual-tokens"):
@@ -213,6 +209,7 @@ def _train(
     size = save(model, tokenizer, place, row.config is not None, about)
     rows = task.test[: arguments.test_limit or TEST_LIMIT[task.kind]]
     batch = 2 * arguments.batch_size
+    say(f"saved; testing on {len(rows):,} examples")
     with memory_for("testing", SMALLER_TEST):
         scores = tasks.test(task, model, tokenizer, rows, max_length, batch, arguments.max_new_tokens)
     if row.config:
@@ -287,7 +284,7 @@ def _log() -> Callable[[Any, dict[str, Any]], None]:
     return callback
 
 
-def summary(result: dict[str, Any]) -> list[tuple[str, str]]:
+def summary(result: dict[str, Any], folder: str) -> list[tuple[str, str]]:
     """Return the result as rows for a person."""
     settings, test = result["settings"], result["test"]
     saved = "model" if METHODS[settings["method"]].whole else "adapter"
@@ -304,7 +301,7 @@ def summary(result: dict[str, Any]) -> list[tuple[str, str]]:
         if name != "examples":
             rows.append((name.replace("_", " "), f"{value:.3f} on {test['examples']} test examples"))
     rows += [
-        ("saved", f"{saved}, {format_both(result['saved_bytes'])}"),
+        ("saved", f"{saved} in {folder}, {format_both(result['saved_bytes'])}"),
         ("seconds", f"{result['training_seconds']:.1f} of training, {result['seconds']:.1f} in all"),
     ]
     return rows

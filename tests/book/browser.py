@@ -148,9 +148,7 @@ class Page:
         for domain in ("Page", "Network", "Runtime", "Log"):
             self.command(f"{domain}.enable")
         self.resize(width, height)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        motion = {"name": "prefers-reduced-motion", "value": "reduce"}
-        self.command("Emulation.setEmulatedMedia", features=[scheme, motion])
+        self.colours(dark)
 
     def command(self, method: str, timeout: float = HUNG_SECONDS, **parameters) -> dict:
         return self.browser.command(method, session=self.session, timeout=timeout, **parameters)
@@ -158,6 +156,12 @@ class Page:
     def resize(self, width: int, height: int) -> None:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.command("Emulation.setDeviceMetricsOverride", **size)
+
+    def colours(self, dark: bool) -> None:
+        """Ask for dark or light colours, as the reader's system does."""
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        motion = {"name": "prefers-reduced-motion", "value": "reduce"}
+        self.command("Emulation.setEmulatedMedia", features=[scheme, motion])
 
     def open(self, url: str, timeout: float = HUNG_SECONDS) -> None:
         """Load `url` and wait until it has loaded and MathJax, where there is any, has typeset."""
@@ -178,6 +182,13 @@ class Page:
             told = answer["exceptionDetails"]
             raise BrowserError(told.get("exception", {}).get("description") or told["text"])
         return answer["result"].get("value")
+
+    def until(self, condition: str, timeout: float = HUNG_SECONDS) -> bool:
+        """Whether a JavaScript condition comes true."""
+        deadline = time.monotonic() + timeout
+        while not (found := self.evaluate(f"!!({condition})")) and time.monotonic() < deadline:
+            self.browser.pump(0.02)
+        return found
 
     def screenshot(self, path: Path, **parameters) -> None:
         data = self.command("Page.captureScreenshot", format="png", **parameters)["data"]

@@ -1,13 +1,11 @@
 """A reference shows what it refers to, for the mouse and the keyboard, and stays a plain link elsewhere."""
 
-import time
 from pathlib import Path
 
 import pytest
 from browser import Page
 from test_pages import AXE, RUN_AXE, violations
 
-SECONDS = 120  # a busy machine takes a few
 CHAPTER = "book/01_full_finetuning_memory.html"
 QUESTIONS = "book/appendix_questions.html"
 GLOSSARY = "book/appendix_glossary.html"
@@ -30,14 +28,6 @@ KINDS = {
     "paper by its DOI": (CHAPTER, "article a[href*='doi.org/10.1016/S0079']", "McCloskey", False),
     "paper in an answer": (QUESTIONS, "article details[open] a[href*='appendix_bibliography']", "20", False),
 }
-
-
-def until(page: Page, condition: str) -> bool:
-    """Whether a JavaScript condition comes true."""
-    deadline = time.monotonic() + SECONDS
-    while not (found := page.evaluate(f"!!({condition})")) and time.monotonic() < deadline:
-        page.browser.pump(0.02)
-    return found
 
 
 def point(page: Page, selector: str) -> None:
@@ -70,7 +60,7 @@ def opened(browser, address):
 def test_the_mouse_shows_what_a_reference_refers_to(opened, address, name, link, words, formula):
     page = opened(name)
     point(page, link)
-    assert until(page, SHOWN)
+    assert page.until(SHOWN)
     assert words in seen(page) and len(seen(page)) > len(words)
     assert r"\(" not in seen(page) and r"\[" not in seen(page)
     assert page.evaluate(f"({SHOWN}).querySelectorAll('mjx-container').length > 0") is formula
@@ -87,30 +77,30 @@ def test_the_mouse_shows_what_a_reference_refers_to(opened, address, name, link,
 def test_a_preview_stays_under_the_mouse_and_goes_with_it(opened):
     page = opened(CHAPTER)
     point(page, SECTION)
-    assert until(page, SHOWN)
+    assert page.until(SHOWN)
     point(page, ".reference-preview:not([hidden])")
     page.browser.pump(0.5)
     assert seen(page)
     point(page, "article h1")
-    assert until(page, f"!({SHOWN})")
+    assert page.until(f"!({SHOWN})")
     assert page.evaluate(f"document.querySelector({SECTION!r}).getAttribute('aria-describedby')") is None
 
 
 def test_the_keyboard_shows_it_and_escape_closes_it(opened):
     page = opened(CHAPTER)
     page.evaluate(f"document.querySelector({SECTION!r}).focus({{focusVisible: true}})")
-    assert until(page, SHOWN)
+    assert page.until(SHOWN)
     assert "The logits" in seen(page)
     for kind in ("keyDown", "keyUp"):
         page.command("Input.dispatchKeyEvent", type=kind, key="Escape", code="Escape", windowsVirtualKeyCode=27)
-    assert until(page, f"!({SHOWN})")
+    assert page.until(f"!({SHOWN})")
     assert page.evaluate(f"document.activeElement.matches({SECTION!r})")
     assert page.evaluate("document.activeElement.getAttribute('aria-describedby')") is None
     page.evaluate("document.activeElement.blur()")
     page.evaluate(f"document.querySelector({SECTION!r}).focus({{focusVisible: true}})")
-    assert until(page, SHOWN)
+    assert page.until(SHOWN)
     page.evaluate("document.activeElement.blur()")
-    assert until(page, f"!({SHOWN})")
+    assert page.until(f"!({SHOWN})")
 
 
 def test_touch_shows_nothing_and_follows_the_link(opened):
@@ -119,7 +109,7 @@ def test_touch_shows_nothing_and_follows_the_link(opened):
     x, y = page.evaluate(POINT % SECTION)
     page.command("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
     page.command("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
-    assert until(page, "location.hash === '#sec-memory-logits'")
+    assert page.until("location.hash === '#sec-memory-logits'")
     page.browser.pump(0.5)
     assert seen(page) is None
 
@@ -130,7 +120,7 @@ def test_a_preview_is_accessible(opened, kind, dark):
     name, link, _, _ = KINDS[kind]
     page = opened(name, dark=dark)
     point(page, link)
-    assert until(page, SHOWN)
+    assert page.until(SHOWN)
     page.evaluate(AXE.read_text(encoding="utf-8") + "; true")
     parts = f"{{include: [['.reference-preview:not([hidden])'], [{link!r}]]}}"
     assert page.evaluate(RUN_AXE.replace("document", parts)) == []
@@ -140,7 +130,7 @@ def test_a_preview_is_accessible(opened, kind, dark):
 def test_an_open_preview_leaves_the_page_accessible(opened):
     page = opened(CHAPTER)
     point(page, SECTION)
-    assert until(page, SHOWN)
+    assert page.until(SHOWN)
     assert violations(page) == []
     assert seen(page)
 
@@ -150,7 +140,7 @@ def test_a_figure_is_dark_on_a_dark_page(opened):
     for dark, expected in ((True, ["invert(1) hue-rotate(180deg)", "screen"]), (False, ["none", "normal"])):
         page = opened("book/05_adapters.html", dark=dark)
         point(page, KINDS["figure"][1])
-        assert until(page, SHOWN)
+        assert page.until(SHOWN)
         assert page.evaluate(looks) == expected
 
 

@@ -84,6 +84,9 @@ def test_numbers_of_sections_equations_and_figures():
         ("[old](#old)<!--@see sec-nf4-->", f"[Section 3.1]({portable.SITE}/03_qlora.html#sec-nf4)<!--@see sec-nf4-->"),
         ("<!--@eq eq-two-->", "[(2.2)](#eq-two)<!--@eq eq-two-->"),
         ("[words](x)<!--@page 03_qlora-->", f"[words]({portable.SITE}/03_qlora.html)<!--@page 03_qlora-->"),
+        ("<!--@title sec-part-->", "[Section 2.2.1: Part](#sec-part)<!--@title sec-part-->"),
+        ("[a](x)<!--@made rows\nb: c\n-->", f"[a]({portable.SITE}/02_lora.html)<!--@made rows\nb: c-->"),
+        ("[a](x)<!--@made rows-->", f"[a]({portable.SITE}/02_lora.html)<!--@made rows-->"),
         ("<!--@page 03_qlora-->", f"[Chapter 3]({portable.SITE}/03_qlora.html)<!--@page 03_qlora-->"),
         ("(at 3%<!--=share-->)", "(at 14.4\u00a0GB<!--=share-->)"),
         ("**<!--=share-->**", "**14.4\u00a0GB<!--=share-->**"),
@@ -162,6 +165,27 @@ def test_the_site_gets_sphinx_own_numbers_and_labels(book):
     assert made[5]["metadata"]["mystnb"]["figure"] == {"caption": "The loss.", "name": "fig-loss"}
     assert made[6]["source"] == "See [Section 2.1](#sec-why), 3, {eq}`eq-one`."
     assert "figure" not in figure["metadata"]["mystnb"] or len(made) == 7
+
+
+def test_the_site_gets_the_directive_in_place_of_its_link():
+    made = portable.markdown_for_site
+    assert made("appendix", "A\n\n[b](c)<!--@made rows\nd: e-->\n\nF") == "A\n\n```{rows}\nd: e\n```\n\nF"
+    assert made("appendix", "[b](c)<!--@made rows-->") == "```{rows}\n```"
+    assert made("appendix", "In [Section 2.1: Why](u)<!--@title sec-why-->.") == "In [Section 2.1: Why](#sec-why)."
+
+
+RUN = '[run]\ncpu = "two cores"\nseconds_cpu = 12.4\nmemory_gb = 1.23\n'
+
+
+def test_pages_may_name_what_a_chapters_run_took(tmp_path):
+    (tmp_path / "facts").mkdir()
+    (tmp_path / "facts" / "02_lora.toml").write_text(RUN + 'gpu = "H100"\nseconds_gpu = 7\n')
+    (tmp_path / "facts" / "03_qlora.toml").write_text(RUN)
+    (tmp_path / "facts" / "practice.toml").write_text(RUN)
+    assert portable.runs(tmp_path) == {
+        "run-02-cpu": "12 s", "run-02-memory": "1.2 GB", "run-02-gpu": "7 s", "run-gpu": "H100",
+        "run-03-cpu": "12 s", "run-03-memory": "1.2 GB",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", sorted(BOOK.glob("*.ipynb")), ids=lambda path: path.stem)

@@ -1,16 +1,22 @@
 """Every notebook of the book keeps the rules of rules.py and lies in its stored form."""
 
+import io
 import re
 import tomllib
 from pathlib import Path
 
+import matplotlib.image
 import normalise
 import portable
 import pytest
+import refresh
 import rules
 import typed_numbers
 
+from peftlab import memory
 from peftlab.commands import doctor
+from peftlab.kit.figures import block
+from peftlab.kit.figures.style import png
 from peftlab.optional import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +27,7 @@ CHAPTERS = [path for path in NOTEBOOKS if path.parent == BOOK and re.match(r"\d\
 # those that rules.no_typed_numbers holds
 BOUND = [path for path in CHAPTERS if path.name[:2] in ("01", "04", "05", "06")]
 FACTS, PAGES = sorted(BOOK.glob("facts/*.toml")), sorted(BOOK.glob("*.md"))
+WITHOUT_CODE = [*PAGES, ROOT / "README.md"]
 MOST_MISSED = 0.05
 
 
@@ -109,13 +116,46 @@ def test_a_number_that_loses_its_mark_is_found(path):
     assert tried and len(missed) <= MOST_MISSED * tried, missed
 
 
-@pytest.mark.parametrize("path", FACTS + PAGES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FACTS + WITHOUT_CODE, ids=lambda path: path.stem)
 def test_every_value_that_facts_and_pages_name_is_stored(path, notebooks):
     values = portable.values_of_all(notebooks.values())
+    if path in WITHOUT_CODE:
+        values |= portable.runs(BOOK)
     text = path.read_text(encoding="utf-8")
     assert {found["name"] for found in portable.VALUE.finditer(text)} <= set(values)
-    if path in PAGES:
+    if path in WITHOUT_CODE:
         assert portable.Book.read(BOOK).fill(path.stem, text, values) == text, "run: make prose"
+
+
+@pytest.mark.parametrize("path", WITHOUT_CODE, ids=lambda path: path.stem)
+def test_a_page_without_code_reads_plainly_on_github(path):
+    text = path.read_text(encoding="utf-8")
+    assert list(portable.raw_markup(text)) == []
+    for address in re.findall(r"\]\(((?!\w+:|#)[^)]+)\)", portable.FENCE.sub("", text)):
+        assert (path.parent / address.partition("#")[0]).exists(), address
+
+
+@pytest.mark.parametrize("path", [BOOK / "start_here.md", ROOT / "README.md"], ids=lambda path: path.stem)
+def test_the_table_of_chapters_says_what_the_facts_say(path):
+    row = re.compile(r"^\| \[?(\d)[ |\[]+([^\]]+)\]\((?:book/)?(\w+)\.ipynb\)(?: \||:) ([^|]+) \|", re.MULTILINE)
+    rows = row.findall(path.read_text(encoding="utf-8"))
+    facts = {facts.stem: tomllib.loads(facts.read_text(encoding="utf-8")).get("chapter") for facts in FACTS}
+    expected = [(str(f["number"]), f["title"], page, f["question"]) for page, f in facts.items() if f]
+    assert rows == expected and len(rows) == len(CHAPTERS)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=title)
+def test_the_drawings_of_a_page_are_those_that_code_draws(path):
+    for name, method in refresh.DRAWING.findall(path.read_text(encoding="utf-8")):
+        drawn, stored = (matplotlib.image.imread(file) for file in (io.BytesIO(png(block(method))), BOOK / name))
+        assert drawn.shape == stored.shape and abs(drawn - stored).mean() < 0.01, "run: make prose"
+
+
+def test_the_readme_counts_right():
+    found = re.search(r"# ([\d,]+) of ([\d,]+) parameters train \(([\d.]+)%\)", (ROOT / "README.md").read_text())
+    trained, whole = (int(number.replace(",", "")) for number in found.groups()[:2])
+    made = memory.count("smollm2-135m", "lora", r=8, targets=["q_proj", "v_proj"])
+    assert (made.trainable, made.total) == (trained, whole) and f"{100 * trained / whole:.4f}" == found[3]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=title)

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import peftlab as pl
-from peftlab.adapters.checkpoint import key_table, placed
+from peftlab.adapters.key_table import key_table, placed
 from peftlab.core.records import unwrap
 
 TOLERANCE = 1e-9

@@ -13,7 +13,7 @@ from test_memory_replay import CONFIGS, replayed
 from transformers import T5Config, T5ForConditionalGeneration
 
 import peftlab as pl
-from peftlab.adapters.checkpoint import placed
+from peftlab.adapters.key_table import placed
 from peftlab.memory import count, load_shape
 from peftlab.methods.adapter import PLACEMENTS
 

@@ -11,7 +11,7 @@ from tiny import examples, llama
 from torch import nn
 
 import peftlab as pl
-from peftlab.adapters.checkpoint import placed
+from peftlab.adapters.key_table import placed
 from peftlab.core.checkpointing import switch_checkpointing
 from peftlab.methods.adapter import PLACEMENTS
 

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import peftlab as pl
-from peftlab.adapters.checkpoint import placed
+from peftlab.adapters.key_table import placed
 
 adapters = pytest.importorskip("adapters")
 

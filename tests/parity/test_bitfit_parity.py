@@ -9,7 +9,7 @@ from test_memory_replay import CONFIGS
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 import peftlab as pl
-from peftlab.adapters.checkpoint import PREFIX, key_table, placed
+from peftlab.adapters.key_table import PREFIX, key_table, placed
 from peftlab.memory import count, load_shape
 
 AUTO = {

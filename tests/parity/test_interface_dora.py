@@ -21,7 +21,7 @@ from test_qlora_parity import bitsandbytes_layers
 from torch import Tensor, nn
 
 import peftlab as pl
-from peftlab.adapters.checkpoint import placed
+from peftlab.adapters.key_table import placed
 from peftlab.catalogue import METHODS
 from peftlab.core.interface import Config, Part, Placement
 from peftlab.core.targets import Targets, find, is_conv1d, linear_shape

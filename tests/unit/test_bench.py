@@ -441,7 +441,7 @@ def test_every_point_of_the_adapters_bench_has_a_config():
     points = adapters.points()
     assert len({bench.key(point) for point in points}) == len(points)
     sections = dict.fromkeys(point["section"] for point in points)
-    assert list(sections) == ["reviews", "news", "desk", "fullsize", "biases", "latency"]
+    assert list(sections) == ["reviews", "news", "labels", "desk", "fullsize", "biases", "latency"]
     for point in points:
         if point["section"] != "latency":
             config = adapters.config_of(point, ["classifier"])

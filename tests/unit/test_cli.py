@@ -283,20 +283,9 @@ def place(tmp_path, monkeypatch):
 
 
 def train_command(data, out, *more):
-    return [
-        "train",
-        "--model",
-        "./tiny",
-        "--data",
-        data,
-        "--out",
-        out,
-        "--lr",
-        "0.05",
-        "--alpha",
-        "32",
-        *map(str, more),
-    ]
+    """A run of LoRA, or of the method that `more` names: it then gives no option of LoRA's own."""
+    of_lora = () if "--method" in more else ("--alpha", "32")
+    return ["train", "--model", "./tiny", "--data", data, "--out", out, "--lr", "0.05", *of_lora, *map(str, more)]
 
 
 def tensors(folder):
@@ -324,6 +313,7 @@ def test_a_run_learns_saves_and_reports(place, capsys, monkeypatch):
     assert re.search(r"^step 120: loss \d\.\d{4}$", err, re.MULTILINE)
     for label in ("trainable", "steps", "final loss", "validation loss", "exact match", "saved", "seconds"):
         assert re.search(rf"^{label} ", out, re.MULTILINE), out
+    assert "saved; testing on 3 examples\n" in err and "adapter in run, " in out
     metrics = json.loads((place / "run" / "metrics.json").read_text())
     assert metrics["test"] == {"examples": 3, "exact_match": 1.0}
     assert metrics["steps"] == 120
@@ -417,8 +407,8 @@ def test_a_method_that_this_model_has_no_place_for_is_one_line(place, capsys):
     status, out, err = run(capsys, *train_command("ask.jsonl", "run", "--method", "bitfit", "--steps", 3))
     assert (status, out) == (2, "") and "has no biases, so BitFit has nothing to train. Use IA3Config" in err
     assert not (place / "run" / "metrics.json").exists()
-    status, _, err = run(capsys, *train_command("ask.jsonl", "run", "--method", "ia3", "--bias", "all"))
-    assert status == 2 and "--bias all has no meaning for ia3" in err
+    status, _, err = run(capsys, *train_command("ask.jsonl", "other", "--method", "ia3", "--bias", "all", "--steps", 1))
+    assert status == 0 and "--bias: no option of the method ia3" in err
     # and the folder is free for the next try
     assert run(capsys, *train_command("ask.jsonl", "run", "--method", "ia3", "--steps", 3))[0] == 0
 
@@ -530,3 +520,24 @@ def test_a_real_ctrl_c_is_one_line():
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=HUNG_SECONDS)
     assert (process.returncode, err) == (130, "peftlab: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    "command, told",
+    [
+        ("count llama-2-7b --method prefix --r 8", "--r: no option of the method prefix, so it changes nothing"),
+        ("memory llama-2-7b --method PROMPT --targets q_proj", "--targets: no option of the method prompt"),
+        ("memory gpt2 --method full --virtual-tokens 3 --r 4", "--r, --virtual-tokens: no .* full, .* Its own: none."),
+        ("count bert-base --method lora --reduction-factor 4", "Its own: --r, --targets, --bias."),
+    ],
+)
+def test_an_option_of_another_method_is_told(command, told, capsys):
+    status, _, err = run(capsys, *command.split())
+    assert status == 0 and err.count("\n") == 1 and re.search(told, err)
+    assert run(capsys, *command.partition(" --")[0].split(), "--method", "lara", "--r", "8")[0] == 2
+
+
+def test_the_method_decides_the_defaults_of_its_options(capsys):
+    for given in ([], ["--r", "8"]):
+        assert "4,194,304" in run(capsys, "count", "llama-2-7b", *given)[1]
+    assert "vera, r = 256" in run(capsys, "count", "llama-2-7b", "--method", "vera")[1]

@@ -271,3 +271,28 @@ def test_near_matches_are_spellings_and_parts():
     assert near_matches("lroa", ["lora", "qlora", "full"])[0] == "lora"
     assert near_matches("llama", ["llama-2-7b", "gpt2"]) == ["llama-2-7b"]
     assert near_matches("zzzz", ["lora"]) == []
+
+
+@pytest.mark.parametrize("method", ["bitfit", "houlsby", "pfeiffer", "parallel"])
+@pytest.mark.parametrize("targets", [["query"], ["attention.output.dense", "value"]], ids=["query", "two"])
+def test_targets_count_as_what_is_attached(method, targets):
+    """A method whose usual places are its own stands on the named modules instead."""
+    from transformers import BertConfig, BertModel
+
+    import peftlab as pl
+    from peftlab.catalogue import METHODS
+
+    settings = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=50)
+    config = BertConfig(**settings)
+    model = BertModel(config)
+    row = METHODS[method]
+    pl.attach(model, row.config_class()(**row.fixed, target_modules=targets))
+    counted = count({**config.to_dict(), "architectures": ["BertModel"]}, method, targets=targets)
+    assert counted.trainable - counted.head == pl.count_parameters(model).trainable
+
+
+def test_targets_that_a_method_cannot_use_are_refused():
+    with pytest.raises(PeftLabError, match="takes 768 and gives 3072"):
+        count("bert-base", "parallel", targets=["intermediate.dense"])
+    with pytest.raises(PeftLabError, match="The targets of bitfit have no biases in llama-2-7b"):
+        count("llama-2-7b", "bitfit", targets=["q_proj"])

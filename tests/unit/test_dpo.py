@@ -1,4 +1,4 @@
-"""An attached model with its adapters disabled is its own reference for DPO, as README.md shows."""
+"""An attached model with its adapters disabled is its own reference for DPO, as the page on other tools shows."""
 
 import functools
 import re
@@ -11,7 +11,7 @@ import torch
 
 import peftlab as pl
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "book" / "appendix_other_tools.md"
 CONFIGS = {
     "lora": lambda: pl.LoRAConfig(r=4, init="random"),
     "dropout": lambda: pl.LoRAConfig(r=4, init="random", dropout=0.5),
@@ -25,8 +25,8 @@ CONFIGS = {
 
 @pytest.fixture(scope="module")
 def recipe():
-    """What the section of README.md defines."""
-    section = README.read_text(encoding="utf-8").partition("## With other training code")[2].partition("\n## ")[0]
+    """What the page's sections on DPO define."""
+    section = PAGE.read_text(encoding="utf-8").partition("\n## DPO without")[2]
     names = {"torch": torch, "pl": pl}
     blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert len(blocks) == 2

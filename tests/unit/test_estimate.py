@@ -332,13 +332,28 @@ def test_an_enlarged_bias_has_a_gradient_of_its_own_size():
 def test_the_table_and_the_json(capsys):
     assert cli.main("memory gpt2 --method lora --r 4 --batch 2 --card T4".split()) == 0
     table = capsys.readouterr().out
-    for word in ("peak", "activations", "optimiser states", "GiB", "fits on", "batches up to", "left aside"):
+    for word in ("peak", "activations", "optimiser states", "GiB", "fits on", "With the margin it holds batches up to"):
         assert word in table
     assert cli.main("memory gpt2 --method lora --r 4 --batch 2 --card T4 --json".split()) == 0
     found = json.loads(capsys.readouterr().out)
     expected = estimate("gpt2", "lora", r=4, batch=2)
     assert found["peak_bytes"] == expected.peak_bytes and found["largest_batch"] > 2
     assert sum(found[part] for part in expected.parts) == found["peak_bytes"]
+
+
+@pytest.mark.parametrize(
+    "asked, told",
+    [
+        ("llama-2-7b --method qlora", ["batches up to 4 of 512 tokens,", "or sequences up to 2,233 tokens"]),
+        ("llama-2-7b --method full", ["no batch of 512 tokens,", "and no sequence at all in batches of 1"]),
+        ("llama-2-7b --method qlora --sequence 4096", ["no batch of 4,096 tokens,", "but sequences up to 2,233 "]),
+        ("gpt2 --method lora --batch 50000", ["batches up to ", "but no sequence at all in batches of 50,000"]),
+    ],
+)
+def test_what_a_card_holds_is_told_in_words(asked, told, capsys):
+    assert cli.main(f"memory {asked} --card T4".split()) == 0
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert f"With the margin it holds {told[0]}" in first and second.strip().startswith(told[1])
 
 
 def test_it_needs_no_torch():

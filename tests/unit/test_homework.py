@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "book" / "appendix_teaching.md").read_text(encoding="utf-8")
-COMMAND = re.search(r"For homework.*?```shell\n(.*?)```", GUIDE, re.DOTALL)[1]
+COMMAND = re.search(r"Write the homework copies.*?```shell\n(.*?)```", GUIDE, re.DOTALL)[1]
 
 
 def cells(path):

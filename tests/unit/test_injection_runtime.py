@@ -11,7 +11,7 @@ from tiny import llama
 from torch import nn
 
 import peftlab as pl
-from peftlab.adapters.checkpoint import redundant
+from peftlab.adapters.key_table import redundant
 from peftlab.core.records import unwrap
 
 CONFIG = dict(r=3, alpha=5, target_modules=["up", "down", "head", "embed"], init="random")

@@ -206,6 +206,9 @@ CELLS = [
 VIEW = "application/vnd.jupyter.widget-view+json"
 
 
+one_kernel = pytest.mark.xdist_group("kit kernel")  # tests of one worker share the notebook
+
+
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
     """A notebook with one cell for each piece of the kit, executed in a kernel."""
@@ -220,6 +223,7 @@ def executed(tmp_path_factory):
     return made
 
 
+@one_kernel
 def test_outputs_in_a_kernel(executed):
     outputs = [cell.outputs for cell in executed.cells]
     assert [len(output) for output in outputs] == [0, 1, 1, 1, 1, 1, 1, 1, 0], "each cell has its one output, no stderr"
@@ -238,6 +242,7 @@ def environment():
     return kept | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
 
 
+@one_kernel
 def test_outputs_are_the_same_the_next_time(executed, tmp_path):
     """Strict nbval passes with a widget in the stored outputs and without, and sees a number that has changed."""
     stored = json.loads(json.dumps(executed))

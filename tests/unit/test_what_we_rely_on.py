@@ -832,8 +832,9 @@ PEFT = {
 @pytest.mark.parametrize("name", PEFT)
 def test_fields_of_pefts_configs(name, ours):
     peft = pytest.importorskip("peft")
-    from peftlab.adapters.checkpoint import TARGET_FIELDS, placed, to_fields
+    from peftlab.adapters.config_fields import TARGET_FIELDS, to_fields
     from peftlab.adapters.judging import IDLE
+    from peftlab.adapters.key_table import placed
 
     model = tiny.llama()
     pl.attach(model, PEFT[name]())

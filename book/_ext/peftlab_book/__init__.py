@@ -1,10 +1,8 @@
 """Sphinx extension of the book: tables and lists that are made from book/facts/*.toml and peftlab/results/*.json.
 
-Directives. Only the first two take a body: it describes the drawing in words, and says after which section an exercise
-can be done:
-    {block-drawing}   a transformer block with the place of a method coloured; its argument is the method
+Directives. A page's source names one as `<!--@made claims-table-->` (portable.py), so that no reader outside the site
+sees it raw. Only the first takes a body, which says after which section an exercise can be done:
     {exercise-table}  exercises with their levels and minutes
-    {chapter-table}   chapters with their questions and measured run times
     {claims-table}    claims in circulation: verdict, what is so, the section that shows it
     {facts-glossary}  the terms of all chapters; {term}`LoRA` refers to one
     {questions}       interview questions with folded answers, and an index of them by theme
@@ -15,8 +13,6 @@ ordinary references, which Sphinx checks.
 """
 
 from peftlab_book.directives import (
-    BlockDrawing,
-    ChapterTable,
     ClaimsTable,
     ExerciseTable,
     FactsGlossary,
@@ -26,8 +22,6 @@ from peftlab_book.directives import (
 
 
 def setup(app):
-    app.add_directive("block-drawing", BlockDrawing)
-    app.add_directive("chapter-table", ChapterTable)
     app.add_directive("claims-table", ClaimsTable)
     app.add_directive("exercise-table", ExerciseTable)
     app.add_directive("facts-glossary", FactsGlossary)

@@ -1,6 +1,5 @@
 """The directives. Each builds document nodes; texts from the facts files are parsed as MyST on the way."""
 
-import base64
 import html
 import itertools
 import json
@@ -16,8 +15,6 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 from peftlab.kit import measurements, tables
-from peftlab.kit.figures import block
-from peftlab.kit.figures.style import png
 from peftlab_book.facts import THEMES, load
 
 log = logging.getLogger(__name__)
@@ -78,50 +75,6 @@ class FactsDirective(SphinxDirective):
 
 def _references(labels):
     return ", ".join(f"{{ref}}`{label}`" for label in labels)
-
-
-class BlockDrawing(SphinxDirective):
-    """The drawing of a transformer block with the place of a method coloured; the body describes it in words."""
-
-    required_arguments = 1
-    has_content = True
-
-    def run(self):
-        image = base64.b64encode(png(block(self.arguments[0]))).decode()
-        words = html.escape(" ".join(self.content), quote=True)
-        # in the classes of a notebook's figure, so that the page turns it dark with the others
-        tag = f'<div class="cell_output"><img src="data:image/png;base64,{image}" alt="{words}"></div>'
-        return [nodes.raw("", tag, format="html")]
-
-
-class ChapterTable(FactsDirective):
-    """The chapters and what a run takes. The machines stand once in the headings if they are everywhere the same."""
-
-    def run(self):
-        rows, runs = [], [facts.run for facts in self.facts() if facts.run]
-        where = {kind: {run[kind] for run in runs if kind in run} for kind in ("cpu", "gpu")}
-        same = {kind: machines.pop() if len(machines) == 1 else None for kind, machines in where.items()}
-        for facts in self.facts():
-            if not facts.chapter:
-                continue
-            run = facts.run or {}
-            # the page is looked up by Sphinx: a facts file without a chapter is a warning
-            link = f"{{doc}}`{facts.chapter['title']} </book/{facts.page}>`"
-            rows.append([str(facts.chapter["number"]), f"{link}: {facts.chapter['question']}",
-                         _seconds(run.get("seconds_cpu"), run.get("cpu"), same["cpu"]),
-                         _seconds(run.get("seconds_gpu"), run.get("gpu"), same["gpu"]),
-                         f"{run['memory_gb']:.1f} GB" if "memory_gb" in run else "not measured"])
-        if not rows:
-            return []
-        headings = ["No.", "Chapter", f"Time on {same['cpu'] or 'a CPU'}", f"Time on {same['gpu'] or 'a GPU'}",
-                    "Peak memory"]
-        return [self.table(headings, [6, 44, 18, 18, 14], rows)]
-
-
-def _seconds(seconds, machine, same):
-    if not seconds or not machine:
-        return "not measured"
-    return f"{seconds:.0f} s" if machine == same else f"{seconds:.0f} s ({machine})"
 
 
 class ClaimsTable(FactsDirective):
@@ -245,7 +198,7 @@ def exercises(notebook):
     yield from ((found, None) for found in waiting)
 
 
-MOST_ROWS = 60  # of a section on the page
+MOST_ROWS = 40  # of a section on the page
 
 
 class Measurements(FactsDirective):
@@ -267,14 +220,14 @@ class Measurements(FactsDirective):
 
     def _topic(self, path, results):
         given = results.provenance
-        section = self.section(results.topic, f"measurements-{path.stem}")
+        section = self.section(path.stem, f"measurements-{path.stem}")
         versions = ", ".join(f"{name} {version}" for name, version in sorted(given["versions"].items()))
         facts = [("GPU", given.get("gpu")), ("CPU", given.get("cpu")), ("Versions", versions), ("Date", given["date"]),
                  ("Rows", f"{len(results)}, in {{download}}`{path.name} </{RESULTS}/{path.name}>`")]
         section += self.parsed("\n".join(f"- {name}: {value}" for name, value in facts if value)
                                + f"\n\nTo repeat it:\n\n```shell\n{given['command']}\n```")
         for name, rows in self._parts(results):
-            section += nodes.raw("", self._folded(results.topic, name, rows), format="html")
+            section += nodes.raw("", self._folded(path.stem, name, rows), format="html")
         return section
 
     @staticmethod
@@ -286,13 +239,13 @@ class Measurements(FactsDirective):
         return parts.items()
 
     @staticmethod
-    def _folded(topic, name, rows):
+    def _folded(file, name, rows):
         """A part's rows under its name, in a table without columns that say the same in each row."""
         shown = rows[:MOST_ROWS]
         same = {key: value for key, value in rows[0].items() if all(row.get(key, ...) == value for row in rows)}
         varied = [{key: value for key, value in row.items() if key not in same} for row in shown]
         told = ", ".join(f"{key} {value}" for key, value in same.items() if key != "section")
-        table = tables.as_html(*tables.lay_out(varied), caption=f"{topic}: {name}") if any(varied) else ""
+        table = tables.as_html(*tables.lay_out(varied), caption=f"{file}: {name}") if any(varied) else ""
         more = f"<p>The first {len(shown)} of {len(rows)} rows; the others are in the file.</p>" * (rows != shown)
         summary = f"<summary>{html.escape(name)} ({len(rows)} row{'s' * (len(rows) != 1)})</summary>"
         return f"<details>{summary}\n<p>{html.escape(told)}</p>\n{table}\n{more}</details>"

@@ -105,8 +105,15 @@ def ia3(shape: Shape, options: Options) -> Trained:
 
 
 def bitfit(shape: Shape, options: Options) -> Trained:
-    """List BitFit's (Ben Zaken et al. 2022, section 3): every bias of the body, with those of norms. Adds nothing."""
-    own = _biases(_body(shape))
+    """List BitFit's (Ben Zaken et al. 2022, section 3): every bias of the body, with those of norms. Adds nothing.
+
+    With targets it lists the biases of these modules alone.
+    """
+    own = _biases(_body(shape) if options.targets is None else shape.match(options.targets))
+    if not own and options.targets is not None:
+        raise PeftLabError(
+            f"The targets of bitfit have no biases in {shape.name}. Leave targets out for every bias, or name others."
+        )
     if not own:
         raise PeftLabError(
             f"{shape.name} has no biases, so bitfit has nothing to train. Use ia3, which trains about as few "
@@ -167,20 +174,28 @@ def houlsby(shape: Shape, options: Options) -> Trained:
     One follows the attention and one the feed-forward. m = d / reduction factor, rounded down. The adapters have no
     layer norms. There is none after the cross-attention of a T5 decoder.
     """
-    return _bottlenecks(shape, options, FAMILIES[shape.family].outputs)
+    return _bottlenecks(shape, options, "houlsby", FAMILIES[shape.family].outputs)
 
 
 def pfeiffer(shape: Shape, options: Options) -> Trained:
     """List one adapter per block, after the feed-forward (Pfeiffer et al. 2021, AdapterFusion): 2 d m + m + d."""
-    return _bottlenecks(shape, options, FAMILIES[shape.family].outputs[1:])
+    return _bottlenecks(shape, options, "pfeiffer", FAMILIES[shape.family].outputs[1:])
 
 
 def parallel(shape: Shape, options: Options) -> Trained:
     """One adapter a block, beside the feed-forward (He et al. 2022, section 3.3): the size of Pfeiffer's.
 
-    It reads what the feed-forward reads; the path is that of the projection to whose output it adds.
+    It reads what the feed-forward reads; the path is that of the projection to whose output it adds. Beside a module
+    that `targets` names it reads that module's input, which must be as wide as its output.
     """
-    return _bottlenecks(shape, options, FAMILIES[shape.family].outputs[1:])
+    found = _bottlenecks(shape, options, "parallel", FAMILIES[shape.family].outputs[1:])
+    for module in found.adapted if options.targets is not None else ():
+        if module.inputs != module.outputs:
+            raise PeftLabError(
+                f"A parallel adapter reads and writes vectors of one width; {module.path} of {shape.name} takes "
+                f"{module.inputs} and gives {module.outputs}. Name other targets, or use pfeiffer."
+            )
+    return found
 
 
 def _low_rank(
@@ -259,12 +274,16 @@ def _dense(path: str, layers: Iterable[tuple[str, int, int]]) -> Iterator[Added]
         yield Added(path, f"{name}.bias", (outputs,))
 
 
-def _bottlenecks(shape: Shape, options: Options, places: Iterable[str]) -> Trained:
-    """List an adapter, d -> m -> d with biases, at each of `places` in every block: 2 d m + m + d elements each."""
+def _bottlenecks(shape: Shape, options: Options, method: str, places: Iterable[str]) -> Trained:
+    """List an adapter, d -> m -> d with biases, at each of `places` in every block: 2 d m + m + d elements each.
+
+    If `options` names targets, the adapters stand there instead.
+    """
     # Match the whole rest of the path, because in BERT "attention.output.dense" also ends with "output.dense".
     place = re.compile("|".join(places))
     blocks = _blocks(shape).items()
-    adapted = [module for path, block in blocks for module in block if place.fullmatch(module.path[len(path) + 1 :])]
+    usual = [module for path, block in blocks for module in block if place.fullmatch(module.path[len(path) + 1 :])]
+    adapted = usual if options.targets is None else linear_targets(shape, options.targets, method)
     added: list[Added] = []
     for module in adapted:
         d = module.outputs

@@ -1,0 +1,127 @@
+"""The table of keys: under which name each parameter of an adapter lies in Hugging Face peft's file.
+
+Each part of an adapter says the key of each of its parameters. Saving reads the table forwards and loading reads it
+backwards, so the two cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftlab.adapters.integrity import base_tensor
+from peftlab.core.hooks import adapters_on, base_modules, hosts
+from peftlab.core.interface import Placement
+from peftlab.core.records import as_transformer
+from peftlab.core.sharding import whole
+from peftlab.core.targets import names_match
+from peftlab.errors import PeftLabError
+
+PREFIX = "base_model.model."
+
+
+def placed(root: nn.Module, name: str) -> list[Placement]:
+    """Return the parts of an attached adapter and where they stand, in the model's order."""
+    return [
+        Placement(path, part_name, part)
+        for path, host in hosts(root)
+        if name in adapters_on(host)
+        for part_name, part in adapters_on(host).parts_of(name).items()
+    ]
+
+
+def sampled(placements: Iterable[Placement]) -> tuple[list[str], list[str]]:
+    """Return (modules whose weights fingerprint the base, modules replaced by trained copies)."""
+    copied = [placement.path for placement in placements if placement.name == "copy"]
+    return [placement.path for placement in placements], copied
+
+
+def key_table(placements: Iterable[Placement]) -> dict[str, Tensor]:
+    """Return the one table: {key in Hugging Face's file: our parameter, or the output of an encoder}."""
+    table: dict[str, Tensor] = {}
+    for path, _, part in placements:
+        for own, keys in part.keys.items():
+            owner, _, parameter_name = own.rpartition(".")
+            parameter = getattr(part.get_submodule(owner), parameter_name)
+            for key in (keys,) if isinstance(keys, str) else keys:
+                if parameter is not None:
+                    table[key.format(path=PREFIX + path, root=PREFIX, module=path)] = parameter
+    return table
+
+
+def encoder_table(placements: Iterable[Placement]) -> dict[str, nn.Parameter]:
+    """Return {key in the second file: our parameter}, for what Hugging Face's format leaves out."""
+    return {key: part.get_parameter(own) for _, _, part in placements for own, key in part.encoder_keys.items()}
+
+
+def check_keys(
+    root: nn.Module, folder: Path, fields: Mapping, table: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> None:
+    """Require exactly the keys that the config implies for this model, in the right shapes."""
+    trained_on = fields.get("base_model_name_or_path") or "an unnamed base"
+    origin = f" The adapter was trained on {trained_on!r}; this model is {base_name(root) or type(root).__name__!r}."
+    missing = [key for key in table if key not in tensors]
+    if missing:
+        raise PeftLabError(f"{folder} lacks {len(missing)} of {len(table)} keys, the first {missing[0]!r}." + origin)
+    extra = [key for key in tensors if key not in table and not redundant(root, key, tensors)]
+    if extra:
+        raise PeftLabError(f"{folder} has {len(extra)} keys without a place here, the first {extra[0]!r}." + origin)
+    for key, parameter in table.items():
+        if tensors[key].shape != parameter.shape:
+            raise PeftLabError(
+                f"{key!r} has shape {tuple(tensors[key].shape)}; this model needs {tuple(parameter.shape)}." + origin
+            )
+
+
+def redundant(root: nn.Module, key: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Say whether a key only repeats what the model holds already.
+
+    Hugging Face peft saves the base's own weight beside an adapted embedding. With bias="all" it also saves the inside
+    of its wrapper around a module trained in full.
+    """
+    twin = key.replace(".modules_to_save.", ".")
+    if twin != key:
+        return twin in tensors and torch.equal(tensors[twin], tensors[key])
+    path = key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
+    module, _, name = path.rpartition(".")
+    own = base_tensor(root, module, name) if module in base_modules(root) else None
+    if own is None or own.shape != tensors[key].shape:
+        return False
+    # The base may have been loaded in another dtype, so the two are compared in the coarser dtype.
+    dtype = min(own.dtype, tensors[key].dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(tensors[key].to(dtype), whole(own).detach().cpu().to(dtype))
+
+
+def embedding_copies(root: nn.Module, fields: Mapping[str, Any], placements: list[Placement]) -> dict[str, Tensor]:
+    """Return the base's weights that Hugging Face peft saves beside adapted embeddings.
+
+    Its rule: the targets name `embed_tokens` or `lm_head`. A vocabulary that was lengthened before training then
+    travels with the adapter.
+    """
+    targets, names = fields.get("target_modules") or (), ("embed_tokens", "lm_head")
+    if isinstance(targets, str):
+        paths = (path for path in base_modules(root) if path.rpartition(".")[2] in names)
+        named = any(names_match(targets, path) for path in paths)
+    else:
+        named = any(name in targets for name in names)
+    if not named or not hasattr(root, "get_input_embeddings"):
+        return {}
+    model = as_transformer(root)
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    copies = {}
+    for path, part_name, _ in placements:
+        if part_name not in ("bias", "copy") and any(root.get_submodule(path) is layer for layer in embeddings):
+            weight = base_tensor(root, path, "weight")
+            assert weight is not None
+            copies[f"{PREFIX}{path}.base_layer.weight"] = whole(weight).detach().cpu().contiguous().clone()
+    return copies
+
+
+def base_name(root: nn.Module) -> str | None:
+    """Return the base's name or path, as transformers knows it."""
+    config = getattr(root, "config", None)
+    return getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None) or None
