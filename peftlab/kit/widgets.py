@@ -14,6 +14,7 @@ from html import escape
 from typing import Any
 
 from peftlab import memory
+from peftlab.catalogue import METHODS
 from peftlab.checks import checked
 from peftlab.errors import PeftLabError
 from peftlab.kit import figures
@@ -122,7 +123,7 @@ def memory_calculator(shape: str = "llama-2-7b", r: int = 16) -> None:
 
     rows, methods = [], ("full", "lora", "qlora", "ia3")
     for method in methods:
-        targets = None if method == "ia3" else "all-linear"
+        targets = "all-linear" if METHODS[method].takes("r") else None  # the others stand in places of their own
         for tokens in (256, 1024, 4096, 16384):
             found = memory.estimate(shape, method, r=r, targets=targets, sequence=tokens, checkpointing=True)
             rows.append({"tokens": tokens, "GB": found.peak_bytes / 1e9, "method": method})
@@ -132,7 +133,7 @@ def memory_calculator(shape: str = "llama-2-7b", r: int = 16) -> None:
 
 
 def _memory_answer(run: dict[str, Any]) -> str:
-    run = run | {"targets": None if run["method"] == "ia3" else "all-linear"}
+    run = run | {"targets": "all-linear" if METHODS[run["method"]].takes("r") else None}
     try:
         found = memory.estimate(**run)
     except PeftLabError as error:

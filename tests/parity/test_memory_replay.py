@@ -53,7 +53,7 @@ def adapter(method, shape, r, tokens):
 def replayed(shape, method, *, batch, sequence, bytes, checkpointing=False, autocast=False, fused=True, r=8, tokens=20,
              contiguous_bias=True, targets=ALL):
     """Bytes above the parameters, at the most, of forward and of backward, in the second of two steps."""
-    targets = None if method == "ia3" else targets
+    targets = targets if METHODS[method].takes("r") else None  # the others stand in places of their own
     trained = trained_by(method, shape, Options(r=r, targets=targets, virtual_tokens=tokens))
     run = Run(shape, method, trained, Recipe(
         batch=batch, sequence=sequence, weight_bytes=bytes, adapter_bytes=4, autocast=autocast,

@@ -47,3 +47,11 @@ def test_calculator(shown):
         for name in widgets.TARGETS:
             model.value, layers.value = shape, name  # every choice has an answer
     assert [line.get_label() for line in figure.axes[0].lines] == list(widgets.TARGETS)
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "houlsby", "bitfit"])
+def test_the_calculator_gives_targets_to_the_low_rank_methods_alone(method):
+    """The others stand in places of their own, which targets would move."""
+    run = dict(shape="bert-base", method=method, sequence=128)
+    usual = memory.estimate(**run, targets="all-linear" if method == "lora" else None)
+    assert memory.format_bytes(usual.peak_bytes) in widgets._memory_answer(run)
