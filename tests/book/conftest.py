@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import json
 import os
 import threading
 from html.parser import HTMLParser
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from browser import Browser, find_chromium
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT / "_build" / "html"
@@ -39,11 +41,22 @@ class PageReader(HTMLParser):
 
 
 @pytest.fixture(scope="session")
-def build():
-    """The outcome of rendering the book anew: (exit status, output, seconds)."""
+def build(tmp_path_factory):
+    """The outcome of rendering the book anew: (exit status, output, seconds).
+
+    These tests belong to one worker. Should two workers have some of them all the same, the second waits and takes the
+    first one's book: two builds in one folder break each other.
+    """
     import build_book
 
-    return build_book.build()
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return build_book.build()
+    shared = tmp_path_factory.getbasetemp().parent  # of all workers of this run
+    outcome = shared / "book.json"
+    with FileLock(shared / "book.lock"):
+        if not outcome.is_file():
+            outcome.write_text(json.dumps(build_book.build()), encoding="utf-8")
+    return tuple(json.loads(outcome.read_text(encoding="utf-8")))
 
 
 @pytest.fixture(scope="session")
