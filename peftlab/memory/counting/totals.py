@@ -68,9 +68,9 @@ def count(
         shape: a built-in name, the path of a `config.json` or of its folder, or a `Shape`.
         method: a method's name, such as `"lora"`; `METHODS` has them all.
         r: the rank of a low-rank update. None takes the method's default in peft (8; AdaLoRA 12, VeRA 256).
-        targets: names, `"all-linear"` or a regular expression (see `Shape.match`), for the LoRA family and IA3. None
-            takes query and value, and for IA3 peft's defaults (mostly keys, values and the down projection; see
-            `methods.ia3`).
+        targets: names, `"all-linear"` or a regular expression (see `Shape.match`), for the LoRA family, IA3, BitFit and
+            the bottleneck adapters. None takes query and value; for IA3 peft's defaults (mostly keys, values and the
+            down projection; see `methods.ia3`), for BitFit every bias, for adapters the places of their papers.
         bias: `"none"`, `"all"` or `"lora_only"`, for the LoRA family.
         virtual_tokens: the length of a prompt or prefix.
         reduction_factor: hidden width / width of a bottleneck adapter.
