@@ -21,9 +21,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 from peftlab.catalogue import METHODS
 from peftlab.checks import checked, number, one_of, whole
-from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.errors import PeftLabError
+from peftlab.memory.counting.families import FAMILIES, of_the_same_name
 from peftlab.memory.counting.methods import method_name, trained_by
-from peftlab.memory.counting.options import Options, Trained
+from peftlab.memory.counting.options import Options, Trained, names_of
 from peftlab.memory.counting.shapes import Shape, load_shape
 from peftlab.memory.counting.totals import count
 from peftlab.memory.replay.step import FORWARD, Recipe, Run
@@ -93,6 +94,7 @@ def estimate(
     *,
     r: int | None = None,
     targets: str | Iterable[str] | None = None,
+    target_parameters: Iterable[str] | None = None,
     bias: str = "none",
     virtual_tokens: int = 20,
     reduction_factor: int = 16,
@@ -159,7 +161,9 @@ def estimate(
     _refuse_what_cannot_run(shape, method, sequence, virtual_tokens)
     if targets is not None and not isinstance(targets, str):
         targets = tuple(targets)
-    options = Options(r, targets, bias, virtual_tokens, reduction_factor, projection)
+    options = Options(
+        r, targets, bias, virtual_tokens, reduction_factor, projection, target_parameters=names_of(target_parameters)
+    )
     trained = trained_by(method, shape, options)
     recipe = Recipe(
         batch=batch,
@@ -185,8 +189,9 @@ def estimate(
     run.close()
     memory = run.memory
     parts = {**memory.at_peak, "workspace": memory.at_peak["workspace"] + CUBLAS_WORKSPACE}
-    counted = count(shape, method, r=r, targets=targets, bias=bias, virtual_tokens=virtual_tokens,
-                    reduction_factor=reduction_factor, projection=projection)  # fmt: skip
+    counted = count(shape, method, r=r, targets=targets, target_parameters=target_parameters, bias=bias,
+                    virtual_tokens=virtual_tokens, reduction_factor=reduction_factor,
+                    projection=projection)  # fmt: skip
     return Estimate(
         shape.name, method, memory.peak + CUBLAS_WORKSPACE, **parts,
         moment=memory.peak_moment, flops=memory.flops - before,
@@ -218,7 +223,14 @@ def _refuse_what_cannot_run(shape: Shape, method: str, sequence: int, virtual_to
     if shape.family not in FORWARD:
         raise PeftLabError(
             f"The activations of {shape.family} models are not known yet; known: {', '.join(FORWARD)}."
-            f"{did_you_mean(shape.family, FORWARD)} Its parameters are: peftlab count {shape.name}."
+            f"{of_the_same_name(shape.family, FORWARD)} Its parameters are: peftlab count {shape.name}."
+        )
+    usual = FAMILIES[shape.family].tasks[0]
+    if shape.task != usual:
+        raise PeftLabError(
+            f"{shape.name} is counted as a {shape.task}, whose activations are not known; known is a {usual}. Take "
+            "architectures out of its configuration, or leave labels (--labels) out for a decoder and give it for an "
+            f"encoder. Its parameters are: peftlab count {shape.name}."
         )
     most = longest(shape, method, virtual_tokens)
     if sequence > most:

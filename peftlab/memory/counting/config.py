@@ -39,10 +39,31 @@ class Config:
             raise PeftLabError(f"{self.source}: {name} must be true or false, not {value!r}.")
         return value
 
-    def share(self, name: str, default: float) -> float:
-        """Return the number under `name`, from 0 to below 1, such as the probability of a dropout."""
+    def share(self, name: str, default: float, most: float | None = None) -> float:
+        """Return the number under `name`, from 0 to below 1 (or up to `most`), such as the probability of a dropout."""
         value = self.values.get(name)
-        return default if value is None else float(number(f"{self.source}: {name}", value, least=0, below=1))
+        if value is None:
+            return default
+        limit = {"below": 1.0} if most is None else {"most": most}
+        return float(number(f"{self.source}: {name}", value, least=0, **limit))
+
+    def count(self, name: str, default: int) -> int:
+        """Return the whole number under `name`, which may be 0."""
+        value = self.values.get(name)
+        return default if value is None else whole(f"{self.source}: {name}", value, least=0, ceiling=MOST_SIZE)
+
+    def numbers(self, name: str) -> list[int] | None:
+        """Return the list of whole numbers under `name`, or None."""
+        value = self.values.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(one, int) for one in value):
+            raise PeftLabError(f"{self.source}: {name} must be a list of whole numbers, found {str(value)[:80]}.")
+        return [int(one) for one in value]
+
+    def with_defaults(self, **defaults: int) -> Config:
+        """Return a configuration in which what is missing has these values."""
+        return Config({**defaults, **{k: v for k, v in self.values.items() if v is not None}}, self.source)
 
     def text(self, name: str, default: str) -> str:
         """Return the string under `name`."""
@@ -58,6 +79,12 @@ class Config:
         if default is None and self.values.get("head_dim") is None and hidden % heads:
             raise PeftLabError(f"{self.source}: hidden_size {hidden} is not a multiple of the {heads} attention heads.")
         return self.size("head_dim", default=default or hidden // heads)
+
+    def divided(self, hidden: int, heads: int) -> int:
+        """Return hidden / heads, the width of a head in a model whose heads have no width of their own."""
+        if hidden % heads:
+            raise PeftLabError(f"{self.source}: the width {hidden} is no multiple of the {heads} attention heads.")
+        return hidden // heads
 
     def refuse(self, name: str) -> None:
         """Refuse an option that adds modules which the tables here do not have."""

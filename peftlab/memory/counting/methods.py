@@ -14,7 +14,8 @@ from dataclasses import replace
 
 from peftlab.catalogue import METHODS, resolve
 from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.memory.counting.families import FAMILIES, Module
+from peftlab.memory.counting.families import FAMILIES
+from peftlab.memory.counting.modules import Module
 from peftlab.memory.counting.options import Added, Options, Trained
 from peftlab.memory.counting.shapes import Shape
 
@@ -207,7 +208,12 @@ def _low_rank(
     classification head, which trains anyway. peft adapts embeddings with LoRA and DoRA alone.
     """
     targets = options.targets
-    adapted = shape.match(targets) if method in ("lora", "dora") else linear_targets(shape, targets, method)
+    if options.target_parameters and method != "lora":
+        raise PeftLabError(f"{method} adapts modules alone, no target_parameters. Use lora.")
+    if method == "lora":
+        adapted = shape.match(targets, parameters=options.target_parameters)
+    else:
+        adapted = shape.match(targets) if method == "dora" else linear_targets(shape, targets, method)
     unfrozen = {"none": (), "lora_only": adapted, "all": _body(shape)}
     added = tuple(tensor for module in adapted for tensor in tensors(module, rank_of(options)))
     return Trained(added, _biases(unfrozen[options.bias]), adapted)
@@ -220,8 +226,11 @@ def rank_of(options: Options) -> int:
 
 
 def _pair(m: Module, r: int) -> list[Added]:
-    """Return A, (r, d_in), and B, (d_out, r). For an embedding, d_in is the number of its rows."""
-    name = "lora_embedding_" if m.kind == "embedding" else "lora_"
+    """Return A, (r, d_in), and B, (d_out, r). For an embedding, d_in is the number of its rows.
+
+    For the experts in one parameter, r is the rank of all of them together.
+    """
+    name, r = "lora_embedding_" if m.kind == "embedding" else "lora_", m.ranks * m.experts * r
     return [Added(m.path, name + "A", (r, m.inputs)), Added(m.path, name + "B", (m.outputs, r))]
 
 
