@@ -274,7 +274,8 @@ def opt(c: Config) -> Decoder:
         affine=c.flag("layer_norm_elementwise_affine", True), before_attention=attention, before_mlp=mlp,
         after_attention=None if first else names[0], after_mlp=None if first else names[1],
         last_norm=names[1] if first and not c.flag("_remove_final_layer_norm") else None, extra=tuple(extra),
-        rotary=None, scaled_queries=True, activation=c.text("activation_function", "relu"), dropout=c.share("dropout", 0.1),
+        rotary=None, scaled_queries=True, activation=c.text("activation_function", "relu"),
+        dropout=c.share("dropout", 0.1),
     )  # fmt: skip
 
 
@@ -286,7 +287,8 @@ def bloom(c: Config) -> Decoder:
         embedding="word_embeddings", blocks="h", attention="self_attention", qkv=("query_key_value",), out="dense",
         up=("dense_h_to_4h",), down="dense_4h_to_h",
         gated=False, qkv_bias=True, out_bias=True, mlp_bias=True, norm="layer", last_norm="ln_f", rotary=None,
-        after_embedding="word_embeddings_layernorm", activation="bloom", cut="copy", slopes=True, sdpa=False, dropout=c.share("hidden_dropout", 0.0),
+        after_embedding="word_embeddings_layernorm", activation="bloom", cut="copy", slopes=True, sdpa=False,
+        dropout=c.share("hidden_dropout", 0.0),
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Mixtures of experts as transformers computes them by default: `experts_implementation="grouped_mm"`.
 
-Every token is copied once for each expert that it takes, the copies are sorted by expert, and one kernel multiplies each
-group by its expert's matrix. The replay assumes this implementation; the others allocate differently.
+Every token is copied once for each expert that it takes, the copies are sorted by expert, and one kernel multiplies
+each group by its expert's matrix. The replay assumes this implementation; the others allocate differently.
 """
 
 from __future__ import annotations

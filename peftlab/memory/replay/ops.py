@@ -299,7 +299,7 @@ def frozen_linear(x: Tensor, outputs: int) -> Tensor:
         g.memory.flops += flops
         return (g.new(shape, bytes).viewed(),)
 
-    return record(x.new((*shape[:-1], outputs)), [x], apply)
+    return record(x.new((*shape[:-1], outputs)), [x], apply, [])
 
 
 def quantised_linear(x: Tensor, outputs: int, inputs: int, compute: int) -> Tensor:
@@ -339,7 +339,7 @@ def embedding(ids: Tensor, weight: Parameter) -> Tensor:
     def apply(g: Tensor, kept: Tensor = ids) -> Gradients:
         return (g.new(weight.shape),)
 
-    return record(output, [weight], apply)
+    return record(output, [weight], apply, [])
 
 
 def embedding_rows(ids: Tensor, table: Parameter) -> Tensor:
@@ -349,7 +349,7 @@ def embedding_rows(ids: Tensor, table: Parameter) -> Tensor:
     def apply(g: Tensor, kept: Tensor = ids) -> Gradients:
         return (g.new(table.shape, table.bytes),)
 
-    return record(output, [table], apply)
+    return record(output, [table], apply, [])
 
 
 def split_halves_rotated(x: Tensor) -> Tensor:
