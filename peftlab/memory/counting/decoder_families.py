@@ -205,7 +205,7 @@ def stablelm(c: Config) -> Decoder:
     parallel = c.flag("use_parallel_residual")
     norms = {"head_norms": ("q_layernorm", "k_layernorm"), "head_norm": "modules"} if c.flag("qk_layernorm") else {}
     return llama(
-        c, usual_groups=32, own_width=False, norm="layer", qkv_bias=c.flag("use_qkv_bias"), out_bias=False,
+        c, usual_groups=32, own_width=False, norm="layer", holds=True, qkv_bias=c.flag("use_qkv_bias"), out_bias=False,
         before_mlp=None if parallel else "post_attention_layernorm", parallel=parallel,
         dropout=c.share("hidden_dropout", 0.0), **_partial(c, 0.25), **norms,
     )  # fmt: skip

@@ -118,6 +118,7 @@ class Decoder:
     capped_scores: bool = False
     wide_scores: bool = False  # whether separate operations compute the scores in float32
     scaled_queries: bool = False
+    holds: bool = False  # whether variables of a block hold the attention and its input to the end
     in_place: bool = False  # whether the attention is added to the feed-forward in place
     cut: str = "slice"  # of one projection for queries, keys and values: see `replay.decoders`
     sdpa: bool = True  # whether transformers has the fused attention for it

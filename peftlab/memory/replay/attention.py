@@ -140,7 +140,7 @@ def with_sinks(scores: Tensor, v: Tensor, style: Style, shape: tuple[int, ...]) 
     joined = ops.minus_largest(joined)
     weights = ops.part(ops.from_result(joined), scores.shape)
     weights = ops.dropout(weights, style.dropout)
-    return ops.copy(matmul(ops.copy(weights), v, shape))
+    return ops.copy(matmul(weights, v, shape))
 
 
 def repeat(x: Tensor, heads: int) -> Tensor:

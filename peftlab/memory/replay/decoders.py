@@ -109,7 +109,13 @@ class Blocks:
             return left(normed(d.after_mlp, self.sparse(i, path, x) if d.sparse(i) else self.mlp(path, x)))
 
         def one_after_the_other(x: Tensor) -> Tensor:
-            x = ops.add(x, attend(normed(d.before_attention, x)))
+            first = normed(d.before_attention, x)
+            mixed = attend(first)
+            if not d.holds:
+                first = x
+            x = ops.add(x, mixed)
+            if not d.holds:
+                del first, mixed
             return ops.add(x, feed(normed(d.before_mlp, x)))
 
         def behind(x: Tensor) -> Tensor:  # the norm comes after the sum, as in OPT-350m

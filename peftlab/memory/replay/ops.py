@@ -283,7 +283,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         g.memory.flops += flops * (needs + weight.needs_grad)
         of_bias = g.new(bias.shape) if bias is not None and bias.needs_grad else None
         of_x = g.new(shape, bytes).viewed() if needs else None  # the product flattens (b, s, h)
-        of_weight = g.new(weight.shape, weight.bytes) if weight.needs_grad else None
+        of_weight = g.new(weight.shape, weight.bytes).viewed() if weight.needs_grad else None  # it is transposed
         return of_x, of_weight, of_bias
 
     edges = [x, weight, x.detach() if bias is None else bias]  # a detached tensor has no gradient
