@@ -6,6 +6,7 @@ dropout as one kernel with a mask of bytes.
 """
 
 import weakref
+from contextlib import nullcontext
 
 import peft
 import torch
@@ -117,6 +118,11 @@ def dropout(x, p=0.5, training=True, inplace=False):
     return torch.native_dropout(x, p, True)[0] if p and training else x
 
 
+def autocast_anywhere(device_type, *args, real=torch.autocast, **options):
+    """The meta device has no autocast, which peft switches off around the weights of experts."""
+    return nullcontext() if device_type == "meta" else real(device_type, *args, **options)
+
+
 def measure(
     config,
     kind,
@@ -136,6 +142,7 @@ def measure(
     """
     monkeypatch.setattr(masks, "find_packed_sequence_indices", lambda *args, **options: None)
     monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
+    monkeypatch.setattr(torch, "autocast", autocast_anywhere)
     config = AutoConfig.for_model(**{**config, "use_cache": False})
     config.decoder_start_token_id = 0  # asked for by T5
     config._attn_implementation = attention

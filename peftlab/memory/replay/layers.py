@@ -29,6 +29,9 @@ def lora(net: Net, path: str, own: Own) -> None:
     if net.modules[path].kind == "embedding":
         _embedding_lora(net, path, own)
         return
+    if net.modules[path].kind in ("experts", "router"):
+        _parameter_lora(net, path, own)
+        return
     ours = net.recipe.library == "peftlab"
     quantised = path in net.quantised and not ours
 
@@ -58,6 +61,27 @@ def _embedding_lora(net: Net, path: str, own: Own) -> None:
         return ops.cast(ops.add(result, ops.scale(net.product(chosen, own["lora_embedding_B"]))), bytes)
 
     net.layers[path] = call
+
+
+def _parameter_lora(net: Net, path: str, own: Own) -> None:
+    """Replay W + s B A in the place of a parameter, for peft's `ParamWrapper`.
+
+    The sum is as large as all experts together. It lives until the experts have run, and for the backward pass.
+    """
+    weight = net.weights[path]
+
+    def folded() -> Tensor:
+        return ops.folded(weight, ops.cast(own["lora_A"], weight.bytes), ops.cast(own["lora_B"], weight.bytes))
+
+    def router(x: Tensor) -> Tensor:
+        update = ops.scale(ops.outer(own["lora_A"], own["lora_B"], weight.shape))
+        whole = ops.add(weight, ops.cast(update, weight.bytes))
+        return net.product(x, whole, net.biases.get(path))
+
+    if net.modules[path].kind == "experts":
+        net.parameters_with_more[path] = folded
+    else:
+        net.layers[path] = router
 
 
 def dora(net: Net, path: str, own: Own) -> None:

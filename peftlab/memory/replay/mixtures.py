@@ -58,7 +58,6 @@ def experts(
     assert e is not None
     tokens, hidden = flat.shape
     rows = tokens * e.per_token
-    up, down = net.expert_weight(at + "gate_up_proj"), net.expert_weight(at + "down_proj")
     order = [flat.new((rows,), ops.INT64) for _ in range(4)]  # the experts, sorted, the permutation, its inverse
 
     def bias(name: str) -> Tensor | None:
@@ -70,6 +69,7 @@ def experts(
 
     taken = ops.rows_of(flat, rows, order[0])
     weights = ops.rows_of(shares.view(rows, 1), rows, order[1])
+    up = net.expert_weight(at + "gate_up_proj")
     both = ops.grouped_product(taken, up)
     biases = bias("gate_up_proj_bias")  # the name keeps these rows alive up to the next product
     if biases is not None:
@@ -80,6 +80,7 @@ def experts(
         gate, other = ops.halves(both)
         inner = ops.mul(activate(gate), other)
         del gate, other
+    down = net.expert_weight(at + "down_proj")
     both = ops.grouped_product(inner, down)
     del inner
     biases = bias("down_proj_bias")

@@ -518,3 +518,23 @@ def minus_column(x: Tensor, column: Tensor) -> Tensor:
     """Replay x - column, where the column is broadcast over x: its gradient is summed."""
     shape, needs = column.shape, (x.needs_grad, column.needs_grad)
     return record(x.new(), [x, column], lambda g: (g if needs[0] else None, g.new(shape) if needs[1] else None))
+
+
+def folded(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Replay baddbmm: a frozen weight plus the products of two stacks of factors, which are kept."""
+    sizes = a.shape, b.shape
+
+    def apply(g: Tensor, kept: tuple = (a, b)) -> Gradients:
+        return g.new(sizes[0]), g.new(sizes[1])
+
+    return record(weight.new(), [a, b], apply, [a, b])
+
+
+def outer(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Replay B A of two parameters, each of which is kept for the gradient of the other."""
+    sizes = a.shape, b.shape
+
+    def apply(g: Tensor, kept: tuple = (a, b)) -> Gradients:
+        return g.new(sizes[0]), g.new(sizes[1])
+
+    return record(a.new(shape), [a, b], apply, [])
