@@ -69,7 +69,7 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask):
         batch, heads, length, width = q.shape
-        output = q.new_empty(batch, length, heads, width).transpose(1, 2)
+        output = torch.empty_like(q) if mask is None else q.new_empty(batch, length, heads, width).transpose(1, 2)
         ctx.save_for_backward(q, k, v, mask, output, q.new_empty(batch, heads, length, dtype=torch.float32))
         return output
 

@@ -465,14 +465,15 @@ def _window(
 
 
 def _partial(c: Config, usual: float, name: str = "partial_rotary_factor") -> dict[str, Any]:
-    """Return how much of a head is rotated."""
+    """Return how much of a head is rotated, in families that join it to the rest with torch.cat, even to nothing."""
+    joined = {"joined": True}
     rope = c.values.get("rope_parameters") or c.values.get("rope_scaling")
     inside = rope.get("partial_rotary_factor") if isinstance(rope, dict) else None
     share = Config({"share": inside if inside is not None else c.values.get(name)}, c.source).share("share", usual, 1)
     if share == 1:
-        return {}
+        return joined
     hidden, heads = c.size("hidden_size"), c.size("num_attention_heads")
-    return {"rotated": int(c.size("head_dim", default=hidden // heads) * share)}
+    return {"rotated": int(c.size("head_dim", default=hidden // heads) * share), **joined}
 
 
 def _rotary_blocks(c: Config) -> frozenset[int]:

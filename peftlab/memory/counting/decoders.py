@@ -102,6 +102,7 @@ class Decoder:
     parallel: bool = False  # attention and feed-forward both read the block's input
     rotary: str | None = "halves"  # "halves", "pairs" (every second element), "chunks" (gpt-oss), or None
     wide_rotary: bool = False  # whether positions are turned in float32
+    joined: bool = False  # whether torch.cat makes the turned queries, so that they lie head by head
     two_tables: bool = False  # whether sliding and full blocks have rotary tables of their own
     slopes: bool = False  # positions as slopes in the scores (ALiBi)
     rotated: int | None = None  # how much of a head is rotated; None: all of it

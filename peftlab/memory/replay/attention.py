@@ -18,6 +18,7 @@ class Style:
     fusible: bool = True  # whether a fused kernel accepts its bias
     capped: bool = False  # whether scores are capped by a tanh
     sinks: bool = False  # whether a logit for each head is joined to the scores, and their maximum subtracted
+    by_head: bool = False  # whether queries lie head by head; the fused kernel's output then does, too, and is copied
     wide_scores: bool = False  # whether the scores are computed in float32
 
 

@@ -77,7 +77,7 @@ class Blocks:
         self.activate = net.activation(d.activation)
         self.style = Style(
             dropout=d.attention_dropout, capped=d.capped_scores, sinks=d.sinks, wide_scores=d.wide_scores,
-            wide_softmax=not d.sinks, fusible=d.cut != "index",
+            wide_softmax=not d.sinks, by_head=d.joined, fusible=d.cut != "index",
         )  # fmt: skip
         self.masked = {i for i in d.sliding if d.window is not None and length >= d.window}
         eager = not net.fused()

@@ -46,6 +46,7 @@ def lora(net: Net, path: str, own: Own) -> None:
         if quantised and not net.autocast:
             update = ops.cast(update, bytes)
         result = ops.add(result, update)
+        del update
         return result if quantised else ops.cast(result, bytes)
 
     net.layers[path] = call
@@ -99,13 +100,15 @@ def dora(net: Net, path: str, own: Own) -> None:
         bytes = x.bytes
         with net.memory.graph(False):
             eye = x.new((inputs, inputs), own["lora_A"].bytes)
-            product = net.product(net.product(eye, own["lora_A"]), own["lora_B"])
+            kept = net.half(eye) if net.autocast else eye  # the graph of B A holds the identity as it is multiplied
+            product = net.product(net.product(kept, own["lora_A"]), own["lora_B"])
+            del eye
             product = ops.cast(product, bytes)
             whole = ops.cast(weight.detach().view(outputs, inputs), bytes)
             scaled = ops.scale(product)
             summed = ops.add(whole, scaled)
             del scaled
-            return whole, product, summed.new((outputs,)), eye
+            return whole, product, summed.new((outputs,)), kept
 
     def call(x: Tensor) -> Tensor:
         result = net.plain(path, x)
@@ -121,7 +124,9 @@ def dora(net: Net, path: str, own: Own) -> None:
         second = ops.scale(ops.mul_vector(update, ratio))
         total = ops.add(first, second)
         del first, second, update, base, held
-        return ops.cast(ops.add(result, total), bytes)
+        result = ops.add(result, total)
+        del total
+        return ops.cast(result, bytes)
 
     net.layers[path] = call
 
@@ -156,7 +161,9 @@ def vera(net: Net, path: str, own: Own) -> None:
         inner = ops.mul_vector(net.frozen_product(x, r), own["vera_lambda_d"])
         update = ops.mul_vector(net.frozen_product(inner, outputs), own["vera_lambda_b"])
         del inner
-        return ops.cast(ops.cast(ops.add(result, update), bytes), before)  # the result has the dtype of the input
+        result = ops.add(result, update)
+        del update
+        return ops.cast(ops.cast(result, bytes), before)  # the result has the dtype of the input
 
     net.layers[path] = call
 

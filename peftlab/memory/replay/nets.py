@@ -314,6 +314,7 @@ class Net:
             mixed = attention.math_attention(q, k, v, bias, style)
         elif bias is None:
             mixed = attention.flash_attention(q, k, v)
+            mixed = ops.copy(mixed) if style.by_head else mixed
         else:
             mixed = attention.flash_attention(q, attention.spread(k, heads), attention.spread(v, heads), bias)
         return mixed.view(batch, length, heads * width)
