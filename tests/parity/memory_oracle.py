@@ -109,6 +109,14 @@ def math(q, k, v, mask, dropout):
     return output.transpose(1, 2).contiguous(), None
 
 
+def plain_sdpa(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
+    """`scaled_dot_product_attention` as Falcon calls it: with a mask of truth values, and one head of keys for all."""
+    bias = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device).masked_fill_(attn_mask.logical_not(), -1.0)
+    if k.shape[1] != q.shape[1]:  # no fused kernel takes this
+        return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, bias, dropout_p, False)[0]
+    return Fused.apply(q, k, v, bias)
+
+
 for name, stand_in in (("fused_stand_in", fused), ("strided_bias", strided_bias)):
     ALL_ATTENTION_FUNCTIONS.register(name, stand_in)
     masks.ALL_MASK_ATTENTION_FUNCTIONS.register(name, lambda *args, **options: None)
@@ -143,6 +151,9 @@ def measure(
     monkeypatch.setattr(masks, "find_packed_sequence_indices", lambda *args, **options: None)
     monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
     monkeypatch.setattr(torch, "autocast", autocast_anywhere)
+    if config["model_type"] == "falcon":  # it does not ask for an attention by name
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", plain_sdpa)
+        attention = "sdpa"
     config = AutoConfig.for_model(**{**config, "use_cache": False})
     config.decoder_start_token_id = 0  # asked for by T5
     config._attn_implementation = attention

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from peftlab.memory.counting.decoders import Decoder
 from peftlab.memory.replay import ops
-from peftlab.memory.replay.attention import Style, split
+from peftlab.memory.replay.attention import Style, matmul, split
 from peftlab.memory.replay.mixtures import mixture
 from peftlab.memory.replay.nets import Net
 from peftlab.memory.replay.positions import Rotary
@@ -139,6 +139,8 @@ class Blocks:
     def attention(self, i: int, at: str, x: Tensor) -> Tensor:
         """Replay the attention of a block, with its projections."""
         net, d = self.net, self.d
+        if d.slopes and not net.fused():
+            return self.sloped(i, at, x)
         q, k, v = self.projected(at, x)
         if d.head_norms:
             q, k = self.head_norms(at, q, k)
@@ -150,6 +152,23 @@ class Blocks:
         mixed = net.attend(q, k, v, self.style, masked=i in self.masked or d.always_masked)
         del q, k, v
         return net.linear(at + d.out, mixed)
+
+    def sloped(self, i: int, at: str, x: Tensor) -> Tensor:
+        """Replay BLOOM's attention in separate operations. Its variables live until the output projection is done."""
+        net, d = self.net, self.d
+        batch, length = x.shape[:2]
+        qkv = net.linear(at + d.qkv[0], x)
+        q, k, v = (ops.copy(ops.part(qkv, (batch, d.heads, length, d.width))) for _ in range(3))
+        k, v = net.extend(i, k, v)
+        if net.autocast:
+            q, k, v = net.half(q), net.half(k), net.half(v)
+        scores = matmul(q, k, (batch, d.heads, length, k.shape[2]))
+        masked = ops.shift(scores)
+        shares = ops.cast(ops.from_result(ops.cast(masked, ops.FLOAT32)), masked.bytes)
+        shares = ops.dropout(shares, d.attention_dropout)
+        mixed = matmul(shares, v, q.shape)
+        merged = ops.copy(mixed).view(batch, length, d.heads * d.width)
+        return net.linear(at + d.out, merged)
 
     def projected(self, at: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (b, heads, s, d), keys and values (b, groups, s, d)."""

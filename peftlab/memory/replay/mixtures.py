@@ -43,7 +43,7 @@ def route(net: Net, d: Decoder, path: str, flat: Tensor) -> Tensor:
     logits = net.linear(path, flat)
     if e.choose_first:  # gpt-oss: the softmax is taken of the chosen scores alone
         return ops.from_result(ops.chosen(logits, e.per_token))
-    scores = ops.from_result(ops.cast(logits, ops.FLOAT32) if e.wide_shares else ops.widened(logits))
+    scores = ops.from_result(ops.cast(logits, ops.FLOAT32))
     shares = ops.chosen(scores, e.per_token)
     if e.normalised:
         shares = ops.add_in_place(shares, shares.detach())

@@ -20,7 +20,7 @@ from peftlab.memory.replay.tape import Memory, Parameter, Tensor, checkpoint, le
 
 # Activations with one kernel for each pass, by what they keep for the backward pass: the input or the result.
 ACTIVATIONS = {
-    "bloom": ops.from_input,
+    "bloom": ops.bloom_gelu,
     "silu": ops.from_input, "swish": ops.from_input, "gelu": ops.from_input, "gelu_pytorch_tanh": ops.from_input,
     "relu": ops.from_result, "tanh": ops.from_result, "sigmoid": ops.from_result,
 }  # fmt: skip

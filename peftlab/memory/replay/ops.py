@@ -227,6 +227,22 @@ def gelu_new(x: Tensor, autocast: bool) -> Tensor:
     return mul(half, shift(from_result(scale(add(x, scale(power))))))
 
 
+def bloom_gelu(x: Tensor) -> Tensor:
+    """Replay BLOOM's GELU, one function of many operations that keeps only x. Its temporary tensors live together."""
+
+    def apply(g: Tensor, kept: Tensor = x) -> Gradients:
+        held = [kept.new() for _ in range(5)]  # tanh, x/2, 1 - tanh^2, and two of the polynomial
+        del held
+        slope = kept.new()
+        result = g.new()
+        del slope
+        return (result,)
+
+    held = [x.new() for _ in range(4)]  # x/2, x sqrt(2/pi), and two of the polynomial
+    del held
+    return record(x.new(), [x], apply, [x])
+
+
 def dropout(x: Tensor, p: float) -> Tensor:
     """Replay dropout: it keeps its mask, one byte per element. Nothing happens at p = 0."""
     if not p:
@@ -436,15 +452,6 @@ def stack_heads(pieces: list[Tensor], shape: tuple[int, ...]) -> Tensor:
 def mul_column(x: Tensor, column: Tensor) -> Tensor:
     """Replay x (n, h) times a column (n, 1). Each is kept for the gradient of the other."""
     return mul_broadcast(x, column)
-
-
-def widened(x: Tensor) -> Tensor:
-    """Replay the input of a softmax in float32, which reads 16 bits itself: there is no copy."""
-    output = x.view(*x.shape)
-    output.node = None
-    output.bytes = FLOAT32
-    before = x.bytes
-    return record(output, [x], lambda g: (_fit(g, before),))
 
 
 def chosen(x: Tensor, count: int) -> Tensor:
