@@ -150,7 +150,7 @@ def smollm3(c: Config) -> Decoder:
 
 def granite(c: Config) -> Decoder:
     """Describe Granite: Llama with scaled embeddings, residuals and logits."""
-    return llama(c, mlp_bias=c.flag("mlp_bias"), scaled_embedding=True, scaled_residual=True, scaled_logits=True)
+    return llama(c, mlp_bias=c.flag("mlp_bias"), scaled_input=True, scaled_residual=True, scaled_logits=True)
 
 
 def cohere(c: Config) -> Decoder:

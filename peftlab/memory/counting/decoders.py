@@ -112,7 +112,8 @@ class Decoder:
     attention_dropout: float = 0.0
     dropout: float = 0.0  # of what a block adds
     embedding_dropout: float = 0.0
-    scaled_embedding: bool = False
+    scaled_embedding: bool = False  # within the embedding, so that a prompt is not scaled
+    scaled_input: bool = False  # behind it
     scaled_residual: bool = False
     scaled_logits: bool = False
     capped_logits: bool = False

@@ -18,6 +18,8 @@ def decoder(net: Net, ids: Tensor) -> Tensor:
     d = layout(net)
     at = f"{d.prefix}."
     x = net.words(at + d.embedding, ids, ops.scale if d.scaled_embedding else None)
+    if d.scaled_input:
+        x = ops.scale(x)
     x = positions(net, d, x)
     if d.after_embedding:
         x = norm(net, d, at + d.after_embedding, x)
