@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peftlab.adapters.integrity import base_tensor
 from peftlab.core.hooks import adapters_on, base_modules, hosts
-from peftlab.core.interface import Placement
+from peftlab.core.interface import BESIDE, Placement
 from peftlab.core.records import as_transformer
 from peftlab.core.sharding import whole
 from peftlab.core.targets import names_match
@@ -114,7 +114,7 @@ def embedding_copies(root: nn.Module, fields: Mapping[str, Any], placements: lis
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
     copies = {}
     for path, part_name, _ in placements:
-        if part_name not in ("bias", "copy") and any(root.get_submodule(path) is layer for layer in embeddings):
+        if part_name not in BESIDE and any(root.get_submodule(path) is layer for layer in embeddings):
             weight = base_tensor(root, path, "weight")
             assert weight is not None
             copies[f"{PREFIX}{path}.base_layer.weight"] = whole(weight).detach().cpu().contiguous().clone()
