@@ -80,13 +80,18 @@ def check_keys(
 def redundant(root: nn.Module, key: str, tensors: Mapping[str, Tensor]) -> bool:
     """Say whether a key only repeats what the model holds already.
 
-    Hugging Face peft saves the base's own weight beside an adapted embedding. With bias="all" it also saves the inside
-    of its wrapper around a module trained in full.
+    Hugging Face peft saves the base's own weight beside an adapted embedding, and beside any adapter whose vocabulary
+    was lengthened. With bias="all" it also saves the inside of its wrapper around a module trained in full.
     """
     twin = key.replace(".modules_to_save.", ".")
     if twin != key:
         return twin in tensors and torch.equal(tensors[twin], tensors[key])
-    path = key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
+    rows = ".token_adapter.trainable_tokens_delta"
+    if key.endswith(rows):  # a tied head's, which are the embedding's own
+        return any(other.endswith(rows) and torch.equal(tensors[other], tensors[key]) for other in tensors if other != key)
+    path = key.removeprefix(PREFIX)
+    for wrapper in (".token_adapter.base_layer.", ".base_layer.", ".original_module."):
+        path = path.replace(wrapper, ".")
     module, _, name = path.rpartition(".")
     own = base_tensor(root, module, name) if module in base_modules(root) else None
     if own is None or own.shape != tensors[key].shape:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from peftlab.adapters.activation import refresh_requires_grad
 from peftlab.adapters.injection import detach, restore_base
+from peftlab.adapters.vocabulary import keep_rows
 from peftlab.checks import checked
 from peftlab.core.calls import observed
 from peftlab.core.hooks import CHILD, Activity, adapters_on, base_modules, hosts
@@ -106,6 +107,7 @@ def merge(model: nn.Module, *, unload: bool = False, requantize: bool = False) -
     if unload:
         record.activity.merged = False  # so that detach leaves the merged weights
         record.backup.clear()
+        keep_rows(root)
         for name in list(record.configs):
             detach(root, name)
     return MergeReport(len(errors), max(errors.values()), errors)

@@ -216,7 +216,7 @@ def _numbers(name: str, given: Any) -> Tokens:
     tokens = tuple(whole(f"a token in {name}", token, least=0) for token in listed)
     if not tokens:
         raise PeftLabError(f"{name} is empty; leave it out, or give the ids of the tokens to train.")
-    twice = next((token for token in tokens if tokens.count(token) > 1), None) if len(set(tokens)) < len(tokens) else None
-    if twice is not None:
+    if len(set(tokens)) < len(tokens):
+        twice = next(token for token in tokens if tokens.count(token) > 1)
         raise PeftLabError(f"{name} holds {twice} twice; name each token once.")
     return tokens
