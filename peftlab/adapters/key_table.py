@@ -88,7 +88,8 @@ def redundant(root: nn.Module, key: str, tensors: Mapping[str, Tensor]) -> bool:
         return twin in tensors and torch.equal(tensors[twin], tensors[key])
     rows = ".token_adapter.trainable_tokens_delta"
     if key.endswith(rows):  # a tied head's, which are the embedding's own
-        return any(other.endswith(rows) and torch.equal(tensors[other], tensors[key]) for other in tensors if other != key)
+        others = (tensor for other, tensor in tensors.items() if other.endswith(rows) and other != key)
+        return any(torch.equal(other, tensors[key]) for other in others)
     path = key.removeprefix(PREFIX)
     for wrapper in (".token_adapter.base_layer.", ".base_layer.", ".original_module."):
         path = path.replace(wrapper, ".")

@@ -21,9 +21,19 @@ from torch import Tensor, nn
 
 from peftlab.checks import check_fields, check_kinds, number, one_of, whole
 from peftlab.core.interface import Part, Placement
-from peftlab.core.records import own_tensor, tensor_at
-from peftlab.core.targets import Targets, by_pattern, check_regex, find, in_any_order, is_conv1d, shape_of
+from peftlab.core.records import own_tensor
+from peftlab.core.targets import (
+    CONVOLUTIONS,
+    Targets,
+    by_pattern,
+    check_regex,
+    find,
+    in_any_order,
+    is_conv1d,
+    shape_of,
+)
 from peftlab.errors import PeftLabError
+from peftlab.methods.lora_conv import LoRAConv, biased, start
 from peftlab.methods.parts import BIAS_MODES, cast, first_input, trained_biases, trained_copies, widened
 from peftlab.methods.tokens import check_tokens, trained_rows
 
@@ -83,13 +93,7 @@ class LoRALinear(Part):
         delta = delta.T if self.transposed else delta
         parameters = {"weight": widened(own_tensor(host, "weight")) + delta}
         if self.lora_B_bias is not None:
-            bias = tensor_at(host, "bias")
-            if bias is None:
-                raise PeftLabError(
-                    "lora_bias cannot be merged into a layer without a bias; keep the adapter unmerged, or train it "
-                    "without lora_bias."
-                )
-            parameters["bias"] = widened(bias) + widened(self.lora_B_bias) * self.scaling
+            parameters["bias"] = biased(host, self.lora_B_bias, self.scaling)
         return parameters
 
 
@@ -136,24 +140,6 @@ class LoRAEmbedding(Part):
         """Return the host's weight with the update folded in, not yet rounded to the host's dtype."""
         delta = (widened(self.lora_B) @ widened(self.lora_A)).T * self.scaling
         return {"weight": widened(own_tensor(host, "weight")) + delta}
-
-
-def start(lora_A: Tensor, lora_B: Tensor, init: str) -> None:
-    """Draw A, (r, in), and for `"random"` also B, (out, r).
-
-    A must not be zero, or B gets no gradient. B must be zero, or the model starts from another function.
-    """
-    r = lora_A.shape[0]
-    if init == "orthogonal":
-        # A A^T = I: the r directions that the adapter reads do not overlap
-        nn.init.orthogonal_(lora_A)
-    elif init == "gaussian":
-        nn.init.normal_(lora_A, std=1 / r)
-    else:
-        # U(-1/sqrt(in), 1/sqrt(in)): Kaiming's bound sqrt(6 / ((1 + a^2) in)) at a = sqrt(5)
-        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-    if init == "random":
-        nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
 
 
 INITS = ("kaiming", "gaussian", "orthogonal", "random")
@@ -238,7 +224,8 @@ class LoRAConfig(Targets):
                         f"{next(iter(targets))}."
                     )
         for path, host in targets.items():
-            kind: type[Part] = LoRAEmbedding if isinstance(host, nn.Embedding) else LoRALinear
+            other: type[Part] = LoRAConv if isinstance(host, CONVOLUTIONS) else LoRALinear
+            kind: type[Part] = LoRAEmbedding if isinstance(host, nn.Embedding) else other
             part = kind(host, by_pattern(self.rank_pattern, path, self.r), self.scaling(path), self)
             yield Placement(path, "lora", part)
         yield from trained_rows(model, self, targets)
