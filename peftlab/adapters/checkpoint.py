@@ -40,6 +40,7 @@ from peftlab.adapters.serving import Note, notes, serving_lines, warning
 from peftlab.adapters.serving import portable as portable_form
 from peftlab.adapters.vocabulary import lengthened, rows_of
 from peftlab.checks import checked
+from peftlab.core.embeddings import word_embeddings
 from peftlab.core.hooks import base_modules
 from peftlab.core.interface import Placement
 from peftlab.core.records import as_transformer, require_adapter, unwrap
@@ -219,11 +220,9 @@ def adapter_state(model: nn.Module, name: str, portable: bool = False) -> State:
 
 def tied_paths(root: nn.Module, placements: Iterable[Placement]) -> tuple[str, ...]:
     """Return the paths of adapted output heads whose weight is the word embeddings' own."""
-    if not hasattr(root, "get_input_embeddings"):
-        return ()
-    model = as_transformer(root)
-    words, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or head is words or getattr(head, "weight", None) is not getattr(words, "weight", None):
+    words = word_embeddings(root)
+    head = None if words is None else as_transformer(root).get_output_embeddings()
+    if words is None or head is None or getattr(head, "weight", None) is not words[1].weight:
         return ()
     return tuple(path for path, part, _ in placements if part == "lora" and root.get_submodule(path) is head)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.adapters.integrity import base_tensor
+from peftlab.core.embeddings import word_embeddings
 from peftlab.core.hooks import adapters_on, base_modules, hosts
 from peftlab.core.interface import BESIDE, Placement
 from peftlab.core.records import as_transformer
@@ -114,10 +115,10 @@ def embedding_copies(root: nn.Module, fields: Mapping[str, Any], placements: lis
         named = any(names_match(targets, path) for path in paths)
     else:
         named = any(name in targets for name in names)
-    if not named or not hasattr(root, "get_input_embeddings"):
+    words = word_embeddings(root)
+    if not named or words is None:
         return {}
-    model = as_transformer(root)
-    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    embeddings = (words[1], as_transformer(root).get_output_embeddings())
     copies = {}
     for path, part_name, _ in placements:
         if part_name not in BESIDE and any(root.get_submodule(path) is layer for layer in embeddings):

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from peftlab.adapters.key_forms import plain
 from peftlab.checks import checked, shown
+from peftlab.core.embeddings import word_embeddings
 from peftlab.core.hooks import CHILD, base_modules
 from peftlab.core.interface import Config
 from peftlab.core.records import as_transformer, record_of, unwrap
 from peftlab.core.sharding import refuse_sharded
 from peftlab.core.targets import ALL_LINEAR, names_match
 from peftlab.errors import PeftLabError, out_of_memory, some, warn
-from peftlab.methods.tokens import by_path, word_embeddings
+from peftlab.methods.tokens import by_path
 
 NEW = "_peftlab_tokens"  # a plain attribute of the model: {path: ids of the tokens that add_tokens added}
 SHORT = "_peftlab_rows"  # a plain attribute of the model: how many rows it had before load_adapter lengthened it

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlab.checks import shown, whole
+from peftlab.core.embeddings import word_embeddings
 from peftlab.core.hooks import base_modules
 from peftlab.core.interface import Part, Placement
-from peftlab.core.records import as_transformer, own_tensor, tensor_at
+from peftlab.core.records import own_tensor, tensor_at
 from peftlab.core.targets import check_called, heads, no_match_error
 from peftlab.errors import PeftLabError
 from peftlab.methods.parts import first_input, widened
@@ -163,15 +164,6 @@ def by_path(model: nn.Module, given: Tokens | Mapping[str, Tokens] | None) -> di
             if found.setdefault(path, tokens) != tokens:
                 raise PeftLabError(f"trainable_tokens names {path} twice, with different tokens; name it once.")
     return found
-
-
-def word_embeddings(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """Return the path and the module of a model's input embeddings; None if it does not say which they are."""
-    try:
-        words = as_transformer(model).get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # no model of transformers, or one that reads no tokens
-        return None
-    return next(((path, module) for path, module in base_modules(model).items() if module is words), None)
 
 
 def check_host(model: nn.Module, path: str, host: nn.Module, tokens: Tokens) -> None:
