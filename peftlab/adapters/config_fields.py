@@ -154,6 +154,9 @@ def only_present(root: nn.Module, config: Config) -> Config:
         there.pop("", None)
         if there != table:
             changes[field] = there
+    tokens = getattr(config, "trainable_tokens", None)
+    if isinstance(tokens, Mapping):
+        changes["trainable_tokens"] = {here(name, ends_with) or name: rows for name, rows in tokens.items()}
     return replace(config, **changes)
 
 

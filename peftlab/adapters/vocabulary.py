@@ -110,9 +110,9 @@ def as_table(tokens: Any) -> dict[str, tuple[str, ...]]:
     if isinstance(tokens, (str, bytes)) or not isinstance(tokens, Iterable):
         raise PeftLabError(f"tokens is {shown(tokens)}; give a list such as ['<refund>'], or a mapping to words.")
     listed = list(tokens)
-    wrong = next((token for token in listed if not isinstance(token, str) or not token.strip()), None)
-    if wrong is not None or not listed:
-        raise PeftLabError(f"tokens holds {shown(wrong)}; give texts." if listed else "tokens is empty; give some.")
+    wrong = [token for token in listed if not isinstance(token, str) or not token.strip()]
+    if wrong or not listed:
+        raise PeftLabError(f"tokens holds {shown(wrong[0])}; give texts." if wrong else "tokens is empty; give some.")
     if len(set(listed)) < len(listed):
         twice = next(token for token in listed if listed.count(token) > 1)
         raise PeftLabError(f"tokens holds {twice!r} twice; name each token once.")
@@ -123,9 +123,9 @@ def as_table(tokens: Any) -> dict[str, tuple[str, ...]]:
         if isinstance(words, (bytes, Mapping)) or not isinstance(words, Iterable):
             raise PeftLabError(f"The words for {token!r} are {shown(words)}; give a text, a list of texts, or None.")
         table[token] = tuple(words)
-        wrong = next((word for word in table[token] if not isinstance(word, str) or not word.strip()), None)
-        if wrong is not None:
-            raise PeftLabError(f"The words for {token!r} hold {shown(wrong)}; give texts.")
+        wrong = [word for word in table[token] if not isinstance(word, str) or not word.strip()]
+        if wrong:
+            raise PeftLabError(f"The words for {token!r} hold {shown(wrong[0])}; give texts.")
     return table
 
 
@@ -251,7 +251,7 @@ def lengthened(
     held = {path: held_rows(path, named_tokens.get(path, ()), tensors, before) for path, _ in layers}
     named = max((1 + token for path, _ in layers for token in named_tokens.get(path, ())), default=0)
     named = max(named, *(before + len(rows) for rows in held.values()))
-    named = max(named, *(tensor.shape[1] for path, _ in layers for tensor in adapted(path, tensors)), 0)
+    named = max(named, *(a.shape[1] for path, _ in layers for a in matrices(f"{path}.lora_embedding_A", tensors)), 0)
     length = max(named, int(recorded) if re.fullmatch("[0-9]{1,9}", recorded) else 0)
     if length <= before:
         yield
@@ -307,19 +307,18 @@ def held_rows(
     path: str, tokens: tuple[int, ...], tensors: Mapping[str, Tensor], before: int
 ) -> dict[int, Tensor]:
     """Return the rows beyond the first `before` that an adapter's file holds of an embedding or head."""
-    by_name = {plain(key)[0]: tensor for key, tensor in tensors.items()}
     rows: dict[int, Tensor] = {}
-    trained = by_name.get(f"{path}.token_adapter.trainable_tokens_delta")
-    if trained is not None:  # where tokens and rows do not go together, that is refused later
-        rows = {token: row for token, row in zip(tokens, trained, strict=False) if token >= before}
+    for trained in matrices(f"{path}.token_adapter.trainable_tokens_delta", tensors):
+        # where tokens and rows do not go together, that is refused later
+        rows |= {token: row for token, row in zip(tokens, trained, strict=False) if token >= before}
     for name in WHOLE:  # the base's own, from before they were trained
-        whole = by_name.get(f"{path}.{name}")
-        if whole is not None and whole.dim() == 2:
+        for whole in matrices(f"{path}.{name}", tensors):
             rows |= {index: whole[index] for index in range(before, len(whole))}
     return rows
 
 
-def adapted(path: str, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    """Return the low-rank matrices of an adapted embedding in a file: (r, vocabulary)."""
-    name = f"{path}.lora_embedding_A"
-    return [tensor for key, tensor in tensors.items() if plain(key)[0] == name and tensor.dim() == 2]
+def matrices(name: str, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the matrix in a file that has this name, with or without the names of outer modules in front."""
+    plainly = {plain(key)[0]: tensor for key, tensor in tensors.items()}
+    found = [one for one in plainly if one == name or one.endswith(f".{name}") or name.endswith(f".{one}")]
+    return [plainly[one] for one in found if plainly[one].dim() == 2] if len(found) == 1 else []
