@@ -210,7 +210,8 @@ def adapter_state(model: nn.Module, name: str, portable: bool = False) -> State:
     else:
         tensors |= embedding_copies(root, fields, placements)
     metadata = {"format": "pt", "peftlab_base": json.dumps(base_sample(root, *sampled(placements)))}
-    metadata |= {"peftlab_vocabulary": str(rows) for rows in rows_of(root)}
+    if (rows := rows_of(root)) is not None:
+        metadata["peftlab_vocabulary"] = str(rows)
     if encoder:
         metadata["peftlab_encoder"] = digest(encoder)
     parameters = sum(parameter.numel() for placement in placements for parameter in placement.part.parameters())

@@ -102,7 +102,8 @@ def test_ia3_has_the_same_numbers(case, inner):
 
 @pytest.mark.parametrize("case", ["1 x 1", "3 x 3", "groups", "1d, stride, padding"])
 def test_same_bits_on_a_base_of_16_bits(case):
-    pairs = [lora(case, torch.bfloat16)] + ([ia3(case, inner, torch.bfloat16) for inner in (0, 1)] if case in IA3 else [])
+    pairs = [lora(case, torch.bfloat16)]
+    pairs += [ia3(case, inner, torch.bfloat16) for inner in (0, 1) if case in IA3]
     for ours, theirs in pairs:
         found, expected = ours(**inputs(case, torch.bfloat16)), theirs(**inputs(case, torch.bfloat16))
         assert torch.equal(found.logits, expected.logits)

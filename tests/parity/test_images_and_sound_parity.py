@@ -1,4 +1,4 @@
-"""Models of images, of sound and of sentences: LoRA and IA3 held to Hugging Face peft, convolutions among the targets."""
+"""Models of images, sound and sentences: LoRA and IA3 held to Hugging Face peft, convolutions among the targets."""
 
 import copy
 import warnings
@@ -104,11 +104,11 @@ class Answer(nn.Module):
 
     def __init__(self, model, case):
         super().__init__()
-        self.model, self.case = model, case
+        self.model, self.name = model, "logits_per_text" if case == "CLIP" else "logits"
 
     def forward(self, **inputs):
         output = self.model(**inputs)
-        return SimpleNamespace(logits=output.logits_per_text if self.case == "CLIP" else output.logits, loss=output.loss)
+        return SimpleNamespace(logits=getattr(output, self.name), loss=output.loss)
 
 
 @pytest.mark.parametrize("method", ["lora", "ia3"])

@@ -59,9 +59,21 @@ def test_same_bits_on_a_base_of_16_bits(case):
     same(our_state(ours), live(theirs), 1e-6)
 
 
+def test_under_autocast():
+    ours, theirs = pair("llama-tied", torch.float32, r=4, alpha=9, trainable_tokens=[3, 5])
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = ours(**inputs("llama-tied")), theirs(**inputs("llama-tied"))
+    assert found.logits.dtype == expected.logits.dtype and torch.equal(found.logits, expected.logits)
+    found.loss.backward()
+    expected.loss.backward()
+    same(gradients(our_state(ours)), gradients(live(theirs)), 1e-2)
+
+
 def test_all_that_share_a_weight_share_the_rows():
     torch.manual_seed(0)
-    sizes = dict(vocab_size=40, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0, dropout_rate=0)
+    sizes = dict(
+        vocab_size=40, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0, dropout_rate=0
+    )
     model = T5ForConditionalGeneration(T5Config(**sizes)).double().eval()
     settings = dict(r=3, alpha=5, target_modules=["q"], trainable_tokens=[7, 4])
     theirs = peft_model(copy.deepcopy(model), **settings)
