@@ -36,7 +36,7 @@ def embeddings(root: nn.Module) -> list[tuple[str, Tensor]]:
             f"{type(root).__name__} has no word embeddings that transformers could lengthen; give a model of "
             "transformers that reads tokens, such as pl.load_model returns."
         )
-    found = [(words[0], weight)]
+    found: list[tuple[str, Tensor]] = [(words[0], weight)]
     head = as_transformer(root).get_output_embeddings()
     own = None if head is None else head._parameters.get("weight")
     if own is not None and own is not weight and len(own) == len(weight):
