@@ -72,17 +72,13 @@ def add_tokens(
     if added != len(wanted) or len(set(ids)) < len(ids):
         raise PeftLabError(f"The tokenizer took {added} of {len(wanted)} tokens; some are the same to it. Rename them.")
     pieces = [pieces_of(tokenizer, token, words) for token, words in wanted.items()]
-    starts = {}
-    for path, weight in layers:
-        starts[path, "weight"] = start_rows(weight, pieces)
-        if (bias := root.get_submodule(path)._parameters.get("bias")) is not None:
-            starts[path, "bias"] = start_rows(bias, [[] for _ in pieces])
+    starts = {path: start_rows(weight, pieces) for path, weight in layers}
     if max(ids) >= before:
         resize(root, max(ids) + 1)
     with torch.no_grad():
-        for (path, name), rows in starts.items():
-            parameter = root.get_submodule(path).get_parameter(name)
-            parameter[ids] = rows.to(parameter)
+        for path, rows in starts.items():
+            weight = root.get_submodule(path).get_parameter("weight")
+            weight[ids] = rows.to(weight)
     tokenizer.add_tokens(list(wanted), special_tokens=special)
     marked = root.__dict__.get(NEW, {})
     object.__setattr__(root, NEW, {path: (*marked.get(path, ()), *ids) for path, _ in layers})
@@ -150,7 +146,7 @@ def pieces_of(tokenizer: Any, token: str, words: Iterable[str]) -> list[int]:
 
 
 @torch.no_grad()
-def start_rows(parameter: Tensor, pieces: Iterable[list[int]]) -> Tensor:
+def start_rows(weight: Tensor, pieces: Iterable[list[int]]) -> Tensor:
     """Return a row for each list of ids: the mean of their rows, or of all rows where there are none."""
-    typical = parameter.float().mean(0)
-    return torch.stack([parameter[ids].float().mean(0) if ids else typical for ids in pieces])
+    typical = weight.float().mean(0)
+    return torch.stack([weight[ids].float().mean(0) if ids else typical for ids in pieces])

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, LlamaModel
+from transformers import AutoModel, LlamaModel, PhiConfig, PhiForCausalLM
 
 import peftlab as pl
 
@@ -270,6 +270,21 @@ def test_on_a_base_of_four_bits_and_without_a_head(tmp_path):
         pl.load_adapter(bare, tmp_path)
     pl.load_adapter(fresh, tmp_path)
     assert torch.equal(bare(ids).last_hidden_state, fresh.model(ids).last_hidden_state)
+
+
+def test_a_head_with_a_bias(tmp_path):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=18, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    model, ids = PhiForCausalLM(PhiConfig(**sizes)).eval(), torch.tensor([[3, 18, 5]])
+    with torch.no_grad():
+        model.lm_head.bias.normal_()
+    fresh = copy.deepcopy(model)
+    pl.add_tokens(model, tiny.tokenizer(), ["<a>"])
+    pl.save_adapter(pl.attach(model, pl.LoRAConfig(r=2, init="random")), tmp_path)
+    pl.load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh(ids).logits, model(ids).logits)
+    pl.merge(model)
+    assert torch.allclose(fresh(ids).logits, model(ids).logits, atol=1e-6)
 
 
 CONFIGS = {
