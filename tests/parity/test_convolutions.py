@@ -178,7 +178,7 @@ def test_what_cannot_be_adapted_is_refused_and_the_model_stays():
 def test_a_weight_that_is_computed_at_each_call_is_adapted_but_not_merged():
     """As wav2vec2's positions: weight norm makes the weight from two others."""
     torch.manual_seed(0)
-    model = Net(nn.utils.parametrizations.weight_norm(nn.Conv1d(6, 8, 3, padding=1, groups=2)), 8).eval()
+    model = Net(nn.utils.parametrizations.weight_norm(nn.Conv1d(6, 8, 3, padding=1)), 8).eval()
     x = torch.randn(2, 6, 9)
     before = model(x).logits
     pl.attach(model, pl.LoRAConfig(r=4, init="random", target_modules=["conv", "out"]))
@@ -187,7 +187,7 @@ def test_a_weight_that_is_computed_at_each_call_is_adapted_but_not_merged():
     pl.merge(model)
     pl.unmerge(model)
     pl.activate(model, "default")
-    with pytest.raises(pl.PeftLabError, match="cannot be merged|computed from other parameters"):
+    with pytest.raises(pl.PeftLabError, match="computed from other parameters at each call"):
         pl.merge(model)
     pl.detach(model)
     pl.detach(model, "out")
