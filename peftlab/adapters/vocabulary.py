@@ -52,10 +52,7 @@ def rows_of(root: nn.Module) -> int | None:
 
 
 def resize(root: nn.Module, rows: int) -> None:
-    """Give the word embeddings, and the head, this many rows. Rows that are there keep their bits.
-
-    A head's bias is zero for new tokens. It does not train, so it must be the same wherever the adapter is loaded.
-    """
+    """Give the word embeddings, and the head, this many rows. Rows that are there keep their bits."""
     before = len(embeddings(root)[0][1])
     try:
         with torch.random.fork_rng(devices=[]):
@@ -66,11 +63,6 @@ def resize(root: nn.Module, rows: int) -> None:
         if out_of_memory(error) is not None:
             raise
         raise PeftLabError(f"{type(root).__name__} cannot be given {rows} tokens: {error}") from error
-    for path, _ in embeddings(root):
-        bias = root.get_submodule(path)._parameters.get("bias")
-        if bias is not None:
-            with torch.no_grad():
-                bias[before:] = 0
 
 
 def with_new_tokens(root: nn.Module, config: AnyConfig) -> AnyConfig:

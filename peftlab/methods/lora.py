@@ -247,7 +247,7 @@ class LoRAConfig(Targets):
             "init_lora_weights": {"random": False, "gaussian": "gaussian"}.get(self.init, True),
             "rank_pattern": in_any_order(self.rank_pattern, hosts),
             "alpha_pattern": in_any_order(self.alpha_pattern, hosts),
-            "trainable_token_indices": self.trainable_tokens,
+            **({} if self.trainable_tokens is None else {"trainable_token_indices": self.trainable_tokens}),
         }
 
     @staticmethod
