@@ -119,10 +119,11 @@ def lengthened(
     lacking = [path for path, rows in held.items() if len(rows) < length - before]
     if lacking:
         error = PeftLabError(
-            f"The adapter in {folder} was trained on a vocabulary of {length} tokens, and this model has {before}. The "
-            f"folder does not hold all the new rows of {some(lacking)}, so they cannot be added here. Give the model "
-            f"the rows that it had in training, and load then: call model.resize_token_embeddings({length}), and start "
-            "the new rows as they started there; if they were random, load the model that was saved then."
+            f"The adapter in {folder} was trained on a vocabulary of {length} tokens, and {layers[0][0]} has {before}. "
+            f"The folder does not hold all the new rows of {some(lacking)}, so they cannot be added here. Give the "
+            "model the rows that it had in training, and load then: call "
+            f"model.resize_token_embeddings({length}), and start the new rows as they started there; if they were "
+            "random, load the model that was saved then."
         )
         if named > before:
             raise error
