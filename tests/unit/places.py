@@ -7,7 +7,9 @@ from peftlab.memory import BUILT_IN, count
 
 # The methods that fit every built-in shape. A method that you add may be for some architectures alone.
 EVERYWHERE = "full lora qlora dora adalora vera ia3 prompt p-tuning prefix".split()
-NO_PLACE = "has none of the modules that the method adapts by default|has no biases, so bitfit|because its blocks have experts"
+NO_PLACE = (
+    "has none of the modules that the method adapts by default|has no biases, so bitfit|because its blocks have experts"
+)
 
 
 def has_place(method, shape) -> bool:

@@ -22,6 +22,7 @@ from typing import Any
 from peftlab.errors import PeftLabError
 from peftlab.memory.counting import decoder_families as decoders
 from peftlab.memory.counting import encoder_tables as encoders
+from peftlab.memory.counting import mixture_families as mixtures
 from peftlab.memory.counting.config import Config
 from peftlab.memory.counting.decoders import Decoder
 from peftlab.memory.counting.modules import Module, linear
@@ -183,12 +184,12 @@ FAMILIES: dict[str, Family] = {
     "opt": _decoder(decoders.opt, down="fc2", out=r"self_attn\.out_proj", mlp=""),
     "bloom": _decoder(decoders.bloom, *_NEOX[:2], "mlp.dense_4h_to_h", r"self_attention\.dense"),
     "falcon": _decoder(decoders.falcon, *_NEOX, r"self_attention\.dense"),
-    "mixtral": replace(_decoder(decoders.mixtral), fused=_MIXTRAL),
-    "qwen2_moe": _decoder(decoders.qwen2_moe),
-    "qwen3_moe": replace(_decoder(decoders.qwen3_moe), fused=_FUSED),
-    "gpt_oss": _decoder(decoders.gpt_oss),
-    "deepseek_v3": replace(_decoder(decoders.deepseek_v3), fused=_FUSED),
-    "llama4_text": _decoder(decoders.llama4),
+    "mixtral": replace(_decoder(mixtures.mixtral), fused=_MIXTRAL),
+    "qwen2_moe": _decoder(mixtures.qwen2_moe),
+    "qwen3_moe": replace(_decoder(mixtures.qwen3_moe), fused=_FUSED),
+    "gpt_oss": _decoder(mixtures.gpt_oss),
+    "deepseek_v3": replace(_decoder(mixtures.deepseek_v3), fused=_FUSED),
+    "llama4_text": _decoder(mixtures.llama4),
     "bert": _encoder("bert"),
     "roberta": _encoder("roberta"),
     "xlm-roberta": _encoder("roberta"),

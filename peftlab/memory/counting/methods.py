@@ -291,13 +291,13 @@ def _bottlenecks(shape: Shape, options: Options, method: str, places: Iterable[s
     # Match the whole rest of the path, because in BERT "attention.output.dense" also ends with "output.dense".
     blocks = _blocks(shape).items()
     inside = [(module.path[len(path) + 1 :], module) for path, block in blocks for module in block]
-    places = [re.compile(place) for place in places]
-    if options.targets is None and not all(any(place.fullmatch(end) for end, _ in inside) for place in places):
+    expected = [re.compile(place) for place in places]
+    if options.targets is None and not all(any(place.fullmatch(end) for end, _ in inside) for place in expected):
         raise PeftLabError(
             f"{shape.name} has no last layer of a feed-forward where {method} puts its adapter, because its blocks "
             "have experts. Name layers in targets (--targets), or use lora."
         )
-    usual = [module for end, module in inside if any(place.fullmatch(end) for place in places)]
+    usual = [module for end, module in inside if any(place.fullmatch(end) for place in expected)]
     adapted = usual if options.targets is None else linear_targets(shape, options.targets, method)
     added: list[Added] = []
     for module in adapted:

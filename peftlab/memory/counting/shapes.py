@@ -126,7 +126,8 @@ class Shape:
 
     def _match_parameters(self, targets: str | Iterable[str] | None, named: tuple[str, ...]) -> tuple[Module, ...]:
         """Return the modules and the parameters that LoRA adapts, as peft does."""
-        fused, ranks = FAMILIES[self.family].fused, {}
+        fused = FAMILIES[self.family].fused
+        ranks: dict[str, int] = {}
         if targets is None and named:  # parameters alone, as in peft
             return tuple(self._parameter_rows(named, ranks))
         wanted: list[str] = []
