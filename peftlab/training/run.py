@@ -89,11 +89,6 @@ class Run:
         ranks: Ranks,
     ):
         self.model, self.settings, self.device, self.ranks = model, settings, device, ranks
-        self.collate = Inputs(model, settings.collate or Collator(settings.tokenizer), loss=settings.loss)
-        self.train_data, self.evaluation_data = self._read(train_data), self._read_evaluation()
-        if not len(self.train_data):
-            raise PeftLabError("The training data holds no example.")
-        self.loss, self.metrics = settings.loss, settings.metrics or {}
         self.core = unwrap(model)
         check_hosts(self.core)
         refuse_sharded(
@@ -101,6 +96,13 @@ class Run:
             "train works in one process or under DistributedDataParallel",
             "Write the loop yourself, and let every process call save_adapter.",
         )
+        with autocast(device, settings.precision):
+            collate = settings.collate or Collator(settings.tokenizer)
+            self.collate = Inputs(model, collate, loss=settings.loss, packing=settings.packing)
+        self.train_data, self.evaluation_data = self._read(train_data), self._read_evaluation()
+        if not len(self.train_data):
+            raise PeftLabError("The training data holds no example.")
+        self.loss, self.metrics = settings.loss, settings.metrics or {}
         self.trainable = {name: p for name, p in self.core.named_parameters() if p.requires_grad}
         if not self.trainable:
             raise PeftLabError(
