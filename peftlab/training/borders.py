@@ -23,7 +23,7 @@ from peftlab.training.schedule import borrowed_generators
 
 LENGTH = 7  # tokens of each example
 # How far two ways to compute one thing may differ, as a share of the largest logit. A leak is far beyond it.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # TF32 among them
 SIXTEEN_BITS = 5e-2
 ADVICE = "Leave packing out (group_by_length=True saves padding, too)."
 

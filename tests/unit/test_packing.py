@@ -61,6 +61,8 @@ def made(kind, **settings):
 
 EXACT = ("llama", "gpt2", "window", "both windows", "experts")
 ROWS = tiny.examples(12)
+for row in ROWS[::2]:
+    row["labels"] = list(row["input_ids"])  # a text, of which every token is learned
 
 
 def loss_and_gradients(model, batch):
@@ -136,19 +138,19 @@ def trained(model, packing, **settings):
     return history, {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
 
 
-def same(one, other):
+def same(one, other, rel=1e-9):
     (history, values), (again, others) = one, other
     for row, step in zip(history.steps, again.steps, strict=True):
         assert step["tokens"] == row["tokens"]
-        assert step["loss"] == pytest.approx(row["loss"], rel=1e-9)
+        assert step["loss"] == pytest.approx(row["loss"], rel=rel)
     for name, value in values.items():
-        torch.testing.assert_close(others[name], value, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(others[name], value, rtol=1e-6, atol=max(1e-8, 10 * rel))
 
 
 @pytest.mark.parametrize("kind", EXACT)
 def test_three_steps_are_those_of_the_padded_examples(kind):
     model = made(kind)
-    same(trained(model, False), trained(model, True))
+    same(trained(model, False), trained(model, True), rel=1e-7 if kind == "both windows" else 1e-9)
 
 
 @pytest.mark.parametrize(
