@@ -1,0 +1,314 @@
+"""Chats: the tokens of a whole conversation as its template writes it, with labels on the assistant's turns alone.
+
+The template is a program of the tokenizer's makers. It may strip spaces, drop the thinking of earlier turns, or put the
+system's words elsewhere, so that a turn's tokens cannot be found by writing it alone. What is certain is this:
+
+- the whole conversation T, which is what the model reads. Its tokens are the example;
+- what the model is given before it writes turn k: the turns before it, and the opening of an assistant's turn, P_k;
+- what stands there once turn k is written: E_k.
+
+Where T begins with P_k and with E_k, turn k is what stands between. Where it does not, the parts that differ lie in the
+other turns: the content of a turn is found by writing the conversation with another word in its place, and what the
+template itself writes between two contents is compared from there. The end of the turn is learned, and what the
+template writes behind it is not. Whatever cannot be found so is an error and never a guess.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import Any
+
+from peftlab.checks import Tokenizer, checked, one_of, whole
+from peftlab.errors import PeftLabError, warn
+from peftlab.training.conversations import from_template, messages_of
+from peftlab.training.encoding import MOST_TOKENS
+from peftlab.training.packing import IGNORE
+
+TRAIN_ON = ("assistant", "last")
+MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@checked("messages", "tools")
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    train_on: str = "assistant",
+    max_length: int | None = None,
+    *,
+    tools: Sequence[Any] | None = None,
+    template_options: Mapping[str, Any] | None = None,
+) -> dict[str, list[int]]:
+    """Encode a conversation, of which the assistant's turns are learned, as `{"input_ids", "labels"}`.
+
+    `input_ids` are the tokens of the conversation as the tokenizer's chat template writes it, and `labels` those of the
+    assistant's turns, each with the token that ends it; all else is -100. A template that marks its generations
+    (`{% generation %}`) says itself what is learned. A message with `"weight": 0` is not learned.
+
+    Args:
+        messages: a list of `{"role": ..., "content": ...}`, with what else the template reads (`tool_calls`,
+            `reasoning_content`).
+        train_on: "assistant" for all of the assistant's turns, "last" for the last of them. Where a template takes the
+            thinking out of earlier turns, "last" teaches no turn without it.
+        max_length: the most tokens of an example. What is too much is cut from the beginning, whole answers with it if
+            need be; an answer that is cut is not learned.
+        tools, template_options: passed to the chat template, for example `{"enable_thinking": False}`.
+
+    Raises:
+        PeftLabError: there is no chat template, or it refuses the messages; no turn is the assistant's; the last
+            answer is longer than `max_length`; or the answers cannot be found exactly among the tokens.
+
+    >>> tokenizer.chat_template = (
+    ...     "{% for m in messages %}{{ m.role + ' ' + m.content + eos_token }}{% endfor %}"
+    ...     "{% if add_generation_prompt %}assistant {% endif %}"
+    ... )
+    >>> messages = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "runs"}]
+    >>> pl.encode_chat(tokenizer, messages)["labels"]
+    [-100, -100, -100, -100, -100, 12, 0]
+    """
+    one_of("train_on", train_on, TRAIN_ON)
+    max_length = whole("max_length", max_length, least=1, ceiling=MOST_TOKENS, optional=True)
+    if isinstance(messages, str):
+        raise PeftLabError(f"messages is a text, {messages!r:.60}; a conversation is a list of messages.")
+    chat = _Chat(tokenizer, messages_of(messages, "conversation"), tools, dict(template_options or {}))
+    turns = chat.turns[-1:] if train_on == "last" else chat.turns
+    turns = [turn for turn in turns if chat.messages[turn].get("weight", 1) != 0]
+    if not turns:
+        raise PeftLabError("The turns of the assistant that could be learned have the weight 0.")
+    if chat.is_marked:
+        learned = _marked(chat, turns)
+    else:
+        learned = [place for turn in turns for place in _learned(chat, turn)]
+    labels = [IGNORE] * len(chat.ids)
+    for place in learned:
+        labels[place] = chat.ids[place]
+    return _shortened({"input_ids": chat.ids, "labels": labels}, max_length)
+
+
+@dataclass
+class _Chat:
+    """A conversation, its text T and its tokens, each with its first character and the one behind its last.
+
+    Raises:
+        PeftLabError: the template refuses the conversation, or the tokenizer does not tell where its tokens are.
+    """
+
+    tokenizer: Any
+    messages: list[dict[str, Any]]
+    tools: Any
+    options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise PeftLabError(
+                "The tokenizer has no chat template, which says how a conversation is written. Take the tokenizer of a "
+                "chat model, set tokenizer.chat_template, or encode prompt and answer with pl.encode_completion."
+            )
+        self.turns = [place for place, message in enumerate(self.messages) if message["role"] == "assistant"]
+        if not self.turns:
+            roles = ", ".join(dict.fromkeys(str(message["role"]) for message in self.messages))
+            raise PeftLabError(f"No message has the role 'assistant', so there is nothing to learn; found {roles}.")
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise PeftLabError(
+                f"{type(self.tokenizer).__name__} does not tell where in a text its tokens are. Load the fast one: "
+                "AutoTokenizer.from_pretrained(..., use_fast=True)."
+            )
+        self.text = self.write(self.messages)
+        template = self.tokenizer.get_chat_template(tools=self.tools)
+        self.is_marked = bool(MARKS.search(template))
+        more: dict[str, Any] = {"return_assistant_tokens_mask": True} if self.is_marked else {}
+        # The template's own tokens: not what we would make of its text
+        encoded = from_template(
+            self.tokenizer, self.messages, tokenize=True, return_dict=True, tools=self.tools, **self.options, **more,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+        )  # fmt: skip
+        self.ids, self.places = list(encoded["input_ids"]), [tuple(place) for place in encoded["offset_mapping"]]
+        self.marks = encoded.get("assistant_masks")
+
+    def write(self, messages: list[dict[str, Any]], opened: bool = False) -> str:
+        """The template's text of some messages; `opened` for an answer to come."""
+        more = {"add_generation_prompt": True} if opened else {}
+        return from_template(self.tokenizer, messages, tools=self.tools, **self.options, **more)
+
+    def is_special(self, place: int) -> bool:
+        token = self.ids[place]
+        added = self.tokenizer.added_tokens_decoder.get(token)
+        return token in self.tokenizer.all_special_ids or bool(added is not None and added.special)
+
+    def is_blank(self, place: int) -> bool:
+        first, behind = self.places[place]
+        return not self.text[first:behind].strip()
+
+    def content(self, messages: list[dict[str, Any]], turn: int, text: str, opened: bool = False) -> tuple[int, int]:
+        """Where the content of a turn stands in `text`, which the template wrote of these messages: (first, behind).
+
+        Raises:
+            PeftLabError: another word in its place does not stand in the same surroundings, once.
+        """
+        word = "peftlabword"
+        while word in text:
+            word += "x"
+        message = messages[turn]
+        given = message.get("content")
+        other: Any = [{"type": "text", "text": word}] if isinstance(given, (list, tuple)) else word
+        written = self.write([*messages[:turn], {**message, "content": other}, *messages[turn + 1 :]], opened)
+        before, found, after = written.partition(word)
+        if not found or word in after or not text.endswith(after):
+            raise self.lost(turn, "another text in its place changes what the template writes elsewhere")
+        first = len(commonprefix([text, before]))
+        behind = len(text) - len(after)
+        return (first, max(first, behind)) if given else (min(first, behind), behind)
+
+    def lost(self, turn: int, why: str) -> PeftLabError:
+        return PeftLabError(
+            f"The answer in message {turn + 1} of {len(self.messages)} cannot be found exactly in what the chat "
+            f"template writes: {why}. Mark it in the template with {{% generation %}} ... {{% endgeneration %}}, or "
+            "encode the conversation turn by turn with pl.encode_completion(tokenizer, messages before, answer)."
+        )
+
+
+def _learned(chat: _Chat, turn: int) -> Iterator[int]:
+    """The places of the tokens of a turn that are learned: from what the model is given on, to the end of the turn."""
+    begin, content_end, end, loose = _region(chat, turn)
+    places = chat.places
+    straddling = next((place for place in places if place[0] < begin < place[1]), None)
+    if straddling is not None:
+        both = chat.text[slice(*straddling)]
+        if not loose or chat.text[straddling[0] : begin].strip():
+            raise chat.lost(
+                turn, f"its first token, {both!r}, begins before it; take the blanks off the answer's beginning"
+            )
+        begin = straddling[0]
+    split = next((place for place in places if place[0] < content_end < place[1] and place[1] > end), None)
+    if split is not None and chat.text[content_end : split[1]].strip():
+        raise chat.lost(turn, f"its last token, {chat.text[slice(*split)]!r}, goes on behind it")
+    inside = [
+        at for at, (first, behind) in enumerate(places) if begin <= first < end and (behind <= end or first < content_end)
+    ]
+    closing = len(inside)  # from here on the template ends the turn: with special tokens, and blanks
+    while closing and places[inside[closing - 1]][0] >= content_end:
+        at = inside[closing - 1]
+        if not (chat.is_special(at) or chat.is_blank(at)):
+            break
+        closing -= 1
+    if not chat.messages[turn].get("tool_calls"):  # nothing but the end stands behind the content
+        closing = next((place for place, at in enumerate(inside) if places[at][0] >= content_end), closing)
+    ends = next((at for at in inside[closing:] if chat.is_special(at)), None)
+    if ends is not None:
+        yield from (at for at in inside if at <= ends)
+        return
+    warn(
+        "The chat template writes no special token at the end of an answer, so that the model does not learn where to "
+        "stop. Let the template end an answer with the tokenizer's eos_token."
+    )
+    yield from inside[:closing]
+
+
+def _region(chat: _Chat, turn: int) -> tuple[int, int, int, bool]:
+    """Where a turn stands in the text: (first, behind its content, behind all the template writes of it, loose).
+
+    `loose` says that blanks before the answer may belong to its first token, as the template opens no answers.
+    """
+    text, messages = chat.text, chat.messages
+    given = chat.write(messages[:turn], opened=True) if turn else ""
+    bare = chat.write(messages[:turn]) if turn else ""
+    done = chat.write(messages[: turn + 1]) if turn + 1 < len(messages) else text
+    opens = given != bare
+    first, behind = chat.content(messages, turn, text)
+    if text.startswith(done):
+        end = len(done)
+    else:
+        tail = done[chat.content(messages[: turn + 1], turn, done)[1] :]
+        end = behind + len(commonprefix([text[behind:], tail]))
+    if end <= first and messages[turn].get("content"):
+        raise chat.lost(turn, "the template leaves it out")
+    if opens:  # what the model is given, but not what it opens an answer with and the template does not keep
+        begin = len(given) if text.startswith(given) else _aligned(chat, turn, given, bare)
+        return min(begin, first), behind, end, False
+    if turn and text.startswith(given) and not text[len(given) : first].strip():
+        return len(given), behind, end, True
+    return first, behind, end, True
+
+
+def _aligned(chat: _Chat, turn: int, given: str, bare: str) -> int:
+    """Where an answer begins if T does not begin with what the model is given before it.
+
+    Both hold the content of the message before. Behind it stands what the template writes between the two: the end of
+    that turn and the opening of this one, as far as they are the same.
+    """
+    before = turn - 1
+    here = chat.content(chat.messages, before, chat.text)[1]
+    there = chat.content(chat.messages[:turn], before, given, opened=True)[1]
+    common = len(commonprefix([chat.text[here:], given[there:]]))
+    if not given.startswith(bare) or common <= len(bare) - there:
+        raise chat.lost(turn, "what stands before it is not what the template opens an answer with")
+    return here + common
+
+
+def _marked(chat: _Chat, turns: list[int]) -> list[int]:
+    """The places that the template's own marks say, in these turns.
+
+    Raises:
+        PeftLabError: it marks nothing in them, or something that is not the assistant's.
+    """
+    marked = [place for place, mark in enumerate(chat.marks or ()) if mark]
+    areas = {turn: _area(chat, turn) for turn in chat.turns}
+    mine = {
+        turn: [place for place in marked if first <= chat.places[place][0] and chat.places[place][1] <= behind]
+        for turn, (first, behind) in areas.items()
+    }
+    strange = set(marked) - {place for area in mine.values() for place in area}
+    if strange:
+        first, behind = chat.places[min(strange)]
+        raise PeftLabError(
+            f"The chat template marks {chat.text[first:behind]!r} as generated, and that is not the assistant's. Mend "
+            "its {% generation %} marks."
+        )
+    chosen = [place for turn in turns for place in mine[turn]]
+    if not chosen:
+        raise PeftLabError(
+            "The chat template has {% generation %} marks, and marks nothing in these answers. Put the marks around "
+            "the content of the assistant's turns and the end token."
+        )
+    if not any(chat.is_special(place) for place in chosen[-2:]):
+        warn(
+            "The chat template's {% generation %} marks leave the end of an answer out, so that the model does not "
+            "learn where to stop. Put the end token inside them."
+        )
+    return chosen
+
+
+def _area(chat: _Chat, turn: int) -> tuple[int, int]:
+    """From the end of the content before a turn to the beginning of the content after it."""
+    before, after = turn - 1, turn + 1
+    begin = chat.content(chat.messages, before, chat.text)[1] if turn else 0
+    behind = chat.content(chat.messages, after, chat.text)[0] if after < len(chat.messages) else len(chat.text)
+    return begin, behind
+
+
+def _shortened(example: dict[str, list[int]], most: int | None) -> dict[str, list[int]]:
+    """The example with at most so many tokens: what follows the last label goes first, then the beginning.
+
+    Raises:
+        PeftLabError: the last answer and one token before it are longer.
+    """
+    ids, labels = example["input_ids"], example["labels"]
+    if most is None or len(ids) <= most:
+        return example
+    last = max(place for place, label in enumerate(labels) if label != IGNORE)
+    stop = max(last + 1, most)
+    ids, labels = ids[:stop], labels[:stop]
+    answer = next((last - place for place in range(last, -1, -1) if labels[place] == IGNORE), last + 1)
+    if answer + 1 > most:
+        raise PeftLabError(
+            f"The last answer has {answer} tokens with its end token and needs at least one token of the conversation "
+            f"before it, but max_length is {most}. Raise max_length to {answer + 1}."
+        )
+    ids, labels = ids[-most:], labels[-most:]
+    for place in range(most):  # an answer that has lost its beginning, or all that stood before it
+        if labels[place] == IGNORE:
+            break
+        labels[place] = IGNORE
+    return {"input_ids": ids, "labels": labels}
