@@ -18,12 +18,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from os.path import commonprefix
 from typing import Any
 
 from peftlab.checks import Tokenizer, checked, one_of, whole
 from peftlab.errors import PeftLabError, warn
-from peftlab.training.conversations import from_template, messages_of
+from peftlab.training.conversations import from_template, messages_of, special_ids
 from peftlab.training.encoding import MOST_TOKENS
 from peftlab.training.packing import IGNORE
 
@@ -132,10 +133,18 @@ class _Chat:
         more = {"add_generation_prompt": True} if opened else {}
         return from_template(self.tokenizer, messages, tools=self.tools, **self.options, **more)
 
+    @cached_property
+    def opens_answers(self) -> bool:
+        """Whether the template writes something, where it is asked to, that an answer is to follow."""
+        before = self.messages[: next(turn for turn in self.turns if turn)]
+        return self.write(before, opened=True) != self.write(before)
+
+    @cached_property
+    def special(self) -> set[int]:
+        return special_ids(self.tokenizer)
+
     def is_special(self, place: int) -> bool:
-        token = self.ids[place]
-        added = self.tokenizer.added_tokens_decoder.get(token)
-        return token in self.tokenizer.all_special_ids or bool(added is not None and added.special)
+        return self.ids[place] in self.special
 
     def is_blank(self, place: int) -> bool:
         first, behind = self.places[place]
@@ -161,11 +170,14 @@ class _Chat:
         behind = len(text) - len(after)
         return (first, max(first, behind)) if given else (min(first, behind), behind)
 
-    def lost(self, turn: int, why: str) -> PeftLabError:
+    def lost(self, turn: int, why: str, advice: str = "") -> PeftLabError:
+        usual = (
+            "Mark it in the template with {% generation %} ... {% endgeneration %}, or encode the conversation turn by "
+            "turn with pl.encode_completion(tokenizer, messages before, answer)."
+        )
         return PeftLabError(
             f"The answer in message {turn + 1} of {len(self.messages)} cannot be found exactly in what the chat "
-            f"template writes: {why}. Mark it in the template with {{% generation %}} ... {{% endgeneration %}}, or "
-            "encode the conversation turn by turn with pl.encode_completion(tokenizer, messages before, answer)."
+            f"template writes: {why}. {advice or usual}"
         )
 
 
@@ -178,7 +190,9 @@ def _learned(chat: _Chat, turn: int) -> Iterator[int]:
         both = chat.text[slice(*straddling)]
         if not loose or chat.text[straddling[0] : begin].strip():
             raise chat.lost(
-                turn, f"its first token, {both!r}, begins before it; take the blanks off the answer's beginning"
+                turn,
+                f"its first token, {both!r}, begins before it, in what the model is given",
+                "Take the blanks off the answer's beginning, or off the end of what the template opens an answer with.",
             )
         begin = straddling[0]
     split = next((place for place in places if place[0] < content_end < place[1] and place[1] > end), None)
@@ -213,26 +227,28 @@ def _region(chat: _Chat, turn: int) -> tuple[int, int, int, bool]:
     """
     text, messages = chat.text, chat.messages
     given = chat.write(messages[:turn], opened=True) if turn else ""
-    bare = chat.write(messages[:turn]) if turn else ""
     done = chat.write(messages[: turn + 1]) if turn + 1 < len(messages) else text
-    opens = given != bare
+    opens = turn > 0 and chat.opens_answers
+    content = messages[turn].get("content")
+    if opens and content and isinstance(content, str) and text.startswith(done) and text.startswith(given + content):
+        return len(given), len(given) + len(content), len(done), False  # as most templates write
     first, behind = chat.content(messages, turn, text)
     if text.startswith(done):
         end = len(done)
     else:
         tail = done[chat.content(messages[: turn + 1], turn, done)[1] :]
         end = behind + len(commonprefix([text[behind:], tail]))
-    if end <= first and messages[turn].get("content"):
+    if end <= first and content:
         raise chat.lost(turn, "the template leaves it out")
     if opens:  # what the model is given, but not what it opens an answer with and the template does not keep
-        begin = len(given) if text.startswith(given) else _aligned(chat, turn, given, bare)
+        begin = len(given) if text.startswith(given) else _aligned(chat, turn, given)
         return min(begin, first), behind, end, False
     if turn and text.startswith(given) and not text[len(given) : first].strip():
         return len(given), behind, end, True
     return first, behind, end, True
 
 
-def _aligned(chat: _Chat, turn: int, given: str, bare: str) -> int:
+def _aligned(chat: _Chat, turn: int, given: str) -> int:
     """Where an answer begins if T does not begin with what the model is given before it.
 
     Both hold the content of the message before. Behind it stands what the template writes between the two: the end of
@@ -242,6 +258,7 @@ def _aligned(chat: _Chat, turn: int, given: str, bare: str) -> int:
     here = chat.content(chat.messages, before, chat.text)[1]
     there = chat.content(chat.messages[:turn], before, given, opened=True)[1]
     common = len(commonprefix([chat.text[here:], given[there:]]))
+    bare = chat.write(chat.messages[:turn])
     if not given.startswith(bare) or common <= len(bare) - there:
         raise chat.lost(turn, "what stands before it is not what the template opens an answer with")
     return here + common

@@ -54,13 +54,19 @@ def end_ids(tokenizer: Any) -> list[int]:
         text = from_template(tokenizer, conversation)
         # What the template writes after an answer begins with the end of the turn; it counts if it is one special token
         after = tokenizer(text.rpartition(_PROBE)[2], add_special_tokens=False)["input_ids"]
-        if after and after[0] in tokenizer.all_special_ids:
+        if after and after[0] in special_ids(tokenizer):
             ids.append(after[0])
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
         ids.append(tokenizer.eos_token_id)
     if not ids:
         raise PeftLabError("The tokenizer has no end token; set tokenizer.eos_token before you encode answers.")
     return ids
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """The special tokens: those that the tokenizer's settings name, and those that were added to it as such."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+    return {*tokenizer.all_special_ids, *(token for token, about in added if about.special)}
 
 
 def completion_text(completion: Completion) -> str:
