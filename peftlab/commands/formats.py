@@ -37,8 +37,8 @@ RENAMED = {
 }  # fmt: skip
 KNOWN = ("messages", "conversations", "prompt", *COMPLETIONS, "instruction", "input", "output", "text", "label")
 WANTED = (
-    "it needs prompt and completion, text and label, or text alone; for chats messages (role, content) or conversations "
-    "(from, value); or instruction, input and output"
+    "it needs prompt and completion, text and label, or text alone; for chats messages (role, content) or "
+    "conversations (from, value); or instruction, input and output"
 )
 
 
@@ -116,7 +116,8 @@ def cell(row: Row, column: str, name: str) -> Any:
 def hole(row: Row, column: str, name: str) -> PeftLabError:
     near = did_you_mean(column, [other for other in row if other not in KNOWN]) if column not in row else ""
     return PeftLabError(
-        f"{name} has a row without {column} ({row.where}): {str(dict(row))[:80]}. Fill it in, or take the row out.{near}"
+        f"{name} has a row without {column} ({row.where}): {str(dict(row))[:80]}. Fill it in, or take the row out."
+        f"{near}"
     )
 
 
@@ -173,9 +174,8 @@ def _message(value: Any, number: int, row: Row) -> dict[str, Any]:
     named = str(role).strip().lower()
     named = ALSO.get(named, named)
     if named not in ROLES:
-        raise PeftLabError(
-            f"{where} has the role {role!r}; known are {', '.join((*ROLES, *ALSO))}.{did_you_mean(named, (*ROLES, *ALSO))}"
-        )
+        known = (*ROLES, *ALSO)
+        raise PeftLabError(f"{where} has the role {role!r}; known are {', '.join(known)}.{did_you_mean(named, known)}")
     rest = {key: entry for key, entry in value.items() if key not in keys and entry is not None}
     return {"role": named, **({} if content is None else {"content": content}), **rest}
 

@@ -54,8 +54,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         metavar="D",
-        help="support-desk, reviews, news, or a JSONL or CSV file, a folder of them, or one of datasets, with the columns "
-        "messages; conversations; prompt and completion; instruction, input and output; text and label; or text",
+        help="support-desk, reviews, news, or a JSONL or CSV file, a folder of them, or one of datasets, with the "
+        "columns messages; conversations; prompt and completion; instruction, input and output; text and label; or "
+        "text",
     )
     add("--out", required=True, metavar="FOLDER", help="where the adapter and metrics.json go")
     defaults = {"lr": f"{rates}; others {LEARNING_RATE:g}", "resume": "yes; --no-resume starts again"}
@@ -152,9 +153,7 @@ def foreign(method: str) -> tuple[str, ...]:
     return tuple(name for name in options_of(METHODS) if not METHODS[method].takes(name))
 
 
-def _train(
-    arguments: argparse.Namespace, targets: Any, begin: Callable[[], Place]
-) -> tuple[Place, dict[str, Any]]:
+def _train(arguments: argparse.Namespace, targets: Any, begin: Callable[[], Place]) -> tuple[Place, dict[str, Any]]:
     """The run itself.
 
     Args:

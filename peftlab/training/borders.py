@@ -1,8 +1,12 @@
-"""Whether a model keeps the examples of a packed row apart, tried on the model itself.
+"""Whether, and how, a model keeps the examples of a packed row apart, tried on the model itself.
 
 Two examples x and y stand in one row, once as [x; y] and once as [x'; y] with other tokens in x. What the model says of
-y must be the same in both rows, and the same as where y stands first and is read as usual. A model with states that run
-on from token to token, a convolution, or an attention that does not look for borders fails this, whatever its class.
+y must be the same in both rows, and the same as where y stands first and is read as usual. A model with states that
+run on from token to token, a convolution, or an attention that does not look for borders fails this, whatever its
+class.
+
+Most models find the borders in `position_ids`. To those that do not, and take masks of two dimensions more (b, 1, t, t),
+these are given, as transformers makes them for each kind of layer.
 """
 
 from __future__ import annotations
@@ -11,19 +15,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import create_masks_for_generate
 
 from peftlab.core.hooks import adapters_on, hosts, prompt_parts
 from peftlab.core.modes import device_of, mode, to_device
 from peftlab.core.records import record_of, unwrap
 from peftlab.errors import PeftLabError
 from peftlab.training.model_facts import ModelFacts
-from peftlab.training.model_task import call
+from peftlab.training.model_task import call, is_known_class
 from peftlab.training.packing import pack
 from peftlab.training.schedule import borrowed_generators
 
 LENGTH = 7  # tokens of each example
-# How far what must be equal may differ by rounding, as a share of the largest logit. Experts and TF32 round otherwise in
-# another row; where y stands elsewhere in the row, everything may.
+# How far what must be equal may differ by rounding, as a share of the largest logit. Experts and TF32 round otherwise
+# in another row; where y stands elsewhere in the row, everything may.
 LEAK = {torch.float64: 1e-10, torch.float32: 5e-5}
 PLACE = {torch.float64: 1e-8, torch.float32: 1e-3}
 LEAK_16, PLACE_16 = 1e-2, 5e-2
@@ -36,8 +41,8 @@ def in_one_row(model: nn.Module) -> bool:
     return "flash" in str(getattr(config, "_attn_implementation", ""))
 
 
-def check_packing(model: nn.Module, facts: ModelFacts) -> None:
-    """Refuse a model whose examples would mix in a packed row, or that counts what stands on padding.
+def needs_masks(model: nn.Module, facts: ModelFacts) -> bool:
+    """Say whether a model must be given the masks of packed rows, because it does not find borders in `position_ids`.
 
     Raises:
         PeftLabError: it does, or it is no causal language model, or a prompt or rows of adapters are active.
@@ -63,7 +68,28 @@ def check_packing(model: nn.Module, facts: ModelFacts) -> None:
             f"packing cannot be used: {name} has layers of the kind {states[0]}, whose states run on from one example "
             f"of a row to the next. {ADVICE}"
         )
-    alone, after, after_other = _said_of_one(core, facts)
+    refusals: list[PeftLabError] = []
+    for masks in (False, True):
+        try:
+            _try(core, facts, masks)
+        except PeftLabError as refusal:
+            refusals.append(refusal)
+        else:
+            return masks
+    raise refusals[0]
+
+
+def with_masks(model: nn.Module, packed: dict[str, Any]) -> dict[str, Any]:
+    """The packed rows with a causal mask of blocks for each kind of the model's layers."""
+    core: Any = unwrap(model)
+    places = packed["position_ids"]
+    like = torch.empty((*places.shape, 1), dtype=getattr(core, "dtype", torch.float32))
+    return {**packed, "attention_mask": create_masks_for_generate(core.config, like, None, None, position_ids=places)}
+
+
+def _try(core: nn.Module, facts: ModelFacts, masks: bool) -> None:
+    name = facts.name
+    alone, after, after_other = _said_of_one(core, facts, masks)
     if not _alike(after, after_other, LEAK.get(after.dtype, LEAK_16)):
         raise PeftLabError(
             f"packing cannot be used: what {name} says of an example changes with the example before it in the row. "
@@ -96,17 +122,21 @@ def _check_adapters(core: nn.Module) -> None:
             )
 
 
-def _said_of_one(core: nn.Module, facts: ModelFacts) -> tuple[Tensor, Tensor, Tensor]:
+def _said_of_one(core: nn.Module, facts: ModelFacts, masks: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The logits of one example (n, V): where it stands first, behind another, and behind another yet."""
     tables = [module.num_embeddings for module in core.modules() if isinstance(module, nn.Embedding)]
     most = min([64, *([facts.tokens] if facts.tokens else tables)])
     first, other, one = ((torch.arange(LENGTH) * step + step) % most for step in (3, 5, 7))
     ones = torch.ones(1, 2 * LENGTH, dtype=torch.long)
     as_usual: dict[str, Any] = {"input_ids": torch.cat([one, first])[None], "attention_mask": ones, "use_cache": False}
-    batches = [as_usual, *(pack({"input_ids": torch.stack([x, one])}, one_row=True) for x in (first, other))]
+    packed = [pack({"input_ids": torch.stack([x, one])}, one_row=True) for x in (first, other)]
+    if masks:
+        if not is_known_class(core):
+            raise PeftLabError(f"{facts.name} is no class of transformers, so its masks are not known.")
+        packed = [with_masks(core, batch) for batch in packed]
     device, found = device_of(core), []
     with borrowed_generators(), mode(core, False), torch.no_grad():
-        for batch in batches:
+        for batch in (as_usual, *packed):
             output = call(core, to_device(batch, device))
             found.append(getattr(output, "logits", output)[0])
     return found[0][:LENGTH], found[1][LENGTH:], found[2][LENGTH:]

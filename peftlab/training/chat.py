@@ -199,7 +199,9 @@ def _learned(chat: _Chat, turn: int) -> Iterator[int]:
     if split is not None and chat.text[content_end : split[1]].strip():
         raise chat.lost(turn, f"its last token, {chat.text[slice(*split)]!r}, goes on behind it")
     inside = [
-        at for at, (first, behind) in enumerate(places) if begin <= first < end and (behind <= end or first < content_end)
+        at
+        for at, (first, behind) in enumerate(places)
+        if begin <= first < end and (behind <= end or first < content_end)
     ]
     closing = len(inside)  # from here on the template ends the turn: with special tokens, and blanks
     while closing and places[inside[closing - 1]][0] >= content_end:

@@ -188,8 +188,9 @@ class Collator:
     - any other list with one value per token, (b, t), padded with 0.
 
     With `packing` the b examples fill fewer rows (see `peftlab.training.packing`): instead of the attention mask there
-    are `position_ids`, which restart at 0 for each example, and `use_cache`, False. `pl.train(packing=True)` also tries
-    whether the model keeps the examples of a row apart; on your own, do not pass a cache.
+    are `position_ids`, which restart at 0 for each example, and `use_cache`, False. `pl.train`, `mean_loss` and
+    `perplexity` also try whether the model keeps the examples of a row apart. In a loop of your own, ask
+    `peftlab.training.borders.needs_masks`: some models mix them unless they are given masks.
 
     Args:
         tokenizer: gives the padding id. If it has none, its end token or 0 is used. The id does not matter, because the

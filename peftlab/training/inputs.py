@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftlab.errors import PeftLabError, warn
-from peftlab.training.borders import check_packing, in_one_row
+from peftlab.training.borders import in_one_row, needs_masks, with_masks
 from peftlab.training.checks import SPAN, answer_in_encoder, check_labels, check_tokens
 from peftlab.training.encoding import IGNORE, Collator
 from peftlab.training.losses import Loss
@@ -80,8 +80,7 @@ class Inputs:
         self.main = getattr(inner_model(model), "main_input_name", None)
         self.said: set[str] = set()
         self.one_row = self.packing and in_one_row(model)
-        if self.packing:
-            check_packing(model, self.facts)
+        self.masks = self.packing and needs_masks(model, self.facts)
 
     # -- one example ---------------------------------------------------------------------------------------------
 
@@ -186,7 +185,10 @@ class Inputs:
         check_tokens(batch, self.facts, where)
         if not self.own_loss and self.labelled:
             check_labels(batch, self.facts, where, self._warn)
-        return pack(batch, one_row=self.one_row, multiple_of=self.multiple_of) if self.packing else batch
+        if not self.packing:
+            return batch
+        packed = pack(batch, one_row=self.one_row, multiple_of=self.multiple_of)
+        return with_masks(self.facts.model, packed) if self.masks else packed
 
     def _warn(self, message: str) -> None:
         if message not in self.said:

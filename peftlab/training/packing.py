@@ -25,7 +25,7 @@ from torch import Tensor
 from peftlab.errors import PeftLabError
 
 IGNORE = -100  # the label that torch's cross-entropy leaves out
-WIDTHS = (1.0, 1.25, 1.5, 2.0)  # of a row, in lengths of the longest example
+WIDTHS = tuple(1 + eighths / 8 for eighths in range(9))  # of a row, in lengths of the longest example
 
 
 def first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:

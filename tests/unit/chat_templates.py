@@ -23,12 +23,13 @@ UNOPENED = """{% for m in messages %}<|im_start|>{{ m['role'] }}
 
 # ChatML whose last answers keep their thinking, and earlier ones lose it; with tools, in a user's turn
 THINKING = """{%- if tools %}<|im_start|>system
-{% if messages[0].role == 'system' %}{{ messages[0].content }} {% endif %}{% for t in tools %}{{ t | tojson }}{% endfor %}
+{% if messages[0].role == 'system' %}{{ messages[0].content }} {% endif %}{% for t in tools %}{{ t | tojson }}\
+{% endfor %}
 <|im_end|>
 {% elif messages[0].role == 'system' %}<|im_start|>system
 {{ messages[0].content }}<|im_end|>
-{% endif %}{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}\
-{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'user' %}<|im_start|>user
+{% endif %}{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}\
+{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'user' %}<|im_start|>user
 {{ m.content }}<|im_end|>
 {% elif m.role == 'tool' %}<|im_start|>user
 <tool_response>{{ m.content }}</tool_response><|im_end|>
@@ -49,8 +50,8 @@ THINKING = """{%- if tools %}<|im_start|>system
 {% endif %}{% endif %}"""
 
 # opens an answer with a thought, and writes none of the thoughts in its turns
-OPENED_THOUGHT = """<s>{% for m in messages %}{% if m.role == 'user' %}<|U|>{{ m.content }}{% elif m.role == 'assistant' %}\
-<|A|>{{ m.content.split('</think>')[-1] }}</s>{% else %}{{ m.content }}{% endif %}{% endfor %}\
+OPENED_THOUGHT = """<s>{% for m in messages %}{% if m.role == 'user' %}<|U|>{{ m.content }}\
+{% elif m.role == 'assistant' %}<|A|>{{ m.content.split('</think>')[-1] }}</s>{% else %}{{ m.content }}{% endif %}{% endfor %}\
 {% if add_generation_prompt %}<|A|><think>
 {% endif %}"""
 
@@ -61,7 +62,8 @@ LLAMA = """{% for m in messages %}{% if loop.first %}<|bot|>{% endif %}<|head|>{
 {% endif %}"""
 
 MISTRAL = """{% set rest = messages %}{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}\
-{% set system = messages[0].content %}{% endif %}<s>{% for m in rest %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}\
+{% set system = messages[0].content %}{% endif %}<s>{% for m in rest %}\
+{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}\
 {{ raise_exception('roles must alternate user/assistant/user/assistant') }}{% endif %}{% if m.role == 'user' %}[INST] \
 {% if loop.last and system is defined or rest | length == loop.index + 1 and system is defined %}{{ system }}
 
@@ -109,7 +111,10 @@ def tokenizer(template):
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     backend.train_from_iterator([CORPUS] * 4, trainer)
     backend.add_tokens([AddedToken(one, special=False, normalized=False) for one in ADDED])

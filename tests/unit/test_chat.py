@@ -125,11 +125,17 @@ def test_answers_that_stand_in_the_questions_too_are_not_confused():
         found = learned(getattr(templates, name), chat)
         assert found == [expected[0], expected[1].replace("Hello world", "four.")], name
     for word in ("im_end", "end", "|", "assistant", "<|im_start|>"):  # parts of what the template writes
-        assert learned(templates.CHATML, [SHORT[0], {"role": "assistant", "content": word}] * 2) == [
-            f"{word}<|im_end|>"
-        ] * 2
+        assert (
+            learned(templates.CHATML, [SHORT[0], {"role": "assistant", "content": word}] * 2)
+            == [f"{word}<|im_end|>"] * 2
+        )
     # an answer that looks like what opens an answer, and one that holds the template's own words
-    chat = [SHORT[0], {"role": "assistant", "content": "assistant"}, LONG[2], {"role": "assistant", "content": "<think> red"}]
+    chat = [
+        SHORT[0],
+        {"role": "assistant", "content": "assistant"},
+        LONG[2],
+        {"role": "assistant", "content": "<think> red"},
+    ]
     assert learned(templates.CHATML, chat) == ["assistant<|im_end|>", "<think> red<|im_end|>"]
     assert learned(templates.OPENED_THOUGHT, chat)[1] == "<think> red</s>"
 
@@ -149,7 +155,10 @@ def test_other_languages_and_characters_of_several_bytes():
 
 
 def test_contents_in_parts_greetings_and_weights():
-    parts = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": [{"type": "text", "text": "four."}]}]
+    parts = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": [{"type": "text", "text": "four."}]},
+    ]
     template = templates.CHATML.replace(
         "{{ m['content'] }}", "{{ m.content if m.content is string else m.content[0].text }}"
     )

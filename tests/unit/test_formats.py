@@ -55,7 +55,6 @@ def test_each_form_is_told_by_its_columns_and_gives_the_same_example(tmp_path, r
     task = found(tmp_path / "x.jsonl", *[row] * 4)
     assert task.kind == kind and len(task.train) == 3 and len(task.test) == 1
 
-
     assert re.search(told, task.told), task.told
     text, answer = example(task)
     assert answer == learned and text.startswith("<|im_start|>user\ntwo and two?<|im_end|>\n<|im_start|>assistant\n")
@@ -77,9 +76,10 @@ def test_what_stands_beside_a_form_is_read(tmp_path):
         assert '"description": "sums"' in example(task, templates.THINKING)[0]
     many = [*CHAT, *CHAT]
     task = found(tmp_path / "e.jsonl", *[{"messages": many}] * 2, train_on="last")
-    assert example(task)[1] == "four.<|im_end|>" and example(found(tmp_path / "f.jsonl", *[{"messages": many}] * 2))[
-        1
-    ] == "four.<|im_end|>four.<|im_end|>"
+    assert (
+        example(task)[1] == "four.<|im_end|>"
+        and example(found(tmp_path / "f.jsonl", *[{"messages": many}] * 2))[1] == "four.<|im_end|>four.<|im_end|>"
+    )
 
 
 def test_no_row_takes_on_the_keys_of_another(tmp_path):
@@ -88,12 +88,14 @@ def test_no_row_takes_on_the_keys_of_another(tmp_path):
     def call(**arguments):
         return {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
 
-    rows = [{"messages": [ASK, call(a=1)]}, {"messages": [ASK, call(b="x")]}, {"messages": [ASK, {**ANSWER, "content": [{
-        "type": "text", "text": "four."}]}]}]  # fmt: skip
+    parts = {"role": "assistant", "content": [{"type": "text", "text": "four."}]}
+    rows = [{"messages": [ASK, answer]} for answer in (call(a=1), call(b="x"), parts)]
     task = found(tmp_path / "x.jsonl", *rows, *rows)
     calls = [row["messages"][1].get("tool_calls") for row in task.train + task.test]
     assert all(set(one[0]["function"]["arguments"]) in ({"a"}, {"b"}) for one in calls if one)
-    saved = DatasetDict({"train": Dataset.from_list([{"messages": [ASK, {**ANSWER, "name": "x"}]}, {"messages": CHAT}])})
+    saved = DatasetDict(
+        {"train": Dataset.from_list([{"messages": [ASK, {**ANSWER, "name": "x"}]}, {"messages": CHAT}])}
+    )
     saved.save_to_disk(str(tmp_path / "saved"))
     task = tasks.task_of(read(str(tmp_path / "saved")), "saved")
     assert sorted(map(len, (row["messages"][1] for row in task.train + task.test))) == [2, 3]
@@ -129,7 +131,8 @@ BROKEN = [
      "line 2: message 2 has the role 'assitant'.*Did you mean 'assistant'"),
     ({"messages": CHAT}, {"messages": [ASK, {"role": "assistant", "contents": "x"}]},
      "line 2: message 2 has the keys 'role', 'contents'.*Did you mean 'content'"),
-    ({"messages": CHAT}, {"messages": [ASK, {"role": "assistant", "content": None}]}, "line 2: message 2 .* no content"),
+    ({"messages": CHAT}, {"messages": [ASK, {"role": "assistant", "content": None}]},
+     "line 2: message 2 .* has no content"),
     ({"messages": CHAT}, {"messages": [ASK, {"role": "assistant", "content": 4}]}, "line 2: message 2 .* found 4"),
     ({"messages": CHAT}, {"messages": [ASK, "four"]}, "line 2: message 2 is 'four', not an object"),
     ({"messages": CHAT}, {"messages": CHAT, "tools": 3}, "line 2: tools is a list of objects"),
@@ -177,7 +180,9 @@ def test_what_is_cut_is_counted_and_answers_are_whole(tmp_path):
     rows = [{"messages": CHAT * 3}, {"messages": CHAT}, {"messages": CHAT}]
     task = found(tmp_path / "x.jsonl", *rows, *rows)
     tokenizer, told = templates.tokenizer(templates.CHATML), []
-    short = len(tasks.encode(task, tokenizer, [r for r in task.train if len(r["messages"]) == 2][:1], None)[0]["labels"])
+    short = len(
+        tasks.encode(task, tokenizer, [r for r in task.train if len(r["messages"]) == 2][:1], None)[0]["labels"]
+    )
     examples = tasks.encode(task, tokenizer, task.train + task.test, short, told.append)
     assert [len(one["labels"]) for one in examples] == [short] * 6
     assert told == [

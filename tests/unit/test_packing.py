@@ -14,6 +14,8 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
@@ -22,6 +24,8 @@ from transformers import (
     MixtralForCausalLM,
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
 )
 
 import peftlab as pl
@@ -59,6 +63,29 @@ def made(kind, **settings):
     return model
 
 
+def masked(**settings):
+    """One that does not find borders in positions, and has two kinds of layers: it is given masks."""
+    torch.manual_seed(0)
+    types = ["sliding_attention", "full_attention"]
+    sizes = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 4, "initializer_range": 0.3}
+    model = GptOssForCausalLM(GptOssConfig(**sizes, sliding_window=3, layer_types=types, **settings))
+    model.set_experts_implementation("eager")
+    return model.double()
+
+
+def test_a_model_that_does_not_look_for_borders_is_given_masks():
+    model = masked()
+    assert borders.needs_masks(model, facts_of(model))
+    same(trained(model, False), trained(model, True), rel=1e-6)
+    same(trained(model, False), trained(model, True, checkpointing=True), rel=1e-6)
+    expected = pl.mean_loss(model, ROWS, pl.Collator())
+    assert pl.mean_loss(model, ROWS, pl.Collator(packing=True)) == pytest.approx(expected, rel=1e-6)
+    model = OPTForCausalLM(OPTConfig(vocab_size=32, hidden_size=16, ffn_dim=16, num_hidden_layers=2, dropout=0.0,
+                                     num_attention_heads=2, word_embed_proj_dim=16, init_std=0.3)).double()  # fmt: skip
+    assert borders.needs_masks(model, facts_of(model))
+    same(trained(model, False), trained(model, True))
+
+
 EXACT = ("llama", "gpt2", "window", "both windows", "experts")
 ROWS = tiny.examples(12)
 for row in ROWS[::2]:
@@ -76,9 +103,9 @@ def test_first_fit_takes_the_longest_first_and_leaves_little_room():
     assert first_fit([5, 3, 2, 4], 7) == [[0, 2], [3, 1]]
     assert first_fit([2, 2, 2], 2) == [[0], [1], [2]]
     assert sorted(itertools.chain(*best_rows([9, 6, 6, 6]))) == [0, 1, 2, 3]
-    # rows of 9 tokens would hold one example each
+    # rows of 9 tokens would hold one example each; rows of 15 hold them without a blank
     rows = best_rows([9, 6, 6, 6, 6, 6])
-    assert len(rows) * max(sum([9, 6, 6, 6, 6, 6][i] for i in row) for row in rows) == 48
+    assert len(rows) * max(sum([9, 6, 6, 6, 6, 6][i] for i in row) for row in rows) == 45  # not one blank
 
 
 def test_what_a_packed_batch_holds():
@@ -251,7 +278,7 @@ def test_the_trial_changes_nothing():
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    borders.check_packing(model, facts_of(model))
+    assert not borders.needs_masks(model, facts_of(model))
     assert torch.equal(torch.rand(3), expected) and model.training and model.config.use_cache
 
 
