@@ -181,20 +181,26 @@ def _message(value: Any, number: int, row: Row) -> dict[str, Any]:
 
 
 def _alpaca(row: Row, form: Form) -> dict[str, Any]:
-    """{"prompt", "completion"}: the instruction, and the input after an empty line if there is one."""
+    """{"prompt", "completion", "plain"}: the instruction, and the input after an empty line if there is one.
+
+    `plain` is the prompt for a tokenizer without a chat template, with Alpaca's own headings.
+    """
     given = row.get("input")
     if given is not None and given == given and not isinstance(given, (str, int)):
         raise PeftLabError(f"{row.where}: input is a text, found {given!r:.60}. Put it in quotes.")
     prompt = row["instruction"] if given in (None, "") or given != given else f"{row['instruction']}\n\n{given}"
     system, history = row.get("system"), row.get("history")
-    if not system and not history:
-        return {"prompt": prompt, "completion": row["output"]}
     before = [{"role": "system", "content": system}] if system else []
+    plain = f"{system}\n\n" if system else ""
     for pair in history or ():
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise PeftLabError(f"{row.where}: history is a list of pairs [question, answer], found {pair!r:.80}.")
         before += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    return {"prompt": [*before, {"role": "user", "content": prompt}], "completion": row["output"]}
+        plain += f"### Instruction:\n{pair[0]}\n\n### Response:\n{pair[1]}\n\n"
+    heading = "" if prompt == row["instruction"] else f"### Input:\n{given}\n\n"
+    plain += f"### Instruction:\n{row['instruction']}\n\n{heading}### Response:\n"
+    asked = [*before, {"role": "user", "content": prompt}] if before else prompt
+    return {"prompt": asked, "completion": row["output"], "plain": plain}
 
 
 def _parsed(row: Row, column: str) -> Any:

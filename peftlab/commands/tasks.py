@@ -102,6 +102,8 @@ def encode(
             "The data holds chats, and the model's tokenizer has no chat template, which says how a chat is written. "
             "Take a chat model (its name often ends in -Instruct), or give data with prompt and completion."
         )
+    if tell is not None and rows and "plain" in rows[0] and _prompt(rows[0], tokenizer) == rows[0]["plain"]:
+        tell("The tokenizer has no chat template: prompts are written with ### Instruction: and ### Response:")
     examples, cut, lost = [], 0, 0
     for row in rows:
         try:
@@ -133,8 +135,14 @@ def _encoded(task: Task, tokenizer: Any, row: Any, most: int | None) -> dict[str
     if task.kind == "classification":
         return encode_classification(tokenizer, row["text"], task.classes.index(row["label"]), most)
     if task.kind == "completion":
-        return encode_completion(tokenizer, row["prompt"], row[task.answer], most)
+        return encode_completion(tokenizer, _prompt(row, tokenizer), row[task.answer], most)
     return encode_text(tokenizer, row["text"], most)
+
+
+def _prompt(row: Any, tokenizer: Any) -> Any:
+    """A row's prompt; without a chat template, which would part it from the answer, the one with headings."""
+    plain = row.get("plain") if getattr(tokenizer, "chat_template", None) is None else None
+    return row["prompt"] if plain is None else plain
 
 
 def _answers(example: dict[str, Any]) -> int:
@@ -159,7 +167,11 @@ def test(
 
     if task.kind == "completion":
         answers = generate_text(
-            model, tokenizer, [row["prompt"] for row in rows], max_new_tokens=max_new_tokens, batch_size=batch_size
+            model,
+            tokenizer,
+            [_prompt(row, tokenizer) for row in rows],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
         )
         wanted = [completion_text(row[task.answer]) for row in rows]
         if task.answer == "ticket":

@@ -1,12 +1,11 @@
 """Whether, and how, a model keeps the examples of a packed row apart, tried on the model itself.
 
 Two examples x and y stand in one row, once as [x; y] and once as [x'; y] with other tokens in x. What the model says of
-y must be the same in both rows, and the same as where y stands first and is read as usual. A model with states that
-run on from token to token, a convolution, or an attention that does not look for borders fails this, whatever its
-class.
+y must be the same in both rows, and the same as where y stands first and is read as usual. A model with states that run
+on from token to token, a convolution, or an attention that does not look for borders fails this.
 
-Most models find the borders in `position_ids`. To those that do not, and take masks of two dimensions more (b, 1, t, t),
-these are given, as transformers makes them for each kind of layer.
+Most models find the borders in `position_ids`. To those that do not, but take a mask (b, 1, t, t), such masks are given, as
+transformers makes them for each kind of layer.
 """
 
 from __future__ import annotations

@@ -273,7 +273,12 @@ def _marked(chat: _Chat, turns: list[int]) -> list[int]:
         PeftLabError: it marks nothing in them, or something that is not the assistant's.
     """
     marked = [place for place, mark in enumerate(chat.marks or ()) if mark]
-    areas = {turn: _area(chat, turn) for turn in chat.turns}
+    try:
+        areas = {turn: _area(chat, turn) for turn in chat.turns}
+    except PeftLabError:  # a message that cannot be found: the marks are all there is
+        if turns != chat.turns:
+            raise
+        areas = dict.fromkeys(turns, (0, len(chat.text)))
     mine = {
         turn: [place for place in marked if first <= chat.places[place][0] and chat.places[place][1] <= behind]
         for turn, (first, behind) in areas.items()
@@ -285,7 +290,7 @@ def _marked(chat: _Chat, turns: list[int]) -> list[int]:
             f"The chat template marks {chat.text[first:behind]!r} as generated, and that is not the assistant's. Mend "
             "its {% generation %} marks."
         )
-    chosen = [place for turn in turns for place in mine[turn]]
+    chosen = sorted({place for turn in turns for place in mine[turn]})
     if not chosen:
         raise PeftLabError(
             "The chat template has {% generation %} marks, and marks nothing in these answers. Put the marks around "

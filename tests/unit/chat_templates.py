@@ -51,8 +51,8 @@ THINKING = """{%- if tools %}<|im_start|>system
 
 # opens an answer with a thought, and writes none of the thoughts in its turns
 OPENED_THOUGHT = """<s>{% for m in messages %}{% if m.role == 'user' %}<|U|>{{ m.content }}\
-{% elif m.role == 'assistant' %}<|A|>{{ m.content.split('</think>')[-1] }}</s>{% else %}{{ m.content }}{% endif %}{% endfor %}\
-{% if add_generation_prompt %}<|A|><think>
+{% elif m.role == 'assistant' %}<|A|>{{ m.content.split('</think>')[-1] }}</s>{% else %}{{ m.content }}{% endif %}\
+{% endfor %}{% if add_generation_prompt %}<|A|><think>
 {% endif %}"""
 
 LLAMA = """{% for m in messages %}{% if loop.first %}<|bot|>{% endif %}<|head|>{{ m.role }}<|/head|>
@@ -65,7 +65,7 @@ MISTRAL = """{% set rest = messages %}{% if messages[0].role == 'system' %}{% se
 {% set system = messages[0].content %}{% endif %}<s>{% for m in rest %}\
 {% if (m.role == 'user') != (loop.index0 % 2 == 0) %}\
 {{ raise_exception('roles must alternate user/assistant/user/assistant') }}{% endif %}{% if m.role == 'user' %}[INST] \
-{% if loop.last and system is defined or rest | length == loop.index + 1 and system is defined %}{{ system }}
+{% if system is defined and (loop.last or rest | length == loop.index + 1) %}{{ system }}
 
 {% endif %}{{ m.content }} [/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"""
 

@@ -184,6 +184,11 @@ def test_marks_are_believed_where_they_stand_and_questioned_where_they_cannot_be
     users = templates.MARKED.replace("m.role == 'assistant'", "m.role == 'user'", 1)
     with pytest.raises(PeftLabError, match="marks .* as generated, and that is not the assistant's"):
         learned(users, LONG)
+    # marks that stand, though a user's words cannot be found
+    loud = templates.MARKED.replace("{% else %}{{ m.content }}", "{% else %}{{ m.content | upper }}")
+    assert learned(loud, LONG) == ["four.<|im_end|>", "Hello world<|im_end|>"]
+    with pytest.raises(PeftLabError, match="cannot be found exactly"):
+        learned(loud, LONG, train_on="last")
     none = templates.MARKED.replace("m.role == 'assistant'", "m.role == 'robot'", 1)
     with pytest.raises(PeftLabError, match="marks nothing in these answers"):
         learned(none, LONG)

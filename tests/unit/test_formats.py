@@ -63,6 +63,12 @@ def test_each_form_is_told_by_its_columns_and_gives_the_same_example(tmp_path, r
 def test_what_stands_beside_a_form_is_read(tmp_path):
     task = found(tmp_path / "a.jsonl", *[{"instruction": "Hello", "input": "world", "output": "yes"}] * 2)
     assert task.train[0]["prompt"] == "Hello\n\nworld"
+    told = []
+    one = tasks.encode(task, templates.tokenizer(None), task.train, None, told.append)[0]
+    assert templates.tokenizer(None).decode(one["input_ids"]) == (
+        "### Instruction:\nHello\n\n### Input:\nworld\n\n### Response:\nyes</s>"
+    )
+    assert told == ["The tokenizer has no chat template: prompts are written with ### Instruction: and ### Response:"]
     row = {"instruction": "Hello", "output": "yes", "system": "be short", "history": [["red", "green"]]}
     text, answer = example(found(tmp_path / "b.jsonl", *[row] * 2))
     assert answer == "yes<|im_end|>" and [part.split("\n")[0] for part in text.split("<|im_start|>")[1:]] == [
@@ -113,6 +119,10 @@ def test_files_and_folders(tmp_path):
     for name in ("train-00001.jsonl", "train-00002.jsonl", "valid.jsonl", "my_test.jsonl"):
         lines(folder / name, *rows)
     assert {split: len(part) for split, part in read(str(folder)).items()} == {"test": 3, "train": 6, "validation": 3}
+    (tmp_path / "alpaca.csv").write_text("instruction,input,output\n7,,007\na,b,NA\n")
+    task = tasks.task_of(read(str(tmp_path / "alpaca.csv")), "alpaca.csv")
+    pairs = {(row["prompt"], row["completion"]) for row in task.train + task.test}
+    assert pairs == {("7", "007"), ("a\n\nb", "NA")}
     table = "messages\n" + '"' + json.dumps(CHAT).replace('"', '""') + '"\n'
     (tmp_path / "chat.csv").write_text(table + table.split("\n", 1)[1] * 2)
     task = tasks.task_of(read(str(tmp_path / "chat.csv")), "chat.csv")
