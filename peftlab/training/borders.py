@@ -4,8 +4,8 @@ Two examples x and y stand in one row, once as [x; y] and once as [x'; y] with o
 y must be the same in both rows, and the same as where y stands first and is read as usual. A model with states that run
 on from token to token, a convolution, or an attention that does not look for borders fails this.
 
-Most models find the borders in `position_ids`. To those that do not, but take a mask (b, 1, t, t), such masks are given, as
-transformers makes them for each kind of layer.
+Most models find the borders in `position_ids`. To those that do not, but take a mask (b, 1, t, t), it is given, as
+transformers makes it for each kind of layer.
 """
 
 from __future__ import annotations
