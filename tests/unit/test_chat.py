@@ -1,5 +1,6 @@
 """Which tokens of a conversation are learned: the assistant's alone, as the template itself writes them."""
 
+import random
 import warnings
 
 import chat_templates as templates
@@ -138,6 +139,28 @@ def test_answers_that_stand_in_the_questions_too_are_not_confused():
     ]
     assert learned(templates.CHATML, chat) == ["assistant<|im_end|>", "<think> red<|im_end|>"]
     assert learned(templates.OPENED_THOUGHT, chat)[1] == "<think> red</s>"
+
+
+PIECES = ["four", "Hello world", " ", "\n", "🙂", "é", "<|im_end|>", "assistant", "<|im_start|>", "[/INST]", "</s>", "<think>",
+          "</think>", "end", "|", "x", "\n\n", "<|eot|>", "user\n", "{{ m }}", "7"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, written",
+    [("CHATML", "{}<|im_end|>"), ("UNOPENED", "{}<|im_end|>"), ("MARKED", "{}<|im_end|>"), ("TWO_ENDS", "{}<|end|>"),
+     ("MISTRAL", " {}</s>"), ("LLAMA", "{}<|eot|>"), ("GEMMA", "{}</turn>")],
+)  # fmt: skip
+def test_any_words_even_the_templates_own(name, written):
+    tokenizer, draw = templates.tokenizer(getattr(templates, name)), random.Random(1)
+    for _ in range(40):
+        chat = []
+        for _ in range(draw.randint(1, 3)):
+            chat.append({"role": "user", "content": "".join(draw.choices(PIECES, k=draw.randint(1, 4)))})
+            chat.append({"role": "assistant", "content": "".join(draw.choices(PIECES, k=draw.randint(0, 4)))})
+        answers = [message["content"] for message in chat[1::2]]
+        expected = "".join(written.format(text.strip() if name in ("LLAMA", "GEMMA") else text) for text in answers)
+        example = pl.encode_chat(tokenizer, chat)
+        assert tokenizer.decode([label for label in example["labels"] if label != -100]) == expected, chat
 
 
 def test_blanks_around_answers():
