@@ -141,8 +141,8 @@ def test_answers_that_stand_in_the_questions_too_are_not_confused():
     assert learned(templates.OPENED_THOUGHT, chat)[1] == "<think> red</s>"
 
 
-PIECES = ["four", "Hello world", " ", "\n", "🙂", "é", "<|im_end|>", "assistant", "<|im_start|>", "[/INST]", "</s>", "<think>",
-          "</think>", "end", "|", "x", "\n\n", "<|eot|>", "user\n", "{{ m }}", "7"]  # fmt: skip
+PIECES = ["four", "Hello world", " ", "\n", "🙂", "é", "<|im_end|>", "assistant", "<|im_start|>", "[/INST]", "</s>",
+          "<think>", "</think>", "end", "|", "x", "\n\n", "<|eot|>", "user\n", "{{ m }}", "7"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
