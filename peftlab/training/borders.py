@@ -21,7 +21,7 @@ from peftlab.core.modes import device_of, mode, to_device
 from peftlab.core.records import record_of, unwrap
 from peftlab.errors import PeftLabError
 from peftlab.training.model_facts import ModelFacts
-from peftlab.training.model_task import call, is_known_class
+from peftlab.training.model_task import call, forward_columns, inner_model, is_known_class
 from peftlab.training.packing import pack
 from peftlab.training.schedule import borrowed_generators
 
@@ -50,7 +50,7 @@ def needs_masks(model: nn.Module, facts: ModelFacts) -> bool:
     if facts.task not in ("causal language modelling", None):
         raise PeftLabError(f"packing is for causal language models, and {name} is for {facts.task}. {ADVICE}")
     _check_adapters(core)
-    if "position_ids" not in facts.columns.names:
+    if "position_ids" not in forward_columns(inner_model(core)).names:
         raise PeftLabError(
             f"packing cannot be used: {name} takes no position_ids, which tell where an example of a row begins. A "
             f"state-space model, for example, reads a row as one text. {ADVICE}"

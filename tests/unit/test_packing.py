@@ -3,6 +3,7 @@
 import copy
 import itertools
 
+import peft
 import pytest
 import tiny
 import torch
@@ -205,6 +206,17 @@ def test_adapters_inside_the_layers_are_exact(config):
     model = pl.attach(made("llama"), config(**more))
     model.double()
     same(trained(model, False), trained(model, True))
+
+
+def test_models_of_hugging_face_peft():
+    model = peft.get_peft_model(made("llama"), peft.LoraConfig(target_modules=["q_proj"])).double()
+    same(trained(model, False), trained(model, True))
+    assert pl.mean_loss(model, ROWS, pl.Collator(packing=True)) == pytest.approx(
+        pl.mean_loss(model, ROWS, pl.Collator()), rel=1e-9
+    )
+    prompt = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    with pytest.raises(PeftLabError, match="packing cannot be used"):
+        trained(peft.get_peft_model(tiny.llama(), prompt), True)
 
 
 @pytest.mark.parametrize("config", [pl.PromptTuningConfig, pl.PTuningConfig, pl.PrefixTuningConfig], ids=str)
