@@ -98,7 +98,7 @@ class Settings:
         one_of, known=(True, False), option="packing",
         more="Positions restart and attention does not cross (`peftlab.training.packing`), so that time and memory "
         "change, but not the result. `batch_size` counts examples, not rows. For causal language models; one that "
-        "would mix the examples is refused.")
+        "would mix the examples is refused. A loss of your own gets the packed rows.")
     evaluate_every: int | None = setting(
         None, "evaluate every N steps and after the last", whole, least=1, optional=True, option="eval-every",
         more="Without it there is one evaluation, after the last step.")

@@ -96,7 +96,7 @@ def json_rows(path: Path) -> Rows:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise PeftLabError(f"{path} cannot be read: {error}. Save it as UTF-8.") from error
-    if path.suffix.lower() == ".json":
+    if path.suffix.lower() == ".json" or text.lstrip().startswith("["):
         whole = _whole(text)
         if whole is not None:
             return Rows(Row(_object(row, place()), place) for row, place in _numbered(whole, path))

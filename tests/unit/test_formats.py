@@ -112,7 +112,9 @@ def test_files_and_folders(tmp_path):
     (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
     (tmp_path / "inside.json").write_text(json.dumps({"data": rows}))
     (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    for name in ("list.json", "inside.json", "lines.json"):
+    (tmp_path / "list.jsonl").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "windows.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, rows)).encode())
+    for name in ("list.json", "inside.json", "lines.json", "list.jsonl", "windows.jsonl"):
         assert len(read(str(tmp_path / name))["train"]) == 3, name
     folder = tmp_path / "folder"
     folder.mkdir()
