@@ -29,6 +29,11 @@ from peftlab.training.encoding import MOST_TOKENS
 from peftlab.training.packing import IGNORE
 
 TRAIN_ON = ("assistant", "last")
+TAKEN = (
+    "tools", "tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs",
+    "add_generation_prompt", "continue_final_message", "chat_template", "conversation", "padding", "truncation",
+    "max_length",
+)  # fmt: skip
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -73,7 +78,11 @@ def encode_chat(
     max_length = whole("max_length", max_length, least=1, ceiling=MOST_TOKENS, optional=True)
     if isinstance(messages, str):
         raise PeftLabError(f"messages is a text, {messages!r:.60}; a conversation is a list of messages.")
-    chat = _Chat(tokenizer, messages_of(messages, "conversation"), tools, dict(template_options or {}))
+    options = dict(template_options or {})
+    taken = next((name for name in options if name in TAKEN), None)
+    if taken is not None:
+        raise PeftLabError(f"template_options holds {taken!r}, which is set here; it is for what the template reads.")
+    chat = _Chat(tokenizer, messages_of(messages, "conversation"), tools, options)
     turns = chat.turns[-1:] if train_on == "last" else chat.turns
     turns = [turn for turn in turns if chat.messages[turn].get("weight", 1) != 0]
     if not turns:

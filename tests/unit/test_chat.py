@@ -274,6 +274,9 @@ def test_the_calls_own_arguments():
     tokenizer = templates.tokenizer(templates.CHATML)
     with pytest.raises(PeftLabError, match="train_on must be one of 'assistant', 'last'"):
         pl.encode_chat(tokenizer, SHORT, train_on="assistants")
+    for name in ("tokenize", "add_generation_prompt", "max_length"):
+        with pytest.raises(PeftLabError, match=f"template_options holds '{name}', which is set here"):
+            pl.encode_chat(tokenizer, SHORT, template_options={name: True})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pl.encode_chat(tokenizer, SHORT, "last", 100)
