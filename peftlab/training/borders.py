@@ -10,6 +10,7 @@ transformers makes it for each kind of layer.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -83,7 +84,13 @@ def with_masks(model: nn.Module, packed: dict[str, Any]) -> dict[str, Any]:
     core: Any = unwrap(model)
     places = packed["position_ids"]
     like = torch.empty((*places.shape, 1), dtype=getattr(core, "dtype", torch.float32))
-    return {**packed, "attention_mask": create_masks_for_generate(core.config, like, None, None, position_ids=places)}
+    known = {
+        "config": core.config, "inputs_embeds": like, "input_embeds": like, "attention_mask": None, "cache": None,
+        "past_key_values": None, "cache_position": torch.arange(places.shape[1]), "position_ids": places,
+    }  # fmt: skip
+    takes = inspect.signature(create_masks_for_generate).parameters  # its names change between versions
+    given = {name: value for name, value in known.items() if name in takes}
+    return {**packed, "attention_mask": create_masks_for_generate(**given)}
 
 
 def _try(core: nn.Module, facts: ModelFacts, masks: bool) -> None:
