@@ -11,7 +11,7 @@ scaling: alpha over r, or over its root".
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -21,10 +21,21 @@ from torch import Tensor, nn
 
 from peftlab.checks import check_fields, check_kinds, number, one_of, whole
 from peftlab.core.interface import Part, Placement
-from peftlab.core.records import own_tensor, tensor_at
-from peftlab.core.targets import Targets, by_pattern, check_regex, find, in_any_order, is_conv1d, shape_of
+from peftlab.core.records import own_tensor
+from peftlab.core.targets import (
+    CONVOLUTIONS,
+    Targets,
+    by_pattern,
+    check_regex,
+    find,
+    in_any_order,
+    is_conv1d,
+    shape_of,
+)
 from peftlab.errors import PeftLabError
+from peftlab.methods.lora_conv import LoRAConv, biased, start
 from peftlab.methods.parts import BIAS_MODES, cast, first_input, trained_biases, trained_copies, widened
+from peftlab.methods.tokens import check_tokens, trained_rows
 
 
 class LoRALinear(Part):
@@ -82,13 +93,7 @@ class LoRALinear(Part):
         delta = delta.T if self.transposed else delta
         parameters = {"weight": widened(own_tensor(host, "weight")) + delta}
         if self.lora_B_bias is not None:
-            bias = tensor_at(host, "bias")
-            if bias is None:
-                raise PeftLabError(
-                    "lora_bias cannot be merged into a layer without a bias; keep the adapter unmerged, or train it "
-                    "without lora_bias."
-                )
-            parameters["bias"] = widened(bias) + widened(self.lora_B_bias) * self.scaling
+            parameters["bias"] = biased(host, self.lora_B_bias, self.scaling)
         return parameters
 
 
@@ -137,24 +142,6 @@ class LoRAEmbedding(Part):
         return {"weight": widened(own_tensor(host, "weight")) + delta}
 
 
-def start(lora_A: Tensor, lora_B: Tensor, init: str) -> None:
-    """Draw A, (r, in), and for `"random"` also B, (out, r).
-
-    A must not be zero, or B gets no gradient. B must be zero, or the model starts from another function.
-    """
-    r = lora_A.shape[0]
-    if init == "orthogonal":
-        # A A^T = I: the r directions that the adapter reads do not overlap
-        nn.init.orthogonal_(lora_A)
-    elif init == "gaussian":
-        nn.init.normal_(lora_A, std=1 / r)
-    else:
-        # U(-1/sqrt(in), 1/sqrt(in)): Kaiming's bound sqrt(6 / ((1 + a^2) in)) at a = sqrt(5)
-        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-    if init == "random":
-        nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
-
-
 INITS = ("kaiming", "gaussian", "orthogonal", "random")
 # Values of peft's `init_lora_weights` (in lower case) that leave the base's weights alone.
 BASE_KEPT = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
@@ -177,6 +164,9 @@ class LoRAConfig(Targets):
         fan_in_fan_out: detected automatically for Linear and Conv1D (the flag is ignored there). Set it only for custom
             layers that store their weight as (in, out).
         rank_pattern, alpha_pattern: another r or alpha for the paths whose end matches a key, e.g. `{"layers.0.*": 4}`.
+        trainable_tokens: ids of tokens whose rows of the word embeddings train in full, and no other rows. A head that
+            shares the embeddings' weight follows. `{"embed_tokens": [5, 9], "lm_head": [5, 9]}` names the modules, as
+            for a head with a weight of its own. `None` takes the tokens that `add_tokens` added, if there are any.
 
     Raises:
         PeftLabError: a value is out of range; the message says what was found.
@@ -196,12 +186,14 @@ class LoRAConfig(Targets):
     fan_in_fan_out: bool = False
     rank_pattern: Mapping[str, Any] = field(default_factory=dict)
     alpha_pattern: Mapping[str, Any] = field(default_factory=dict)
+    trainable_tokens: Iterable[int] | Mapping[str, Iterable[int]] | None = None
 
     method: ClassVar[str] = "lora"
     peft_type: ClassVar[str] = "LORA"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_tokens(self)
         check_kinds(self, "rank_pattern", "alpha_pattern")
         for key in (*self.rank_pattern, *self.alpha_pattern):
             check_regex(key)
@@ -232,9 +224,11 @@ class LoRAConfig(Targets):
                         f"{next(iter(targets))}."
                     )
         for path, host in targets.items():
-            kind: type[Part] = LoRAEmbedding if isinstance(host, nn.Embedding) else LoRALinear
+            other: type[Part] = LoRAConv if isinstance(host, CONVOLUTIONS) else LoRALinear
+            kind: type[Part] = LoRAEmbedding if isinstance(host, nn.Embedding) else other
             part = kind(host, by_pattern(self.rank_pattern, path, self.r), self.scaling(path), self)
             yield Placement(path, "lora", part)
+        yield from trained_rows(model, self, targets)
         copies = list(trained_copies(model, self))
         yield from trained_biases(model, self.bias, targets, copied=[copy.path for copy in copies])
         yield from copies
@@ -253,6 +247,7 @@ class LoRAConfig(Targets):
             "init_lora_weights": {"random": False, "gaussian": "gaussian"}.get(self.init, True),
             "rank_pattern": in_any_order(self.rank_pattern, hosts),
             "alpha_pattern": in_any_order(self.alpha_pattern, hosts),
+            **({} if self.trainable_tokens is None else {"trainable_token_indices": self.trainable_tokens}),
         }
 
     @staticmethod
@@ -285,10 +280,11 @@ class LoRAConfig(Targets):
             "fan_in_fan_out": bool(fields.get("fan_in_fan_out", False)),
             "rank_pattern": fields.get("rank_pattern") or {},
             "alpha_pattern": fields.get("alpha_pattern") or {},
+            "trainable_tokens": fields.get("trainable_token_indices") or None,
         }
 
     # Options of Hugging Face's LoRA that this file does not have. An adapter that uses one must not load as another.
     unsupported: ClassVar[tuple[str, ...]] = (
-        "use_dora", "use_qalora", "layer_replication", "alora_invocation_tokens", "trainable_token_indices",
+        "use_dora", "use_qalora", "layer_replication", "alora_invocation_tokens",
         "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
     )  # fmt: skip
