@@ -198,7 +198,6 @@ def _train(arguments: argparse.Namespace, targets: Any, begin: Callable[[], Plac
         _config(arguments, targets, tokenizer=arguments.model)  # report a mistake in it before anything is loaded
     data = read(arguments.data)
     task = tasks.task_of(data, arguments.data, arguments.seed, arguments.limit, arguments.train_on)
-    say(task.told)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(arguments.seed)  # the seed decides the start of a new head and of the adapter
     with memory_for(f"loading {arguments.model}", SMALLER_MODEL):
@@ -220,6 +219,7 @@ def _train(arguments: argparse.Namespace, targets: Any, begin: Callable[[], Plac
         attach(model, _config(arguments, targets, tokenizer=tokenizer, task_type=task_type))
     counted = count_parameters(model)
     max_length = _max_length(arguments, model)
+    say(task.told)
     examples = tasks.encode(task, tokenizer, task.train, max_length, say)
     watched = tasks.encode(task, tokenizer, task.validation or task.test, max_length) if arguments.eval_every else None
     places: list[Place] = []
