@@ -16,9 +16,10 @@ from torch import nn
 
 from peftlab import patterns
 from peftlab.checks import one_of, whole
+from peftlab.core.experts import warn_of_experts
 from peftlab.core.hooks import base_modules
 from peftlab.core.records import as_transformer, own_tensor
-from peftlab.errors import PeftLabError, did_you_mean, warn
+from peftlab.errors import PeftLabError, did_you_mean
 
 ALL_LINEAR = "all-linear"
 # The names of the query and value projections in the architectures of transformers, most specific first.
@@ -99,6 +100,10 @@ class Targets:
 
     def as_stored(self) -> Self:
         """Return this config: an adapter folder holds all that it describes."""
+        return self
+
+    def for_model(self, model: nn.Module) -> Self:
+        """Return the config with the names that this model's modules and parameters have. Most methods change none."""
         return self
 
 
@@ -229,7 +234,9 @@ def find(
         matched = all_linear(model, modules)
         if not matched:
             raise PeftLabError(f"'all-linear' found no linear layer in {type(model).__name__}.")
-        warn_of_experts(model, "'all-linear' does not adapt")
+        warn_of_experts(
+            model, "'all-linear' does not adapt", "They are no linear layers. LoRA adapts them by target_parameters={names}."
+        )
     else:
         matched = {path: module for path, module in modules.items() if names_match(spec, path)}
         if isinstance(spec, str) and not matched:
@@ -313,26 +320,6 @@ def all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, 
         for path, module in modules.items()
         if (isinstance(module, nn.Linear) or is_conv1d(module)) and module is not head
     }
-
-
-def warn_of_experts(model: nn.Module, what: str) -> None:
-    """Warn that the fused experts of a mixture are left alone, and say how much of the model they are.
-
-    transformers 5 holds all experts of a block in tensors of three dimensions, which belong to no linear layer.
-    """
-    sizes: dict[str, int] = {}
-    for path, module in base_modules(model).items():
-        if re.search("expert|moe", f"{path} {type(module).__name__}", re.IGNORECASE):
-            held = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
-            if held and not isinstance(module, nn.modules.conv._ConvNd):
-                sizes[path] = sum(p.numel() for p in held)
-    if sizes:
-        share = sum(sizes.values()) / sum(parameter.numel() for parameter in model.parameters())
-        first = next(iter(sizes))
-        warn(
-            f"{what} the experts of {type(model).__name__} ({first} and {len(sizes) - 1} more), which hold {share:.0%} "
-            "of its weights. They lie in tensors of three dimensions, and only linear layers are handled.",
-        )
 
 
 def in_layers(matched: dict[str, nn.Module], config: Targets) -> dict[str, nn.Module]:
