@@ -23,7 +23,13 @@ from peftlab.errors import PeftLabError
 
 
 class Coded(nn.Parameter):
-    """A parameter of a module that knows how to read it only as numbers, held as codes. Each format is a subclass."""
+    """A parameter that is held as codes, of a module that computes with numbers. Each format is a subclass.
+
+    Attributes:
+        quant_state: what the codes stand for: among others their `shape` and `dtype`.
+    """
+
+    quant_state: Any
 
     def dense(self, dtype: torch.dtype, index: int | None = None) -> Tensor:
         """Return the numbers that the codes stand for; with an index, (1, ...) of one expert."""
