@@ -93,9 +93,7 @@ def warn_of_names(model: nn.Module, left: list[str]) -> None:
     )
 
 
-def renamed(
-    model: nn.Module, names: Iterable[str]
-) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, int]]:
+def renamed(model: nn.Module, names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, int]]:
     """Return (the names that stay, the parameters that the others mean, how many layers each fused one holds).
 
     Raises:
@@ -121,7 +119,9 @@ def renamed(
                 f"{parameter}. Name both, or give target_parameters=[{parameter!r}]."
             )
     own = parameters_of(model)
-    there = [name for name in dict.fromkeys(old.now.values()) if name in meant and any(_means(name, path) for path in own)]
+    there = [
+        name for name in dict.fromkeys(old.now.values()) if name in meant and any(_means(name, path) for path in own)
+    ]
     return tuple(stay), tuple(there), {name: len(old.fused[name]) for name in there if name in old.fused}
 
 
@@ -162,7 +162,9 @@ def _no_match(model: nn.Module, name: str, own: Mapping[str, Target]) -> str:
     """Return the error for a name that is no parameter's, with near matches of the same length in parts."""
     depth = name.count(".") + 1
     endings = list(dict.fromkeys(".".join(path.rsplit(".", depth)[-depth:]) for path in own))
-    near = did_you_mean(name, endings) or did_you_mean(name.rpartition(".")[2], {path.rpartition(".")[2] for path in own})
+    near = did_you_mean(name, endings) or did_you_mean(
+        name.rpartition(".")[2], {path.rpartition(".")[2] for path in own}
+    )
     fused = dict.fromkeys(".".join(path.split(".")[-2:]) for path in expert_parameters(model))
     modules = [path for path in base_modules(model) if path == name or path.endswith("." + name)]
     hint = f" It is a module; give it in target_modules, or {name + '.weight'!r} here." if modules else ""
@@ -196,7 +198,8 @@ def warn_of_experts(model: nn.Module, what: str, instead: str) -> None:
         held = sum(math.prod(shape_of(target.host._parameters[target.name])) for target in targets.values())
         share = held / sum(math.prod(shape_of(parameter)) for parameter in model.parameters())
         modules = list(dict.fromkeys(target.host_path for target in targets.values()))
+        names = list(dict.fromkeys(target.name for target in targets.values()))
         warn(
             f"{what} the experts of {type(model).__name__} ({modules[0]} and {len(modules) - 1} more), which hold "
-            f"{share:.0%} of its weights. {instead.format(names=list(dict.fromkeys(t.name for t in targets.values())))}",
+            f"{share:.0%} of its weights. {instead.format(names=names)}",
         )

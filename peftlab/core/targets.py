@@ -235,7 +235,9 @@ def find(
         if not matched:
             raise PeftLabError(f"'all-linear' found no linear layer in {type(model).__name__}.")
         warn_of_experts(
-            model, "'all-linear' does not adapt", "They are no linear layers. LoRA adapts them by target_parameters={names}."
+            model,
+            "'all-linear' does not adapt",
+            "They are no linear layers. LoRA adapts them by target_parameters={names}.",
         )
     else:
         matched = {path: module for path, module in modules.items() if names_match(spec, path)}

@@ -73,9 +73,7 @@ class LoRALinear(Part):
         self.lora_B_bias = nn.Parameter(torch.zeros(outside)) if config.lora_bias else None
         start(self.lora_A, self.lora_B, config.init)
 
-    def after(
-        self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor
-    ) -> Tensor:
+    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
         """Add the update. x: (..., in), output: (..., out)."""
         x = cast(first_input(args, kwargs), self.lora_A.dtype)
         x = F.dropout(x, self.dropout, self.training)
@@ -261,7 +259,9 @@ class LoRAConfig(Targets):
             # Hugging Face peft wraps the parameters of one module around each other, the last one outermost.
             inside = [other for other in host._parameters if f"{host_path}.{other}" in parameters]
             depth = len(inside) - 1 - inside.index(name)
-            yield Placement(host_path, f"lora_{name}", LoRAParameter(path, host, name, r, config.scaling(path), self, depth))
+            yield Placement(
+                host_path, f"lora_{name}", LoRAParameter(path, host, name, r, config.scaling(path), self, depth)
+            )
         copies = list(trained_copies(model, self))
         yield from trained_biases(model, self.bias, targets, copied=[copy.path for copy in copies])
         yield from copies
@@ -324,7 +324,9 @@ class LoRAConfig(Targets):
             )
         whole = heads(model, self)
         for path, (host_path, _, _) in parameters.items():
-            if self.exclude_modules is not None and any(names_match(self.exclude_modules, one) for one in (host_path, path)):
+            if self.exclude_modules is not None and any(
+                names_match(self.exclude_modules, one) for one in (host_path, path)
+            ):
                 raise PeftLabError(
                     f"exclude_modules names {host_path}, and {path} is to be adapted. As in Hugging Face peft, "
                     "exclude_modules does not reach parameters: name those to adapt in target_parameters, and the "
@@ -335,7 +337,9 @@ class LoRAConfig(Targets):
                     f"{path} is named in target_parameters, and its module in target_modules; name one of them."
                 )
             if any(host_path == head or host_path.startswith(head + ".") for head in whole):
-                raise PeftLabError(f"modules_to_save trains {host_path} in full, so {path} needs no adapter; name one of them.")
+                raise PeftLabError(
+                    f"modules_to_save trains {host_path} in full, so {path} needs no adapter; name one of them."
+                )
 
     def to_peft(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:
         """Return the fields of Hugging Face's `adapter_config.json` that only LoRA has."""

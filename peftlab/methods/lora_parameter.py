@@ -61,7 +61,11 @@ class LoRAParameter(Part):
         self.lora_A = nn.Parameter(torch.empty(count * r, inside))
         self.lora_B = nn.Parameter(torch.zeros(outside, r * count))
         for e in range(count):
-            start(self.lora_A.data[e * r : (e + 1) * r], self.lora_B.data, "kaiming" if config.init == "random" else config.init)
+            start(
+                self.lora_A.data[e * r : (e + 1) * r],
+                self.lora_B.data,
+                "kaiming" if config.init == "random" else config.init,
+            )
         if config.init == "random":
             start(self.lora_A.data, self.lora_B.data, "random")
         # Hugging Face peft puts one wrapper for each parameter of a module around the other.

@@ -107,7 +107,9 @@ class ExpertCodes(Coded):
         return ExpertCodes, (self.detach(), self.quant_state, self.backend)
 
 
-def quantize_experts(weight: Tensor, quantize: Callable[[Tensor, str], Quantized], name: str) -> tuple[Tensor, StackState]:
+def quantize_experts(
+    weight: Tensor, quantize: Callable[[Tensor, str], Quantized], name: str
+) -> tuple[Tensor, StackState]:
     """Quantise each expert of a weight, (experts, out, in), by itself.
 
     Args:
@@ -149,7 +151,9 @@ def _save(host: nn.Module, destination: dict[str, Any], prefix: str, _: Any) -> 
     for name in coded(host):
         codes = host._parameters[name]
         assert isinstance(codes, ExpertCodes)
-        destination |= {f"{prefix}{name}.{key}": tensor for key, tensor in experts_to_tensors(codes.quant_state).items()}
+        destination |= {
+            f"{prefix}{name}.{key}": tensor for key, tensor in experts_to_tensors(codes.quant_state).items()
+        }
 
 
 def _load(host: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
