@@ -219,15 +219,12 @@ def _values(host: nn.Module, active: list[tuple[float, Part]], dtype: torch.dtyp
         assert parameter is not None
         mine = [(weight, part) for weight, part in active if part.parameter == name]
 
-        def make(index: int | None) -> Tensor:
-            if isinstance(parameter, Coded):
-                stored = parameter.dense(dtype, index)
-            else:
-                stored = parameter if index is None else parameter[index : index + 1]
+        def make() -> Tensor:
+            stored = parameter.dense(dtype) if isinstance(parameter, Coded) else parameter
             if len(mine) == 1 and mine[0][0] == 1:
-                return mine[0][1].value(stored, index)
+                return mine[0][1].value(stored)
             # W = W0 + sum over adapters of weight (W_adapter - W0)
-            changes = (weight * (part.value(stored, index) - stored) for weight, part in mine)
+            changes = (weight * (part.value(stored) - stored) for weight, part in mine)
             return sum(changes, start=stored)
 
         return Value(make, (parameter, *(own for _, part in mine for own in part.parameters())))

@@ -70,12 +70,13 @@ class Part(nn.Module):
         """
         return output
 
-    def value(self, stored: Tensor, index: int | None = None) -> Tensor:
+    def value(self, stored: Tensor) -> Tensor:
         """Return the value that `parameter` has while the host runs.
+
+        It is made twice for a training step, and has to be the same bit for bit.
 
         Args:
             stored: the host's own; for 4-bit codes, the numbers that they stand for.
-            index: if given, `stored` is (1, ...) of this expert, and so is what is returned.
         """
         raise NotImplementedError
 

@@ -5,9 +5,9 @@ multiplies by. So an adapter cannot change the input or the output of such a lay
 while the module runs, an attribute of the same name holds W + s B A, and hides the parameter. The same attribute holds
 the numbers that 4-bit codes stand for.
 
-Autograd would keep each such value for the backward pass: a second copy of all experts of all layers. It keeps a
-`Remade` instead, which makes the value again, or that of the one expert that is needed. Under gradient checkpointing
-nothing is kept anyway, and then the values are left to it.
+Autograd would keep each such value for the backward pass: a second copy of all experts of all layers. It keeps a note
+instead, by which the value is made again (`Remade`). Under gradient checkpointing the whole module runs again, and then
+the values are left to it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Coded(nn.Parameter):
 
     quant_state: Any
 
-    def dense(self, dtype: torch.dtype, index: int | None = None) -> Tensor:
-        """Return the numbers that the codes stand for; with an index, (1, ...) of one expert."""
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Return the numbers that the codes stand for."""
         raise NotImplementedError
 
 
@@ -40,11 +40,11 @@ class Value(NamedTuple):
     """Say how the value of a parameter is made.
 
     Attributes:
-        make: returns the value; with an index, (1, ...) of one expert.
+        make: returns the value, equal bit for bit whenever it is called.
         sources: the tensors that it is made from. If they change before the backward pass, that is an error.
     """
 
-    make: Callable[[int | None], Tensor]
+    make: Callable[[], Tensor]
     sources: tuple[Tensor, ...]
 
 
@@ -107,7 +107,7 @@ def coded(host: nn.Module) -> list[str]:
 
 def run_with(values: Mapping[str, Value], host: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
     """Run a module's forward while these of its parameters have other values."""
-    made = {name: value.make(None) for name, value in values.items()}
+    made = {name: value.make() for name, value in values.items()}
     hidden = vars(host)
     if taken := [name for name in made if name in hidden]:
         raise PeftLabError(
@@ -123,55 +123,66 @@ def run_with(values: Mapping[str, Value], host: nn.Module, forward: Callable, ar
             hidden.pop(name, None)
 
 
-class Remade(NamedTuple):
-    """Stand for a tensor that lies in a value, and make it again for the backward pass.
+class Remade:
+    """Make a value again for the backward pass, and hold it until the last of the tensors that lie in it was asked for.
 
-    Attributes:
-        value: how the value is made.
-        index: the expert that the tensor lies in, or None if it lies in several.
-        size, stride, offset: where in the value, or in that expert's, it lies.
-        versions: how often each source of the value had been written to.
+    A loop over the experts asks for each by itself, and a product of all of them asks once.
     """
 
-    value: Value
-    index: int | None
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-    versions: tuple[int, ...]
+    def __init__(self, value: Value, storage: int, dtype: torch.dtype) -> None:
+        self.value, self.storage, self.dtype = value, storage, dtype
+        self.versions = _versions(value)
+        self.tensors = self.asked = 0
+        self.made: Tensor | None = None
+
+    def pack(self, tensor: Tensor) -> Lying:
+        """Return what stands for a tensor that lies in the value."""
+        self.tensors += 1
+        return Lying(self, tensor.shape, tensor.stride(), tensor.storage_offset())
 
     @torch.no_grad()
-    def tensor(self) -> Tensor:
+    def unpack(self, lying: Lying) -> Tensor:
         """Return the tensor."""
         if _versions(self.value) != self.versions:
             raise RuntimeError(
                 "A parameter of a module with experts, or of an adapter on it, has been modified by an inplace "
                 "operation between the forward and the backward pass; run the forward pass again."
             )
-        return self.value.make(self.index).as_strided(self.size, self.stride, self.offset)
+        made = self.value.make() if self.made is None else self.made
+        self.asked += 1
+        self.made = made if self.asked % self.tensors else None
+        return made.as_strided(lying.size, lying.stride, lying.offset)
+
+
+class Lying(NamedTuple):
+    """Say where in a value a tensor lies."""
+
+    remade: Remade
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
 
 
 @contextmanager
 def _remade(made: Mapping[str, Tensor], values: Mapping[str, Value]) -> Iterator[None]:
-    """Let autograd keep a `Remade` in the place of each tensor that lies in a value."""
-    # Hooks of others (those of checkpointing keep nothing) would be asked for none of the tensors here, so leave them.
-    if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+    """Let autograd keep a note in the place of each tensor that lies in a value."""
+    # The hooks of checkpointing keep no tensor until it runs the module again. Hooks here would go before them.
+    if (
+        not made
+        or not torch.is_grad_enabled()
+        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    ):
         yield
         return
-    lying = {tensor.untyped_storage()._cdata: (name, tensor) for name, tensor in made.items() if tensor.is_contiguous()}
+    every = [Remade(values[name], tensor.untyped_storage()._cdata, tensor.dtype) for name, tensor in made.items()]
 
-    def pack(tensor: Tensor) -> Tensor | Remade:
-        name, whole = lying.get(tensor.untyped_storage()._cdata, ("", tensor))
-        if not name or tensor.dtype != whole.dtype:
-            return tensor
-        each, first = whole[0].numel(), tensor.storage_offset()
-        last = first + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-        index = first // each if whole.dim() == 3 and tensor.numel() and first // each == last // each else None
-        offset = first - (index or 0) * each
-        return Remade(values[name], index, tensor.shape, tensor.stride(), offset, _versions(values[name]))
+    def pack(tensor: Tensor) -> Tensor | Lying:
+        storage = tensor.untyped_storage()._cdata
+        own = next((one for one in every if one.storage == storage and one.dtype == tensor.dtype), None)
+        return tensor if own is None else own.pack(tensor)
 
-    def unpack(kept: Tensor | Remade) -> Tensor:
-        return kept.tensor() if isinstance(kept, Remade) else kept
+    def unpack(kept: Tensor | Lying) -> Tensor:
+        return kept.remade.unpack(kept) if isinstance(kept, Lying) else kept
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

@@ -72,17 +72,15 @@ class LoRAParameter(Part):
         wrapped = "{path}" + ".base_layer" * depth
         self.keys = {"lora_A": f"{wrapped}.lora_A.weight", "lora_B": f"{wrapped}.lora_B.weight"}
 
-    def factors(self, index: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return two stacks of thin matrices, (experts, ., r) and (experts, r, .), whose products are B A as stored."""
         assert self.experts is not None
         a = self.lora_A.reshape(self.experts, -1, self.lora_A.shape[1])  # (experts, r, in)
         b = self.lora_B.reshape(self.lora_B.shape[0], -1, self.experts).permute(2, 0, 1)  # (experts, out, r)
-        if index is not None:
-            a, b = a[index : index + 1], b[index : index + 1]
         a, b = a.to(dtype), b.to(dtype)
         return (a.mT, b.mT) if self.transposed else (b, a)
 
-    def value(self, stored: Tensor, index: int | None = None) -> Tensor:
+    def value(self, stored: Tensor) -> Tensor:
         """Return the parameter with its update added, in the parameter's dtype."""
         # Under autocast the product would be rounded to 16 bits, and the parameter with it.
         with torch.autocast(stored.device.type, enabled=False):
@@ -90,14 +88,14 @@ class LoRAParameter(Part):
                 # W' = W + s B A
                 return stored + ((self.lora_B @ self.lora_A) * self.scaling).to(stored.dtype)
             # W_e' = W_e + s B_e A_e
-            left, right = self.factors(index, stored.dtype)
+            left, right = self.factors(stored.dtype)
             return torch.baddbmm(stored, left, right, alpha=self.scaling)
 
     def delta(self) -> Tensor:
         """Return the update of the parameter, in its shape, in the adapter's dtype and with gradients."""
         if self.experts is None:
             return (self.lora_B @ self.lora_A) * self.scaling
-        left, right = self.factors(None, self.lora_A.dtype)
+        left, right = self.factors(self.lora_A.dtype)
         return (left @ right) * self.scaling
 
     def merged(self, host: nn.Module) -> dict[str, Tensor]:
@@ -106,5 +104,5 @@ class LoRAParameter(Part):
         base = widened(own_tensor(host, self.parameter))
         if self.experts is None:
             return {self.parameter: base + (widened(self.lora_B) @ widened(self.lora_A)) * self.scaling}
-        left, right = self.factors(None, base.dtype)
+        left, right = self.factors(base.dtype)
         return {self.parameter: torch.baddbmm(base, left, right, alpha=self.scaling)}

@@ -86,15 +86,14 @@ class ExpertCodes(Coded):
     def __init__(self, packed: Tensor, state: StackState, backend: str = AUTO) -> None:
         pass  # a tensor is made in __new__
 
-    def dense(self, dtype: torch.dtype, index: int | None = None) -> Tensor:
-        """Return the weights that the codes stand for, (experts, out, in); with an index, (1, out, in) of one."""
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Return the weights that the codes stand for, (experts, out, in)."""
         self.quant_state = state = self.quant_state.on(self.device)
         worker, packed = choose(self.backend, state.format, state.block_size, self.device), self.detach()
-        if index is not None:
-            return worker.dequantize(packed[index].view(-1, 1), state.one(index), dtype)[None]
-        if math.prod(state.shape[1:]) % state.block_size or math.prod(state.shape) >= LARGEST:
-            return torch.cat([self.dense(dtype, e) for e in range(state.shape[0])])
-        return worker.dequantize(packed.reshape(-1, 1), state.together(), dtype)
+        if math.prod(state.shape[1:]) % state.block_size == 0 and math.prod(state.shape) < LARGEST:
+            return worker.dequantize(packed.reshape(-1, 1), state.together(), dtype)
+        each = (worker.dequantize(packed[e].view(-1, 1), state.one(e), dtype) for e in range(state.shape[0]))
+        return torch.stack(list(each))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertCodes:
         if id(self) not in memo:
