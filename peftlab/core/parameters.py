@@ -70,8 +70,12 @@ class Running:
         return type(self.host).forward.__get__(self.host) if self.own is None else self.own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's own forward."""
-        return self.how(self.host, self.__wrapped__, args, kwargs)
+        """Run the module's own forward with the values that its parameters then have."""
+        return self.how(self.host, self.run, args, kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own forward as it is."""
+        return type(self.host).forward(self.host, *args, **kwargs) if self.own is None else self.own(*args, **kwargs)
 
 
 def running_in(host: nn.Module) -> Running | None:

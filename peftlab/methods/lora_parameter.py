@@ -53,6 +53,11 @@ class LoRAParameter(Part):
                 f"{path} is held in {stored.dtype}, and an update cannot be added to that. Load the base in 16 or 32 "
                 "bits, or quantise it with quantize_model."
             )
+        if stored.is_meta and hasattr(host, "_hf_hook"):
+            raise PeftLabError(
+                f"{path} is offloaded (accelerate brings it in for each call), and an adapter on a parameter needs it "
+                "in memory. Load the model without offloading, or quantise it."
+            )
         self.parameter, self.scaling = name, scaling
         self.experts = shape[0] if len(shape) == 3 else None
         self.transposed = len(shape) == 3 and bool(getattr(host, "is_transposed", False))
