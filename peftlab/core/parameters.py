@@ -142,7 +142,7 @@ class Remade:
     def pack(self, tensor: Tensor) -> Lying:
         """Return what stands for a tensor that lies in the value."""
         self.tensors += 1
-        return Lying(self, tensor.shape, tensor.stride(), tensor.storage_offset())
+        return Lying(self, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     @torch.no_grad()
     def unpack(self, lying: Lying) -> Tensor:

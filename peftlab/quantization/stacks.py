@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class StackState(QuantState):
         """Return the same state on a device."""
         if self.absmax.device == device:
             return self
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+        return self.with_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
 
 
 class ExpertCodes(Coded):
@@ -98,7 +98,7 @@ class ExpertCodes(Coded):
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertCodes:
         if id(self) not in memo:
             state = self.quant_state
-            own = replace(state, **{name: tensor.clone() for name, tensor in state.tensors().items()})
+            own = state.with_tensors({name: tensor.clone() for name, tensor in state.tensors().items()})
             memo[id(self)] = ExpertCodes(self.detach().clone(), own, self.backend)
         return memo[id(self)]
 
