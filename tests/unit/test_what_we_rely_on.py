@@ -224,6 +224,25 @@ def test_counter_of_writes_to_a_tensor(ours):
         assert torch.zeros(1).is_inference(), f"Tensor.is_inference changed its meaning: {ours}"
 
 
+def test_what_hides_a_parameter_and_what_is_kept(ours):
+    layer = nn.Linear(2, 2)
+    layer.__dict__["weight"] = torch.full((2, 2), 7.0)
+    assert layer.weight[0, 0] == 7 and dict(layer.named_parameters())["weight"] is layer._parameters["weight"], ours
+    top = torch._C._autograd._top_saved_tensors_default_hooks
+    assert top(False) is None, ours
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        assert top(False) is not None, ours
+    seen = []
+
+    def block(x):
+        seen.append(top(False) is not None)
+        return x.exp()
+
+    x = torch.ones(1, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False).backward()
+    assert seen == [True, True], f"checkpointing sets no hooks any more; {ours}"
+
+
 def test_what_adds_a_bias(ours):
     norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm2d)
     base = getattr(nn.modules.batchnorm, "_NormBase", None)
