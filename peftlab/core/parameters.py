@@ -109,22 +109,48 @@ def coded(host: nn.Module) -> list[str]:
     return [name for name, parameter in host._parameters.items() if isinstance(parameter, Coded)]
 
 
+class Table(dict[str, Any]):
+    """Stand for a module's table of parameters while the module runs: other values are made when they are first read.
+
+    Made all at once, they would be the first nodes of the module's graph. The backward pass runs these last, and would
+    hold the gradient of a whole parameter until it had come through the module.
+    """
+
+    def __init__(self, own: Mapping[str, Any], values: Mapping[str, Value]) -> None:
+        super().__init__(own)
+        self.recipes, self.made = values, dict[str, Tensor]()
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.recipes:
+            return super().__getitem__(name)
+        if name not in self.made:
+            self.made[name] = self.recipes[name].make()
+        return self.made[name]
+
+
 def run_with(values: Mapping[str, Value], host: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
     """Run a module's forward while these of its parameters have other values."""
-    made = {name: value.make() for name, value in values.items()}
-    hidden = vars(host)
-    if taken := [name for name in made if name in hidden]:
+    own = host._parameters
+    if not values:
+        return forward(*args, **kwargs)
+    if isinstance(own, Table):
         raise PeftLabError(
-            f"{type(host).__name__} is running in another thread with an adapter on its parameter {taken[0]!r}. Two "
-            "runs of one module at a time would read each other's weights; run one after the other."
+            f"{type(host).__name__} is running in another thread with other values of its parameters. Two runs of one "
+            "module at a time would read each other's weights; run one after the other."
         )
+    table = Table(own, values)
     try:
-        hidden.update(made)
-        with _remade(made, values):
+        if torch.compiler.is_compiling():  # which looks into tables of parameters without asking them
+            vars(host).update({name: table[name] for name in values})
+        else:
+            host.__dict__["_parameters"] = table
+        with _remade(table):
             return forward(*args, **kwargs)
     finally:
-        for name in made:
-            hidden.pop(name, None)
+        table.made.clear()  # autograd keeps the hooks, which know the table
+        host.__dict__["_parameters"] = own
+        for name in values:
+            vars(host).pop(name, None)
 
 
 class Remade:
@@ -133,9 +159,8 @@ class Remade:
     A loop over the experts asks for each by itself, and a product of all of them asks once.
     """
 
-    def __init__(self, value: Value, storage: int, dtype: torch.dtype) -> None:
-        self.value, self.storage, self.dtype = value, storage, dtype
-        self.versions = _versions(value)
+    def __init__(self, value: Value) -> None:
+        self.value, self.versions = value, _versions(*value.sources)
         self.tensors = self.asked = 0
         self.made: Tensor | None = None
 
@@ -147,11 +172,7 @@ class Remade:
     @torch.no_grad()
     def unpack(self, lying: Lying) -> Tensor:
         """Return the tensor."""
-        if _versions(self.value) != self.versions:
-            raise RuntimeError(
-                "A parameter of a module with experts, or of an adapter on it, has been modified by an inplace "
-                "operation between the forward and the backward pass; run the forward pass again."
-            )
+        _check_unchanged(self.versions, *self.value.sources)
         made = self.value.make() if self.made is None else self.made
         self.asked += 1
         self.made = made if self.asked % self.tensors else None
@@ -168,30 +189,40 @@ class Lying(NamedTuple):
 
 
 @contextmanager
-def _remade(made: Mapping[str, Tensor], values: Mapping[str, Value]) -> Iterator[None]:
+def _remade(table: Table) -> Iterator[None]:
     """Let autograd keep a note in the place of each tensor that lies in a value."""
     # The hooks of checkpointing keep no tensor until it runs the module again. Hooks here would go before them.
-    if (
-        not made
-        or not torch.is_grad_enabled()
-        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    ):
+    if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         yield
         return
-    every = [Remade(values[name], tensor.untyped_storage()._cdata, tensor.dtype) for name, tensor in made.items()]
+    notes: dict[str, Remade] = {}
 
-    def pack(tensor: Tensor) -> Tensor | Lying:
+    def pack(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]] | Lying:
         storage = tensor.untyped_storage()._cdata
-        own = next((one for one in every if one.storage == storage and one.dtype == tensor.dtype), None)
-        return tensor if own is None else own.pack(tensor)
+        for name, made in table.made.items():
+            if made.untyped_storage()._cdata == storage and made.dtype == tensor.dtype:
+                return notes.setdefault(name, Remade(table.recipes[name])).pack(tensor)
+        return tensor, _versions(tensor)
 
-    def unpack(kept: Tensor | Lying) -> Tensor:
-        return kept.remade.unpack(kept) if isinstance(kept, Lying) else kept
+    def unpack(kept: tuple[Tensor, tuple[int, ...]] | Lying) -> Tensor:
+        if isinstance(kept, Lying):
+            return kept.remade.unpack(kept)
+        tensor, versions = kept
+        _check_unchanged(versions, tensor)  # autograd itself checks only what it keeps without hooks
+        return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
 
 
-def _versions(value: Value) -> tuple[int, ...]:
-    """Return how often each source was written to. Tensors of `torch.inference_mode` do not count it."""
-    return tuple(0 if source.is_inference() else source._version for source in value.sources)
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    """Return how often each tensor was written to. Those of `torch.inference_mode` do not count it."""
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+
+
+def _check_unchanged(versions: tuple[int, ...], *tensors: Tensor) -> None:
+    if _versions(*tensors) != versions:
+        raise RuntimeError(
+            "A parameter of a module with experts, one of an adapter on it, or what lies between has been modified by "
+            "an inplace operation between the forward and the backward pass; run the forward pass again."
+        )

@@ -139,7 +139,7 @@ def test_an_error_or_an_interruption_leaves_no_value_behind(monkeypatch):
         monkeypatch.setattr(type(experts), "_apply_gate", broken)
         with pytest.raises(error):
             model(X)
-        assert "gate_up_proj" not in vars(experts)
+        assert type(experts._parameters) is dict and "gate_up_proj" not in vars(experts)
         monkeypatch.undo()
         assert torch.equal(model(X).logits, before)
     assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
@@ -176,7 +176,7 @@ def test_no_value_is_kept_for_the_backward_pass(four_bit, monkeypatch):
 
     def watched(values, host, forward, args, kwargs):
         def noted(*inputs, **named):
-            made.extend(weakref.ref(vars(host)[name]) for name in values)
+            made.extend(weakref.ref(getattr(host, name)) for name in values)
             return forward(*inputs, **named)
 
         return run_with(values, host, noted, args, kwargs)

@@ -225,7 +225,14 @@ def test_counter_of_writes_to_a_tensor(ours):
 
 
 def test_what_hides_a_parameter_and_what_is_kept(ours):
-    layer = nn.Linear(2, 2)
+    class Sevens(dict):
+        def __getitem__(self, name):
+            return torch.full((2, 2), 7.0) if name == "weight" else super().__getitem__(name)
+
+    layer = nn.Linear(2, 2, bias=False)
+    layer.__dict__["_parameters"], own = Sevens(layer._parameters), layer._parameters
+    assert layer(torch.ones(2))[0] == 14 and dict(layer.named_parameters())["weight"] is own["weight"], ours
+    layer.__dict__["_parameters"] = own
     layer.__dict__["weight"] = torch.full((2, 2), 7.0)
     assert layer.weight[0, 0] == 7 and dict(layer.named_parameters())["weight"] is layer._parameters["weight"], ours
     top = torch._C._autograd._top_saved_tensors_default_hooks
