@@ -16,6 +16,7 @@ from torch import nn
 
 from peftlab import patterns
 from peftlab.checks import one_of, whole
+from peftlab.core.experts import shape_of as shape_of_parameter
 from peftlab.core.experts import warn_of_experts
 from peftlab.core.hooks import base_modules
 from peftlab.core.records import as_transformer, own_tensor
@@ -347,7 +348,7 @@ def check_carrier(model: nn.Module, path: str, module: nn.Module) -> None:
     if linear_shape(module) is None:
         raise PeftLabError(
             f"{path} is a {type(module).__name__}; this adapter stands only beside Linear, Conv1D and Embedding layers."
-            + _layers_within(path, module)
+            + (_layers_within(path, module) or as_parameters(path, module))
         )
 
 
@@ -366,6 +367,17 @@ def _layers_within(path: str, module: nn.Module) -> str:
     return f" Inside it: {', '.join(within[:8])}." if within else ""
 
 
+def as_parameters(path: str, module: nn.Module) -> str:
+    """Return how LoRA adapts a module that has matrices, or stacks of them, and is no layer."""
+    block = ".".join(path.split(".")[-2:])
+    names = [
+        f"{block}.{name}"
+        for name, p in module._parameters.items()
+        if p is not None and len(shape_of_parameter(p)) in (2, 3)
+    ]
+    return f" LoRA adapts its parameters by target_parameters={names}." if names else ""
+
+
 def check_regex(spec: str | Iterable[str]) -> None:
     """Refuse an expression that does not compile, or that is too large."""
     if isinstance(spec, str):
@@ -376,6 +388,8 @@ def no_match_error(entry: str, modules: Mapping[str, nn.Module], what: str) -> P
     """Return the error for a name that matches nothing, with the names that the model has."""
     endings = linear_endings(modules)
     suggestion = did_you_mean(entry, endings) or did_you_mean(entry, modules)
+    if any(entry.rpartition(".")[2] in module._parameters for module in modules.values()):
+        suggestion = f" It is the name of a parameter; LoRA adapts it by target_parameters=[{entry!r}]."
     return PeftLabError(
         f"{what}.{suggestion} Linear and embedding layers here end in {', '.join(endings) or 'nothing'}."
     )

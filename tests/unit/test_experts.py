@@ -83,6 +83,12 @@ def test_names_and_their_near_matches():
     }.items():
         with pytest.raises(PeftLabError, match=message):
             pl.attach(model, pl.LoRAConfig(target_parameters=names))
+    for names, message in {
+        "gate_up_proj": r"name of a parameter; LoRA adapts it by target_parameters=\['gate_up_proj'\]",
+        "mlp.experts": r"is a MixtralExperts.* target_parameters=\['mlp.experts.gate_up_proj', 'mlp.experts.down_proj'",
+    }.items():
+        with pytest.raises(PeftLabError, match=message):
+            pl.attach(model, pl.LoRAConfig(target_modules=[names]))
     assert not any("peftlab" in name for name, _ in model.named_modules())
     attached = adapted(target_parameters=["layers.1.mlp.experts.down_proj"])
     assert pl.count_parameters(attached).trainable == 3 * 3 * (16 + 24)
