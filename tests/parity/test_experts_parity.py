@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 from pairs import our_state, relative
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
 
 import peftlab as pl
 from peftlab.core.checkpointing import switch_checkpointing
@@ -190,6 +191,51 @@ def test_folders_both_ways(kind, case, tmp_path):
     with torch.no_grad():
         for model in (loaded, opened, again, once_more):
             assert relative(model.eval()(input_ids=x).logits, expected) < 1e-12
+
+
+OLDER = {
+    "mixtral": ("block_sparse_moe", {"w1": (24, 40), "w3": (24, 40), "w2": (40, 24)}, 3),
+    "qwen3": ("mlp", {"gate_proj": (24, 16), "up_proj": (24, 16), "down_proj": (16, 24)}, 5),
+}
+
+
+@pytest.mark.parametrize("kind", OLDER)
+@pytest.mark.parametrize("left_out", [None, "down_proj"])
+def test_a_folder_from_when_each_expert_had_layers_of_its_own(kind, left_out, tmp_path):
+    pytest.importorskip("peft.utils.transformers_weight_conversion")
+    block, layers, experts = OLDER[kind]
+    if left_out:
+        layers = dict(list(layers.items())[:2])
+    shapes = {f"{block}.experts.{e}.{name}": sizes for e in range(experts) for name, sizes in layers.items()}
+    shapes |= {f"{block}.gate": (24, experts), "self_attn.q_proj": (24, 32)}
+    tensors = {}
+    for path, (inside, outside) in shapes.items():
+        for i in range(2):
+            start = f"base_model.model.model.layers.{i}.{path}"
+            tensors[f"{start}.lora_A.weight"] = torch.randn(2, inside).double()
+            tensors[f"{start}.lora_B.weight"] = torch.randn(outside, 2).double()
+    config = dict(peft_type="LORA", r=2, lora_alpha=6, target_modules=["q_proj", "gate", *layers])
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    ours = pl.load_adapter(base(kind), tmp_path)
+    first, second, *_ = layers
+    start = f"base_model.model.model.layers.1.{block}.experts.2."
+    each = [tensors[f"{start}{n}.lora_B.weight"] @ tensors[f"{start}{n}.lora_A.weight"] for n in (first, second)]
+    part = ours.model.layers[1].mlp.experts.peftlab["default"]["lora_gate_up_proj"]
+    assert relative(part.delta()[2], torch.cat(each) * 3) < 1e-12
+    if not left_out:  # peft asks for gate and up under a key that they have only beside the third
+        theirs = quietly(peft.PeftModel.from_pretrained, base(kind), tmp_path)
+        found = get_peft_model_state_dict(theirs)
+        assert all(torch.equal(value, found[key]) for key, value in our_state(ours).items())
+        with torch.no_grad():
+            assert relative(ours(tokens()).logits, theirs(tokens()).logits) < 1e-12
+    name = next(iter(layers))
+    save_file(
+        {key: value for key, value in tensors.items() if f"experts.1.{name}." not in key},
+        tmp_path / "adapter_model.safetensors",
+    )
+    with pytest.raises(PeftLabError, match=f"lacks lora_A of .*experts.1.{name}, which is fused"):
+        pl.load_adapter(base(kind), tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3", "gpt-oss"])

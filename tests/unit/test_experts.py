@@ -269,6 +269,49 @@ def test_skip_and_the_router():
     assert sum(hasattr(p, "quant_state") for name, p in model.named_parameters() if "experts" in name) == 4
 
 
+class Experts(torch.nn.Module):
+    """Three experts of one matrix each, (in, out)."""
+
+    is_transposed = True
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(3, 4, 4))
+
+    def forward(self, x, chosen):
+        return torch.einsum("bi,bio->bo", x, self.weight[chosen])
+
+
+class Mixture(torch.nn.Module):
+    """A mixture whose router is a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.up, self.experts = torch.nn.Linear(4, 3), torch.nn.Linear(4, 4), Experts()
+
+    def forward(self, x):
+        return self.experts(self.up(x), self.router(x).argmax(-1))
+
+
+def test_a_router_that_is_a_linear_layer_stays_whole():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(Mixture())
+    x = torch.randn(5, 4)
+    routed, before = model[0].router(x), model[0].router.weight.clone()
+    pl.quantize_model(model)
+    assert torch.equal(model[0].router(x), routed) and torch.equal(model[0].router.weight, before)
+    assert {name for name, p in model.named_parameters() if hasattr(p, "quant_state")} == {
+        "0.up.weight", "0.experts.weight",
+    }  # fmt: skip
+    adapted(model, target_parameters=["experts.weight"], r=2)
+    expected = model[0].up(x)
+    weight = dense(model[0].experts.weight) + model[0].experts.peftlab["default"]["lora_weight"].delta()
+    expected = torch.stack([row @ weight[e] for row, e in zip(expected, routed.argmax(-1), strict=True)])
+    assert moved(model(x), expected) < 1e-5
+    with pytest.raises(PeftLabError, match="names 'weight', which lies on the model itself"):
+        pl.attach(Experts(), pl.LoRAConfig(target_parameters=["weight"]))
+
+
 def test_a_replaced_forward_or_parameter_is_found():
     model = adapted()
     experts = model.model.layers[0].mlp.experts
