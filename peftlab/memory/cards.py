@@ -9,6 +9,7 @@ tensors is not added, because torch gives it back before it fails.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -100,29 +101,27 @@ def largest(what: str, card: str, shape: Any, method: str = "lora", **run: Any) 
     def peak(size: int) -> int:
         return estimate(shape, method, **{**run, what: size}).peak_bytes
 
-    one = peak(1)
-    if one > room:
-        return 0
-    # The peak grows almost linearly, so a straight line through two points gives a good first guess.
-    far = min(1025, most)
-    slope = max(1, (peak(far) - one) // max(1, far - 1))
-    return _last(lambda size: peak(size) <= room, min(most, 1 + (room - one) // slope), most)
+    return _last(lambda size: peak(size) - room, min(1025, most), most)
 
 
-def _last(holds: Callable[[int], bool], guess: int, most: int) -> int:
-    """Return the last whole number up to `most` for which a condition holds.
+def _last(excess: Callable[[int], float], guess: int, most: int) -> int:
+    """Return the last whole number up to `most` whose excess is not above zero; 0 if that of 1 is.
 
-    The condition holds for 1 and, from some number on, does not hold. The search steps outwards from a guess and then
-    halves the gap.
+    The excess grows with the number, and almost in a straight line. So the next number to try is where the line through
+    the last two crosses zero. Each third time the gap is halved instead, so that a bend cannot keep the search waiting.
     """
-    low, high, step = 1, most + 1, max(1, guess // 64)
-    while low < guess < high:
-        if holds(guess):
-            low, guess = guess, guess + step
-        else:
-            high, guess = guess, guess - step
-        step *= 2
+    before = (1, excess(1))
+    if before[1] > 0:
+        return 0
+    low, high, tried = 1, most + 1, 0
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
+        guess = min(max(guess, low + 1), high - 1)
+        now = (guess, excess(guess))
+        low, high = (low, guess) if now[1] > 0 else (guess, high)
+        rise, tried = now[1] - before[1], tried + 1
+        if tried % 3 == 0 or not rise:
+            guess = (low + high) // 2
+        else:
+            guess = guess - math.ceil(now[1] * (now[0] - before[0]) / rise)
+        before = now
     return low

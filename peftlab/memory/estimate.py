@@ -30,7 +30,7 @@ from peftlab.memory.replay.step import FORWARD, Recipe, Run
 from peftlab.memory.replay.tape import KINDS
 
 PRECISIONS = {"bf16": 2, "fp32": 4, "mixed": 4}  # bytes of a weight, and so of its gradient and states
-OPTIMIZERS = ("adamw", "adamw-foreach", "adamw-fused", "adamw8bit", "paged-adamw8bit", "sgd")
+OPTIMIZERS = ("adamw", "adamw-foreach", "adamw-fused", "adamw32bit", "adamw8bit", "paged-adamw8bit", "sgd")
 PARALLEL = ("ddp", "fsdp")
 LIBRARIES = ("peft", "peftlab")
 ATTENTIONS = ("sdpa", "eager")
@@ -125,7 +125,8 @@ def estimate(
             autocast). A 4-bit base keeps embeddings, norms and the output head in this precision.
         optimizer: `"adamw"`, `"adamw8bit"`, `"paged-adamw8bit"` or `"sgd"` (without momentum). `"adamw"` is torch's
             plain loop, `foreach=False`. `"adamw-foreach"` is what torch takes on a GPU if nothing is said: it makes a
-            temporary tensor for every trained parameter at once. `"adamw-fused"` makes none.
+            temporary tensor for every trained parameter at once. `"adamw-fused"` makes none. The states of these three
+            have the precision of what is trained. `"adamw32bit"` is bitsandbytes' AdamW, with float32 states always.
         checkpointing: whether the backward pass computes each block's activations again.
         autocast: whether the forward pass runs under bf16 autocast, as in `Trainer(bf16=True)`. None switches it on
             for mixed precision and for `qlora`, and for nothing else.

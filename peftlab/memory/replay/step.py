@@ -112,7 +112,7 @@ class Run:
         return loss
 
     def optimize(self) -> None:
-        """Replay an update of torch.optim.AdamW in one of its three forms, of SGD, or of bitsandbytes' 8-bit AdamW."""
+        """Replay an update: torch.optim.AdamW's in one of its three forms, or one of SGD or bitsandbytes' AdamW."""
         parameters = [one for one in self.net.parameters if one.grad is not None]
         if self.states is None:
             with self.memory.kind("optimizer"):
@@ -139,6 +139,8 @@ class Run:
             return ()
         if optimizer in TORCH_ADAMW:  # two moments in the parameter's dtype
             return parameter.new((count,)), parameter.new((count,))
+        if optimizer == "adamw32bit":  # in float32, whatever the parameter's dtype
+            return parameter.new((count,), ops.FLOAT32), parameter.new((count,), ops.FLOAT32)
         # two moments in 8 bits, with a float32 scale per block of 256; float32 moments for small tensors
         bytes = ops.FLOAT32 if count < SMALL_8BIT else 1
         paged = optimizer.startswith("paged") and count >= PAGED  # in unified memory, which torch does not count
