@@ -3,7 +3,8 @@
     W_e' = W_e + s B_e A_e,    W: (experts, out, in),  A_e: (r, in),  B_e: (out, r),  s = alpha / r
 
 Each expert e has an update of its own. The module computes as it always does, with W' in the place of W. So every
-implementation of the experts (eager, batched or grouped products) gives what it would give with a merged weight.
+implementation of the experts (eager, batched or grouped products) gives what it would give with a merged weight. Each
+call adds the updates of all experts, also of those that get no token. In training that is little; merge to generate.
 
 Paper: Hu et al., 2021, arXiv:2106.09685, section 4.1. Hugging Face peft calls this `target_parameters`.
 Book: section *LoRA on experts* of the chapter on the LoRA family.
