@@ -9,7 +9,7 @@ module that they stand on. So after a `deepcopy` of the model they look into the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -191,8 +191,13 @@ def run_host(host: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> A
     cast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
 
+    def surroundings() -> AbstractContextManager:
+        """Autocast as it is now, for a value that is made again in the backward pass."""
+        kind = x.device.type
+        return nullcontext() if kind == "meta" else torch.autocast(kind, dtype if cast else None, enabled=cast)
+
     def run(active: list[tuple[float, Part]], inputs: tuple) -> Any:
-        return run_with(_values(host, active, dtype), host, forward, *inputs)
+        return run_with(_values(host, active, dtype, surroundings), host, forward, *inputs)
 
     mine: dict[str, list[Part]] = {}
     if parts is not None and activity.running:
@@ -209,7 +214,12 @@ def run_host(host: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> A
     return run(weighted, (args, kwargs))
 
 
-def _values(host: nn.Module, active: list[tuple[float, Part]], dtype: torch.dtype) -> dict[str, Value]:
+def _values(
+    host: nn.Module,
+    active: list[tuple[float, Part]],
+    dtype: torch.dtype,
+    surroundings: Callable[[], AbstractContextManager],
+) -> dict[str, Value]:
     """Return how the values are made of those of a host's parameters that have another one than the stored."""
     held = coded(host)
     names = dict.fromkeys([*held, *(part.parameter for _, part in active if part.parameter is not None)])
@@ -221,11 +231,12 @@ def _values(host: nn.Module, active: list[tuple[float, Part]], dtype: torch.dtyp
 
         def make() -> Tensor:
             stored = parameter.dense(dtype) if isinstance(parameter, Coded) else parameter
-            if len(mine) == 1 and mine[0][0] == 1:
-                return mine[0][1].value(stored)
-            # W = W0 + sum over adapters of weight (W_adapter - W0)
-            changes = (weight * (part.value(stored) - stored) for weight, part in mine)
-            return sum(changes, start=stored)
+            with surroundings():
+                if len(mine) == 1 and mine[0][0] == 1:
+                    return mine[0][1].value(stored)
+                # W = W0 + sum over adapters of weight (W_adapter - W0)
+                changes = (weight * (part.value(stored) - stored) for weight, part in mine)
+                return sum(changes, start=stored)
 
         return Value(make, (parameter, *(own for _, part in mine for own in part.parameters())))
 

@@ -88,13 +88,13 @@ class LoRAParameter(Part):
 
     def value(self, stored: Tensor) -> Tensor:
         """Return the parameter with its update added, in the parameter's dtype."""
-        # Under autocast the product would be rounded to 16 bits, and the parameter with it.
-        with torch.autocast(stored.device.type, enabled=False):
-            if self.experts is None:
-                # W' = W + s B A
-                return stored + ((self.lora_B @ self.lora_A) * self.scaling).to(stored.dtype)
-            # W_e' = W_e + s B_e A_e
-            left, right = self.factors(stored.dtype)
+        if self.experts is None:
+            # W' = W + s B A; under autocast the product has 16 bits, as in a layer
+            return stored + ((self.lora_B @ self.lora_A) * self.scaling).to(stored.dtype)
+        # W_e' = W_e + s B_e A_e; under autocast all of it would be rounded to 16 bits, the parameter too
+        left, right = self.factors(stored.dtype)
+        kind = stored.device.type  # the device "meta" has no autocast
+        with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
             return torch.baddbmm(stored, left, right, alpha=self.scaling)
 
     def delta(self) -> Tensor:

@@ -138,6 +138,18 @@ def test_every_implementation_of_the_experts_in_16_bits(kind, implementation):
     check_three_steps(*pair(kind, case, torch.bfloat16, implementation=implementation), bound=0)
 
 
+def test_under_autocast():
+    for case in ("all-linear", dict(target_modules=[], target_parameters=["gate.weight"])):
+        ours, theirs = pair("mixtral", case, torch.float32, implementation="grouped_mm")
+        with torch.autocast("cpu", torch.bfloat16):
+            mine, other = ours(tokens(), labels=tokens()), theirs(input_ids=tokens(), labels=tokens())
+        assert torch.equal(mine.logits, other.logits)
+        mine.loss.backward()
+        other.loss.backward()
+        expected = gradients(theirs)
+        assert all(torch.equal(value.grad, expected[key]) for key, value in our_state(ours).items())
+
+
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_a_router_that_is_named(kind):
     check_three_steps(*pair(kind, dict(target_modules=[], target_parameters=[ROUTERS[kind]])), bound=1e-12)

@@ -269,6 +269,15 @@ def test_skip_and_the_router():
     assert sum(hasattr(p, "quant_state") for name, p in model.named_parameters() if "experts" in name) == 4
 
 
+def test_a_model_without_numbers_runs():
+    with torch.device("meta"):
+        model = tf.MixtralForCausalLM(tf.MixtralConfig(**SMALL)).bfloat16()
+        adapted(model, target_modules="all-linear")
+        loss = model(torch.zeros(2, 5, dtype=torch.long), labels=torch.zeros(2, 5, dtype=torch.long)).loss
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 class Experts(torch.nn.Module):
     """Three experts of one matrix each, (in, out)."""
 
