@@ -21,6 +21,7 @@ _PLACES = {
     "assets.data": "load_data",
     "adapters.injection": "attach detach attached count_parameters ParameterCount",
     "adapters.activation": "activate disabled",
+    "adapters.new_tokens": "add_tokens",
     "methods": "METHODS",
     "adapters.merging": "merge unmerge MergeReport",
     "quantization.blockwise": "quantize quantize_nf4 Quantized",

@@ -39,7 +39,9 @@ from peftlab.adapters.key_table import (
 )
 from peftlab.adapters.serving import Note, notes, serving_lines, warning
 from peftlab.adapters.serving import portable as portable_form
+from peftlab.adapters.vocabulary import lengthened, rows_of
 from peftlab.checks import checked
+from peftlab.core.embeddings import word_embeddings
 from peftlab.core.hooks import base_modules
 from peftlab.core.interface import Placement
 from peftlab.core.records import as_transformer, require_adapter, unwrap
@@ -207,6 +209,8 @@ def adapter_state(model: nn.Module, name: str, portable: bool = False) -> State:
     else:
         tensors |= embedding_copies(root, fields, placements)
     metadata = {"format": "pt", "peftlab_base": json.dumps(base_sample(root, *sampled(placements)))}
+    if (rows := rows_of(root)) is not None:
+        metadata["peftlab_vocabulary"] = str(rows)
     if encoder:
         metadata["peftlab_encoder"] = digest(encoder)
     parameters = sum(parameter.numel() for placement in placements for parameter in placement.part.parameters())
@@ -216,11 +220,9 @@ def adapter_state(model: nn.Module, name: str, portable: bool = False) -> State:
 
 def tied_paths(root: nn.Module, placements: Iterable[Placement]) -> tuple[str, ...]:
     """Return the paths of adapted output heads whose weight is the word embeddings' own."""
-    if not hasattr(root, "get_input_embeddings"):
-        return ()
-    model = as_transformer(root)
-    words, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or head is words or getattr(head, "weight", None) is not getattr(words, "weight", None):
+    words = word_embeddings(root)
+    head = None if words is None else as_transformer(root).get_output_embeddings()
+    if words is None or head is None or getattr(head, "weight", None) is not words[1].weight:
         return ()
     return tuple(path for path, part, _ in placements if part == "lora" and root.get_submodule(path) is head)
 
@@ -247,6 +249,9 @@ def load_adapter(
 ) -> nn.Module:
     """Load an adapter folder of this package or of Hugging Face peft, attach it and make it the active one.
 
+    If the adapter was trained on a lengthened vocabulary, whose new rows it holds, the model is lengthened too, until
+    the last adapter is detached. The tokenizer is not known here; save it beside the adapter, and load it from there.
+
     Args:
         folder: the folder, or its parent if the adapter lies in a subfolder of its name.
         trainable: whether the adapter trains further; by default a loaded adapter is frozen. If a network made a prompt
@@ -255,7 +260,8 @@ def load_adapter(
 
     Raises:
         PeftLabError: a folder or file is missing, damaged or pickled; the method or the base model is another one; keys
-            are missing, extra or misshapen; the name is in use. The model is then as it was.
+            are missing, extra or misshapen; the name is in use; the vocabulary was longer in training, and the folder
+            does not hold the new rows (the message says what to do). The model is then as it was.
 
     >>> model = pl.attach(model, pl.LoRAConfig(r=4))
     >>> folder = pl.save_adapter(model, "my-adapter")
@@ -275,11 +281,14 @@ def load_adapter(
         if not (trainable and saved.encoder):
             config = config.as_stored()
         allowance = Allowance(saved.folder, saved.tensors, saved.encoder)
-        placements, unseen = prepare(root, name, config, adapter_dtype, allowance)
-        saved = saved._replace(tensors=read_as(key_table(placements), saved.tensors, saved.folder))
-    check_fit(root, placements, saved)
-    settle(root, placements)
-    fill(placements, saved)
+        check_base(root, saved.folder, saved.metadata, base_name(root) or type(root).__name__)
+        tokens, recorded = getattr(config, "trainable_tokens", None), saved.metadata.get("peftlab_vocabulary", "")
+        with lengthened(root, saved.folder, tokens, saved.tensors, recorded):
+            placements, unseen = prepare(root, name, config, adapter_dtype, allowance)
+            saved = saved._replace(tensors=read_as(key_table(placements), saved.tensors, saved.folder))
+            check_fit(root, placements, saved)
+            settle(root, placements)
+            fill(placements, saved)
     add(root, name, config, placements, unseen, trainable=trainable)
     return model
 

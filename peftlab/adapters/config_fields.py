@@ -16,7 +16,7 @@ from peftlab.adapters.task_type import task_type_of
 from peftlab.catalogue import METHODS, resolve
 from peftlab.core.experts import parameters_of
 from peftlab.core.hooks import base_modules
-from peftlab.core.interface import Config, Placement
+from peftlab.core.interface import BESIDE, Config, Placement
 from peftlab.core.targets import ALL_LINEAR, Targets, by_pattern, names_match
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.patterns import bounded
@@ -44,7 +44,8 @@ def to_fields(root: nn.Module, config: Config, placements: list[Placement]) -> d
     elif modules and (targets is None or found_here):
         # Write the names that were found, so that no library has to guess them again. Also, Hugging Face peft takes
         # layers_to_transform only together with a list.
-        fields["target_modules"] = sorted({path for path, part_name, _ in modules if part_name not in ("bias", "copy")})
+        adapted = {path for path, part_name, _ in modules if part_name not in BESIDE}
+        fields["target_modules"] = sorted(adapted)
     elif not modules:
         fields["target_modules"] = []  # it adapts parameters alone; None would mean the default modules in peft
     # Hugging Face's IA3 has no fields for layers, and warns about each one in a file.
@@ -162,6 +163,9 @@ def only_present(root: nn.Module, config: Config) -> Config:
         there.pop("", None)
         if there != table:
             changes[field] = there
+    tokens = getattr(config, "trainable_tokens", None)
+    if isinstance(tokens, Mapping):
+        changes["trainable_tokens"] = {here(name, ends_with) or name: rows for name, rows in tokens.items()}
     return replace(config, **changes)
 
 

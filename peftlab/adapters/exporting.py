@@ -62,7 +62,7 @@ def export_adapter(folder: str | os.PathLike, out: str | os.PathLike, name: str 
             LoRAConfig(**LoRAConfig.from_peft(given))  # refuses wrong values, and a run that changed its base
         warn_of_unknown(saved.folder, saved.fields, classes_of(given), TARGET_FIELDS)
         fields, tensors = portable(given, in_file_form(saved.tensors, saved.folder))
-        metadata = {key: text for key, text in saved.metadata.items() if key == "peftlab_base"}
+        metadata = {key: text for key, text in saved.metadata.items() if key in ("peftlab_base", "peftlab_vocabulary")}
         parameters = sum(tensor.numel() for tensor in tensors.values())
         state = State(None, LoRAConfig.method, fields, tensors, {}, {"format": "pt", **metadata}, parameters)
         contents = files_of(state, training=training_of(saved.folder))

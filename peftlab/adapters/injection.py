@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from peftlab.adapters.activation import activate, refresh_requires_grad
+from peftlab.adapters.vocabulary import shorten, with_new_tokens
 from peftlab.catalogue import METHODS
 from peftlab.checks import checked, shown
 from peftlab.core.calls import observed, passed_weights
@@ -86,6 +87,7 @@ def attach(
     896 of 6,608 parameters train (13.5593%)
     """
     root = unwrap(model)
+    config = with_new_tokens(root, config)
     placements, unseen = prepare(root, name, config, adapter_dtype)
     settle(root, placements)
     add(root, name, config, placements, unseen, trainable=True)
@@ -191,6 +193,12 @@ def within_reach(
                 '(target_parameters, modules_to_save), and use bias="none".'
             )
         warn(f"{what}, so an adapter there would never run. They are left out.")
+    past = [path for path, name, _ in left if name == "rows" and calls is not None and path in calls.past]
+    if past:
+        raise PeftLabError(
+            f"{type(root).__name__} also reads the weight of {some(past)} without calling it, and there the trained "
+            "rows would not take part. Train the whole model's embeddings, or leave trainable_tokens out."
+        )
     passed = passed_weights(root)
     doubtful = [path for path in dict.fromkeys(path for path, _, _ in left) if path in passed]
     if doubtful:
@@ -291,6 +299,7 @@ def detach(model: nn.Module, name: str = "default") -> nn.Module:
             parameter.requires_grad_(flags.get(plain(parameter_name), parameter.requires_grad))
         unguard(root)
         object.__delattr__(root, "_peftlab")
+        shorten(root)
     return model
 
 

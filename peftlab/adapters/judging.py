@@ -21,6 +21,7 @@ from peftlab.errors import PeftLabError
 # Fields that become a dimension of the adapter's tensors, and of those of the encoder that is saved beside
 SIZES = ("r", "num_virtual_tokens", "width")
 ENCODER_SIZES = ("encoder_hidden_size",)
+ROWS = "trainable_token_indices"
 # Fields that may hold a regular expression, which has limits of its own; any other text is a name
 PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern")
 LONGEST = 10_000
@@ -52,6 +53,9 @@ def check_sizes(folder: Path, fields: Mapping[str, Any], shapes: Shapes, encoder
     table = fields.get("rank_pattern")
     if isinstance(table, dict):
         asked += [(f"rank_pattern[{key[:60]!r}]", rank) for key, rank in table.items()]
+    rows = fields.get(ROWS)
+    tables = rows.values() if isinstance(rows, dict) else [rows]
+    asked += [(f"{ROWS} of length", len(tokens)) for tokens in tables if isinstance(tokens, list)]
     _check_dimensions(folder, asked, shapes)
     if encoder:
         _check_dimensions(folder, [(name, fields.get(name)) for name in ENCODER_SIZES], encoder)
@@ -79,7 +83,7 @@ def check_fields(root: nn.Module, fields: Mapping[str, Any]) -> None:
     for name, value in fields.items():
         if isinstance(value, str) and len(value) > LONGEST and name not in PATTERNS:
             raise PeftLabError(f"The adapter's {name} has {len(value):,} characters. The config is damaged.")
-        if isinstance(value, (list, tuple, dict)) and len(value) > most:
+        if isinstance(value, (list, tuple, dict)) and len(value) > most and name != ROWS:  # that has a tensor's length
             raise PeftLabError(
                 f"The adapter's {name} has {len(value):,} entries, and this model has {most // 2 - 500:,} modules. The "
                 "config is damaged, or another model's."

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.adapters.integrity import base_tensor
+from peftlab.core.embeddings import word_embeddings
 from peftlab.core.hooks import adapters_on, base_modules, hosts
-from peftlab.core.interface import Placement
+from peftlab.core.interface import BESIDE, Placement
 from peftlab.core.records import as_transformer
 from peftlab.core.sharding import whole
 from peftlab.core.targets import names_match
@@ -80,13 +81,19 @@ def check_keys(
 def redundant(root: nn.Module, key: str, tensors: Mapping[str, Tensor]) -> bool:
     """Say whether a key only repeats what the model holds already.
 
-    Hugging Face peft saves the base's own weight beside an adapted embedding. With bias="all" it also saves the inside
-    of its wrapper around a module trained in full.
+    Hugging Face peft saves the base's own weight beside an adapted embedding, and beside any adapter whose vocabulary
+    was lengthened. With bias="all" it also saves the inside of its wrapper around a module trained in full.
     """
     twin = key.replace(".modules_to_save.", ".")
     if twin != key:
         return twin in tensors and torch.equal(tensors[twin], tensors[key])
-    path = key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
+    rows = ".token_adapter.trainable_tokens_delta"
+    if key.endswith(rows):  # a tied head's, which are the embedding's own
+        others = (tensor for other, tensor in tensors.items() if other.endswith(rows) and other != key)
+        return any(torch.equal(other, tensors[key]) for other in others)
+    path = key.removeprefix(PREFIX)
+    for wrapper in (".token_adapter.base_layer.", ".base_layer.", ".original_module."):
+        path = path.replace(wrapper, ".")
     module, _, name = path.rpartition(".")
     own = base_tensor(root, module, name) if module in base_modules(root) else None
     if own is None or own.shape != tensors[key].shape:
@@ -108,13 +115,13 @@ def embedding_copies(root: nn.Module, fields: Mapping[str, Any], placements: lis
         named = any(names_match(targets, path) for path in paths)
     else:
         named = any(name in targets for name in names)
-    if not named or not hasattr(root, "get_input_embeddings"):
+    words = word_embeddings(root)
+    if not named or words is None:
         return {}
-    model = as_transformer(root)
-    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    embeddings = (words[1], as_transformer(root).get_output_embeddings())
     copies = {}
     for path, part_name, _ in placements:
-        if part_name not in ("bias", "copy") and any(root.get_submodule(path) is layer for layer in embeddings):
+        if part_name not in BESIDE and any(root.get_submodule(path) is layer for layer in embeddings):
             weight = base_tensor(root, path, "weight")
             assert weight is not None
             copies[f"{PREFIX}{path}.base_layer.weight"] = whole(weight).detach().cpu().contiguous().clone()

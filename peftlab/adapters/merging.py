@@ -14,8 +14,7 @@ An update is merged into a 4-bit weight only when asked for. There it is rounded
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import NamedTuple
 
 import torch
@@ -23,9 +22,10 @@ from torch import Tensor, nn
 
 from peftlab.adapters.activation import refresh_requires_grad
 from peftlab.adapters.injection import detach, restore_base
+from peftlab.adapters.vocabulary import keep_rows
 from peftlab.checks import checked
 from peftlab.core.calls import observed
-from peftlab.core.hooks import Activity, adapters_on, hosts
+from peftlab.core.hooks import CHILD, Activity, adapters_on, base_modules, hosts
 from peftlab.core.interface import Part
 from peftlab.core.records import Record, check_hosts, own_tensor, record_of, tensor_at, unwrap
 from peftlab.core.sharding import Processes
@@ -84,14 +84,14 @@ def merge(model: nn.Module, *, unload: bool = False, requantize: bool = False) -
     check_hosts(root)
     check(root, record, requantize)
     Processes(root).meet("merge")
-    uses = Counter(id(tensor) for module in root.modules() for tensor in module.parameters(recurse=False))
     errors: dict[str, float] = {}
     try:
         for path, host in hosts(root):
-            for name, value in merged_parameters(host, record.activity).items():
-                tensor = check_target(path, name, tensor_at(host, name), uses)
-                before = widened(tensor)
-                record.backup.setdefault(path, {})[name] = keep(tensor)
+            for name, value in merged_parameters(host, record.activity, record.backup.get(path, ())).items():
+                tensor = check_target(path, name, host)
+                before, kept = widened(tensor), keep(tensor)
+                for one in (path, *check_sharing(root, record, path, name, value)):
+                    record.backup.setdefault(one, {})[name] = kept
                 store(tensor, value, f"{path}.{name}")
                 if not torch.isfinite(tensor).all():
                     raise PeftLabError(
@@ -107,6 +107,7 @@ def merge(model: nn.Module, *, unload: bool = False, requantize: bool = False) -
     if unload:
         record.activity.merged = False  # so that detach leaves the merged weights
         record.backup.clear()
+        keep_rows(root)
         for name in list(record.configs):
             detach(root, name)
     return MergeReport(len(errors), max(errors.values()), errors)
@@ -134,12 +135,16 @@ def unmerge(model: nn.Module) -> None:
     restore_base(root, record)
 
 
-def merged_parameters(host: nn.Module, activity: Activity) -> dict[str, Tensor]:
-    """Return the host's parameters with the active mixture folded in, before rounding to the host's dtype."""
+def merged_parameters(host: nn.Module, activity: Activity, merged: Container[str] = ()) -> dict[str, Tensor]:
+    """Return the host's parameters with the active mixture folded in, before rounding to the host's dtype.
+
+    Those in `merged` are left out: they are shared with another host, with which they were merged.
+    """
     changed: dict[str, list[tuple[float, Tensor]]] = {}
     for _, weight, part in active_parts(host, activity):
         for name, value in part.merged(host).items():
-            changed.setdefault(name, []).append((weight, value))
+            if name not in merged:
+                changed.setdefault(name, []).append((weight, value))
     result = {}
     for name, values in changed.items():
         if len(values) == 1 and values[0][0] == 1:
@@ -206,16 +211,42 @@ def check(root: nn.Module, record: Record, requantize: bool) -> None:
                     )
 
 
-def check_target(path: str, name: str, tensor: Tensor | None, uses: Counter) -> Tensor:
-    """Refuse a parameter that does not exist, or that another module reads as well."""
+def check_target(path: str, name: str, host: nn.Module) -> Tensor:
+    """Refuse a parameter that does not exist, or that the host computes anew from others (a parametrization)."""
+    tensor = tensor_at(host, name)
     if tensor is None:
         raise PeftLabError(
             f"{path}.{name} does not exist, so no update can be merged into it; keep the adapter attached."
         )
-    if uses[id(tensor)] > 1:
+    inner, _, last = name.rpartition(".")
+    owner = host.get_submodule(inner)
+    if last not in owner._parameters and last not in owner._buffers:
         raise PeftLabError(
-            f"{path}.{name} is shared with another module (tied weights), which a merge would change as well. "
-            "Keep the adapter attached: save it with save_adapter and load it beside the base. (Loading the base "
-            "untied does not help: a tied checkpoint holds no head, so the head would get random weights.)"
+            f"{path}.{name} is computed from other parameters at each call (torch's parametrize, weight norm say), so "
+            "nothing can be merged into it. Keep the adapter attached, or remove the parametrization before attaching."
         )
     return tensor
+
+
+def check_sharing(root: nn.Module, record: Record, path: str, name: str, value: Tensor) -> list[str]:
+    """Return the other modules that have this parameter (tied weights), if the adapters make the same of it there.
+
+    Trained rows of a tied embedding stand on the head too, for example. Otherwise a merge is refused.
+    """
+    tensor = tensor_at(root.get_submodule(path), name)
+    sharing = [
+        (other, own)
+        for other, module in base_modules(root).items()
+        for own, parameter in module._parameters.items()
+        if parameter is tensor and f"{other}.{own}" != f"{path}.{name}"
+    ]
+    for other, own in sharing:
+        host = root.get_submodule(other)
+        there = merged_parameters(host, record.activity).get(own) if CHILD in host._modules else None
+        if own != name or there is None or not torch.equal(there, value):
+            raise PeftLabError(
+                f"{path}.{name} is shared with another module, {other} (tied weights), which a merge would change as "
+                "well. Keep the adapter attached: save it with save_adapter and load it beside the base. (Loading the "
+                "base untied does not help: a tied checkpoint holds no head, so the head would get random weights.)"
+            )
+    return [other for other, _ in sharing]

@@ -147,6 +147,11 @@ def obstacles(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
         found["bias"] = "llama.cpp's converter and vLLM refuse trained biases"
     if any(".lora_magnitude_vector" in key for key in rest):
         found["use_dora"] = "llama.cpp's converter and vLLM refuse use_dora"
+    if any(".token_adapter." in key for key in rest):
+        found["trainable_token_indices"] = (
+            "llama.cpp's converter and vLLM refuse trainable_token_indices, trained rows of the embedding"
+        )
+    rest = [key for key in rest if ".token_adapter." not in key]
     if any(key not in biases and ".lora_magnitude_vector" not in key for key in rest):
         found["modules_to_save"] = (
             "llama.cpp's converter and vLLM refuse modules_to_save, modules trained in full, and SGLang leaves them out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection
 
 from torch import nn
@@ -36,4 +37,6 @@ def task_type_of(root: nn.Module, copied: Collection[str]) -> str | None:
                     return task if encoder_decoder == (task == "SEQ_2_SEQ_LM") else None
                 heads = {path for path, _ in root.named_modules() if path.endswith(TASK_HEADS[task])}
                 return task if heads and heads <= set(copied) else None
-    return "FEATURE_EXTRACTION" if getattr(root, "base_model", None) is root else None
+    # peft's class passes inputs_embeds too, which CLIP does not take
+    reads = "inputs_embeds" in inspect.signature(type(root).forward).parameters
+    return "FEATURE_EXTRACTION" if reads and getattr(root, "base_model", None) is root else None

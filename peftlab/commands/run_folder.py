@@ -27,6 +27,11 @@ from peftlab.files import file_sum, write_atomically, write_together
 SETTINGS, METRICS, STATE, MODEL = "settings.json", "metrics.json", "run", "model"
 RECORD, LOCK = ".peftlab-run.json", ".lock"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_encoder.safetensors")
+# What transformers writes of a tokenizer, beside an adapter that has new tokens
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
 STATE_FILES = ("tensors.safetensors", "state.json")  # of each checkpoint, by `peftlab.training.files`
 STEP = r"step-\d{8,}|\.writing-\d+"
 DRAFT = r"\.model-\w{8}(-old)?"
@@ -188,13 +193,24 @@ def write_card(model: Any, place: Place, about: Mapping[str, Any]) -> None:
         write_atomically(place.folder / CARD, content)
 
 
-def save(model: Any, tokenizer: Any, place: Place, adapter: bool, about: Mapping[str, Any] | None = None) -> int:
-    """Save what was trained, in one step, with `about` in its model card; returns its size in bytes."""
+def save(
+    model: Any,
+    tokenizer: Any,
+    place: Place,
+    adapter: bool,
+    about: Mapping[str, Any] | None = None,
+    new_tokens: bool = False,
+) -> int:
+    """Save what was trained, in one step, with `about` in its model card; returns its size in bytes.
+
+    Beside an adapter with new tokens lies the tokenizer that has them.
+    """
     folder = place.folder
     if adapter:
         from peftlab.adapters.checkpoint import WEIGHTS, adapter_files
 
-        files = {name: content for name, content in adapter_files(model, about=about).items() if content is not None}
+        files = tokenizer_files(tokenizer) if new_tokens else {}
+        files |= {name: content for name, content in adapter_files(model, about=about).items() if content is not None}
         if not may_write(folder):
             del files[CARD]
         place.note({name: _sum(content) for name, content in files.items()})
@@ -215,6 +231,15 @@ def save(model: Any, tokenizer: Any, place: Place, adapter: bool, about: Mapping
         shutil.rmtree(draft, ignore_errors=True)
     sweep(place)
     return sum(file.stat().st_size for file in (folder / MODEL).glob("*.safetensors"))
+
+
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    """Return the files of a tokenizer, by name."""
+    from peftlab.assets.models import quiet
+
+    with tempfile.TemporaryDirectory() as draft, quiet():
+        tokenizer.save_pretrained(draft)
+        return {name: (Path(draft) / name).read_bytes() for name in TOKENIZER if (Path(draft) / name).is_file()}
 
 
 def replace_folder(new: Path, old: Path, dispose: Callable[[Path], Any] | None = None) -> None:
@@ -271,7 +296,7 @@ def _check_inputs(folder: Path, inputs: Iterable[Any]) -> None:
         if not source.exists():
             continue
         source = source.resolve()
-        names = (RECORD, LOCK, SETTINGS, METRICS, STATE, MODEL, *ADAPTER)
+        names = (RECORD, LOCK, SETTINGS, METRICS, STATE, MODEL, *ADAPTER, *TOKENIZER)
         at_it = source == out or (out in source.parents and source.relative_to(out).parts[0] in names)
         if at_it:
             raise PeftLabError(
@@ -308,7 +333,7 @@ def _recorded(folder: Path) -> dict[str, list[str]]:
         raise PeftLabError(
             f"{folder / RECORD}, the record of what a run made here, cannot be read ({error}). {ELSEWHERE}"
         ) from None
-    mine = {SETTINGS, METRICS, *ADAPTER}
+    mine = {SETTINGS, METRICS, *ADAPTER, *TOKENIZER}
     return {
         path: sums
         for path, sums in made.items()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from peftlab.assets.catalogue import catalogue
-from peftlab.catalogue import LEARNING_RATE, METHODS
+from peftlab.catalogue import LEARNING_RATE, METHODS, Method
 from peftlab.checks import whole
 from peftlab.commands import tasks
 from peftlab.commands.method_options import options_of, settle, trainable
@@ -64,6 +64,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--device", metavar="D", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     add("--limit", type=int, metavar="N", help="use the first N training examples")
     add("--max-length", type=int, metavar="N", help="tokens of an example (default: 512, or what the model can take)")
+    add(
+        "--add-tokens",
+        metavar="T",
+        help="new tokens, comma-separated, each with the words that it starts from if you like: "
+        "'<refund>=money back,<order>'; their rows train, and the tokenizer is saved beside the adapter",
+    )
     add("--test-limit", type=int, metavar="N", help="examples of the final test (default: 64 answers, 1000 texts)")
     add("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer in the final test (default: 64)")
 
@@ -128,6 +134,11 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.steps is not None and arguments.epochs is not None:
         raise PeftLabError("Give --steps or --epochs, not both.")
     row = known[method]
+    if arguments.add_tokens is not None:
+        arguments.add_tokens = new_tokens(arguments.add_tokens)
+        able = [name for name, one in known.items() if trains_rows(one)]
+        if method not in able:
+            raise PeftLabError(f"--add-tokens needs a method that trains new rows: {', '.join(able)}; not {method}.")
     if arguments.lr is None:
         arguments.lr = row.learning_rate
     settle(arguments, known)
@@ -135,6 +146,23 @@ def check(arguments: argparse.Namespace) -> None:
         one.metadata["check"](f"--{name}", _given(arguments, name))
     for name in ("limit", "max-length", "test-limit", "max-new-tokens", "virtual-tokens"):
         whole(f"--{name}", _given(arguments, name), least=1, optional=True)
+
+
+def new_tokens(text: str) -> dict[str, str | None]:
+    """Return {token: the words that it starts from, or None} of what was given to --add-tokens."""
+    parts = [part.strip() for part in text.split(",")]
+    pairs = [(token.strip(), words.strip() or None) for token, _, words in (part.partition("=") for part in parts)]
+    found = dict(pairs)
+    if not all(found) or len(found) < len(pairs):
+        raise PeftLabError(
+            f"--add-tokens is {text!r}; give different tokens, comma-separated, such as '<refund>=money back,<order>'."
+        )
+    return found
+
+
+def trains_rows(row: Method) -> bool:
+    """Say whether a method can train the rows of new tokens: all of them, or those alone."""
+    return row.whole or (row.config is not None and hasattr(row.config_class(), "trainable_tokens"))
 
 
 def _given(arguments: argparse.Namespace, option: str) -> Any:
@@ -172,6 +200,10 @@ def _train(
     tasks.check_model(task, model, arguments.model)
     if model.config.pad_token_id is None:  # a decoder that classifies looks for the last token before the padding
         model.config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if arguments.add_tokens:
+        from peftlab.adapters.new_tokens import add_tokens
+
+        add_tokens(model, tokenizer, arguments.add_tokens)
     if row.four_bit:
         from peftlab.quantization.model import quantize_model
 
@@ -206,7 +238,7 @@ def _train(
         "data": arguments.data, "training examples": len(examples), "steps": len(history.steps),
         "learning rate": arguments.lr, "seed": arguments.seed,
     }  # fmt: skip
-    size = save(model, tokenizer, place, row.config is not None, about)
+    size = save(model, tokenizer, place, row.config is not None, about, bool(arguments.add_tokens))
     rows = task.test[: arguments.test_limit or TEST_LIMIT[task.kind]]
     batch = 2 * arguments.batch_size
     say(f"saved; testing on {len(rows):,} examples")

@@ -96,14 +96,17 @@ class Part(nn.Module):
         return getattr(type(self), method) is not getattr(Part, method)
 
 
+BESIDE = ("bias", "copy", "rows")
+
+
 class Placement(NamedTuple):
     """Hold a part and where it stands.
 
     Attributes:
         path: the host's path in the model; "" is the model itself.
-        name: the part's name among the parts of its adapter on this host. A method's own name will do. Two names have
-            a meaning: `copy` is a trained copy of a module, and `bias` a trained bias. Their hosts are no targets, and
-            are left out of `target_modules` in an adapter's file.
+        name: the part's name among the parts of its adapter on this host. A method's own name will do. The names in
+            `BESIDE` have a meaning: `copy` is a trained copy of a module, `bias` a trained bias, and `rows` trained
+            rows of an embedding. Their hosts are no targets, and are left out of `target_modules` in an adapter's file.
         part: the part.
     """
 

@@ -109,11 +109,11 @@ def require_adapter(root: nn.Module, name: str) -> Record:
     return record
 
 
-SIZES = ("num_embeddings", "embedding_dim", "in_features", "out_features", "nx", "nf")
+SIZES = ("num_embeddings", "embedding_dim", "in_features", "out_features", "nx", "nf", "in_channels", "out_channels")
 
 
 def sizes_of(module: nn.Module) -> tuple[int, ...]:
-    """Return the sizes that a linear layer or an embedding gives as attributes; empty for other modules."""
+    """Return the sizes that a linear layer, embedding or convolution gives as attributes; empty for other modules."""
     return tuple(value for name in SIZES if isinstance(value := getattr(module, name, None), int))
 
 

@@ -35,6 +35,7 @@ QUERY_VALUE = (
     ("Wqkv",),
     ("q", "v"),
 )
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Hugging Face's words for the tasks, and the new heads that each task trains in full beside an adapter.
 TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -158,6 +159,11 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
 def is_conv1d(module: nn.Module) -> bool:
     """Say whether a module is GPT-2's `Conv1D`, a linear layer whose weight is stored (in, out)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_carrier(module: nn.Module) -> bool:
+    """Say whether a low-rank update can stand beside a module: a linear layer, an embedding or a convolution."""
+    return linear_shape(module) is not None or isinstance(module, CONVOLUTIONS)
 
 
 def names_match(spec: str | Iterable[str], path: str) -> bool:
@@ -345,10 +351,10 @@ def in_layers(matched: dict[str, nn.Module], config: Targets) -> dict[str, nn.Mo
 def check_carrier(model: nn.Module, path: str, module: nn.Module) -> None:
     """Refuse a module that cannot carry a low-rank update, and say which modules inside it can."""
     check_called(model, path)
-    if linear_shape(module) is None:
+    if not is_carrier(module):
         raise PeftLabError(
-            f"{path} is a {type(module).__name__}; this adapter stands only beside Linear, Conv1D and Embedding layers."
-            + (_layers_within(path, module) or as_parameters(path, module))
+            f"{path} is a {type(module).__name__}; this adapter stands only beside Linear, Conv1D, Embedding and "
+            "convolution layers." + (_layers_within(path, module) or as_parameters(path, module))
         )
 
 
@@ -363,7 +369,7 @@ def check_called(model: nn.Module, path: str) -> None:
 
 
 def _layers_within(path: str, module: nn.Module) -> str:
-    within = [name for name, child in module.named_modules() if name and linear_shape(child)]
+    within = [name for name, child in module.named_modules() if name and is_carrier(child)]
     return f" Inside it: {', '.join(within[:8])}." if within else ""
 
 

@@ -25,10 +25,12 @@ from peftlab.core.hooks import base_modules
 from peftlab.core.interface import Part, Placement
 from peftlab.core.records import own_tensor, tensor_at
 from peftlab.core.targets import (
+    CONVOLUTIONS,
     Targets,
     check_carrier,
     check_regex,
     find,
+    is_carrier,
     is_conv1d,
     linear_shape,
     names_match,
@@ -39,10 +41,10 @@ from peftlab.methods.parts import first_input, trained_copies, widened
 
 
 class IA3Output(Part):
-    """Scale the output of a layer feature by feature: l * y.
+    """Scale the output of a layer feature by feature: l * y. The features of a convolution are its channels.
 
     Attributes:
-        ia3_l: (out, 1), as Hugging Face stores it.
+        ia3_l: (out, 1), as Hugging Face stores it; of a convolution (1, out, 1, 1).
     """
 
     keys = {"ia3_l": "{path}.ia3_l"}
@@ -50,18 +52,21 @@ class IA3Output(Part):
     def __init__(self, host: nn.Module, config: IA3Config) -> None:
         super().__init__()
         self.transposed = stores_transposed(host, config)
-        self.ia3_l = nn.Parameter(drawn((shape_of(host)[1], 1), config.init))
+        size = places(host, host.out_channels) if isinstance(host, CONVOLUTIONS) else (shape_of(host)[1], 1)
+        self.ia3_l = nn.Parameter(drawn(size, config.init))
 
     def after(
         self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor
     ) -> Tensor:
         """Scale the output. output: (..., out)."""
         # y = l * (W x + b)
-        return (output * self.ia3_l.flatten()).to(output.dtype)
+        return (output * along(self.ia3_l)).to(output.dtype)
 
     def merged(self, host: nn.Module) -> dict[str, Tensor]:
         """Return the host's parameters with the scale folded in: diag(l) W and l * b."""
         scale = widened(self.ia3_l)  # (out, 1): a factor for each row of W
+        if isinstance(host, CONVOLUTIONS):
+            scale = scale.transpose(0, 1)  # (out, 1, 1, 1)
         parameters = {"weight": widened(own_tensor(host, "weight")) * (scale.T if self.transposed else scale)}
         bias = tensor_at(host, "bias")
         if bias is not None:
@@ -70,10 +75,10 @@ class IA3Output(Part):
 
 
 class IA3Input(Part):
-    """Scale the input of a layer feature by feature: W (l * x).
+    """Scale the input of a layer feature by feature: W (l * x). The features of a convolution are its channels.
 
     Attributes:
-        ia3_l: (1, in), as Hugging Face stores it.
+        ia3_l: (1, in), as Hugging Face stores it; of a convolution (1, in, 1, 1).
     """
 
     keys = {"ia3_l": "{path}.ia3_l"}
@@ -81,28 +86,36 @@ class IA3Input(Part):
     def __init__(self, host: nn.Module, config: IA3Config) -> None:
         super().__init__()
         self.transposed = stores_transposed(host, config)
-        self.ia3_l = nn.Parameter(drawn((1, shape_of(host)[0]), config.init))
+        size = places(host, host.in_channels) if isinstance(host, CONVOLUTIONS) else (1, shape_of(host)[0])
+        self.ia3_l = nn.Parameter(drawn(size, config.init))
 
     def before(self, host: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Scale the input. x: (..., in)."""
         x = first_input(args, kwargs)
         # y = W (l * x) + b
-        scaled = (x.to(self.ia3_l.dtype) * self.ia3_l.flatten()).to(x.dtype)
+        scaled = (x.to(self.ia3_l.dtype) * along(self.ia3_l)).to(x.dtype)
         return ((scaled, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): scaled})
 
     def merged(self, host: nn.Module) -> dict[str, Tensor]:
         """Return the host's weight with the scale folded in: W diag(l)."""
+        weight = widened(own_tensor(host, "weight"))
         scale = widened(self.ia3_l)  # (1, in): a factor for each column of W
-        return {"weight": widened(own_tensor(host, "weight")) * (scale.T if self.transposed else scale)}
+        if isinstance(host, CONVOLUTIONS):  # W: (out, in / groups, k, k); each group of rows reads its own channels
+            scale = scale.view(host.groups, 1, -1, *scale.shape[2:])
+            return {"weight": (weight.view(host.groups, -1, *weight.shape[1:]) * scale).view_as(weight)}
+        return {"weight": weight * (scale.T if self.transposed else scale)}
 
 
 # For each architecture: the layers of keys, of values and at the end of the feed-forward; and which of them have their
-# input scaled. The same as in Hugging Face peft, except for Gemma and Qwen, where peft names the queries, not the keys.
+# input scaled. The same as in Hugging Face peft, except where peft names queries instead of keys (Gemma, Qwen, OPT,
+# BART, Phi), and for ViT, CLIP, Whisper and wav2vec2 (the last two rows), of which peft knows no default.
 DEFAULTS = (
     (("k_proj", "v_proj", "down_proj"), ("down_proj",)),
     (("key", "value", "output.dense"), ("output.dense",)),
     (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
     (("k", "v", "wo"), ("wo",)),
+    (("k_proj", "v_proj", "fc2"), ("fc2",)),
+    (("k_proj", "v_proj", "output_dense"), ("output_dense",)),
 )
 MT5 = (("k", "v", "wi_1"), ())  # T5's layers; peft scales the output of wi_1, which is the same function
 
@@ -182,7 +195,7 @@ class IA3Config(Targets):
             stored = inputs
         else:
             named = self.target_modules if isinstance(self.target_modules, tuple) else ()
-            scaled = sorted(path for path in hosts if scales_input(inputs, path) and linear_shape(hosts[path]))
+            scaled = sorted(path for path in hosts if scales_input(inputs, path) and is_carrier(hosts[path]))
             if set(inputs) <= set(named):
                 stored = sorted(inputs)
             # If both are lists, peft wants a subset of target_modules. Whole paths are not in a list of short names.
@@ -243,13 +256,28 @@ def check_linear(model: nn.Module, path: str, host: nn.Module) -> None:
     check_carrier(model, path, host)
     if isinstance(host, nn.Embedding):
         raise PeftLabError(f"{path} is an embedding; IA3 scales linear layers. Leave it out, or use LoRAConfig.")
+    if isinstance(host, nn.Conv1d):
+        raise PeftLabError(
+            f"{path} is a Conv1d, for which Hugging Face peft's IA3 has no form; it scales linear layers, Conv2d and "
+            "Conv3d. Leave it out, or use LoRAConfig."
+        )
 
 
 def stores_transposed(host: nn.Module, config: IA3Config) -> bool:
     """Say whether the layer stores its weight as (in, out), as Conv1D does."""
-    return is_conv1d(host) or (config.fan_in_fan_out and not isinstance(host, nn.Linear))
+    return is_conv1d(host) or (config.fan_in_fan_out and not isinstance(host, (nn.Linear, *CONVOLUTIONS)))
 
 
-def drawn(size: tuple[int, int], init: str) -> Tensor:
+def places(host: Any, channels: int) -> tuple[int, ...]:
+    """Return the shape of a scale for the channels of a convolution: (1, channels, 1, ...)."""
+    return (1, channels, *(1 for _ in host.kernel_size))
+
+
+def along(scale: Tensor) -> Tensor:
+    """Return a scale in the shape that multiplies features: (features,), or (channels, 1, ...) of a convolution."""
+    return scale.flatten() if scale.dim() == 2 else scale[0]
+
+
+def drawn(size: tuple[int, ...], init: str) -> Tensor:
     """Return ones; for tests, ones plus noise."""
     return torch.ones(size) if init == "ones" else 1 + 0.3 * torch.randn(size)

@@ -24,9 +24,10 @@ from peftlab.checks import check_fields, check_kinds, number, one_of, whole
 from peftlab.core.experts import find_parameters, linear_outside, old_names, renamed
 from peftlab.core.hooks import base_modules
 from peftlab.core.interface import Part, Placement
-from peftlab.core.records import own_tensor, tensor_at
+from peftlab.core.records import own_tensor
 from peftlab.core.targets import (
     ALL_LINEAR,
+    CONVOLUTIONS,
     Targets,
     all_linear,
     by_pattern,
@@ -40,8 +41,10 @@ from peftlab.core.targets import (
     shape_of,
 )
 from peftlab.errors import PeftLabError
+from peftlab.methods.lora_conv import LoRAConv, biased, start
 from peftlab.methods.lora_parameter import LoRAParameter
-from peftlab.methods.parts import BIAS_MODES, cast, first_input, start, trained_biases, trained_copies, widened
+from peftlab.methods.parts import BIAS_MODES, cast, first_input, trained_biases, trained_copies, widened
+from peftlab.methods.tokens import check_tokens, trained_rows
 
 
 class LoRALinear(Part):
@@ -97,13 +100,7 @@ class LoRALinear(Part):
         delta = delta.T if self.transposed else delta
         parameters = {"weight": widened(own_tensor(host, "weight")) + delta}
         if self.lora_B_bias is not None:
-            bias = tensor_at(host, "bias")
-            if bias is None:
-                raise PeftLabError(
-                    "lora_bias cannot be merged into a layer without a bias; keep the adapter unmerged, or train it "
-                    "without lora_bias."
-                )
-            parameters["bias"] = widened(bias) + widened(self.lora_B_bias) * self.scaling
+            parameters["bias"] = biased(host, self.lora_B_bias, self.scaling)
         return parameters
 
 
@@ -180,6 +177,9 @@ class LoRAConfig(Targets):
             Face peft converts (Mixtral, Qwen3-MoE, DeepSeek-V3 and others), `"all-linear"` and the older names of the
             experts' layers (`"w1"`, `"gate_proj"`, ..., `"gate"`) mean these parameters, and the fused gate and up get
             rank 2 r and 2 alpha. Without dropout, lora_bias, fan_in_fan_out and trained biases.
+        trainable_tokens: ids of tokens whose rows of the word embeddings train in full, and no other rows. A head that
+            shares the embeddings' weight follows. `{"embed_tokens": [5, 9], "lm_head": [5, 9]}` names the modules, as
+            for a head with a weight of its own. `None` takes the tokens that `add_tokens` added, if there are any.
 
     Raises:
         PeftLabError: a value is out of range; the message says what was found.
@@ -200,6 +200,7 @@ class LoRAConfig(Targets):
     rank_pattern: Mapping[str, Any] = field(default_factory=dict)
     alpha_pattern: Mapping[str, Any] = field(default_factory=dict)
     target_parameters: Iterable[str] | None = None
+    trainable_tokens: Iterable[int] | Mapping[str, Iterable[int]] | None = None
 
     method: ClassVar[str] = "lora"
     peft_type: ClassVar[str] = "LORA"
@@ -216,6 +217,7 @@ class LoRAConfig(Targets):
         elif isinstance(self.target_modules, (list, tuple, set, frozenset)) and not self.target_modules:
             object.__setattr__(self, "target_modules", None)  # peft's way to say that no module is adapted
         super().__post_init__()
+        check_tokens(self)
         check_kinds(self, "rank_pattern", "alpha_pattern")
         for key in (*self.rank_pattern, *self.alpha_pattern):
             check_regex(key)
@@ -251,7 +253,8 @@ class LoRAConfig(Targets):
                         f"{next(iter((*targets, *parameters)))}."
                     )
         for path, host in targets.items():
-            kind: type[Part] = LoRAEmbedding if isinstance(host, nn.Embedding) else LoRALinear
+            other: type[Part] = LoRAConv if isinstance(host, CONVOLUTIONS) else LoRALinear
+            kind: type[Part] = LoRAEmbedding if isinstance(host, nn.Embedding) else other
             part = kind(host, by_pattern(config.rank_pattern, path, self.r), config.scaling(path), self)
             yield Placement(path, "lora", part)
         for path, (host_path, host, name) in parameters.items():
@@ -262,6 +265,8 @@ class LoRAConfig(Targets):
             yield Placement(
                 host_path, f"lora_{name}", LoRAParameter(path, host, name, r, config.scaling(path), self, depth)
             )
+        hosts = [*targets, *(host_path for host_path, _, _ in parameters.values())]
+        yield from trained_rows(model, self, hosts)
         copies = list(trained_copies(model, self))
         yield from trained_biases(model, self.bias, targets, copied=[copy.path for copy in copies])
         yield from copies
@@ -354,6 +359,7 @@ class LoRAConfig(Targets):
             "fan_in_fan_out": self.fan_in_fan_out or any(is_conv1d(host) for host in hosts.values()),
             # peft draws A by this before it loads, and its "orthogonal" refuses odd ranks
             "init_lora_weights": {"random": False, "gaussian": "gaussian"}.get(self.init, True),
+            **({} if self.trainable_tokens is None else {"trainable_token_indices": self.trainable_tokens}),
         }
         paths = [*hosts, *find_parameters(model, config.target_parameters or ())]
         fields["rank_pattern"] = in_any_order(config.rank_pattern, paths)
@@ -393,10 +399,11 @@ class LoRAConfig(Targets):
             "rank_pattern": fields.get("rank_pattern") or {},
             "alpha_pattern": fields.get("alpha_pattern") or {},
             "target_parameters": fields.get("target_parameters") or None,
+            "trainable_tokens": fields.get("trainable_token_indices") or None,
         }
 
     # Options of Hugging Face's LoRA that this file does not have. An adapter that uses one must not load as another.
     unsupported: ClassVar[tuple[str, ...]] = (
-        "use_dora", "use_qalora", "layer_replication", "alora_invocation_tokens", "trainable_token_indices",
+        "use_dora", "use_qalora", "layer_replication", "alora_invocation_tokens",
         "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
     )  # fmt: skip

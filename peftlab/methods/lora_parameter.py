@@ -22,7 +22,8 @@ from peftlab.core.interface import Part
 from peftlab.core.parameters import Coded
 from peftlab.core.records import own_tensor
 from peftlab.errors import PeftLabError
-from peftlab.methods.parts import start, widened
+from peftlab.methods.lora_conv import start
+from peftlab.methods.parts import widened
 from peftlab.quantization.weights import is_quantized
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -174,24 +173,6 @@ def leaf_copies(model: nn.Module, path: str, module: nn.Module, key: str = "{pat
             whole_path = f"{path}.{inner}".rstrip(".")
             check_called(model, whole_path)
             yield Placement(whole_path, "copy", TrainedCopy(leaf, key))
-
-
-def start(lora_A: Tensor, lora_B: Tensor, init: str) -> None:
-    """Draw A, (r, in), and for `"random"` also B, (out, r).
-
-    A must not be zero, or B gets no gradient. B must be zero, or the model starts from another function.
-    """
-    r = lora_A.shape[0]
-    if init == "orthogonal":
-        # A A^T = I: the r directions that the adapter reads do not overlap
-        nn.init.orthogonal_(lora_A)
-    elif init == "gaussian":
-        nn.init.normal_(lora_A, std=1 / r)
-    else:
-        # U(-1/sqrt(in), 1/sqrt(in)): Kaiming's bound sqrt(6 / ((1 + a^2) in)) at a = sqrt(5)
-        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-    if init == "random":
-        nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
 
 
 def first_input(args: tuple, kwargs: dict) -> Tensor:

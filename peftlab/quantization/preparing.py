@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from peftlab.checks import checked, one_of
 from peftlab.core.checkpointing import set_input_gradients, switch_checkpointing
+from peftlab.core.embeddings import word_embeddings
 from peftlab.core.hooks import is_adapter_name
 from peftlab.core.records import as_transformer, unwrap
 from peftlab.core.targets import names_match
@@ -156,7 +157,8 @@ def require_input_gradients(root: nn.Module) -> Step:
 def kbit_casts(model: nn.Module) -> list[Step]:
     """Return what Hugging Face's `prepare_model_for_kbit_training` would cast to float32. The model is not changed."""
     root = unwrap(model)
-    embedding = as_transformer(root).get_input_embeddings() if hasattr(root, "get_input_embeddings") else None
+    words = word_embeddings(root)
+    embedding = None if words is None else words[1]
     head = as_transformer(root).get_output_embeddings() if hasattr(root, "get_output_embeddings") else None
     kinds: dict[str, list[Tensor]] = {"embedding": [], "output head": [], "norms and biases": []}
     seen: set[int] = set()

@@ -130,12 +130,42 @@ def question_answering_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple
     return totals[0] + totals[1], counts[0] + counts[1]
 
 
+def transcription_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Connectionist temporal classification, the model's own loss of its labels (b, t); each example counts as one.
+
+    Where `config.ctc_loss_reduction` is "mean", the loss of an example is divided by the number of its labels.
+    """
+    loss, rows = _own_loss(model, batch, {}), len(batch["labels"])
+    summed = getattr(inner_model(model).config, "ctc_loss_reduction", "sum") == "sum"
+    return loss if summed else loss * rows, torch.tensor(rows, device=loss.device)
+
+
+def contrast_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """CLIP's loss, the model's own: which text goes with which image of the batch. Each pair counts as one.
+
+    It depends on what else is in the batch, so that two batches of four are no batch of eight.
+    """
+    rows = next(len(value) for value in batch.values() if isinstance(value, Tensor))
+    loss = _own_loss(model, batch, {"return_loss": True})
+    return loss * rows, torch.tensor(rows, device=loss.device)
+
+
+def _own_loss(model: nn.Module, batch: Mapping[str, Any], more: dict[str, Any]) -> Tensor:
+    loss = getattr(call(model, {**batch, **more}), "loss", None)
+    if not isinstance(loss, Tensor):
+        raise PeftLabError(
+            f"{type(unwrap(model)).__name__} gives no loss for a batch of {sorted(batch)}; pass loss=your own function."
+        )
+    return _wide(loss)
+
+
 OF_TASKS: dict[str, Loss] = {
     "causal language modelling": causal_lm_loss,
     "masked language modelling": token_loss,
     "token classification": token_loss,
     "sequence to sequence": seq2seq_loss,
     "question answering": question_answering_loss,
+    "transcription": transcription_loss,
     "single_label_classification": classification_loss,
     "multi_label_classification": multi_label_loss,
     "regression": regression_loss,
@@ -153,6 +183,8 @@ def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> Loss:
         PeftLabError: the task is not known, or the batch has no labels of its kind.
     """
     task = task_of(model)
+    if task == "contrast":
+        return contrast_loss
     if task == "question answering":
         missing = {"start_positions", "end_positions"} - set(batch)
         if missing:

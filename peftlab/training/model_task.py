@@ -28,6 +28,7 @@ ENDINGS: tuple[tuple[str, str | None], ...] = (
     (r"For(Sequence|Image|Video|Audio)Classification", "classification"),
     (r"ForMultipleChoice|ForNextSentencePrediction", "choice"),
     (r"ForQuestionAnswering(Simple)?", "question answering"),
+    (r"ForCTC", "transcription"),
 )
 PER_TOKEN = ("causal language modelling", "masked language modelling", "token classification")
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
@@ -95,6 +96,8 @@ def task_of(model: nn.Module) -> str | None:
     task, known = task_of_class(kind)
     if task == "generation":
         return "sequence to sequence" if is_encoder_decoder(core) else "causal language modelling"
+    if task is None and "return_loss" in forward_columns(core).names:
+        return "contrast"  # CLIP and its like compare texts with images
     if task is None and (known or is_known_class(core)):
         raise PeftLabError(
             f"The loss of {type(core).__name__} is not known here. Pass loss=a function (model, batch) -> (sum, number "

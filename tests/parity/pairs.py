@@ -53,7 +53,7 @@ KINDS = {
 }
 CLASSIFIERS = ("bert", "llama-classifier", "roberta")
 WRAPPER = re.compile(r"\.(original_module|modules_to_save)\.")
-RENAMED = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
+RENAMED = {"alpha": "lora_alpha", "dropout": "lora_dropout", "trainable_tokens": "trainable_token_indices"}
 
 
 def base(kind, dtype=torch.float64, seed=0):

@@ -305,6 +305,46 @@ def test_a_4_bit_base_from_the_shell(place, capsys):
     assert metrics["settings"]["optimizer"] == "adamw8bit" and (place / "run" / "adapter_model.safetensors").is_file()
 
 
+def test_new_tokens_train_and_the_tokenizer_that_has_them_is_saved(place, capsys):
+    from transformers import AutoTokenizer
+
+    import peftlab as pl
+    from peftlab.assets.models import load_model
+
+    rows = [{"prompt": f"the <pet> {end} ?", "completion": "<yes>"} for end in ENDS]
+    (place / "new.jsonl").write_text("\n".join(json.dumps(row) for row in rows * 3))
+    command = train_command("new.jsonl", "run", "--steps", 30, "--add-tokens", "<pet>=cat dog, <yes>")
+    status, _, err = run(capsys, *command)
+    assert status == 0, err
+    files = {name: (place / "run" / name).read_bytes() for name in ("tokenizer.json", "adapter_model.safetensors")}
+    assert run(capsys, *command)[0] == 0  # it goes on, and its own files are no strangers to it
+    assert all((place / "run" / name).read_bytes() == content for name, content in files.items())
+    model, plain = load_model("./tiny")
+    tokenizer = AutoTokenizer.from_pretrained(place / "run")
+    assert len(tokenizer) == len(plain) + 2 and tokenizer.decode([18]) == "<pet>"
+    pl.load_adapter(model, "run")
+    assert pl.attached(model)["default"].trainable_tokens["model.embed_tokens"] == (18, 19)
+    example = pl.encode_completion(tokenizer, **rows[0])
+    assert pl.mean_loss(model, [example], pl.Collator(tokenizer)) < 2 < math.log(32)
+    assert run(capsys, *command, "--no-resume", "--steps", "1")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--add-tokens", "<a>,,<b>"], "give different tokens"),
+        (["--add-tokens", "<a>,<a>=cat"], "give different tokens"),
+        (["--add-tokens", "cat"], "'cat' already, with the id"),
+        (["--add-tokens", "<a>=zebra"], "the tokenizer does not know"),
+        (["--add-tokens", "<a>", "--method", "ia3"], "needs a method that trains new rows: .*lora.*; not ia3"),
+    ],
+)
+def test_new_tokens_that_cannot_be_added_are_one_line(place, capsys, more, told):
+    status, _, err = run(capsys, *train_command("ask.jsonl", "run", *more))
+    assert status == 2 and re.search(told, err) and err.count("\n") == 1
+    assert not (place / "run" / "adapter_model.safetensors").exists()
+
+
 def test_a_run_learns_saves_and_reports(place, capsys, monkeypatch):
     monkeypatch.setattr("peftlab.commands.train.LOG_SECONDS", 0.0)
     command = train_command("ask.jsonl", "run", "--steps", 120, "--targets", "all-linear", "--eval-every", 60)

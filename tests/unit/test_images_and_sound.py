@@ -205,3 +205,76 @@ def test_labels_for_a_model_that_classifies_no_text(name, tmp_path):
     config = type(AutoConfig.for_model(kind)).__name__
     with pytest.raises(pl.PeftLabError, match=f"has a {config}, for which transformers has no class of this task"):
         pl.load_model(str(tmp_path), num_labels=2)
+
+
+CTC = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "conv_dim": [8, 8],
+    "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 2, "vocab_size": 12, "pad_token_id": 0, "apply_spec_augment": False,
+    "layerdrop": 0.0, "hidden_dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0,
+    "feat_proj_dropout": 0.0, "final_dropout": 0.0,
+}  # fmt: skip
+
+
+def of(kind, **more):
+    """Four examples for a model of this kind."""
+    draw = torch.Generator().manual_seed(0)
+    shape = {"pixel_values": (3, 16, 16), "input_features": (8, 60), "input_values": (400,)}[kind]
+    return [
+        {kind: torch.randn(*shape, generator=draw)} | {key: make(row) for key, make in more.items()} for row in range(4)
+    ]
+
+
+TRAINED = {
+    "ViTForImageClassification": of("pixel_values", labels=lambda row: row % 2),
+    "WhisperForConditionalGeneration": of("input_features", labels=lambda row: [3 + row, 4, 2]),
+    "CLIPModel": of("pixel_values", input_ids=lambda row: [3, 4 + row, 0]),
+    "Wav2Vec2ForCTC": of("input_values", labels=lambda row: [3, 4, 5][: 2 + row % 2]),
+}
+
+
+def trained_model(name):
+    if name != "Wav2Vec2ForCTC":
+        return model_of(name)
+    torch.manual_seed(0)
+    return transformers.Wav2Vec2ForCTC(AutoConfig.for_model("wav2vec2", **CTC))
+
+
+@pytest.mark.parametrize("config", [pl.LoRAConfig(r=2), pl.IA3Config()], ids=["lora", "ia3"])
+@pytest.mark.parametrize("name", TRAINED)
+def test_it_trains_with_the_loss_of_its_class(name, config, tmp_path):
+    model, data = pl.attach(trained_model(name), config), TRAINED[name]
+    batch = pl.Collator()(data) | ({"return_loss": True} if name == "CLIPModel" else {})
+    own = model(**batch).loss.item() / (len(data) if name == "Wav2Vec2ForCTC" else 1)  # there it is a sum
+    history = pl.train(model, data, steps=3, batch_size=4, learning_rate=1e-2, progress=False)
+    assert history.steps[0]["loss"] == pytest.approx(own, rel=1e-5)
+    pl.save_adapter(model, tmp_path)
+    loaded = pl.load_adapter(trained_model(name), tmp_path)
+    state = loaded.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert loaded.eval()(**batch).loss.item() == model.eval()(**batch).loss.item()
+
+
+def test_whispers_convolutions_carry_lora():
+    """Hugging Face peft cannot: Whisper asks them for their stride."""
+    model = trained_model("WhisperForConditionalGeneration").double().eval()
+    batch = {"input_features": torch.randn(2, 8, 60, dtype=torch.float64), "labels": torch.tensor([[3, 4], [5, 6]])}
+    before = model(**batch).logits
+    pl.attach(model, pl.LoRAConfig(r=2, init="random", target_modules=["conv1", "conv2"]))
+    found = model(**batch).logits
+    assert not torch.allclose(found, before)
+    pl.merge(model)
+    assert torch.allclose(model(**batch).logits, found, atol=1e-12)
+
+
+def test_a_convolution_is_a_linear_layer_on_patches():
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(3, 5, (2, 3), stride=(2, 1), padding=(0, 1)).double()
+    model = pl.attach(torch.nn.Sequential(conv), pl.LoRAConfig(r=2, alpha=6, init="random", target_modules=["0"]))
+    part = conv.peftlab["default"]["lora"]
+    x = torch.randn(2, 3, 6, 7, dtype=torch.float64)
+    patches = torch.nn.functional.unfold(x, conv.kernel_size, stride=conv.stride, padding=conv.padding)
+    update = 3 * part.lora_B.flatten(1) @ (part.lora_A.flatten(1) @ patches)
+    with pl.disabled(model):
+        base = model(x)
+    assert torch.allclose(model(x), base + update.view_as(base), atol=1e-12)

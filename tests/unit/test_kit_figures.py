@@ -201,6 +201,13 @@ def test_sweep_draws_means_and_repeats_only_where_they_were_measured():
     assert strokes.get_offsets().tolist() == [[8, 0.4], [8, 0.8], [8, 0.5]]
 
 
+@pytest.mark.parametrize("steps", [3, 20, 45])
+def test_there_is_no_half_step(steps):
+    ticks = figures.curves({"loss": list(range(steps))}).axes[0].get_xticks()
+    assert all(float(tick).is_integer() for tick in ticks) and len(ticks) > 2
+    assert any(tick % 1 for tick in figures.curves({"loss": ([0, 0.25, 0.5], [3, 2, 1])}).axes[0].get_xticks())
+
+
 def test_few_points_are_marked():
     few, many = figures.curves({"few": [1, 2, 3], "many": list(range(100))}).axes[0].lines
     assert few.get_marker() == "o" and many.get_marker() == "None"

@@ -297,7 +297,7 @@ def test_the_default_loss_goes_by_the_task_and_not_by_the_shape():
         ("ElectraForPreTraining", {**SMALL, "embedding_size": 32}),
         ("XLNetLMHeadModel", {"vocab_size": 64, "d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 32}),
         (
-            "Wav2Vec2ForCTC",
+            "Wav2Vec2ForXVector",
             {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32},
         ),
     ],

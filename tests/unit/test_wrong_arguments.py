@@ -95,6 +95,7 @@ RIGHT = {
     "SelectiveConfig": lambda: {"target_modules": ["q_proj"]},
     "Collator": lambda: {"tokenizer": tiny.tokenizer()},
     "activate": lambda: {"model": adapted(), "which": "default"},
+    "add_tokens": lambda: {"model": tiny.llama(layers=1), "tokenizer": tiny.tokenizer(), "tokens": ["<new>"]},
     "attach": lambda: {"model": tiny.llama(layers=1), "config": LORA},
     "check": lambda: {"name": "lora.count", "answer": 1},
     "dequantize_model": lambda: {"model": four_bits()},

@@ -162,6 +162,8 @@ def curves(
     axes.set(xlabel=x_label, ylabel=y_label)
     if log_x:
         axes.set_xscale("log")
+    elif all(float(x).is_integer() for _, xs, _, _ in lines for x in xs):
+        axes.locator_params(axis="x", integer=True)  # there is no step 2.5
     if log_y:
         axes.set_yscale("log")
     return finish(figure, axes, lines)
