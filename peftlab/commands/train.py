@@ -275,6 +275,8 @@ def _config(arguments: argparse.Namespace, targets: Any, **more: Any) -> Any:
     given = {option.config_field: getattr(arguments, option.name) for option in row.options}
     if "target_modules" in given:
         given["target_modules"] = targets
+    if given.get("target_parameters") is not None:
+        given["target_parameters"] = [name for name in map(str.strip, given["target_parameters"].split(",")) if name]
     if "init" in given and given["init"] is None:
         if arguments.init_text:
             given["init"] = "text"
