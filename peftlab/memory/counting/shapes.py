@@ -88,7 +88,7 @@ class Shape:
         """
         if parameters is not None:
             return self._match_parameters(targets, tuple(parameters))
-        body = [m for m in self.modules if m.role != "head" and m.kind not in ("experts", "vector")]
+        body = [m for m in self.modules if m.role != "head" and m.kind not in ("experts", "vector", "bias")]
         if targets is None and default is None:
             targets = self.query_value
         elif targets is None:
