@@ -100,6 +100,7 @@ def gemma2(c: Config, **more: Any) -> Decoder:
     """Describe Gemma 2: norms before and behind, every second block sliding, capped logits."""
     fields = {
         **_window(c, 4096, pattern=2), "capped_logits": c.values.get("final_logit_softcapping", 30.0) is not None,
+        "capped_scores": c.values.get("attn_logit_softcapping", 50.0) is not None, "sdpa": False,
         "after_attention": "post_attention_layernorm", "before_mlp": "pre_feedforward_layernorm",
         "after_mlp": "post_feedforward_layernorm",
     }  # fmt: skip
@@ -116,6 +117,7 @@ def gemma3(c: Config) -> Decoder:
     pattern = c.size("sliding_window_pattern", "_sliding_window_pattern", default=6)
     return gemma2(
         c, head_norms=("q_norm", "k_norm"), capped_logits=c.values.get("final_logit_softcapping") is not None,
+        capped_scores=False, sdpa=True, two_tables=True,
         **_window(c, 4096, pattern=pattern),
     )  # fmt: skip
 
@@ -155,7 +157,15 @@ def cohere(c: Config) -> Decoder:
     """Describe Cohere: attention and feed-forward side by side behind one norm without a bias."""
     norms = {"head_norms": ("q_norm", "k_norm"), "head_norm": "heads"} if c.flag("use_qk_norm") else {}
     return llama(
-        c, usual_tied=True, norm="cohere", before_mlp=None, parallel=True, rotary="pairs", scaled_logits=True, **norms
+        c,
+        usual_tied=True,
+        norm="cohere",
+        before_mlp=None,
+        parallel=True,
+        rotary="pairs",
+        wide_rotary=True,
+        scaled_logits=True,
+        **norms,
     )
 
 
@@ -209,7 +219,7 @@ def gpt_neox(c: Config) -> Decoder:
     return llama(
         c, grouped=False, own_width=False, usual_bias=True, usual_act="gelu", prefix="gpt_neox", embedding="embed_in",
         attention="attention", qkv=("query_key_value",), out="dense", up=("dense_h_to_4h",), down="dense_4h_to_h",
-        gated=False, mlp_bias=True, norm="layer", last_norm="final_layer_norm",
+        gated=False, mlp_bias=True, norm="layer", last_norm="final_layer_norm", cut="chunk",
         parallel=c.flag("use_parallel_residual", True), dropout=c.share("hidden_dropout", 0.0),
         embedding_dropout=c.share("hidden_dropout", 0.0), **_partial(c, 0.25, "rotary_pct"),
     )  # fmt: skip
@@ -223,7 +233,7 @@ def gptj(c: Config) -> Decoder:
         embedding="wte", blocks="h", attention="attn", out="out_proj", up=("fc_in",), down="fc_out", gated=False,
         mlp_bias=True,
         qkv_bias=False, out_bias=False, output_bias=True, norm="layer", before_attention="ln_1", before_mlp=None,
-        last_norm="ln_f", parallel=True, rotary="pairs",
+        last_norm="ln_f", parallel=True, rotary="pairs", wide_scores=True,
         rotated=c.size("rotary_dim", default=64) if c.values.get("rotary_dim", 64) is not None else None,
         activation=c.text("activation_function", "gelu_new"), attention_dropout=c.share("attn_pdrop", 0.0),
         dropout=c.share("resid_pdrop", 0.0), embedding_dropout=c.share("embd_pdrop", 0.0),
@@ -264,7 +274,8 @@ def opt(c: Config) -> Decoder:
         affine=c.flag("layer_norm_elementwise_affine", True), before_attention=attention, before_mlp=mlp,
         after_attention=None if first else names[0], after_mlp=None if first else names[1],
         last_norm=names[1] if first and not c.flag("_remove_final_layer_norm") else None, extra=tuple(extra),
-        rotary=None, activation=c.text("activation_function", "relu"), dropout=c.share("dropout", 0.1),
+        rotary=None, scaled_queries=True, activation=c.text("activation_function", "relu"),
+        dropout=c.share("dropout", 0.1),
     )  # fmt: skip
 
 
@@ -276,7 +287,8 @@ def bloom(c: Config) -> Decoder:
         embedding="word_embeddings", blocks="h", attention="self_attention", qkv=("query_key_value",), out="dense",
         up=("dense_h_to_4h",), down="dense_4h_to_h",
         gated=False, qkv_bias=True, out_bias=True, mlp_bias=True, norm="layer", last_norm="ln_f", rotary=None,
-        after_embedding="word_embeddings_layernorm", activation="bloom", dropout=c.share("hidden_dropout", 0.0),
+        after_embedding="word_embeddings_layernorm", activation="bloom", cut="copy", slopes=True, sdpa=False,
+        dropout=c.share("hidden_dropout", 0.0),
     )  # fmt: skip
 
 
@@ -297,6 +309,8 @@ def falcon(c: Config) -> Decoder:
         down="dense_4h_to_h", gated=False, qkv_bias=biased, out_bias=biased, mlp_bias=biased, norm="layer",
         last_norm="ln_f", groups=groups, before_attention=names[0], before_mlp=names[1],
         parallel=new or parallel, rotary=None if c.flag("alibi") else "halves",
+        slopes=c.flag("alibi"), in_place=True, always_masked=True,
+        cut="grouped" if new else "index" if c.flag("multi_query", True) else "slice",
         activation=c.text("activation", "gelu"), dropout=c.share("hidden_dropout", 0.0),
     )  # fmt: skip
 
@@ -307,7 +321,7 @@ def falcon(c: Config) -> Decoder:
 def mixtral(c: Config) -> Decoder:
     """Describe Mixtral: experts in every block."""
     d = llama(c, usual_groups=8, qkv_bias=False, out_bias=False, **_window(c, None, everywhere=True))
-    return with_experts(d, c, count=8, per_token=2, inner=d.inner)
+    return with_experts(d, c, count=8, per_token=2, inner=d.inner, wide_shares=True)
 
 
 def qwen2_moe(c: Config) -> Decoder:
@@ -320,6 +334,7 @@ def qwen2_moe(c: Config) -> Decoder:
     return with_experts(
         d, c, count=60, per_token=4, inner=c.size("moe_intermediate_size", default=1408), blocks=_sparse_blocks(c, d),
         shared=c.size("shared_expert_intermediate_size", default=5632), shared_gate="shared_expert_gate",
+        shared_first=True, normalised=c.flag("norm_topk_prob"),
     )  # fmt: skip
 
 
@@ -330,7 +345,8 @@ def qwen3_moe(c: Config) -> Decoder:
         **_window(c, 4096, switch="use_sliding_window", everywhere=True),
     )  # fmt: skip
     inner = c.size("moe_intermediate_size", default=768)
-    return with_experts(d, c, count=128, per_token=8, inner=inner, blocks=_sparse_blocks(c, d))
+    return with_experts(d, c, count=128, per_token=8, inner=inner, blocks=_sparse_blocks(c, d),
+                        normalised=c.flag("norm_topk_prob"))  # fmt: skip
 
 
 def gpt_oss(c: Config) -> Decoder:
@@ -345,7 +361,8 @@ def gpt_oss(c: Config) -> Decoder:
         rotary="chunks",
         **_window(c, 128, pattern=2),
     )
-    return with_experts(d, c, count=128, per_token=4, inner=d.inner, router="router", bias=True, transposed=True)
+    return with_experts(d, c, count=128, per_token=4, inner=d.inner, router="router", bias=True, transposed=True,
+                        choose_first=True)  # fmt: skip
 
 
 def deepseek_v3(c: Config) -> Decoder:

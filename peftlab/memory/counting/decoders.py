@@ -28,6 +28,10 @@ class Experts:
     shared: int | None = None  # the inner width of the expert that every token takes, or None for none
     shared_name: str = "shared_expert"
     shared_gate: str | None = None  # the layer that weighs the shared expert
+    shared_first: bool = False  # whether that expert runs before the others
+    wide_shares: bool = False  # whether the shares of the experts stay in float32
+    normalised: bool = True  # whether the shares of a token are made to sum to one
+    choose_first: bool = False  # whether the softmax is taken of the chosen scores; experts then clamp their gates
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,10 @@ class Decoder:
     # What the forward pass does beside that; counting does not need it
     activation: str = "silu"
     parallel: bool = False  # attention and feed-forward both read the block's input
-    rotary: str | None = "halves"  # "halves", "pairs" (every second element), or None: no rotary positions
+    rotary: str | None = "halves"  # "halves", "pairs" (every second element), "chunks" (gpt-oss), or None
+    wide_rotary: bool = False  # whether positions are turned in float32
+    two_tables: bool = False  # whether sliding and full blocks have rotary tables of their own
+    slopes: bool = False  # positions as slopes in the scores (ALiBi)
     rotated: int | None = None  # how much of a head is rotated; None: all of it
     unrotated: frozenset[int] = frozenset()  # blocks without rotary positions
     window: int | None = None  # of sliding attention
@@ -108,6 +115,13 @@ class Decoder:
     scaled_residual: bool = False
     scaled_logits: bool = False
     capped_logits: bool = False
+    capped_scores: bool = False
+    wide_scores: bool = False  # whether separate operations compute the scores in float32
+    scaled_queries: bool = False
+    in_place: bool = False  # whether the attention is added to the feed-forward in place
+    cut: str = "slice"  # of one projection for queries, keys and values: see `replay.decoders`
+    sdpa: bool = True  # whether transformers has the fused attention for it
+    always_masked: bool = False  # whether the fused attention always gets a mask
 
     def block(self, i: int) -> str:
         """Return the path of a block, with a dot behind it."""
