@@ -216,9 +216,7 @@ class Leaf:
 Gradients = Sequence[Tensor | None]  # one for each input
 
 
-def record(
-    output: Tensor, inputs: Sequence[Tensor], apply: Callable, saved: Sequence[Tensor] | None = None
-) -> Tensor:
+def record(output: Tensor, inputs: Sequence[Tensor], apply: Callable, saved: Sequence[Tensor] | None = None) -> Tensor:
     """Put an operation into the graph and return its output.
 
     Args:

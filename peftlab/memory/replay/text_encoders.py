@@ -111,7 +111,6 @@ def mpnet(net: Net, ids: Tensor) -> Tensor:
     for i in range(depth(net, at)):
         net.memory.moment = f"forward, layer {i}"
         x = net.block(f"{at}{i}.", layer(i), x)
-    del bias
     net.held.append(x)
     return two_layers(net, ops.first_of(x), drop, ops.from_result)
 
@@ -126,7 +125,7 @@ def modernbert(net: Net, ids: Tensor) -> Tensor:
     x = ops.dropout(x, c.share("embedding_dropout", 0.0))
     batch, length, hidden = x.shape
     width = hidden // heads
-    windows = windowed(net, depth(net, "model.layers.")) if length >= c.size("local_attention", default=128) // 2 else ()
+    windows = windowed(net, depth(net, "model.layers."), length)
     tables = [[x.new((1, 1, length, width)) for _ in range(2)] for _ in range(2)]  # for all and for windows
     mask = x.new((batch, 1, length, length)) if windows and not net.fused() else None
 
@@ -138,8 +137,10 @@ def modernbert(net: Net, ids: Tensor) -> Tensor:
         qkv = net.linear(block + "attn.Wqkv", x)
         q, k, v = split(qkv, (batch, heads, length, width))
         wide = turned(q, *tables[i in windows]), turned(k, *tables[i in windows])
-        q, k = (ops.cast(one, qkv.bytes) for one in wide)
+        q, k = (ops.cast(one, v.bytes) for one in wide)
         del wide
+        if not net.fused():  # a product of matrices copies the view, and lets go of the rest of qkv
+            v = ops.copy(v)
         bias = (mask or q.new((batch, 1, length, length))) if i in windows else None
         mixed = net.attend(q, k, v, style, bias)
         return ops.dropout(net.linear(block + "attn.Wo", mixed), dropped)
@@ -154,7 +155,8 @@ def modernbert(net: Net, ids: Tensor) -> Tensor:
             return net.linear(block + "mlp.Wo", inner)
 
         def run(x: Tensor) -> Tensor:
-            x = ops.add(x, attention(i, block, net.layer_norm(block + "attn_norm", x) if i else x))
+            mixed = attention(i, block, net.layer_norm(block + "attn_norm", x) if i else x)  # held until the end
+            x = ops.add(x, mixed)
             return ops.add(x, net.around(block + "mlp.Wo", net.layer_norm(block + "mlp_norm", x), feed_forward))
 
         return run
@@ -169,13 +171,19 @@ def modernbert(net: Net, ids: Tensor) -> Tensor:
         x = ops.divide(x, x.new((batch, 1), ops.INT64))
     else:
         x = ops.first_of(x)
-    x = net.layer_norm("head.norm", net.activation(c.text("classifier_activation", "gelu"))(net.linear("head.dense", x)))
+    last = net.activation(c.text("classifier_activation", "gelu"))
+    x = net.layer_norm("head.norm", last(net.linear("head.dense", x)))
     with net.memory.kind("logits"):
         return net.linear("classifier", ops.dropout(x, c.share("classifier_dropout", 0.0)))
 
 
-def windowed(net: Net, layers: int) -> tuple[int, ...]:
-    """Return the blocks of ModernBERT that attend to a window: those of `layer_types`, or all but every third."""
+def windowed(net: Net, layers: int, length: int) -> tuple[int, ...]:
+    """Return the blocks of ModernBERT that attend to a window: those of `layer_types`, or all but every third.
+
+    A sequence that is shorter than half the window needs no mask.
+    """
+    if length < net.config.size("local_attention", default=128) // 2:
+        return ()
     named = net.config.values.get("layer_types")
     if isinstance(named, list) and named:
         return tuple(i for i, kind in enumerate(named) if kind == "sliding_attention")
