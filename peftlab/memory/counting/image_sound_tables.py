@@ -51,10 +51,8 @@ def clip(c: Config, task: str) -> Iterator[Module]:
     Each tower is also a model of its own, with its projection or without it.
     """
     if c.values["model_type"] == "clip":
-        texts, images = c.part("text_config", "clip_text_model"), c.part("vision_config", "clip_vision_model")
-        if c.values.get("text_config_dict") or c.values.get("vision_config_dict"):
-            texts = Config({**texts.values, **(c.values.get("text_config_dict") or {})}, texts.source)
-            images = Config({**images.values, **(c.values.get("vision_config_dict") or {})}, images.source)
+        old = {name: f"{name}_dict" for name in ("text_config", "vision_config")}  # these names go first
+        texts, images = (c.part(new if c.values.get(name) is None else name, "clip") for new, name in old.items())
     else:
         texts = images = c
     wide = {"text": texts.size("hidden_size", default=512), "visual": images.size("hidden_size", default=768)}
