@@ -69,6 +69,22 @@ def config_of(point: dict[str, Any]) -> dict[str, Any]:
             "_name_or_path": point["shape"]}  # fmt: skip
 
 
+def arguments_of(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments with which `estimate` predicts a row of the results file.
+
+    >>> from peftlab.bench import family_runs
+    >>> family_runs.arguments_of({"shape": "phi-2", "layers": 4, "method": "full", "targets": None})["method"]
+    'full'
+    """
+    kept = ("method", "r", "targets", "target_parameters", "batch", "sequence", "precision", "optimizer",
+            "checkpointing", "attention")  # fmt: skip
+    found = {name: row[name] for name in kept if row.get(name) is not None}
+    for name in ("targets", "target_parameters"):  # lists are joined in the file
+        if isinstance(found.get(name), str) and found[name] != "all-linear":
+            found[name] = found[name].split(",")
+    return {"shape": config_of(row), **found}
+
+
 def points() -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield (shape, method, what differs from the usual run) of each run."""
     yield "qwen3-8b", "lora", {"layers": 6, "batch": 2}

@@ -9,7 +9,7 @@ Sections:
     timeline   bytes allocated during one step, as torch's allocator records them
     context    what the GPU holds outside torch's allocator: the CUDA context and the kernels' code
     optimizers the forms of torch's AdamW: what torch takes if nothing is said (foreach), and the fused one
-    families   25 families of decoders, with experts among them (see `family_runs`)
+    families   22 families of decoders, with experts among them (see `family_runs`)
 
 The last two came later than the others. Their rows are in files of their own, `results/memory_optimizers.json` and
 `results/memory_families.json`.

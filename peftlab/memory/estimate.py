@@ -229,9 +229,8 @@ def _refuse_what_cannot_run(shape: Shape, method: str, sequence: int, virtual_to
     usual = FAMILIES[shape.family].tasks[0]
     if shape.task != usual:
         raise PeftLabError(
-            f"{shape.name} is counted as a {shape.task}, whose activations are not known; known is a {usual}. Take "
-            "architectures out of its configuration, or leave labels (--labels) out for a decoder and give it for an "
-            f"encoder. Its parameters are: peftlab count {shape.name}."
+            f"{shape.name} is counted as a {shape.task}, because its architectures or labels say so; the activations of "
+            f"a {usual} alone are known. Change or take out architectures, and give labels (--labels) for encoders only."
         )
     most = longest(shape, method, virtual_tokens)
     if sequence > most:

@@ -151,3 +151,24 @@ def test_an_unknown_model_type_is_told_what_is_known_of_its_name(family, near):
     assert "Did you mean" not in str(error.value)
     told = str(error.value).partition("Known of this name: ")[2].partition(". Known")[0]
     assert told == (near or "")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("mamba-2.8b", None), ("bart-base", None), ("llama-3-8b", "llama-3.1-8b"), ("qwen3-7b", "qwen3-8b"),
+     ("lama-2-7b", "llama-2-7b")],
+)  # fmt: skip
+def test_an_unknown_shape_is_told_near_matches_of_its_family(name, near):
+    with pytest.raises(PeftLabError) as error:
+        load_shape(name)
+    if near is None:
+        assert "Did you mean" not in str(error.value) and "Known: " in str(error.value)
+    else:
+        assert near in str(error.value).partition("Did you mean")[2]
+
+
+def test_the_new_named_shapes_have_the_published_sizes():
+    """Billions of parameters, as the model cards give them."""
+    published = {"qwen3-4b": 4.0, "qwen3-8b": 8.2, "qwen3-30b-a3b": 30.5, "mixtral-8x7b": 46.7, "gpt-oss-20b": 20.9,
+                 "gemma-3-4b": 3.9, "smollm3-3b": 3.1}  # fmt: skip
+    assert {name: round(load_shape(name).parameters / 1e9, 1) for name in published} == published

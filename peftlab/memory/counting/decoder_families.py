@@ -150,7 +150,7 @@ def smollm3(c: Config) -> Decoder:
 
 def granite(c: Config) -> Decoder:
     """Describe Granite: Llama with scaled embeddings, residuals and logits."""
-    return llama(c, mlp_bias=c.flag("mlp_bias"), scaled_embedding=True, scaled_residual=True, scaled_logits=True)
+    return llama(c, mlp_bias=c.flag("mlp_bias"), scaled_input=True, scaled_residual=True, scaled_logits=True)
 
 
 def cohere(c: Config) -> Decoder:
@@ -205,7 +205,7 @@ def stablelm(c: Config) -> Decoder:
     parallel = c.flag("use_parallel_residual")
     norms = {"head_norms": ("q_layernorm", "k_layernorm"), "head_norm": "modules"} if c.flag("qk_layernorm") else {}
     return llama(
-        c, usual_groups=32, own_width=False, norm="layer", qkv_bias=c.flag("use_qkv_bias"), out_bias=False,
+        c, usual_groups=32, own_width=False, norm="layer", holds=True, qkv_bias=c.flag("use_qkv_bias"), out_bias=False,
         before_mlp=None if parallel else "post_attention_layernorm", parallel=parallel,
         dropout=c.share("hidden_dropout", 0.0), **_partial(c, 0.25), **norms,
     )  # fmt: skip
@@ -465,14 +465,15 @@ def _window(
 
 
 def _partial(c: Config, usual: float, name: str = "partial_rotary_factor") -> dict[str, Any]:
-    """Return how much of a head is rotated."""
+    """Return how much of a head is rotated, in families that join it to the rest with torch.cat, even to nothing."""
+    joined = {"joined": True}
     rope = c.values.get("rope_parameters") or c.values.get("rope_scaling")
     inside = rope.get("partial_rotary_factor") if isinstance(rope, dict) else None
     share = Config({"share": inside if inside is not None else c.values.get(name)}, c.source).share("share", usual, 1)
     if share == 1:
-        return {}
+        return joined
     hidden, heads = c.size("hidden_size"), c.size("num_attention_heads")
-    return {"rotated": int(c.size("head_dim", default=hidden // heads) * share)}
+    return {"rotated": int(c.size("head_dim", default=hidden // heads) * share), **joined}
 
 
 def _rotary_blocks(c: Config) -> frozenset[int]:

@@ -102,6 +102,7 @@ class Decoder:
     parallel: bool = False  # attention and feed-forward both read the block's input
     rotary: str | None = "halves"  # "halves", "pairs" (every second element), "chunks" (gpt-oss), or None
     wide_rotary: bool = False  # whether positions are turned in float32
+    joined: bool = False  # whether torch.cat makes the turned queries, so that they lie head by head
     two_tables: bool = False  # whether sliding and full blocks have rotary tables of their own
     slopes: bool = False  # positions as slopes in the scores (ALiBi)
     rotated: int | None = None  # how much of a head is rotated; None: all of it
@@ -111,13 +112,15 @@ class Decoder:
     attention_dropout: float = 0.0
     dropout: float = 0.0  # of what a block adds
     embedding_dropout: float = 0.0
-    scaled_embedding: bool = False
+    scaled_embedding: bool = False  # within the embedding, so that a prompt is not scaled
+    scaled_input: bool = False  # behind it
     scaled_residual: bool = False
     scaled_logits: bool = False
     capped_logits: bool = False
     capped_scores: bool = False
     wide_scores: bool = False  # whether separate operations compute the scores in float32
     scaled_queries: bool = False
+    holds: bool = False  # whether variables of a block hold the attention and its input to the end
     in_place: bool = False  # whether the attention is added to the feed-forward in place
     cut: str = "slice"  # of one projection for queries, keys and values: see `replay.decoders`
     sdpa: bool = True  # whether transformers has the fused attention for it

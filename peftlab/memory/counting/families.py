@@ -127,6 +127,12 @@ def of_the_same_name(family: str, known: Iterable[str] | None = None) -> str:
     return f" Did you mean {min(slips, key=len)!r}?" if slips else ""
 
 
+def alike(name: str, known: str) -> bool:
+    """Say whether two names of models can be of one family: their first words are the same, but for a slip."""
+    first, other = (_words(one)[:1] for one in (name, known))
+    return bool(first and other) and SequenceMatcher(None, first[0], other[0]).ratio() > 0.75
+
+
 def _words(family: str) -> list[str]:
     return [word for word in re.findall(r"[a-z]+", family.lower()) if word not in ("text", "v")]
 

@@ -19,7 +19,7 @@ from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.counting.builtin import BUILT_IN
 from peftlab.memory.counting.config import MOST_SIZE, Config
 from peftlab.memory.counting.decoders import Decoder
-from peftlab.memory.counting.families import FAMILIES, of_the_same_name, task_of
+from peftlab.memory.counting.families import FAMILIES, alike, of_the_same_name, task_of
 from peftlab.memory.counting.modules import Module
 
 ALL_LINEAR = "all-linear"
@@ -235,7 +235,8 @@ def load_shape(shape: str | os.PathLike[str] | dict[str, Any] | Shape, labels: i
     if not path.is_file():
         if name.endswith(".json") or name.startswith((".", os.sep, "~")):
             raise PeftLabError(f"No file {name!r}; a shape is a built-in name or the path of a config.json.")
-        hint = did_you_mean(name, BUILT_IN) or f" Known: {', '.join(BUILT_IN)}."
+        near = did_you_mean(name, [known for known in BUILT_IN if alike(name, known)])
+        hint = near or f" Known: {', '.join(BUILT_IN)}."
         raise PeftLabError(f"Unknown shape {name!r}; it is neither a built-in name nor a config.json.{hint}")
     return _from_config(_read(path), str(shape), labels)
 

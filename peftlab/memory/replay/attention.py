@@ -18,6 +18,7 @@ class Style:
     fusible: bool = True  # whether a fused kernel accepts its bias
     capped: bool = False  # whether scores are capped by a tanh
     sinks: bool = False  # whether a logit for each head is joined to the scores, and their maximum subtracted
+    by_head: bool = False  # whether queries lie head by head; the fused kernel's output then does, too, and is copied
     wide_scores: bool = False  # whether the scores are computed in float32
 
 
@@ -140,7 +141,7 @@ def with_sinks(scores: Tensor, v: Tensor, style: Style, shape: tuple[int, ...]) 
     joined = ops.minus_largest(joined)
     weights = ops.part(ops.from_result(joined), scores.shape)
     weights = ops.dropout(weights, style.dropout)
-    return ops.copy(matmul(ops.copy(weights), v, shape))
+    return ops.copy(matmul(weights, v, shape))
 
 
 def repeat(x: Tensor, heads: int) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from peftlab.memory.counting.decoders import Decoder
 from peftlab.memory.replay import ops
-from peftlab.memory.replay.attention import Style, split
+from peftlab.memory.replay.attention import Style, matmul, split
 from peftlab.memory.replay.mixtures import mixture
 from peftlab.memory.replay.nets import Net
 from peftlab.memory.replay.positions import Rotary
@@ -18,6 +18,8 @@ def decoder(net: Net, ids: Tensor) -> Tensor:
     d = layout(net)
     at = f"{d.prefix}."
     x = net.words(at + d.embedding, ids, ops.scale if d.scaled_embedding else None)
+    if d.scaled_input:
+        x = ops.scale(x)
     x = positions(net, d, x)
     if d.after_embedding:
         x = norm(net, d, at + d.after_embedding, x)
@@ -77,7 +79,7 @@ class Blocks:
         self.activate = net.activation(d.activation)
         self.style = Style(
             dropout=d.attention_dropout, capped=d.capped_scores, sinks=d.sinks, wide_scores=d.wide_scores,
-            wide_softmax=not d.sinks, fusible=d.cut != "index",
+            wide_softmax=not d.sinks, by_head=d.joined, fusible=d.cut != "index",
         )  # fmt: skip
         self.masked = {i for i in d.sliding if d.window is not None and length >= d.window}
         eager = not net.fused()
@@ -109,7 +111,13 @@ class Blocks:
             return left(normed(d.after_mlp, self.sparse(i, path, x) if d.sparse(i) else self.mlp(path, x)))
 
         def one_after_the_other(x: Tensor) -> Tensor:
-            x = ops.add(x, attend(normed(d.before_attention, x)))
+            first = normed(d.before_attention, x)
+            mixed = attend(first)
+            if not d.holds:
+                first = x
+            x = ops.add(x, mixed)
+            if not d.holds:
+                del first, mixed
             return ops.add(x, feed(normed(d.before_mlp, x)))
 
         def behind(x: Tensor) -> Tensor:  # the norm comes after the sum, as in OPT-350m
@@ -133,6 +141,8 @@ class Blocks:
     def attention(self, i: int, at: str, x: Tensor) -> Tensor:
         """Replay the attention of a block, with its projections."""
         net, d = self.net, self.d
+        if d.slopes and not net.fused():
+            return self.sloped(i, at, x)
         q, k, v = self.projected(at, x)
         if d.head_norms:
             q, k = self.head_norms(at, q, k)
@@ -144,6 +154,23 @@ class Blocks:
         mixed = net.attend(q, k, v, self.style, masked=i in self.masked or d.always_masked)
         del q, k, v
         return net.linear(at + d.out, mixed)
+
+    def sloped(self, i: int, at: str, x: Tensor) -> Tensor:
+        """Replay BLOOM's attention in separate operations. Its variables live until the output projection is done."""
+        net, d = self.net, self.d
+        batch, length = x.shape[:2]
+        qkv = net.linear(at + d.qkv[0], x)
+        q, k, v = (ops.copy(ops.part(qkv, (batch, d.heads, length, d.width))) for _ in range(3))
+        k, v = net.extend(i, k, v)
+        if net.autocast:
+            q, k, v = net.half(q), net.half(k), net.half(v)
+        scores = matmul(q, k, (batch, d.heads, length, k.shape[2]))
+        masked = ops.shift(scores)
+        shares = ops.cast(ops.from_result(ops.cast(masked, ops.FLOAT32)), masked.bytes)
+        shares = ops.dropout(shares, d.attention_dropout)
+        mixed = matmul(shares, v, q.shape)
+        merged = ops.copy(mixed).view(batch, length, d.heads * d.width)
+        return net.linear(at + d.out, merged)
 
     def projected(self, at: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (b, heads, s, d), keys and values (b, groups, s, d)."""

@@ -43,7 +43,7 @@ def route(net: Net, d: Decoder, path: str, flat: Tensor) -> Tensor:
     logits = net.linear(path, flat)
     if e.choose_first:  # gpt-oss: the softmax is taken of the chosen scores alone
         return ops.from_result(ops.chosen(logits, e.per_token))
-    scores = ops.from_result(ops.cast(logits, ops.FLOAT32) if e.wide_shares else ops.widened(logits))
+    scores = ops.from_result(ops.cast(logits, ops.FLOAT32))
     shares = ops.chosen(scores, e.per_token)
     if e.normalised:
         shares = ops.add_in_place(shares, shares.detach())
@@ -58,25 +58,34 @@ def experts(
     assert e is not None
     tokens, hidden = flat.shape
     rows = tokens * e.per_token
-    up, down = net.expert_weight(at + "gate_up_proj"), net.expert_weight(at + "down_proj")
     order = [flat.new((rows,), ops.INT64) for _ in range(4)]  # the experts, sorted, the permutation, its inverse
+
+    def bias(name: str) -> Tensor | None:
+        """Return the bias of each row's expert."""
+        if not e.bias:
+            return None
+        own = net.weights[at + name]
+        return ops.rows_of(own.view(e.count, own.elements // e.count), rows, order[0])
+
     taken = ops.rows_of(flat, rows, order[0])
     weights = ops.rows_of(shares.view(rows, 1), rows, order[1])
+    up = net.expert_weight(at + "gate_up_proj")
     both = ops.grouped_product(taken, up)
-    if e.bias:
-        both = ops.add_in_place(both, ops.rows_of(net.weights[at + "gate_up_proj_bias"].view(e.count, 2 * e.inner),
-                                                  rows, order[0]))  # fmt: skip
+    biases = bias("gate_up_proj_bias")  # the name keeps these rows alive up to the next product
+    if biases is not None:
+        both = ops.add_in_place(both, biases)
     if e.choose_first:
         inner = clamped_gate(both)
     else:
         gate, other = ops.halves(both)
         inner = ops.mul(activate(gate), other)
         del gate, other
+    down = net.expert_weight(at + "down_proj")
     both = ops.grouped_product(inner, down)
     del inner
-    if e.bias:
-        both = ops.add_in_place(both, ops.rows_of(net.weights[at + "down_proj_bias"].view(e.count, hidden), rows,
-                                                  order[0]))  # fmt: skip
+    biases = bias("down_proj_bias")
+    if biases is not None:
+        both = ops.add_in_place(both, biases)
     weighed = ops.mul_column(both, weights)
     del both
     weighed = ops.rows_of(weighed, rows, order[2])

@@ -20,7 +20,7 @@ from peftlab.memory.replay.tape import Memory, Parameter, Tensor, checkpoint, le
 
 # Activations with one kernel for each pass, by what they keep for the backward pass: the input or the result.
 ACTIVATIONS = {
-    "bloom": ops.from_input,
+    "bloom": ops.bloom_gelu,
     "silu": ops.from_input, "swish": ops.from_input, "gelu": ops.from_input, "gelu_pytorch_tanh": ops.from_input,
     "relu": ops.from_result, "tanh": ops.from_result, "sigmoid": ops.from_result,
 }  # fmt: skip
@@ -314,6 +314,7 @@ class Net:
             mixed = attention.math_attention(q, k, v, bias, style)
         elif bias is None:
             mixed = attention.flash_attention(q, k, v)
+            mixed = ops.copy(mixed) if style.by_head else mixed
         else:
             mixed = attention.flash_attention(q, attention.spread(k, heads), attention.spread(v, heads), bias)
         return mixed.view(batch, length, heads * width)

@@ -227,6 +227,22 @@ def gelu_new(x: Tensor, autocast: bool) -> Tensor:
     return mul(half, shift(from_result(scale(add(x, scale(power))))))
 
 
+def bloom_gelu(x: Tensor) -> Tensor:
+    """Replay BLOOM's GELU, one function of many operations that keeps only x. Its temporary tensors live together."""
+
+    def apply(g: Tensor, kept: Tensor = x) -> Gradients:
+        held = [kept.new() for _ in range(5)]  # tanh, x/2, 1 - tanh^2, and two of the polynomial
+        del held
+        slope = kept.new()
+        result = g.new()
+        del slope
+        return (result,)
+
+    held = [x.new() for _ in range(4)]  # x/2, x sqrt(2/pi), and two of the polynomial
+    del held
+    return record(x.new(), [x], apply, [x])
+
+
 def dropout(x: Tensor, p: float) -> Tensor:
     """Replay dropout: it keeps its mask, one byte per element. Nothing happens at p = 0."""
     if not p:
@@ -283,7 +299,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         g.memory.flops += flops * (needs + weight.needs_grad)
         of_bias = g.new(bias.shape) if bias is not None and bias.needs_grad else None
         of_x = g.new(shape, bytes).viewed() if needs else None  # the product flattens (b, s, h)
-        of_weight = g.new(weight.shape, weight.bytes) if weight.needs_grad else None
+        of_weight = g.new(weight.shape, weight.bytes).viewed() if weight.needs_grad else None  # it is transposed
         return of_x, of_weight, of_bias
 
     edges = [x, weight, x.detach() if bias is None else bias]  # a detached tensor has no gradient
@@ -438,15 +454,6 @@ def mul_column(x: Tensor, column: Tensor) -> Tensor:
     return mul_broadcast(x, column)
 
 
-def widened(x: Tensor) -> Tensor:
-    """Replay the input of a softmax in float32, which reads 16 bits itself: there is no copy."""
-    output = x.view(*x.shape)
-    output.node = None
-    output.bytes = FLOAT32
-    before = x.bytes
-    return record(output, [x], lambda g: (_fit(g, before),))
-
-
 def chosen(x: Tensor, count: int) -> Tensor:
     """Replay torch.topk along the last dimension. It keeps the places; the gradient is copied into zeros."""
     whole = x.shape
@@ -518,3 +525,23 @@ def minus_column(x: Tensor, column: Tensor) -> Tensor:
     """Replay x - column, where the column is broadcast over x: its gradient is summed."""
     shape, needs = column.shape, (x.needs_grad, column.needs_grad)
     return record(x.new(), [x, column], lambda g: (g if needs[0] else None, g.new(shape) if needs[1] else None))
+
+
+def folded(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Replay baddbmm: a frozen weight plus the products of two stacks of factors, which are kept."""
+    sizes = a.shape, b.shape
+
+    def apply(g: Tensor, kept: tuple = (a, b)) -> Gradients:
+        return g.new(sizes[0]), g.new(sizes[1])
+
+    return record(weight.new(), [a, b], apply, [a, b])
+
+
+def outer(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Replay B A of two parameters, each of which is kept for the gradient of the other."""
+    sizes = a.shape, b.shape
+
+    def apply(g: Tensor, kept: tuple = (a, b)) -> Gradients:
+        return g.new(sizes[0]), g.new(sizes[1])
+
+    return record(a.new(shape), [a, b], apply, [])

@@ -211,6 +211,19 @@ class Leaf:
         elif self.into.grad is None:
             gradient.storage.mark("gradients")
             self.into.grad = gradient.detach()
+            self.into.grad.base = gradient.base
+        elif _shared(self.into.grad):  # the sum of a tied head's gradient and the embedding's is a third tensor
+            total = self.into.grad.new()
+            total.storage.mark("gradients")
+            self.into.grad = total
+
+
+def _shared(gradient: Tensor) -> bool:
+    """Say whether something else refers to a gradient's bytes, so that nothing is added to it in place.
+
+    Without that, `storage` has two references: the tensor and the argument of getrefcount.
+    """
+    return sys.getrefcount(gradient.storage) > 2
 
 
 Gradients = Sequence[Tensor | None]  # one for each input
@@ -292,9 +305,8 @@ def _accumulate(buffers: dict[Node, Tensor], node: Node, arrived: Tensor) -> Non
     before = buffers.get(node)
     if before is None:
         buffers[node] = arrived
-    # Add in place only if nothing else refers to it. Then `storage` has two references (the tensor and the argument of
-    # getrefcount), and the tensor has three (`buffers`, `before` and that argument).
-    elif sys.getrefcount(before.storage) > 2 or sys.getrefcount(before) > 3:
+    # Without other references the tensor has three: `buffers`, `before` and the argument of getrefcount.
+    elif _shared(before) or sys.getrefcount(before) > 3:
         buffers[node] = before.new()
 
 
