@@ -121,6 +121,7 @@ def memory(arguments: argparse.Namespace) -> int:
         ("autocast", "bf16" if autocast else NO_AUTOCAST[arguments.precision]),
         *([("GPUs", f"{arguments.gpus}, {arguments.parallel}; what follows is of each")] if arguments.gpus > 1 else []),
         ("peak", format_both(result.peak_bytes)),
+        ("measured errors", f"{cards.LOWEST:+.1%} to {cards.HIGHEST:+.1%} of the peak, in {cards.RUNS} runs on GPUs"),
         *((f"  {LABELS[kind]}", format_both(result.parts[kind])) for kind in KINDS),
         ("with a margin", f"{format_both(cards.with_margin(result.peak_bytes))} ({MARGIN})"),
         ("peak reached in", result.moment),

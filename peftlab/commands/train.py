@@ -146,7 +146,9 @@ def foreign(method: str) -> tuple[str, ...]:
     return tuple(name for name in options_of(METHODS) if not METHODS[method].takes(name))
 
 
-def _train(arguments: argparse.Namespace, targets: Any, begin: Callable[[], Place]) -> tuple[Place, dict[str, Any]]:
+def _train(
+    arguments: argparse.Namespace, targets: Any, begin: Callable[[], Place]
+) -> tuple[Place, dict[str, Any]]:
     """The run itself.
 
     Args:

@@ -359,6 +359,7 @@ def gpt_oss(c: Config) -> Decoder:
         sinks=True,
         norm="olmo",
         rotary="chunks",
+        sdpa=False,
         **_window(c, 128, pattern=2),
     )
     return with_experts(d, c, count=128, per_token=4, inner=d.inner, router="router", bias=True, transposed=True,
