@@ -42,6 +42,7 @@ ATTENTIONS = ("sdpa", "eager")
 ADAPTER_PRECISIONS = {"fp32": 4, "bf16": 2}
 MOST = 2**24  # the most tokens, and the most examples
 CONTIGUOUS_BIAS = (5, 20)  # the version of transformers that changed T5's bias
+UNUSED_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")
 POINTS = 2000  # the most points of a step's history that are kept
 # PyTorch gives cuBLAS 32 MiB on Hopper (8 MiB on older GPUs) for each thread that multiplies matrices. There are two:
 # one for the forward pass and one for the backward pass. See CUBLAS_WORKSPACE_CONFIG in PyTorch's documentation.
@@ -245,13 +246,13 @@ def _refuse_what_cannot_run(shape: Shape, method: str, sequence: int, virtual_to
 def longest(shape: Shape, method: str, virtual_tokens: int) -> int:
     """Return the most tokens that a model takes: the number of its learned positions, or `MOST` if it learns none.
 
-    RoBERTa does not use two of its positions. The virtual tokens of a prompt or prefix take positions too.
+    RoBERTa and MPNet do not use two of their positions. The virtual tokens of a prompt or prefix take positions too.
     """
     rows = [m.inputs for m in shape.modules if m.path.endswith(("transformer.wpe", "embeddings.position_embeddings"))]
     if not rows:
         return MOST
     taken = virtual_tokens if METHODS[method_name(method)].takes("virtual_tokens") else 0
-    return rows[0] - taken - (2 if shape.kind == "encoder" and shape.family != "bert" else 0)
+    return rows[0] - taken - (2 if shape.family in UNUSED_POSITIONS else 0)
 
 
 def _file_bytes(shape: Shape, trained: Trained, recipe: Recipe) -> int:

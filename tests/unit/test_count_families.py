@@ -140,9 +140,10 @@ def test_of_a_model_with_images_the_text_part_is_counted():
 @pytest.mark.parametrize(
     ("family", "near"),
     [
-        ("mamba", None), ("mamba2", None), ("falcon_mamba", None), ("bart", None), ("gpt_neo", None), ("rwkv", None),
+        ("mamba", None), ("mamba2", None), ("falcon_mamba", None), ("hubert", None), ("gpt_neo", None), ("rwkv", None),
         ("llama3", "llama, llama4_text"), ("gemma4", "gemma, gemma2, gemma3_text"), ("phi4", "phi3, phi"),
-        ("qwen3_5_moe", "qwen2_moe, qwen3_moe"), ("Mixtral", "mixtral"),
+        ("qwen3_5_moe", "qwen2_moe, qwen3_moe"), ("Mixtral", "mixtral"), ("deberta", "deberta-v2"),
+        ("vit_mae", None), ("clap", None), ("wav2vec2-bert", None), ("rembert", None), ("siglip", None),
     ],
 )  # fmt: skip
 def test_an_unknown_model_type_is_told_what_is_known_of_its_name(family, near):

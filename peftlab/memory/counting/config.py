@@ -52,12 +52,44 @@ class Config:
         value = self.values.get(name)
         return default if value is None else whole(f"{self.source}: {name}", value, least=0, ceiling=MOST_SIZE)
 
+    def whole(self, name: str, default: int) -> int:
+        """Return the whole number under `name`, which may be negative where that means that something is off."""
+        value = self.values.get(name)
+        return default if value is None else whole(f"{self.source}: {name}", value, ceiling=MOST_SIZE)
+
+    def words(self, name: str) -> list[str]:
+        """Return the words under `name`: a list, or one string in which `|` parts them. Nothing is an empty list."""
+        value = self.values.get(name)
+        if isinstance(value, str):
+            return [word.strip() for word in value.lower().split("|")]
+        if value is not None and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+            raise PeftLabError(f"{self.source}: {name} must be a list of strings, found {str(value)[:80]}.")
+        return list(value or [])
+
+    def pair(self, name: str, default: int) -> tuple[int, int]:
+        """Return the height and the width under `name`; one number stands for both."""
+        value = self.values.get(name)
+        if not isinstance(value, (list, tuple)):
+            one = self.size(name, default=default)
+            return one, one
+        if len(value) != 2:
+            raise PeftLabError(f"{self.source}: {name} must be one number or a height and a width, found {value!r}.")
+        height, width = (whole(f"{self.source}: {name}", one, least=1, ceiling=MOST_SIZE) for one in value)
+        return height, width
+
+    def part(self, name: str, default: str) -> Config:
+        """Return the configuration of a part, such as `text_config`. A missing one leaves all to its defaults."""
+        value = self.values.get(name)
+        if value is not None and not isinstance(value, dict):
+            raise PeftLabError(f"{self.source}: {name} must be an object, found {str(value)[:80]}.")
+        return Config({"model_type": default, **(value or {})}, f"{self.source}: {name}")
+
     def numbers(self, name: str) -> list[int] | None:
         """Return the list of whole numbers under `name`, or None."""
         value = self.values.get(name)
         if value is None:
             return None
-        if not isinstance(value, list) or not all(isinstance(one, int) for one in value):
+        if not isinstance(value, (list, tuple)) or not all(isinstance(one, int) for one in value):
             raise PeftLabError(f"{self.source}: {name} must be a list of whole numbers, found {str(value)[:80]}.")
         return [int(one) for one in value]
 
@@ -91,7 +123,7 @@ class Config:
         if self.values.get(name):
             raise PeftLabError(f"{self.source}: {name} is set; models with it are not counted.")
 
-    def labels(self) -> int:
-        """Return the number of classes as transformers reads it: two unless the configuration says otherwise."""
+    def labels(self, default: int = 2) -> int:
+        """Return the number of classes as transformers reads it: two (BART: three) unless the configuration says it."""
         named = self.values.get("id2label")
-        return len(named) if isinstance(named, dict) and named else self.size("num_labels", default=2)
+        return len(named) if isinstance(named, dict) and named else self.size("num_labels", default=default)

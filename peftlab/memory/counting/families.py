@@ -1,9 +1,10 @@
 """The architectures that are known, each by one row of `FAMILIES`.
 
 A row has a function from a `config.json` to what the architecture is: a `Decoder` (see `decoder_families`), or the rows
-of its table themselves (see `encoder_tables`). Each row of a table has the module's path in transformers, so a target
-matches the same modules here as in the real model. Which layer has a bias and which weights are tied follows
-transformers' model files. Tests compare the tables with those models row by row on the meta device.
+of its table themselves (see `encoder_tables`, `encoder_decoder_tables` and `image_sound_tables`). Each row of a table
+has the module's path in transformers, so a target matches the same modules here as in the real model. Which layer has a
+bias and which weights are tied follows transformers' model files. Tests compare the tables with those models row by row
+on the meta device.
 
 `architectures` in a configuration names the class that was saved, and with it what is counted beside the body: a
 language-model head, a classification head, or nothing (`LlamaModel`). If it is missing, decoders have their
@@ -21,7 +22,9 @@ from typing import Any
 
 from peftlab.errors import PeftLabError
 from peftlab.memory.counting import decoder_families as decoders
+from peftlab.memory.counting import encoder_decoder_tables as pairs
 from peftlab.memory.counting import encoder_tables as encoders
+from peftlab.memory.counting import image_sound_tables as senses
 from peftlab.memory.counting import mixture_families as mixtures
 from peftlab.memory.counting.config import Config
 from peftlab.memory.counting.decoders import Decoder
@@ -31,8 +34,16 @@ from peftlab.memory.counting.modules import Module, linear
 TASKS = {
     "ForCausalLM": "language model", "LMHeadModel": "language model", "ForConditionalGeneration": "language model",
     "ForSequenceClassification": "classifier", "ForTokenClassification": "token classifier", "ForMaskedLM": "masked",
-    "Model": "body", "EncoderModel": "encoder alone",
+    "Model": "body", "EncoderModel": "encoder alone", "ForQuestionAnswering": "question answering",
+    "ForMultipleChoice": "multiple choice", "ForPreTraining": "pretraining",
+    "ForNextSentencePrediction": "next sentence", "BartForCausalLM": "decoder alone",
+    "WhisperForCausalLM": "decoder alone", "ForAudioClassification": "sound classifier",
+    "ForImageClassification": "image classifier", "ForMaskedImageModeling": "masked image", "ForCTC": "characters",
+    "ForAudioFrameClassification": "token classifier", "ForXVector": "speaker vectors", "CLIPTextModel": "text tower",
+    "CLIPVisionModel": "image tower", "CLIPTextModelWithProjection": "projected text tower",
+    "CLIPVisionModelWithProjection": "projected image tower",
 }  # fmt: skip
+CLASSIFIERS = ("classifier", "token classifier", "image classifier", "sound classifier")
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,8 @@ class Family:
     tasks: tuple[str, ...]  # those of `TASKS` that are counted; the first one is taken if nothing is said
     # What peft makes of the names that these layers had before transformers fused the experts: {old name: parameter}
     fused: Mapping[str, str] = field(default_factory=dict)
+    prompts: tuple[str, ...] | None = None  # the tasks of models that take prompts; None: all
+    prefixes: tuple[str, ...] | None = None  # those of models that take past keys and values
 
     def table(self, c: Config, task: str) -> tuple[Decoder | None, tuple[Module, ...]]:
         """Return the description, if there is one, and the rows of a model for a task."""
@@ -80,12 +93,12 @@ def task_of(c: Config, family: Family, labels: bool) -> str:
         PeftLabError: the class in `architectures` has a head that is not counted.
     """
     named = c.values.get("architectures")
-    if labels and "classifier" in family.tasks:
-        return "classifier"
+    classes = next((task for task in family.tasks if task in CLASSIFIERS), None)
+    if labels and classes and not (isinstance(named, list) and _task(named) in CLASSIFIERS):
+        return classes
     if not isinstance(named, list) or not named or not isinstance(named[0], str):
         return family.tasks[0]
-    ends = [end for end in TASKS if named[0].endswith(end)]
-    task = TASKS[max(ends, key=len)] if ends else None
+    task = _task(named)
     if task not in family.tasks:
         known = ", ".join(end for end, one in TASKS.items() if one in family.tasks)
         raise PeftLabError(
@@ -93,6 +106,12 @@ def task_of(c: Config, family: Family, labels: bool) -> str:
             f"{known}; without architectures, {next(end for end, t in TASKS.items() if t == family.tasks[0])}."
         )
     return task
+
+
+def _task(named: list[Any]) -> str | None:
+    """Return the task of the first class in `architectures`, or None if its head is not known."""
+    ends = [end for end in TASKS if named and str(named[0]).endswith(end)]
+    return TASKS[max(ends, key=len)] if ends else None
 
 
 def of_the_same_name(family: str, known: Iterable[str] | None = None) -> str:
@@ -116,7 +135,7 @@ def alike(name: str, known: str) -> bool:
 
 
 def _words(family: str) -> list[str]:
-    return [word for word in re.findall(r"[a-z]+", family.lower()) if word != "text"]
+    return [word for word in re.findall(r"[a-z]+", family.lower()) if word not in ("text", "v")]
 
 
 def _slip(words: list[str], others: list[str]) -> bool:
@@ -126,7 +145,8 @@ def _slip(words: list[str], others: list[str]) -> bool:
 
 
 DECODER_TASKS = ("language model", "body", "classifier", "token classifier")
-ENCODER_TASKS = ("classifier", "body", "masked")
+TEXT_TASKS = ("classifier", "body", "masked", "token classifier", "question answering", "multiple choice")
+BERT_TASKS = (*TEXT_TASKS, "language model", "pretraining", "next sentence")
 
 
 def _decoder(
@@ -143,18 +163,38 @@ def _decoder(
     return Family(describe, "decoder", query_value, (*ia3, down), ia3_inputs or (down,), outputs, tasks)
 
 
-def _encoder(prefix: str) -> Family:
-    ia3, outputs = ("key", "value", "output.dense"), (r"attention\.output\.dense", r"output\.dense")
-    describe = partial(encoders.bert, prefix=prefix)
-    return Family(describe, "encoder", ("query", "value"), ia3, ("output.dense",), outputs, ENCODER_TASKS)
+def _encoder(
+    describe: Callable[..., Iterator[Module]],
+    tasks: tuple[str, ...] = TEXT_TASKS,
+    query_value: tuple[str, ...] = ("query", "value"),
+    ia3: tuple[str, ...] = ("key", "value"),
+    down: str = "output.dense",
+    outputs: tuple[str, str] = (r"attention\.output\.dense", r"output\.dense"),
+    prompts: tuple[str, ...] | None = None,
+    prefixes: tuple[str, ...] | None = (),
+) -> Family:
+    return Family(
+        describe, "encoder", query_value, (*ia3, down), (down,), outputs, tasks, prompts=prompts, prefixes=prefixes
+    )
+
+
+def _bert(prefix: str) -> Family:
+    tasks = BERT_TASKS if prefix == "bert" else (*TEXT_TASKS, "language model")
+    return _encoder(partial(encoders.bert, prefix=prefix), tasks, prefixes=None)
 
 
 def _encoder_decoder(ia3: str, ia3_inputs: tuple[str, ...], feed_forward: str) -> Family:
     outputs = (r"layer\.0\.SelfAttention\.o", r"layer\.\d\.DenseReluDense\.wo")
-    describe = partial(encoders.t5, feed_forward=feed_forward)
-    return Family(
-        describe, "encoder-decoder", ("q", "v"), ("k", "v", ia3), ia3_inputs, outputs, ("language model", "body")
-    )
+    describe, tasks = partial(pairs.t5, feed_forward=feed_forward), ("language model", "body", "encoder alone")
+    return Family(describe, "encoder-decoder", ("q", "v"), ("k", "v", ia3), ia3_inputs, outputs, tasks)
+
+
+_QV, _KV, _OUT = ("q_proj", "v_proj"), ("k_proj", "v_proj"), r"self_attn\.out_proj"
+_CLIP = (senses.clip, _QV, _KV, "fc2", (_OUT, r"mlp\.fc2"), (), ())
+
+
+def _clip(*tasks: str) -> Family:
+    return _encoder(_CLIP[0], tasks, *_CLIP[1:])
 
 
 _FUSED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj", "gate": "gate.weight"}
@@ -190,10 +230,52 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": _decoder(mixtures.gpt_oss),
     "deepseek_v3": replace(_decoder(mixtures.deepseek_v3), fused=_FUSED),
     "llama4_text": _decoder(mixtures.llama4),
-    "bert": _encoder("bert"),
-    "roberta": _encoder("roberta"),
-    "xlm-roberta": _encoder("roberta"),
-    "camembert": _encoder("roberta"),
+    "bert": _bert("bert"),
+    "roberta": _bert("roberta"),
+    "xlm-roberta": _bert("roberta"),
+    "camembert": _bert("roberta"),
+    "electra": _encoder(encoders.electra, (*TEXT_TASKS, "language model", "pretraining"), prefixes=None),
+    "distilbert": _encoder(
+        encoders.distilbert, TEXT_TASKS, ("q_lin", "v_lin"), ("k_lin", "v_lin"), "lin2",
+        (r"attention\.out_lin", r"ffn\.lin2"),
+    ),
+    "albert": _encoder(
+        encoders.albert, (*TEXT_TASKS, "pretraining"), down="ffn_output",
+        outputs=(r"albert_layers\.\d+\.attention\.dense", r"albert_layers\.\d+\.ffn_output"),
+    ),
+    "deberta-v2": _encoder(
+        encoders.deberta, query_value=("query_proj", "value_proj"), ia3=("key_proj", "value_proj")
+    ),
+    "mpnet": _encoder(
+        encoders.mpnet, query_value=("q", "v"), ia3=("k", "v"), outputs=(r"attention\.attn\.o", r"output\.dense")
+    ),
+    "modernbert": _encoder(
+        encoders.modernbert, TEXT_TASKS, ("Wqkv",), ("Wqkv",), "mlp.Wo", (r"attn\.Wo", r"mlp\.Wo")
+    ),
+    "vit": _encoder(
+        senses.vit, ("image classifier", "body", "masked image"), _QV, _KV, "fc2",
+        (r"attention\.o_proj", r"mlp\.fc2"), (), (),
+    ),
+    "wav2vec2": _encoder(
+        senses.wav2vec2, ("classifier", "body", "characters", "pretraining", "token classifier", "speaker vectors"),
+        _QV, _KV, "output_dense", (r"attention\.out_proj", r"feed_forward\.output_dense"), (), (),
+    ),
+    "clip": _clip(
+        "body", "image classifier", "text tower", "image tower", "projected text tower", "projected image tower"
+    ),
+    "clip_text_model": _clip("text tower", "projected text tower"),
+    "clip_vision_model": _clip("image tower", "projected image tower"),
     "t5": _encoder_decoder("wo", ("wo",), "relu"),
     "mt5": _encoder_decoder("wi_1", (), "gated-gelu"),
-}
+    "bart": Family(
+        pairs.bart, "encoder-decoder", _QV, (*_KV, "fc2"), ("fc2",), (_OUT, "fc2"),
+        ("language model", "body", "classifier", "question answering", "decoder alone"),
+        prompts=("language model", "body", "question answering", "decoder alone"),
+        prefixes=("language model", "body", "decoder alone"),
+    ),
+    "whisper": Family(
+        pairs.whisper, "encoder-decoder", _QV, (*_KV, "fc2"), ("fc2",), (_OUT, "fc2"),
+        ("language model", "body", "sound classifier", "decoder alone"),
+        prompts=("decoder alone",), prefixes=("language model", "body", "decoder alone"),
+    ),
+}  # fmt: skip

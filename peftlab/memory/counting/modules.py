@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # Rows whose elements are inputs x outputs. A "router" is a linear map that is no `nn.Linear`.
-MATRICES = ("linear", "conv1d", "embedding", "router", "experts")
+MATRICES = ("linear", "conv1d", "embedding", "router", "experts", "convolution")
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,12 @@ class Module:
     `inputs` and `outputs` are the two sizes of its weight: the features of a linear layer, or the rows and the width of
     an embedding. A norm has `outputs` weights. A `bias` adds `outputs` more. transformers holds the experts of a block
     in parameters of three dimensions. Each of these is a row of the kind `"experts"`, whose path is the parameter's. A
-    `"vector"` is a parameter of `outputs` elements, such as attention sinks or the biases of experts.
+    `"vector"` is a parameter of `outputs` elements, such as attention sinks or the biases of experts. A `"convolution"`
+    has as inputs the channels that it reads x the size of its kernel. A `"bias"` is a module that has only a bias.
     """
 
     path: str
-    kind: str  # "linear", "conv1d", "embedding", "norm", "router", "experts" or "vector"
+    kind: str  # "linear", "conv1d", "embedding", "norm", "router", "experts", "vector", "convolution" or "bias"
     inputs: int
     outputs: int
     bias: bool = False
@@ -29,14 +30,18 @@ class Module:
     layer: int | None = None  # the number of the block it belongs to; None outside the blocks
     experts: int = 1  # how many matrices of inputs x outputs the parameter holds
     transposed: bool = False  # whether the parameter of experts has the shape (experts, inputs, outputs)
+    groups: int = 1  # of a convolution: each output reads inputs / groups
+    frozen: bool = False  # whether transformers makes its weight one that does not train, such as sines of positions
     ranks: int = 1  # of an adapted row: how many projections it fuses, each of which peft gives a rank of its own
 
     @property
     def weight(self) -> int:
         """The number of elements of its own weight; 0 if the weight is another module's (tied)."""
-        if self.tied:
+        if self.tied or self.kind == "bias":
             return 0
-        return self.experts * self.inputs * self.outputs if self.kind in MATRICES else self.outputs
+        if self.kind not in MATRICES:
+            return self.outputs
+        return self.experts * self.inputs * self.outputs // self.groups
 
     @property
     def parameters(self) -> int:
@@ -57,3 +62,8 @@ def rms(path: str, width: int, **more: Any) -> Module:
 def layer_norm(path: str, width: int, **more: Any) -> Module:
     """Return the row of a norm with a bias."""
     return Module(path, "norm", width, width, True, **more)
+
+
+def vector(path: str, elements: int, **more: Any) -> Module:
+    """Return the row of a lone parameter."""
+    return Module(path, "vector", 1, elements, **more)

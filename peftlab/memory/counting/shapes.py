@@ -30,9 +30,10 @@ class Shape:
     """A model's architecture: everything that counting needs to know about it, without the weights.
 
     `architectures` in the configuration decides which head is included. Without it, decoders include their
-    language-model head, encoders a classification head (two labels unless the configuration says otherwise), and T5 its
-    tied head. This is what `AutoModelForCausalLM`, `AutoModelForSequenceClassification` and `AutoModelForSeq2SeqLM`
-    build. Of a model of several parts, such as Gemma 3 with images, it is the language model.
+    language-model head, encoders a classification head (two labels unless the configuration says otherwise), T5, BART
+    and Whisper their tied head, and CLIP both towers without a head. This is what `AutoModelForCausalLM`,
+    `AutoModelForSequenceClassification` (or its like for images) and `AutoModelForSeq2SeqLM` build. Of a model of
+    several parts, such as Gemma 3 with images, it is the language model.
     """
 
     name: str
@@ -88,7 +89,7 @@ class Shape:
         """
         if parameters is not None:
             return self._match_parameters(targets, tuple(parameters))
-        body = [m for m in self.modules if m.role != "head" and m.kind not in ("experts", "vector")]
+        body = [m for m in self.modules if m.role != "head" and m.kind not in ("experts", "vector", "bias")]
         if targets is None and default is None:
             targets = self.query_value
         elif targets is None:

@@ -14,6 +14,7 @@ from peftlab.memory.replay.encoders import bert, t5
 from peftlab.memory.replay.nets import Net, Recipe
 from peftlab.memory.replay.sharding import Sharding
 from peftlab.memory.replay.tape import Memory, Parameter, Tensor, backward
+from peftlab.memory.replay.text_encoders import distilbert, electra, modernbert, mpnet
 
 # Decoders whose forward pass follows from their description. Those of DeepSeek-V3 and Llama 4 are not known.
 DESCRIBED = (
@@ -27,6 +28,10 @@ FORWARD: dict[str, Callable[[Net, Tensor], Tensor]] = {
     **dict.fromkeys(DESCRIBED, decoder),
     "gpt2": gpt2,
     "bert": bert,
+    "electra": electra,
+    "distilbert": distilbert,
+    "mpnet": mpnet,
+    "modernbert": modernbert,
     "t5": t5,
     "mt5": t5,
     **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), lambda net, ids: bert(net, ids, "roberta")),
