@@ -746,7 +746,7 @@ def test_what_a_tokenizer_offers(ours):
     tokenizer = tiny.tokenizer(chat=True)
     missing = lacks(
         tokenizer, "chat_template", "apply_chat_template", "all_special_ids", "eos_token_id", "pad_token_id",
-        "name_or_path", "decode",
+        "name_or_path", "decode", "get_chat_template", "added_tokens_decoder", "is_fast",
     )  # fmt: skip
     assert not missing, f"a transformers tokenizer no longer has {missing}: {ours}"
     messages = [{"role": "user", "content": "yes"}]
@@ -754,6 +754,37 @@ def test_what_a_tokenizer_offers(ours):
     assert isinstance(text, str) and text.endswith("<|start|>assistant "), f"apply_chat_template gives {text!r}: {ours}"
     assert isinstance(tokenizer("yes", add_special_tokens=False)["input_ids"], list), f"input_ids are no list: {ours}"
     assert tokenizer.decode([0], skip_special_tokens=True) == "", f"decode keeps special tokens: {ours}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|start|>{{ m.role }} {% generation %}{{ m.content }}{% endgeneration %}"
+        "<|end|>{% endfor %}"
+    )
+    encoded = tokenizer.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"return_offsets_mapping": True},
+    )  # fmt: skip
+    marks, places = encoded["assistant_masks"], list(map(tuple, encoded["offset_mapping"]))
+    assert marks == [0, 0, 1, 0], f"the mask of generations is {marks}: {ours}"
+    assert places == [(0, 9), (9, 13), (14, 17), (17, 24)], f"a text's tokens stand at {places}: {ours}"
+
+
+def test_borders_told_by_positions(ours):
+    from transformers import masking_utils
+    from transformers.modeling_flash_attention_utils import _is_packed_sequence
+
+    model = tiny.llama().eval()
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6], [9, 8, 7, 4, 5, 6]])
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
+    with torch.no_grad():
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 3:]
+        mixed = model(input_ids=ids, use_cache=False).logits[:, 3:]
+    assert torch.equal(packed[0], packed[1]), f"examples of a packed row are no longer kept apart: {ours}"
+    assert not torch.allclose(mixed[0], mixed[1]), f"the trial of packed rows shows nothing: {ours}"
+    like = torch.empty(2, 6, 1)
+    mask = masking_utils.create_masks_for_generate(tiny.llama().config, like, None, None, position_ids=positions)
+    mask = mask["full_attention"] if isinstance(mask, dict) else mask
+    assert mask.shape == (2, 1, 6, 6) and not mask[0, 0, 3, 2] and mask[0, 0, 4, 3], f"no masks of blocks: {ours}"
+    assert _is_packed_sequence(positions[:1], 1), f"flash attention takes no packed row: {ours}"
+    assert not _is_packed_sequence(positions, 2), f"flash attention takes several packed rows now: {ours}"
 
 
 # -------------------------------------------------------------------------------- transformers: Trainer and marks
