@@ -31,6 +31,7 @@ _PLACES = {
     "adapters.checkpoint": "save_adapter load_adapter",
     "adapters.exporting": "export_adapter",
     "training.encoding": "encode_completion encode_text encode_classification Collator",
+    "training.chat": "encode_chat",
     "training": "train History TrainingError",
     "training.generation": "generate_text",
     "training.metrics": "accuracy macro_f1 exact_match token_f1 perplexity mean_loss predict_labels",

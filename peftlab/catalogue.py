@@ -124,6 +124,11 @@ TARGETS = Option(
     chosen="the query and value projections",
     counted=True,
 )
+TARGET_PARAMETERS = Option(
+    name="target_parameters",
+    metavar="P",
+    help="parameters to adapt as such, comma-separated: mlp.experts.gate_up_proj,mlp.experts.down_proj",
+)
 BIAS = Option(
     name="bias", default="none", choices=("none", "all", "lora_only"), help="biases to train as well", counted=True
 )
@@ -158,7 +163,7 @@ LAST_LAYERS = Option(
 
 LORA = Method(
     config="peftlab.methods.lora:LoRAConfig",
-    options=(R, ALPHA, DROPOUT, TARGETS, BIAS, INIT),
+    options=(R, ALPHA, DROPOUT, TARGETS, TARGET_PARAMETERS, BIAS, INIT),
     tensors="peftlab.memory.counting.methods:lora",
     replay="peftlab.memory.replay.layers:lora",
     in_peft=True,

@@ -93,6 +93,12 @@ class Settings:
     group_by_length: bool = setting(
         False, "put examples of similar length into a batch, for less padding",
         one_of, known=(True, False), option="group-by-length")
+    packing: bool = setting(
+        False, "lay the examples of a batch into as few rows as they fill, instead of padding each to the longest",
+        one_of, known=(True, False), option="packing",
+        more="Positions restart and attention does not cross (`peftlab.training.packing`), so that time and memory "
+        "change, but not the result. `batch_size` counts examples, not rows. For causal language models; one that "
+        "would mix the examples is refused. A loss of your own gets the packed rows.")
     evaluate_every: int | None = setting(
         None, "evaluate every N steps and after the last", whole, least=1, optional=True, option="eval-every",
         more="Without it there is one evaluation, after the last step.")
@@ -132,6 +138,11 @@ class Settings:
         check_kinds(self, "monitor", "folder", "loss", "metrics", "collate", "callback")
         if self.steps is not None and self.epochs is not None:
             raise PeftLabError(f"Give steps ({self.steps}) or epochs ({self.epochs}), not both.")
+        if self.packing and self.batch_size == 1:
+            raise PeftLabError(
+                "packing puts the examples of a batch into few rows, and batch_size=1 leaves nothing to share a row. "
+                "Raise batch_size (examples, not rows) and lower accumulation, or leave packing out."
+            )
         if isinstance(self.evaluation_data, Sized) and not len(self.evaluation_data):
             raise PeftLabError("The evaluation data holds no example; pass evaluation_data=None to do without.")
         self._check_evaluation()

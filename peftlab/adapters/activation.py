@@ -30,7 +30,8 @@ def activate(
             0.3 times what `b` changes (`{}` is the base alone). A list with one name, or None for the base, per row of
             the batch. If the batch has k times as many rows as names, the first k rows run the first name and so on, as
             beams and returned sequences lie. Some layers see tokens in another order than the batch's, such as the
-            experts of a mixture behind their router; rows cannot be told apart there, so activate one adapter. Prompts
+            layers of an expert that gets its tokens from a router; rows cannot be told apart there, so activate one
+            adapter. (Experts that are fused into parameters get all tokens, and are adapted row by row.) Prompts
             and prefixes are mixed by their vectors, 0.7 P_a + 0.3 P_b, so they need equal lengths. So do prompts and
             prefixes in the rows of one batch.
         trainable: whether the named adapters train. `None` changes nothing: attached adapters train, loaded ones do

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from peftlab.adapters.card import CARD, card, may_write
 from peftlab.adapters.config_fields import CONFIG, TARGET_FIELDS, classes_of, from_fields, method_name, to_fields
+from peftlab.adapters.fusing import fused
 from peftlab.adapters.injection import add, check_name, prepare, settle
 from peftlab.adapters.integrity import base_sample, check_base
 from peftlab.adapters.judging import Allowance, check_sizes, warn_of_unknown
@@ -59,9 +60,7 @@ FREE = ("base_model_name_or_path", "inference_mode", "revision", "peft_version")
 
 
 @checked()
-def save_adapter(
-    model: nn.Module, folder: str | os.PathLike, name: str = "default", *, portable: bool = False
-) -> Path:
+def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "default", *, portable: bool = False) -> Path:
     """Write an adapter so that both this package and Hugging Face peft can load it, with a model card beside it.
 
     Serving programs read less of a config than Hugging Face peft does. A warning names what llama.cpp, vLLM or SGLang
@@ -275,6 +274,8 @@ def load_adapter(
     refuse_sharded(root, "load_adapter cannot divide a new adapter with it", "Load first, then call fully_shard.")
     with bounded():
         saved = read_folder(Path(folder), name)
+        fields, tensors = fused(root, saved.fields, saved.tensors)
+        saved = saved._replace(fields=fields, tensors=tensors)
         config = from_fields(root, saved.fields)
         warn_of_unknown(saved.folder, saved.fields, classes_of(saved.fields), TARGET_FIELDS)
         if not (trainable and saved.encoder):

@@ -14,6 +14,7 @@ from peftlab.adapters.key_forms import simpler_names
 from peftlab.adapters.key_table import base_name, sampled
 from peftlab.adapters.task_type import task_type_of
 from peftlab.catalogue import METHODS, resolve
+from peftlab.core.experts import parameters_of
 from peftlab.core.hooks import base_modules
 from peftlab.core.interface import BESIDE, Config, Placement
 from peftlab.core.targets import ALL_LINEAR, Targets, by_pattern, names_match
@@ -28,7 +29,10 @@ TARGET_FIELDS = (
 
 def to_fields(root: nn.Module, config: Config, placements: list[Placement]) -> dict[str, Any]:
     """Return a config as the contents of `adapter_config.json`."""
-    hosts_by_path = {path: root.get_submodule(path) for path, _, _ in placements}
+    modules = [placement for placement in placements if placement.part.parameter is None]
+    hosts_by_path = {path: root.get_submodule(path) for path, _, _ in modules}
+    if isinstance(config, Targets):
+        config = config.for_model(root)
     fields = {name: getattr(config, name, None) for name in TARGET_FIELDS}
     fields["task_type"] = fields["task_type"] or task_type_of(root, sampled(placements)[1])
     targets = fields["target_modules"]
@@ -37,11 +41,13 @@ def to_fields(root: nn.Module, config: Config, placements: list[Placement]) -> d
     )
     if not isinstance(config, Targets):  # its adapter stands on the model itself
         fields = {name: fields[name] for name in ("modules_to_save", "task_type")}
-    elif targets is None or found_here:
+    elif modules and (targets is None or found_here):
         # Write the names that were found, so that no library has to guess them again. Also, Hugging Face peft takes
         # layers_to_transform only together with a list.
-        adapted = {path for path, part_name, _ in placements if part_name not in BESIDE}
+        adapted = {path for path, part_name, _ in modules if part_name not in BESIDE}
         fields["target_modules"] = sorted(adapted)
+    elif not modules:
+        fields["target_modules"] = []  # it adapts parameters alone; None would mean the default modules in peft
     # Hugging Face's IA3 has no fields for layers, and warns about each one in a file.
     unset = [name for name in ("layers_to_transform", "layers_pattern") if fields.get(name) is None]
     fields = {name: value for name, value in fields.items() if name not in unset}
@@ -133,21 +139,24 @@ def only_present(root: nn.Module, config: Config) -> Config:
 
     Hugging Face peft saves such names. The keys of the file say what was really trained.
     """
-    paths = list(base_modules(root))
+    modules, parameters = list(base_modules(root)), list(parameters_of(root))
+    paths = modules
 
     def here(name: str, matches: Callable[[str, str], bool]) -> str:
         """Return a name as this model has it, also where it was saved from a wrapped or a headless model."""
         return next((one for one in simpler_names(name) if any(matches(one, path) for path in paths)), "")
 
     changes: dict[str, Any] = {}
-    for field in ("target_modules", "modules_to_save"):
+    for field in ("target_modules", "modules_to_save", "target_parameters"):
         names = getattr(config, field, None)
-        matches = by_ending if field == "target_modules" else ends_with
+        matches = ends_with if field == "modules_to_save" else by_ending
+        paths = parameters if field == "target_parameters" else modules
         if isinstance(names, str) and names.lower() != ALL_LINEAR:
             changes[field] = here(names, names_match) or names
         elif names is not None and not isinstance(names, str):
             kept = tuple(dict.fromkeys(filter(None, (here(name, matches) for name in names))))
-            changes[field] = kept or (names if field == "target_modules" else None)
+            changes[field] = kept or (None if field == "modules_to_save" else names)
+    paths = modules + parameters
     for field in ("rank_pattern", "alpha_pattern"):
         table = getattr(config, field, None) or {}
         there = {here(key, pattern_matches): value for key, value in table.items()}

@@ -190,7 +190,7 @@ def within_reach(
         if not by_rule or copied or not left:
             raise PeftLabError(
                 f"{what}, so an adapter there would never run. Name other modules in target_modules "
-                "(and modules_to_save), and use bias=\"none\"."
+                '(target_parameters, modules_to_save), and use bias="none".'
             )
         warn(f"{what}, so an adapter there would never run. They are left out.")
     past = [path for path, name, _ in left if name == "rows" and calls is not None and path in calls.past]

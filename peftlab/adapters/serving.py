@@ -71,13 +71,21 @@ def modules_of(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list
     found = []
     for key in tensors:
         for a, b in PAIRS.items():
-            if key.endswith(a) and (other := key.removesuffix(a) + b) in tensors:
+            if key.endswith(a) and (other := key.removesuffix(a) + b) in tensors and not of_parameter(fields, key):
                 path, rank = key.removesuffix(a).removeprefix(PREFIX), tensors[key].shape[0]
                 alpha = by_pattern(fields.get("alpha_pattern") or {}, path, fields["lora_alpha"])
                 # s = alpha / r, or alpha / sqrt(r)
                 scaling = alpha / math.sqrt(rank) if fields.get("use_rslora") else alpha / rank
                 found.append(Module(path, key, other, rank, alpha, scaling))
     return found
+
+
+def of_parameter(fields: Mapping[str, Any], key: str) -> bool:
+    """Say whether a key belongs to an adapted parameter (`target_parameters`), and not to a module."""
+    path, lora, _ = key.removeprefix(PREFIX).rpartition(".lora_")
+    targets = fields.get("target_modules") or ()
+    targets = targets if isinstance(targets, str) else tuple(targets)
+    return bool(lora and fields.get("target_parameters")) and not names_match(targets, path)
 
 
 def notes(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], tied: Collection[str] = ()) -> list[Note]:
@@ -128,6 +136,12 @@ def obstacles(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
     if any(key.endswith(".lora_B.bias") for key in rest):
         found["lora_bias"] = "llama.cpp's converter and vLLM refuse lora_bias"
     rest = [key for key in rest if not key.endswith(".lora_B.bias")]
+    if any(of_parameter(fields, key) for key in rest):
+        found["target_parameters"] = (
+            "updates of experts and routers as parameters are read by some releases of vLLM and for some models alone "
+            "(its pull requests 41384 and 52194), and as far as is known not by llama.cpp and SGLang"
+        )
+    rest = [key for key in rest if not of_parameter(fields, key)]
     biases = [key for key in rest if key.endswith(".bias")] if fields.get("bias", "none") != "none" else []
     if biases:
         found["bias"] = "llama.cpp's converter and vLLM refuse trained biases"

@@ -36,7 +36,9 @@ def text_as_written(cell: str) -> str | None:
 AS_WRITTEN = {
     "keep_default_na": False,
     "na_values": [""],
-    "converters": dict.fromkeys(("text", "prompt", "completion", "ticket", "message"), text_as_written),
+    "converters": dict.fromkeys(
+        ("text", "prompt", "completion", "ticket", "message", "instruction", "input", "output"), text_as_written
+    ),
 }
 
 
@@ -59,7 +61,8 @@ def load_data(
             `product`, `urgency`, and `prompt` (the instruction with the message); see `support_desk`;
             the path of a file (csv, tsv, json, jsonl, parquet, txt) or a folder of such files, or one that
             `save_to_disk` wrote; or a hub id such as `"org/data"`. Of csv and tsv files only an empty cell is a
-            missing value, "NA" is a text; the columns text, prompt, completion, ticket and message are always texts.
+            missing value, "NA" is a text; the columns text, prompt, completion, ticket, message, instruction, input and
+            output are always texts.
         sizes: at most so many rows in train, validation and test; for the names above only.
         difficulty: of the support desk, from 0 to 1; for that one only.
         subset: the configuration of a hub data set that has several.

@@ -36,7 +36,7 @@ from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.kit import measurements
 from peftlab.progress import Bar
 
-TOPICS = ("memory", "lora", "qlora", "prompts", "adapters", "parallel", "circulating")
+TOPICS = ("memory", "lora", "qlora", "prompts", "adapters", "experts", "parallel", "circulating")
 BEGINNING = b'{"gpu": '  # of FILE.partial
 FORM = 2  # of FILE.partial
 LIBRARIES = ("torch", "transformers", "peft", "peftlab", "bitsandbytes", "triton")

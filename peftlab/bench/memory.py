@@ -9,8 +9,10 @@ Sections:
     timeline   bytes allocated during one step, as torch's allocator records them
     context    what the GPU holds outside torch's allocator: the CUDA context and the kernels' code
     optimizers the forms of torch's AdamW: what torch takes if nothing is said (foreach), and the fused one
+    families   22 families of decoders, with experts among them (see `family_runs`)
 
-`optimizers` came later than the others. Its rows are in a file of their own, `results/memory_optimizers.json`.
+The last two came later than the others. Their rows are in files of their own, `results/memory_optimizers.json` and
+`results/memory_families.json`.
 """
 
 from __future__ import annotations
@@ -25,11 +27,12 @@ import torch
 from torch import nn
 
 import peftlab as pl
+from peftlab.bench import family_runs
 from peftlab.catalogue import METHODS
 from peftlab.core.checkpointing import switch_checkpointing
 from peftlab.errors import PeftLabError
 from peftlab.memory import estimate
-from peftlab.memory.counting.shapes import load_shape
+from peftlab.memory.counting.shapes import Shape, load_shape
 from peftlab.memory.replay.step import TORCH_ADAMW
 from peftlab.optional import require
 
@@ -51,7 +54,7 @@ def points() -> list[dict[str, Any]]:
     """Yield every run of the grid, the small shapes first."""
     return [
         {"section": "context"}, *_small(), *_decoders(), *_methods(), *_large(), *_unseen(), *_timelines(),
-        *_optimizers(),
+        *_optimizers(), *_families(),
     ]  # fmt: skip
 
 
@@ -144,6 +147,16 @@ def _optimizers() -> Iterator[dict[str, Any]]:
             yield {**point, "section": "optimizers"}
 
 
+def _families() -> Iterator[dict[str, Any]]:
+    for shape, method, changes in family_runs.points():
+        yield {**run(shape, method, **changes), "section": "families"}
+
+
+def shape_of(point: dict[str, Any]) -> Shape:
+    """Return the shape of a run: a built-in one, or of the section `families` one with fewer layers."""
+    return load_shape(family_runs.config_of(point) if point["section"] == "families" else point["shape"])
+
+
 def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
     """Measure one point, and return its row."""
     if not torch.cuda.is_available():
@@ -177,7 +190,7 @@ def build(point: dict[str, Any], device: torch.device) -> tuple[nn.Module, dict[
     """Return the model with random weights under its method, and a batch."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
-    shape = load_shape(point["shape"])
+    shape = shape_of(point)
     kinds = {
         "decoder": AutoModelForCausalLM,
         "encoder": AutoModelForSequenceClassification,
@@ -246,13 +259,13 @@ def with_method(model: nn.Module, point: dict[str, Any], kind: str) -> nn.Module
 
     method, task = point["method"], {"decoder": "CAUSAL_LM", "encoder": "SEQ_CLS", "encoder-decoder": "SEQ_2_SEQ_LM"}
     common = {"task_type": task[kind]}
-    low_rank = {"r": point["r"], "target_modules": point["targets"], **common}
+    targets = point["targets"] if isinstance(point["targets"], str | None) else list(point["targets"])
+    low_rank = {"r": point["r"], "target_modules": targets, **common}
+    parameters = {"target_parameters": list(point["target_parameters"])} if point.get("target_parameters") else {}
     configs = {
-        "lora": lambda: peft.LoraConfig(lora_alpha=32, **low_rank),
+        "lora": lambda: peft.LoraConfig(lora_alpha=32, **low_rank, **parameters),
         "dora": lambda: peft.LoraConfig(lora_alpha=32, use_dora=True, **low_rank),
-        "adalora": lambda: peft.AdaLoraConfig(
-            init_r=point["r"], target_modules=point["targets"], total_step=100, **common
-        ),
+        "adalora": lambda: peft.AdaLoraConfig(init_r=point["r"], target_modules=targets, total_step=100, **common),
         "vera": lambda: peft.VeraConfig(**low_rank),
         "ia3": lambda: peft.IA3Config(**common),
         "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=20, **common),

@@ -39,15 +39,18 @@ def gpu_for(point: Row, what: str) -> torch.device:
 
 
 @contextmanager
-def held(shape: str | dict, device: torch.device, four_bit: bool = False) -> Iterator[nn.Module]:
+def held(
+    shape: str | dict, device: torch.device, four_bit: bool = False, make: Callable[..., nn.Module] | None = None
+) -> Iterator[nn.Module]:
     """Lend a random model of this shape, frozen. It is kept until a block asks for another one, or fails.
 
     Give it back as it was, but for values of weights: the next block of this process gets the same one.
+    `make(shape, device, four_bit)` makes the model; by default `random_model`.
     """
     name = json.dumps([shape, str(device), four_bit])
     if name not in _held:
         let_go()
-        _held[name] = random_model(shape, device, four_bit)
+        _held[name] = (make or random_model)(shape, device, four_bit)
     try:
         yield _held[name]
     except BaseException:

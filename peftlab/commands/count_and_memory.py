@@ -42,6 +42,8 @@ def add_count_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("shape", metavar="SHAPE", help=f"{', '.join(BUILT_IN)}; or the path of a config.json")
     add_method_options(command, counted())
     add = command.add_argument
+    named = "for lora: parameters to adapt, comma-separated, such as mlp.experts.gate_up_proj,mlp.experts.down_proj"
+    add("--target-parameters", metavar="P", help=named)
     add("--labels", type=int, metavar="N", help="classes of an encoder's head (default: 2)")
 
 
@@ -71,7 +73,11 @@ def described(arguments: argparse.Namespace) -> dict[str, Any]:
     method_name(arguments.method)  # an unknown one is told before its options
     settle(arguments, counted())
     names = ("shape", "method", "r", "bias", "virtual_tokens", "reduction_factor", "labels")
-    return {name: getattr(arguments, name) for name in names} | {"targets": parse_targets(arguments.targets)}
+    parameters = arguments.target_parameters
+    return {name: getattr(arguments, name) for name in names} | {
+        "targets": parse_targets(arguments.targets),
+        "target_parameters": parameters if parameters is None else [one.strip() for one in parameters.split(",")],
+    }
 
 
 def count(arguments: argparse.Namespace) -> int:
@@ -115,6 +121,7 @@ def memory(arguments: argparse.Namespace) -> int:
         ("autocast", "bf16" if autocast else NO_AUTOCAST[arguments.precision]),
         *([("GPUs", f"{arguments.gpus}, {arguments.parallel}; what follows is of each")] if arguments.gpus > 1 else []),
         ("peak", format_both(result.peak_bytes)),
+        ("measured errors", f"{cards.LOWEST:+.1%} to {cards.HIGHEST:+.1%} of the peak, in {cards.RUNS} runs on GPUs"),
         *((f"  {LABELS[kind]}", format_both(result.parts[kind])) for kind in KINDS),
         ("with a margin", f"{format_both(cards.with_margin(result.peak_bytes))} ({MARGIN})"),
         ("peak reached in", result.moment),

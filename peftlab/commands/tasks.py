@@ -1,25 +1,27 @@
-"""The task of a data set, found from its columns: to answer, to classify, or to continue a text.
+"""The task of a data set, found from its form (`peftlab.commands.formats`): to answer, to classify, to continue a text.
 
-| columns | task | trained on | tested by |
-| --- | --- | --- | --- |
-| `prompt` and `completion` (or `ticket`) | completion | the completion, with its end | exact match of greedy answers |
-| `text` and `label` | classification | the label | accuracy |
-| `text` alone | text | every token | perplexity |
+| task | trained on | tested by |
+| --- | --- | --- |
+| chat | the assistant's turns, each with its end | perplexity of these turns |
+| completion | the completion, with its end | exact match of greedy answers |
+| classification | the label | accuracy |
+| text | every token | perplexity |
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from peftlab.assets.support_desk import score
+from peftlab.commands.formats import changed, form_of, unused
+from peftlab.commands.reading import Row, Rows, splits_of
 from peftlab.errors import PeftLabError
 
 HELD_OUT = 10  # one row in this many is kept for the test if a data set has no test split
 HELD_OUT_MOST = 500
-COMPLETIONS = ("completion", "ticket")
 VALIDATION = ("validation", "valid", "dev")
 
 
@@ -27,53 +29,47 @@ VALIDATION = ("validation", "valid", "dev")
 class Task:
     """A task: its kind, the splits as lists of rows, and the names of the classes (only for classification)."""
 
-    kind: str  # "completion", "classification" or "text"
+    kind: str  # "chat", "completion", "classification" or "text"
     answer: str  # the column to learn
-    train: list[dict[str, Any]]
-    validation: list[dict[str, Any]]
-    test: list[dict[str, Any]]
+    train: list[Any]
+    validation: list[Any]
+    test: list[Any]
     classes: tuple[str, ...] = ()
+    told: str = ""  # what was found and what is done with it
+    train_on: str = "assistant"  # of a chat: see `encode_chat`
 
 
-def task_of(data: Any, name: str, seed: int = 0, limit: int | None = None) -> Task:
-    """Return the task of a `DatasetDict`.
+def task_of(data: Any, name: str, seed: int = 0, limit: int | None = None, train_on: str | None = None) -> Task:
+    """Return the task of a `DatasetDict`, or of splits that `peftlab.commands.reading` has read.
 
     Without a test split, the validation split is the test. Without either, one row in ten is held out, at most 500,
     chosen by the seed. `limit` is the most rows of the training split.
 
     Raises:
-        PeftLabError: no split to train on, columns of no known task, an empty column, or labels that cannot be used.
+        PeftLabError: no split to train on, columns of no known form, an empty column, or labels that cannot be used.
     """
     if "train" not in data:
         raise PeftLabError(f"{name} has no split called 'train'; it has {', '.join(map(repr, data))}.")
-    columns = data["train"].column_names
-    answer = next((column for column in COMPLETIONS if column in columns), None)
-    if "prompt" in columns and answer:
-        kind = "completion"
-    elif "text" in columns:
-        kind, answer = ("classification", "label") if "label" in columns else ("text", "text")
-    else:
-        raise PeftLabError(
-            f"{name} has the columns {', '.join(columns)}; it needs prompt and completion, text and label, or text."
-        )
-    validation = next((data[split] for split in VALIDATION if split in data), None)
-    train, test = data["train"], data["test"] if "test" in data else validation
+    found = splits_of(data, name)
+    train, columns = found["train"], found["train"].columns
+    if not train:
+        raise PeftLabError(f"{name} has no rows to train on.")
+    form = form_of(columns, name)
+    if train_on is not None and form.kind != "chat":
+        raise PeftLabError(f"--train-on is for chats, and {name} holds {form.name}. Leave it out.")
+    validation = next((found[split] for split in VALIDATION if split in found), None)
+    test = found["test"] if "test" in found else validation
     if test is None:
         train, test = _held_out(train, seed, name)
-    if limit is not None:
-        train = train.select(range(min(limit, len(train))))
-    splits = [[] if part is None else list(part) for part in (train, validation, test)]
-    if not splits[0]:
-        raise PeftLabError(f"{name} has no rows to train on.")
-    texts = ("prompt", answer) if kind == "completion" else ("text",)
-    for row in (row for rows in splits for row in rows):
-        for column in dict.fromkeys((*texts, answer)):
-            row[column] = _cell(row, column, column in texts, name)
+    splits = [[] if part is None else list(part) for part in (train[:limit], validation, test)]
+    splits = [[changed(row, form, name) for row in rows] for rows in splits]
     classes: tuple[str, ...] = ()
-    if kind == "classification":
-        classes = _classes(data["train"], splits, name)
+    if form.kind == "classification":
+        classes = _classes(found["train"].classes, splits, name)
     first, second, third = splits
-    return Task(kind, answer, first, second, third, classes)
+    left = unused(columns, form)
+    told = f"{name} holds {form.name}: {form.told}" + (f" (not used: {', '.join(left)})" if left else "")
+    return Task(form.kind, form.answer, first, second, third, classes, told, train_on or "assistant")
 
 
 def check_model(task: Task, model: Any, name: str) -> None:
@@ -86,16 +82,73 @@ def check_model(task: Task, model: Any, name: str) -> None:
         )
 
 
-def encode(task: Task, tokenizer: Any, rows: Sequence[dict[str, Any]], max_length: int | None) -> list[dict[str, Any]]:
-    """Encode rows as examples for training. Texts that are too long are cut, but never answers."""
+def encode(
+    task: Task,
+    tokenizer: Any,
+    rows: Sequence[Any],
+    max_length: int | None,
+    tell: Callable[[str], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Encode rows as examples for training. Texts that are too long are cut, but never answers.
+
+    Args:
+        tell: gets a line that says how many were cut.
+
+    Raises:
+        PeftLabError: a row cannot be encoded; the message says where it stands.
+    """
+    if task.kind == "chat" and getattr(tokenizer, "chat_template", None) is None:
+        raise PeftLabError(
+            "The data holds chats, and the model's tokenizer has no chat template, which says how a chat is written. "
+            "Take a chat model (its name often ends in -Instruct), or give data with prompt and completion."
+        )
+    if tell is not None and rows and "plain" in rows[0] and _prompt(rows[0], tokenizer) == rows[0]["plain"]:
+        tell("The tokenizer has no chat template: prompts are written with ### Instruction: and ### Response:")
+    examples, cut, lost = [], 0, 0
+    for row in rows:
+        try:
+            example = _encoded(task, tokenizer, row, None)
+            if max_length is not None and len(example["input_ids"]) > max_length:
+                shorter = _encoded(task, tokenizer, row, max_length)
+                cut += 1
+                lost += _answers(example) - _answers(shorter) if task.kind == "chat" else 0
+                example = shorter
+        except PeftLabError as error:
+            raise PeftLabError(f"{row.where}: {error}" if isinstance(row, Row) else str(error)) from error
+        examples.append(example)
+    if cut and tell is not None:
+        side = {"chat": "at the beginning of their context", "completion": "at the beginning of their prompts"}
+        fell = f"; {lost:,} earlier answers fell out with it" if lost else ""
+        tell(
+            f"{cut:,} of {len(examples):,} examples are longer than {max_length} tokens and were cut "
+            f"{side.get(task.kind, 'at their end')}{fell} (--max-length)"
+        )
+    return examples
+
+
+def _encoded(task: Task, tokenizer: Any, row: Any, most: int | None) -> dict[str, Any]:
+    from peftlab.training.chat import encode_chat
     from peftlab.training.encoding import encode_classification, encode_completion, encode_text
 
+    if task.kind == "chat":
+        return encode_chat(tokenizer, row["messages"], task.train_on, most, tools=row["tools"])
     if task.kind == "classification":
-        number = {name: index for index, name in enumerate(task.classes)}
-        return [encode_classification(tokenizer, row["text"], number[row["label"]], max_length) for row in rows]
+        return encode_classification(tokenizer, row["text"], task.classes.index(row["label"]), most)
     if task.kind == "completion":
-        return [encode_completion(tokenizer, row["prompt"], row[task.answer], max_length) for row in rows]
-    return [encode_text(tokenizer, row["text"], max_length) for row in rows]
+        return encode_completion(tokenizer, _prompt(row, tokenizer), row[task.answer], most)
+    return encode_text(tokenizer, row["text"], most)
+
+
+def _prompt(row: Any, tokenizer: Any) -> Any:
+    """A row's prompt; without a chat template, which would part it from the answer, the one with headings."""
+    plain = row.get("plain") if getattr(tokenizer, "chat_template", None) is None else None
+    return row["prompt"] if plain is None else plain
+
+
+def _answers(example: dict[str, Any]) -> int:
+    """How many stretches of tokens are learned."""
+    learned = [label != -100 for label in example["labels"]]
+    return sum(now and not before for before, now in zip([False, *learned], learned, strict=False))
 
 
 def test(
@@ -114,7 +167,11 @@ def test(
 
     if task.kind == "completion":
         answers = generate_text(
-            model, tokenizer, [row["prompt"] for row in rows], max_new_tokens=max_new_tokens, batch_size=batch_size
+            model,
+            tokenizer,
+            [_prompt(row, tokenizer) for row in rows],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
         )
         wanted = [completion_text(row[task.answer]) for row in rows]
         if task.answer == "ticket":
@@ -128,38 +185,21 @@ def test(
     return {"perplexity": metrics.perplexity(model, examples, tokenizer, batch_size=batch_size, progress=True)}
 
 
-def _cell(row: dict[str, Any], column: str, is_text: bool, name: str) -> Any:
-    """A row's value as it is learned from: a whole number among texts is a text; a list is a conversation.
-
-    Raises:
-        PeftLabError: nothing is there, or something that is no text.
-    """
-    value = row[column]
-    if value is None or value != value:  # not a number
-        raise PeftLabError(f"{name} has a row without {column}: {str(row)[:80]}. Fill it in, or take the row out.")
-    if not is_text or isinstance(value, (str, list)):
-        return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    raise PeftLabError(f"{name}: {column} is a text, found {value!r:.60} in {str(row)[:80]}. Put it in quotes.")
-
-
-def _held_out(train: Any, seed: int, name: str) -> tuple[Any, Any]:
+def _held_out(train: Rows, seed: int, name: str) -> tuple[Any, Any]:
     """Return (train, test), with one row in ten, at most 500, for the test."""
     if len(train) < 2:
         raise PeftLabError(f"{name} has {len(train)} rows; at least two are needed, one of them for the test.")
     order = list(range(len(train)))
     random.Random(seed).shuffle(order)
     size = min(HELD_OUT_MOST, max(1, len(train) // HELD_OUT))
-    return train.select(sorted(order[size:])), train.select(sorted(order[:size]))
+    return [train[place] for place in sorted(order[size:])], [train[place] for place in sorted(order[:size])]
 
 
-def _classes(train: Any, splits: list[list[dict[str, Any]]], name: str) -> tuple[str, ...]:
+def _classes(named: Any, splits: list[list[Any]], name: str) -> tuple[str, ...]:
     """Return the names of the classes in the order of their numbers, and change the rows' labels to these names.
 
     Numbers, as of a `ClassLabel` or a plain column, keep their order; other labels are sorted as text.
     """
-    named = getattr(train.features["label"], "names", None)
     if not named:
         found = {row["label"] for row in splits[0]}
         wrong = next((label for label in found if not isinstance(label, (int, str))), None)

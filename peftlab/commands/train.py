@@ -22,6 +22,7 @@ from peftlab.catalogue import LEARNING_RATE, METHODS, Method
 from peftlab.checks import whole
 from peftlab.commands import tasks
 from peftlab.commands.method_options import options_of, settle, trainable
+from peftlab.commands.reading import read
 from peftlab.commands.run_folder import LOCK, STATE, Place, claim, locked, look, save, write_card, write_metrics
 from peftlab.commands.terminal import memory_for
 from peftlab.errors import PeftLabError, did_you_mean
@@ -40,7 +41,7 @@ SMALLER_STEP = (
     "--no-resume if the run had begun); peftlab memory says what a step needs."
 )
 SMALLER_TEST = "What was trained is saved. Run the command again with a smaller --test-limit or --max-new-tokens."
-TEST_LIMIT = {"completion": 64, "classification": 1000, "text": 200}
+TEST_LIMIT = {"chat": 200, "completion": 64, "classification": 1000, "text": 200}
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -53,8 +54,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         metavar="D",
-        help="support-desk, reviews, news, or a CSV or JSONL file with the columns prompt and completion, "
-        "text and label, or text",
+        help="support-desk, reviews, news, or a JSONL or CSV file, a folder of them, or one of datasets, with the "
+        "columns messages; conversations; prompt and completion; instruction, input and output; text and label; or "
+        "text",
     )
     add("--out", required=True, metavar="FOLDER", help="where the adapter and metrics.json go")
     defaults = {"lr": f"{rates}; others {LEARNING_RATE:g}", "resume": "yes; --no-resume starts again"}
@@ -64,6 +66,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--device", metavar="D", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     add("--limit", type=int, metavar="N", help="use the first N training examples")
     add("--max-length", type=int, metavar="N", help="tokens of an example (default: 512, or what the model can take)")
+    add(
+        "--train-on",
+        choices=("assistant", "last"),
+        help="what of a chat is learned: all turns of the assistant, or the last (default: assistant)",
+    )
     add(
         "--add-tokens",
         metavar="T",
@@ -174,9 +181,7 @@ def foreign(method: str) -> tuple[str, ...]:
     return tuple(name for name in options_of(METHODS) if not METHODS[method].takes(name))
 
 
-def _train(
-    arguments: argparse.Namespace, targets: Any, begin: Callable[[], Place]
-) -> tuple[Place, dict[str, Any]]:
+def _train(arguments: argparse.Namespace, targets: Any, begin: Callable[[], Place]) -> tuple[Place, dict[str, Any]]:
     """The run itself.
 
     Args:
@@ -185,14 +190,14 @@ def _train(
     import torch
 
     from peftlab.adapters.injection import attach, count_parameters
-    from peftlab.assets.data import load_data
     from peftlab.assets.models import load_model
     from peftlab.training import train
 
     started, row = time.monotonic(), METHODS[arguments.method]
     if row.config:
         _config(arguments, targets, tokenizer=arguments.model)  # report a mistake in it before anything is loaded
-    task = tasks.task_of(load_data(arguments.data), arguments.data, arguments.seed, arguments.limit)
+    data = read(arguments.data)
+    task = tasks.task_of(data, arguments.data, arguments.seed, arguments.limit, arguments.train_on)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(arguments.seed)  # the seed decides the start of a new head and of the adapter
     with memory_for(f"loading {arguments.model}", SMALLER_MODEL):
@@ -214,7 +219,8 @@ def _train(
         attach(model, _config(arguments, targets, tokenizer=tokenizer, task_type=task_type))
     counted = count_parameters(model)
     max_length = _max_length(arguments, model)
-    examples = tasks.encode(task, tokenizer, task.train, max_length)
+    say(task.told)
+    examples = tasks.encode(task, tokenizer, task.train, max_length, say)
     watched = tasks.encode(task, tokenizer, task.validation or task.test, max_length) if arguments.eval_every else None
     places: list[Place] = []
 
@@ -269,6 +275,8 @@ def _config(arguments: argparse.Namespace, targets: Any, **more: Any) -> Any:
     given = {option.config_field: getattr(arguments, option.name) for option in row.options}
     if "target_modules" in given:
         given["target_modules"] = targets
+    if given.get("target_parameters") is not None:
+        given["target_parameters"] = [name for name in map(str.strip, given["target_parameters"].split(",")) if name]
     if "init" in given and given["init"] is None:
         if arguments.init_text:
             given["init"] = "text"

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from peftlab.core.forward import give_back
 from peftlab.core.hooks import CHILD, base_modules, plain
+from peftlab.core.parameters import Coded, step_aside
 
 # A weight that a forward gives to a function as it is. In training, Mamba's fused kernels are called so.
 PASSED = re.compile(r"(?<!isinstance)[(,=]\s*self\.(\w+)\.weight\b(?!\s*[.\[])")
@@ -97,6 +98,11 @@ def meta_copy(root: nn.Module) -> nn.Module:
             inside, outside = int(getattr(module, "in_features", 0)), int(getattr(module, "out_features", 0))
             known[id(module)] = nn.Linear(inside, outside, bias, device="meta", dtype=dtype)
             continue
+        for parameter in module._parameters.values():
+            if isinstance(parameter, Coded):
+                state = parameter.quant_state
+                empty = torch.empty(tuple(state.shape), dtype=state.dtype, device="meta")
+                known[id(parameter)] = nn.Parameter(empty, False)
         own = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
         for tensor in own:
             if isinstance(tensor, Tensor) and id(tensor) not in known:
@@ -110,6 +116,7 @@ def meta_copy(root: nn.Module) -> nn.Module:
             if name.endswith("_hooks") and isinstance(table, dict):
                 table.clear()
         give_back(module)
+        step_aside(module)
     if "flash" in str(getattr(getattr(other, "config", None), "_attn_implementation", "")):
         other.set_attn_implementation("sdpa")
     return other.eval()

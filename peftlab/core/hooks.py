@@ -9,7 +9,7 @@ module that they stand on. So after a `deepcopy` of the model they look into the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from peftlab.core.interface import Part
+from peftlab.core.parameters import Coded, Value, coded, run_with, stand_in, step_aside
 from peftlab.errors import PeftLabError
 
 CHILD = "peftlab"
@@ -100,6 +101,8 @@ def place(host: nn.Module, activity: Activity, adapter: str, part_name: str, par
         host.register_forward_pre_hook(_before, with_kwargs=True)
     if part.overrides("after") and _after not in host._forward_hooks.values():
         host.register_forward_hook(_after, with_kwargs=True)
+    if part.parameter is not None:
+        stand_in(host, run_host)
 
 
 def remove(host: nn.Module, adapter: str | None = None) -> None:
@@ -113,6 +116,7 @@ def remove(host: nn.Module, adapter: str | None = None) -> None:
         del parts[adapter]
     if not parts:
         del host._modules[CHILD]
+        step_aside(host)
         flags = (host._forward_pre_hooks_with_kwargs, host._forward_hooks_with_kwargs)
         for (table, keys), with_kwargs in zip(hook_keys(host), flags, strict=True):
             for key in keys:
@@ -177,6 +181,68 @@ def run_parts(host: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> 
     return output if changed is None else changed
 
 
+def run_host(host: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+    """Run a module's forward with the values that the active parts give its parameters, and its codes decoded."""
+    parts = adapters_on(host) if CHILD in host._modules else None
+    activity = parts.activity if parts is not None else Activity()
+    # 4-bit codes are read in the dtype that the module computes in
+    floating = (leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor))
+    x = next((leaf for leaf in floating if leaf.is_floating_point()), torch.empty(0))
+    cast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
+
+    def surroundings() -> AbstractContextManager:
+        """Autocast as it is now, for a value that is made again in the backward pass."""
+        kind = x.device.type
+        return nullcontext() if kind == "meta" else torch.autocast(kind, dtype if cast else None, enabled=cast)
+
+    def run(active: list[tuple[float, Part]], inputs: tuple) -> Any:
+        return run_with(_values(host, active, dtype, surroundings), host, forward, *inputs)
+
+    mine: dict[str, list[Part]] = {}
+    if parts is not None and activity.running:
+        names = activity.weights if activity.rows is None else [name for name in activity.rows if name is not None]
+        here = {name: parts.parts_of(name).values() for name in names if name in parts}
+        mine = {name: [part for part in of if part.parameter is not None] for name, of in here.items()}
+    if activity.rows is not None and any(mine.values()):
+
+        def change(chosen: list[Part], inputs: tuple, _: Any) -> Any:
+            return run([(1.0, part) for part in chosen], inputs)
+
+        return _by_rows(mine, activity.rows, (args, kwargs), run([], (args, kwargs)), change, everything=True)
+    weighted = [(activity.weights[name], part) for name, of in mine.items() for part in of]
+    return run(weighted, (args, kwargs))
+
+
+def _values(
+    host: nn.Module,
+    active: list[tuple[float, Part]],
+    dtype: torch.dtype,
+    surroundings: Callable[[], AbstractContextManager],
+) -> dict[str, Value]:
+    """Return how the values are made of those of a host's parameters that have another one than the stored."""
+    held = coded(host)
+    names = dict.fromkeys([*held, *(part.parameter for _, part in active if part.parameter is not None)])
+
+    def value(name: str) -> Value:
+        parameter = host._parameters[name]
+        assert parameter is not None
+        mine = [(weight, part) for weight, part in active if part.parameter == name]
+
+        def make() -> Tensor:
+            stored = parameter.dense(dtype) if isinstance(parameter, Coded) else parameter
+            with surroundings():
+                if len(mine) == 1 and mine[0][0] == 1:
+                    return mine[0][1].value(stored)
+                # W = W0 + sum over adapters of weight (W_adapter - W0)
+                changes = (weight * (part.value(stored) - stored) for weight, part in mine)
+                return sum(changes, start=stored)
+
+        return Value(make, (parameter, *(own for _, part in mine for own in part.parameters())))
+
+    return {name: value(name) for name in names}
+
+
 def _is_prompt(part: Part) -> bool:
     return part.compatibility_key is not None
 
@@ -230,8 +296,18 @@ def _apply(
     return _combine(base, changed, lambda y0, ys: sum((w * (y - y0) for w, y in ys), start=y0).to(y0.dtype))
 
 
-def _by_rows(mine: dict[str, list], rows: tuple[str | None, ...], inputs: tuple, base: Any, change: Callable) -> Any:
-    """Give each row of the batch the adapter named for it: y[i] = y_{adapter of i}[i]."""
+def _by_rows(
+    mine: dict[str, list],
+    rows: tuple[str | None, ...],
+    inputs: tuple,
+    base: Any,
+    change: Callable,
+    everything: bool = False,
+) -> Any:
+    """Give each row of the batch the adapter named for it: y[i] = y_{adapter of i}[i].
+
+    With `everything`, whole numbers are taken from the adapter too: a router returns which experts it chose.
+    """
     batch = next(t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)).shape[0]
     repeat, result = _repeat(rows, batch), base
     for name in dict.fromkeys(rows):
@@ -249,7 +325,7 @@ def _by_rows(mine: dict[str, list], rows: tuple[str | None, ...], inputs: tuple,
             return y0.index_copy(0, torch.tensor(chosen, device=y0.device), ys[0][1].to(y0.dtype))
 
         part = change(mine[name], tree_map(take, inputs), tree_map(take, base))
-        result = _combine(result, [(1.0, part)], put)
+        result = _combine(result, [(1.0, part)], put, everything)
     return result
 
 
@@ -267,14 +343,19 @@ def _repeat(rows: tuple[str | None, ...], batch: int) -> int:
     return batch // len(rows)
 
 
-def _combine(base: Any, changed: list[tuple[float, Any]], how: Callable[[Tensor, list], Tensor]) -> Any:
-    """Combine results of the same structure, tensor by tensor. Anything but a floating tensor stays as in the base."""
+def _combine(
+    base: Any, changed: list[tuple[float, Any]], how: Callable[[Tensor, list], Tensor], everything: bool = False
+) -> Any:
+    """Combine results of the same structure, tensor by tensor. Anything but a floating tensor stays as in the base.
+
+    With `everything`, other tensors are combined too.
+    """
     leaves, spec = tree_flatten(base)
     columns = [(weight, tree_flatten(result)[0]) for weight, result in changed]
     return tree_unflatten(
         [
             how(leaf, [(weight, column[i]) for weight, column in columns])
-            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+            if isinstance(leaf, Tensor) and (everything or leaf.is_floating_point())
             else leaf
             for i, leaf in enumerate(leaves)
         ],

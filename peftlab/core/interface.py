@@ -36,6 +36,8 @@ class Part(nn.Module):
             with the mixture that `hooks.active_prompt` makes of what each of them returns from `make_prompt`.
         on_forward: whether the part also runs when somebody calls its host's `forward` and not the host. A part that
             stands on a whole model has it; modules inside a model are called.
+        parameter: the name of the host's own parameter that has another value while the host runs, as `value` computes
+            it; None for a part that leaves the host's parameters alone.
     """
 
     keys: Mapping[str, str | tuple[str, ...]] = {}
@@ -43,6 +45,7 @@ class Part(nn.Module):
     replaces_base_parameters: ClassVar[bool] = False
     compatibility_key: str | None = None
     on_forward: ClassVar[bool] = False
+    parameter: str | None = None
 
     def settle(self, host: nn.Module) -> None:
         """Compute the values that depend on the base's weights.
@@ -66,6 +69,16 @@ class Part(nn.Module):
             base: the host's own output.
         """
         return output
+
+    def value(self, stored: Tensor) -> Tensor:
+        """Return the value that `parameter` has while the host runs.
+
+        It is made twice for a training step, and has to be the same bit for bit.
+
+        Args:
+            stored: the host's own; for 4-bit codes, the numbers that they stand for.
+        """
+        raise NotImplementedError
 
     def merged(self, host: nn.Module) -> dict[str, Tensor]:
         """Return {parameter of the host: its value with the part folded in}, not yet rounded to the host's dtype.

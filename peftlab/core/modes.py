@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,8 +38,11 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    """Return the batch with its tensors on the device. Values that are not tensors stay as they are."""
-    return {
-        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for key, value in batch.items()
-    }
+    """Return the batch with its tensors, also those in a dict in it, on the device. Other values stay as they are."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return to_device(value, device)
+        return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+    return {key: moved(value) for key, value in batch.items()}

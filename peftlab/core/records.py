@@ -11,6 +11,7 @@ from torch import nn
 
 from peftlab.core.hooks import CHILD, Activity, adapters_on, base_modules, hook_keys, hosts
 from peftlab.core.interface import Config
+from peftlab.core.parameters import running_in
 from peftlab.core.sharding import give_up_gathered
 from peftlab.errors import PeftLabError, did_you_mean
 
@@ -26,7 +27,7 @@ class Host:
 
     Attributes:
         parts: the names of the adapter's parts there.
-        hooks: how many hooks run them.
+        hooks: how many hooks run them, and whether its forward does.
         shape: its sizes, where it is a linear layer or an embedding.
         tied: the other modules that have its weight.
         on_meta: whether the parts have no numbers.
@@ -128,6 +129,7 @@ def hosts_now(root: nn.Module) -> dict[str, dict[str, Host]]:
         weight = host._parameters.get("weight")
         tied = tuple(other for other in sharing.get(id(weight), ()) if other != path)
         child, hooks = adapters_on(host), sum(len(keys) for _, keys in hook_keys(host))
+        hooks += running_in(host) is not None
         for name in child:
             parts = child.parts_of(name)
             on_meta = any(parameter.is_meta for part in parts.values() for parameter in part.parameters())
@@ -156,13 +158,21 @@ def marks_of(root: nn.Module) -> list[tuple[dict, Any, Any]]:
             module = module.get_submodule(name)
         mark(host._modules, CHILD)
         mark(vars(host), *SIZES)
-        mark(host._parameters, "weight")
+        mark(host._parameters, "weight", *parameters_on(host))
+        if running_in(host) is not None:
+            mark(vars(host), "forward")
         for hooks, keys in hook_keys(host):
             mark(hooks, *keys)
     for path in tied:
         if path in modules:
             mark(modules[path]._parameters, "weight")
     return list(marks.values())
+
+
+def parameters_on(host: nn.Module) -> list[str]:
+    """Return the names of a host's own parameters that adapters change."""
+    child = adapters_on(host)
+    return [part.parameter for name in child for part in child.parts_of(name).values() if part.parameter is not None]
 
 
 def in_flat_pieces(root: nn.Module) -> bool:

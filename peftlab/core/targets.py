@@ -16,9 +16,11 @@ from torch import nn
 
 from peftlab import patterns
 from peftlab.checks import one_of, whole
+from peftlab.core.experts import shape_of as shape_of_parameter
+from peftlab.core.experts import warn_of_experts
 from peftlab.core.hooks import base_modules
 from peftlab.core.records import as_transformer, own_tensor
-from peftlab.errors import PeftLabError, did_you_mean, warn
+from peftlab.errors import PeftLabError, did_you_mean
 
 ALL_LINEAR = "all-linear"
 # The names of the query and value projections in the architectures of transformers, most specific first.
@@ -100,6 +102,10 @@ class Targets:
 
     def as_stored(self) -> Self:
         """Return this config: an adapter folder holds all that it describes."""
+        return self
+
+    def for_model(self, model: nn.Module) -> Self:
+        """Return the config with the names that this model's modules and parameters have. Most methods change none."""
         return self
 
 
@@ -235,7 +241,11 @@ def find(
         matched = all_linear(model, modules)
         if not matched:
             raise PeftLabError(f"'all-linear' found no linear layer in {type(model).__name__}.")
-        warn_of_experts(model, "'all-linear' does not adapt")
+        warn_of_experts(
+            model,
+            "'all-linear' does not adapt",
+            "They are no linear layers. LoRA adapts them by target_parameters={names}.",
+        )
     else:
         matched = {path: module for path, module in modules.items() if names_match(spec, path)}
         if isinstance(spec, str) and not matched:
@@ -321,26 +331,6 @@ def all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, 
     }
 
 
-def warn_of_experts(model: nn.Module, what: str) -> None:
-    """Warn that the fused experts of a mixture are left alone, and say how much of the model they are.
-
-    transformers 5 holds all experts of a block in tensors of three dimensions, which belong to no linear layer.
-    """
-    sizes: dict[str, int] = {}
-    for path, module in base_modules(model).items():
-        if re.search("expert|moe", f"{path} {type(module).__name__}", re.IGNORECASE):
-            held = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
-            if held and not isinstance(module, nn.modules.conv._ConvNd):
-                sizes[path] = sum(p.numel() for p in held)
-    if sizes:
-        share = sum(sizes.values()) / sum(parameter.numel() for parameter in model.parameters())
-        first = next(iter(sizes))
-        warn(
-            f"{what} the experts of {type(model).__name__} ({first} and {len(sizes) - 1} more), which hold {share:.0%} "
-            "of its weights. They lie in tensors of three dimensions, and only linear layers are handled.",
-        )
-
-
 def in_layers(matched: dict[str, nn.Module], config: Targets) -> dict[str, nn.Module]:
     """Return the modules whose block index is in `layers_to_transform`."""
     wanted: Any = config.layers_to_transform  # `Targets` has made a tuple of a single number
@@ -364,7 +354,7 @@ def check_carrier(model: nn.Module, path: str, module: nn.Module) -> None:
     if not is_carrier(module):
         raise PeftLabError(
             f"{path} is a {type(module).__name__}; this adapter stands only beside Linear, Conv1D, Embedding and "
-            "convolution layers." + _layers_within(path, module)
+            "convolution layers." + (_layers_within(path, module) or as_parameters(path, module))
         )
 
 
@@ -383,6 +373,17 @@ def _layers_within(path: str, module: nn.Module) -> str:
     return f" Inside it: {', '.join(within[:8])}." if within else ""
 
 
+def as_parameters(path: str, module: nn.Module) -> str:
+    """Return how LoRA adapts a module that has matrices, or stacks of them, and is no layer."""
+    block = ".".join(path.split(".")[-2:])
+    names = [
+        f"{block}.{name}"
+        for name, p in module._parameters.items()
+        if p is not None and len(shape_of_parameter(p)) in (2, 3)
+    ]
+    return f" LoRA adapts its parameters by target_parameters={names}." if names else ""
+
+
 def check_regex(spec: str | Iterable[str]) -> None:
     """Refuse an expression that does not compile, or that is too large."""
     if isinstance(spec, str):
@@ -393,6 +394,8 @@ def no_match_error(entry: str, modules: Mapping[str, nn.Module], what: str) -> P
     """Return the error for a name that matches nothing, with the names that the model has."""
     endings = linear_endings(modules)
     suggestion = did_you_mean(entry, endings) or did_you_mean(entry, modules)
+    if any(entry.rpartition(".")[2] in module._parameters for module in modules.values()):
+        suggestion = f" It is the name of a parameter; LoRA adapts it by target_parameters=[{entry!r}]."
     return PeftLabError(
         f"{what}.{suggestion} Linear and embedding layers here end in {', '.join(endings) or 'nothing'}."
     )

@@ -5,8 +5,8 @@ from typing import Any
 
 from peftlab import catalogue
 from peftlab.memory.cards import CARDS, fits, largest, what_fits
-from peftlab.memory.counting.families import Module
 from peftlab.memory.counting.methods import trained_by
+from peftlab.memory.counting.modules import Module
 from peftlab.memory.counting.shapes import BUILT_IN, Shape, load_shape
 from peftlab.memory.counting.totals import Count, count
 from peftlab.memory.estimate import CUBLAS_WORKSPACE, Estimate, estimate

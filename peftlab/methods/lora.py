@@ -11,29 +11,38 @@ scaling: alpha over r, or over its root".
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlab.checks import check_fields, check_kinds, number, one_of, whole
+from peftlab.core.experts import find_parameters, linear_outside, old_names, renamed
+from peftlab.core.hooks import base_modules
 from peftlab.core.interface import Part, Placement
 from peftlab.core.records import own_tensor
 from peftlab.core.targets import (
+    ALL_LINEAR,
     CONVOLUTIONS,
     Targets,
+    all_linear,
     by_pattern,
+    check_names,
     check_regex,
     find,
+    heads,
     in_any_order,
     is_conv1d,
+    names_match,
     shape_of,
 )
 from peftlab.errors import PeftLabError
 from peftlab.methods.lora_conv import LoRAConv, biased, start
+from peftlab.methods.lora_parameter import LoRAParameter
 from peftlab.methods.parts import BIAS_MODES, cast, first_input, trained_biases, trained_copies, widened
 from peftlab.methods.tokens import check_tokens, trained_rows
 
@@ -67,9 +76,7 @@ class LoRALinear(Part):
         self.lora_B_bias = nn.Parameter(torch.zeros(outside)) if config.lora_bias else None
         start(self.lora_A, self.lora_B, config.init)
 
-    def after(
-        self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor
-    ) -> Tensor:
+    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
         """Add the update. x: (..., in), output: (..., out)."""
         x = cast(first_input(args, kwargs), self.lora_A.dtype)
         x = F.dropout(x, self.dropout, self.training)
@@ -164,6 +171,12 @@ class LoRAConfig(Targets):
         fan_in_fan_out: detected automatically for Linear and Conv1D (the flag is ignored there). Set it only for custom
             layers that store their weight as (in, out).
         rank_pattern, alpha_pattern: another r or alpha for the paths whose end matches a key, e.g. `{"layers.0.*": 4}`.
+        target_parameters: names, or endings of paths, of parameters to adapt as such, e.g. `["experts.gate_up_proj",
+            "experts.down_proj", "gate.weight"]`: the fused experts of a mixture, each with an update of its own of rank
+            r, and its router. With these and no `target_modules` nothing else is adapted. In the mixtures that Hugging
+            Face peft converts (Mixtral, Qwen3-MoE, DeepSeek-V3 and others), `"all-linear"` and the older names of the
+            experts' layers (`"w1"`, `"gate_proj"`, ..., `"gate"`) mean these parameters, and the fused gate and up get
+            rank 2 r and 2 alpha. Without dropout, lora_bias, fan_in_fan_out and trained biases.
         trainable_tokens: ids of tokens whose rows of the word embeddings train in full, and no other rows. A head that
             shares the embeddings' weight follows. `{"embed_tokens": [5, 9], "lm_head": [5, 9]}` names the modules, as
             for a head with a weight of its own. `None` takes the tokens that `add_tokens` added, if there are any.
@@ -186,12 +199,23 @@ class LoRAConfig(Targets):
     fan_in_fan_out: bool = False
     rank_pattern: Mapping[str, Any] = field(default_factory=dict)
     alpha_pattern: Mapping[str, Any] = field(default_factory=dict)
+    target_parameters: Iterable[str] | None = None
     trainable_tokens: Iterable[int] | Mapping[str, Iterable[int]] | None = None
 
     method: ClassVar[str] = "lora"
     peft_type: ClassVar[str] = "LORA"
 
     def __post_init__(self) -> None:
+        check_names(self, "target_parameters")
+        if isinstance(self.target_parameters, str):
+            raise PeftLabError(
+                f"target_parameters is {self.target_parameters!r}; give a list of names, such as "
+                f"[{self.target_parameters!r}]."
+            )
+        if not self.target_parameters:
+            object.__setattr__(self, "target_parameters", None)
+        elif isinstance(self.target_modules, (list, tuple, set, frozenset)) and not self.target_modules:
+            object.__setattr__(self, "target_modules", None)  # peft's way to say that no module is adapted
         super().__post_init__()
         check_tokens(self)
         check_kinds(self, "rank_pattern", "alpha_pattern")
@@ -215,27 +239,117 @@ class LoRAConfig(Targets):
 
     def parts(self, model: nn.Module) -> Iterator[Placement]:
         """Yield the adapter's parts: a low-rank update for each target, trained biases and trained copies."""
-        targets = find(model, self)
-        for table in (self.rank_pattern, self.alpha_pattern):
+        config = self.for_model(model)
+        parameters = find_parameters(model, config.target_parameters or ())
+        targets = {} if parameters and config.target_modules is None else find(model, config)
+        config.check_parameters(model, parameters, targets)
+        for table in (config.rank_pattern, config.alpha_pattern):
             for key in table:
-                if not any(by_pattern({key: True}, path, False) for path in targets):
+                if not any(by_pattern({key: True}, path, False) for path in (*targets, *parameters)):
+                    count = len(targets) + len(parameters)
                     raise PeftLabError(
-                        f"The pattern {key!r} matches none of the {len(targets)} target modules, the first of which is "
-                        f"{next(iter(targets))}."
+                        f"The pattern {key!r} matches none of the {count} target modules"
+                        f"{' and parameters' if parameters else ''}, the first of which is "
+                        f"{next(iter((*targets, *parameters)))}."
                     )
         for path, host in targets.items():
             other: type[Part] = LoRAConv if isinstance(host, CONVOLUTIONS) else LoRALinear
             kind: type[Part] = LoRAEmbedding if isinstance(host, nn.Embedding) else other
-            part = kind(host, by_pattern(self.rank_pattern, path, self.r), self.scaling(path), self)
+            part = kind(host, by_pattern(config.rank_pattern, path, self.r), config.scaling(path), self)
             yield Placement(path, "lora", part)
-        yield from trained_rows(model, self, targets)
+        for path, (host_path, host, name) in parameters.items():
+            r = by_pattern(config.rank_pattern, path, self.r)
+            # Hugging Face peft wraps the parameters of one module around each other, the last one outermost.
+            inside = [other for other in host._parameters if f"{host_path}.{other}" in parameters]
+            depth = len(inside) - 1 - inside.index(name)
+            yield Placement(
+                host_path, f"lora_{name}", LoRAParameter(path, host, name, r, config.scaling(path), self, depth)
+            )
+        hosts = [*targets, *(host_path for host_path, _, _ in parameters.values())]
+        yield from trained_rows(model, self, hosts)
         copies = list(trained_copies(model, self))
         yield from trained_biases(model, self.bias, targets, copied=[copy.path for copy in copies])
         yield from copies
 
+    def for_model(self, model: nn.Module) -> Self:
+        """Return the config with the names of this model, where they mean experts that are fused now.
+
+        A fused parameter gets the rank and the alpha of all layers that it holds, so that its scaling is that of each.
+        """
+        old, spec = old_names(model), self.target_modules
+        if old is None or spec is None:
+            return self
+        if isinstance(spec, str):
+            if spec.lower() != ALL_LINEAR:
+                return self
+            linear = all_linear(model, {path: module for path, module in base_modules(model).items() if path})
+            stay = linear_outside(model, old, linear)
+            _, meant, fused = renamed(model, old.now)
+        else:
+            stay, meant, fused = renamed(model, spec)
+        if not meant:
+            return self
+        named = tuple(self.target_parameters or ())
+        ranks = {rf".*\.{re.escape(name)}": self.r * count for name, count in fused.items()}
+        alphas = {rf".*\.{re.escape(name)}": self.alpha * count for name, count in fused.items()}
+        return replace(
+            self,
+            target_modules=stay or None,
+            target_parameters=tuple(dict.fromkeys((*named, *meant))),
+            rank_pattern={**self.rank_pattern, **ranks},
+            alpha_pattern={**self.alpha_pattern, **alphas},
+        )
+
+    def check_parameters(
+        self, model: nn.Module, parameters: Mapping[str, Any], targets: Mapping[str, nn.Module]
+    ) -> None:
+        """Refuse what cannot be combined with adapted parameters."""
+        if not parameters:
+            return
+        first = next(iter(parameters))
+        for wrong, why in {
+            "dropout": "the update is not computed from an input that could be dropped",
+            "lora_bias": "the parameter is no layer whose output could get a bias",
+            "fan_in_fan_out": "how it lies is known from its module",
+        }.items():
+            if getattr(self, wrong):
+                raise PeftLabError(
+                    f"{wrong} cannot be used with adapted parameters such as {first} (experts, routers): {why}. Set it "
+                    f"to {'0' if wrong == 'dropout' else 'False'}, or name modules in target_modules and no parameters."
+                )
+        if self.bias != "none":
+            raise PeftLabError(
+                f"bias={self.bias!r} cannot be used with adapted parameters such as {first}: the biases of experts and "
+                "routers are not added to what their modules return. Use bias='none'."
+            )
+        if self.layers_to_transform is not None:
+            raise PeftLabError(
+                f"layers_to_transform chooses among modules, and would leave parameters such as {first} in all blocks. "
+                "Name the parameters block by block in target_parameters, and the modules in target_modules."
+            )
+        whole = heads(model, self)
+        for path, (host_path, _, _) in parameters.items():
+            if self.exclude_modules is not None and any(
+                names_match(self.exclude_modules, one) for one in (host_path, path)
+            ):
+                raise PeftLabError(
+                    f"exclude_modules names {host_path}, and {path} is to be adapted. As in Hugging Face peft, "
+                    "exclude_modules does not reach parameters: name those to adapt in target_parameters, and the "
+                    "other modules in target_modules."
+                )
+            if host_path in targets:
+                raise PeftLabError(
+                    f"{path} is named in target_parameters, and its module in target_modules; name one of them."
+                )
+            if any(host_path == head or host_path.startswith(head + ".") for head in whole):
+                raise PeftLabError(
+                    f"modules_to_save trains {host_path} in full, so {path} needs no adapter; name one of them."
+                )
+
     def to_peft(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:
         """Return the fields of Hugging Face's `adapter_config.json` that only LoRA has."""
-        return {
+        config = self.for_model(model)
+        fields = {
             "r": self.r,
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
@@ -245,10 +359,14 @@ class LoRAConfig(Targets):
             "fan_in_fan_out": self.fan_in_fan_out or any(is_conv1d(host) for host in hosts.values()),
             # peft draws A by this before it loads, and its "orthogonal" refuses odd ranks
             "init_lora_weights": {"random": False, "gaussian": "gaussian"}.get(self.init, True),
-            "rank_pattern": in_any_order(self.rank_pattern, hosts),
-            "alpha_pattern": in_any_order(self.alpha_pattern, hosts),
             **({} if self.trainable_tokens is None else {"trainable_token_indices": self.trainable_tokens}),
         }
+        paths = [*hosts, *find_parameters(model, config.target_parameters or ())]
+        fields["rank_pattern"] = in_any_order(config.rank_pattern, paths)
+        fields["alpha_pattern"] = in_any_order(config.alpha_pattern, paths)
+        if config.target_parameters:
+            fields["target_parameters"] = sorted(config.target_parameters)
+        return fields
 
     @staticmethod
     def from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,11 +398,12 @@ class LoRAConfig(Targets):
             "fan_in_fan_out": bool(fields.get("fan_in_fan_out", False)),
             "rank_pattern": fields.get("rank_pattern") or {},
             "alpha_pattern": fields.get("alpha_pattern") or {},
+            "target_parameters": fields.get("target_parameters") or None,
             "trainable_tokens": fields.get("trainable_token_indices") or None,
         }
 
     # Options of Hugging Face's LoRA that this file does not have. An adapter that uses one must not load as another.
     unsupported: ClassVar[tuple[str, ...]] = (
         "use_dora", "use_qalora", "layer_replication", "alora_invocation_tokens",
-        "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
+        "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
     )  # fmt: skip

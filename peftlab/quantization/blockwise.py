@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -234,7 +234,7 @@ class QuantState:
         named = {"absmax": self.absmax, "nested_absmax": self.nested_absmax, "offset": self.offset}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def with_tensors(self, tensors: dict[str, Tensor]) -> QuantState:
+    def with_tensors(self, tensors: dict[str, Tensor]) -> Self:
         """Return the same state with other tensors, on another device for example."""
         named: dict[str, Any] = {**tensors}
         return replace(self, **named)

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from peftlab.core.hooks import adapters_on, hosts, is_adapter_name
+from peftlab.core.parameters import coded
 from peftlab.core.records import Record, unwrap
-from peftlab.errors import warn
+from peftlab.errors import PeftLabError, warn
 from peftlab.quantization.weights import REPACKS, layers_that_repack
 
 
@@ -55,8 +56,42 @@ def restore_transformers_attributes(root: nn.Module, record: Record) -> None:
     record.attributes.clear()
 
 
+def refuse_codes(model: nn.Module) -> None:
+    """Refuse to let transformers save a model with 4-bit experts: it would cut up codes as if they were weights."""
+    for path, module in model.named_modules():
+        if held := coded(module):
+            raise PeftLabError(
+                f"save_pretrained has no form for {path}.{held[0]}, which is held in four bits. Save the base with "
+                "pl.save_quantized(model, folder), or call pl.dequantize_model first."
+            )
+
+
+class Refusing:
+    """Stand for the `save_pretrained` of a model with 4-bit experts: refuse, unless they were dequantised since.
+
+    It is a class, since a bound function that is no method of the model's class cannot be pickled.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Save as the model's own class does."""
+        refuse_codes(self.model)
+        kind: Any = type(self.model)
+        return kind.save_pretrained(self.model, *args, **kwargs)
+
+
+def guard_saving(root: nn.Module) -> None:
+    """Let the `save_pretrained` of a model that now holds 4-bit experts refuse."""
+    for module in root.modules():
+        if hasattr(module, "save_pretrained") and any(map(coded, module.modules())):
+            module.__dict__["save_pretrained"] = Refusing(module)
+
+
 def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Call the model's own `save_pretrained`; the first time, warn that adapters are saved apart."""
+    refuse_codes(self)
     activity = next((adapters_on(host).activity for _, host in hosts(self)), None)
     if activity is not None and not activity.saving_known:
         activity.saving_known = True

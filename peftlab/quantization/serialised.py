@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeGuard
 
 import torch
@@ -23,6 +24,8 @@ from peftlab.quantization.codebooks import code_book, dynamic_book
 MARK = "quant_state."
 # int4 is not a format of bitsandbytes, so a file with it must not carry bitsandbytes' mark
 OWNERS = {"nf4": "bitsandbytes__nf4", "fp4": "bitsandbytes__fp4", "int4": "peftlab__int4"}
+
+EXPERTS = "peftlab__experts"  # the mark of several experts in one parameter
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
 FLOATS = tuple(DTYPES.values())
@@ -47,8 +50,7 @@ def to_tensors(state: QuantState) -> dict[str, Tensor]:
     if state.nested_absmax is not None and state.offset is not None:
         tensors |= {"nested_absmax": state.nested_absmax.detach(), "nested_quant_map": dynamic_book(device).clone()}
         facts |= {"nested_blocksize": SCALE_BLOCK, "nested_dtype": "float32", "nested_offset": state.offset.item()}
-    text = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
-    return tensors | {MARK + OWNERS[state.format]: text}
+    return tensors | {MARK + OWNERS[state.format]: _text(facts)}
 
 
 def from_tensors(tensors: Mapping[str, Tensor], device: torch.device, name: str = "weight") -> QuantState:
@@ -114,6 +116,56 @@ def from_tensors(tensors: Mapping[str, Tensor], device: torch.device, name: str 
     if not bool((state.scales().abs() <= min(1.02 * torch.finfo(state.dtype).max, FLOAT_MAX)).all()):
         raise _wrong(name, f"its scales stand for weights that {facts['dtype']} cannot hold")
     return state
+
+
+def experts_to_tensors(state: QuantState) -> dict[str, Tensor]:
+    """Return what is stored beside the codes of several experts: the same tensors, with the experts in front.
+
+    The offsets of double quantisation, one for each expert, are a tensor here. The mark is not bitsandbytes', which
+    has no such form.
+    """
+    tensors = to_tensors(replace(state, offset=None if state.offset is None else state.offset.mean()))
+    del tensors[MARK + OWNERS[state.format]]
+    facts = {
+        "quant_type": state.format, "blocksize": state.block_size, "dtype": str(state.dtype).removeprefix("torch."),
+        "shape": list(state.shape),
+    }  # fmt: skip
+    if state.offset is not None:
+        facts |= {"nested_blocksize": SCALE_BLOCK, "nested_dtype": "float32"}
+        tensors["nested_offset"] = state.offset.detach()
+    return tensors | {MARK + EXPERTS: _text(facts)}
+
+
+def experts_from_tensors(tensors: Mapping[str, Tensor], name: str) -> list[QuantState]:
+    """Return the state of each expert: the reverse of `experts_to_tensors`, with the checks of `from_tensors`."""
+    if MARK + EXPERTS not in tensors:
+        raise PeftLabError(f"{name} holds no 4-bit experts: {MARK}{EXPERTS} is missing beside it.")
+    facts = _facts(tensors[MARK + EXPERTS], name)
+    shape, format = facts.get("shape"), facts.get("quant_type")
+    if not isinstance(shape, list) or len(shape) != 3 or not all(_whole(size) and size > 0 for size in shape):
+        raise _wrong(name, f"its shape is {shape!r}; it is three positive whole numbers")
+    if not isinstance(format, str) or format not in OWNERS:
+        raise _wrong(name, f"its format is {format!r}; this package knows {', '.join(OWNERS)}")
+    stacked = {key: tensors[key] for key in ("absmax", "nested_absmax", "nested_offset") if key in tensors}
+    for key, tensor in stacked.items():
+        if tensor.dim() != (1 if key == "nested_offset" else 2) or tensor.shape[0] != shape[0]:
+            raise _wrong(name, f"its {key} is {tuple(tensor.shape)}; it has {shape[0]} experts in front")
+    if strange := sorted(set(tensors) - {*stacked, "quant_map", "nested_quant_map", MARK + EXPERTS}):
+        raise _wrong(name, f"beside it lies {strange[0]!r}, which says nothing here")
+    books = {key: tensors[key] for key in ("quant_map", "nested_quant_map") if key in tensors}
+    states = []
+    for e in range(shape[0]):
+        own = {key: tensor[e] for key, tensor in stacked.items()}
+        offset = own.pop("nested_offset", None)
+        mine = {**facts, "shape": shape[1:]} | ({} if offset is None else {"nested_offset": float(offset)})
+        one = {**own, **books, MARK + OWNERS[format]: _text(mine)}
+        states.append(from_tensors(one, torch.device("cpu"), f"{name}[{e}]"))
+    return states
+
+
+def _text(facts: Mapping[str, Any]) -> Tensor:
+    """Return facts as JSON in the bytes of a tensor."""
+    return torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
 
 
 def packed_codes(stored: Tensor, state: QuantState, name: str = "weight") -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 
 from peftlab import checks
 from peftlab.checks import checked
+from peftlab.core.experts import expert_parameters, shape_of
 from peftlab.core.hooks import is_adapter_name
+from peftlab.core.parameters import Coded
 from peftlab.core.records import as_transformer, record_of, unwrap
 from peftlab.core.sums import check_sums, with_sums
 from peftlab.core.targets import linear_shape
@@ -30,8 +33,10 @@ from peftlab.foreign import check_code, read_fields, warn_of_unknown
 from peftlab.quantization.backends import AUTO, check_backend
 from peftlab.quantization.blockwise import Quantized
 from peftlab.quantization.linear import Linear4bit
+from peftlab.quantization.marks import guard_saving
 from peftlab.quantization.model import mark, replace
-from peftlab.quantization.serialised import MARK, from_tensors, packed_codes, to_tensors
+from peftlab.quantization.serialised import EXPERTS, MARK, from_tensors, packed_codes, to_tensors
+from peftlab.quantization.stacks import ExpertCodes, hold, read_state
 from peftlab.quantization.weights import is_quantized, quantized
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -70,6 +75,8 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike) -> Path:
         raise PeftLabError(f"No layer of this {type(root).__name__} is quantised; use its own save_pretrained.")
     tensors = {name: t.detach() for name, t in root.state_dict().items() if not is_adapter_name(name)}
     for name, parameter in held.items():  # bitsandbytes' own saving would change a repacked weight
+        if isinstance(parameter, Coded):  # its module's state dict has all of it
+            continue
         value = quantized(parameter)
         tensors |= {f"{name}.{key}": tensor for key, tensor in to_tensors(value.state).items()} | {name: value.packed}
     first = quantized(next(iter(held.values()))).state
@@ -96,7 +103,7 @@ def _check_place(folder: Path) -> None:
         raise PeftLabError(f"{folder} is a file; save_quantized writes into a folder. Give another path.")
     there = [path.name for pattern in MODELS for path in sorted(folder.glob(pattern))]
     file = settled(folder, FILES).get(WEIGHTS)
-    if not there or (file is not None and layers_in(read_shapes(file))):
+    if not there or (file is not None and (layers_in(read_shapes(file)) or experts_in(read_shapes(file)))):
         return
     raise PeftLabError(
         f"{folder} holds {', '.join(there[:4])} of something else than a 4-bit model, and save_quantized would "
@@ -146,12 +153,14 @@ def load_quantized(
     for path, (value, bias) in held.items():
         _check_layer(folder, model, path, value, bias)
         replace(model, path, Linear4bit(value, bias, backend))
+    _hold_experts(folder, model, tensors, backend, place)
     _fill(model, tensors, folder)
     if not summed:
         warn(
             f"{folder} carries no sums, as save_quantized writes them. Its shapes, types and scales were checked, but "
             "numbers that changed since it was saved cannot be noticed. To have sums, save it with save_quantized.",
         )
+    guard_saving(model)
     return model.to(place).eval()
 
 
@@ -161,7 +170,7 @@ def _read(folder: Path, paths: dict[str, Path]) -> tuple[dict[str, Any], dict[st
         raise PeftLabError(f"{folder} lacks {CONFIG} or {WEIGHTS}; save_quantized writes both.")
     fields = read_fields(paths[CONFIG], infinite=True)
     tensors, metadata = read_tensors(paths[WEIGHTS])
-    codes = [f"{path}.weight" for path in layers_in(tensors)]
+    codes = [*(f"{path}.weight" for path in layers_in(tensors)), *experts_in(tensors)]
     return fields, tensors, check_sums(folder / CONFIG, folder / WEIGHTS, fields, tensors, metadata, codes=codes)
 
 
@@ -225,6 +234,38 @@ def layers_in(keys: Iterable[str]) -> list[str]:
     return sorted({key.partition(f".weight.{MARK}")[0] for key in keys if f".weight.{MARK}" in key})
 
 
+def experts_in(keys: Iterable[str]) -> list[str]:
+    """Return the paths of the parameters of 4-bit experts among the keys of a file."""
+    end = f".{MARK}{EXPERTS}"
+    return sorted(key.removesuffix(end) for key in keys if key.endswith(end))
+
+
+def _hold_experts(
+    folder: Path, model: nn.Module, tensors: dict[str, Tensor], backend: str, device: torch.device
+) -> None:
+    """Take the 4-bit experts out of a file's tensors, check them, and put them into the model."""
+    wanted = expert_parameters(model)
+    for path in experts_in(tensors):
+        target, start = wanted.get(path), f"{path}."
+        mine = {key.removeprefix(start): tensors.pop(key) for key in list(tensors) if key.startswith(start)}
+        packed = tensors.pop(path, None)
+        if target is None or packed is None:
+            raise PeftLabError(
+                f"{folder} holds 4-bit experts {path}, "
+                + ("without their codes" if target is not None else f"and its {type(model).__name__} has none there")
+                + f". {CONFIG} and {WEIGHTS} do not belong together; fetch or save them again."
+            )
+        state = read_state(mine, shape_of(target.host._parameters[target.name]), path)
+        count, size = state.shape[0], -(math.prod(state.shape[1:]) // -2)
+        if packed.dtype != torch.uint8 or tuple(packed.shape) != (count, size):
+            raise PeftLabError(
+                f"{path} in {folder} is {tuple(packed.shape)} of {packed.dtype}; its codes are {(count, size)} bytes. "
+                "The file is damaged; fetch or save it again."
+            )
+        check_backend(backend, state.format, state.block_size, device)
+        hold(target.host, target.name, ExpertCodes(packed, state, backend))
+
+
 def _states(
     folder: Path, tensors: dict[str, Tensor], backend: str, device: torch.device
 ) -> dict[str, tuple[Quantized, nn.Parameter | None]]:
@@ -234,7 +275,7 @@ def _states(
         {path: (codes with their state, bias)}.
     """
     layers = layers_in(tensors)
-    if not layers:
+    if not layers and not experts_in(tensors):
         raise PeftLabError(f"{folder} holds no 4-bit model: no layer in {WEIGHTS} is quantised.")
     held = {}
     for path in layers:

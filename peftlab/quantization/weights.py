@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftlab.core.parameters import Coded
 from peftlab.errors import PeftLabError
 from peftlab.quantization.backends import AUTO, choose, from_bitsandbytes
 from peftlab.quantization.blockwise import Quantized, QuantState, quantize, quantize_scales
 from peftlab.quantization.codebooks import dynamic_book
+from peftlab.quantization.stacks import StackState, quantize_experts
 
 REPACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' layers repack only if this is set
 ROWS = 32  # a repacked block holds so many rows of the weight
@@ -51,6 +53,8 @@ def quantized(parameter: Tensor) -> Quantized:
 
 def dense(parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return the weight that a quantised parameter stands for, in its own dtype or another."""
+    if isinstance(parameter, Coded):
+        return parameter.dense(dtype or state_on(parameter).dtype)
     held = quantized(parameter)
     backend = choose(AUTO, held.state.format, held.state.block_size, held.packed.device)
     return backend.dequantize(held.packed, held.state, dtype or held.state.dtype)
@@ -88,6 +92,14 @@ def store(parameter: Tensor, value: Tensor, name: str = "weight") -> None:
         parameter.data.copy_(value)
         return
     state = quantized(parameter).state
+    if isinstance(state, StackState):
+
+        def quantize_one(weight: Tensor, one: str) -> Quantized:
+            return quantize(weight, state.format, block_size=state.block_size, double_quant=state.nested, name=one)
+
+        packed, stack = quantize_experts(value, quantize_one, name)
+        restore_parameter(parameter, [packed.reshape(-1, 1), *stack.tensors().values()])
+        return
     new = quantize(value, state.format, block_size=state.block_size, double_quant=state.nested, name=name)
     restore_parameter(parameter, [new.packed, *new.state.tensors().values()])
 

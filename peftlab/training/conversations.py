@@ -34,8 +34,8 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
 def encoder_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     """The tokens of a prompt that an encoder reads whole, to its end token where the tokenizer writes one."""
     if tokenizer.chat_template is not None:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt, "prompt")
-        text = _from_template(tokenizer, messages, add_generation_prompt=True)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else messages_of(prompt, "prompt")
+        text = from_template(tokenizer, messages, add_generation_prompt=True)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template wrote the special tokens
     if not isinstance(prompt, str) and isinstance(prompt, Sequence):
         raise PeftLabError("This tokenizer has no chat template, so a prompt is one string, not a list of messages.")
@@ -51,16 +51,22 @@ def end_ids(tokenizer: Any) -> list[int]:
     ids = []
     if tokenizer.chat_template is not None:
         conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-        text = _from_template(tokenizer, conversation)
+        text = from_template(tokenizer, conversation)
         # What the template writes after an answer begins with the end of the turn; it counts if it is one special token
         after = tokenizer(text.rpartition(_PROBE)[2], add_special_tokens=False)["input_ids"]
-        if after and after[0] in tokenizer.all_special_ids:
+        if after and after[0] in special_ids(tokenizer):
             ids.append(after[0])
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
         ids.append(tokenizer.eos_token_id)
     if not ids:
         raise PeftLabError("The tokenizer has no end token; set tokenizer.eos_token before you encode answers.")
     return ids
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """The special tokens: those that the tokenizer's settings name, and those that were added to it as such."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+    return {*tokenizer.all_special_ids, *(token for token, about in added if about.special)}
 
 
 def completion_text(completion: Completion) -> str:
@@ -71,7 +77,7 @@ def completion_text(completion: Completion) -> str:
     """
     if isinstance(completion, (str, int, float, type(None))) or not isinstance(completion, Sequence):
         return text_of(completion, "completion")
-    messages = _messages(completion, "completion")
+    messages = messages_of(completion, "completion")
     roles = [message["role"] for message in messages]
     if roles != ["assistant"]:
         raise PeftLabError(
@@ -100,7 +106,7 @@ def text_of(value: Any, what: str) -> str:
     raise PeftLabError(f"A {what} is a text, found {value!r:.60} ({type(value).__name__}); str(...) makes one of it.")
 
 
-def _messages(value: Any, what: str) -> list[dict[str, Any]]:
+def messages_of(value: Any, what: str) -> list[dict[str, Any]]:
     """A list of messages, each with a role and a content.
 
     Raises:
@@ -110,7 +116,7 @@ def _messages(value: Any, what: str) -> list[dict[str, Any]]:
         text_of(value, what)
     messages = list(value)
     for message in messages:
-        if not isinstance(message, Mapping) or "role" not in message or message.get("content") is None:
+        if not isinstance(message, Mapping) or "role" not in message or not _says_something(message):
             raise PeftLabError(
                 f"A {what} as messages is a list of {{'role': ..., 'content': ...}}, found {message!r:.80} in it."
             )
@@ -119,8 +125,13 @@ def _messages(value: Any, what: str) -> list[dict[str, Any]]:
     return messages
 
 
-def _from_template(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
-    """The conversation as the tokenizer's chat template writes it.
+def _says_something(message: Mapping[str, Any]) -> bool:
+    """Whether a message has a content; a call of a tool may stand without one."""
+    return message.get("content") is not None or bool(message.get("tool_calls"))
+
+
+def from_template(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> Any:
+    """The conversation as the tokenizer's chat template writes it: a text, unless the options ask for tokens.
 
     Raises:
         PeftLabError: the template, which is a program of the tokenizer's makers, refuses it or fails.
@@ -133,7 +144,7 @@ def _from_template(tokenizer: Any, messages: list[dict[str, Any]], **options: An
             f"tokenizer.chat_template = tokenizer.chat_template[{first!r}]."
         )
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return tokenizer.apply_chat_template(messages, **{"tokenize": False, **options})
     except Exception as error:
         roles = ", ".join(str(message["role"]) for message in messages)
         advice = ""

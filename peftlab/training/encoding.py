@@ -29,10 +29,10 @@ from peftlab.training.conversations import (
     text_of,
 )
 from peftlab.training.model_task import is_encoder_decoder
+from peftlab.training.packing import IGNORE, pack
 
 MOST_TOKENS = 100_000_000  # of an example or an answer
 MOST_MULTIPLE = 1_000_000  # a batch of one token is padded to so many
-IGNORE = -100  # the label that torch's cross-entropy leaves out
 
 
 @checked("prompt", "completion")
@@ -187,28 +187,39 @@ class Collator:
     - `labels` (b, t), padded with -100, or (b,) if each example has one label;
     - any other list with one value per token, (b, t), padded with 0.
 
+    With `packing` the b examples fill fewer rows (see `peftlab.training.packing`): instead of the attention mask there
+    are `position_ids`, which restart at 0 for each example, and `use_cache`, False. `pl.train`, `mean_loss` and
+    `perplexity` also try whether the model keeps the examples of a row apart. In a loop of your own, ask
+    `peftlab.training.borders.needs_masks`: some models mix them unless they are given masks.
+
     Args:
         tokenizer: gives the padding id. If it has none, its end token or 0 is used. The id does not matter, because the
             mask and the labels say what is padding.
         side: `"right"` to train, `"left"` to generate.
         multiple_of: round t up to a multiple of this. 8 suits tensor cores, and a compiled model meets fewer shapes.
+        packing: put several examples into a row, for causal language models.
 
     >>> batch = pl.Collator(tokenizer)([{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [7], "labels": [7]}])
     >>> batch["labels"].tolist()
     [[5, 6], [7, -100]]
+    >>> packed = pl.Collator(packing=True)([{"input_ids": [5, 6, 7, 8]}, {"input_ids": [5, 6]}, {"input_ids": [7, 8]}])
+    >>> packed["position_ids"].tolist()
+    [[0, 1, 2, 3], [0, 1, 0, 1]]
     """
 
     tokenizer: Any = None
     side: str = "right"
     multiple_of: int = 1
+    packing: bool = False
 
     def __post_init__(self) -> None:
         one_of("side", self.side, ("left", "right"))
         whole("multiple_of", self.multiple_of, least=1, ceiling=MOST_MULTIPLE)
+        one_of("packing", self.packing, (True, False))
         if self.tokenizer is not None and not hasattr(self.tokenizer, "eos_token_id"):
             raise PeftLabError(f"tokenizer must be a tokenizer or None, found {shown(self.tokenizer)}.")
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if not examples:
             raise PeftLabError("A batch needs at least one example.")
         for example in examples:
@@ -229,7 +240,7 @@ class Collator:
         if "input_ids" in batch and "attention_mask" not in batch:
             ones = [torch.ones(len(example["input_ids"]), dtype=torch.long) for example in examples]
             batch["attention_mask"] = self._pad(ones, 0)
-        return batch
+        return pack(batch, multiple_of=self.multiple_of) if self.packing else batch
 
     def _pad_id(self) -> int:
         for name in ("pad_token_id", "eos_token_id"):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from peftlab.errors import PeftLabError, warn
+from peftlab.training.borders import in_one_row, needs_masks, with_masks
 from peftlab.training.checks import SPAN, answer_in_encoder, check_labels, check_tokens
-from peftlab.training.encoding import IGNORE
+from peftlab.training.encoding import IGNORE, Collator
 from peftlab.training.losses import Loss
 from peftlab.training.model_facts import facts_of
 from peftlab.training.model_task import PER_TOKEN, inner_model
+from peftlab.training.packing import pack
 from peftlab.training.padding import put_known_id, turn_right
 
 OTHER_NAMES = ("label", "label_ids")  # of labels: transformers' collators read them so
@@ -49,20 +52,35 @@ class Inputs:
         collate: list of examples -> batch.
         loss: a loss of the user's own, which may read any column; None stands for the loss of the model's task.
         labelled: whether the labels are read.
+        packing: whether the examples of a batch share rows; a `Collator` may say so itself.
 
     Raises:
-        PeftLabError: without a loss, the model's task is not known.
+        PeftLabError: without a loss, the model's task is not known; or the model cannot take packed rows.
     """
 
-    def __init__(self, model: nn.Module, collate: Callable, *, loss: Loss | None = None, labelled: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        collate: Callable,
+        *,
+        loss: Loss | None = None,
+        labelled: bool = True,
+        packing: bool = False,
+    ) -> None:
         if not callable(collate):
             raise PeftLabError(
                 f"collate is {collate!r}; it makes a batch of a list of examples, as pl.Collator() does."
             )
+        self.packing, self.multiple_of = packing, getattr(collate, "multiple_of", 1)
+        if isinstance(collate, Collator):  # rows are packed last, when the examples in them have been checked
+            self.packing = packing or collate.packing
+            collate = replace(collate, packing=False)
         self.collate, self.own_loss, self.labelled = collate, loss is not None, labelled
         self.facts = facts_of(model, with_task=loss is None)
         self.main = getattr(inner_model(model), "main_input_name", None)
         self.said: set[str] = set()
+        self.one_row = self.packing and in_one_row(model)
+        self.masks = self.packing and needs_masks(model, self.facts)
 
     # -- one example ---------------------------------------------------------------------------------------------
 
@@ -167,7 +185,10 @@ class Inputs:
         check_tokens(batch, self.facts, where)
         if not self.own_loss and self.labelled:
             check_labels(batch, self.facts, where, self._warn)
-        return batch
+        if not self.packing:
+            return batch
+        packed = pack(batch, one_row=self.one_row, multiple_of=self.multiple_of)
+        return with_masks(self.facts.model, packed) if self.masks else packed
 
     def _warn(self, message: str) -> None:
         if message not in self.said:

@@ -35,7 +35,7 @@ PROBLEMS = ("single_label_classification", "multi_label_classification", "regres
 # Read by many models through **kwargs
 USUAL = frozenset(
     "input_ids attention_mask token_type_ids position_ids inputs_embeds labels pixel_values input_features "
-    "input_values decoder_input_ids decoder_attention_mask start_positions end_positions".split()
+    "input_values decoder_input_ids decoder_attention_mask start_positions end_positions use_cache".split()
 )
 
 

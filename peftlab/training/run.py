@@ -22,7 +22,7 @@ from peftlab.training.inputs import Inputs, example_lengths
 from peftlab.training.losses import default_loss
 from peftlab.training.metrics import mean_loss
 from peftlab.training.optimizers import make_optimizer
-from peftlab.training.precision import autocast, check_trainable_dtypes
+from peftlab.training.precision import autocast, check_trainable_dtypes, choose_precision
 from peftlab.training.ranks import Ranks
 from peftlab.training.rows import EVALUATION, TRAINING, rows_of
 from peftlab.training.schedule import DataOrder, derived_seed, learning_rate_at, seed_everything, warmup_steps
@@ -89,11 +89,6 @@ class Run:
         ranks: Ranks,
     ):
         self.model, self.settings, self.device, self.ranks = model, settings, device, ranks
-        self.collate = Inputs(model, settings.collate or Collator(settings.tokenizer), loss=settings.loss)
-        self.train_data, self.evaluation_data = self._read(train_data), self._read_evaluation()
-        if not len(self.train_data):
-            raise PeftLabError("The training data holds no example.")
-        self.loss, self.metrics = settings.loss, settings.metrics or {}
         self.core = unwrap(model)
         check_hosts(self.core)
         refuse_sharded(
@@ -101,6 +96,13 @@ class Run:
             "train works in one process or under DistributedDataParallel",
             "Write the loop yourself, and let every process call save_adapter.",
         )
+        with autocast(device, choose_precision(settings.precision, device)):  # packing is tried in it
+            collate = settings.collate or Collator(settings.tokenizer)
+            self.collate = Inputs(model, collate, loss=settings.loss, packing=settings.packing)
+        self.train_data, self.evaluation_data = self._read(train_data), self._read_evaluation()
+        if not len(self.train_data):
+            raise PeftLabError("The training data holds no example.")
+        self.loss, self.metrics = settings.loss, settings.metrics or {}
         self.trainable = {name: p for name, p in self.core.named_parameters() if p.requires_grad}
         if not self.trainable:
             raise PeftLabError(

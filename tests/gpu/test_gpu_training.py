@@ -78,3 +78,21 @@ def test_generators_of_the_gpu_are_put_back():
     torch.cuda.manual_seed(3)
     train(trained, tiny.examples(), steps=2)
     assert torch.equal(torch.rand(4, device="cuda"), expected)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
+def test_packed_rows_train_as_padded_ones(attention):
+    from transformers.utils import is_flash_attn_2_available
+
+    if attention == "flash_attention_2" and not is_flash_attn_2_available():
+        pytest.skip("flash-attn is not installed")
+    dtype = torch.float32 if attention != "flash_attention_2" else torch.bfloat16
+    losses = []
+    for packing in (False, True):
+        model = tiny.llama(hidden_size=64, dtype=dtype).cuda()
+        model.set_attn_implementation(attention)
+        attach(model, LoRAConfig(r=4, target_modules=["q_proj", "v_proj"]))
+        history = train(model, tiny.examples(24), packing=packing, steps=4, batch_size=8, learning_rate=1e-2,
+                        precision="bf16" if dtype == torch.bfloat16 else "fp32", progress=False)  # fmt: skip
+        losses.append([row["loss"] for row in history.steps])
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2 if dtype == torch.bfloat16 else 1e-4)

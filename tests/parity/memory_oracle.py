@@ -6,6 +6,7 @@ dropout as one kernel with a mask of bytes.
 """
 
 import weakref
+from contextlib import nullcontext
 
 import peft
 import torch
@@ -68,7 +69,7 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask):
         batch, heads, length, width = q.shape
-        output = q.new_empty(batch, length, heads, width).transpose(1, 2)
+        output = torch.empty_like(q) if mask is None else q.new_empty(batch, length, heads, width).transpose(1, 2)
         ctx.save_for_backward(q, k, v, mask, output, q.new_empty(batch, heads, length, dtype=torch.float32))
         return output
 
@@ -108,6 +109,14 @@ def math(q, k, v, mask, dropout):
     return output.transpose(1, 2).contiguous(), None
 
 
+def plain_sdpa(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
+    """`scaled_dot_product_attention` as Falcon calls it: with a mask of truth values, and one head of keys for all."""
+    bias = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device).masked_fill_(attn_mask.logical_not(), -1.0)
+    if k.shape[1] != q.shape[1]:  # no fused kernel takes this
+        return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, bias, dropout_p, False)[0]
+    return Fused.apply(q, k, v, bias)
+
+
 for name, stand_in in (("fused_stand_in", fused), ("strided_bias", strided_bias)):
     ALL_ATTENTION_FUNCTIONS.register(name, stand_in)
     masks.ALL_MASK_ATTENTION_FUNCTIONS.register(name, lambda *args, **options: None)
@@ -115,6 +124,11 @@ for name, stand_in in (("fused_stand_in", fused), ("strided_bias", strided_bias)
 
 def dropout(x, p=0.5, training=True, inplace=False):
     return torch.native_dropout(x, p, True)[0] if p and training else x
+
+
+def autocast_anywhere(device_type, *args, real=torch.autocast, **options):
+    """The meta device has no autocast, which peft switches off around the weights of experts."""
+    return nullcontext() if device_type == "meta" else real(device_type, *args, **options)
 
 
 def measure(
@@ -136,6 +150,10 @@ def measure(
     """
     monkeypatch.setattr(masks, "find_packed_sequence_indices", lambda *args, **options: None)
     monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
+    monkeypatch.setattr(torch, "autocast", autocast_anywhere)
+    if config["model_type"] == "falcon":  # it does not ask for an attention by name
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", plain_sdpa)
+        attention = "sdpa"
     config = AutoConfig.for_model(**{**config, "use_cache": False})
     config.decoder_start_token_id = 0  # asked for by T5
     config._attn_implementation = attention

@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from pairs import give, gradients, live, our_state, peft_model, relative
+from transformers import AutoTokenizer
 
 import peftlab as pl
+from peftlab.assets.fetch import ensure
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -35,3 +37,19 @@ def test_forward_and_gradient(settings):
     mine, other = gradients(our_state(model)), gradients(live(theirs))
     for key in mine:
         assert relative(mine[key], other[key]) < 1e-5, key
+
+
+def test_a_conversation_is_what_the_real_template_writes_and_its_answers_are_learned():
+    tokenizer = AutoTokenizer.from_pretrained(ensure("smollm2-135m"))
+    chat = [
+        {"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "It is 4.\n"},
+        {"role": "user", "content": "Danke"}, {"role": "assistant", "content": "Bitte sch\u00f6n \U0001f642"},
+    ]  # fmt: skip
+    example = pl.encode_chat(tokenizer, chat)
+    assert example["input_ids"] == tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
+    learned = [label for label in example["labels"] if label != -100]
+    assert tokenizer.decode(learned) == "It is 4.\n<|im_end|>Bitte sch\u00f6n \U0001f642<|im_end|>"
+    one, other = pl.encode_chat(tokenizer, chat[:2]), pl.encode_completion(tokenizer, "What is 2 + 2?", "It is 4.\n")
+    assert one["input_ids"][:-1] == other["input_ids"] and one["labels"][:-1] == other["labels"]  # but for a last blank
+    with pytest.raises(pl.PeftLabError, match="begins before it.*Take the blanks off"):
+        pl.encode_chat(tokenizer, [chat[0], {"role": "assistant", "content": "\n\nIt is 4."}])

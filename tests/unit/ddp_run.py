@@ -12,8 +12,13 @@ EXAMPLES = 21  # the last batch leaves one process without an example of its own
 
 
 def run(rank, rendezvous, folder):
-    """The weights of the trained model and the loss of each step, as arrays."""
+    """The weights of the trained model and the loss of each step, as arrays; and the same of packed rows."""
     distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    packed = trained(None, packing=True)
+    return {**trained(folder), **{f"packed {name}": value for name, value in packed.items()}}
+
+
+def trained(folder, **settings):
     model = tiny.llama()
     model.requires_grad_(False)
     model.model.layers.requires_grad_(True)
@@ -25,6 +30,7 @@ def run(rank, rendezvous, folder):
         evaluate_every=2,
         folder=folder,
         **SETTINGS,
+        **settings,
     )
     losses = torch.tensor([row["loss"] for row in history.steps], dtype=torch.float64)
     return {**{name: value.detach().numpy() for name, value in model.named_parameters()}, "losses": losses.numpy()}

@@ -225,10 +225,17 @@ def test_experts_that_are_left_alone_are_named_with_their_share(name):
     model = EXPERTS[name]()
     held = [p.numel() for key, p in model.named_parameters() if "experts" in key and p.dim() == 3]
     share = f"{sum(held) / sum(p.numel() for p in model.parameters()):.0%}"
-    with pytest.warns(UserWarning, match=f"all-linear' does not adapt the experts .* hold {share} of its weights"):
-        pl.attach(model, pl.LoRAConfig(target_modules="all-linear"))
-    with pytest.warns(UserWarning, match=f"leaves whole the experts .* hold {share} of its weights"):
+    told = f"all-linear' does not adapt the experts .* hold {share} of its weights.*target_parameters=.'gate_up_proj'"
+    with pytest.warns(UserWarning, match=told):
+        pl.attach(model, pl.IA3Config(target_modules="all-linear"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
         pl.quantize_model(EXPERTS[name]())
+        if name != "gpt-oss":  # for which peft converts nothing
+            pl.attach(EXPERTS[name](), pl.LoRAConfig(target_modules="all-linear"))
+            return
+    with pytest.warns(UserWarning, match=told):
+        pl.attach(EXPERTS[name](), pl.LoRAConfig(target_modules="all-linear"))
 
 
 def test_models_without_fused_experts_get_no_warning():

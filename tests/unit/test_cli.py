@@ -474,6 +474,36 @@ def test_answers_that_pandas_takes_for_missing_are_learned(place, capsys):
     assert json.loads(out)["test"]["examples"] > 0
 
 
+def test_chats_from_the_shell_packed_or_not(place, capsys):
+    from tiny import tokenizer
+
+    tokenizer(chat=True).save_pretrained("tiny")
+    chats = [
+        [{"from": "human", "value": f"the {a} {b} ?"}, {"from": "gpt", "value": "yes"}] * (1 + len(b) % 3)
+        for a in SUBJECTS
+        for b in ENDS
+    ]
+    (place / "chat.jsonl").write_text("\n".join(json.dumps({"conversations": chat, "id": 1}) for chat in chats))
+    results = []
+    for more in ((), ("--packing",)):
+        command = train_command("chat.jsonl", f"chat{len(more)}", "--steps", 4, "--max-length", 12, "--json", *more)
+        status, out, err = run(capsys, *command)
+        assert status == 0, err
+        assert err.startswith("chat.jsonl holds ShareGPT conversations: the assistant's turns are learned")
+        assert "(not used: id)" in err and "are longer than 12 tokens and were cut at the beginning" in err
+        results.append(json.loads(out))
+    padded, packed = results
+    assert packed["settings"]["packing"] and not padded["settings"]["packing"]
+    assert packed["final_loss"] == pytest.approx(padded["final_loss"], rel=1e-5)
+    assert list(packed["test"]) == ["examples", "perplexity"]
+    status, _, err = run(capsys, *train_command("chat.jsonl", "one", "--packing", "--batch-size", 1))
+    assert status == 2 and "leaves nothing to share a row" in err
+    status, _, err = run(capsys, *train_command("sort.csv", "two", "--packing", "--steps", 1))
+    assert status == 2 and "packing is for causal language models" in err
+    status, _, err = run(capsys, *train_command("sort.csv", "two", "--train-on", "last", "--steps", 1))
+    assert status == 2 and "--train-on is for chats" in err
+
+
 def test_data_that_cannot_be_used_is_told(place, capsys):
     hole = '{"prompt": "a", "completion": "yes"}\n{"prompt": "a", "completion": null}\n'
     bad = {

@@ -42,15 +42,29 @@ def table_of(model):
         own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
         if not own:
             continue
-        weight = own.pop("weight")
+        weight = own.pop("weight", None)
+        for name, parameter in list(own.items()):
+            if parameter.dim() == 3:  # of all experts
+                wide = module.__class__.__name__ in ("GptOssExperts", "Llama4TextExperts")  # (experts, inputs, outputs)
+                sizes = parameter.shape[1:] if wide else parameter.shape[:0:-1]
+                rows[f"{path}.{name}"] = ("experts", *sizes, False, False)
+                del own[name]
+            elif name == "sinks" or name.endswith("_proj_bias"):
+                rows[f"{path}.{name}"] = ("vector", 1, parameter.numel(), False, False)
+                del own[name]
+        if weight is None:
+            assert not own, f"{path} has other parameters: {own}"
+            continue
         if isinstance(module, torch.nn.Linear):
             kind, (outputs, inputs) = "linear", weight.shape
         elif isinstance(module, Conv1D):
             kind, (inputs, outputs) = "conv1d", weight.shape
         elif isinstance(module, torch.nn.Embedding):
             kind, (inputs, outputs) = "embedding", weight.shape
+        elif module.__class__.__name__.endswith(("TopKRouter", "TopkRouter")):
+            kind, (outputs, inputs) = "router", weight.shape
         else:
-            kind, inputs, outputs = "norm", *weight.shape, *weight.shape
+            kind, inputs, outputs = "norm", weight.numel(), weight.numel()
         bias = own.pop("bias", None) is not None
         assert not own, f"{path} has other parameters: {own}"
         rows[path] = (kind, inputs, outputs, bias, id(weight) in seen)
@@ -359,9 +373,14 @@ def test_the_defaults_are_those_of_peft():
     assert rank["vera"] == peft.VeraConfig().r
     for name, family in families.FAMILIES.items():
         known = "roberta" if name in ("xlm-roberta", "camembert") else name
-        # peft scales the queries of Gemma and Qwen, where the paper, and this package, scale the keys
+        if known not in constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING or known == "mixtral":
+            continue  # peft has no defaults, or those of layers that Mixtral no longer has
+        # peft scales the queries of Gemma, Qwen and others, where the paper, and this package, scale the keys
         theirs = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING[known]
-        assert list(family.ia3) == ["k_proj" if target == "q_proj" else target for target in theirs]
+        # and where it scales queries and keys, in OPT, keys and values
+        theirs = ["k_proj" if target == "q_proj" else "v_proj" if target == "k_proj" and known == "opt" else target
+                  for target in theirs]  # fmt: skip
+        assert list(family.ia3) == theirs
         assert list(family.ia3_inputs) == constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[known]
 
 

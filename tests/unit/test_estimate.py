@@ -9,10 +9,11 @@ import pytest
 from places import has_place
 from releases import skip_lost_biases
 
+from peftlab.bench import family_runs
 from peftlab.commands import cli
 from peftlab.errors import PeftLabError
 from peftlab.kit import measurements
-from peftlab.memory import CARDS, METHODS, cards, count, estimate, fits, largest, load_shape, what_fits
+from peftlab.memory import BUILT_IN, CARDS, METHODS, cards, count, estimate, fits, largest, load_shape, what_fits
 from peftlab.memory.estimate import CUBLAS_WORKSPACE
 from peftlab.memory.replay import ops
 from peftlab.memory.replay.tape import Memory, Parameter, backward
@@ -287,10 +288,35 @@ def test_a_null_in_the_config_means_the_default():
 
 
 def test_an_architecture_without_a_replay():
-    config = {"model_type": "gemma2", "vocab_size": 10, "hidden_size": 8, "intermediate_size": 8,
-              "num_hidden_layers": 1, "num_attention_heads": 4}  # fmt: skip
-    with pytest.raises(PeftLabError, match="activations of gemma2 models are not known yet; known: llama"):
+    config = {"model_type": "llama4_text", "vocab_size": 10, "hidden_size": 8, "intermediate_size": 8,
+              "num_hidden_layers": 1, "num_attention_heads": 8}  # fmt: skip
+    with pytest.raises(PeftLabError, match="activations of llama4_text models are not known yet; known: llama"):
         estimate(config)
+
+
+@pytest.mark.parametrize(
+    ("shape", "more"),
+    [("llama-3.2-1b", {"labels": 2}), ({**BUILT_IN["bert-base"], "architectures": ["BertModel"]}, {}),
+     ({**BUILT_IN["qwen3-8b"], "architectures": ["Qwen3Model"]}, {})],
+)  # fmt: skip
+def test_a_model_with_another_head_is_not_predicted_as_if_it_had_its_own(shape, more):
+    with pytest.raises(PeftLabError, match="because its architectures or labels say so"):
+        estimate(shape, **more)
+
+
+def test_families_without_a_fused_attention_are_replayed_in_separate_operations():
+    """As transformers falls back; so both words give one answer."""
+    shape = {**BUILT_IN["gpt-oss-20b"], "num_hidden_layers": 2}
+    assert estimate(shape, attention="sdpa").peak_bytes == estimate(shape, attention="eager").peak_bytes
+
+
+def test_a_sliding_window_costs_a_mask_from_its_width_on():
+    """One more token than the window, and each sliding block keeps a mask of its own."""
+    shape = {**BUILT_IN["mistral-7b"], "num_hidden_layers": 2, "sliding_window": 1024}
+    wide = {**shape, "sliding_window": None}
+    assert estimate(shape, sequence=1023).peak_bytes == estimate(wide, sequence=1023).peak_bytes
+    more = estimate(shape, sequence=1024).peak_bytes - estimate(wide, sequence=1024).peak_bytes
+    assert more > 2 * 2 * 1024 * 1024
 
 
 @pytest.mark.parametrize(
@@ -454,13 +480,18 @@ def test_a_whole_step_is_what_a_gpu_noted(method):
 
 
 def test_the_margin_covers_every_run_that_was_measured():
-    """The documentation gives these numbers: 87 runs, 83 of them above the estimate, the worst by 2.6% of itself."""
+    """The documentation gives these numbers: 87 runs, 84 of them above the estimate, the worst by 1.9% of itself."""
     release = MEASURED.provenance["versions"]["transformers"]
     pairs = [(estimate(**{name: row[name] for name in SETTINGS}, transformers=release).peak_bytes, row["peak_bytes"])
              for row in RUNS]
-    assert len(pairs) == 87 and sum(said < noted for said, noted in pairs) == 83
-    assert round(max(1 - said / noted for said, noted in pairs), 3) == 0.026
+    assert len(pairs) == 87 and sum(said < noted for said, noted in pairs) == 84
+    assert round(max(1 - said / noted for said, noted in pairs), 3) == 0.019
     (context,) = MEASURED.where(section="context").column("bytes")
+    families = measurements.results("memory_families")
+    pairs += [(estimate(**family_runs.arguments_of(row)).peak_bytes, row["peak_bytes"]) for row in families]
+    errors = [said / noted - 1 for said, noted in pairs]
+    told = cards.RUNS, cards.LOWEST, cards.HIGHEST
+    assert (len(errors), round(min(errors), 3), round(max(errors), 3)) == told
     for said, noted in pairs:
         assert cards.with_margin(said) > noted + context
 
@@ -513,7 +544,7 @@ def test_each_optimizer_is_what_a_gpu_measured(file):
 
 def test_the_temporaries_of_each_adamw():
     """One after another for each parameter, for all parameters at once, or none."""
-    shape = load_shape("llama-3.2-1b")
+    shape = load_shape({**BUILT_IN["llama-3.2-1b"], "tie_word_embeddings": False})
     run = {"precision": "fp32", "sequence": 8}
     peaks = {name: estimate(shape, "full", optimizer=name, **run) for name in ("adamw", "adamw-foreach", "adamw-fused")}
     tensors = len([module for module in shape.modules if not module.tied])
@@ -522,4 +553,7 @@ def test_the_temporaries_of_each_adamw():
     assert peaks["adamw"].peak_bytes == near(there + 2 * 4 * largest_weight, 6 * tensors)
     assert peaks["adamw-foreach"].peak_bytes == near(there + 4 * shape.parameters, 6 * tensors)
     assert there <= peaks["adamw-fused"].peak_bytes < there + 2 * 4 * largest_weight  # the peak may be elsewhere
+    tied = estimate("llama-3.2-1b", "full", optimizer="adamw-fused", **run).peak_bytes
+    there = 16 * load_shape("llama-3.2-1b").parameters + CUBLAS_WORKSPACE
+    assert tied == near(there + 2 * 4 * largest_weight, 6 * tensors)  # the embedding's gradient, and the sum of the two
     assert len({found.optimizer for found in peaks.values()}) == 1

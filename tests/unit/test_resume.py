@@ -110,6 +110,7 @@ def test_a_finished_run_comes_back_at_once(tmp_path):
     [
         {"optimizer": "sgd"},
         {"group_by_length": True, "epochs": 1, "steps": None},
+        {"packing": True},
         {"evaluation_data": tiny.examples(3, seed=2), "evaluate_every": 1, "restore_best": True, "learning_rate": 0.1},
     ],
 )

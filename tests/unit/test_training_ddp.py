@@ -19,9 +19,12 @@ def test_two_processes_train_as_one(tmp_path):
     alone = tiny.llama().requires_grad_(False)
     alone.model.layers.requires_grad_(True)
     history = train(alone, tiny.examples(ddp_run.EXAMPLES), **ddp_run.SETTINGS)
-    assert [row["loss"] for row in history.steps] == pytest.approx(first.pop("losses").tolist(), rel=1e-6)
-    second.pop("losses")
+    for result in (first, second):
+        for name in ("losses", "packed losses"):
+            assert result.pop(name).tolist() == pytest.approx([row["loss"] for row in history.steps], rel=1e-6)
     for name, parameter in alone.named_parameters():
         assert torch.equal(first[name], second[name]), name
         assert torch.allclose(first[name], parameter, atol=1e-6), name
+        assert torch.equal(first[f"packed {name}"], second[f"packed {name}"]), name
+        assert torch.allclose(first[f"packed {name}"], parameter, atol=1e-6), name
     assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["step-00000003"]

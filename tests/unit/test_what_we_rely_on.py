@@ -224,6 +224,32 @@ def test_counter_of_writes_to_a_tensor(ours):
         assert torch.zeros(1).is_inference(), f"Tensor.is_inference changed its meaning: {ours}"
 
 
+def test_what_hides_a_parameter_and_what_is_kept(ours):
+    class Sevens(dict):
+        def __getitem__(self, name):
+            return torch.full((2, 2), 7.0) if name == "weight" else super().__getitem__(name)
+
+    layer = nn.Linear(2, 2, bias=False)
+    layer.__dict__["_parameters"], own = Sevens(layer._parameters), layer._parameters
+    assert layer(torch.ones(2))[0] == 14 and dict(layer.named_parameters())["weight"] is own["weight"], ours
+    layer.__dict__["_parameters"] = own
+    layer.__dict__["weight"] = torch.full((2, 2), 7.0)
+    assert layer.weight[0, 0] == 7 and dict(layer.named_parameters())["weight"] is layer._parameters["weight"], ours
+    top = torch._C._autograd._top_saved_tensors_default_hooks
+    assert top(False) is None, ours
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        assert top(False) is not None, ours
+    seen = []
+
+    def block(x):
+        seen.append(top(False) is not None)
+        return x.exp()
+
+    x = torch.ones(1, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False).backward()
+    assert seen == [True, True], f"checkpointing sets no hooks any more; {ours}"
+
+
 def test_what_adds_a_bias(ours):
     norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm2d)
     base = getattr(nn.modules.batchnorm, "_NormBase", None)
@@ -720,7 +746,7 @@ def test_what_a_tokenizer_offers(ours):
     tokenizer = tiny.tokenizer(chat=True)
     missing = lacks(
         tokenizer, "chat_template", "apply_chat_template", "all_special_ids", "eos_token_id", "pad_token_id",
-        "name_or_path", "decode",
+        "name_or_path", "decode", "get_chat_template", "added_tokens_decoder", "is_fast",
     )  # fmt: skip
     assert not missing, f"a transformers tokenizer no longer has {missing}: {ours}"
     messages = [{"role": "user", "content": "yes"}]
@@ -728,6 +754,37 @@ def test_what_a_tokenizer_offers(ours):
     assert isinstance(text, str) and text.endswith("<|start|>assistant "), f"apply_chat_template gives {text!r}: {ours}"
     assert isinstance(tokenizer("yes", add_special_tokens=False)["input_ids"], list), f"input_ids are no list: {ours}"
     assert tokenizer.decode([0], skip_special_tokens=True) == "", f"decode keeps special tokens: {ours}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|start|>{{ m.role }} {% generation %}{{ m.content }}{% endgeneration %}"
+        "<|end|>{% endfor %}"
+    )
+    encoded = tokenizer.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"return_offsets_mapping": True},
+    )  # fmt: skip
+    marks, places = encoded["assistant_masks"], list(map(tuple, encoded["offset_mapping"]))
+    assert marks == [0, 0, 1, 0], f"the mask of generations is {marks}: {ours}"
+    assert places == [(0, 9), (9, 13), (14, 17), (17, 24)], f"a text's tokens stand at {places}: {ours}"
+
+
+def test_borders_told_by_positions(ours):
+    from transformers import masking_utils
+    from transformers.modeling_flash_attention_utils import _is_packed_sequence
+
+    model = tiny.llama().eval()
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6], [9, 8, 7, 4, 5, 6]])
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
+    with torch.no_grad():
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 3:]
+        mixed = model(input_ids=ids, use_cache=False).logits[:, 3:]
+    assert torch.equal(packed[0], packed[1]), f"examples of a packed row are no longer kept apart: {ours}"
+    assert not torch.allclose(mixed[0], mixed[1]), f"the trial of packed rows shows nothing: {ours}"
+    like = torch.empty(2, 6, 1)
+    mask = masking_utils.create_masks_for_generate(tiny.llama().config, like, None, None, position_ids=positions)
+    mask = mask["full_attention"] if isinstance(mask, dict) else mask
+    assert mask.shape == (2, 1, 6, 6) and not mask[0, 0, 3, 2] and mask[0, 0, 4, 3], f"no masks of blocks: {ours}"
+    assert _is_packed_sequence(positions[:1], 1), f"flash attention takes no packed row: {ours}"
+    assert not _is_packed_sequence(positions, 2), f"flash attention takes several packed rows now: {ours}"
 
 
 # -------------------------------------------------------------------------------- transformers: Trainer and marks
@@ -844,7 +901,8 @@ def test_fields_of_pefts_configs(name, ours):
     strange = written - theirs - {"deep"}
     assert not strange, f"peft's {name} no longer has {sorted(strange)}: {ours}"
     idle = {*IDLE[""], *IDLE.get(PEFT[name].peft_type, ())}
-    known = written | set(PEFT[name].unsupported) | idle | set(TARGET_FIELDS)
+    used = {"target_parameters"} if name == "LoraConfig" else set()  # written only where an adapter has some
+    known = written | used | set(PEFT[name].unsupported) | idle | set(TARGET_FIELDS)
     new = theirs - known
     assert not new, (
         f"peft's {name} has new fields, {sorted(new)}. An adapter that uses one is to be refused (`unsupported`) or "

@@ -100,6 +100,8 @@ RIGHT = {
     "check": lambda: {"name": "lora.count", "answer": 1},
     "dequantize_model": lambda: {"model": four_bits()},
     "encode_classification": lambda: {"tokenizer": tiny.tokenizer(), "text": "the cat", "label": 1},
+    "encode_chat": lambda: {"tokenizer": tiny.tokenizer(chat=True),
+                            "messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": "cat"}]},
     "encode_completion": lambda: {"tokenizer": tiny.tokenizer(), "prompt": "the", "completion": "cat"},
     "encode_text": lambda: {"tokenizer": tiny.tokenizer(), "text": "the cat"},
     "exercises.choice": lambda: {"right": "a", "options": ["a", "b"], "hint": "h"},

@@ -39,10 +39,63 @@ class Config:
             raise PeftLabError(f"{self.source}: {name} must be true or false, not {value!r}.")
         return value
 
-    def share(self, name: str, default: float) -> float:
-        """Return the number under `name`, from 0 to below 1, such as the probability of a dropout."""
+    def share(self, name: str, default: float, most: float | None = None) -> float:
+        """Return the number under `name`, from 0 to below 1 (or up to `most`), such as the probability of a dropout."""
         value = self.values.get(name)
-        return default if value is None else float(number(f"{self.source}: {name}", value, least=0, below=1))
+        if value is None:
+            return default
+        limit = {"below": 1.0} if most is None else {"most": most}
+        return float(number(f"{self.source}: {name}", value, least=0, **limit))
+
+    def count(self, name: str, default: int) -> int:
+        """Return the whole number under `name`, which may be 0."""
+        value = self.values.get(name)
+        return default if value is None else whole(f"{self.source}: {name}", value, least=0, ceiling=MOST_SIZE)
+
+    def whole(self, name: str, default: int) -> int:
+        """Return the whole number under `name`, which may be negative where that means that something is off."""
+        value = self.values.get(name)
+        return default if value is None else whole(f"{self.source}: {name}", value, ceiling=MOST_SIZE)
+
+    def words(self, name: str) -> list[str]:
+        """Return the words under `name`: a list, or one string in which `|` parts them. Nothing is an empty list."""
+        value = self.values.get(name)
+        if isinstance(value, str):
+            return [word.strip() for word in value.lower().split("|")]
+        if value is not None and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+            raise PeftLabError(f"{self.source}: {name} must be a list of strings, found {str(value)[:80]}.")
+        return list(value or [])
+
+    def pair(self, name: str, default: int) -> tuple[int, int]:
+        """Return the height and the width under `name`; one number stands for both."""
+        value = self.values.get(name)
+        if not isinstance(value, (list, tuple)):
+            one = self.size(name, default=default)
+            return one, one
+        if len(value) != 2:
+            raise PeftLabError(f"{self.source}: {name} must be one number or a height and a width, found {value!r}.")
+        height, width = (whole(f"{self.source}: {name}", one, least=1, ceiling=MOST_SIZE) for one in value)
+        return height, width
+
+    def part(self, name: str, default: str) -> Config:
+        """Return the configuration of a part, such as `text_config`. A missing one leaves all to its defaults."""
+        value = self.values.get(name)
+        if value is not None and not isinstance(value, dict):
+            raise PeftLabError(f"{self.source}: {name} must be an object, found {str(value)[:80]}.")
+        return Config({"model_type": default, **(value or {})}, f"{self.source}: {name}")
+
+    def numbers(self, name: str) -> list[int] | None:
+        """Return the list of whole numbers under `name`, or None."""
+        value = self.values.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, (list, tuple)) or not all(isinstance(one, int) for one in value):
+            raise PeftLabError(f"{self.source}: {name} must be a list of whole numbers, found {str(value)[:80]}.")
+        return [int(one) for one in value]
+
+    def with_defaults(self, **defaults: int) -> Config:
+        """Return a configuration in which what is missing has these values."""
+        return Config({**defaults, **{k: v for k, v in self.values.items() if v is not None}}, self.source)
 
     def text(self, name: str, default: str) -> str:
         """Return the string under `name`."""
@@ -59,12 +112,18 @@ class Config:
             raise PeftLabError(f"{self.source}: hidden_size {hidden} is not a multiple of the {heads} attention heads.")
         return self.size("head_dim", default=default or hidden // heads)
 
+    def divided(self, hidden: int, heads: int) -> int:
+        """Return hidden / heads, the width of a head in a model whose heads have no width of their own."""
+        if hidden % heads:
+            raise PeftLabError(f"{self.source}: the width {hidden} is no multiple of the {heads} attention heads.")
+        return hidden // heads
+
     def refuse(self, name: str) -> None:
         """Refuse an option that adds modules which the tables here do not have."""
         if self.values.get(name):
             raise PeftLabError(f"{self.source}: {name} is set; models with it are not counted.")
 
-    def labels(self) -> int:
-        """Return the number of classes as transformers reads it: two unless the configuration says otherwise."""
+    def labels(self, default: int = 2) -> int:
+        """Return the number of classes as transformers reads it: two (BART: three) unless the configuration says it."""
         named = self.values.get("id2label")
-        return len(named) if isinstance(named, dict) and named else self.size("num_labels", default=2)
+        return len(named) if isinstance(named, dict) and named else self.size("num_labels", default=default)

@@ -1,240 +1,280 @@
-"""One function per architecture: from a `config.json` to the table of its modules.
+"""The architectures that are known, each by one row of `FAMILIES`.
 
-Each row has the module's path in transformers, so a target matches the same modules here as in the real model. Which
-layer has a bias and which weights are tied follows transformers' model files. Tests compare the tables with those
-models row by row on the meta device.
+A row has a function from a `config.json` to what the architecture is: a `Decoder` (see `decoder_families`), or the rows
+of its table themselves (see `encoder_tables`, `encoder_decoder_tables` and `image_sound_tables`). Each row of a table
+has the module's path in transformers, so a target matches the same modules here as in the real model. Which layer has a
+bias and which weights are tied follows transformers' model files. Tests compare the tables with those models row by row
+on the meta device.
+
+`architectures` in a configuration names the class that was saved, and with it what is counted beside the body: a
+language-model head, a classification head, or nothing (`LlamaModel`). If it is missing, decoders have their
+language-model head and encoders a classification head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from difflib import SequenceMatcher
+from functools import partial
 from typing import Any
 
 from peftlab.errors import PeftLabError
+from peftlab.memory.counting import decoder_families as decoders
+from peftlab.memory.counting import encoder_decoder_tables as pairs
+from peftlab.memory.counting import encoder_tables as encoders
+from peftlab.memory.counting import image_sound_tables as senses
 from peftlab.memory.counting.config import Config
+from peftlab.memory.counting.decoders import Decoder
+from peftlab.memory.counting.modules import Module, linear
 
-
-@dataclass(frozen=True)
-class Module:
-    """One module that holds parameters.
-
-    `inputs` and `outputs` are the two sizes of its weight: the features of a linear layer, or the rows and the width of
-    an embedding. A norm has `outputs` weights. A `bias` adds `outputs` more.
-    """
-
-    path: str
-    kind: str  # "linear", "conv1d", "embedding" or "norm"
-    inputs: int
-    outputs: int
-    bias: bool = False
-    tied: bool = False  # its weight is another module's, and is counted there
-    role: str = "body"  # "body", "output" (a language-model head) or "head" (a classification head)
-    layer: int | None = None  # the number of the block it belongs to; None outside the blocks
-
-    @property
-    def weight(self) -> int:
-        """The number of elements of its own weight; 0 if the weight is another module's (tied)."""
-        if self.tied:
-            return 0
-        return self.outputs if self.kind == "norm" else self.inputs * self.outputs
-
-    @property
-    def parameters(self) -> int:
-        """The number of elements of the weight and the bias."""
-        return self.weight + (self.outputs if self.bias else 0)
-
-
-def _linear(path: str, inputs: int, outputs: int, bias: bool = False, **more: Any) -> Module:
-    return Module(path, "linear", inputs, outputs, bias, **more)
-
-
-def _rms(path: str, width: int, **more: Any) -> Module:
-    return Module(path, "norm", width, width, **more)
-
-
-def _layer_norm(path: str, width: int, **more: Any) -> Module:
-    return Module(path, "norm", width, width, True, **more)
-
-
-def _gated_decoder(
-    c: Config,
-    qkv_bias: bool | None = None,  # None: as attention_bias says, the output projection too
-    mlp_bias: bool = False,
-    kv_default: int | None = None,
-    head_dim: int | None = None,
-    tied: bool = False,
-    head_norms: bool = False,
-    sandwich: bool = False,
-) -> Iterator[Module]:
-    """Yield Llama's modules, and its relatives': grouped key/value heads, a gated MLP, RMS norms, rotary positions."""
-    vocabulary, hidden, inner = c.size("vocab_size"), c.size("hidden_size"), c.size("intermediate_size")
-    layers, heads = c.size("num_hidden_layers"), c.size("num_attention_heads")
-    # null means one key/value head per head. A missing key means the architecture's own default.
-    groups = heads if "num_key_value_heads" in c.values or kv_default is None else kv_default
-    groups = c.size("num_key_value_heads", default=groups)
-    if heads % groups:
-        raise PeftLabError(f"{c.source}: {heads} attention heads cannot share {groups} key/value heads evenly.")
-    width = c.per_head(hidden, heads, head_dim)
-    query, key = heads * width, groups * width
-    out_bias = c.flag("attention_bias") if qkv_bias is None else False
-    in_bias = out_bias if qkv_bias is None else qkv_bias
-    mlp_bias = c.flag("mlp_bias") if mlp_bias else False
-
-    yield Module("model.embed_tokens", "embedding", vocabulary, hidden)
-    for i in range(layers):
-        at = f"model.layers.{i}."
-        yield _linear(at + "self_attn.q_proj", hidden, query, in_bias, layer=i)
-        yield _linear(at + "self_attn.k_proj", hidden, key, in_bias, layer=i)
-        yield _linear(at + "self_attn.v_proj", hidden, key, in_bias, layer=i)
-        yield _linear(at + "self_attn.o_proj", query, hidden, out_bias, layer=i)
-        if head_norms:
-            yield _rms(at + "self_attn.q_norm", width, layer=i)
-            yield _rms(at + "self_attn.k_norm", width, layer=i)
-        yield _linear(at + "mlp.gate_proj", hidden, inner, mlp_bias, layer=i)
-        yield _linear(at + "mlp.up_proj", hidden, inner, mlp_bias, layer=i)
-        yield _linear(at + "mlp.down_proj", inner, hidden, mlp_bias, layer=i)
-        yield _rms(at + "input_layernorm", hidden, layer=i)
-        yield _rms(at + "post_attention_layernorm", hidden, layer=i)
-        if sandwich:
-            yield _rms(at + "pre_feedforward_layernorm", hidden, layer=i)
-            yield _rms(at + "post_feedforward_layernorm", hidden, layer=i)
-    yield _rms("model.norm", hidden)
-    yield _linear("lm_head", hidden, vocabulary, tied=c.flag("tie_word_embeddings", tied), role="output")
-
-
-def _gpt2(c: Config) -> Iterator[Module]:
-    """GPT-2: learned positions, one Conv1D for queries, keys and values together, LayerNorms with biases."""
-    c.refuse("add_cross_attention")
-    vocabulary, hidden = c.size("vocab_size"), c.size("n_embd", "hidden_size")
-    layers, heads = c.size("n_layer", "num_hidden_layers"), c.size("n_head", "num_attention_heads")
-    if hidden % heads:
-        raise PeftLabError(f"{c.source}: n_embd {hidden} is no multiple of the {heads} attention heads.")
-    inner = c.size("n_inner", default=4 * hidden)
-
-    yield Module("transformer.wte", "embedding", vocabulary, hidden)
-    yield Module("transformer.wpe", "embedding", c.size("n_positions", "max_position_embeddings", default=1024), hidden)
-    for i in range(layers):
-        at = f"transformer.h.{i}."
-        yield _layer_norm(at + "ln_1", hidden, layer=i)
-        yield Module(at + "attn.c_attn", "conv1d", hidden, 3 * hidden, True, layer=i)
-        yield Module(at + "attn.c_proj", "conv1d", hidden, hidden, True, layer=i)
-        yield _layer_norm(at + "ln_2", hidden, layer=i)
-        yield Module(at + "mlp.c_fc", "conv1d", hidden, inner, True, layer=i)
-        yield Module(at + "mlp.c_proj", "conv1d", inner, hidden, True, layer=i)
-    yield _layer_norm("transformer.ln_f", hidden)
-    yield _linear("lm_head", hidden, vocabulary, tied=c.flag("tie_word_embeddings", True), role="output")
-
-
-def _bert(c: Config, prefix: str = "bert") -> Iterator[Module]:
-    """BERT and RoBERTa for classification: BERT with its pooler and one linear head, RoBERTa with a head of two."""
-    c.refuse("add_cross_attention")
-    hidden, inner = c.size("hidden_size"), c.size("intermediate_size")
-    layers, heads = c.size("num_hidden_layers"), c.size("num_attention_heads")
-    if hidden % heads:
-        raise PeftLabError(f"{c.source}: hidden_size {hidden} is no multiple of the {heads} attention heads.")
-    positions, types = c.size("max_position_embeddings", default=512), c.size("type_vocab_size", default=2)
-
-    yield Module(f"{prefix}.embeddings.word_embeddings", "embedding", c.size("vocab_size"), hidden)
-    yield Module(f"{prefix}.embeddings.position_embeddings", "embedding", positions, hidden)
-    yield Module(f"{prefix}.embeddings.token_type_embeddings", "embedding", types, hidden)
-    yield _layer_norm(f"{prefix}.embeddings.LayerNorm", hidden)
-    for i in range(layers):
-        at = f"{prefix}.encoder.layer.{i}."
-        for name in ("query", "key", "value"):
-            yield _linear(f"{at}attention.self.{name}", hidden, hidden, True, layer=i)
-        yield _linear(at + "attention.output.dense", hidden, hidden, True, layer=i)
-        yield _layer_norm(at + "attention.output.LayerNorm", hidden, layer=i)
-        yield _linear(at + "intermediate.dense", hidden, inner, True, layer=i)
-        yield _linear(at + "output.dense", inner, hidden, True, layer=i)
-        yield _layer_norm(at + "output.LayerNorm", hidden, layer=i)
-    if prefix == "bert":
-        yield _linear("bert.pooler.dense", hidden, hidden, True)
-        yield _linear("classifier", hidden, c.labels(), True, role="head")
-    else:
-        yield _linear("classifier.dense", hidden, hidden, True, role="head")
-        yield _linear("classifier.out_proj", hidden, c.labels(), True, role="head")
-
-
-def _t5(c: Config, feed_forward: str = "relu") -> Iterator[Module]:
-    """Yield the modules of T5: encoder and decoder, no biases, relative positions in the first block, tied vocabulary.
-
-    transformers 5 always ties the output head. `tie_word_embeddings` then only decides whether the logits are scaled.
-    """
-    vocabulary, hidden = c.size("vocab_size"), c.size("d_model", "hidden_size")
-    heads, width = c.size("num_heads", "num_attention_heads"), c.size("d_kv", "head_dim", default=64)
-    inner, attention = c.size("d_ff"), heads * width
-    depth = c.size("num_layers", "num_hidden_layers")
-    buckets = c.size("relative_attention_num_buckets", default=32)
-    gated = c.text("feed_forward_proj", feed_forward).startswith("gated-")
-
-    yield Module("shared", "embedding", vocabulary, hidden)
-    for stack, layers in (("encoder", depth), ("decoder", c.size("num_decoder_layers", default=depth))):
-        yield Module(f"{stack}.embed_tokens", "embedding", vocabulary, hidden, tied=True)
-        for i in range(layers):
-            attentions = ["SelfAttention"] if stack == "encoder" else ["SelfAttention", "EncDecAttention"]
-            for j, name in enumerate(attentions):
-                at = f"{stack}.block.{i}.layer.{j}."
-                for part in ("q", "k", "v"):
-                    yield _linear(f"{at}{name}.{part}", hidden, attention, layer=i)
-                yield _linear(f"{at}{name}.o", attention, hidden, layer=i)
-                if i == 0 and name == "SelfAttention":
-                    path = f"{at}{name}.relative_attention_bias"
-                    yield Module(path, "embedding", buckets, heads, layer=i)
-                yield _rms(at + "layer_norm", hidden, layer=i)
-            at = f"{stack}.block.{i}.layer.{len(attentions)}."
-            for part in ("wi_0", "wi_1") if gated else ("wi",):
-                yield _linear(f"{at}DenseReluDense.{part}", hidden, inner, layer=i)
-            yield _linear(at + "DenseReluDense.wo", inner, hidden, layer=i)
-            yield _rms(at + "layer_norm", hidden, layer=i)
-        yield _rms(f"{stack}.final_layer_norm", hidden)
-    yield _linear("lm_head", hidden, vocabulary, tied=True, role="output")
+# What is counted, by the end of a class's name. The longest end that fits decides.
+TASKS = {
+    "ForCausalLM": "language model", "LMHeadModel": "language model", "ForConditionalGeneration": "language model",
+    "ForSequenceClassification": "classifier", "ForTokenClassification": "token classifier", "ForMaskedLM": "masked",
+    "Model": "body", "EncoderModel": "encoder alone", "ForQuestionAnswering": "question answering",
+    "ForMultipleChoice": "multiple choice", "ForPreTraining": "pretraining",
+    "ForNextSentencePrediction": "next sentence", "BartForCausalLM": "decoder alone",
+    "WhisperForCausalLM": "decoder alone", "ForAudioClassification": "sound classifier",
+    "ForImageClassification": "image classifier", "ForMaskedImageModeling": "masked image", "ForCTC": "characters",
+    "ForAudioFrameClassification": "token classifier", "ForXVector": "speaker vectors", "CLIPTextModel": "text tower",
+    "CLIPVisionModel": "image tower", "CLIPTextModelWithProjection": "projected text tower",
+    "CLIPVisionModelWithProjection": "projected image tower",
+}  # fmt: skip
+CLASSIFIERS = ("classifier", "token classifier", "image classifier", "sound classifier")
 
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture: the function that makes its table, the kind of model, and the default targets of methods."""
+    """An architecture: how it is described, the kind of model, and the default targets of methods."""
 
-    table: Callable[..., Iterator[Module]]
-    options: dict[str, Any]
+    describe: Callable[..., Any]  # from the configuration to a `Decoder`; of others, from it and the task to the rows
     kind: str  # "decoder", "encoder" or "encoder-decoder"
     query_value: tuple[str, ...]  # the modules that LoRA adapts when no targets are named
     ia3: tuple[str, ...]  # those that IA3 scales: keys, values, the down projection
     ia3_inputs: tuple[str, ...]  # IA3 scales the inputs of these, the outputs of all others
     outputs: tuple[str, str]  # in a block, by regular expression: the last projection of attention and of feed-forward
+    tasks: tuple[str, ...]  # those of `TASKS` that are counted; the first one is taken if nothing is said
+    # What peft makes of the names that these layers had before transformers fused the experts: {old name: parameter}
+    fused: Mapping[str, str] = field(default_factory=dict)
+    prompts: tuple[str, ...] | None = None  # the tasks of models that take prompts; None: all
+    prefixes: tuple[str, ...] | None = None  # those of models that take past keys and values
+
+    def table(self, c: Config, task: str) -> tuple[Decoder | None, tuple[Module, ...]]:
+        """Return the description, if there is one, and the rows of a model for a task."""
+        if self.kind != "decoder":
+            return None, tuple(self.describe(c, task))
+        described: Decoder = self.describe(c)
+        return described, tuple(decoder_rows(described, c, task))
 
 
-def _decoder(**options: Any) -> Family:
-    query_value, ia3 = ("q_proj", "v_proj"), ("k_proj", "v_proj", "down_proj")
-    outputs = (r"self_attn\.o_proj", r"mlp\.down_proj")
-    return Family(_gated_decoder, options, "decoder", query_value, ia3, ("down_proj",), outputs)
+def decoder_rows(d: Decoder, c: Config, task: str) -> Iterator[Module]:
+    """Yield the rows of a decoder with the head of a task. A model without a head has no prefix in its paths."""
+    rows = d.table()
+    if task == "body":
+        start = f"{d.prefix.split('.')[0]}."  # OPTModel's paths begin with "decoder."
+        yield from (replace(module, path=module.path.removeprefix(start)) for module in rows)
+        return
+    first = next(rows)
+    yield first
+    yield from rows
+    if task == "language model":
+        yield linear("lm_head", first.outputs, d.vocabulary, d.output_bias, tied=d.tied, role="output")
+    else:
+        yield linear("score", first.outputs, c.labels(), task == "token classifier", role="head")
 
 
-def _encoder(prefix: str) -> Family:
-    ia3, outputs = ("key", "value", "output.dense"), (r"attention\.output\.dense", r"output\.dense")
-    return Family(_bert, {"prefix": prefix}, "encoder", ("query", "value"), ia3, ("output.dense",), outputs)
+def task_of(c: Config, family: Family, labels: bool) -> str:
+    """Return what is counted. `labels` says that a number of classes was asked for, which means a classifier.
+
+    Raises:
+        PeftLabError: the class in `architectures` has a head that is not counted.
+    """
+    named = c.values.get("architectures")
+    classes = next((task for task in family.tasks if task in CLASSIFIERS), None)
+    if labels and classes and not (isinstance(named, list) and _task(named) in CLASSIFIERS):
+        return classes
+    if not isinstance(named, list) or not named or not isinstance(named[0], str):
+        return family.tasks[0]
+    task = _task(named)
+    if task not in family.tasks:
+        known = ", ".join(end for end, one in TASKS.items() if one in family.tasks)
+        raise PeftLabError(
+            f"{c.source}: architectures names {named[0]!r}, whose head is not counted. Counted are classes that end in "
+            f"{known}; without architectures, {next(end for end, t in TASKS.items() if t == family.tasks[0])}."
+        )
+    return task
 
 
-def _encoder_decoder(ia3: str, ia3_inputs: tuple[str, ...], **options: Any) -> Family:
+def _task(named: list[Any]) -> str | None:
+    """Return the task of the first class in `architectures`, or None if its head is not known."""
+    ends = [end for end in TASKS if named and str(named[0]).endswith(end)]
+    return TASKS[max(ends, key=len)] if ends else None
+
+
+def of_the_same_name(family: str, known: Iterable[str] | None = None) -> str:
+    """Return a sentence that names the known families of the same name, such as qwen2 for qwen4, or nothing.
+
+    The words of the two names must be the same, without numbers, or differ by a slip of the hand. Names that only look
+    alike, such as mamba and llama, are of other models.
+    """
+    words, known = _words(family), list(FAMILIES if known is None else known)
+    near = [name for name in known if _words(name) == words]
+    if near:
+        return f" Known of this name: {', '.join(near)}."
+    slips = [name for name in known if _slip(words, _words(name))]
+    return f" Did you mean {min(slips, key=len)!r}?" if slips else ""
+
+
+def alike(name: str, known: str) -> bool:
+    """Say whether two names of models can be of one family: their first words are the same, but for a slip."""
+    first, other = (_words(one)[:1] for one in (name, known))
+    return bool(first and other) and SequenceMatcher(None, first[0], other[0]).ratio() > 0.75
+
+
+def _words(family: str) -> list[str]:
+    return [word for word in re.findall(r"[a-z]+", family.lower()) if word not in ("text", "v")]
+
+
+def _slip(words: list[str], others: list[str]) -> bool:
+    """Say whether two names differ by a letter that is missing, doubled or in another place."""
+    pairs = zip(words, others, strict=False)
+    return len(words) == len(others) > 0 and all(SequenceMatcher(None, a, b).ratio() > 0.88 for a, b in pairs)
+
+
+DECODER_TASKS = ("language model", "body", "classifier", "token classifier")
+TEXT_TASKS = ("classifier", "body", "masked", "token classifier", "question answering", "multiple choice")
+BERT_TASKS = (*TEXT_TASKS, "language model", "pretraining", "next sentence")
+
+
+def _decoder(
+    describe: Callable[[Config], Decoder],
+    query_value: tuple[str, ...] = ("q_proj", "v_proj"),
+    ia3: tuple[str, ...] = ("k_proj", "v_proj"),
+    down: str = "down_proj",
+    out: str = r"self_attn\.o_proj",
+    ia3_inputs: tuple[str, ...] | None = None,
+    mlp: str = r"mlp\.",
+    tasks: tuple[str, ...] = DECODER_TASKS,
+) -> Family:
+    outputs = (out, mlp + down.rpartition(".")[2])
+    return Family(describe, "decoder", query_value, (*ia3, down), ia3_inputs or (down,), outputs, tasks)
+
+
+def _encoder(
+    describe: Callable[..., Iterator[Module]],
+    tasks: tuple[str, ...] = TEXT_TASKS,
+    query_value: tuple[str, ...] = ("query", "value"),
+    ia3: tuple[str, ...] = ("key", "value"),
+    down: str = "output.dense",
+    outputs: tuple[str, str] = (r"attention\.output\.dense", r"output\.dense"),
+    prompts: tuple[str, ...] | None = None,
+    prefixes: tuple[str, ...] | None = (),
+) -> Family:
+    return Family(
+        describe, "encoder", query_value, (*ia3, down), (down,), outputs, tasks, prompts=prompts, prefixes=prefixes
+    )
+
+
+def _bert(prefix: str) -> Family:
+    tasks = BERT_TASKS if prefix == "bert" else (*TEXT_TASKS, "language model")
+    return _encoder(partial(encoders.bert, prefix=prefix), tasks, prefixes=None)
+
+
+def _encoder_decoder(ia3: str, ia3_inputs: tuple[str, ...], feed_forward: str) -> Family:
     outputs = (r"layer\.0\.SelfAttention\.o", r"layer\.\d\.DenseReluDense\.wo")
-    return Family(_t5, options, "encoder-decoder", ("q", "v"), ("k", "v", ia3), ia3_inputs, outputs)
+    describe, tasks = partial(pairs.t5, feed_forward=feed_forward), ("language model", "body", "encoder alone")
+    return Family(describe, "encoder-decoder", ("q", "v"), ("k", "v", ia3), ia3_inputs, outputs, tasks)
 
+
+_QV, _KV, _OUT = ("q_proj", "v_proj"), ("k_proj", "v_proj"), r"self_attn\.out_proj"
+_CLIP = (senses.clip, _QV, _KV, "fc2", (_OUT, r"mlp\.fc2"), (), ())
+
+
+def _clip(*tasks: str) -> Family:
+    return _encoder(_CLIP[0], tasks, *_CLIP[1:])
+
+
+_FUSED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj", "gate": "gate.weight"}
+_MIXTRAL = {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj", "gate": "gate.weight"}
+_NEOX = (("query_key_value",), ("query_key_value",), "dense_4h_to_h")
 
 FAMILIES: dict[str, Family] = {
-    "llama": _decoder(mlp_bias=True),
-    "mistral": _decoder(qkv_bias=False, kv_default=8),
-    "qwen2": _decoder(qkv_bias=True, kv_default=32),
-    "qwen3": _decoder(kv_default=32, head_dim=128, head_norms=True),
-    "gemma": _decoder(kv_default=16, head_dim=256, tied=True),
-    "gemma2": _decoder(kv_default=4, head_dim=256, tied=True, sandwich=True),
-    "gemma3_text": _decoder(kv_default=4, head_dim=256, tied=True, head_norms=True, sandwich=True),
-    "gpt2": Family(
-        _gpt2, {}, "decoder", ("c_attn",), ("c_attn", "mlp.c_proj"), ("mlp.c_proj",), (r"attn\.c_proj", r"mlp\.c_proj")
+    "llama": _decoder(decoders.llama_itself),
+    "mistral": _decoder(decoders.mistral),
+    "qwen2": _decoder(decoders.qwen2),
+    "qwen3": _decoder(decoders.qwen3),
+    "gemma": _decoder(decoders.gemma),
+    "gemma2": _decoder(decoders.gemma2),
+    "gemma3_text": _decoder(decoders.gemma3),
+    "phi3": _decoder(decoders.phi3, ("qkv_proj",), ("qkv_proj",)),
+    "olmo2": _decoder(decoders.olmo2),
+    "smollm3": _decoder(decoders.smollm3),
+    "granite": _decoder(decoders.granite),
+    "cohere": _decoder(decoders.cohere),
+    "starcoder2": _decoder(decoders.starcoder2, down="c_proj"),
+    "glm4": _decoder(decoders.glm4),
+    "phi": _decoder(decoders.phi, down="fc2", out=r"self_attn\.dense"),
+    "stablelm": _decoder(decoders.stablelm),
+    "gpt_neox": _decoder(decoders.gpt_neox, *_NEOX, r"attention\.dense"),
+    "gptj": _decoder(decoders.gptj, down="fc_out", out=r"attn\.out_proj"),
+    "gpt2": _decoder(decoders.gpt2, ("c_attn",), ("c_attn",), "mlp.c_proj", r"attn\.c_proj"),
+    "opt": _decoder(decoders.opt, down="fc2", out=r"self_attn\.out_proj", mlp=""),
+    "bloom": _decoder(decoders.bloom, *_NEOX[:2], "mlp.dense_4h_to_h", r"self_attention\.dense"),
+    "falcon": _decoder(decoders.falcon, *_NEOX, r"self_attention\.dense"),
+    "mixtral": replace(_decoder(decoders.mixtral), fused=_MIXTRAL),
+    "qwen2_moe": _decoder(decoders.qwen2_moe),
+    "qwen3_moe": replace(_decoder(decoders.qwen3_moe), fused=_FUSED),
+    "gpt_oss": _decoder(decoders.gpt_oss),
+    "deepseek_v3": replace(_decoder(decoders.deepseek_v3), fused=_FUSED),
+    "llama4_text": _decoder(decoders.llama4),
+    "bert": _bert("bert"),
+    "roberta": _bert("roberta"),
+    "xlm-roberta": _bert("roberta"),
+    "camembert": _bert("roberta"),
+    "electra": _encoder(encoders.electra, (*TEXT_TASKS, "language model", "pretraining"), prefixes=None),
+    "distilbert": _encoder(
+        encoders.distilbert, TEXT_TASKS, ("q_lin", "v_lin"), ("k_lin", "v_lin"), "lin2",
+        (r"attention\.out_lin", r"ffn\.lin2"),
     ),
-    "bert": _encoder("bert"),
-    "roberta": _encoder("roberta"),
-    "xlm-roberta": _encoder("roberta"),
-    "camembert": _encoder("roberta"),
-    "t5": _encoder_decoder("wo", ("wo",)),
-    "mt5": _encoder_decoder("wi_1", (), feed_forward="gated-gelu"),
-}
+    "albert": _encoder(
+        encoders.albert, (*TEXT_TASKS, "pretraining"), down="ffn_output",
+        outputs=(r"albert_layers\.\d+\.attention\.dense", r"albert_layers\.\d+\.ffn_output"),
+    ),
+    "deberta-v2": _encoder(
+        encoders.deberta, query_value=("query_proj", "value_proj"), ia3=("key_proj", "value_proj")
+    ),
+    "mpnet": _encoder(
+        encoders.mpnet, query_value=("q", "v"), ia3=("k", "v"), outputs=(r"attention\.attn\.o", r"output\.dense")
+    ),
+    "modernbert": _encoder(
+        encoders.modernbert, TEXT_TASKS, ("Wqkv",), ("Wqkv",), "mlp.Wo", (r"attn\.Wo", r"mlp\.Wo")
+    ),
+    "vit": _encoder(
+        senses.vit, ("image classifier", "body", "masked image"), _QV, _KV, "fc2",
+        (r"attention\.o_proj", r"mlp\.fc2"), (), (),
+    ),
+    "wav2vec2": _encoder(
+        senses.wav2vec2, ("classifier", "body", "characters", "pretraining", "token classifier", "speaker vectors"),
+        _QV, _KV, "output_dense", (r"attention\.out_proj", r"feed_forward\.output_dense"), (), (),
+    ),
+    "clip": _clip(
+        "body", "image classifier", "text tower", "image tower", "projected text tower", "projected image tower"
+    ),
+    "clip_text_model": _clip("text tower", "projected text tower"),
+    "clip_vision_model": _clip("image tower", "projected image tower"),
+    "t5": _encoder_decoder("wo", ("wo",), "relu"),
+    "mt5": _encoder_decoder("wi_1", (), "gated-gelu"),
+    "bart": Family(
+        pairs.bart, "encoder-decoder", _QV, (*_KV, "fc2"), ("fc2",), (_OUT, "fc2"),
+        ("language model", "body", "classifier", "question answering", "decoder alone"),
+        prompts=("language model", "body", "question answering", "decoder alone"),
+        prefixes=("language model", "body", "decoder alone"),
+    ),
+    "whisper": Family(
+        pairs.whisper, "encoder-decoder", _QV, (*_KV, "fc2"), ("fc2",), (_OUT, "fc2"),
+        ("language model", "body", "sound classifier", "decoder alone"),
+        prompts=("decoder alone",), prefixes=("language model", "body", "decoder alone"),
+    ),
+}  # fmt: skip

@@ -14,7 +14,8 @@ from dataclasses import replace
 
 from peftlab.catalogue import METHODS, resolve
 from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.memory.counting.families import FAMILIES, Module
+from peftlab.memory.counting.families import FAMILIES
+from peftlab.memory.counting.modules import Module
 from peftlab.memory.counting.options import Added, Options, Trained
 from peftlab.memory.counting.shapes import Shape
 
@@ -41,8 +42,11 @@ def trained_by(method: str, shape: Shape, options: Options) -> Trained:
 
 
 def full(shape: Shape, options: Options) -> Trained:
-    """List the tensors of full fine-tuning: all parameters train, none is added. A tied weight is listed once."""
-    weights = tuple((module, "weight") for module in shape.modules if not module.tied)
+    """List the tensors of full fine-tuning: all parameters train, none is added. A tied weight is listed once.
+
+    Weights that transformers itself freezes, such as the sines of Whisper's positions, do not train.
+    """
+    weights = tuple((module, "weight") for module in shape.modules if not module.tied and not module.frozen)
     return Trained(own=weights + _biases(shape.modules), whole=True)
 
 
@@ -89,9 +93,9 @@ def ia3(shape: Shape, options: Options) -> Trained:
     """List IA3's (Liu et al. 2022, section 3.3): a scale per output of a module, or per input of a feed-forward layer.
 
     The default targets are the paper's: keys, values, and the input of the last layer of the feed-forward. peft has the
-    same defaults, except for Gemma and Qwen, where it names the queries instead of the keys. In BERT and RoBERTa
-    `output.dense` also matches the attention's layer of that name. peft does not know XLM-RoBERTa and CamemBERT; here
-    they have RoBERTa's defaults.
+    same defaults, except for Gemma, Qwen and BART, where it names the queries instead of the keys. In BERT and RoBERTa
+    `output.dense` also matches the attention's layer of that name. peft has no defaults for XLM-RoBERTa, CamemBERT and
+    most other encoders; here they have those of the paper too.
     """
     if options.bias != "none":
         raise PeftLabError(f"ia3 trains no biases; found bias={options.bias!r}. Leave it out, or use lora or bitfit.")
@@ -123,7 +127,12 @@ def bitfit(shape: Shape, options: Options) -> Trained:
 
 
 def prompt(shape: Shape, options: Options) -> Trained:
-    """List prompt tuning's (Lester et al. 2021, section 2): n vectors of width d. For T5 peft makes 2 n of them."""
+    """List prompt tuning's (Lester et al. 2021, section 2): n vectors of width d. For T5 peft makes 2 n of them.
+
+    d is the width of the word embedding. Where the model is wider (ALBERT, small ELECTRAs), peft must be told so by
+    `token_dim`; its default is the model's width, which does not fit.
+    """
+    _can_have(shape, "prompt", FAMILIES[shape.family].prompts, "takes no vectors in the place of words")
     return Trained((Added("", "embedding.weight", (_prompt_rows(shape, options), _hidden(shape))),))
 
 
@@ -134,6 +143,7 @@ def p_tuning(shape: Shape, options: Options) -> Trained:
     Its LSTM is h wide and bidirectional; Linear(2h, 2h) and Linear(2h, d) follow. A saved adapter holds only the
     finished prompt.
     """
+    _can_have(shape, "prompt", FAMILIES[shape.family].prompts, "takes no vectors in the place of words")
     d = _hidden(shape)
     h = options.encoder_hidden or d
     head = [("mlp_head.0", d, h), ("mlp_head.2", h, h), ("mlp_head.4", h, d)]
@@ -155,12 +165,15 @@ def prefix(shape: Shape, options: Options) -> Trained:
 
     k is the width of the keys; under grouped-query attention this is the width of the key/value heads. With
     `projection` (section 4.3) n k parameters go through Linear(k, h) and Linear(h, 2 L k), with h = k by default. Only
-    the result is saved. In T5, peft gives a prefix to the decoder's self-attention only, but takes L from the encoder's
-    depth and k from d_model. If the decoder's depth or the attention's width differs, peft can build the prefix but not
-    run it.
+    the result is saved. In encoder-decoders, peft gives a prefix to the decoder's self-attention only, but takes L from
+    the encoder's depth and k from d_model. If T5's decoder has another depth or attention another width, peft can build
+    the prefix but not run it.
     """
-    n, depth = options.virtual_tokens, len([b for b in _blocks(shape) if not b.startswith("decoder.")])
-    k = next((m.outputs for m in shape.modules if m.path.endswith(".self_attn.k_proj")), _hidden(shape))
+    _can_have(shape, "prefix", FAMILIES[shape.family].prefixes, "takes no past keys and values")
+    blocks = list(_blocks(shape))
+    n, depth = options.virtual_tokens, len([b for b in blocks if "decoder." not in b] or blocks)
+    keys = (".self_attn.k_proj", ".attention.self.key")
+    k = next((m.outputs for m in shape.modules if m.path.endswith(keys)), _hidden(shape))
     if not options.projection:
         return Trained((Added("", "embedding.weight", (n, 2 * depth * k)),))
     h = options.encoder_hidden or k
@@ -207,7 +220,12 @@ def _low_rank(
     classification head, which trains anyway. peft adapts embeddings with LoRA and DoRA alone.
     """
     targets = options.targets
-    adapted = shape.match(targets) if method in ("lora", "dora") else linear_targets(shape, targets, method)
+    if options.target_parameters and method != "lora":
+        raise PeftLabError(f"{method} adapts modules alone, no target_parameters. Use lora.")
+    if method == "lora":
+        adapted = shape.match(targets, parameters=options.target_parameters)
+    else:
+        adapted = shape.match(targets) if method == "dora" else linear_targets(shape, targets, method)
     unfrozen = {"none": (), "lora_only": adapted, "all": _body(shape)}
     added = tuple(tensor for module in adapted for tensor in tensors(module, rank_of(options)))
     return Trained(added, _biases(unfrozen[options.bias]), adapted)
@@ -220,23 +238,34 @@ def rank_of(options: Options) -> int:
 
 
 def _pair(m: Module, r: int) -> list[Added]:
-    """Return A, (r, d_in), and B, (d_out, r). For an embedding, d_in is the number of its rows."""
-    name = "lora_embedding_" if m.kind == "embedding" else "lora_"
+    """Return A, (r, d_in), and B, (d_out, r). For an embedding, d_in is the number of its rows.
+
+    For the experts in one parameter, r is the rank of all of them together.
+    """
+    name, r = "lora_embedding_" if m.kind == "embedding" else "lora_", m.ranks * m.experts * r
     return [Added(m.path, name + "A", (r, m.inputs)), Added(m.path, name + "B", (m.outputs, r))]
 
 
 def linear_targets(
     shape: Shape, targets: str | Iterable[str] | None, method: str, default: Iterable[str] | None = None
 ) -> tuple[Module, ...]:
-    """Return the targets of a method that stands on linear layers alone, not on embeddings."""
+    """Return the targets of a method that stands on linear layers alone, not on embeddings and convolutions."""
     adapted = shape.match(targets, default)
     for module in adapted:
-        if module.kind == "embedding":
+        if module.kind in ("embedding", "convolution"):
             raise PeftLabError(
-                f"{method} adapts linear layers only; target {module.path} of {shape.name} is an embedding. "
+                f"{method} adapts linear layers only; target {module.path} of {shape.name} is "
+                f"{'an embedding' if module.kind == 'embedding' else 'a convolution'}. "
                 "Name linear layers, or use lora or dora."
             )
     return adapted
+
+
+def _can_have(shape: Shape, what: str, tasks: tuple[str, ...] | None, why: str) -> None:
+    """Refuse a prompt or prefix on a model that cannot have one. `tasks` of None are all."""
+    if tasks is not None and shape.task not in tasks:
+        others = "a prompt, or lora" if what == "prefix" and FAMILIES[shape.family].prompts is None else "lora or ia3"
+        raise PeftLabError(f"{shape.name} ({shape.family}, {shape.task}) {why}, so it has no {what}. Use {others}.")
 
 
 def _biases(modules: Iterable[Module]) -> tuple[tuple[Module, str], ...]:
@@ -253,7 +282,7 @@ def _hidden(shape: Shape) -> int:
 
 
 def _prompt_rows(shape: Shape, options: Options) -> int:
-    return options.virtual_tokens * (2 if shape.kind == "encoder-decoder" else 1)
+    return options.virtual_tokens * (2 if shape.kind == "encoder-decoder" and shape.task == "language model" else 1)
 
 
 def _blocks(shape: Shape) -> dict[str, list[Module]]:

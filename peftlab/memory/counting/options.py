@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from peftlab.checks import check_fields, one_of, whole
+from peftlab.errors import PeftLabError
 from peftlab.memory.counting.config import MOST_LAYERS, MOST_SIZE
-from peftlab.memory.counting.families import Module
+from peftlab.memory.counting.modules import Module
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Options:
     encoder: str = "mlp"  # for P-tuning: the network that makes the prompt, "mlp" or "lstm"
     encoder_hidden: int | None = None  # its inner width, also of the prefix MLP; None: the width of its output
     encoder_layers: int = 2  # layers of P-tuning's LSTM; the MLP always has three linear layers
+    target_parameters: tuple[str, ...] = ()  # for LoRA: parameters to adapt as such, such as "experts.gate_up_proj"
 
     def __post_init__(self) -> None:
         check_fields(self, whole, "r", "encoder_hidden", least=1, ceiling=MOST_SIZE, optional=True)
@@ -57,3 +60,20 @@ class Trained:
     adapted: tuple[Module, ...] = ()  # the modules that it adapts
     whole: bool = False  # the whole model trains, its head included, so no copy of the head is added
     saved: int | None = None  # elements that a file holds of the added tensors; None: all those that train
+
+
+def names_of(values: Iterable[str] | None) -> tuple[str, ...]:
+    """Return names as a tuple; None is no name.
+
+    Raises:
+        PeftLabError: a single string, or an entry that is not a string.
+    """
+    if values is None:
+        return ()
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise PeftLabError(f"target_parameters is {values!r}; give a list of names, such as ['experts.down_proj'].")
+    values = tuple(values)
+    for one in values:
+        if not isinstance(one, str) or not one:
+            raise PeftLabError(f"target_parameters holds {one!r}; its entries are names, as strings.")
+    return values

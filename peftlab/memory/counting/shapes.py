@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from peftlab.checks import checked, whole
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.counting.builtin import BUILT_IN
 from peftlab.memory.counting.config import MOST_SIZE, Config
-from peftlab.memory.counting.families import FAMILIES, Module
+from peftlab.memory.counting.decoders import Decoder
+from peftlab.memory.counting.families import FAMILIES, alike, of_the_same_name, task_of
+from peftlab.memory.counting.modules import Module
 
 ALL_LINEAR = "all-linear"
 
@@ -27,9 +29,11 @@ ALL_LINEAR = "all-linear"
 class Shape:
     """A model's architecture: everything that counting needs to know about it, without the weights.
 
-    Decoders include their language-model head, encoders a classification head (two labels unless the configuration says
-    otherwise), and T5 its tied head. This is what `AutoModelForCausalLM`, `AutoModelForSequenceClassification` and
-    `AutoModelForSeq2SeqLM` build.
+    `architectures` in the configuration decides which head is included. Without it, decoders include their
+    language-model head, encoders a classification head (two labels unless the configuration says otherwise), T5, BART
+    and Whisper their tied head, and CLIP both towers without a head. This is what `AutoModelForCausalLM`,
+    `AutoModelForSequenceClassification` (or its like for images) and `AutoModelForSeq2SeqLM` build. Of a model of
+    several parts, such as Gemma 3 with images, it is the language model.
     """
 
     name: str
@@ -37,6 +41,8 @@ class Shape:
     kind: str  # "decoder", "encoder" or "encoder-decoder"
     modules: tuple[Module, ...] = field(repr=False)
     config: dict[str, Any] = field(repr=False)
+    task: str = "language model"  # one of the values of `families.TASKS`
+    layout: Decoder | None = field(default=None, repr=False)  # what the table was made from, for decoders
 
     @property
     def parameters(self) -> int:
@@ -54,7 +60,10 @@ class Shape:
         return FAMILIES[self.family].query_value
 
     def match(
-        self, targets: str | Iterable[str] | None = None, default: Iterable[str] | None = None
+        self,
+        targets: str | Iterable[str] | None = None,
+        default: Iterable[str] | None = None,
+        parameters: Iterable[str] | None = None,
     ) -> tuple[Module, ...]:
         """Return the modules that `targets` selects, by the rules of Hugging Face peft.
 
@@ -68,11 +77,19 @@ class Shape:
 
         A classification head never matches, because all of it trains anyway.
 
+        Args:
+            parameters: for methods that adapt parameters too: names, or ends of paths, of fused experts and routers
+                (Hugging Face's `target_parameters`). In some mixtures peft also reads `"all-linear"`, and the names
+                that the experts' layers once had, as these parameters, and gives fused ones the rank of all. None: the
+                method adapts modules alone.
+
         Raises:
             PeftLabError: a name matches nothing, or a module that is neither a linear nor an embedding layer; the model
                 has none of the names in `default`.
         """
-        body = [module for module in self.modules if module.role != "head"]
+        if parameters is not None:
+            return self._match_parameters(targets, tuple(parameters))
+        body = [m for m in self.modules if m.role != "head" and m.kind not in ("experts", "vector", "bias")]
         if targets is None and default is None:
             targets = self.query_value
         elif targets is None:
@@ -100,9 +117,54 @@ class Shape:
                 if not any(_ends_with(module.path, name) for module in found):
                     raise PeftLabError(self._nothing(name))
         for module in found:
-            if module.kind == "norm":
-                raise PeftLabError(f"Target {module.path} of {self.name} is a norm, not a linear layer.{self._names()}")
+            if module.kind in ("norm", "router"):
+                hint = f" LoRA adapts it by target_parameters={[_parameter(module, 2)]}."
+                raise PeftLabError(
+                    f"Target {module.path} of {self.name} is a {module.kind}, not a linear layer."
+                    f"{hint if module.kind == 'router' else ''}{self._names()}"
+                )
         return tuple(found)
+
+    def _match_parameters(self, targets: str | Iterable[str] | None, named: tuple[str, ...]) -> tuple[Module, ...]:
+        """Return the modules and the parameters that LoRA adapts, as peft does."""
+        fused, ranks = FAMILIES[self.family].fused, {}
+        if targets is None and named:  # parameters alone, as in peft
+            return tuple(self._parameter_rows(named, ranks))
+        wanted: list[str] = []
+        if fused and targets is not None and (not isinstance(targets, str) or targets.lower() == ALL_LINEAR):
+            linear = isinstance(targets, str)
+            names = [m.path for m in self.match(ALL_LINEAR)] if linear else list(targets)
+            meant = [*fused] if linear else [old for old in fused if any(_ends_with(name, old) for name in names)]
+            for new in dict.fromkeys(fused[old] for old in meant):
+                olds = [old for old, other in fused.items() if other == new]
+                missing = [old for old in olds if old not in meant]
+                if missing:
+                    raise PeftLabError(
+                        f"{self.name} holds {' and '.join(olds)} of all experts in one parameter, {new}. Name "
+                        f"{' and '.join(missing)} too."
+                    )
+                ranks[new] = len(olds)
+                if not linear or any(_ends_with(_parameter(m), new) for m in self.modules):
+                    wanted.append(new)
+            targets = [name for name in names if not any(_ends_with(name, old) for old in fused)]
+            if linear:  # peft keeps the last names alone
+                targets = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in targets))
+        rows = self.match(targets) if targets is None or targets or not wanted else ()
+        return (*rows, *self._parameter_rows((*wanted, *named), ranks))
+
+    def _parameter_rows(self, named: Iterable[str], ranks: dict[str, int]) -> Iterator[Module]:
+        """Yield the rows of the parameters that are named by the ends of their paths."""
+        named = tuple(named)
+        rows = [m for m in self.modules if m.kind in ("experts", "router", "linear", "conv1d") and m.role == "body"]
+        for name in named:
+            if not any(_ends_with(_parameter(module), name) for module in rows):
+                known = dict.fromkeys(_parameter(m, 2) for m in rows if m.kind in ("experts", "router"))
+                told = f" Those of its experts are {', '.join(known)}." if known else " It has no experts."
+                raise PeftLabError(f"No matrix or set of experts of {self.name} is a parameter {name!r}.{told}")
+        for module in rows:
+            found = [name for name in named if _ends_with(_parameter(module), name)]
+            if found:
+                yield replace(module, ranks=max(ranks.get(name, 1) for name in found))
 
     def _linear_names(self) -> list[str]:
         """Return the last names of the paths of all layers that can be adapted, in the order of the model."""
@@ -115,8 +177,20 @@ class Shape:
     def _nothing(self, name: Any) -> str:
         if any(_ends_with(m.path, name) or m.path.split(".")[0] == name for m in self.head):
             return f"Target {name!r} is the classification head of {self.name}, which always trains as a whole."
+        experts = [m for m in self.modules if m.kind == "experts" and _ends_with(m.path, name)]
+        if experts:
+            return (
+                f"Target {name!r} of {self.name} is a parameter that holds all experts, not a module. LoRA adapts it "
+                f"by target_parameters={[_parameter(experts[0], 2)]}.{self._names()}"
+            )
         known = self._linear_names() + [m.path.rsplit(".", 1)[-1] for m in self.modules]
         return f"Target {name!r} matches no module of {self.name}.{did_you_mean(name, known)}{self._names()}"
+
+
+def _parameter(module: Module, words: int | None = None) -> str:
+    """Return the path of a row's weight, or the last words of it."""
+    path = module.path if module.kind == "experts" else f"{module.path}.weight"
+    return path if words is None else ".".join(path.split(".")[-words:])
 
 
 def _ends_with(path: str, name: Any) -> bool:
@@ -161,7 +235,8 @@ def load_shape(shape: str | os.PathLike[str] | dict[str, Any] | Shape, labels: i
     if not path.is_file():
         if name.endswith(".json") or name.startswith((".", os.sep, "~")):
             raise PeftLabError(f"No file {name!r}; a shape is a built-in name or the path of a config.json.")
-        hint = did_you_mean(name, BUILT_IN) or f" Known: {', '.join(BUILT_IN)}."
+        near = did_you_mean(name, [known for known in BUILT_IN if alike(name, known)])
+        hint = near or f" Known: {', '.join(BUILT_IN)}."
         raise PeftLabError(f"Unknown shape {name!r}; it is neither a built-in name nor a config.json.{hint}")
     return _from_config(_read(path), str(shape), labels)
 
@@ -182,11 +257,16 @@ def _from_config(values: dict[str, Any], name: str, labels: int | None) -> Shape
     family = values.get("model_type")
     if not isinstance(family, str):
         raise PeftLabError(f"{name}: model_type is missing or is not a string, so the architecture is not known.")
+    text = values.get("text_config")
+    if family not in FAMILIES and isinstance(text, dict) and isinstance(text.get("model_type"), str):
+        return _from_config(text, f"{name} (its text part)", labels)
     if family not in FAMILIES:
-        hint = did_you_mean(family, FAMILIES)
-        raise PeftLabError(f"{name}: model_type {family!r} is not known.{hint} Known: {', '.join(FAMILIES)}.")
+        raise PeftLabError(
+            f"{name}: model_type {family!r} is not known.{of_the_same_name(family)} Known: {', '.join(FAMILIES)}."
+        )
     if labels is not None:
         values = {**values, "id2label": None, "num_labels": whole("labels", labels, least=1, ceiling=MOST_SIZE)}
-    entry = FAMILIES[family]
-    modules = tuple(entry.table(Config(values, name), **entry.options))
-    return Shape(name, family, entry.kind, modules, values)
+    entry, config = FAMILIES[family], Config(values, name)
+    task = task_of(config, entry, labels is not None)
+    layout, modules = entry.table(config, task)
+    return Shape(name, family, entry.kind, modules, values, task, layout)

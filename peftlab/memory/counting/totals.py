@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftlab.checks import checked
-from peftlab.memory.counting.families import Module
 from peftlab.memory.counting.methods import method_name, trained_by
-from peftlab.memory.counting.options import Options
+from peftlab.memory.counting.modules import Module
+from peftlab.memory.counting.options import Options, names_of
 from peftlab.memory.counting.shapes import Shape, load_shape
 
 
@@ -51,6 +51,7 @@ def count(
     *,
     r: int | None = None,
     targets: str | Iterable[str] | None = None,
+    target_parameters: Iterable[str] | None = None,
     bias: str = "none",
     virtual_tokens: int = 20,
     reduction_factor: int = 16,
@@ -71,6 +72,8 @@ def count(
         targets: names, `"all-linear"` or a regular expression (see `Shape.match`), for the LoRA family, IA3, BitFit and
             the bottleneck adapters. None takes query and value; for IA3 peft's defaults (mostly keys, values and the
             down projection; see `methods.ia3`), for BitFit every bias, for adapters the places of their papers.
+        target_parameters: for LoRA, parameters to adapt as such, by the ends of their paths, such as
+            `["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]` for fused experts.
         bias: `"none"`, `"all"` or `"lora_only"`, for the LoRA family.
         virtual_tokens: the length of a prompt or prefix.
         reduction_factor: hidden width / width of a bottleneck adapter.
@@ -92,8 +95,9 @@ def count(
     if targets is not None and not isinstance(targets, str):
         targets = tuple(targets)
     options = Options(
-        r, targets, bias, virtual_tokens, reduction_factor, projection, encoder, encoder_hidden, encoder_layers
-    )
+        r, targets, bias, virtual_tokens, reduction_factor, projection, encoder, encoder_hidden, encoder_layers,
+        names_of(target_parameters),
+    )  # fmt: skip
     trained = trained_by(name, shape, options)
     # peft trains a copy of the classification head and also keeps the original. The total includes both.
     head = 0 if trained.whole else sum(module.parameters for module in shape.head)

@@ -16,6 +16,10 @@ class Style:
     wide_softmax: bool = True  # whether the softmax is always in float32
     dropout: float = 0.0
     fusible: bool = True  # whether a fused kernel accepts its bias
+    capped: bool = False  # whether scores are capped by a tanh
+    sinks: bool = False  # whether a logit for each head is joined to the scores, and their maximum subtracted
+    by_head: bool = False  # whether queries lie head by head; the fused kernel's output then does, too, and is copied
+    wide_scores: bool = False  # whether the scores are computed in float32
 
 
 def packed_attention(x: Tensor, heads: int) -> Tensor:
@@ -105,21 +109,39 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style:
     batch, heads, length, width = q.shape
     if k.shape[1] != heads:
         k, v = repeat(k, heads), repeat(v, heads)
+    if style.wide_scores:
+        q, k = ops.cast(q, ops.FLOAT32), ops.cast(k, ops.FLOAT32)
     scores = ops.scale(matmul(q, k, (batch, heads, length, k.shape[2])))
+    if style.capped:
+        scores = ops.scale(scores)
+        scores = ops.from_result(scores)
+        scores = ops.scale(scores)
     if bias is not None:
         scores = ops.add_broadcast(scores, bias)
     if style.causal:
         scores = ops.shift(scores)  # a mask is added
+    if style.sinks:
+        return with_sinks(scores, v, style, (batch, heads, length, width))
     if style.wide_softmax:
         wide = ops.cast(scores, ops.FLOAT32)
         del scores
         weights = ops.cast(ops.from_result(wide), q.bytes)
         del wide
     else:
-        weights = ops.from_result(scores)
+        weights = ops.cast(ops.from_result(scores), v.bytes)
         del scores
     weights = ops.dropout(weights, style.dropout)
     return ops.copy(matmul(weights, v, (batch, heads, length, width)))
+
+
+def with_sinks(scores: Tensor, v: Tensor, style: Style, shape: tuple[int, ...]) -> Tensor:
+    """Replay gpt-oss' attention from the scores on: a column of sinks is joined to them and left out again."""
+    wider = (*scores.shape[:-1], scores.shape[-1] + 1)
+    joined = ops.resized(scores, wider)
+    joined = ops.minus_largest(joined)
+    weights = ops.part(ops.from_result(joined), scores.shape)
+    weights = ops.dropout(weights, style.dropout)
+    return ops.copy(matmul(weights, v, shape))
 
 
 def repeat(x: Tensor, heads: int) -> Tensor:

@@ -1,98 +1,274 @@
-"""Decoders: Llama and its relatives, and GPT-2, as transformers' models compute them."""
+"""Decoders as transformers computes them, from their descriptions (`counting.decoders.Decoder`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from peftlab.memory.counting.decoders import Decoder
 from peftlab.memory.replay import ops
-from peftlab.memory.replay.attention import Style
+from peftlab.memory.replay.attention import Style, matmul, split
+from peftlab.memory.replay.mixtures import mixture
 from peftlab.memory.replay.nets import Net
+from peftlab.memory.replay.positions import Rotary
 from peftlab.memory.replay.tape import Tensor
 
 
-def gated_decoder(net: Net, ids: Tensor) -> Tensor:
-    """Replay Llama, Mistral, Qwen2 or Gemma, and return the logits (b, s, V)."""
-    c = net.config
-    gemma = net.shape.family == "gemma"
-    usual = "gelu_pytorch_tanh" if gemma else "silu"
-    activate = net.activation(c.text("hidden_activation", c.text("hidden_act", usual)))
-    style = Style(dropout=c.share("attention_dropout", 0.0))
-    norm = net.gemma_norm if gemma else net.rms_norm
-    heads = c.size("num_attention_heads")
-    width = net.weight_size("model.layers.0.self_attn.q_proj")[0] // heads
-    groups = net.weight_size("model.layers.0.self_attn.k_proj")[0] // width
-    x = net.words("model.embed_tokens", ids, ops.scale if gemma else None)
-    batch, length = x.shape[:2]
-    cos, sin = x.new((1, 1, length, width)), x.new((1, 1, length, width))
-
-    def rotate(x: Tensor) -> Tensor:
-        straight = ops.mul_constant(x, cos)
-        return ops.add(straight, ops.mul_constant(ops.split_halves_rotated(x), sin))
-
-    def attention(i: int, at: str, x: Tensor) -> Tensor:
-        q = net.linear(at + "q_proj", x).view(batch, heads, length, width)
-        k = net.linear(at + "k_proj", x).view(batch, groups, length, width)
-        v = net.linear(at + "v_proj", x).view(batch, groups, length, width)
-        rotated = rotate(q), rotate(k)
-        q, k = rotated
-        del rotated
-        k, v = net.extend(i, k, v)
-        mixed = net.attend(q, k, v, style)
-        del q, k, v
-        return net.linear(at + "o_proj", mixed)
-
-    def mlp(at: str, x: Tensor) -> Tensor:
-        def run(x: Tensor) -> Tensor:
-            gate = activate(net.linear(at + "gate_proj", x))
-            inner = ops.mul(gate, net.linear(at + "up_proj", x))
-            del gate
-            return net.linear(at + "down_proj", inner)
-
-        return net.around(at + "down_proj", x, run)
-
-    def layer(i: int) -> Callable[[Tensor], Tensor]:
-        at = f"model.layers.{i}."
-
-        def run(x: Tensor) -> Tensor:
-            x = ops.add(x, attention(i, at + "self_attn.", norm(at + "input_layernorm", x)))
-            return ops.add(x, mlp(at + "mlp.", norm(at + "post_attention_layernorm", x)))
-
-        return run
-
-    for i in range(c.size("num_hidden_layers")):
+def decoder(net: Net, ids: Tensor) -> Tensor:
+    """Replay a decoder, and return the logits (b, s, V)."""
+    d = layout(net)
+    at = f"{d.prefix}."
+    x = net.words(at + d.embedding, ids, ops.scale if d.scaled_embedding else None)
+    if d.scaled_input:
+        x = ops.scale(x)
+    x = positions(net, d, x)
+    if d.after_embedding:
+        x = norm(net, d, at + d.after_embedding, x)
+    x = ops.dropout(x, d.embedding_dropout)
+    blocks = Blocks(net, d, x)
+    for i in range(d.layers):
         net.memory.moment = f"forward, layer {i}"
-        x = net.block(f"model.layers.{i}.", layer(i), x)
-    x = norm("model.norm", x)
+        x = net.block(d.block(i), blocks.layer(i), x)
+    if d.last_norm:
+        x = norm(net, d, at + d.last_norm, x)
+    if at + "project_out" in net.modules:
+        x = net.linear(at + "project_out", x)
     with net.memory.kind("logits"):
-        return net.output("lm_head", x)
+        logits = net.output("lm_head", x)
+        del x
+        if d.scaled_logits:
+            logits = ops.scale(logits)
+        if d.capped_logits:
+            logits = ops.scale(logits)
+            logits = ops.from_result(logits)
+            logits = ops.scale(logits)
+        return logits
+
+
+def layout(net: Net) -> Decoder:
+    """Return the description of a decoder."""
+    assert net.shape.layout is not None  # every decoder of `families` has one
+    return net.shape.layout
+
+
+def positions(net: Net, d: Decoder, x: Tensor) -> Tensor:
+    """Add learned positions, and bring OPT's narrow embedding to the width of the blocks."""
+    at = f"{d.prefix}."
+    learned = next((m.path for m in d.extra if m.kind == "embedding"), None)
+    if learned is None:
+        return x
+    places = net.table(learned, net.places(x.shape[1]))
+    if at + "project_in" in net.modules:
+        x = net.linear(at + "project_in", x)
+    return ops.add_broadcast(x, places)
+
+
+def norm(net: Net, d: Decoder, path: str, x: Tensor) -> Tensor:
+    """Call a norm of the kind that the family has."""
+    kinds = {"rms": net.rms_norm, "gemma": net.gemma_norm, "olmo": net.wide_norm, "layer": net.layer_norm,
+             "cohere": net.centred_norm}  # fmt: skip
+    return kinds[d.norm](path, x)
+
+
+class Blocks:
+    """The blocks of a decoder. What they share lives as long as the forward pass: rotary tables and masks."""
+
+    def __init__(self, net: Net, d: Decoder, x: Tensor):
+        self.net, self.d = net, d
+        batch, length = x.shape[:2]
+        self.rotary = Rotary(d, x) if d.rotary else None
+        self.activate = net.activation(d.activation)
+        self.style = Style(
+            dropout=d.attention_dropout, capped=d.capped_scores, sinks=d.sinks, wide_scores=d.wide_scores,
+            wide_softmax=not d.sinks, by_head=d.joined, fusible=d.cut != "index",
+        )  # fmt: skip
+        self.masked = {i for i in d.sliding if d.window is not None and length >= d.window}
+        eager = not net.fused()
+        kinds = 2 if d.sliding and len(d.sliding) < d.layers else 1
+        masks = kinds if eager else bool(self.masked)
+        shape = (batch, 1, length, length) if eager else (length, length)
+        self.masks = [x.new(shape, None if eager else ops.BOOL) for _ in range(masks)]
+        if d.slopes:
+            self.masks.append(x.new((batch * d.heads, 1, length)))
+
+    def layer(self, i: int) -> Callable[[Tensor], Tensor]:
+        """Return the function of a block."""
+        net, d = self.net, self.d
+        at = d.block(i)
+
+        def normed(name: str | None, x: Tensor) -> Tensor:
+            return norm(net, d, at + name, x) if name else x
+
+        def left(x: Tensor) -> Tensor:
+            """What is added to the residual."""
+            x = ops.dropout(x, d.dropout)
+            return ops.scale(x) if d.scaled_residual else x
+
+        def attend(x: Tensor) -> Tensor:
+            return left(normed(d.after_attention, self.attention(i, at + d.attention + ".", x)))
+
+        def feed(x: Tensor) -> Tensor:
+            path = at + (f"{d.mlp}." if d.mlp else "")
+            return left(normed(d.after_mlp, self.sparse(i, path, x) if d.sparse(i) else self.mlp(path, x)))
+
+        def one_after_the_other(x: Tensor) -> Tensor:
+            first = normed(d.before_attention, x)
+            mixed = attend(first)
+            if not d.holds:
+                first = x
+            x = ops.add(x, mixed)
+            if not d.holds:
+                del first, mixed
+            return ops.add(x, feed(normed(d.before_mlp, x)))
+
+        def behind(x: Tensor) -> Tensor:  # the norm comes after the sum, as in OPT-350m
+            x = normed(d.after_attention, ops.add(x, left(self.attention(i, at + d.attention + ".", x))))
+            return normed(d.after_mlp, ops.add(x, left(self.mlp(at, x))))
+
+        def side_by_side(x: Tensor) -> Tensor:
+            first = normed(d.before_attention, x)
+            mixed = attend(first)
+            if d.before_mlp:
+                first = normed(d.before_mlp, x)
+            fed = feed(first)
+            if d.in_place:
+                return ops.add(x, ops.add_in_place(fed, mixed))
+            return ops.add(ops.add(mixed, fed), x)
+
+        if d.parallel:
+            return side_by_side
+        return behind if d.norm == "layer" and d.after_attention else one_after_the_other
+
+    def attention(self, i: int, at: str, x: Tensor) -> Tensor:
+        """Replay the attention of a block, with its projections."""
+        net, d = self.net, self.d
+        if d.slopes and not net.fused():
+            return self.sloped(i, at, x)
+        q, k, v = self.projected(at, x)
+        if d.head_norms:
+            q, k = self.head_norms(at, q, k)
+        if self.rotary and i not in d.unrotated:
+            rotated = self.rotary(q), self.rotary(k)
+            q, k = rotated
+            del rotated
+        k, v = net.extend(i, k, v)
+        mixed = net.attend(q, k, v, self.style, masked=i in self.masked or d.always_masked)
+        del q, k, v
+        return net.linear(at + d.out, mixed)
+
+    def sloped(self, i: int, at: str, x: Tensor) -> Tensor:
+        """Replay BLOOM's attention in separate operations. Its variables live until the output projection is done."""
+        net, d = self.net, self.d
+        batch, length = x.shape[:2]
+        qkv = net.linear(at + d.qkv[0], x)
+        q, k, v = (ops.copy(ops.part(qkv, (batch, d.heads, length, d.width))) for _ in range(3))
+        k, v = net.extend(i, k, v)
+        if net.autocast:
+            q, k, v = net.half(q), net.half(k), net.half(v)
+        scores = matmul(q, k, (batch, d.heads, length, k.shape[2]))
+        masked = ops.shift(scores)
+        shares = ops.cast(ops.from_result(ops.cast(masked, ops.FLOAT32)), masked.bytes)
+        shares = ops.dropout(shares, d.attention_dropout)
+        mixed = matmul(shares, v, q.shape)
+        merged = ops.copy(mixed).view(batch, length, d.heads * d.width)
+        return net.linear(at + d.out, merged)
+
+    def projected(self, at: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (b, heads, s, d), keys and values (b, groups, s, d)."""
+        net, d = self.net, self.d
+        batch, length = x.shape[:2]
+        shapes = [(batch, count, length, d.width) for count in (d.heads, d.groups, d.groups)]
+        if len(d.qkv) == 3:
+            q = net.linear(at + d.qkv[0], x)
+            if d.scaled_queries:
+                q = ops.scale(q)
+            k, v = (net.linear(at + name, x) for name in d.qkv[1:])
+            k_shape = shapes[1]
+            if d.head_norms and d.head_norm == "projection":
+                q, k = (self.head(at + name, one, 1) for name, one in zip(d.head_norms, (q, k), strict=True))
+            return q.view(*shapes[0]), k.view(*k_shape), v.view(*shapes[2])
+        qkv = net.linear(at + d.qkv[0], x)
+        if d.cut == "chunk":
+            return split(qkv, shapes[0])
+        parts = [ops.part(qkv, shape) for shape in shapes]
+        if d.cut == "index":  # the one head of keys, and of values, is copied
+            parts[1:] = [ops.copy(part) for part in parts[1:]]
+        elif d.cut == "grouped":  # keys and values are repeated for each head
+            parts = [ops.copy(parts[0]), *(ops.enlarge(ops.copy(part), shapes[0]) for part in parts[1:])]
+        elif d.cut == "copy":
+            parts = [ops.copy(part) for part in parts]
+        q, k, v = parts
+        return q, k, v
+
+    def head_norms(self, at: str, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Replay the norms of queries and keys, if they stand on heads."""
+        d = self.d
+        assert d.head_norms is not None
+        if d.head_norm == "projection":  # these came before the heads were told apart
+            return q, k
+        return self.head(at + d.head_norms[0], q, d.heads), self.head(at + d.head_norms[1], k, d.groups)
+
+    def head(self, path: str, x: Tensor, heads: int) -> Tensor:
+        """Call the norm of queries or keys."""
+        net, d = self.net, self.d
+        if d.head_norm != "modules":
+            return norm(net, d, path, x)
+        batch, _, length, width = x.shape
+        pieces = [
+            net.layer_norm(f"{path}.norms.{head}", piece)
+            for head, piece in enumerate(ops.split_heads(x, (batch, 1, length, width), heads))
+        ]
+        return ops.stack_heads(pieces, x.shape)
+
+    def mlp(self, at: str, x: Tensor) -> Tensor:
+        """Replay a feed-forward, with or without a gate."""
+        net, d = self.net, self.d
+
+        def run(x: Tensor) -> Tensor:
+            if not d.gated:
+                return net.linear(at + d.down, self.activate(net.linear(at + d.up[0], x)))
+            if len(d.up) == 1:
+                both = net.linear(at + d.up[0], x)
+                gate, up = ops.halves(both)
+                inner = ops.mul(up, self.activate(gate))
+                del up
+                return net.linear(at + d.down, inner)
+            gate = self.activate(net.linear(at + d.up[0], x))
+            inner = ops.mul(gate, net.linear(at + d.up[1], x))
+            del gate
+            return net.linear(at + d.down, inner)
+
+        return net.around(at + d.down, x, run)
+
+    def sparse(self, i: int, at: str, x: Tensor) -> Tensor:
+        """Replay the experts of a block, with the expert that every token takes."""
+        assert self.d.experts is not None
+        return mixture(self.net, self.d, at, x, self.activate, self.mlp)
 
 
 def gpt2(net: Net, ids: Tensor) -> Tensor:
     """Replay GPT-2, and return the logits (b, s, V)."""
-    c = net.config
-    heads = c.size("n_head", "num_attention_heads")
-    drop = c.share("resid_pdrop", 0.1)
-    activate = net.activation(c.text("activation_function", "gelu_new"))
-    style = Style(wide_softmax=False, dropout=c.share("attn_pdrop", 0.1))
+    d = layout(net)
+    style = Style(wide_softmax=False, dropout=d.attention_dropout)
+    activate = net.activation(d.activation)
     x = net.words("transformer.wte", ids)
     places = net.table("transformer.wpe", net.places(x.shape[1]))
-    x = ops.dropout(ops.add_broadcast(x, places), c.share("embd_pdrop", 0.1))
+    x = ops.dropout(ops.add_broadcast(x, places), d.embedding_dropout)
     del places
 
     def attention(i: int, at: str, x: Tensor) -> Tensor:
         qkv = net.linear(at + "c_attn", x)
-        mixed = net.attend_packed(i, qkv, heads, style)
+        mixed = net.attend_packed(i, qkv, d.heads, style)
         del qkv
-        return ops.dropout(net.linear(at + "c_proj", mixed), drop)
+        return ops.dropout(net.linear(at + "c_proj", mixed), d.dropout)
 
     def mlp(at: str, x: Tensor) -> Tensor:
         def run(x: Tensor) -> Tensor:
             return net.linear(at + "c_proj", activate(net.linear(at + "c_fc", x)))
 
-        return ops.dropout(net.around(at + "c_proj", x, run), drop)
+        return ops.dropout(net.around(at + "c_proj", x, run), d.dropout)
 
     def layer(i: int) -> Callable[[Tensor], Tensor]:
-        at = f"transformer.h.{i}."
+        at = d.block(i)
 
         def run(x: Tensor) -> Tensor:
             x = ops.add(attention(i, at + "attn.", net.layer_norm(at + "ln_1", x)), x)
@@ -100,9 +276,9 @@ def gpt2(net: Net, ids: Tensor) -> Tensor:
 
         return run
 
-    for i in range(c.size("n_layer", "num_hidden_layers")):
+    for i in range(d.layers):
         net.memory.moment = f"forward, layer {i}"
-        x = net.block(f"transformer.h.{i}.", layer(i), x)
+        x = net.block(d.block(i), layer(i), x)
     x = net.layer_norm("transformer.ln_f", x)
     with net.memory.kind("logits"):
         return net.output("lm_head", x)

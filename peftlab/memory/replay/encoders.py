@@ -1,4 +1,4 @@
-"""Encoders and encoder-decoders: BERT and RoBERTa with a classification head, T5."""
+"""Encoders and encoder-decoders: BERT and RoBERTa with a classification head, T5. More are in `text_encoders`."""
 
 from __future__ import annotations
 
@@ -12,59 +12,81 @@ from peftlab.memory.replay.tape import Tensor, leaf
 
 def bert(net: Net, ids: Tensor, prefix: str = "bert") -> Tensor:
     """Replay BERT or RoBERTa with a classification head, and return the logits (b, labels)."""
-    c = net.config
-    heads, drop = c.size("num_attention_heads"), c.share("hidden_dropout_prob", 0.1)
-    activate = net.activation(c.text("hidden_act", "gelu"))
-    style = Style(causal=False, wide_softmax=False, dropout=c.share("attention_probs_dropout_prob", 0.1))
-    at = f"{prefix}.embeddings."
-    words = net.words(at + "word_embeddings", ids)
-    batch, length = words.shape[:2]
-    types = net.table(at + "token_type_embeddings", ids)
-    x = ops.add(words, types)
-    places = net.table(at + "position_embeddings", net.places(length))
-    x = ops.add_broadcast(x, places)
-    x = ops.dropout(net.layer_norm(at + "LayerNorm", x), drop)
+    drop = net.config.share("hidden_dropout_prob", 0.1)
+    x = embedded(net, f"{prefix}.embeddings.", ids, drop)
     net.held.append(x)
-    del words, types, places
-    width = x.shape[-1] // heads
-
-    def layer(i: int) -> Callable[[Tensor], Tensor]:
-        at = f"{prefix}.encoder.layer.{i}."
-
-        def attention(x: Tensor) -> Tensor:
-            q, k, v = (
-                net.linear(f"{at}attention.self.{name}", x).view(batch, heads, length, width)
-                for name in ("query", "key", "value")
-            )
-            return net.attend(q, *net.extend(i, k, v), style)
-
-        def close(name: str, x: Tensor, before: Tensor) -> Tensor:
-            return net.layer_norm(f"{at}{name}.LayerNorm", ops.add(ops.dropout(x, drop), before))
-
-        def run(x: Tensor) -> Tensor:
-            held = []  # transformers' layer holds the intermediate output until it returns
-
-            def feed_forward(x: Tensor) -> Tensor:
-                held.append(activate(net.linear(at + "intermediate.dense", x)))
-                return net.linear(at + "output.dense", held[0])
-
-            x = close("attention.output", net.linear(at + "attention.output.dense", attention(x)), x)
-            return close("output", net.around(at + "output.dense", x, feed_forward), x)
-
-        return run
-
-    for i in range(c.size("num_hidden_layers")):
-        net.memory.moment = f"forward, layer {i}"
-        x = net.block(f"{prefix}.encoder.layer.{i}.", layer(i), x)
+    x = bert_blocks(net, f"{prefix}.encoder.layer.", x)
     net.held.append(x)
     x = ops.first_of(x)
     if prefix == "bert":
         x = ops.dropout(ops.from_result(net.linear("bert.pooler.dense", x)), drop)
         with net.memory.kind("logits"):
             return net.linear("classifier", x)
-    x = ops.from_result(net.linear("classifier.dense", ops.dropout(x, drop)))
+    return two_layers(net, x, drop, ops.from_result)
+
+
+def embedded(net: Net, at: str, ids: Tensor, drop: float) -> Tensor:
+    """Replay the embeddings of words, of segments if there are any, and of positions, and the norm of their sum."""
+    words = net.words(at + "word_embeddings", ids)
+    x = words
+    if at + "token_type_embeddings" in net.modules:
+        types = net.table(at + "token_type_embeddings", ids)
+        x = ops.add(words, types)
+    places = net.table(at + "position_embeddings", net.places(words.shape[1]))
+    x = ops.add_broadcast(x, places)
+    return ops.dropout(net.layer_norm(at + "LayerNorm", x), drop)
+
+
+def two_layers(net: Net, x: Tensor, drop: float, activate: Callable[[Tensor], Tensor]) -> Tensor:
+    """Replay a classification head of two linear layers on the first vector of each example."""
+    x = activate(net.linear("classifier.dense", ops.dropout(x, drop)))
     with net.memory.kind("logits"):
         return net.linear("classifier.out_proj", ops.dropout(x, drop))
+
+
+def bert_blocks(net: Net, at: str, x: Tensor) -> Tensor:
+    """Replay the blocks of BERT, whose paths begin with `at`."""
+    c = net.config
+    heads, drop = c.size("num_attention_heads", default=4), c.share("hidden_dropout_prob", 0.1)
+    activate = net.activation(c.text("hidden_act", "gelu"))
+    style = Style(causal=False, wide_softmax=False, dropout=c.share("attention_probs_dropout_prob", 0.1))
+    batch, length, hidden = x.shape
+    width = hidden // heads
+
+    def layer(i: int) -> Callable[[Tensor], Tensor]:
+        block = f"{at}{i}."
+
+        def attention(x: Tensor) -> Tensor:
+            q, k, v = (
+                net.linear(f"{block}attention.self.{name}", x).view(batch, heads, length, width)
+                for name in ("query", "key", "value")
+            )
+            return net.attend(q, *net.extend(i, k, v), style)
+
+        def close(name: str, x: Tensor, before: Tensor) -> Tensor:
+            return net.layer_norm(f"{block}{name}.LayerNorm", ops.add(ops.dropout(x, drop), before))
+
+        def run(x: Tensor) -> Tensor:
+            held = []  # transformers' layer holds the intermediate output until it returns
+
+            def feed_forward(x: Tensor) -> Tensor:
+                held.append(activate(net.linear(block + "intermediate.dense", x)))
+                return net.linear(block + "output.dense", held[0])
+
+            x = close("attention.output", net.linear(block + "attention.output.dense", attention(x)), x)
+            return close("output", net.around(block + "output.dense", x, feed_forward), x)
+
+        return run
+
+    for i in range(depth(net, at)):
+        net.memory.moment = f"forward, layer {i}"
+        x = net.block(f"{at}{i}.", layer(i), x)
+    return x
+
+
+def depth(net: Net, at: str) -> int:
+    """Return how many blocks have paths that begin with `at`."""
+    return len({m.layer for m in net.shape.modules if m.layer is not None and m.path.startswith(at)})
 
 
 def t5(net: Net, ids: Tensor) -> Tensor:

@@ -29,6 +29,9 @@ def lora(net: Net, path: str, own: Own) -> None:
     if net.modules[path].kind == "embedding":
         _embedding_lora(net, path, own)
         return
+    if net.modules[path].kind in ("experts", "router"):
+        _parameter_lora(net, path, own)
+        return
     ours = net.recipe.library == "peftlab"
     quantised = path in net.quantised and not ours
 
@@ -43,6 +46,7 @@ def lora(net: Net, path: str, own: Own) -> None:
         if quantised and not net.autocast:
             update = ops.cast(update, bytes)
         result = ops.add(result, update)
+        del update
         return result if quantised else ops.cast(result, bytes)
 
     net.layers[path] = call
@@ -60,6 +64,27 @@ def _embedding_lora(net: Net, path: str, own: Own) -> None:
     net.layers[path] = call
 
 
+def _parameter_lora(net: Net, path: str, own: Own) -> None:
+    """Replay W + s B A in the place of a parameter, for peft's `ParamWrapper`.
+
+    The sum is as large as all experts together. It lives until the experts have run, and for the backward pass.
+    """
+    weight = net.weights[path]
+
+    def folded() -> Tensor:
+        return ops.folded(weight, ops.cast(own["lora_A"], weight.bytes), ops.cast(own["lora_B"], weight.bytes))
+
+    def router(x: Tensor) -> Tensor:
+        update = ops.scale(ops.outer(own["lora_A"], own["lora_B"], weight.shape))
+        whole = ops.add(weight, ops.cast(update, weight.bytes))
+        return net.product(x, whole, net.biases.get(path))
+
+    if net.modules[path].kind == "experts":
+        net.parameters_with_more[path] = folded
+    else:
+        net.layers[path] = router
+
+
 def dora(net: Net, path: str, own: Own) -> None:
     """Replay (m/n - 1) W x + (m/n) B(A x) s. Each forward pass computes n, the norms of W + s B A.
 
@@ -75,13 +100,15 @@ def dora(net: Net, path: str, own: Own) -> None:
         bytes = x.bytes
         with net.memory.graph(False):
             eye = x.new((inputs, inputs), own["lora_A"].bytes)
-            product = net.product(net.product(eye, own["lora_A"]), own["lora_B"])
+            kept = net.half(eye) if net.autocast else eye  # the graph of B A holds the identity as it is multiplied
+            product = net.product(net.product(kept, own["lora_A"]), own["lora_B"])
+            del eye
             product = ops.cast(product, bytes)
             whole = ops.cast(weight.detach().view(outputs, inputs), bytes)
             scaled = ops.scale(product)
             summed = ops.add(whole, scaled)
             del scaled
-            return whole, product, summed.new((outputs,)), eye
+            return whole, product, summed.new((outputs,)), kept
 
     def call(x: Tensor) -> Tensor:
         result = net.plain(path, x)
@@ -97,7 +124,9 @@ def dora(net: Net, path: str, own: Own) -> None:
         second = ops.scale(ops.mul_vector(update, ratio))
         total = ops.add(first, second)
         del first, second, update, base, held
-        return ops.cast(ops.add(result, total), bytes)
+        result = ops.add(result, total)
+        del total
+        return ops.cast(result, bytes)
 
     net.layers[path] = call
 
@@ -132,7 +161,9 @@ def vera(net: Net, path: str, own: Own) -> None:
         inner = ops.mul_vector(net.frozen_product(x, r), own["vera_lambda_d"])
         update = ops.mul_vector(net.frozen_product(inner, outputs), own["vera_lambda_b"])
         del inner
-        return ops.cast(ops.cast(ops.add(result, update), bytes), before)  # the result has the dtype of the input
+        result = ops.add(result, update)
+        del update
+        return ops.cast(ops.cast(result, bytes), before)  # the result has the dtype of the input
 
     net.layers[path] = call
 

@@ -20,6 +20,7 @@ from peftlab.memory.replay.tape import Memory, Parameter, Tensor, checkpoint, le
 
 # Activations with one kernel for each pass, by what they keep for the backward pass: the input or the result.
 ACTIVATIONS = {
+    "bloom": ops.bloom_gelu,
     "silu": ops.from_input, "swish": ops.from_input, "gelu": ops.from_input, "gelu_pytorch_tanh": ops.from_input,
     "relu": ops.from_result, "tanh": ops.from_result, "sigmoid": ops.from_result,
 }  # fmt: skip
@@ -53,12 +54,13 @@ class Recipe:
 class Net:
     """A model's parameters, and how its layers are called.
 
-    A method changes a model through four attributes:
+    A method changes a model through five attributes:
 
     - `layers`: {path: a function that replaces the call of this layer};
     - `beside`: {path of a feed-forward's last layer: a function around the feed-forward};
     - `front`: a function of the word embeddings, before the first block;
-    - `extend`: a function of a block's number, keys and values.
+    - `extend`: a function of a block's number, keys and values;
+    - `parameters_with_more`: {path of a parameter: a function that returns what is used in its place}.
 
     Sharding sets `around_block`, a function around each block.
     """
@@ -71,6 +73,7 @@ class Net:
         self.extend: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] = unchanged
         self.beside: dict[str, Callable[[Tensor, Callable], Tensor]] = {}
         self.around_block: Callable[[str, Callable[..., Tensor], tuple[Tensor, ...]], Tensor] = alone
+        self.parameters_with_more: dict[str, Callable[[], Tensor]] = {}  # of a parameter itself, as for experts
         self.weights: dict[str, Parameter] = {}
         self.biases: dict[str, Parameter] = {}
         self.added: list[tuple[str, Parameter]] = []
@@ -80,9 +83,13 @@ class Net:
         self.held: list[Tensor] = []  # tensors that variables of the model's forward hold until the loss is computed
         self.trained_blocks: set[str] | None = None
         for module in shape.modules:
-            size = (module.outputs,) if module.kind == "norm" else (module.outputs, module.inputs)
-            if module.kind == "embedding":
+            size: tuple[int, ...] = (module.outputs, module.inputs)
+            if module.kind in ("norm", "vector"):
+                size = (module.outputs,)
+            elif module.kind == "embedding":
                 size = (module.inputs, module.outputs)
+            elif module.kind == "experts":
+                size = (module.experts, module.outputs, module.inputs)
             if recipe.four_bit and module.kind in ("linear", "conv1d") and module.role == "body":
                 self.quantised[module.path] = packed(memory, module.inputs * module.outputs, recipe.shards)
             elif module.tied:  # to the word embedding, the first row of every table
@@ -264,23 +271,41 @@ class Net:
         return ops.mul_vector(ops.cast(wide, min(weight.bytes, wide.bytes)), weight)
 
     def layer_norm(self, path: str, x: Tensor) -> Tensor:
-        """Compute a LayerNorm, in float32 under autocast."""
+        """Compute a LayerNorm, in float32 under autocast. It may lack weights, or a bias."""
         if self.autocast:
             x = ops.cast(x, ops.FLOAT32)
-        return ops.layer_norm(x, self.weights[path], self.biases[path])
+        return ops.layer_norm(x, self.weights.get(path), self.biases.get(path))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, style: Style, bias: Tensor | None = None) -> Tensor:
+    def wide_norm(self, path: str, x: Tensor) -> Tensor:
+        """Compute w * (x / sqrt(mean x^2 + eps)) in float32, and cast the product."""
+        return ops.cast(ops.mul_vector(ops.over_its_size(ops.cast(x, ops.FLOAT32)), self.weights[path]), x.bytes)
+
+    def centred_norm(self, path: str, x: Tensor) -> Tensor:
+        """Compute w * ((x - mean) / sqrt(variance + eps)) in float32, in separate operations, and cast the product."""
+        wide = ops.cast(x, ops.FLOAT32)
+        mean = ops.mean_last(wide)
+        root = ops.from_result(ops.mean_last(ops.square(ops.minus_column(wide, mean))))
+        wide = ops.mul_broadcast(ops.minus_column(wide, mean), root)
+        return ops.cast(ops.mul_vector(wide, ops.cast(self.weights[path], ops.FLOAT32)), x.bytes)
+
+    def expert_weight(self, path: str) -> Tensor:
+        """Return the matrices of all experts at a path, with what the method adds to them."""
+        return self.parameters_with_more[path]() if path in self.parameters_with_more else self.weights[path]
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, style: Style, bias: Tensor | None = None, masked: bool = False
+    ) -> Tensor:
         """Compute attention of (b, heads, s, d), in 16 bits under autocast, and return (b, s, heads d).
 
-        A causal model needs a mask if it has a prefix or a sliding window, and T5 has a bias. With a mask or a bias,
-        the fused kernel also needs keys and values for every head.
+        A causal model needs a mask if it has a prefix, or if `masked` says so (a sliding window), and T5 has a bias.
+        With a mask or a bias, the fused kernel also needs keys and values for every head.
         """
         if self.autocast:
             q, k, v = self.half(q), self.half(k), self.half(v)
         batch, heads, length, width = q.shape
-        if bias is None and style.causal and (k.shape[2] != length or self.windowed(length)):
+        if bias is None and style.causal and self.fused() and (k.shape[2] != length or masked):
             bias = q.new((batch, 1, length, k.shape[2]))
-        if not self.recipe.fused_attention:
+        if not self.fused():
             if self.autocast:
                 style = replace(style, wide_softmax=True)
             mixed = attention.eager_attention(q, k, v, bias, style)
@@ -289,17 +314,15 @@ class Net:
             mixed = attention.math_attention(q, k, v, bias, style)
         elif bias is None:
             mixed = attention.flash_attention(q, k, v)
+            mixed = ops.copy(mixed) if style.by_head else mixed
         else:
             mixed = attention.flash_attention(q, attention.spread(k, heads), attention.spread(v, heads), bias)
         return mixed.view(batch, length, heads * width)
 
-    def windowed(self, length: int) -> bool:
-        """Say whether a sequence is at least as long as the sliding window of its architecture."""
-        values, family = self.config.values, self.shape.family
-        window = values.get("sliding_window", 4096 if family == "mistral" else None)
-        if family != "mistral" and not values.get("use_sliding_window"):
-            return False
-        return window is not None and length >= window
+    def fused(self) -> bool:
+        """Say whether attention is fused. transformers has no fused one for some families."""
+        layout = self.shape.layout
+        return self.recipe.fused_attention and (layout is None or layout.sdpa)
 
     def attend_packed(self, i: int, qkv: Tensor, heads: int, style: Style) -> Tensor:
         """Compute attention of queries, keys and values that are views of one tensor (b, s, 3 h)."""

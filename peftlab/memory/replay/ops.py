@@ -227,6 +227,22 @@ def gelu_new(x: Tensor, autocast: bool) -> Tensor:
     return mul(half, shift(from_result(scale(add(x, scale(power))))))
 
 
+def bloom_gelu(x: Tensor) -> Tensor:
+    """Replay BLOOM's GELU, one function of many operations that keeps only x. Its temporary tensors live together."""
+
+    def apply(g: Tensor, kept: Tensor = x) -> Gradients:
+        held = [kept.new() for _ in range(5)]  # tanh, x/2, 1 - tanh^2, and two of the polynomial
+        del held
+        slope = kept.new()
+        result = g.new()
+        del slope
+        return (result,)
+
+    held = [x.new() for _ in range(4)]  # x/2, x sqrt(2/pi), and two of the polynomial
+    del held
+    return record(x.new(), [x], apply, [x])
+
+
 def dropout(x: Tensor, p: float) -> Tensor:
     """Replay dropout: it keeps its mask, one byte per element. Nothing happens at p = 0."""
     if not p:
@@ -239,17 +255,18 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return record(x.new(), [x], apply, [mask])
 
 
-def layer_norm(x: Tensor, weight: Parameter, bias: Parameter) -> Tensor:
+def layer_norm(x: Tensor, weight: Parameter | None, bias: Parameter | None) -> Tensor:
     """Replay LayerNorm, one kernel for each pass. It keeps x, and each row's mean and 1/deviation in float32."""
+    own = [one for one in (weight, bias) if one is not None]
     output = x.new()
     rows = x.new((*x.shape[:-1], 1), FLOAT32), x.new((*x.shape[:-1], 1), FLOAT32)
     needs = x.needs_grad
 
     def apply(g: Tensor, kept: tuple = (x, *rows)) -> Gradients:
         of_x = kept[0].new() if needs else None
-        return of_x, weight.new() if weight.needs_grad else None, bias.new() if bias.needs_grad else None
+        return of_x, *(one.new() if one.needs_grad else None for one in own)
 
-    return record(output, [x, weight, bias], apply, [x, *rows])
+    return record(output, [x, *own], apply, [x, *rows])
 
 
 def first_rows(x: Tensor, count: int) -> Tensor:
@@ -282,7 +299,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         g.memory.flops += flops * (needs + weight.needs_grad)
         of_bias = g.new(bias.shape) if bias is not None and bias.needs_grad else None
         of_x = g.new(shape, bytes).viewed() if needs else None  # the product flattens (b, s, h)
-        of_weight = g.new(weight.shape, weight.bytes) if weight.needs_grad else None
+        of_weight = g.new(weight.shape, weight.bytes).viewed() if weight.needs_grad else None  # it is transposed
         return of_x, of_weight, of_bias
 
     edges = [x, weight, x.detach() if bias is None else bias]  # a detached tensor has no gradient
@@ -298,7 +315,7 @@ def frozen_linear(x: Tensor, outputs: int) -> Tensor:
         g.memory.flops += flops
         return (g.new(shape, bytes).viewed(),)
 
-    return record(x.new((*shape[:-1], outputs)), [x], apply)
+    return record(x.new((*shape[:-1], outputs)), [x], apply, [])
 
 
 def quantised_linear(x: Tensor, outputs: int, inputs: int, compute: int) -> Tensor:
@@ -338,7 +355,7 @@ def embedding(ids: Tensor, weight: Parameter) -> Tensor:
     def apply(g: Tensor, kept: Tensor = ids) -> Gradients:
         return (g.new(weight.shape),)
 
-    return record(output, [weight], apply)
+    return record(output, [weight], apply, [])
 
 
 def embedding_rows(ids: Tensor, table: Parameter) -> Tensor:
@@ -348,7 +365,7 @@ def embedding_rows(ids: Tensor, table: Parameter) -> Tensor:
     def apply(g: Tensor, kept: Tensor = ids) -> Gradients:
         return (g.new(table.shape, table.bytes),)
 
-    return record(output, [table], apply)
+    return record(output, [table], apply, [])
 
 
 def split_halves_rotated(x: Tensor) -> Tensor:
@@ -393,3 +410,138 @@ def cross_entropy(logits: Tensor) -> Tensor:
         return (of_logged.new(),)
 
     return record(loss, [logits], apply, [logged])
+
+
+def part(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Replay a slice, which is a view. Its gradient is copied into zeros of the whole size."""
+    whole = x.shape
+    output = x.view(*shape)
+    output.node = None
+    return record(output, [x], lambda g: (g.new(whole),))
+
+
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Replay x.chunk(2, -1) of the last dimension: two views. Their gradients are joined in one tensor."""
+    whole, shape = x.shape, (*x.shape[:-1], x.shape[-1] // 2)
+
+    def half(first: bool) -> Tensor:
+        view = x.view(*shape)
+        view.node = None
+        return record(view, [x], lambda g: (g.new(whole) if first else g,))
+
+    second = half(False)
+    return half(True), second
+
+
+def split_heads(x: Tensor, shape: tuple[int, ...], count: int) -> list[Tensor]:
+    """Replay torch.split into heads: views, whose gradients are joined in one tensor."""
+    whole, pieces = x.shape, []
+    for head in range(count):
+        view = x.view(*shape)
+        view.node = None
+        pieces.append(record(view, [x], lambda g, last=head == count - 1: (g.new(whole) if last else g,)))
+    return pieces
+
+
+def stack_heads(pieces: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """Replay torch.cat of heads. Their gradients are views of one tensor."""
+    needs = [piece.needs_grad for piece in pieces]
+    return record(pieces[0].new(shape), pieces, lambda g: tuple(g if need else None for need in needs))
+
+
+def mul_column(x: Tensor, column: Tensor) -> Tensor:
+    """Replay x (n, h) times a column (n, 1). Each is kept for the gradient of the other."""
+    return mul_broadcast(x, column)
+
+
+def chosen(x: Tensor, count: int) -> Tensor:
+    """Replay torch.topk along the last dimension. It keeps the places; the gradient is copied into zeros."""
+    whole = x.shape
+    shape = (*whole[:-1], count)
+    places = x.new(shape, INT64)
+
+    def apply(g: Tensor, kept: Tensor = places) -> Gradients:
+        return (g.new(whole),)
+
+    return record(x.new(shape), [x], apply, [places])
+
+
+def rows_of(x: Tensor, count: int, index: Tensor) -> Tensor:
+    """Replay x[index]: it keeps the index. The gradient is added up in zeros of the whole size."""
+    whole, bytes = x.shape, x.bytes
+
+    def apply(g: Tensor, kept: Tensor = index) -> Gradients:
+        return (g.new(whole, bytes),)
+
+    return record(x.new((count, whole[-1])), [x], apply, [index])
+
+
+def grouped_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Replay grouped_mm of rows (n, inputs), sorted by expert, and weights (experts, outputs, inputs)."""
+    x = cast(x, weight.bytes)
+    experts, outputs, inputs = weight.shape
+    keeps, needs, shape = weight.needs_grad, x.needs_grad, x.shape
+    flops = 2 * x.elements * outputs
+    x.memory.flops += flops
+
+    def apply(g: Tensor, kept: tuple = (x if keeps else None, weight if needs else None)) -> Gradients:
+        g.memory.flops += flops * (needs + keeps)
+        of_x = g.new(shape) if needs else None
+        return of_x, g.new(weight.shape) if keeps else None
+
+    saved = [x] * keeps + [weight] * (needs and not isinstance(weight, Parameter))
+    return record(x.new((x.shape[0], outputs)), [x, weight], apply, saved)
+
+
+def sum_groups(x: Tensor, count: int) -> Tensor:
+    """Replay x.view(n, k, h).sum(1). The gradient is a view."""
+    whole = x.shape
+    return record(x.new((count, whole[-1])), [x], lambda g: (g.new(whole),))
+
+
+def clamped(x: Tensor) -> Tensor:
+    """Replay clamp, which keeps its input."""
+    return from_input(x)
+
+
+def resized(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Replay torch.cat with a small tensor: the gradient is a view."""
+    return record(x.new(shape), [x], lambda g: (g.viewed(),))
+
+
+def minus_largest(x: Tensor) -> Tensor:
+    """Replay x - x.max(-1, keepdim=True).values. The gradient of the maximum is copied into zeros."""
+    shape = x.shape
+    places = x.new((*shape[:-1], 1), INT64)
+
+    def apply(g: Tensor, kept: Tensor = places) -> Gradients:
+        whole = g.new(shape)
+        return (whole,)
+
+    return record(x.new(), [x], apply, [places])
+
+
+def minus_column(x: Tensor, column: Tensor) -> Tensor:
+    """Replay x - column, where the column is broadcast over x: its gradient is summed."""
+    shape, needs = column.shape, (x.needs_grad, column.needs_grad)
+    return record(x.new(), [x, column], lambda g: (g if needs[0] else None, g.new(shape) if needs[1] else None))
+
+
+def folded(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Replay baddbmm: a frozen weight plus the products of two stacks of factors, which are kept."""
+    sizes = a.shape, b.shape
+
+    def apply(g: Tensor, kept: tuple = (a, b)) -> Gradients:
+        return g.new(sizes[0]), g.new(sizes[1])
+
+    return record(weight.new(), [a, b], apply, [a, b])
+
+
+def outer(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Replay B A of two parameters, each of which is kept for the gradient of the other."""
+    sizes = a.shape, b.shape
+
+    def apply(g: Tensor, kept: tuple = (a, b)) -> Gradients:
+        return g.new(sizes[0]), g.new(sizes[1])
+
+    return record(a.new(shape), [a, b], apply, [])

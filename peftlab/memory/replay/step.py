@@ -9,20 +9,29 @@ from peftlab.errors import PeftLabError
 from peftlab.memory.counting.options import Trained
 from peftlab.memory.counting.shapes import Shape
 from peftlab.memory.replay import ops
-from peftlab.memory.replay.decoders import gated_decoder, gpt2
+from peftlab.memory.replay.decoders import decoder, gpt2
 from peftlab.memory.replay.encoders import bert, t5
 from peftlab.memory.replay.nets import Net, Recipe
 from peftlab.memory.replay.sharding import Sharding
 from peftlab.memory.replay.tape import Memory, Parameter, Tensor, backward
+from peftlab.memory.replay.text_encoders import distilbert, electra, modernbert, mpnet
+
+# Decoders whose forward pass follows from their description. Those of DeepSeek-V3 and Llama 4 are not known.
+DESCRIBED = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "granite",
+    "cohere", "starcoder2", "glm4", "phi", "stablelm", "gpt_neox", "gptj", "opt", "bloom", "falcon", "mixtral",
+    "qwen2_moe", "qwen3_moe", "gpt_oss",
+)  # fmt: skip
 
 # The forward pass of each architecture
 FORWARD: dict[str, Callable[[Net, Tensor], Tensor]] = {
-    "llama": gated_decoder,
-    "mistral": gated_decoder,
-    "qwen2": gated_decoder,
-    "gemma": gated_decoder,
+    **dict.fromkeys(DESCRIBED, decoder),
     "gpt2": gpt2,
     "bert": bert,
+    "electra": electra,
+    "distilbert": distilbert,
+    "mpnet": mpnet,
+    "modernbert": modernbert,
     "t5": t5,
     "mt5": t5,
     **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), lambda net, ids: bert(net, ids, "roberta")),

@@ -39,6 +39,10 @@ class Memory:
         self.recording = True  # whether operations build the graph, as under torch.enable_grad
         self.order = itertools.count()
         self.history: list[tuple[str, int]] | None = None  # (where in the step, bytes) after each allocation
+        self.counting = True  # whether allocations are counted; a rehearsal only builds a graph
+        self.serial = 0  # how many allocations there have been
+        self.needed = 0  # the serial number up to which allocations were made for the last tensor that was saved
+        self.stop: int | None = None  # the serial number from which on nothing is counted
 
     def change(self, kind: str, size: int) -> None:
         """Add bytes of a kind; a negative size takes them away."""
@@ -59,6 +63,24 @@ class Memory:
             self.default = before
 
     @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Count nothing that is allocated inside the block."""
+        flops, self.counting = self.flops, False
+        try:
+            yield
+        finally:
+            self.flops, self.counting = flops, True
+
+    @contextmanager
+    def until(self, serial: int) -> Iterator[None]:
+        """Count what is allocated inside the block only up to a serial number."""
+        before, self.stop = self.stop, serial
+        try:
+            yield
+        finally:
+            self.stop = before
+
+    @contextmanager
     def graph(self, recording: bool) -> Iterator[None]:
         """Switch recording on or off inside the block, as torch.enable_grad and torch.no_grad do."""
         before, self.recording = self.recording, recording
@@ -71,10 +93,13 @@ class Memory:
 class Storage:
     """Allocated bytes. They are freed when the last tensor that uses them is gone."""
 
-    __slots__ = ("kind", "memory", "size")
+    __slots__ = ("kind", "memory", "serial", "size")
 
     def __init__(self, memory: Memory, size: int, kind: str):
-        self.memory, self.size, self.kind = memory, -(-size // BLOCK) * BLOCK, kind
+        memory.serial += 1
+        counts = memory.counting and (memory.stop is None or memory.serial <= memory.stop)
+        self.memory, self.size, self.kind = memory, -(-size // BLOCK) * BLOCK * counts, kind
+        self.serial = memory.serial
         memory.change(kind, self.size)
 
     def __del__(self) -> None:
@@ -164,11 +189,11 @@ def leaf(x: Tensor) -> Tensor:
 class Node:
     """An operation in the graph. `edges` says where its gradients go, and `apply` computes them."""
 
-    __slots__ = ("apply", "edges", "order")
+    __slots__ = ("apply", "edges", "order", "unpacks")
     apply: Callable[[Tensor], Gradients] | None
 
     def __init__(self, memory: Memory, edges: Sequence[Node | Leaf | None], apply: Callable[..., Gradients]):
-        self.edges, self.apply, self.order = tuple(edges), apply, next(memory.order)
+        self.edges, self.apply, self.order, self.unpacks = tuple(edges), apply, next(memory.order), True
 
 
 class Leaf:
@@ -186,22 +211,40 @@ class Leaf:
         elif self.into.grad is None:
             gradient.storage.mark("gradients")
             self.into.grad = gradient.detach()
+            self.into.grad.base = gradient.base
+        elif _shared(self.into.grad):  # the sum of a tied head's gradient and the embedding's is a third tensor
+            total = self.into.grad.new()
+            total.storage.mark("gradients")
+            self.into.grad = total
+
+
+def _shared(gradient: Tensor) -> bool:
+    """Say whether something else refers to a gradient's bytes, so that nothing is added to it in place.
+
+    Without that, `storage` has two references: the tensor and the argument of getrefcount.
+    """
+    return sys.getrefcount(gradient.storage) > 2
 
 
 Gradients = Sequence[Tensor | None]  # one for each input
 
 
-def record(output: Tensor, inputs: Sequence[Tensor], apply: Callable, saved: Sequence[Tensor] = ()) -> Tensor:
+def record(output: Tensor, inputs: Sequence[Tensor], apply: Callable, saved: Sequence[Tensor] | None = None) -> Tensor:
     """Put an operation into the graph and return its output.
 
     Args:
         apply: a function of the output's gradient that returns one gradient (or None) for each input. It refers to the
             tensors that it needs, which keeps them alive.
-        saved: those of these tensors that count as activations.
+        saved: those of these tensors that count as activations. None: PyTorch saves nothing, no parameter either.
     """
     if output.memory.recording and any(one.node is not None for one in inputs):
         output.node = Node(output.memory, [one.node for one in inputs], apply)
-        for one in saved:
+        output.node.unpacks = saved is not None
+        if saved is not None:  # inputs are saved before the output is allocated, results after it
+            first = output.storage.serial
+            result = any(one.storage.serial >= first for one in saved)
+            output.memory.needed = output.memory.serial if result else first - 1
+        for one in saved or ():
             if one.storage.kind == "workspace":
                 one.storage.mark("activations")
     return output
@@ -213,12 +256,20 @@ def backward(root: Node | Leaf | None, gradients: list[Tensor]) -> None:
     Args:
         gradients: a list with the node's gradient, which is taken out so that the caller does not keep it alive.
     """
+    _run(root, gradients.pop(), to_the_end=True)
+
+
+def _run(root: Node | Leaf | None, gradient: Tensor, to_the_end: bool) -> dict[Node, Tensor]:
+    """Run nodes, all of them or up to the first that needs a saved tensor, and return the gradients that then wait."""
     assert isinstance(root, Node)  # a loss is the output of an operation
     waiting = _uses(root)
-    buffers: dict[Node, Tensor] = {root: gradients.pop()}
+    buffers: dict[Node, Tensor] = {root: gradient}
+    del gradient
     ready = [(-root.order, root)]
     while ready:
         _, node = heapq.heappop(ready)
+        if not to_the_end and node.unpacks:
+            break
         assert node.apply is not None  # a node runs once
         results = list(node.apply(buffers.pop(node)))
         node.apply = None
@@ -233,6 +284,7 @@ def backward(root: Node | Leaf | None, gradients: list[Tensor]) -> None:
             elif edge is not None and arrived is not None:
                 edge.take(arrived)
         arrived = None
+    return buffers
 
 
 def _uses(root: Node) -> dict[Node, int]:
@@ -253,14 +305,17 @@ def _accumulate(buffers: dict[Node, Tensor], node: Node, arrived: Tensor) -> Non
     before = buffers.get(node)
     if before is None:
         buffers[node] = arrived
-    # Add in place only if nothing else refers to it. Then `storage` has two references (the tensor and the argument of
-    # getrefcount), and the tensor has three (`buffers`, `before` and that argument).
-    elif sys.getrefcount(before.storage) > 2 or sys.getrefcount(before) > 3:
+    # Without other references the tensor has three: `buffers`, `before` and the argument of getrefcount.
+    elif _shared(before) or sys.getrefcount(before) > 3:
         buffers[node] = before.new()
 
 
 def checkpoint(function: Callable[..., Tensor], inputs: Sequence[Tensor], trains: bool) -> Tensor:
     """Replay non-reentrant checkpointing: only the inputs are kept, and the backward pass runs the function again.
+
+    It does so when an operation first asks for a saved tensor. The operations behind that one, such as the casts and
+    sums at the end of a block, have made their gradients by then, and these stay alive. The second run stops as soon as
+    the last tensor is saved that the first run saved.
 
     Args:
         trains: whether the function has trainable parameters.
@@ -278,8 +333,15 @@ def checkpoint(function: Callable[..., Tensor], inputs: Sequence[Tensor], trains
         again = [x.detach() for x in inputs]
         for x, copy, into in zip(inputs, again, collected, strict=True):
             copy.node = Leaf(into) if x.needs_grad else None
-        node = function(*again).node
-        del again, x, copy
+        start = memory.serial
+        with memory.rehearsal():
+            rehearsed = function(*again).node
+        needed = memory.needed - start
+        waiting = _run(rehearsed, box[0], to_the_end=False)
+        del rehearsed
+        with memory.until(memory.serial + needed):
+            node = function(*again).node
+        del again, x, copy, waiting
         backward(node, box)
         return [into[0] if into else None for into in collected]
 

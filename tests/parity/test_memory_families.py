@@ -1,0 +1,124 @@
+"""The replay of the decoder families against the real models on the meta device, and against the runs on a GPU."""
+
+import json
+
+import memory_oracle
+import peft
+import pytest
+import torch
+from test_memory_replay import replayed
+
+from peftlab.bench.family_runs import arguments_of
+from peftlab.kit.measurements import FOLDER
+from peftlab.memory import estimate
+from peftlab.memory.counting.methods import trained_by
+from peftlab.memory.counting.options import Options
+from peftlab.memory.counting.shapes import load_shape
+from peftlab.memory.replay.nets import Recipe
+from peftlab.memory.replay.step import Run
+from peftlab.memory.replay.tape import backward
+
+TOKENS = {"vocab_size": 1000, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0}
+SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "num_attention_heads": 8, **TOKENS}
+GROUPED = {"num_key_value_heads": 2, **SMALL}
+CONFIGS = {
+    "qwen3": {"head_dim": 48, **GROUPED},
+    "gemma2": {"head_dim": 64, **GROUPED},
+    "gemma3_text": {"head_dim": 64, **GROUPED},
+    "phi3": GROUPED,
+    "olmo2": GROUPED,
+    "smollm3": {**GROUPED, "num_hidden_layers": 4},
+    "granite": GROUPED,
+    "cohere": {"use_qk_norm": True, **GROUPED},
+    "starcoder2": {"residual_dropout": 0.1, **GROUPED},
+    "glm4": {"head_dim": 32, **GROUPED},
+    "phi": {"resid_pdrop": 0.1, "qk_layernorm": True, **SMALL},
+    "stablelm": GROUPED,
+    "stablelm, side by side": {"qk_layernorm": True, "use_parallel_residual": True, **GROUPED},
+    "gpt_neox": SMALL,
+    "gpt_neox, one after the other": {"use_parallel_residual": False, **SMALL},
+    "gptj": {"n_embd": 256, "n_head": 8, "n_layer": 2, "rotary_dim": 16, **TOKENS},
+    "opt": {"ffn_dim": 704, **SMALL},
+    "opt, norms behind": {"ffn_dim": 704, "do_layer_norm_before": False, "word_embed_proj_dim": 128, **SMALL},
+    "bloom": {"hidden_size": 256, "n_head": 8, "n_layer": 2, **TOKENS},
+    "falcon": SMALL,
+    "mixtral": {"num_local_experts": 4, **GROUPED},
+    "qwen2_moe": {"num_experts": 8, "moe_intermediate_size": 176, "shared_expert_intermediate_size": 352, **GROUPED},
+    "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 176, "num_experts_per_tok": 3, **GROUPED},
+    "gpt_oss": {"num_local_experts": 4, "head_dim": 32, **GROUPED, "intermediate_size": 256},
+    "mistral": GROUPED,
+}
+EAGER = ("gemma2", "gpt_oss", "bloom")  # transformers has no fused attention for these
+SIZE = {"batch": 2, "sequence": 128}
+
+
+def config_of(name):
+    return {"model_type": name.partition(",")[0], **CONFIGS[name]}
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "checkpointing"),
+    [(name, method, method == "lora") for name in CONFIGS for method in ("full", "lora")],
+)
+def test_the_peak_is_that_of_the_real_step(name, method, checkpointing, monkeypatch):
+    """Above the parameters, in 16 bits: full fine-tuning as it is, LoRA with checkpointing. Within 2%."""
+    config = config_of(name)
+    shape = load_shape(config)
+    linear = dict.fromkeys(m.path.rsplit(".", 1)[-1] for m in shape.modules if m.kind == "linear" and m.role == "body")
+    names = [n for n in linear if not (shape.layout.experts and n in ("gate_proj", "up_proj", "down_proj"))]
+    adapter = None if method == "full" else peft.LoraConfig(r=8, target_modules=names, task_type="CAUSAL_LM")
+    eager = shape.family in EAGER
+    found = replayed(
+        shape, method, bytes=2, checkpointing=checkpointing, targets=tuple(names), fused=not eager, **SIZE
+    )  # fmt: skip
+    expected = memory_oracle.measure(
+        config, "decoder", adapter, dtype=torch.bfloat16, checkpointing=checkpointing, monkeypatch=monkeypatch,
+        attention="eager" if eager else "fused_stand_in", **SIZE,
+    )  # fmt: skip
+    assert max(found) == pytest.approx(max(expected), rel=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_the_peak_of_lora_on_experts(family, checkpointing, monkeypatch):
+    """The sum of all experts and their update is a tensor as large as the experts."""
+    config, parameters = config_of(family), ("experts.gate_up_proj", "experts.down_proj")
+    shape = load_shape(config)
+    trained = trained_by("lora", shape, Options(r=8, targets=("q_proj",), target_parameters=parameters))
+    run = Run(shape, "lora", trained, Recipe(
+        **SIZE, weight_bytes=2, adapter_bytes=4, autocast=False, checkpointing=checkpointing, optimizer="sgd",
+        four_bit=False, fused_attention=True,
+    ))  # fmt: skip
+    start = run.memory.total
+    run.step()
+    run.memory.peak = run.memory.total
+    run.loss = run.forward()
+    backward(run.loss.node, [run.loss.new()])
+    adapter = peft.LoraConfig(r=8, target_modules=["q_proj"], target_parameters=list(parameters), task_type="CAUSAL_LM")
+    expected = memory_oracle.measure(
+        config, "decoder", adapter, dtype=torch.bfloat16, checkpointing=checkpointing, monkeypatch=monkeypatch, **SIZE
+    )
+    assert run.memory.peak - start == pytest.approx(max(expected), rel=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_tied_heads_gradient_is_summed_in_a_third_tensor(checkpointing, monkeypatch):
+    """A wide vocabulary, where the gradients of head and embedding and their sum are the peak."""
+    config = {"model_type": "qwen2", **GROUPED, "vocab_size": 20000, "tie_word_embeddings": True}
+    size = {"batch": 1, "sequence": 16}
+    found = replayed(load_shape(config), "full", bytes=2, checkpointing=checkpointing, **size)
+    expected = memory_oracle.measure(
+        config, "decoder", dtype=torch.bfloat16, checkpointing=checkpointing, monkeypatch=monkeypatch, **size
+    )
+    assert max(found) == pytest.approx(max(expected), rel=0.001)
+
+
+ROWS = json.loads((FOLDER / "memory_families.json").read_text())["rows"]
+
+
+def test_every_run_on_the_gpu_is_predicted():
+    """LoRA, QLoRA, full, checkpointing, experts: within 1% of the measured peak, and 0.1% in the median."""
+    errors = sorted(estimate(**arguments_of(row)).peak_bytes / row["peak_bytes"] - 1 for row in ROWS)
+    assert len(errors) >= 40 and len({row["shape"] for row in ROWS}) >= 20
+    assert -0.01 < errors[0] and errors[-1] < 0.01
+    assert sorted(map(abs, errors))[len(errors) // 2] < 0.001
