@@ -9,6 +9,7 @@ import torch
 from test_memory_replay import replayed
 
 from peftlab.bench.family_runs import arguments_of
+from peftlab.errors import PeftLabError
 from peftlab.kit.measurements import FOLDER
 from peftlab.memory import estimate
 from peftlab.memory.counting.methods import trained_by
@@ -122,3 +123,10 @@ def test_every_run_on_the_gpu_is_predicted():
     assert len(errors) >= 40 and len({row["shape"] for row in ROWS}) >= 20
     assert -0.01 < errors[0] and errors[-1] < 0.01
     assert sorted(map(abs, errors))[len(errors) // 2] < 0.001
+
+
+@pytest.mark.parametrize("method, targets", [("qlora", "q_proj"), ("lora", "all-linear")])
+def test_what_is_ours_alone_on_experts_is_refused(method, targets):
+    """peftlab's own experts are not replayed: peft's numbers must not stand for them."""
+    with pytest.raises(PeftLabError, match="not replayed yet. Ask for library='peft'"):
+        estimate("mixtral-8x7b", method, targets=targets, library="peftlab")

@@ -68,7 +68,15 @@ def _parameter_lora(net: Net, path: str, own: Own) -> None:
     """Replay W + s B A in the place of a parameter, for peft's `ParamWrapper`.
 
     The sum is as large as all experts together. It lives until the experts have run, and for the backward pass.
+
+    Raises:
+        PeftLabError: peftlab's own way was asked for, which is not replayed.
     """
+    if net.recipe.library == "peftlab":
+        raise PeftLabError(
+            f"The layer of peftlab for LoRA on experts ({path}) is not replayed yet. Ask for library='peft', or name "
+            "linear layers in targets. `peftlab bench experts` measures both libraries."
+        )
     weight = net.weights[path]
 
     def folded() -> Tensor:

@@ -90,6 +90,11 @@ class Net:
                 size = (module.inputs, module.outputs)
             elif module.kind == "experts":
                 size = (module.experts, module.outputs, module.inputs)
+                if recipe.four_bit and recipe.library == "peftlab":  # bitsandbytes, as peft uses it, leaves them whole
+                    raise PeftLabError(
+                        f"Experts in four bits ({module.path}), as peftlab holds them, are not replayed yet. Ask for "
+                        "library='peft', which leaves experts in 16 bits."
+                    )
             if recipe.four_bit and module.kind in ("linear", "conv1d") and module.role == "body":
                 self.quantised[module.path] = packed(memory, module.inputs * module.outputs, recipe.shards)
             elif module.tied:  # to the word embedding, the first row of every table
