@@ -29,6 +29,14 @@ FIGURES = {
     "curves": lambda: figures.curves({"LoRA": [3, 2, 1], "full": ([1, 5, 9], [3, 1, 0.5])}, y_label="loss"),
     "bars": lambda: figures.bars({"q, v": 0.9, "all linear": 0.95}, x_label="exact match", fmt=".0%",
                                  highlight=["q, v"]),
+    # LoRA on a mixture of experts, for the chapter that will show it
+    "bars, experts": lambda: figures.bars(
+        {
+            f"{row['targets']}, {row['library']}{', 4-bit' if row['four_bit'] else ''}": row["peak_bytes"] / 1e9
+            for row in pl.results("experts") if not row["checkpointing"]
+        },
+        x_label="peak (GB)", fmt=".1f",
+    ),
     "stacked_bars": lambda: figures.stacked_bars({"full": {"weights": 13, "states": 26}, "LoRA": {"weights": 13}},
                                                  x_label="memory (GB)"),
     "spectrum": lambda: figures.spectrum({"update": torch.rand(50), "weight": [3.0, 2.0, 0.0]}, mark=8),
