@@ -61,7 +61,7 @@ EXERCISES = (
               2 * BLOCKS * (2 * D * 16 + 16 + D): "16 is the reduction factor, not the width of the bottleneck."},
         hint="The bottleneck is d/16 wide. Down and up have d m weights each, and a bias each; there are two adapters "
              "in each block.",
-        then="pl.memory.count says the same, plus the head.")),
+        then="pl.memory.count(...).added is the same number; its .trainable counts the head, too.")),
     Exercise("adapters.start", "easy", 5, '"down", "up", "both" or "neither"', choice(
         "up", options=("down", "up", "both", "neither"),
         remarks={"down": "The gradient of W_down passes back through W_up, and that is zero at the start.",

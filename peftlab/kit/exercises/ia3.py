@@ -84,7 +84,7 @@ EXERCISES = (
                  "value": "A value's bias goes straight into the output.",
                  "none": "One of them adds the same number to all scores of a row. What does softmax make of that?"},
         hint="Write a score as (q + b_q)(k + b_k). Which terms are the same for every key of a row?",
-        then="Its gradient is zero but for rounding, so it hardly moves.")),
+        then="Its gradient is only rounding, far below the epsilon in Adam's divisor, so it hardly moves.")),
     Exercise("ia3.rotary", "medium", 5, '"bert", "gpt2", "qwen2.5" or "llama"', choice(
         "qwen2.5", options=("bert", "gpt2", "qwen2.5", "llama"),
         remarks={"bert": "BERT adds its positions to the embeddings. So the key's bias adds the same number to all "
