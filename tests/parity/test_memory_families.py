@@ -125,7 +125,7 @@ def test_every_run_on_the_gpu_is_predicted():
     assert sorted(map(abs, errors))[len(errors) // 2] < 0.001
 
 
-@pytest.mark.parametrize("method, targets", [("qlora", "q_proj"), ("lora", "all-linear")])
+@pytest.mark.parametrize("method, targets", [("qlora", ["q_proj"]), ("lora", "all-linear")])
 def test_what_is_ours_alone_on_experts_is_refused(method, targets):
     """peftlab's own experts are not replayed: peft's numbers must not stand for them."""
     with pytest.raises(PeftLabError, match="not replayed yet. Ask for library='peft'"):
