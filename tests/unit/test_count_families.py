@@ -5,10 +5,11 @@ import warnings
 import pytest
 import torch
 from family_configs import DECODERS, variant
+from test_count import PUBLISHED
 from test_count_exact import live, peft_count, same_table
 
 from peftlab.errors import PeftLabError
-from peftlab.memory import count, load_shape
+from peftlab.memory import BUILT_IN, count, load_shape
 
 transformers = pytest.importorskip("transformers")
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -172,3 +173,10 @@ def test_the_new_named_shapes_have_the_published_sizes():
     published = {"qwen3-4b": 4.0, "qwen3-8b": 8.2, "qwen3-30b-a3b": 30.5, "mixtral-8x7b": 46.7, "gpt-oss-20b": 20.9,
                  "gemma-3-4b": 3.9, "smollm3-3b": 3.1}  # fmt: skip
     assert {name: round(load_shape(name).parameters / 1e9, 1) for name in published} == published
+    assert published.keys() | PUBLISHED.keys() == BUILT_IN.keys()
+
+
+def test_a_bottleneck_adapter_has_no_place_behind_experts():
+    with pytest.raises(PeftLabError, match="because its blocks have experts. Name layers in targets"):
+        count("mixtral-8x7b", "houlsby")
+    assert count("mixtral-8x7b", "houlsby", targets=["o_proj"]).trainable > 0

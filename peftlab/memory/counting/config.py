@@ -44,8 +44,8 @@ class Config:
         value = self.values.get(name)
         if value is None:
             return default
-        limit = {"below": 1.0} if most is None else {"most": most}
-        return float(number(f"{self.source}: {name}", value, least=0, **limit))
+        name = f"{self.source}: {name}"
+        return float(number(name, value, least=0, below=1) if most is None else number(name, value, least=0, most=most))
 
     def count(self, name: str, default: int) -> int:
         """Return the whole number under `name`, which may be 0."""

@@ -6,12 +6,12 @@ leave out what equals them. Tests compare each family with transformers' model, 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable
 from typing import Any
 
 from peftlab.errors import PeftLabError
 from peftlab.memory.counting.config import Config
-from peftlab.memory.counting.decoders import Decoder, Experts, Projection
+from peftlab.memory.counting.decoders import Decoder
 from peftlab.memory.counting.modules import Module, linear
 
 
@@ -69,18 +69,18 @@ def llama_itself(c: Config) -> Decoder:
 
 def mistral(c: Config) -> Decoder:
     """Describe Mistral: every block slides over a window, unless it is null."""
-    return llama(c, usual_groups=8, qkv_bias=False, out_bias=False, **_window(c, 4096, everywhere=True))
+    return llama(c, usual_groups=8, qkv_bias=False, out_bias=False, **window(c, 4096, everywhere=True))
 
 
 def qwen2(c: Config) -> Decoder:
     """Describe Qwen2: biases on queries, keys and values."""
-    return llama(c, usual_groups=32, qkv_bias=True, out_bias=False, **_window(c, 4096, switch="use_sliding_window"))
+    return llama(c, usual_groups=32, qkv_bias=True, out_bias=False, **window(c, 4096, switch="use_sliding_window"))
 
 
 def qwen3(c: Config) -> Decoder:
     """Describe Qwen3: norms of queries and keys, and heads of their own width."""
-    window = _window(c, 4096, switch="use_sliding_window")
-    return llama(c, usual_groups=32, usual_width=128, head_norms=("q_norm", "k_norm"), **window)
+    sliding = window(c, 4096, switch="use_sliding_window")
+    return llama(c, usual_groups=32, usual_width=128, head_norms=("q_norm", "k_norm"), **sliding)
 
 
 def gemma(c: Config) -> Decoder:
@@ -99,7 +99,7 @@ def gemma(c: Config) -> Decoder:
 def gemma2(c: Config, **more: Any) -> Decoder:
     """Describe Gemma 2: norms before and behind, every second block sliding, capped logits."""
     fields = {
-        **_window(c, 4096, pattern=2), "capped_logits": c.values.get("final_logit_softcapping", 30.0) is not None,
+        **window(c, 4096, pattern=2), "capped_logits": c.values.get("final_logit_softcapping", 30.0) is not None,
         "capped_scores": c.values.get("attn_logit_softcapping", 50.0) is not None, "sdpa": False,
         "after_attention": "post_attention_layernorm", "before_mlp": "pre_feedforward_layernorm",
         "after_mlp": "post_feedforward_layernorm",
@@ -118,7 +118,7 @@ def gemma3(c: Config) -> Decoder:
     return gemma2(
         c, head_norms=("q_norm", "k_norm"), capped_logits=c.values.get("final_logit_softcapping") is not None,
         capped_scores=False, sdpa=True, two_tables=True,
-        **_window(c, 4096, pattern=pattern),
+        **window(c, 4096, pattern=pattern),
     )  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def phi3(c: Config) -> Decoder:
     return llama(
         c, qkv=("qkv_proj",), up=("gate_up_proj",), qkv_bias=False, out_bias=False, dropout=c.share("resid_pdrop",
         0.0),
-        **_partial(c, 1.0), **_window(c, None, everywhere=True),
+        **_partial(c, 1.0), **window(c, None, everywhere=True),
     )  # fmt: skip
 
 
@@ -141,10 +141,10 @@ def olmo2(c: Config) -> Decoder:
 
 def smollm3(c: Config) -> Decoder:
     """Describe SmolLM3: every fourth block has no rotary positions."""
-    rotary = _rotary_blocks(c)
-    window = _window(c, None, switch="use_sliding_window", blocks=rotary)
+    rotary = rotary_blocks(c)
+    sliding = window(c, None, switch="use_sliding_window", blocks=rotary)
     return llama(
-        c, usual_groups=4, usual_tied=True, mlp_bias=c.flag("mlp_bias"), unrotated=_others(c, rotary), **window
+        c, usual_groups=4, usual_tied=True, mlp_bias=c.flag("mlp_bias"), unrotated=others(c, rotary), **sliding
     )
 
 
@@ -155,7 +155,7 @@ def granite(c: Config) -> Decoder:
 
 def cohere(c: Config) -> Decoder:
     """Describe Cohere: attention and feed-forward side by side behind one norm without a bias."""
-    norms = {"head_norms": ("q_norm", "k_norm"), "head_norm": "heads"} if c.flag("use_qk_norm") else {}
+    norms: dict[str, Any] = {"head_norms": ("q_norm", "k_norm"), "head_norm": "heads"} if c.flag("use_qk_norm") else {}
     return llama(
         c,
         usual_tied=True,
@@ -176,7 +176,7 @@ def starcoder2(c: Config) -> Decoder:
         c, usual_groups=2, usual_tied=True, usual_act="gelu_pytorch_tanh", norm="layer", up=("c_fc",),
         down="c_proj", gated=False, qkv_bias=biased, out_bias=biased, mlp_bias=biased,
         dropout=c.share("residual_dropout", 0.0),
-        embedding_dropout=c.share("embedding_dropout", 0.0), **_window(c, None, everywhere=True),
+        embedding_dropout=c.share("embedding_dropout", 0.0), **window(c, None, everywhere=True),
     )  # fmt: skip
 
 
@@ -190,7 +190,9 @@ def glm4(c: Config) -> Decoder:
 
 def phi(c: Config) -> Decoder:
     """Describe Phi: one LayerNorm in front of attention and feed-forward side by side, biases everywhere."""
-    norms = {"head_norms": ("q_layernorm", "k_layernorm"), "head_norm_bias": True} if c.flag("qk_layernorm") else {}
+    norms: dict[str, Any] = (
+        {"head_norms": ("q_layernorm", "k_layernorm"), "head_norm_bias": True} if c.flag("qk_layernorm") else {}
+    )
     return llama(
         c, usual_act="gelu_new", norm="layer", before_mlp=None, last_norm="final_layernorm", parallel=True,
         out="dense",
@@ -203,7 +205,9 @@ def phi(c: Config) -> Decoder:
 def stablelm(c: Config) -> Decoder:
     """Describe StableLM: LayerNorms, a quarter of each head rotated."""
     parallel = c.flag("use_parallel_residual")
-    norms = {"head_norms": ("q_layernorm", "k_layernorm"), "head_norm": "modules"} if c.flag("qk_layernorm") else {}
+    norms: dict[str, Any] = (
+        {"head_norms": ("q_layernorm", "k_layernorm"), "head_norm": "modules"} if c.flag("qk_layernorm") else {}
+    )
     return llama(
         c, usual_groups=32, own_width=False, norm="layer", holds=True, qkv_bias=c.flag("use_qkv_bias"), out_bias=False,
         before_mlp=None if parallel else "post_attention_layernorm", parallel=parallel,
@@ -315,123 +319,10 @@ def falcon(c: Config) -> Decoder:
     )  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------------------- mixtures
-
-
-def mixtral(c: Config) -> Decoder:
-    """Describe Mixtral: experts in every block."""
-    d = llama(c, usual_groups=8, qkv_bias=False, out_bias=False, **_window(c, None, everywhere=True))
-    return with_experts(d, c, count=8, per_token=2, inner=d.inner, wide_shares=True)
-
-
-def qwen2_moe(c: Config) -> Decoder:
-    """Describe Qwen2's mixture: experts, and one that every token takes and a layer weighs."""
-    biased = c.flag("qkv_bias", True)
-    d = llama(
-        c, usual_groups=16, qkv_bias=biased, out_bias=False, inner=c.size("intermediate_size", default=5632),
-        **_window(c, 4096, switch="use_sliding_window", pattern=2),
-    )  # fmt: skip
-    return with_experts(
-        d, c, count=60, per_token=4, inner=c.size("moe_intermediate_size", default=1408), blocks=_sparse_blocks(c, d),
-        shared=c.size("shared_expert_intermediate_size", default=5632), shared_gate="shared_expert_gate",
-        shared_first=True, normalised=c.flag("norm_topk_prob"),
-    )  # fmt: skip
-
-
-def qwen3_moe(c: Config) -> Decoder:
-    """Describe Qwen3's mixture."""
-    d = llama(
-        c, usual_groups=4, head_norms=("q_norm", "k_norm"), inner=c.size("intermediate_size", default=6144),
-        **_window(c, 4096, switch="use_sliding_window", everywhere=True),
-    )  # fmt: skip
-    inner = c.size("moe_intermediate_size", default=768)
-    return with_experts(d, c, count=128, per_token=8, inner=inner, blocks=_sparse_blocks(c, d),
-                        normalised=c.flag("norm_topk_prob"))  # fmt: skip
-
-
-def gpt_oss(c: Config) -> Decoder:
-    """Describe gpt-oss: experts with biases, attention sinks, every second block sliding."""
-    d = llama(
-        c,
-        usual_groups=8,
-        usual_width=64,
-        usual_bias=True,
-        sinks=True,
-        norm="olmo",
-        rotary="chunks",
-        sdpa=False,
-        **_window(c, 128, pattern=2),
-    )
-    return with_experts(d, c, count=128, per_token=4, inner=d.inner, router="router", bias=True, transposed=True,
-                        choose_first=True)  # fmt: skip
-
-
-def deepseek_v3(c: Config) -> Decoder:
-    """Describe DeepSeek-V3: keys and values from a narrow vector, dense blocks first, a shared expert."""
-    heads, hidden, biased = c.size("num_attention_heads"), c.size("hidden_size"), c.flag("attention_bias")
-    turned, plain = c.size("qk_rope_head_dim", default=64), c.size("qk_nope_head_dim", default=128)
-    value, narrow = c.size("v_head_dim", default=128), c.size("kv_lora_rank", default=512)
-    queries = heads * (turned + plain)
-    if "q_lora_rank" in c.values and c.values["q_lora_rank"] is None:
-        first = [Projection("q_proj", hidden, queries)]
-    else:
-        rank = c.size("q_lora_rank", default=1536)
-        first = [
-            Projection("q_a_proj", hidden, rank, biased, "q_a_layernorm", rank), Projection("q_b_proj", rank,
-        queries),
-        ]  # fmt: skip
-    last = (
-        Projection("kv_a_proj_with_mqa", hidden, narrow + turned, biased, "kv_a_layernorm", narrow),
-        Projection("kv_b_proj", narrow, heads * (plain + value)),
-    )
-    d = llama(
-        c, grouped=False, own_width=False, width=turned + plain, latent=(*first, *last), value_width=value,
-        rotated=turned,
-    )  # fmt: skip
-    inner, dense = c.size("moe_intermediate_size", default=2048), c.count("first_k_dense_replace", 3)
-    return with_experts(
-        d, c, count=256, per_token=8, inner=inner, blocks=frozenset(range(dense, d.layers)),
-        shared=inner * c.size("n_shared_experts", default=1), shared_name="shared_experts",
-    )  # fmt: skip
-
-
-def llama4(c: Config) -> Decoder:
-    """Describe the text part of Llama 4: experts in some blocks, with one that every token takes."""
-    d = llama(
-        c, usual_groups=8, usual_width=128, mlp="feed_forward", inner=c.size("intermediate_size_mlp", default=16384),
-        unrotated=_others(c, _rotary_blocks(c)),
-    )  # fmt: skip
-    step = c.size("interleave_moe_layer_step", default=1)
-    named = c.numbers("moe_layers")
-    blocks = frozenset(range(step - 1, d.layers, step) if named is None else named)
-    inner = c.size("intermediate_size", default=8192)
-    return with_experts(
-        d, c, count=16, per_token=1, inner=inner, blocks=blocks, router="router", router_kind="linear",
-        transposed=True,
-        shared=inner,
-    )  # fmt: skip
-
-
 # ---------------------------------------------------------------------------------------------- what they share
 
 
-def with_experts(
-    d: Decoder, c: Config, *, count: int, per_token: int, inner: int, blocks: frozenset[int] | None = None, **more: Any
-) -> Decoder:
-    """Return a decoder with experts in some blocks, or in all. `count` and `per_token` are the family's defaults."""
-    count = c.size("n_routed_experts", "num_local_experts", "num_experts", default=count)
-    per_token = c.size("num_experts_per_tok", "experts_per_token", default=per_token)
-    blocks = frozenset(range(d.layers)) if blocks is None else blocks
-    return replace(d, experts=Experts(count, per_token, inner, blocks, **more))
-
-
-def _sparse_blocks(c: Config, d: Decoder) -> frozenset[int]:
-    """Return Qwen's blocks with experts: every so many, without those that are named."""
-    step, dense = c.size("decoder_sparse_step", default=1), c.numbers("mlp_only_layers") or ()
-    return frozenset(i for i in range(d.layers) if i not in dense and (i + 1) % step == 0)
-
-
-def _window(
+def window(
     c: Config,
     usual: int | None,
     *,
@@ -452,15 +343,14 @@ def _window(
     if not c.values.get("sliding_window", usual) or (switch and not c.flag(switch)):
         return {}
     layers, named = c.size("num_hidden_layers"), c.values.get("layer_types")
-    if everywhere:
-        sliding = range(layers)
-    elif isinstance(named, list):
+    sliding: Iterable[int] = range(layers)
+    if isinstance(named, list) and not everywhere:
         sliding = [i for i, kind in enumerate(named) if kind == "sliding_attention"]
     elif pattern is not None:
         sliding = [i for i in range(layers) if (i + 1) % pattern]
     elif blocks is not None:
         sliding = [i for i in range(layers) if i not in blocks]
-    else:
+    elif not everywhere:
         sliding = range(min(c.count("max_window_layers", 28), layers), layers)
     return {"window": c.size("sliding_window", default=usual), "sliding": frozenset(sliding)}
 
@@ -477,13 +367,13 @@ def _partial(c: Config, usual: float, name: str = "partial_rotary_factor") -> di
     return {"rotated": int(c.size("head_dim", default=hidden // heads) * share), **joined}
 
 
-def _rotary_blocks(c: Config) -> frozenset[int]:
+def rotary_blocks(c: Config) -> frozenset[int]:
     """Return the blocks with rotary positions, which are all but every fourth."""
     named, step = c.numbers("no_rope_layers"), c.size("no_rope_layer_interval", default=4)
     layers = c.size("num_hidden_layers")
     return frozenset(i for i in range(layers) if (named[i] if named and i < len(named) else (i + 1) % step))
 
 
-def _others(c: Config, blocks: frozenset[int]) -> frozenset[int]:
+def others(c: Config, blocks: frozenset[int]) -> frozenset[int]:
     """Return the blocks that are not in `blocks`."""
     return frozenset(range(c.size("num_hidden_layers"))) - blocks

@@ -25,6 +25,7 @@ from peftlab.memory.counting import decoder_families as decoders
 from peftlab.memory.counting import encoder_decoder_tables as pairs
 from peftlab.memory.counting import encoder_tables as encoders
 from peftlab.memory.counting import image_sound_tables as senses
+from peftlab.memory.counting import mixture_families as mixtures
 from peftlab.memory.counting.config import Config
 from peftlab.memory.counting.decoders import Decoder
 from peftlab.memory.counting.modules import Module, linear
@@ -223,12 +224,12 @@ FAMILIES: dict[str, Family] = {
     "opt": _decoder(decoders.opt, down="fc2", out=r"self_attn\.out_proj", mlp=""),
     "bloom": _decoder(decoders.bloom, *_NEOX[:2], "mlp.dense_4h_to_h", r"self_attention\.dense"),
     "falcon": _decoder(decoders.falcon, *_NEOX, r"self_attention\.dense"),
-    "mixtral": replace(_decoder(decoders.mixtral), fused=_MIXTRAL),
-    "qwen2_moe": _decoder(decoders.qwen2_moe),
-    "qwen3_moe": replace(_decoder(decoders.qwen3_moe), fused=_FUSED),
-    "gpt_oss": _decoder(decoders.gpt_oss),
-    "deepseek_v3": replace(_decoder(decoders.deepseek_v3), fused=_FUSED),
-    "llama4_text": _decoder(decoders.llama4),
+    "mixtral": replace(_decoder(mixtures.mixtral), fused=_MIXTRAL),
+    "qwen2_moe": _decoder(mixtures.qwen2_moe),
+    "qwen3_moe": replace(_decoder(mixtures.qwen3_moe), fused=_FUSED),
+    "gpt_oss": _decoder(mixtures.gpt_oss),
+    "deepseek_v3": replace(_decoder(mixtures.deepseek_v3), fused=_FUSED),
+    "llama4_text": _decoder(mixtures.llama4),
     "bert": _bert("bert"),
     "roberta": _bert("roberta"),
     "xlm-roberta": _bert("roberta"),

@@ -309,9 +309,15 @@ def _bottlenecks(shape: Shape, options: Options, method: str, places: Iterable[s
     If `options` names targets, the adapters stand there instead.
     """
     # Match the whole rest of the path, because in BERT "attention.output.dense" also ends with "output.dense".
-    place = re.compile("|".join(places))
     blocks = _blocks(shape).items()
-    usual = [module for path, block in blocks for module in block if place.fullmatch(module.path[len(path) + 1 :])]
+    inside = [(module.path[len(path) + 1 :], module) for path, block in blocks for module in block]
+    expected = [re.compile(place) for place in places]
+    if options.targets is None and not all(any(place.fullmatch(end) for end, _ in inside) for place in expected):
+        raise PeftLabError(
+            f"{shape.name} has no last layer of a feed-forward where {method} puts its adapter, because its blocks "
+            "have experts. Name layers in targets (--targets), or use lora."
+        )
+    usual = [module for end, module in inside if any(place.fullmatch(end) for place in expected)]
     adapted = usual if options.targets is None else linear_targets(shape, options.targets, method)
     added: list[Added] = []
     for module in adapted:

@@ -127,7 +127,8 @@ class Shape:
 
     def _match_parameters(self, targets: str | Iterable[str] | None, named: tuple[str, ...]) -> tuple[Module, ...]:
         """Return the modules and the parameters that LoRA adapts, as peft does."""
-        fused, ranks = FAMILIES[self.family].fused, {}
+        fused = FAMILIES[self.family].fused
+        ranks: dict[str, int] = {}
         if targets is None and named:  # parameters alone, as in peft
             return tuple(self._parameter_rows(named, ranks))
         wanted: list[str] = []
@@ -235,7 +236,7 @@ def load_shape(shape: str | os.PathLike[str] | dict[str, Any] | Shape, labels: i
     if not path.is_file():
         if name.endswith(".json") or name.startswith((".", os.sep, "~")):
             raise PeftLabError(f"No file {name!r}; a shape is a built-in name or the path of a config.json.")
-        near = did_you_mean(name, [known for known in BUILT_IN if alike(name, known)])
+        near = did_you_mean(name, [known for known in BUILT_IN if alike(name.rsplit("/", 1)[-1], known)])
         hint = near or f" Known: {', '.join(BUILT_IN)}."
         raise PeftLabError(f"Unknown shape {name!r}; it is neither a built-in name nor a config.json.{hint}")
     return _from_config(_read(path), str(shape), labels)
