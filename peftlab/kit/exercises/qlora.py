@@ -157,7 +157,7 @@ EXERCISES = (
                                   "lost.",
               0.094 * math.sqrt(2): "Give it in percent."},
         hint="NF4 loses 9.4% of the sum W + update. How long is the sum, if both are equally long and unrelated?",
-        then="And that is a huge update. A small one is lost completely.")),
+        then="And that is a huge update. A small one drowns in an error as long as itself.")),
     Exercise("qlora.merge", "easy", 5, '"merge", "requantize" or "dequantize"', choice(
         "dequantize", options=("merge", "requantize", "dequantize"),
         remarks={"merge": "Merging into a 4-bit base is refused: most of a small update would be lost.",
