@@ -22,7 +22,7 @@ from peftlab.training.inputs import Inputs, example_lengths
 from peftlab.training.losses import default_loss
 from peftlab.training.metrics import mean_loss
 from peftlab.training.optimizers import make_optimizer
-from peftlab.training.precision import autocast, check_trainable_dtypes, choose_precision
+from peftlab.training.precision import autocast, check_trainable_dtypes
 from peftlab.training.ranks import Ranks
 from peftlab.training.rows import EVALUATION, TRAINING, rows_of
 from peftlab.training.schedule import DataOrder, derived_seed, learning_rate_at, seed_everything, warmup_steps
@@ -96,7 +96,7 @@ class Run:
             "train works in one process or under DistributedDataParallel",
             "Write the loop yourself, and let every process call save_adapter.",
         )
-        with autocast(device, choose_precision(settings.precision, device)):  # packing is tried in it
+        with autocast(device, settings.precision):  # packing is tried in it
             collate = settings.collate or Collator(settings.tokenizer)
             self.collate = Inputs(model, collate, loss=settings.loss, packing=settings.packing)
         self.train_data, self.evaluation_data = self._read(train_data), self._read_evaluation()

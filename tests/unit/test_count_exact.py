@@ -171,6 +171,9 @@ CASES = [
 def test_lora_counts_what_peft_prints_for_every_built_in_shape(name):
     shape = load_shape(name)
     cases = CASES if shape.parameters < 5e8 else [{"r": 8}, {"r": 16, "targets": "all-linear"}]
+    constants = pytest.importorskip("peft.utils.constants")
+    chosen_by_peft = set(constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
+    chosen_by_peft -= {"mixtral"}  # peft 0.21.2 names q and v for it, and then finds no module
     for case in cases:
         if name == "t5-base" and case.get("bias") == "all" and older("peft", "0.21"):
             continue  # as in the variants
@@ -178,6 +181,8 @@ def test_lora_counts_what_peft_prints_for_every_built_in_shape(name):
         options = {"task_type": TASK[shape.kind], "r": case["r"], "bias": case.get("bias", "none")}
         if "targets" in case:
             options["target_modules"] = case["targets"]
+        elif shape.config["model_type"] not in chosen_by_peft:  # peft chooses none for it; ours are q and v
+            options["target_modules"] = ["q_proj", "v_proj"]
         assert (ours.trainable, ours.total) == peft_count(live(BUILT_IN[name]), **options), case
         assert ours.percent == 100 * ours.trainable / ours.total
         assert count(name, "qlora", **case).as_dict() == ours.as_dict()
