@@ -294,7 +294,7 @@ def run_of(rank, steps=6):
     ranks, waits = Ranks(model), []
     ranks.rank, ranks.first = rank, rank == 0
     ranks.wait = lambda: waits.append(names(ranks.folder) if ranks.folder.exists() else None)
-    run = Run(model, tiny.examples(), Settings(steps=steps), device=torch.device("cpu"), ranks=ranks)
+    run = Run(model, tiny.examples(), Settings(steps=steps, precision="fp32"), device=torch.device("cpu"), ranks=ranks)
     return run, waits
 
 
