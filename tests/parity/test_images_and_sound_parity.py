@@ -14,13 +14,6 @@ from transformers import AutoConfig, BertConfig, BertModel, Wav2Vec2ForCTC
 
 import peftlab as pl
 
-SOUND = {
-    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "conv_dim": [8, 8],
-    "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 8,
-    "num_conv_pos_embedding_groups": 2, "vocab_size": 12, "pad_token_id": 0, "apply_spec_augment": False,
-    "layerdrop": 0.0, "hidden_dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0,
-    "feat_proj_dropout": 0.0, "final_dropout": 0.0,
-}  # fmt: skip
 SENTENCES = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
                  hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
 
@@ -63,7 +56,7 @@ def base(case):
     if name == "Sentences":
         model = Sentences()
     elif name == "Wav2Vec2ForCTC":
-        model = Wav2Vec2ForCTC(AutoConfig.for_model("wav2vec2", **SOUND))
+        model = Wav2Vec2ForCTC(AutoConfig.for_model("wav2vec2", **tiny_models.CTC))
     else:
         model = tiny_models.model_of(name)
     return model.double().eval()
