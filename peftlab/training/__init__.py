@@ -70,6 +70,7 @@ def train(model: nn.Module, train_data: Sequence[Mapping[str, Any]], **given: An
         borrowed_generators(),
         mode(model, True),
         memory_settings(model, settings.checkpointing),
+        run.layers.on(),
         Bar(len(run.order), "Training", enabled=settings.progress and ranks.first, initial=run.step) as bar,
     ):
         run.clear()  # a gradient that an earlier backward pass left would count in the first step
@@ -77,6 +78,7 @@ def train(model: nn.Module, train_data: Sequence[Mapping[str, Any]], **given: An
             _loop(run, bar, folder)
         finally:
             run.clear()
+    run.history.compiled = run.layers.told
     run.restore_best()
     return run.history
 

@@ -37,7 +37,7 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, 
     with the weight that its config names, as in the model's own loss.
     """
     labels = readable(batch["labels"])
-    output = _without_labels(model, {**batch, **_only_needed(model, labels)})
+    output = _without_labels(model, {**_without_full_mask(batch), **_only_needed(model, labels)})
     logits = _logits(model, output)  # (b, k, V), or (b, n + t, V): see below
     # A prompt method may put n virtual tokens in front. They are never learned, but the last of them predicts the first
     # real token. The labels are shifted rather than the logits, of which a slice would cost a copy in the backward.
@@ -47,6 +47,14 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, 
     balance = getattr(output, "aux_loss", None)
     weight = 0.0 if balance is None else _router_weight(model)
     return (total, count) if not weight else (total + weight * balance * count, count)
+
+
+def _without_full_mask(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the batch without a mask that hides nothing: transformers would wait for a GPU to find that out."""
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.is_cuda and not readable(mask).is_cuda and bool(readable(mask).all()):
+        return {key: value for key, value in batch.items() if key != "attention_mask"}
+    return batch
 
 
 def _only_needed(model: nn.Module, labels: Tensor) -> dict[str, int]:

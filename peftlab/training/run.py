@@ -17,6 +17,7 @@ from peftlab.core.sharding import refuse_sharded
 from peftlab.errors import PeftLabError, warn
 from peftlab.settings import Settings
 from peftlab.training.buffers import Buffers
+from peftlab.training.compiling import Layers
 from peftlab.training.encoding import Collator
 from peftlab.training.inputs import Inputs, example_lengths
 from peftlab.training.labels import moved
@@ -51,6 +52,8 @@ class History:
         best: the evaluation with the lowest loss, or the highest value of the monitored metric.
         stopped_early: whether patience ran out before the last step.
         seconds: time spent training, summed over all pieces of a resumed run. `==` ignores it.
+        compiled: under `compile="layers"`, what is compiled and the lengths of batches, or why nothing is. `==` ignores
+            it.
 
     >>> pl.History(steps=[{"loss": 3.0}, {"loss": 1.5}])
     <History: 2 steps, loss 3.000 to 1.500>
@@ -61,6 +64,7 @@ class History:
     best: dict[str, Any] | None = None
     stopped_early: bool = False
     seconds: float = dataclasses.field(default=0.0, compare=False)
+    compiled: str = dataclasses.field(default="", compare=False)
 
     def __repr__(self) -> str:
         """Return one line, because a notebook shows the value of a cell's last expression."""
@@ -158,6 +162,9 @@ class Run:
         self.buffers = Buffers(self.core)
         self.identity: dict[str, Any] = {}
         self._looked_for_gradients = False
+        self.layers = Layers(model if settings.compile else None)
+        if self.layers.blocks:
+            self.layers.choose_lengths(self.collate, self.train_data, self.order, settings.batch_size)
         self.pending: Measured | None = None
         self.wrong = torch.zeros((), device=device)  # 1 once a step was not finite
 
@@ -186,10 +193,19 @@ class Run:
         lr = learning_rate_at(self.step, len(self.order), settings.learning_rate, self.warmup, settings.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        seed_everything(derived_seed(settings.seed, "step", self.step, self.ranks.rank))
+        seed = derived_seed(settings.seed, "step", self.step, self.ranks.rank)
+        seed_everything(seed)
         held = self.buffers.hold()
         try:
-            totals, labels = self._gradients(parts)
+            try:
+                totals, labels = self._gradients(parts)
+            except Exception as error:
+                if not self.layers.failed(error):
+                    raise
+                self.clear()  # and once more, from the beginning
+                self.buffers.restore(held)
+                seed_everything(seed)
+                totals, labels = self._gradients(parts)
             norm = self._clip()
         except PeftLabError:
             self.buffers.restore(held)  # the forward pass has already changed running statistics
@@ -248,7 +264,7 @@ class Run:
         for number, part in enumerate(parts):
             mine, counted = self.ranks.share(part)
             batch = moved(self.collate([self.train_data[index] for index in mine]), self.device)
-            with autocast(self.device, self.settings.precision):
+            with self.layers.batch(batch, whole=len(part) == self.settings.batch_size), autocast(self.device, self.settings.precision):
                 loss = self.loss or default_loss(self.model, batch)
                 total, count = loss(self.model, batch)
             if not total.requires_grad:
