@@ -87,8 +87,8 @@ class Settings:
     compile: str | None = setting(
         None, "'layers' compiles each repeated block of the model, which takes a minute at the start",
         one_of, known=(None, "layers"), option="compile",
-        more="Batches are padded to a few lengths, and the last bits of a result change. Where a compiler fails the run "
-        "goes on without it; `History.compiled` says what happened (`peftlab.training.compiling`).")
+        more="Batches are padded to a few lengths, and the last bits of a result change. Where a compiler fails, the "
+        "run goes on without it: `History.compiled` says what happened (`peftlab.training.compiling`).")
     optimizer: str = setting(
         "adamw", "the 8-bit ones are bitsandbytes'; without it you get a warning and adamw",
         one_of, known=OPTIMIZERS, option="optimizer")

@@ -264,7 +264,8 @@ class Run:
         for number, part in enumerate(parts):
             mine, counted = self.ranks.share(part)
             batch = moved(self.collate([self.train_data[index] for index in mine]), self.device)
-            with self.layers.batch(batch, whole=len(part) == self.settings.batch_size), autocast(self.device, self.settings.precision):
+            whole = len(part) == self.settings.batch_size
+            with self.layers.batch(batch, whole), autocast(self.device, self.settings.precision):
                 loss = self.loss or default_loss(self.model, batch)
                 total, count = loss(self.model, batch)
             if not total.requires_grad:
