@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,9 +29,11 @@ Step = Callable[[], None]
 
 
 def loop_pairs(
-    model: nn.Module, batch: int, sequence: int, *, steps: int = 5, pairs: int = 4, warm_up: int = 2, **settings: Any
+    model: nn.Module, batch: int, sequence: int, *, steps: int = 2, pairs: int = 20, warm_up: int = 3, **settings: Any
 ) -> Row:
     """Time `steps` steps of both loops, `pairs` times: plain first, then `pl.train` first, and so on.
+
+    The pairs are short and many, because a host that others use too is faster in one second than in the next.
 
     Args:
         model: with what is to train; its values move.
@@ -40,24 +41,31 @@ def loop_pairs(
 
     Returns:
         the median seconds of a step, `plain_seconds` and `train_seconds`; `ratio`, the median over the pairs of train /
-        plain; and the smallest and the largest of these ratios.
+        plain; `ratio_low` and `ratio_high`, between which half of the pairs lie; and `pairs`.
     """
-    given = Settings(batch_size=batch, steps=10**6, schedule="constant", progress=False, **settings)
+    precision = choose_precision(settings.pop("precision", "auto"), device_of(model))
+    given = Settings(
+        batch_size=batch, steps=10**6, schedule="constant", progress=False, precision=precision, **settings
+    )
     texts = torch.randint(vocabulary_of(model), (4 * batch, sequence), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": text.tolist(), "labels": text.tolist()} for text in texts]
     seconds: dict[str, list[float]] = {"plain": [], "train": []}
-    for pair in range(pairs):
-        for kind in ("plain", "train") if pair % 2 == 0 else ("train", "plain"):
-            made = plain_steps(model, texts[:batch], given) if kind == "plain" else train_steps(model, data, given)
-            with made as step:
-                seconds[kind].append(_mean_seconds(step, steps, warm_up))
+    with plain_steps(model, texts[:batch], given) as plain, train_steps(model, data, given) as train:
+        kinds = [("plain", plain), ("train", train)]
+        for _, step in kinds:
+            mean_seconds(step, warm_up)
+        for _ in range(pairs):
+            for kind, step in kinds:
+                seconds[kind].append(mean_seconds(step, steps))
+            kinds.reverse()
     ratios = [train / plain for plain, train in zip(seconds["plain"], seconds["train"], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
     return {
         "plain_seconds": statistics.median(seconds["plain"]),
         "train_seconds": statistics.median(seconds["train"]),
-        "ratio": statistics.median(ratios),
-        "ratio_least": min(ratios),
-        "ratio_most": max(ratios),
+        "ratio": middle,
+        "ratio_low": low,
+        "ratio_high": high,
         "pairs": pairs,
     }
 
@@ -66,13 +74,12 @@ def loop_pairs(
 def plain_steps(model: nn.Module, ids: torch.Tensor, settings: Settings) -> Iterator[Step]:
     """Lend one step of the plain loop on a batch (b, t)."""
     device = device_of(model)
-    precision = choose_precision(settings.precision, device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0, fused=device.type == "cuda")
     ids = ids.to(device)
 
     def step() -> None:
-        with autocast(device, precision):
+        with autocast(device, settings.precision):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         nn.utils.clip_grad_norm_(trained, settings.max_grad_norm or float("inf"))
@@ -86,7 +93,6 @@ def plain_steps(model: nn.Module, ids: torch.Tensor, settings: Settings) -> Iter
 @contextmanager
 def train_steps(model: nn.Module, data: list[Row], settings: Settings) -> Iterator[Step]:
     """Lend one step of `pl.train`, as its own loop makes it."""
-    settings = replace(settings, precision=choose_precision(settings.precision, device_of(model)))
     run = Run(model, data, settings, device=device_of(model), ranks=Ranks(model))
 
     def step() -> None:
@@ -103,9 +109,8 @@ def train_steps(model: nn.Module, data: list[Row], settings: Settings) -> Iterat
         run.settle()
 
 
-def _mean_seconds(step: Step, steps: int, warm_up: int) -> float:
-    for _ in range(warm_up):
-        step()
+def mean_seconds(step: Step, steps: int) -> float:
+    """Return the mean seconds of so many steps, until the device is done with them."""
     _wait()
     started = time.perf_counter()
     for _ in range(steps):

@@ -114,8 +114,7 @@ class Layers:
         """Say whether a compiler raised this error. Then the blocks run uncompiled from now on."""
         if not self.blocks or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
             return False
-        first = str(error).strip().splitlines() or [""]
-        self._give_up(f"{type(error).__name__}: {first[0][:200]}")
+        self._give_up(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         return True
 
     def _give_up(self, reason: str) -> None:
