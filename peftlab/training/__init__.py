@@ -70,6 +70,7 @@ def train(model: nn.Module, train_data: Sequence[Mapping[str, Any]], **given: An
         borrowed_generators(),
         mode(model, True),
         memory_settings(model, settings.checkpointing),
+        run.fast_path(),
         Bar(len(run.order), "Training", enabled=settings.progress and ranks.first, initial=run.step) as bar,
     ):
         run.clear()  # a gradient that an earlier backward pass left would count in the first step

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from peftlab.core.modes import mode, to_device
 from peftlab.core.records import check_hosts, unwrap
 from peftlab.core.sharding import refuse_sharded
 from peftlab.errors import PeftLabError, warn
+from peftlab.fast import FastPath, find_path
 from peftlab.settings import Settings
 from peftlab.training.buffers import Buffers
 from peftlab.training.encoding import Collator
@@ -50,6 +52,7 @@ class History:
         best: the evaluation with the lowest loss, or the highest value of the monitored metric.
         stopped_early: whether patience ran out before the last step.
         seconds: time spent training, summed over all pieces of a resumed run. `==` ignores it.
+        path: which path computed the steps, "fast" (`peftlab.fast`) or "plain", and why. `==` ignores it, too.
 
     >>> pl.History(steps=[{"loss": 3.0}, {"loss": 1.5}])
     <History: 2 steps, loss 3.000 to 1.500>
@@ -60,6 +63,7 @@ class History:
     best: dict[str, Any] | None = None
     stopped_early: bool = False
     seconds: float = dataclasses.field(default=0.0, compare=False)
+    path: str = dataclasses.field(default="", compare=False)
 
     def __repr__(self) -> str:
         """Return one line, because a notebook shows the value of a cell's last expression."""
@@ -126,6 +130,8 @@ class Run:
         self.buffers = Buffers(self.core)
         self.identity: dict[str, Any] = {}
         self._looked_for_gradients = False
+        self.fast: FastPath | None = None
+        self.path = find_path(model, self.core, settings, device)
 
     def _read(self, data: Any) -> Sequence[Any]:
         """The training data as rows, checked when they are read; a collate of the user's own gets them as they are."""
@@ -140,6 +146,23 @@ class Run:
         rows = rows_of(self.settings.evaluation_data, "evaluation_data", splits=EVALUATION, endless=False)
         return rows if self.settings.collate else self.collate.examples(rows, "evaluation_data")
 
+    @contextlib.contextmanager
+    def fast_path(self) -> Iterator[None]:
+        """Compute the steps inside the block by `peftlab.fast`, if it can take this run."""
+        if isinstance(self.path, str) or self.finished:
+            if not self.finished:
+                self.history.path = f"plain: {self.path}"
+            yield
+            return
+        plain = self.optimizer
+        with self.path as path:
+            self.fast, self.optimizer = path, path.optimizer(plain)
+            self.history.path = path.told
+            try:
+                yield
+            finally:
+                self.fast, self.optimizer = None, plain
+
     # -- one update ----------------------------------------------------------------------------------------------
 
     def update(self) -> dict[str, Any]:
@@ -150,6 +173,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         seed_everything(derived_seed(settings.seed, "step", self.step, self.ranks.rank))
+        if self.fast is not None:
+            self.fast.begin()
         held = self.buffers.hold()
         try:
             loss, labels = self._gradients(parts)
@@ -169,7 +194,17 @@ class Run:
         totals, counts = [], []
         for number, part in enumerate(parts):
             mine, counted = self.ranks.share(part)
-            batch = to_device(self.collate([self.train_data[index] for index in mine]), self.device)
+            batch = self.collate([self.train_data[index] for index in mine])
+            read = None if self.fast is None else self.fast.read(batch)
+            if self.fast is not None and read is not None:
+                count = read.count
+                if number == 0:
+                    provisional = count.clamp(min=1) * len(parts)
+                total = self.fast.gradients(read, provisional)
+                totals.append(total.double())
+                counts.append(count)
+                continue
+            batch = to_device(batch, self.device)
             with autocast(self.device, self.settings.precision):
                 loss = self.loss or default_loss(self.model, batch)
                 total, count = loss(self.model, batch)
@@ -210,7 +245,8 @@ class Run:
         self._look_for_gradients()
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.settings.max_grad_norm is None else self.settings.max_grad_norm
-        norm = float(nn.utils.clip_grad_norm_(self.trainable.values(), limit))
+        clipped = self.trainable.values() if self.fast is None else self.fast.clipped
+        norm = float(nn.utils.clip_grad_norm_(clipped, limit))
         if math.isfinite(norm):
             return norm
         if self.scaler.is_enabled() and self.scaler.get_scale() >= 1.0:
