@@ -1,7 +1,8 @@
 """The fast path: LoRA on a Llama-like decoder, with a step written by hand.
 
-A plain step spends most of a GPU's time on casts, copies and small kernels between the large products. This one gives the
-same loss, gradients and steps (`tests/unit/test_fast.py` holds it to 1e-9 in float64) and does little but the products:
+A plain step spends most of a GPU's time on casts, copies and small kernels between the large products. This one gives
+the same loss, gradients and steps (`tests/unit/test_fast.py` holds it to 1e-9 in float64) and does little else but the
+products:
 
 - `eligible`: which models and adapters it can take, and the reason where it cannot;
 - `groups`: LoRA as extra columns and rows of the frozen weight;
@@ -57,8 +58,8 @@ def find_path(model: nn.Module, core: nn.Module, settings: Settings, device: tor
 def refused(reason: Refused) -> PeftLabError:
     """Return the error of `fast=True` where the fast path cannot be taken."""
     return PeftLabError(
-        f"fast=True, and the fast path cannot take this run: {reason}. Change that, or pass fast='auto', which then takes "
-        "the plain path."
+        f"fast=True, and the fast path cannot take this run: {reason}. Change that, or pass fast='auto', which then "
+        "takes the plain path."
     )
 
 
@@ -68,7 +69,7 @@ class FastPath:
     def __init__(self, decoder: Decoder, settings: Settings, device: torch.device) -> None:
         self.decoder, self.settings, self.device = decoder, settings, device
         self.step: Step | None = None
-        self.told = "fast"
+        self.how = ""
         self.plain_batches: list[str] = []
 
     def __enter__(self) -> FastPath:
@@ -77,8 +78,13 @@ class FastPath:
         if self.settings.precision == "bf16":
             dtype = torch.bfloat16
         self.step = Step(self.decoder, dtype, bool(self.settings.checkpointing))
-        self.told = f"fast: {self.step.told}"
+        self.how = self.step.told
         return self
+
+    @property
+    def told(self) -> str:
+        """Say for the run's report that this path ran, how, and what the plain one had to compute."""
+        return "; ".join([f"fast: {self.how}", *(f"the plain path where {reason}" for reason in self.plain_batches)])
 
     def __exit__(self, *exception: object) -> None:
         """Give the model its weights back."""
@@ -124,6 +130,8 @@ class FastPath:
     def gradients(self, batch: Batch, divisor: Tensor) -> Tensor:
         """Add the gradient of the batch's summed loss, divided by `divisor`, to `grad`. Return the sum."""
         assert self.step is not None
-        moved = Batch(*(None if t is None else t.to(self.device, non_blocking=True) for t in batch))
-        scale = (1 / divisor.double()).to(self.device, torch.float64 if self.step.like.dtype == torch.float64 else torch.float32)
+        moved = batch.to(self.device)
+        scale = (1 / divisor.double()).to(
+            self.device, torch.float64 if self.step.like.dtype == torch.float64 else torch.float32
+        )
         return self.step.gradients(moved, self.step.rows(moved), scale)

@@ -72,9 +72,7 @@ class Group:
         n = r = 0
         for linear, lora in parts:
             rank = 0 if lora is None else len(lora.lora_A)
-            self.members.append(
-                Member(linear, lora, slice(n, n + linear.out_features), slice(r, r + rank))
-            )
+            self.members.append(Member(linear, lora, slice(n, n + linear.out_features), slice(r, r + rank)))
             n, r = n + linear.out_features, r + rank
         self.n, self.r, self.k = n, r, parts[0][0].in_features
         self.adapted = [member for member in self.members if member.lora is not None]

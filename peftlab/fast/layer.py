@@ -131,7 +131,7 @@ class Block:
     # -- backward ------------------------------------------------------------------------------------------------
 
     def room(self, like: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return room for a gradient dy of the stream, [dy | du] for `group`, and dy there if it is another tensor.
+        """Return room for a gradient dy of the stream, for [dy | du] of `group`, and dy in it if that is another one.
 
         The stream between the blocks may have another dtype than the products.
         """

@@ -91,7 +91,7 @@ def rotate_into(out: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, 
 
 def rotate_back_into(out: Tensor, qkv: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor,
                      q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> None:  # fmt: skip
-    """out = dL/dqkv of `rotate_into`; qkv is needed for the norms. out: (b, s, heads + 2 kv_heads, d) with any strides."""
+    """out = dL/dqkv of `rotate_into`, (b, s, heads + 2 kv_heads, d). qkv is needed for the norms."""
 
     def back(dy: Tensor) -> Tensor:
         # the transposed rotation: dx = dy cos + swap(dy sin)

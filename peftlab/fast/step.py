@@ -11,13 +11,12 @@ sliding windows get the mask that transformers would make.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftlab.fast.eligible import GROUPS, BlockParts, Decoder, Refused
 from peftlab.fast.groups import Group, Shared
@@ -39,7 +38,7 @@ class Batch(NamedTuple):
         places: (l,), where a label is predicted, as a place among the b s tokens.
         back: (b s,), each token's place in `places`; l where it predicts no label.
         labels: (l,), the labels there, -100 for those that fill up.
-        count: (), how many labels there are.
+        learned: (), how many labels there are.
     """
 
     ids: Tensor
@@ -48,7 +47,12 @@ class Batch(NamedTuple):
     places: Tensor
     back: Tensor
     labels: Tensor
-    count: Tensor
+    learned: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        moved: Any = (None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self)
+        return Batch(*moved)
 
 
 def read_batch(batch: Mapping[str, Any], rounded: bool = False) -> Batch:
@@ -93,7 +97,7 @@ def read_batch(batch: Mapping[str, Any], rounded: bool = False) -> Batch:
 
 def round_up(n: int) -> int:
     """Return n or a little more: one of eight sizes between two powers of two, and a multiple of 64."""
-    step = max(64, 2 ** max(0, math.ceil(math.log2(max(1, n))) - 3))
+    step = max(64, 2 ** (max(1, n).bit_length() - 4))  # an eighth of the power of two below
     return -(-max(1, n) // step) * step
 
 
@@ -172,7 +176,8 @@ class Step:
         """Return the positions and masks of a batch that is on the device."""
         b, s = batch.ids.shape
         like = self.decoder.embedding.weight.new_empty(b, s, 1)
-        cos, sin = (table.unsqueeze(2) for table in self.decoder.rotary(like, batch.positions))
+        rotary: Any = self.decoder.rotary
+        cos, sin = (table.unsqueeze(2) for table in rotary(like, batch.positions))
         half = self.sizes.head_dim // 2
         signed = torch.cat([-sin[..., :half], sin[..., half:]], -1)
         windows = {block.window for block in self.blocks}
@@ -199,7 +204,9 @@ class Step:
             block, below = self.blocks[index], self.blocks[index].below
             given = inputs.pop()
             assert given is not None
-            made = block.backward(given, dy, dydu, rows, lows.pop(), kept.pop(), self.blocks[index - 1].down if below else None)
+            made = block.backward(
+                given, dy, dydu, rows, lows.pop(), kept.pop(), self.blocks[index - 1].down if below else None
+            )
             if made is not None:
                 dy, dydu = made
         return loss
@@ -233,7 +240,7 @@ class Step:
 
 
 def _mask(batch: Batch, window: int | None) -> Tensor | None:
-    """Which tokens (b, 1, s, s) attend to which: to earlier ones of their example and window. None if order says all."""
+    """Which tokens attend to which, (b, 1, s, s): to earlier ones of their example and window. None: to all earlier."""
     s = batch.ids.shape[1]
     if batch.blocks is None and (window is None or window >= s):
         return None

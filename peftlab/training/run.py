@@ -161,7 +161,7 @@ class Run:
             try:
                 yield
             finally:
-                self.fast, self.optimizer = None, plain
+                self.fast, self.optimizer, self.history.path = None, plain, path.told
 
     # -- one update ----------------------------------------------------------------------------------------------
 
@@ -197,7 +197,7 @@ class Run:
             batch = self.collate([self.train_data[index] for index in mine])
             read = None if self.fast is None else self.fast.read(batch)
             if self.fast is not None and read is not None:
-                count = read.count
+                count = read.learned
                 if number == 0:
                     provisional = count.clamp(min=1) * len(parts)
                 total = self.fast.gradients(read, provisional)
