@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from peftlab.errors import PeftLabError
 from peftlab.fast.eligible import Decoder, Refused, decoder_of
+from peftlab.fast.graph import Graphs
 from peftlab.fast.optimiser import FlatAdamW
 from peftlab.fast.step import Batch, Step, read_batch
 from peftlab.settings import Settings
@@ -69,6 +70,7 @@ class FastPath:
     def __init__(self, decoder: Decoder, settings: Settings, device: torch.device) -> None:
         self.decoder, self.settings, self.device = decoder, settings, device
         self.step: Step | None = None
+        self.graphs: Graphs | None = None
         self.how = ""
         self.plain_batches: list[str] = []
 
@@ -77,8 +79,12 @@ class FastPath:
         dtype = self.decoder.embedding.weight.dtype
         if self.settings.precision == "bf16":
             dtype = torch.bfloat16
-        self.step = Step(self.decoder, dtype, bool(self.settings.checkpointing))
+        wish = self.settings.checkpointing
+        self.step = Step(self.decoder, dtype, bool(wish), pinned=wish == "pinned")
         self.how = self.step.told
+        if self.device.type == "cuda":
+            self.graphs = Graphs(self.step)
+            self.how += ", and each shape of a batch is one CUDA graph"
         return self
 
     @property
@@ -90,7 +96,7 @@ class FastPath:
         """Give the model its weights back."""
         if self.step is not None:
             self.step.give_back()
-            self.step = None
+            self.step = self.graphs = None
 
     def optimizer(self, plain: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Return AdamW over the flat tensor with the plain one's states and settings; another optimiser as it is."""
@@ -134,4 +140,5 @@ class FastPath:
         scale = (1 / divisor.double()).to(
             self.device, torch.float64 if self.step.like.dtype == torch.float64 else torch.float32
         )
-        return self.step.gradients(moved, self.step.rows(moved), scale)
+        compute = self.step if self.graphs is None else self.graphs
+        return compute.gradients(moved, self.step.rows(moved), scale)

@@ -23,6 +23,7 @@ from peftlab.fast.groups import Group, Shared
 from peftlab.fast.layer import Block, Kept, Rows, Sizes
 from peftlab.fast.optimiser import Flat
 from peftlab.fast.pieces import pieces_for
+from peftlab.fast.shelf import PinnedShelf, Shelf
 
 IGNORE = -100
 COLUMNS = {"input_ids", "labels", "attention_mask", "position_ids", "use_cache"}
@@ -108,10 +109,13 @@ class Step:
         decoder: the parts of the model.
         dtype: of the products. The stream between the blocks has the dtype of the embeddings.
         recompute: whether the blocks are computed again in the backward pass; only their inputs are kept then.
+        pinned: whether these inputs wait in pinned main memory.
     """
 
-    def __init__(self, decoder: Decoder, dtype: torch.dtype, recompute: bool) -> None:
+    def __init__(self, decoder: Decoder, dtype: torch.dtype, recompute: bool, pinned: bool = False) -> None:
         self.decoder, self.recompute = decoder, recompute
+        self.side = torch.cuda.Stream() if pinned else None
+        self.pinned: dict[torch.Size, list[Tensor]] = {}
         device = decoder.embedding.weight.device
         self.like = torch.empty(0, dtype=dtype, device=device)
         self.pieces, self.told = pieces_for(device)
@@ -188,12 +192,14 @@ class Step:
         """Add the gradient of the batch's summed loss times `scale` to the flat gradient. Return the sum."""
         self._read_adapters()
         x = F.embedding(batch.ids.reshape(-1), self.decoder.embedding.weight)
-        inputs: list[Tensor | None] = []
+        pinned = self.pinned.setdefault(x.shape, [])
+        inputs = Shelf() if self.side is None else PinnedShelf(pinned, self.side)
         lows: list[dict[str, Tensor | None]] = []
         kept: list[Kept | None] = []
         for index, block in enumerate(self.blocks):
             low: dict[str, Tensor | None] = {}
-            inputs.append(x if index >= self.first else None)
+            if index >= self.first:
+                inputs.put(x)
             x, saved = block.forward(x, rows, low, keep=index >= self.first and not self.recompute)
             lows.append(low)
             kept.append(saved)
@@ -202,10 +208,8 @@ class Step:
         del x
         for index in range(len(self.blocks) - 1, self.first - 1, -1):
             block, below = self.blocks[index], self.blocks[index].below
-            given = inputs.pop()
-            assert given is not None
             made = block.backward(
-                given, dy, dydu, rows, lows.pop(), kept.pop(), self.blocks[index - 1].down if below else None
+                inputs.take(), dy, dydu, rows, lows.pop(), kept.pop(), self.blocks[index - 1].down if below else None
             )
             if made is not None:
                 dy, dydu = made
