@@ -108,10 +108,10 @@ class FastPath:
         return flat
 
     @property
-    def clipped(self) -> list[nn.Parameter]:
-        """Return what the gradient's norm is taken of: the flat tensor."""
+    def whole(self) -> nn.Parameter:
+        """The flat tensor of which all trained parameters are views."""
         assert self.step is not None
-        return [self.step.flat.whole]
+        return self.step.flat.whole
 
     def begin(self) -> None:
         """Set the gradients to zero, before the first part of a batch."""

@@ -131,7 +131,7 @@ class Block:
     # -- backward ------------------------------------------------------------------------------------------------
 
     def room(self, like: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return room for a gradient dy of the stream, for [dy | du] of `group`, and dy in it if that is another one.
+        """Return room for a gradient dy of the stream, for [dy | du] of `group`, and dy in it where that is another.
 
         The stream between the blocks may have another dtype than the products.
         """

@@ -64,14 +64,16 @@ class FlatAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, flat: Flat, groups: Iterable[Mapping[str, Any]], lr: float) -> None:
-        super().__init__([dict(group) for group in groups], {"lr": lr, "weight_decay": 0.0})
+        fused = flat.whole.device.type == "cuda"
+        super().__init__([dict(group) for group in groups], {"lr": lr, "weight_decay": 0.0, "fused": fused})
         self.flat = flat
-        self._adamw = torch.optim.AdamW([flat.whole], lr=lr, fused=flat.whole.device.type == "cuda")
+        self._adamw: Any = torch.optim.AdamW([flat.whole], lr=lr, fused=fused)
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no closure is used
         """Move the parameters."""
         (group,), (mine,) = self.param_groups, self._adamw.param_groups
         mine |= {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+        self._adamw.found_inf = getattr(self, "found_inf", None)  # where it is 1, a fused step changes nothing
         self._adamw.step()
         if not self.state:
             self._show()
@@ -86,7 +88,7 @@ class FlatAdamW(torch.optim.Optimizer):
             return
         held = [self.state[parameter] for parameter in self.flat.parameters]
         states: dict[str, Tensor] = {"step": torch.as_tensor(held[0]["step"]).clone()}
-        if self._adamw.defaults["fused"]:
+        if self.defaults["fused"]:
             states["step"] = states["step"].to(self.flat.whole.device)
         for name in ("exp_avg", "exp_avg_sq"):
             states[name] = torch.cat([state[name].reshape(-1) for state in held])

@@ -92,9 +92,10 @@ def _loop(run: Run, bar: Bar, folder: Path | None) -> None:
     while not run.finished:
         row = run.update()
         if callback is not None:
+            run.settle()
             callback(run.model, row)
         run.clear()
-        bar.update(note=f"loss {row['loss']:.3f}")
+        bar.update(note=f"loss {run.history.steps[-1]['loss']:.3f}" if run.history.steps else "")
         last = run.step == len(run.order)
         if run.settings.evaluates and (last or (every and run.step % every == 0)):
             run.evaluate()
@@ -102,5 +103,7 @@ def _loop(run: Run, bar: Bar, folder: Path | None) -> None:
         run.finished = last or run.history.stopped_early
         if folder is not None and (run.finished or run.step % save_every == 0):
             run.history.seconds, began = run.history.seconds + time.monotonic() - began, time.monotonic()
+            run.settle()
             state.save(run, folder)
+    run.settle()
     run.history.seconds += time.monotonic() - began
