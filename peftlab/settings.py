@@ -89,6 +89,12 @@ class Settings:
         one_of, known=(None, "layers"), option="compile",
         more="Batches are padded to a few lengths, and the last bits of a result change. Where a compiler fails, the "
         "run goes on without it: `History.compiled` says what happened (`peftlab.training.compiling`).")
+    fast: bool | str = setting(
+        "auto", "LoRA on a Llama-like decoder by a step written by hand, with the same result in less time",
+        one_of, known=("auto", True, False), option="fast",
+        more="'auto' takes it where it can, and `History.path` says which path ran and why. True refuses a run that it "
+        "cannot take (`peftlab.fast.eligible` has the list). The model's weights are views of common buffers while the "
+        "run lasts, and its own again after it.")
     optimizer: str = setting(
         "adamw", "the 8-bit ones are bitsandbytes'; without it you get a warning and adamw",
         one_of, known=OPTIMIZERS, option="optimizer")

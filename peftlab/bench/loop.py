@@ -37,7 +37,7 @@ def loop_pairs(
 
     Args:
         model: with what is to train; its values move.
-        settings: of `pl.train`, for example `checkpointing=True`.
+        settings: of `pl.train`, for example `checkpointing=True`. Without `fast`, both loops take the plain path.
 
     Returns:
         the median seconds of a step, `plain_seconds` and `train_seconds`; `ratio`, the median over the pairs of train /
@@ -45,7 +45,12 @@ def loop_pairs(
     """
     precision = choose_precision(settings.pop("precision", "auto"), device_of(model))
     given = Settings(
-        batch_size=batch, steps=10**6, schedule="constant", progress=False, precision=precision, **settings
+        batch_size=batch,
+        steps=10**6,
+        schedule="constant",
+        progress=False,
+        precision=precision,
+        **({"fast": False} | settings),
     )
     texts = torch.randint(vocabulary_of(model), (4 * batch, sequence), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": text.tolist(), "labels": text.tolist()} for text in texts]
@@ -104,6 +109,7 @@ def train_steps(model: nn.Module, data: list[Row], settings: Settings) -> Iterat
         mode(model, True),
         memory_settings(model, settings.checkpointing),
         run.layers.on(),
+        run.fast_path(),
     ):
         yield step
         run.settle()

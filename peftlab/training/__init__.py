@@ -71,6 +71,7 @@ def train(model: nn.Module, train_data: Sequence[Mapping[str, Any]], **given: An
         mode(model, True),
         memory_settings(model, settings.checkpointing),
         run.layers.on(),
+        run.fast_path(),
         Bar(len(run.order), "Training", enabled=settings.progress and ranks.first, initial=run.step) as bar,
     ):
         run.clear()  # a gradient that an earlier backward pass left would count in the first step

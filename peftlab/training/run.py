@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from peftlab.core.modes import mode
 from peftlab.core.records import check_hosts, unwrap
 from peftlab.core.sharding import refuse_sharded
 from peftlab.errors import PeftLabError, warn
+from peftlab.fast import FastPath, find_path
 from peftlab.settings import Settings
 from peftlab.training.buffers import Buffers
 from peftlab.training.compiling import Layers
@@ -54,6 +56,7 @@ class History:
         seconds: time spent training, summed over all pieces of a resumed run. `==` ignores it.
         compiled: under `compile="layers"`, what is compiled and the lengths of batches, or why nothing is. `==` ignores
             it.
+        path: which path computed the steps, "fast" (`peftlab.fast`) or "plain", and why. `==` ignores it, too.
 
     >>> pl.History(steps=[{"loss": 3.0}, {"loss": 1.5}])
     <History: 2 steps, loss 3.000 to 1.500>
@@ -65,6 +68,7 @@ class History:
     stopped_early: bool = False
     seconds: float = dataclasses.field(default=0.0, compare=False)
     compiled: str = dataclasses.field(default="", compare=False)
+    path: str = dataclasses.field(default="", compare=False)
 
     def __repr__(self) -> str:
         """Return one line, because a notebook shows the value of a cell's last expression."""
@@ -165,6 +169,8 @@ class Run:
         self.layers = Layers(model if settings.compile else None)
         if self.layers.blocks:
             self.layers.choose_lengths(self.collate, self.train_data, self.order, settings.batch_size)
+        self.fast: FastPath | None = None
+        self.path = find_path(model, self.core, settings, device)
         self.pending: Measured | None = None
         self.wrong = torch.zeros((), device=device)  # 1 once a step was not finite
 
@@ -181,6 +187,23 @@ class Run:
         rows = rows_of(self.settings.evaluation_data, "evaluation_data", splits=EVALUATION, endless=False)
         return rows if self.settings.collate else self.collate.examples(rows, "evaluation_data")
 
+    @contextlib.contextmanager
+    def fast_path(self) -> Iterator[None]:
+        """Compute the steps inside the block by `peftlab.fast`, if it can take this run."""
+        if isinstance(self.path, str) or self.finished:
+            if not self.finished:
+                self.history.path = f"plain: {self.path}"
+            yield
+            return
+        plain = self.optimizer
+        with self.path as path:
+            self.fast, self.optimizer = path, path.optimizer(plain)
+            self.history.path = path.told
+            try:
+                yield
+            finally:
+                self.fast, self.optimizer, self.history.path = None, plain, path.told
+
     # -- one update ----------------------------------------------------------------------------------------------
 
     def update(self) -> dict[str, Any]:
@@ -195,6 +218,8 @@ class Run:
             group["lr"] = lr
         seed = derived_seed(settings.seed, "step", self.step, self.ranks.rank)
         seed_everything(seed)
+        if self.fast is not None:
+            self.fast.begin()
         held = self.buffers.hold()
         try:
             try:
@@ -263,37 +288,50 @@ class Run:
         totals, counts = [], []
         for number, part in enumerate(parts):
             mine, counted = self.ranks.share(part)
-            batch = moved(self.collate([self.train_data[index] for index in mine]), self.device)
-            whole = len(part) == self.settings.batch_size
-            with self.layers.batch(batch, whole), autocast(self.device, self.settings.precision):
-                loss = self.loss or default_loss(self.model, batch)
-                total, count = loss(self.model, batch)
-            if not total.requires_grad:
-                raise TrainingError(
-                    "The loss does not depend on any parameter that requires gradients. Is the adapter disabled, or is "
-                    "reentrant checkpointing on under a frozen embedding (then pass checkpointing='reentrant')?"
-                )
-            total, count = total * int(counted), self.ranks.sum_of_counts(count, counted, self.device)
+            batch = self.collate([self.train_data[index] for index in mine])
+            read = None if self.fast is None else self.fast.read(batch)
+            total, count = (torch.empty(0), read.learned) if read is not None else self._loss_of(batch, part, counted)
             if number == 0:
                 provisional = count.clamp(min=1) * len(parts)
             # N, the labels of the whole batch, is known only after the last part. Until then divide by a guess N'.
-            with self.ranks.unsynchronised(last=number == len(parts) - 1):
-                self.scaler.scale(total / provisional).backward()
+            if self.fast is not None and read is not None:
+                total = self.fast.gradients(read, provisional)
+            else:
+                with self.ranks.unsynchronised(last=number == len(parts) - 1):
+                    self.scaler.scale(total / provisional).backward()
             totals.append(self.ranks.sum(total.double() if total.device.type != "mps" else total))
             counts.append(count)
         labels = int(sum(counts))
         # g = (N' / N) g'. DistributedDataParallel took the mean over the processes, so multiply by their number.
         if labels and len(parts) * self.ranks.world > 1:
             factor = int(provisional) / labels * self.ranks.world
-            torch._foreach_mul_([p.grad for p in self.trainable.values() if p.grad is not None], factor)
+            torch._foreach_mul_([p.grad for p in self._leaves() if p.grad is not None], factor)
         return totals, labels
+
+    def _loss_of(self, batch: Any, part: list[int], counted: bool) -> tuple[Tensor, Tensor]:
+        """Return the summed loss of a part, with a graph behind it, and the number of its labels in all processes."""
+        batch = moved(batch, self.device)
+        whole = len(part) == self.settings.batch_size
+        with self.layers.batch(batch, whole), autocast(self.device, self.settings.precision):
+            loss = self.loss or default_loss(self.model, batch)
+            total, count = loss(self.model, batch)
+        if not total.requires_grad:
+            raise TrainingError(
+                "The loss does not depend on any parameter that requires gradients. Is the adapter disabled, or is "
+                "reentrant checkpointing on under a frozen embedding (then pass checkpointing='reentrant')?"
+            )
+        return total * int(counted), self.ranks.sum_of_counts(count, counted, self.device)
+
+    def _leaves(self) -> list[nn.Parameter]:
+        """Return what holds the gradients: the trained parameters, or the flat tensor of which they are views."""
+        return [*self.trainable.values()] if self.fast is None else [self.fast.whole]
 
     def _clip(self) -> Tensor:
         """Clip to the global norm |g| = sqrt(sum of g_i^2): g <- g min(1, max_norm / |g|). Return |g|."""
         self._look_for_gradients()
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.settings.max_grad_norm is None else self.settings.max_grad_norm
-        return nn.utils.clip_grad_norm_(self.trainable.values(), limit)
+        return nn.utils.clip_grad_norm_(self._leaves(), limit)
 
     def _look_for_gradients(self) -> None:
         if self._looked_for_gradients:

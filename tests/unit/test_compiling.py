@@ -7,8 +7,14 @@ import pytest
 import tiny
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import peftlab as pl
 from peftlab.training import compiling
@@ -68,9 +74,9 @@ def ragged(count: int = 40) -> list[dict]:
     return [{"input_ids": row, "labels": list(row)} for row in rows]
 
 
-def trained(model, data=None, **settings):
-    settings = {"steps": 12, "batch_size": 4, "learning_rate": 0.05, "progress": False, "loss": causal_lm_loss} | settings
-    history = pl.train(model, data or ragged(), **settings)
+def trained(model, data=None, **given):
+    settings = {"steps": 12, "batch_size": 4, "learning_rate": 0.05, "progress": False, "loss": causal_lm_loss}
+    history = pl.train(model, data or ragged(), **(settings | given))
     return history, {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -92,9 +98,7 @@ def test_the_lengths_are_those_with_the_fewest_tokens():
 
         found = lengths_for(longest)
         every = [
-            (*lower, sizes[-1])
-            for count in range(len(found))
-            for lower in itertools.combinations(sizes[:-1], count)
+            (*lower, sizes[-1]) for count in range(len(found)) for lower in itertools.combinations(sizes[:-1], count)
         ]
         assert tokens(found) == min(map(tokens, every))
         assert len(found) <= MOST_LENGTHS
