@@ -32,8 +32,8 @@ LABELS = {
 MARGIN = f"{cards.TOO_LOW:.0%} for the estimate, {format_bytes(cards.CONTEXT)} for the CUDA context"
 NO_AUTOCAST = dict.fromkeys(PRECISIONS, "none") | {"bf16": "none; for Trainer(bf16=True) add --autocast"}
 OF_A_RUN = (
-    "batch", "sequence", "precision", "optimizer", "checkpointing", "autocast", "adapter_precision", "attention",
-    "gpus", "parallel", "library",
+    "batch", "sequence", "precision", "optimizer", "checkpointing", "autocast", "adapter_precision", "masters",
+    "attention", "gpus", "parallel", "library",
 )  # fmt: skip
 
 
@@ -60,7 +60,11 @@ def add_memory_options(command: argparse.ArgumentParser) -> None:
     add("--checkpointing", **switch, default=False, help="recompute activations in the backward pass (default: no)")
     add("--autocast", **switch, help="compute in bf16, as Trainer(bf16=True) does (default: for mixed and qlora)")
     named = ", ".join(ADAPTER_PRECISIONS)
-    add("--adapter-precision", default="fp32", metavar="P", help=f"of what a method adds: {named} (default: fp32)")
+    add(
+        "--adapter-precision", "--adapter-dtype", default="fp32", metavar="P",
+        help=f"of what a method adds: {named} (default: fp32)",
+    )  # fmt: skip
+    add("--masters", **switch, default=False, help="float32 masters of a bf16 adapter, as train keeps (default: no)")
     add("--attention", default="sdpa", metavar="A", help=f"{', '.join(ATTENTIONS)} (default: sdpa)")
     add("--gpus", type=int, default=1, metavar="N", help="GPUs that train together, each on a batch (default: 1)")
     add("--parallel", default="ddp", metavar="P", help=f"how: {', '.join(PARALLEL)} (full shards) (default: ddp)")

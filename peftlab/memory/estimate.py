@@ -111,6 +111,7 @@ def estimate(
     checkpointing: bool = False,
     autocast: bool | None = None,
     adapter_precision: str = "fp32",
+    masters: bool = False,
     attention: str = "sdpa",
     labels: int | None = None,
     library: str = "peft",
@@ -138,6 +139,8 @@ def estimate(
         autocast: whether the forward pass runs under bf16 autocast, as in `Trainer(bf16=True)`. None switches it on
             for mixed precision and for `qlora`, and for nothing else.
         adapter_precision: the precision of the tensors that the method adds, `"fp32"` as in peft or `"bf16"`.
+        masters: whether the optimiser keeps float32 copies of what the method adds in bf16, as `train` does. Its states
+            are float32 then.
         attention: `"sdpa"` (fused) or `"eager"`.
         labels: classes of an encoder's head.
         library: `"peft"` or `"peftlab"`: whose layers are replayed. peftlab's LoRA, also in four bits, keeps less under
@@ -163,6 +166,7 @@ def estimate(
     one_of("precision", precision, PRECISIONS)
     one_of("optimizer", optimizer, OPTIMIZERS)
     one_of("adapter_precision", adapter_precision, ADAPTER_PRECISIONS)
+    one_of("masters", masters, (True, False))
     one_of("attention", attention, ATTENTIONS)
     _refuse_what_cannot_run(shape, method, sequence, virtual_tokens)
     if targets is not None and not isinstance(targets, str):
@@ -176,6 +180,7 @@ def estimate(
         sequence=sequence,
         weight_bytes=PRECISIONS[precision],
         adapter_bytes=ADAPTER_PRECISIONS[adapter_precision],
+        masters=masters,
         autocast=uses_autocast(method, precision) if autocast is None else autocast,
         checkpointing=checkpointing,
         optimizer=optimizer,
