@@ -126,7 +126,7 @@ def _quantize(
     w = tl.load(weight + start * SIZE + inside, inside < left, other=0.0).to(tl.float32)
     # c = max |w|
     c = tl.reduce(tl.abs(w), 1, _larger)
-    least = tl.maximum(c, SMALLEST)
+    least = tl.maximum(c, tl.full((BLOCKS,), SMALLEST, tl.float32))
     # as in the reference, a last, shorter block stores no zero
     tl.store(absmax + start + block, tl.where((block + 1) * SIZE > left, least, c), block * SIZE < left)
     # z = w (1 / c)
