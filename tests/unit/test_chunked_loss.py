@@ -18,7 +18,7 @@ from peftlab.training.losses import causal_lm_loss
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
-MOE = {**SMALL, "output_router_logits": True}
+MOE = {**SMALL, "num_key_value_heads": 2, "output_router_logits": True}
 MODELS = [  # each does something else to its logits
     ("LlamaForCausalLM", SMALL),
     ("LlamaForCausalLM", {**SMALL, "tie_word_embeddings": True}),
