@@ -84,6 +84,11 @@ class Settings:
     checkpointing: bool | str = setting(
         False, "recompute activations in the backward pass instead of keeping them",
         one_of, known=(True, False, "reentrant"), option="checkpointing", more="'reentrant' is torch's older kind.")
+    compile: str | None = setting(
+        None, "'layers' compiles each repeated block of the model, which takes a minute at the start",
+        one_of, known=(None, "layers"), option="compile",
+        more="Batches are padded to a few lengths, and the last bits of a result change. Where a compiler fails, the "
+        "run goes on without it: `History.compiled` says what happened (`peftlab.training.compiling`).")
     fast: bool | str = setting(
         "auto", "LoRA on a Llama-like decoder by a step written by hand, with the same result in less time",
         one_of, known=("auto", True, False), option="fast",
