@@ -1,7 +1,8 @@
 """Times of a GPU's steps, from several fresh processes: the clock in three of them, the kernels' own time in one more.
 
 The medians of two processes can lie further apart than the steps within one process. So `bench.run` measures every
-timed point in `PROCESSES` processes, one after the other. In each of them the points take turns (A B C, A B C, A B C).
+timed point in `PROCESSES` processes, one after the other. In each of them the points take turns, in every second one in
+reverse order (A B C, C B A, A B C).
 One last process reads with torch's profiler how long the GPU's kernels were busy. It is a process of its own, because
 a profiler that was on once makes later steps of its process slower.
 """
