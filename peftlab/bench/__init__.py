@@ -36,7 +36,9 @@ from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.kit import measurements
 from peftlab.progress import Bar
 
-TOPICS = ("memory", "lora", "qlora", "prompts", "adapters", "experts", "parallel", "circulating", "recipes")
+TOPICS = (
+    "memory", "lora", "qlora", "prompts", "adapters", "experts", "parallel", "circulating", "recipes", "speed",
+)  # fmt: skip
 BEGINNING = b'{"gpu": '  # of FILE.partial
 FORM = 2  # of FILE.partial
 LIBRARIES = ("torch", "transformers", "peft", "peftlab", "bitsandbytes", "triton")
