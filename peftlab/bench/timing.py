@@ -42,9 +42,7 @@ def named(point: Row, rows: Iterable[Row]) -> list[Row]:
 # ------------------------------------------------------------------------------------------------- in one process
 
 
-def clock(
-    step: Callable[[], Any], repeats: int = 5, warm_up: int = 2, prefix: str = "", details: bool = False
-) -> Row:
+def clock(step: Callable[[], Any], repeats: int = 5, warm_up: int = 2, prefix: str = "", details: bool = False) -> Row:
     """Measure a step as this process does. The peak of memory is counted from the warm-up on.
 
     Returns:
