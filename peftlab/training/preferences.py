@@ -65,7 +65,7 @@ def dpo_loss(
     """Return the loss of each pair of answers, and its margin.
 
     Args:
-        chosen, rejected: log-probabilities of the better and of the worse answers under the model that is trained, (b,).
+        chosen, rejected: log-probabilities of the better and of the worse answers under the trained model, (b,).
         reference_chosen, reference_rejected: the same under the reference.
         beta: how strongly the model is held to the reference; the smaller, the further it may go.
 
@@ -84,6 +84,6 @@ def dpo_loss(
     number("beta", beta, above=0)
     shapes = [tuple(given.shape) for given in (chosen, rejected, reference_chosen, reference_rejected)]
     if len(set(shapes)) > 1:
-        raise PeftLabError(f"The log-probabilities have the shapes {shapes}; give one number for each pair in all four.")
+        raise PeftLabError(f"The log-probabilities have the shapes {shapes}; give four of one shape.")
     margins = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
     return -F.logsigmoid(margins), margins
