@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import peftlab as pl
-from peftlab.bench import fullsize, memory, pretraining
+from peftlab.bench import fullsize, memory, pretraining, reward
 from peftlab.bench.models import ALL_LINEAR, Row, gpu_for, held, lent, vocabulary_of
 from peftlab.bench.timing import clock, named
 from peftlab.training.packing import IGNORE, pack
@@ -47,7 +47,7 @@ TRICKS: dict[str, Row] = {
 
 def points() -> list[Row]:
     """Yield every point to measure."""
-    return [*tricks(), *pretraining.points()]
+    return [*tricks(), *pretraining.points(), *reward.points()]
 
 
 def tricks() -> Iterator[Row]:
@@ -60,7 +60,7 @@ def tricks() -> Iterator[Row]:
 def measure(point: Row) -> list[Row]:
     """Measure one point, and return its rows."""
     if point["section"] != "tricks":
-        return pretraining.measure(point)
+        return (reward if point["section"] == "policy" else pretraining).measure(point)
     dtype = torch.bfloat16 if point["precision"] == "bf16" else torch.float32
     with held(point["shape"], gpu_for(point, "a 7B model"), dtype=dtype) as model:
         return named(point, [trick(model, point)])

@@ -8,7 +8,7 @@ import torch
 import peftlab as pl
 from peftlab import bench
 from peftlab.bench import memory as grid
-from peftlab.bench import models, pretraining, recipes
+from peftlab.bench import models, pretraining, recipes, reward
 from peftlab.memory import estimate
 from peftlab.training.low_rank import GaLore, directions
 
@@ -197,3 +197,24 @@ def test_a_rate_is_chosen_on_the_validation_text(monkeypatch):
 def test_every_point_is_its_own():
     points = recipes.points()
     assert len({bench.key(point) for point in points}) == len(points)
+
+
+def test_a_policy_starts_from_the_same_writer_and_the_best_rate_gets_more_seeds(monkeypatch):
+    reward.writer.cache_clear()
+    monkeypatch.setattr(reward, "WAYS", ({"method": "lora", "r": 2, "alpha": 2, "rates": [1e-3, 1e-2]},))
+    monkeypatch.setattr(reward, "RUN", {"steps": 2, "samples": 4, "answers": 20})
+    writer = reward.writer(steps=5)
+    monkeypatch.setattr(reward, "writer", lambda: writer)
+    before = {name: value.clone() for name, value in writer.state_dict().items()}
+    rows = reward.measure(next(reward.points()))
+    assert [(row["learning_rate"], row["seed"]) for row in rows[:2]] == [(1e-3, 0), (1e-2, 0)] and len(rows) == 4
+    assert {row["seed"] for row in rows if row["chosen"]} == {0, 1, 2}
+    assert len({row["valid_before"] for row in rows}) == 1 and all(row["different"] <= 20 for row in rows)
+    assert all(torch.equal(value, before[name]) for name, value in writer.state_dict().items())
+    assert not pl.attached(writer)
+
+
+def test_an_answer_is_rewarded_if_it_parses():
+    from peftlab.assets import sloppy
+
+    assert reward.reward(sloppy.encode('{"a":1}')) == 1.0 and reward.reward(sloppy.encode("{'a':1}")) == 0.0
