@@ -93,8 +93,15 @@ def writer(steps: int = 200) -> Any:
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=sloppy.VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=4, bos_token_id=None, eos_token_id=0, pad_token_id=0,
+            vocab_size=sloppy.VOCABULARY,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            bos_token_id=None,
+            eos_token_id=0,
+            pad_token_id=0,
         )  # fmt: skip
     )
     rows = [[sloppy.START, *sloppy.encode(text), sloppy.END] for text in sloppy.texts(32 * steps, seed=0)]

@@ -97,9 +97,23 @@ class ChunkedLoss(torch.autograd.Function):
 
 def chunked_loss(model: Any, batch: Batch, rows: int = 1024) -> Tensor:
     """Compute the loss of a language model by `ChunkedLoss`."""
-    hidden = model.model(input_ids=batch["input_ids"]).last_hidden_state[:, :-1]
+    hidden = hidden_states(model.model, batch["input_ids"])[:, :-1]
     labels = batch["labels"][:, 1:].flatten()
     return ChunkedLoss.apply(hidden.flatten(0, 1), model.lm_head.weight, labels, rows)
+
+
+def hidden_states(body: Any, ids: Tensor) -> Tensor:
+    """Run a Llama's blocks on whole rows, without padding.
+
+    transformers looks first whether the rows are packed. For that it waits for the GPU, and within a CUDA graph it
+    chooses another mask.
+    """
+    x = body.embed_tokens(ids)
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    angles = body.rotary_emb(x, position_ids=positions)
+    for block in body.layers:
+        x = block(x, attention_mask=None, position_embeddings=angles)
+    return body.norm(x)
 
 
 class Flat:
