@@ -6,9 +6,9 @@
     dL/dh = dL/dz W,    dL/dW = dL/dz^T h
 
 With a vocabulary of 128,000, the logits of 2,048 tokens are 0.5 GB in 16 bits, and their float32 copy, its logarithm
-and the gradient 1 GB each. Nothing of this is needed twice: the gradient of a chunk follows from its logits at once. So
-only one chunk lives at a time, and of the forward pass nothing is kept but dL/dh, which is as large as h. Only positions
-with a label are computed.
+and the gradient 1 GB each. Nothing of this is needed twice: the gradient of a chunk follows from its logits at once.
+So only one chunk lives at a time, and of the forward pass nothing is kept but dL/dh, which is as large as h. Only
+positions with a label are computed.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def chunked_cross_entropy(
 ) -> Tensor:  # fmt: skip
     """Return the cross-entropy of a head's logits with labels, summed, without the whole logits.
 
-    Gradients are computed in the forward pass, where they are enabled. Under autocast the products are in its dtype. The
-    rest is in float32, or float64 for float64 numbers.
+    Gradients are computed in the forward pass, where they are enabled. Under autocast the products are in its dtype.
+    The rest is in float32, or float64 for float64 numbers.
 
     Args:
         hidden: (n, d), what the head reads.

@@ -58,7 +58,7 @@ class History:
         compiled: under `compile="layers"`, what is compiled and the lengths of batches, or why nothing is. `==` ignores
             it.
         path: which path computed the steps, "fast" (`peftlab.fast`) or "plain", and why. `==` ignores it, too.
-        logits: how the loss was computed, "in chunks" (`peftlab.training.chunked`) or "whole", and why. `==` ignores it.
+        logits: how the loss was computed, "in chunks" (`peftlab.training.chunked`) or "whole", and why, likewise.
 
     >>> pl.History(steps=[{"loss": 3.0}, {"loss": 1.5}])
     <History: 2 steps, loss 3.000 to 1.500>
