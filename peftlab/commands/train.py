@@ -32,7 +32,7 @@ from peftlab.settings import Settings, known_values
 # Arguments that do not change what is learned. A run continues even if they differ.
 INCIDENTAL = (
     "command", "run", "json", "out", "resume", "save_every", "device", "test_limit", "max_new_tokens", "fast",
-    "compile",
+    "compile", "chunked_loss",
 )  # fmt: skip
 # The training settings that have an option, by the name of the option
 OPTIONS = {one.metadata["option"]: one for one in fields(Settings) if one.metadata["option"]}

@@ -79,6 +79,7 @@ def train(model: nn.Module, train_data: Sequence[Mapping[str, Any]], **given: An
             _loop(run, bar, folder)
         finally:
             run.clear()
+    run.history.logits = run.chunked.told if run.chunked else ""
     run.history.compiled = run.layers.told
     run.restore_best()
     return run.history
