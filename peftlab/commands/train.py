@@ -30,7 +30,10 @@ from peftlab.memory.units import format_both, format_count, format_percent
 from peftlab.settings import Settings, known_values
 
 # Arguments that do not change what is learned. A run continues even if they differ.
-INCIDENTAL = ("command", "run", "json", "out", "resume", "save_every", "device", "test_limit", "max_new_tokens", "fast")
+INCIDENTAL = (
+    "command", "run", "json", "out", "resume", "save_every", "device", "test_limit", "max_new_tokens", "fast",
+    "compile", "chunked_loss",
+)  # fmt: skip
 # The training settings that have an option, by the name of the option
 OPTIONS = {one.metadata["option"]: one for one in fields(Settings) if one.metadata["option"]}
 LOG_SECONDS = 30.0
@@ -88,7 +91,7 @@ def _as_argument(one: Field[Any], default: str) -> dict[str, Any]:
     if True in known:
         kind = {"action": argparse.BooleanOptionalAction}
     elif known:
-        kind = {"choices": known}
+        kind = {"choices": [value for value in known if value is not None]}
     elif one.metadata["check"].func is whole:
         kind = {"type": int, "metavar": "N"}
     return kind | {"help": one.metadata["doc"] + (f" (default: {default})" if default else "")}

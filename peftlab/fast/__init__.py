@@ -43,6 +43,8 @@ def find_path(model: nn.Module, core: nn.Module, settings: Settings, device: tor
     try:
         if settings.fast is False:
             raise Refused("fast=False")
+        if settings.compile:
+            raise Refused(f"compile={settings.compile!r} asks for the plain path")
         if core is not model:
             raise Refused(f"the model is wrapped in a {type(model).__name__}")
         if settings.loss is not None:

@@ -70,6 +70,7 @@ def train(model: nn.Module, train_data: Sequence[Mapping[str, Any]], **given: An
         borrowed_generators(),
         mode(model, True),
         memory_settings(model, settings.checkpointing),
+        run.layers.on(),
         run.fast_path(),
         Bar(len(run.order), "Training", enabled=settings.progress and ranks.first, initial=run.step) as bar,
     ):
@@ -78,6 +79,8 @@ def train(model: nn.Module, train_data: Sequence[Mapping[str, Any]], **given: An
             _loop(run, bar, folder)
         finally:
             run.clear()
+    run.history.logits = run.chunked.told if run.chunked else ""
+    run.history.compiled = run.layers.told
     run.restore_best()
     return run.history
 

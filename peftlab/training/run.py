@@ -19,10 +19,12 @@ from peftlab.errors import PeftLabError, warn
 from peftlab.fast import FastPath, find_path
 from peftlab.settings import Settings
 from peftlab.training.buffers import Buffers
+from peftlab.training.chunked import ChunkedLoss
+from peftlab.training.compiling import Layers
 from peftlab.training.encoding import Collator
 from peftlab.training.inputs import Inputs, example_lengths
 from peftlab.training.labels import moved
-from peftlab.training.losses import default_loss
+from peftlab.training.losses import Loss
 from peftlab.training.metrics import mean_loss
 from peftlab.training.optimizers import make_optimizer, skips_when_told, step_unless
 from peftlab.training.precision import autocast, check_trainable_dtypes
@@ -53,7 +55,10 @@ class History:
         best: the evaluation with the lowest loss, or the highest value of the monitored metric.
         stopped_early: whether patience ran out before the last step.
         seconds: time spent training, summed over all pieces of a resumed run. `==` ignores it.
+        compiled: under `compile="layers"`, what is compiled and the lengths of batches, or why nothing is. `==` ignores
+            it.
         path: which path computed the steps, "fast" (`peftlab.fast`) or "plain", and why. `==` ignores it, too.
+        logits: how the loss was computed, "in chunks" (`peftlab.training.chunked`) or "whole", and why, likewise.
 
     >>> pl.History(steps=[{"loss": 3.0}, {"loss": 1.5}])
     <History: 2 steps, loss 3.000 to 1.500>
@@ -64,7 +69,9 @@ class History:
     best: dict[str, Any] | None = None
     stopped_early: bool = False
     seconds: float = dataclasses.field(default=0.0, compare=False)
+    compiled: str = dataclasses.field(default="", compare=False)
     path: str = dataclasses.field(default="", compare=False)
+    logits: str = dataclasses.field(default="", compare=False)
 
     def __repr__(self) -> str:
         """Return one line, because a notebook shows the value of a cell's last expression."""
@@ -138,7 +145,9 @@ class Run:
         self.train_data, self.evaluation_data = self._rows(train_data), self._read_evaluation()
         if not len(self.train_data):
             raise PeftLabError("The training data holds no example.")
-        self.loss, self.metrics = settings.loss, settings.metrics or {}
+        self.chunked = None if settings.loss else ChunkedLoss(model, settings.chunked_loss)
+        self.loss: Loss = settings.loss or self.chunked
+        self.metrics = settings.metrics or {}
         self.trainable = {name: p for name, p in self.core.named_parameters() if p.requires_grad}
         if not self.trainable:
             raise PeftLabError(
@@ -162,6 +171,9 @@ class Run:
         self.buffers = Buffers(self.core)
         self.identity: dict[str, Any] = {}
         self._looked_for_gradients = False
+        self.layers = Layers(model if settings.compile else None)
+        if self.layers.blocks:
+            self.layers.choose_lengths(self.collate, self.train_data, self.order, settings.batch_size)
         self.fast: FastPath | None = None
         self.path = find_path(model, self.core, settings, device)
         self.pending: Measured | None = None
@@ -209,12 +221,21 @@ class Run:
         lr = learning_rate_at(self.step, len(self.order), settings.learning_rate, self.warmup, settings.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        seed_everything(derived_seed(settings.seed, "step", self.step, self.ranks.rank))
+        seed = derived_seed(settings.seed, "step", self.step, self.ranks.rank)
+        seed_everything(seed)
         if self.fast is not None:
             self.fast.begin()
         held = self.buffers.hold()
         try:
-            totals, labels = self._gradients(parts)
+            try:
+                totals, labels = self._gradients(parts)
+            except Exception as error:
+                if not self.layers.failed(error):
+                    raise
+                self.clear()  # and once more, from the beginning
+                self.buffers.restore(held)
+                seed_everything(seed)
+                totals, labels = self._gradients(parts)
             norm = self._clip()
         except PeftLabError:
             self.buffers.restore(held)  # the forward pass has already changed running statistics
@@ -274,7 +295,7 @@ class Run:
             mine, counted = self.ranks.share(part)
             batch = self.collate([self.train_data[index] for index in mine])
             read = None if self.fast is None else self.fast.read(batch)
-            total, count = (torch.empty(0), read.learned) if read is not None else self._loss_of(batch, counted)
+            total, count = (torch.empty(0), read.learned) if read is not None else self._loss_of(batch, part, counted)
             if number == 0:
                 provisional = count.clamp(min=1) * len(parts)
             # N, the labels of the whole batch, is known only after the last part. Until then divide by a guess N'.
@@ -292,12 +313,12 @@ class Run:
             torch._foreach_mul_([p.grad for p in self._leaves() if p.grad is not None], factor)
         return totals, labels
 
-    def _loss_of(self, batch: Any, counted: bool) -> tuple[Tensor, Tensor]:
+    def _loss_of(self, batch: Any, part: list[int], counted: bool) -> tuple[Tensor, Tensor]:
         """Return the summed loss of a part, with a graph behind it, and the number of its labels in all processes."""
         batch = moved(batch, self.device)
-        with autocast(self.device, self.settings.precision):
-            loss = self.loss or default_loss(self.model, batch)
-            total, count = loss(self.model, batch)
+        whole = len(part) == self.settings.batch_size
+        with self.layers.batch(batch, whole), autocast(self.device, self.settings.precision):
+            total, count = self.loss(self.model, batch)
         if not total.requires_grad:
             raise TrainingError(
                 "The loss does not depend on any parameter that requires gradients. Is the adapter disabled, or is "
