@@ -158,7 +158,7 @@ class Block:
     # -- backward ------------------------------------------------------------------------------------------------
 
     def room(self, like: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return room for a gradient dy of the stream, for [dy | du] of `group`, and dy in it where that is another.
+        """Return room for a gradient dy of the stream, for [dy | du] of `group`, and dy in that if it is another.
 
         The stream between the blocks may have another dtype than the products.
         """

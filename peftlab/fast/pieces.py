@@ -69,9 +69,9 @@ def norm_back_into(out: Tensor, copy: Tensor | None, dres: Tensor | None, x: Ten
 
 
 def rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """out = x turned by its positions. x, out: (b, s, heads, d), which may be the same; cos, sin: (b or 1, s, 1, d / 2).
+    """out = x turned by its positions. x, out: (b, s, heads, d), which may be the same.
 
-    With -sin instead of sin it turns back, which is the derivative.
+    With -sin instead of sin it turns back, which is the derivative. cos, sin: (b or 1, s, 1, d / 2).
     """
     # y_1 = x_1 cos - x_2 sin,   y_2 = x_2 cos + x_1 sin     with the halves x_1, x_2 of a head
     (one, two), c, s = wide(x).chunk(2, -1), wide(cos), wide(sin)

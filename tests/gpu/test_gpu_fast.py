@@ -1,4 +1,4 @@
-"""The fast path on a GPU: compiled pieces, graphs, bfloat16, pinned memory; held to the plain path on the same device."""
+"""The fast path on a GPU: compiled pieces, graphs, bfloat16, pinned memory; held to the plain path there."""
 
 import sys
 from pathlib import Path
