@@ -83,7 +83,9 @@ class Settings:
         more="'fp32' is without autocast: each module computes in its own dtype.")
     checkpointing: bool | str = setting(
         False, "recompute activations in the backward pass instead of keeping them",
-        one_of, known=(True, False, "reentrant"), option="checkpointing", more="'reentrant' is torch's older kind.")
+        one_of, known=(True, False, "reentrant", "pinned"), option="checkpointing",
+        more="'reentrant' is torch's older kind. With 'pinned' the inputs of the blocks, from which they are "
+        "recomputed, wait in the computer's main memory; only the fast path does that.")
     compile: str | None = setting(
         None, "'layers' compiles each repeated block of the model, which takes a minute at the start",
         one_of, known=(None, "layers"), option="compile",

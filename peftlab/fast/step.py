@@ -118,7 +118,7 @@ class Step:
         self.pinned: dict[torch.Size, list[Tensor]] = {}
         device = decoder.embedding.weight.device
         self.like = torch.empty(0, dtype=dtype, device=device)
-        self.pieces, self.told = pieces_for(device)
+        self.pieces, self.told = pieces_for(device, dtype)
         eps: Any = decoder.norm.variance_epsilon
         self.sizes = Sizes(decoder.heads, decoder.kv_heads, decoder.head_dim, eps)
         self.head = decoder.head.weight.detach().to(dtype)
