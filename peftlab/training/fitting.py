@@ -117,7 +117,7 @@ def _method(model: nn.Module) -> tuple[str, dict[str, Any]]:
 def _is_of(config: Any, row: Method) -> bool:
     if row.config is None or row.config.rpartition(":")[2] != type(config).__name__:
         return False
-    return row.replay is not None and all(getattr(config, name, value) == value for name, value in row.fixed.items())
+    return row.tensors is not None and all(getattr(config, name, value) == value for name, value in row.fixed.items())
 
 
 def _options(config: Any, row: Method) -> dict[str, Any]:
