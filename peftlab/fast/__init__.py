@@ -87,7 +87,8 @@ class FastPath:
         if self.settings.precision == "bf16":
             dtype = torch.bfloat16
         wish = self.settings.checkpointing
-        self.step = Step(self.decoder, dtype, bool(wish), pinned=wish == "pinned" and self.device.type == "cuda")
+        pinned = wish == "pinned" and self.device.type == "cuda"
+        self.step = Step(self.decoder, dtype, wish if isinstance(wish, int) else True, pinned=pinned)
         self.how = self.step.told
         if self.device.type == "cuda":
             self.graphs = Graphs(self.step)
