@@ -24,7 +24,7 @@ from peftlab.commands import tasks
 from peftlab.commands.method_options import options_of, settle, trainable
 from peftlab.commands.reading import read
 from peftlab.commands.run_folder import LOCK, STATE, Place, claim, locked, look, save, write_card, write_metrics
-from peftlab.commands.terminal import memory_for
+from peftlab.commands.terminal import SwitchOrFit, memory_for
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.units import format_both, format_count, format_percent
 from peftlab.settings import Settings, known_values
@@ -93,7 +93,9 @@ def _as_argument(one: Field[Any], default: str) -> dict[str, Any]:
     """Return argparse's arguments for a setting."""
     known = known_values(one)
     kind: dict[str, Any] = {"type": float, "metavar": "X"}
-    if True in known:
+    if "fit" in known:
+        kind = {"action": SwitchOrFit}
+    elif True in known:
         kind = {"action": argparse.BooleanOptionalAction}
     elif known:
         kind = {"choices": [value for value in known if value is not None]}

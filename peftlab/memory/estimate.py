@@ -109,7 +109,8 @@ def estimate(
     sequence: int = 512,
     precision: str = "bf16",
     optimizer: str = "adamw",
-    checkpointing: bool = False,
+    checkpointing: bool | int = False,
+    chunked_loss: bool = False,
     autocast: bool | None = None,
     adapter_precision: str = "fp32",
     masters: bool = False,
@@ -136,7 +137,10 @@ def estimate(
             plain loop, `foreach=False`. `"adamw-foreach"` is what torch takes on a GPU if nothing is said: it makes a
             temporary tensor for every trained parameter at once. `"adamw-fused"` makes none. The states of these three
             have the precision of what is trained. `"adamw32bit"` is bitsandbytes' AdamW, with float32 states always.
-        checkpointing: whether the backward pass computes each block's activations again.
+        checkpointing: whether the backward pass computes each block's activations again. A number means so many blocks,
+            the first ones.
+        chunked_loss: whether a decoder's loss is computed in chunks, without its whole logits, as `peftlab.train` does
+            (`peftlab.training.chunked`).
         autocast: whether the forward pass runs under bf16 autocast, as in `Trainer(bf16=True)`. None switches it on
             for mixed precision and for `qlora`, and for nothing else.
         adapter_precision: the precision of the tensors that the method adds, `"fp32"` as in peft or `"bf16"`.
@@ -183,7 +187,8 @@ def estimate(
         adapter_bytes=ADAPTER_PRECISIONS[adapter_precision],
         masters=masters,
         autocast=uses_autocast(method, precision) if autocast is None else autocast,
-        checkpointing=checkpointing,
+        checkpointing=checked_blocks(checkpointing, shape),
+        chunked_loss=_is_decoder(one_of("chunked_loss", chunked_loss, (True, False)), shape),
         optimizer=optimizer,
         four_bit=row.four_bit,
         fused_attention=attention == "sdpa",
@@ -210,6 +215,30 @@ def estimate(
         file_bytes=_file_bytes(shape, trained, recipe), trainable=counted.trainable, total=counted.total,
         history=_thinned(history),
     )  # fmt: skip
+
+
+def checked_blocks(checkpointing: bool | int, shape: Shape) -> bool | int:
+    """Return how many blocks of a model are computed again. True is all of them, and 1 is the first one."""
+    if isinstance(checkpointing, bool):
+        return checkpointing
+    count = whole("checkpointing", checkpointing, least=0, usual="True, False or a number of blocks")
+    if count and shape.layout is None:
+        raise PeftLabError(f"checkpointing={count}: {shape.name} is no decoder, so give True or False.")
+    if count > (most := blocks_of(shape)):
+        raise PeftLabError(f"checkpointing={count}, and {shape.name} has {most} blocks. True is all of them.")
+    return count
+
+
+def blocks_of(shape: Shape) -> int:
+    """Return how many blocks a decoder has."""
+    assert shape.layout is not None
+    return shape.layout.layers
+
+
+def _is_decoder(chunked_loss: bool, shape: Shape) -> bool:
+    if chunked_loss and shape.kind != "decoder":
+        raise PeftLabError(f"chunked_loss=True is for language models that predict the next token, not {shape.name}.")
+    return chunked_loss
 
 
 def _contiguous_bias(transformers: str | None) -> bool:

@@ -9,6 +9,7 @@ from peftlab.errors import PeftLabError
 from peftlab.memory.counting.options import Trained
 from peftlab.memory.counting.shapes import Shape
 from peftlab.memory.replay import ops
+from peftlab.memory.replay.chunked import chunked_loss
 from peftlab.memory.replay.decoders import decoder, gpt2
 from peftlab.memory.replay.encoders import bert, t5
 from peftlab.memory.replay.nets import Net, Recipe
@@ -85,7 +86,7 @@ class Run:
         if recipe.gpus > 1 and not recipe.sharded:  # DDP's buckets are as large as all gradients
             size = sum(one.elements * one.bytes for one in net.parameters)
             self.held.append(Tensor(self.memory, (size,), 1, "gradients"))
-        net.leaves = recipe.checkpointing and not trained.whole
+        net.leaves = bool(recipe.checkpointing) and not trained.whole
         self.ids = Tensor(self.memory, (recipe.batch, recipe.sequence), ops.INT64)
 
     def step(self) -> None:
@@ -115,6 +116,10 @@ class Run:
         logits = FORWARD[self.shape.family](self.net, self.ids)
         self.memory.moment = "loss"
         with self.memory.kind("logits"):
+            if self.recipe.chunked_loss:
+                loss = chunked_loss(self.net, logits)
+                self.net.held.clear()
+                return loss
             wide = ops.cast(logits, ops.FLOAT32) if self.shape.kind == "decoder" or self.recipe.autocast else logits
             loss = ops.cross_entropy(wide)
         self.net.held.clear()
