@@ -148,8 +148,8 @@ class Run:
         self.train_data, self.evaluation_data = self._rows(train_data), self._read_evaluation()
         if not len(self.train_data):
             raise PeftLabError("The training data holds no example.")
-        self.chunked = None if settings.loss else ChunkedLoss(model, settings.chunked_loss)
-        self.loss: Loss = settings.loss or self.chunked
+        self.loss: Loss = settings.loss or ChunkedLoss(model, settings.chunked_loss)
+        self.chunked = self.loss if isinstance(self.loss, ChunkedLoss) else None
         self.metrics = settings.metrics or {}
         self.trainable = {name: p for name, p in self.core.named_parameters() if p.requires_grad}
         if not self.trainable:
