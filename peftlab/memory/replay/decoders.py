@@ -20,6 +20,9 @@ def decoder(net: Net, ids: Tensor) -> Tensor:
     x = net.words(at + d.embedding, ids, ops.scale if d.scaled_embedding else None)
     if d.scaled_input:
         x = ops.scale(x)
+    if at + "project_in" in net.modules:
+        x = net.linear(at + "project_in", x)
+    words = x  # a variable of the model holds it until the blocks are done
     x = positions(net, d, x)
     if d.after_embedding:
         x = norm(net, d, at + d.after_embedding, x)
@@ -32,6 +35,7 @@ def decoder(net: Net, ids: Tensor) -> Tensor:
         x = norm(net, d, at + d.last_norm, x)
     if at + "project_out" in net.modules:
         x = net.linear(at + "project_out", x)
+    del words, blocks
     with net.memory.kind("logits"):
         logits = net.output("lm_head", x)
         del x
@@ -51,14 +55,11 @@ def layout(net: Net) -> Decoder:
 
 
 def positions(net: Net, d: Decoder, x: Tensor) -> Tensor:
-    """Add learned positions, and bring OPT's narrow embedding to the width of the blocks."""
-    at = f"{d.prefix}."
+    """Add learned positions, if the family has them."""
     learned = next((m.path for m in d.extra if m.kind == "embedding"), None)
     if learned is None:
         return x
     places = net.table(learned, net.places(x.shape[1]))
-    if at + "project_in" in net.modules:
-        x = net.linear(at + "project_in", x)
     return ops.add_broadcast(x, places)
 
 
@@ -250,10 +251,9 @@ def gpt2(net: Net, ids: Tensor) -> Tensor:
     d = layout(net)
     style = Style(wide_softmax=False, dropout=d.attention_dropout)
     activate = net.activation(d.activation)
-    x = net.words("transformer.wte", ids)
-    places = net.table("transformer.wpe", net.places(x.shape[1]))
-    x = ops.dropout(ops.add_broadcast(x, places), d.embedding_dropout)
-    del places
+    words = net.words("transformer.wte", ids)  # variables of the model hold it, and the positions
+    places = net.table("transformer.wpe", net.places(words.shape[1]))
+    x = ops.dropout(ops.add_broadcast(words, places), d.embedding_dropout)
 
     def attention(i: int, at: str, x: Tensor) -> Tensor:
         qkv = net.linear(at + "c_attn", x)
@@ -280,5 +280,6 @@ def gpt2(net: Net, ids: Tensor) -> Tensor:
         net.memory.moment = f"forward, layer {i}"
         x = net.block(d.block(i), layer(i), x)
     x = net.layer_norm("transformer.ln_f", x)
+    del words, places
     with net.memory.kind("logits"):
         return net.output("lm_head", x)

@@ -65,24 +65,17 @@ def _embedding_lora(net: Net, path: str, own: Own) -> None:
 
 
 def _parameter_lora(net: Net, path: str, own: Own) -> None:
-    """Replay W + s B A in the place of a parameter, for peft's `ParamWrapper`.
+    """Replay W + s B A in the place of a parameter: peft's `ParamWrapper`, or peftlab's `LoRAParameter`.
 
-    The sum is as large as all experts together. It lives until the experts have run, and for the backward pass.
-
-    Raises:
-        PeftLabError: peftlab's own way was asked for, which is not replayed.
+    The sum is as large as all experts together. It lives until the experts have run. `mixtures.weight_of` says how it
+    comes to the backward pass.
     """
-    if net.recipe.library == "peftlab":
-        raise PeftLabError(
-            f"The layer of peftlab for LoRA on experts ({path}) is not replayed yet. Ask for library='peft', or name "
-            "linear layers in targets. `peftlab bench experts` measures both libraries."
-        )
-    weight = net.weights[path]
 
-    def folded() -> Tensor:
+    def folded(weight: Tensor) -> Tensor:
         return ops.folded(weight, ops.cast(own["lora_A"], weight.bytes), ops.cast(own["lora_B"], weight.bytes))
 
     def router(x: Tensor) -> Tensor:
+        weight = net.weights[path]
         update = ops.scale(ops.outer(own["lora_A"], own["lora_B"], weight.shape))
         whole = ops.add(weight, ops.cast(update, weight.bytes))
         return net.product(x, whole, net.biases.get(path))

@@ -60,7 +60,7 @@ class Net:
     - `beside`: {path of a feed-forward's last layer: a function around the feed-forward};
     - `front`: a function of the word embeddings, before the first block;
     - `extend`: a function of a block's number, keys and values;
-    - `parameters_with_more`: {path of a parameter: a function that returns what is used in its place}.
+    - `parameters_with_more`: {path of a parameter of experts: a function of its value that returns what is used}.
 
     Sharding sets `around_block`, a function around each block.
     """
@@ -73,7 +73,7 @@ class Net:
         self.extend: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] = unchanged
         self.beside: dict[str, Callable[[Tensor, Callable], Tensor]] = {}
         self.around_block: Callable[[str, Callable[..., Tensor], tuple[Tensor, ...]], Tensor] = alone
-        self.parameters_with_more: dict[str, Callable[[], Tensor]] = {}  # of a parameter itself, as for experts
+        self.parameters_with_more: dict[str, Callable[[Tensor], Tensor]] = {}
         self.weights: dict[str, Parameter] = {}
         self.biases: dict[str, Parameter] = {}
         self.added: list[tuple[str, Parameter]] = []
@@ -90,13 +90,11 @@ class Net:
                 size = (module.inputs, module.outputs)
             elif module.kind == "experts":
                 size = (module.experts, module.outputs, module.inputs)
-                if recipe.four_bit and recipe.library == "peftlab":  # bitsandbytes, as peft uses it, leaves them whole
-                    raise PeftLabError(
-                        f"Experts in four bits ({module.path}), as peftlab holds them, are not replayed yet. Ask for "
-                        "library='peft', which leaves experts in 16 bits."
-                    )
             if recipe.four_bit and module.kind in ("linear", "conv1d") and module.role == "body":
                 self.quantised[module.path] = packed(memory, module.inputs * module.outputs, recipe.shards)
+            elif recipe.four_bit and module.kind == "experts" and recipe.library == "peftlab":
+                elements = module.inputs * module.outputs  # bitsandbytes, as peft uses it, leaves experts whole
+                self.quantised[module.path] = packed_experts(memory, module.experts, elements, recipe.shards)
             elif module.tied:  # to the word embedding, the first row of every table
                 self.weights[module.path] = self.weights[shape.modules[0].path]
             else:
@@ -293,10 +291,6 @@ class Net:
         wide = ops.mul_broadcast(ops.minus_column(wide, mean), root)
         return ops.cast(ops.mul_vector(wide, ops.cast(self.weights[path], ops.FLOAT32)), x.bytes)
 
-    def expert_weight(self, path: str) -> Tensor:
-        """Return the matrices of all experts at a path, with what the method adds to them."""
-        return self.parameters_with_more[path]() if path in self.parameters_with_more else self.weights[path]
-
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, style: Style, bias: Tensor | None = None, masked: bool = False
     ) -> Tensor:
@@ -358,4 +352,15 @@ def packed(memory: Memory, elements: int, shards: int = 1) -> tuple[Tensor, ...]
     blocks = -(-elements // 64)
     codes = Tensor(memory, (-(-elements // 2),), 1, "weights", shards)
     sizes = ((blocks, 1), (-(-blocks // 256), 4), (16, 4), (256, 4), (1, 4))
+    return codes, *(Tensor(memory, (count,), bytes, "weights") for count, bytes in sizes)
+
+
+def packed_experts(memory: Memory, experts: int, elements: int, shards: int = 1) -> tuple[Tensor, ...]:
+    """Allocate the experts of a parameter in NF4, as peftlab holds them: codes and scales of each expert apart.
+
+    elements: of one expert.
+    """
+    blocks = -(-elements // 64)
+    codes = Tensor(memory, (experts * -(-elements // 2),), 1, "weights", shards)
+    sizes = ((experts * blocks, 1), (experts * -(-blocks // 256), 4), (experts, 4))
     return codes, *(Tensor(memory, (count,), bytes, "weights") for count, bytes in sizes)

@@ -6,6 +6,8 @@ than one expects. b is the batch, s the length, h the width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from peftlab.memory.replay.tape import Gradients, Parameter, Tensor, record
 
 FLOAT32 = 4
@@ -476,20 +478,30 @@ def rows_of(x: Tensor, count: int, index: Tensor) -> Tensor:
     return record(x.new((count, whole[-1])), [x], apply, [index])
 
 
-def grouped_product(x: Tensor, weight: Tensor) -> Tensor:
-    """Replay grouped_mm of rows (n, inputs), sorted by expert, and weights (experts, outputs, inputs)."""
+def grouped_product(x: Tensor, weight: Tensor, again: Callable[[], Tensor] | None = None) -> Tensor:
+    """Replay grouped_mm of rows (n, inputs), sorted by expert, and weights (experts, outputs, inputs).
+
+    Args:
+        again: makes the weight once more for the backward pass. None: the weight is kept until then.
+    """
     x = cast(x, weight.bytes)
-    experts, outputs, inputs = weight.shape
+    size, outputs = weight.shape, weight.shape[1]
     keeps, needs, shape = weight.needs_grad, x.needs_grad, x.shape
+    kept_weight = weight if needs and again is None else None
     flops = 2 * x.elements * outputs
     x.memory.flops += flops
 
-    def apply(g: Tensor, kept: tuple = (x if keeps else None, weight if needs else None)) -> Gradients:
+    def apply(g: Tensor, kept: tuple = (x if keeps else None, kept_weight)) -> Gradients:
         g.memory.flops += flops * (needs + keeps)
+        made = again() if again is not None and needs else None
         of_x = g.new(shape) if needs else None
-        return of_x, g.new(weight.shape) if keeps else None
+        of_weight = g.new(size) if keeps else None
+        del made
+        return of_x, of_weight
 
-    saved = [x] * keeps + [weight] * (needs and not isinstance(weight, Parameter))
+    saved = [x] * keeps
+    if kept_weight is not None and not isinstance(weight, Parameter):
+        saved.append(weight)
     return record(x.new((x.shape[0], outputs)), [x, weight], apply, saved)
 
 
