@@ -12,8 +12,9 @@ The answer is nearly always a little too low. Of the 87 runs in `results/memory.
 CUDA context, which torch's counter does not see. `fits` and its neighbours do so. torch also reserves more than it
 uses, because free gaps are too small for the next tensor; `cards` says what speaks for the margin all the same.
 
-Experts of a mixture are replayed as transformers computes them by default (`experts_implementation="grouped_mm"`); a
-4-bit base keeps them in 16 bits, as bitsandbytes does.
+Experts of a mixture are replayed as transformers computes them by default (`experts_implementation="grouped_mm"`). A
+4-bit base keeps them in 16 bits, as bitsandbytes does; with `library="peftlab"` they are in 4 bits too. Of the 15 runs
+in `results/experts.json`, none is off by more than 0.6%.
 """
 
 from __future__ import annotations
@@ -141,7 +142,8 @@ def estimate(
         attention: `"sdpa"` (fused) or `"eager"`.
         labels: classes of an encoder's head.
         library: `"peft"` or `"peftlab"`: whose layers are replayed. peftlab's LoRA, also in four bits, keeps less under
-            autocast. All other methods are replayed as in peft.
+            autocast. On experts it keeps no changed weights until the backward pass, and its 4-bit base holds experts
+            in four bits. All other methods are replayed as in peft.
         transformers: the version whose forward pass is replayed. None takes the installed one, or else the newest. It
             matters only for T5, whose self-attention is not fused before 5.20.
         gpus: the number of GPUs that train together. `batch` is the batch of each.

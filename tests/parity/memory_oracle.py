@@ -142,11 +142,12 @@ def measure(
     checkpointing=False,
     autocast=False,
     attention="fused_stand_in",
+    prepare=None,
     monkeypatch,
 ):
     """Bytes above the parameters, at the most, of forward and of backward, in the second of two steps.
 
-    `adapter` is a config of Hugging Face peft, or one of ours: then our own layers run.
+    `adapter` is a config of Hugging Face peft, or one of ours: then our own layers run. `prepare(model)` comes before.
     """
     monkeypatch.setattr(masks, "find_packed_sequence_indices", lambda *args, **options: None)
     monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
@@ -160,6 +161,8 @@ def measure(
     device = "cpu" if autocast else "meta"
     with torch.device(device):
         model = AUTO[kind].from_config(config, dtype=dtype)
+    if prepare is not None:
+        model = prepare(model)
     if checkpointing:
         switch_checkpointing(model, "enable", {"use_reentrant": False})
     if isinstance(adapter, Config):

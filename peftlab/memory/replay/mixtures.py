@@ -73,8 +73,8 @@ def experts(
     taken = ops.rows_of(flat, rows, order[0])
     weights = ops.rows_of(shares.view(rows, 1), rows, order[1])
     up, again = weight_of(net, at + "gate_up_proj")
+    biases = bias("gate_up_proj_bias")  # the name keeps these rows alive until those of the next product are there
     both = ops.grouped_product(taken, up, again)
-    biases = bias("gate_up_proj_bias")  # the name keeps these rows alive up to the next product
     if biases is not None:
         both = ops.add_in_place(both, biases)
     if e.choose_first:
@@ -83,10 +83,11 @@ def experts(
         gate, other = ops.halves(both)
         inner = ops.mul(activate(gate), other)
         del gate, other
+    del both
     down, again = weight_of(net, at + "down_proj")
+    biases = bias("down_proj_bias")
     both = ops.grouped_product(inner, down, again)
     del inner
-    biases = bias("down_proj_bias")
     if biases is not None:
         both = ops.add_in_place(both, biases)
     weighed = ops.mul_column(both, weights)
