@@ -56,6 +56,8 @@ class Tracker(TorchDispatchMode):
             hidden = [args[0].new_empty(args[0].shape, dtype=dtype) for dtype in (args[0].dtype, torch.bool)]
             for one in hidden:
                 self.see(one)
+        if function is torch.ops.aten.index_put.default:  # without a dispatch mode the sum is in place
+            function = torch.ops.aten.index_put_.default
         output = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(output):
             if isinstance(leaf, torch.Tensor):
@@ -75,8 +77,8 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        kept = ctx.saved_tensors[:4]
-        return tuple(torch.empty_like(x) if n else None for x, n in zip(kept, ctx.needs_input_grad, strict=True))
+        kept = ctx.saved_tensors  # the output, too, is alive while the gradients are computed
+        return tuple(torch.empty_like(x) if n else None for x, n in zip(kept[:4], ctx.needs_input_grad, strict=True))
 
 
 def fused(module, q, k, v, mask, position_bias=None, dropout=0.0, **options):
@@ -110,8 +112,8 @@ def math(q, k, v, mask, dropout):
 
 
 def plain_sdpa(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
-    """`scaled_dot_product_attention` as Falcon calls it: with a mask of truth values, and one head of keys for all."""
-    bias = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device).masked_fill_(attn_mask.logical_not(), -1.0)
+    """`scaled_dot_product_attention` as Falcon calls it: with a mask, and one head of keys for all."""
+    bias = attn_mask if attn_mask.is_floating_point() else torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device).masked_fill_(attn_mask.logical_not(), -1.0)
     if k.shape[1] != q.shape[1]:  # no fused kernel takes this
         return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, bias, dropout_p, False)[0]
     return Fused.apply(q, k, v, bias)

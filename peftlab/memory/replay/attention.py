@@ -88,13 +88,12 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style: 
     wide = [ops.cast(x, ops.FLOAT32) for x in (q, k, v)]
     q = ops.scale(wide[0])
     mask = q.new((length, k.shape[2])) if bias is None and style.causal else bias
-    # repeat_interleave makes new tensors; without it, bmm copies the transposed views
+    # repeat_interleave makes new tensors, which live to the end; without it, bmm copies the transposed views
     k, v = (x if shared else repeat(x, heads) for x in wide[1:])
-    k = ops.scale(k)
-    if shared:
-        k = ops.copy(k)
-    scores = matmul(ops.copy(q), k, (batch, heads, length, k.shape[2]))
-    del k
+    scaled = ops.scale(k)
+    keys = ops.copy(scaled) if shared else scaled
+    scores = matmul(ops.copy(q), keys, (batch, heads, length, k.shape[2]))
+    del scaled, keys
     if bias is not None and mask is not None:
         scores = ops.add_in_place(scores, mask)
     weights = ops.safe_softmax(scores)
@@ -108,7 +107,8 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style:
     """Replay softmax(q k^T / sqrt d + mask) v in separate operations, with several (b, heads, s, s) scores at once."""
     batch, heads, length, width = q.shape
     if k.shape[1] != heads:
-        k, v = repeat(k, heads), repeat(v, heads)
+        alone = batch == k.shape[1] == 1  # one group of one example is repeated as a view
+        k, v = (ops.expand(x, (1, heads, *x.shape[2:])) if alone else repeat(x, heads) for x in (k, v))
     if style.wide_scores:
         q, k = ops.cast(q, ops.FLOAT32), ops.cast(k, ops.FLOAT32)
     scores = ops.scale(matmul(q, k, (batch, heads, length, k.shape[2])))
@@ -125,7 +125,7 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style:
     if style.wide_softmax:
         wide = ops.cast(scores, ops.FLOAT32)
         del scores
-        weights = ops.cast(ops.from_result(wide), q.bytes)
+        weights = ops.cast(ops.from_result(wide), v.bytes)
         del wide
     else:
         weights = ops.cast(ops.from_result(scores), v.bytes)
@@ -154,12 +154,7 @@ def spread(x: Tensor, heads: int) -> Tensor:
     """Replay repeat_kv for the fused kernel: one group of heads becomes a view, several are copied."""
     if x.shape[1] == heads:
         return x
-    if x.shape[1] > 1:
-        return repeat(x, heads)
-    shape = x.shape
-    output = x.view(*shape)
-    output.node = None
-    return record(output, [x], lambda g: (g.new(shape),))
+    return repeat(x, heads) if x.shape[1] > 1 else ops.expand(x, x.shape)
 
 
 def matmul(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:

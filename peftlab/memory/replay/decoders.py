@@ -85,11 +85,13 @@ class Blocks:
         self.masked = {i for i in d.sliding if d.window is not None and length >= d.window}
         eager = not net.fused()
         kinds = 2 if d.sliding and len(d.sliding) < d.layers else 1
-        masks = kinds if eager else bool(self.masked)
+        masks = kinds if eager else bool(self.masked) or (d.always_masked and not d.slopes)
         shape = (batch, 1, length, length) if eager else (length, length)
         self.masks = [x.new(shape, None if eager else ops.BOOL) for _ in range(masks)]
+        self.slopes: Tensor | None = None  # joined to the mask, where attention is fused
         if d.slopes:
             self.masks.append(x.new((batch * d.heads, 1, length)))
+            self.slopes = None if eager else x.new((batch, d.heads, length, length))
 
     def layer(self, i: int) -> Callable[[Tensor], Tensor]:
         """Return the function of a block."""
@@ -152,7 +154,7 @@ class Blocks:
             q, k = rotated
             del rotated
         k, v = net.extend(i, k, v)
-        mixed = net.attend(q, k, v, self.style, masked=i in self.masked or d.always_masked)
+        mixed = net.attend(q, k, v, self.style, self.slopes, masked=i in self.masked or d.always_masked)
         del q, k, v
         return net.linear(at + d.out, mixed)
 
@@ -193,6 +195,8 @@ class Blocks:
         parts = [ops.part(qkv, shape) for shape in shapes]
         if d.cut == "index":  # the one head of keys, and of values, is copied
             parts[1:] = [ops.copy(part) for part in parts[1:]]
+        elif d.cut == "grouped" and d.groups == 1:  # the copies of the one head are views
+            parts[1:] = [ops.expand(ops.copy(part), shapes[0]) for part in parts[1:]]
         elif d.cut == "grouped":  # keys and values are repeated for each head
             parts = [ops.copy(parts[0]), *(ops.enlarge(ops.copy(part), shapes[0]) for part in parts[1:])]
         elif d.cut == "copy":

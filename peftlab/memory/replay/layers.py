@@ -121,8 +121,8 @@ def dora(net: Net, path: str, own: Own) -> None:
         base = result
         if path in net.biases:
             base = ops.copy(result, max(result.bytes, net.biases[path].bytes))
-        first = ops.mul_vector(base, ops.shift(ratio))
-        second = ops.scale(ops.mul_vector(update, ratio))
+        first = ops.mul(base, ops.shift(ratio))
+        second = ops.scale(ops.mul(update, ratio))
         total = ops.add(first, second)
         del first, second, update, base, held
         result = ops.add(result, total)
@@ -159,8 +159,8 @@ def vera(net: Net, path: str, own: Own) -> None:
         bytes = result.bytes
         x = ops.cast(x, own["vera_lambda_d"].bytes)
         outputs, r = own["vera_lambda_b"].shape[0], own["vera_lambda_d"].shape[0]
-        inner = ops.mul_vector(net.frozen_product(x, r), own["vera_lambda_d"])
-        update = ops.mul_vector(net.frozen_product(inner, outputs), own["vera_lambda_b"])
+        inner = ops.mul(net.frozen_product(x, r), own["vera_lambda_d"])
+        update = ops.mul(net.frozen_product(inner, outputs), own["vera_lambda_b"])
         del inner
         result = ops.add(result, update)
         del update
@@ -175,11 +175,11 @@ def ia3(net: Net, path: str, own: Own) -> None:
 
     def before(x: Tensor) -> Tensor:
         bytes = x.bytes
-        return net.plain(path, ops.cast(ops.mul_vector(ops.cast(x, scale.bytes), scale), bytes))
+        return net.plain(path, ops.cast(ops.mul(ops.cast(x, scale.bytes), scale), bytes))
 
     def after(x: Tensor) -> Tensor:
         result = net.plain(path, x)
-        return ops.cast(ops.mul_vector(result, scale), result.bytes)
+        return ops.cast(ops.mul(result, scale), result.bytes)
 
     net.layers[path] = before if scale.shape[0] == 1 else after
 

@@ -34,7 +34,7 @@ def mixture(
         if shared is None:
             shared = mlp(f"{at}{e.shared_name}.", flat)
         if e.shared_gate:
-            shared = ops.mul_column(shared, ops.from_result(net.linear(at + e.shared_gate, flat)))
+            shared = ops.mul(shared, ops.from_result(net.linear(at + e.shared_gate, flat)))
         mixed = ops.add(mixed, shared)
     return mixed.view(*shape)
 
@@ -90,7 +90,7 @@ def experts(
     del inner
     if biases is not None:
         both = ops.add_in_place(both, biases)
-    weighed = ops.mul_column(both, weights)
+    weighed = ops.mul(both, weights)
     del both
     weighed = ops.rows_of(weighed, rows, order[2])
     total = ops.sum_groups(weighed, tokens)

@@ -257,21 +257,21 @@ class Net:
 
     def rms_norm(self, path: str, x: Tensor) -> Tensor:
         """Compute w * (x / sqrt(mean x^2 + eps)) in float32."""
-        return ops.mul_vector(ops.cast(ops.over_its_size(ops.cast(x, ops.FLOAT32)), x.bytes), self.weights[path])
+        return ops.mul(ops.cast(ops.over_its_size(ops.cast(x, ops.FLOAT32)), x.bytes), self.weights[path])
 
     def gemma_norm(self, path: str, x: Tensor) -> Tensor:
         """Compute (1 + w) * (x / sqrt(mean x^2 + eps)), all of it in float32."""
         wide = ops.over_its_size(ops.cast(x, ops.FLOAT32))
         weight = ops.shift(ops.cast(self.weights[path], ops.FLOAT32))
-        return ops.cast(ops.mul_vector(wide, weight), x.bytes)
+        return ops.cast(ops.mul(wide, weight), x.bytes)
 
     def t5_norm(self, path: str, x: Tensor) -> Tensor:
         """Compute T5's RMS norm: only the mean uses a float32 copy; x times the float32 root is float32, then cast."""
         root = ops.from_result(ops.mean_last(ops.square(ops.cast(x, ops.FLOAT32))))
-        wide = ops.mul_broadcast(x, root)
+        wide = ops.mul(x, root)
         del root
         weight = self.weights[path]
-        return ops.mul_vector(ops.cast(wide, min(weight.bytes, wide.bytes)), weight)
+        return ops.mul(ops.cast(wide, min(weight.bytes, wide.bytes)), weight)
 
     def layer_norm(self, path: str, x: Tensor) -> Tensor:
         """Compute a LayerNorm, in float32 under autocast. It may lack weights, or a bias."""
@@ -281,15 +281,15 @@ class Net:
 
     def wide_norm(self, path: str, x: Tensor) -> Tensor:
         """Compute w * (x / sqrt(mean x^2 + eps)) in float32, and cast the product."""
-        return ops.cast(ops.mul_vector(ops.over_its_size(ops.cast(x, ops.FLOAT32)), self.weights[path]), x.bytes)
+        return ops.cast(ops.mul(ops.over_its_size(ops.cast(x, ops.FLOAT32)), self.weights[path]), x.bytes)
 
     def centred_norm(self, path: str, x: Tensor) -> Tensor:
         """Compute w * ((x - mean) / sqrt(variance + eps)) in float32, in separate operations, and cast the product."""
         wide = ops.cast(x, ops.FLOAT32)
         mean = ops.mean_last(wide)
         root = ops.from_result(ops.mean_last(ops.square(ops.minus_column(wide, mean))))
-        wide = ops.mul_broadcast(ops.minus_column(wide, mean), root)
-        return ops.cast(ops.mul_vector(wide, ops.cast(self.weights[path], ops.FLOAT32)), x.bytes)
+        wide = ops.mul(ops.minus_column(wide, mean), root)
+        return ops.cast(ops.mul(wide, ops.cast(self.weights[path], ops.FLOAT32)), x.bytes)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, style: Style, bias: Tensor | None = None, masked: bool = False

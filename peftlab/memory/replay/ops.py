@@ -6,7 +6,7 @@ than one expects. b is the batch, s the length, h the width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from peftlab.memory.replay.tape import Gradients, Parameter, Tensor, record
 
@@ -63,48 +63,14 @@ def shift(x: Tensor) -> Tensor:
 
 
 def mul(a: Tensor, b: Tensor) -> Tensor:
-    """Replay a * b of one shape. The gradient of each needs the other."""
-    kept = {"a": a if b.needs_grad else None, "b": b if a.needs_grad else None}
+    """Replay a * b, where b may be smaller. The gradient of each needs the other, and is computed at full size."""
+    kept = a if b.needs_grad else None, b if a.needs_grad else None
     output = a.new(bytes=max(a.bytes, b.bytes))
-    sizes = a.bytes, b.bytes
 
-    def apply(g: Tensor) -> Gradients:
-        of_a = _fit(g.new(), sizes[0]) if kept["b"] is not None else None
-        return of_a, _fit(g.new(), sizes[1]) if kept["a"] is not None else None
+    def apply(g: Tensor, kept: tuple = kept) -> Gradients:
+        return [g.new() if other is not None else None for other in reversed(kept)]
 
-    return record(output, [a, b], apply, [one for one in kept.values() if one is not None])
-
-
-def mul_broadcast(x: Tensor, b: Tensor) -> Tensor:
-    """Replay x * b where b is broadcast over x: the gradient of b is computed at the size of x, then summed."""
-    kept = {"x": x if b.needs_grad else None, "b": b if x.needs_grad else None}
-    output = x.new(bytes=max(x.bytes, b.bytes))
-    sizes, shape = (x.bytes, b.bytes), b.shape
-
-    def apply(g: Tensor) -> Gradients:
-        of_x = _fit(g.new(), sizes[0]) if kept["b"] is not None else None
-        if kept["x"] is None:
-            return of_x, None
-        whole = g.new()
-        return of_x, _fit(whole.new(shape), sizes[1])
-
-    return record(output, [x, b], apply, [one for one in kept.values() if one is not None])
-
-
-def mul_vector(x: Tensor, weight: Tensor) -> Tensor:
-    """Replay x times a vector, such as a norm's weight: x is kept only if the weight trains."""
-    kept = x if weight.needs_grad else None
-    needs, bytes = x.needs_grad, x.bytes
-    output = x.new(bytes=max(x.bytes, weight.bytes))
-
-    def apply(g: Tensor, kept: Tensor | None = kept) -> Gradients:
-        of_x = _fit(g.new(), bytes) if needs else None
-        if kept is None:
-            return of_x, None
-        whole = g.new()
-        return of_x, _fit(whole.new(weight.shape), weight.bytes)
-
-    return record(output, [x, weight], apply, [x] if kept is not None else [])
+    return record(output, [a, b], apply, [one for one in kept if one is not None], fits=False)
 
 
 def divide(a: Tensor, b: Tensor) -> Tensor:
@@ -157,13 +123,11 @@ def add_in_place(x: Tensor, b: Tensor) -> Tensor:
 
 def mul_constant(x: Tensor, constant: Tensor) -> Tensor:
     """Replay x times a tensor that needs no gradient and is kept."""
-    bytes = x.bytes
-    output = x.new(bytes=max(x.bytes, constant.bytes))
 
     def apply(g: Tensor, kept: Tensor = constant) -> Gradients:
-        return (_fit(g.new(), bytes),)
+        return (g.new(),)
 
-    return record(output, [x], apply, [constant])
+    return record(x.new(bytes=max(x.bytes, constant.bytes)), [x], apply, [constant], fits=False)
 
 
 def square(x: Tensor) -> Tensor:
@@ -207,7 +171,7 @@ def safe_softmax(x: Tensor) -> Tensor:
 
 def over_its_size(x: Tensor) -> Tensor:
     """Replay x / sqrt(mean x^2 + eps) as an RMS norm computes it: a square, a mean, a root, a product."""
-    return mul_broadcast(x, from_result(mean_last(square(x))))
+    return mul(x, from_result(mean_last(square(x))))
 
 
 def from_input(x: Tensor) -> Tensor:
@@ -394,6 +358,14 @@ def enlarge(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return record(x.new(shape), [x], lambda g: (g.new(before),))
 
 
+def expand(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Replay x.expand: a view, whose gradient is summed to the size of x."""
+    before = x.shape
+    output = x.view(*shape)
+    output.node = None
+    return record(output, [x], lambda g: (g.new(before),))
+
+
 def cat(a: Tensor, b: Tensor, axis: int) -> Tensor:
     """Replay torch.cat of two tensors. Their gradients are views of one tensor."""
     shape = list(a.shape)
@@ -449,11 +421,6 @@ def stack_heads(pieces: list[Tensor], shape: tuple[int, ...]) -> Tensor:
     """Replay torch.cat of heads. Their gradients are views of one tensor."""
     needs = [piece.needs_grad for piece in pieces]
     return record(pieces[0].new(shape), pieces, lambda g: tuple(g if need else None for need in needs))
-
-
-def mul_column(x: Tensor, column: Tensor) -> Tensor:
-    """Replay x (n, h) times a column (n, 1). Each is kept for the gradient of the other."""
-    return mul_broadcast(x, column)
 
 
 def chosen(x: Tensor, count: int) -> Tensor:

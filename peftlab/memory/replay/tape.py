@@ -187,13 +187,18 @@ def leaf(x: Tensor) -> Tensor:
 
 
 class Node:
-    """An operation in the graph. `edges` says where its gradients go, and `apply` computes them."""
+    """An operation in the graph. `edges` says where its gradients go, and `apply` computes them.
 
-    __slots__ = ("apply", "edges", "order", "unpacks")
+    If they do not fit the inputs as they are, `sizes` has the shape and the bytes per element of each input.
+    """
+
+    __slots__ = ("apply", "edges", "order", "sizes", "unpacks")
     apply: Callable[[Tensor], Gradients] | None
+    sizes: list[tuple[tuple[int, ...], int]] | None
 
     def __init__(self, memory: Memory, edges: Sequence[Node | Leaf | None], apply: Callable[..., Gradients]):
         self.edges, self.apply, self.order, self.unpacks = tuple(edges), apply, next(memory.order), True
+        self.sizes = None
 
 
 class Leaf:
@@ -229,17 +234,22 @@ def _shared(gradient: Tensor) -> bool:
 Gradients = Sequence[Tensor | None]  # one for each input
 
 
-def record(output: Tensor, inputs: Sequence[Tensor], apply: Callable, saved: Sequence[Tensor] | None = None) -> Tensor:
+def record(
+    output: Tensor, inputs: Sequence[Tensor], apply: Callable, saved: Sequence[Tensor] | None = None, fits: bool = True
+) -> Tensor:
     """Put an operation into the graph and return its output.
 
     Args:
         apply: a function of the output's gradient that returns one gradient (or None) for each input. It refers to the
             tensors that it needs, which keeps them alive.
         saved: those of these tensors that count as activations. None: PyTorch saves nothing, no parameter either.
+        fits: whether the gradients have the shapes and dtypes of the inputs. If not, the engine sums and casts them
+            once all are computed and the output's gradient is free.
     """
     if output.memory.recording and any(one.node is not None for one in inputs):
         output.node = Node(output.memory, [one.node for one in inputs], apply)
         output.node.unpacks = saved is not None
+        output.node.sizes = None if fits else [(one.shape, one.bytes) for one in inputs]
         if saved is not None:  # inputs are saved before the output is allocated, results after it
             first = output.storage.serial
             result = any(one.storage.serial >= first for one in saved)
@@ -273,6 +283,8 @@ def _run(root: Node | Leaf | None, gradient: Tensor, to_the_end: bool) -> dict[N
         assert node.apply is not None  # a node runs once
         results = list(node.apply(buffers.pop(node)))
         node.apply = None
+        if node.sizes is not None:
+            _fit(results, node.sizes)
         for edge in node.edges:
             arrived = results.pop(0)
             if isinstance(edge, Node):
@@ -285,6 +297,17 @@ def _run(root: Node | Leaf | None, gradient: Tensor, to_the_end: bool) -> dict[N
                 edge.take(arrived)
         arrived = None
     return buffers
+
+
+def _fit(gradients: list[Tensor | None], sizes: list[tuple[tuple[int, ...], int]]) -> None:
+    """Sum gradients to the shapes of their tensors and cast them, one after the other."""
+    for i, (shape, bytes) in enumerate(sizes):
+        gradient = gradients[i]
+        if gradient is not None and gradient.shape != shape:
+            gradients[i] = gradient = gradient.new(shape)
+        if gradient is not None and gradient.bytes != bytes:
+            gradients[i] = gradient.new(bytes=bytes)
+        del gradient
 
 
 def _uses(root: Node) -> dict[Node, int]:
