@@ -27,7 +27,7 @@ from importlib.metadata import PackageNotFoundError, version
 from peftlab.catalogue import METHODS
 from peftlab.checks import checked, number, one_of, whole
 from peftlab.errors import PeftLabError
-from peftlab.memory.counting.families import FAMILIES, of_the_same_name
+from peftlab.memory.counting.families import FAMILIES, TASKS, of_the_same_name
 from peftlab.memory.counting.methods import method_name, trained_by
 from peftlab.memory.counting.options import Options, Trained, names_of
 from peftlab.memory.counting.shapes import Shape, load_shape
@@ -43,6 +43,7 @@ ATTENTIONS = ("sdpa", "eager")
 ADAPTER_PRECISIONS = {"fp32": 4, "bf16": 2}
 MOST = 2**24  # the most tokens, and the most examples
 CONTIGUOUS_BIAS = (5, 20)  # the version of transformers that changed T5's bias
+DECODER_HEADS = ("language model", "classifier", "token classifier")  # the heads of decoders that are replayed
 UNUSED_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")
 POINTS = 2000  # the most points of a step's history that are kept
 # PyTorch gives cuBLAS 32 MiB on Hopper (8 MiB on older GPUs) for each thread that multiplies matrices. There are two:
@@ -140,7 +141,7 @@ def estimate(
             for mixed precision and for `qlora`, and for nothing else.
         adapter_precision: the precision of the tensors that the method adds, `"fp32"` as in peft or `"bf16"`.
         attention: `"sdpa"` (fused) or `"eager"`.
-        labels: classes of an encoder's head.
+        labels: classes of an encoder's head. A decoder then has a classification head in the place of words.
         library: `"peft"` or `"peftlab"`: whose layers are replayed. peftlab's LoRA, also in four bits, keeps less under
             autocast. On experts it keeps no changed weights until the backward pass, and its 4-bit base holds experts
             in four bits. All other methods are replayed as in peft.
@@ -233,11 +234,14 @@ def _refuse_what_cannot_run(shape: Shape, method: str, sequence: int, virtual_to
             f"The activations of {shape.family} models are not known yet; known: {', '.join(FORWARD)}."
             f"{of_the_same_name(shape.family, FORWARD)} Its parameters are: peftlab count {shape.name}."
         )
-    usual = FAMILIES[shape.family].tasks[0]
-    if shape.task != usual:
+    predicted = DECODER_HEADS if shape.kind == "decoder" else FAMILIES[shape.family].tasks[:1]
+    if shape.task not in predicted:
+        named = ", ".join(str(name) for name in shape.config.get("architectures") or [])
+        ends = [next(end for end, task in TASKS.items() if task == one) for one in predicted]
         raise PeftLabError(
-            f"{shape.name} is counted as a {shape.task}, because its architectures or labels say so; the activations "
-            f"of a {usual} alone are known. Take architectures out, and give labels (--labels) for encoders only."
+            f"{shape.name}: architectures names {named}, whose training step is not predicted. Predicted are classes "
+            f"that end in {', '.join(ends)}; without architectures, {ends[0]} is taken. Its parameters are: peftlab "
+            f"count {shape.name}."
         )
     most = longest(shape, method, virtual_tokens)
     if sequence > most:

@@ -13,7 +13,13 @@ import torch
 import transformers.masking_utils as masks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.integrations.sdpa_attention import create_position_bias_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -26,6 +32,7 @@ AUTO = {
     "decoder": AutoModelForCausalLM,
     "encoder": AutoModelForSequenceClassification,
     "encoder-decoder": AutoModelForSeq2SeqLM,
+    "token classifier": AutoModelForTokenClassification,
 }
 
 

@@ -1,4 +1,7 @@
-"""Decoders as transformers computes them, from their descriptions (`counting.decoders.Decoder`)."""
+"""Decoders as transformers computes them, from their descriptions (`counting.decoders.Decoder`).
+
+A decoder gives words, (b, s, V), or has a head for classes: of each example (b, labels), or of each token (b s, labels).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from peftlab.memory.replay.tape import Tensor
 
 
 def decoder(net: Net, ids: Tensor) -> Tensor:
-    """Replay a decoder, and return the logits (b, s, V)."""
+    """Replay a decoder, and return the logits of its head."""
     d = layout(net)
     at = f"{d.prefix}."
     x = net.words(at + d.embedding, ids, ops.scale if d.scaled_embedding else None)
@@ -36,7 +39,14 @@ def decoder(net: Net, ids: Tensor) -> Tensor:
     if at + "project_out" in net.modules:
         x = net.linear(at + "project_out", x)
     del words, blocks
+    return head(net, d, x)
+
+
+def head(net: Net, d: Decoder, x: Tensor) -> Tensor:
+    """Replay the head of a decoder, and return its logits."""
     with net.memory.kind("logits"):
+        if net.shape.task != "language model":
+            return classes(net, x)
         logits = net.output("lm_head", x)
         del x
         if d.scaled_logits:
@@ -46,6 +56,20 @@ def decoder(net: Net, ids: Tensor) -> Tensor:
             logits = ops.from_result(logits)
             logits = ops.scale(logits)
         return logits
+
+
+def classes(net: Net, x: Tensor) -> Tensor:
+    """Replay a head for classes. For those of an example it runs on all tokens, and the last one is taken."""
+    net.held.append(x)
+    batch, length, hidden = x.shape
+    if net.shape.task == "token classifier":
+        usual = net.config.share("hidden_dropout", 0.1)
+        x = ops.dropout(x, net.config.share("classifier_dropout", usual))
+        return net.linear("score", x)
+    logits = net.linear("score", x)
+    last = x.new((batch,), ops.INT64)
+    net.held.append(logits)
+    return ops.rows_of(logits.view(batch * length, logits.shape[2]), batch, last)
 
 
 def layout(net: Net) -> Decoder:
@@ -251,7 +275,7 @@ class Blocks:
 
 
 def gpt2(net: Net, ids: Tensor) -> Tensor:
-    """Replay GPT-2, and return the logits (b, s, V)."""
+    """Replay GPT-2, and return the logits of its head."""
     d = layout(net)
     style = Style(wide_softmax=False, dropout=d.attention_dropout)
     activate = net.activation(d.activation)
@@ -285,5 +309,4 @@ def gpt2(net: Net, ids: Tensor) -> Tensor:
         x = net.block(d.block(i), layer(i), x)
     x = net.layer_norm("transformer.ln_f", x)
     del words, places
-    with net.memory.kind("logits"):
-        return net.output("lm_head", x)
+    return head(net, d, x)

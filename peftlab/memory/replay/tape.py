@@ -244,7 +244,7 @@ def record(
             tensors that it needs, which keeps them alive.
         saved: those of these tensors that count as activations. None: PyTorch saves nothing, no parameter either.
         fits: whether the gradients have the shapes and dtypes of the inputs. If not, the engine sums and casts them
-            once all are computed and the output's gradient is free.
+            once all are computed.
     """
     if output.memory.recording and any(one.node is not None for one in inputs):
         output.node = Node(output.memory, [one.node for one in inputs], apply)
@@ -260,16 +260,17 @@ def record(
     return output
 
 
-def backward(root: Node | Leaf | None, gradients: list[Tensor]) -> None:
+def backward(root: Node | Leaf | None, gradients: list[Tensor], again: bool = False) -> None:
     """Run the backward pass from one node, and release the graph on the way.
 
     Args:
         gradients: a list with the node's gradient, which is taken out so that the caller does not keep it alive.
+        again: whether the graph is that of the second run of a checkpointed block.
     """
-    _run(root, gradients.pop(), to_the_end=True)
+    _run(root, gradients.pop(), to_the_end=True, again=again)
 
 
-def _run(root: Node | Leaf | None, gradient: Tensor, to_the_end: bool) -> dict[Node, Tensor]:
+def _run(root: Node | Leaf | None, gradient: Tensor, to_the_end: bool, again: bool = False) -> dict[Node, Tensor]:
     """Run nodes, all of them or up to the first that needs a saved tensor, and return the gradients that then wait."""
     assert isinstance(root, Node)  # a loss is the output of an operation
     waiting = _uses(root)
@@ -281,10 +282,13 @@ def _run(root: Node | Leaf | None, gradient: Tensor, to_the_end: bool) -> dict[N
         if not to_the_end and node.unpacks:
             break
         assert node.apply is not None  # a node runs once
-        results = list(node.apply(buffers.pop(node)))
-        node.apply = None
+        arrived = buffers.pop(node)
+        results = list(node.apply(arrived))
+        if again:  # a tensor that was computed again has no other owner than the call that asked for it
+            node.apply = None
         if node.sizes is not None:
             _fit(results, node.sizes)
+        node.apply = arrived = None
         for edge in node.edges:
             arrived = results.pop(0)
             if isinstance(edge, Node):
@@ -365,7 +369,7 @@ def checkpoint(function: Callable[..., Tensor], inputs: Sequence[Tensor], trains
         with memory.until(memory.serial + needed):
             node = function(*again).node
         del again, x, copy, waiting
-        backward(node, box)
+        backward(node, box, again=True)
         return [into[0] if into else None for into in collected]
 
     output.node = Node(memory, [x.node for x in inputs], apply)
