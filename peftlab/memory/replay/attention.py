@@ -88,10 +88,12 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style: 
     wide = [ops.cast(x, ops.FLOAT32) for x in (q, k, v)]
     q = ops.scale(wide[0])
     mask = q.new((length, k.shape[2])) if bias is None and style.causal else bias
-    # repeat_interleave makes new tensors, which live to the end; without it, bmm copies the transposed views
-    k, v = (x if shared else repeat(x, heads) for x in wide[1:])
+    # Grouped heads are repeated by repeat_interleave, to new tensors that live to the end. A single head that is not
+    # declared as a group is repeated by the products, and bmm copies transposed views.
+    repeated = not shared and style.fusible
+    k, v = (repeat(x, heads) if repeated else x for x in wide[1:])
     scaled = ops.scale(k)
-    keys = ops.copy(scaled) if shared else scaled
+    keys = scaled if repeated else ops.copy(scaled) if shared else repeat(scaled, heads)
     scores = matmul(ops.copy(q), keys, (batch, heads, length, k.shape[2]))
     del scaled, keys
     if bias is not None and mask is not None:
@@ -99,8 +101,10 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style: 
     weights = ops.safe_softmax(scores)
     del scores
     weights = ops.dropout(weights, style.dropout)
-    mixed = matmul(weights, ops.copy(v) if shared else v, (batch, heads, length, width))
-    return ops.copy(ops.cast(mixed, narrow))
+    values = v if repeated else ops.copy(v) if shared else repeat(v, heads)
+    mixed = ops.cast(matmul(weights, values, (batch, heads, length, width)), narrow)
+    del q, k, v, wide, weights, values
+    return ops.copy(mixed)
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style: Style) -> Tensor:

@@ -170,7 +170,7 @@ class Blocks:
         net, d = self.net, self.d
         if d.slopes and not net.fused():
             return self.sloped(i, at, x)
-        q, k, v = self.projected(at, x)
+        q, k, v, *held = self.projected(at, x)
         if d.head_norms:
             q, k = self.head_norms(at, q, k)
         if self.rotary and i not in d.unrotated:
@@ -180,7 +180,9 @@ class Blocks:
         k, v = net.extend(i, k, v)
         mixed = net.attend(q, k, v, self.style, self.slopes, masked=i in self.masked or d.always_masked)
         del q, k, v
-        return net.linear(at + d.out, mixed)
+        mixed = net.linear(at + d.out, mixed)
+        del held
+        return mixed
 
     def sloped(self, i: int, at: str, x: Tensor) -> Tensor:
         """Replay BLOOM's attention in separate operations. Its variables live until the output projection is done."""
@@ -199,8 +201,8 @@ class Blocks:
         merged = ops.copy(mixed).view(batch, length, d.heads * d.width)
         return net.linear(at + d.out, merged)
 
-    def projected(self, at: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries (b, heads, s, d), keys and values (b, groups, s, d)."""
+    def projected(self, at: str, x: Tensor) -> tuple[Tensor, ...]:
+        """Return queries (b, heads, s, d), keys and values (b, groups, s, d), and a tensor that a variable holds."""
         net, d = self.net, self.d
         batch, length = x.shape[:2]
         shapes = [(batch, count, length, d.width) for count in (d.heads, d.groups, d.groups)]
@@ -225,8 +227,7 @@ class Blocks:
             parts = [ops.copy(parts[0]), *(ops.enlarge(ops.copy(part), shapes[0]) for part in parts[1:])]
         elif d.cut == "copy":
             parts = [ops.copy(part) for part in parts]
-        q, k, v = parts
-        return q, k, v
+        return *parts, qkv
 
     def head_norms(self, at: str, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Replay the norms of queries and keys, if they stand on heads."""
