@@ -28,7 +28,7 @@ from peftlab.catalogue import METHODS
 from peftlab.checks import checked, number, one_of, whole
 from peftlab.errors import PeftLabError
 from peftlab.memory.counting.families import FAMILIES, TASKS, of_the_same_name
-from peftlab.memory.counting.methods import method_name, trained_by
+from peftlab.memory.counting.methods import method_name, refuse_idle, trained_by
 from peftlab.memory.counting.options import Options, Trained, names_of
 from peftlab.memory.counting.shapes import Shape, load_shape
 from peftlab.memory.counting.totals import count
@@ -151,8 +151,9 @@ def estimate(
         parallel: `"ddp"` (each GPU holds everything) or `"fsdp"` (each block, and the rest, is divided into shards).
 
     Raises:
-        PeftLabError: an unknown name (with near matches), a number that is not positive, a target without a match, a
-            method that this model cannot have, an architecture whose activations are not known.
+        PeftLabError: an unknown name (with near matches), a number that is not positive, a target without a match, an
+            option that the method does not take, a method that this model cannot have, an architecture whose
+            activations are not known.
 
     >>> print(pl.memory.estimate("llama-2-7b", "lora", r=16, checkpointing=True))
     llama-2-7b, lora: peak 13.98 GB in backward (weights 13.48, ...)
@@ -173,6 +174,7 @@ def estimate(
     options = Options(
         r, targets, bias, virtual_tokens, reduction_factor, projection, target_parameters=names_of(target_parameters)
     )
+    refuse_idle(method, options)
     trained = trained_by(method, shape, options)
     recipe = Recipe(
         batch=batch,

@@ -44,6 +44,8 @@ CONFIGS = {
     "opt, norms behind": {"ffn_dim": 704, "do_layer_norm_before": False, "word_embed_proj_dim": 128, **SMALL},
     "bloom": {"hidden_size": 256, "n_head": 8, "n_layer": 2, **TOKENS},
     "falcon": SMALL,
+    "falcon, grouped": {"new_decoder_architecture": True, "num_kv_heads": 2, **SMALL},
+    "falcon, slopes": {"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True, **SMALL},
     "mixtral": {"num_local_experts": 4, **GROUPED},
     "qwen2_moe": {"num_experts": 8, "moe_intermediate_size": 176, "shared_expert_intermediate_size": 352, **GROUPED},
     "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 176, "num_experts_per_tok": 3, **GROUPED},
@@ -63,7 +65,7 @@ def config_of(name):
     [(name, method, method == "lora") for name in CONFIGS for method in ("full", "lora")],
 )
 def test_the_peak_is_that_of_the_real_step(name, method, checkpointing, monkeypatch):
-    """Above the parameters, in 16 bits: full fine-tuning as it is, LoRA with checkpointing. Within 2%."""
+    """Above the parameters, in 16 bits: full fine-tuning as it is, LoRA with checkpointing. Within 1%."""
     config = config_of(name)
     shape = load_shape(config)
     linear = dict.fromkeys(m.path.rsplit(".", 1)[-1] for m in shape.modules if m.kind == "linear" and m.role == "body")
@@ -77,7 +79,50 @@ def test_the_peak_is_that_of_the_real_step(name, method, checkpointing, monkeypa
         config, "decoder", adapter, dtype=torch.bfloat16, checkpointing=checkpointing, monkeypatch=monkeypatch,
         attention="eager" if eager else "fused_stand_in", **SIZE,
     )  # fmt: skip
-    assert max(found) == pytest.approx(max(expected), rel=0.02)
+    assert max(found) == pytest.approx(max(expected), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes", "fused"),
+    [("falcon", 4, True), ("starcoder2", 4, True), ("cohere", 4, True), ("gptj", 4, True), ("qwen2_moe", 2, False),
+     ("glm4", 2, False), ("gptj", 2, False)],
+)  # fmt: skip
+def test_full_fine_tuning_with_checkpointing(name, bytes, fused, monkeypatch):
+    """In float32, where no fused kernel takes grouped heads, and in separate operations: within 1%."""
+    config = config_of(name) | ({"num_key_value_heads": 1} if name in ("qwen2_moe", "glm4") else {})
+    for size in (SIZE, {"batch": 1, "sequence": 72}):
+        found = replayed(load_shape(config), "full", bytes=bytes, checkpointing=True, fused=fused, **size)
+        expected = memory_oracle.measure(
+            config, "decoder", dtype={2: torch.bfloat16, 4: torch.float32}[bytes], checkpointing=True,
+            attention="fused_stand_in" if fused else "eager", monkeypatch=monkeypatch, **size,
+        )  # fmt: skip
+        assert max(found) == pytest.approx(max(expected), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "end", "method", "checkpointing"),
+    [("phi3", "ForSequenceClassification", "full", False), ("opt", "ForSequenceClassification", "lora", True),
+     ("qwen3_moe", "ForSequenceClassification", "lora", False), ("gemma2", "ForTokenClassification", "lora", False),
+     ("gpt_neox", "ForTokenClassification", "full", True)],
+)  # fmt: skip
+def test_a_head_for_classes(name, end, method, checkpointing, monkeypatch):
+    """Of each example or of each token, with a padding token as such a model needs: within 1%."""
+    config = config_of(name) | {"pad_token_id": 1, "num_labels": 3}
+    shape, words = load_shape(config | {"architectures": ["A" + end]}), end == "ForTokenClassification"
+    names, eager = list(shape.query_value), shape.family in EAGER
+    adapter = peft.LoraConfig(r=8, target_modules=names, task_type="TOKEN_CLS" if words else "SEQ_CLS")
+    told = {"checkpointing": checkpointing, **SIZE}
+    found = replayed(shape, method, bytes=2, fused=not eager, targets=tuple(names), **told)
+    expected = memory_oracle.measure(
+        config, "token classifier" if words else "encoder", adapter if method == "lora" else None, **told,
+        dtype=torch.bfloat16, attention="eager" if eager else "fused_stand_in", monkeypatch=monkeypatch,
+    )  # fmt: skip
+    assert max(found) == pytest.approx(max(expected), rel=0.01)
+
+
+def test_labels_give_a_decoder_a_head_for_classes():
+    few = estimate("gpt2", "lora", labels=3, library="peftlab")
+    assert few.peak_bytes < 0.9 * estimate("gpt2", "lora").peak_bytes and few.trainable > 3 * 768
 
 
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")

@@ -313,7 +313,7 @@ def falcon(c: Config) -> Decoder:
         down="dense_4h_to_h", gated=False, qkv_bias=biased, out_bias=biased, mlp_bias=biased, norm="layer",
         last_norm="ln_f", groups=groups, before_attention=names[0], before_mlp=names[1],
         parallel=new or parallel, rotary=None if c.flag("alibi") else "halves",
-        slopes=c.flag("alibi"), in_place=True, always_masked=True,
+        slopes=c.flag("alibi"), in_place=True, holds=True, always_masked=True,
         cut="grouped" if new else "index" if c.flag("multi_query", True) else "slice",
         activation=c.text("activation", "gelu"), dropout=c.share("hidden_dropout", 0.0),
     )  # fmt: skip

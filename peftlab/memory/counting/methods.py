@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from peftlab.catalogue import METHODS, resolve
 from peftlab.errors import PeftLabError, did_you_mean
@@ -18,6 +18,10 @@ from peftlab.memory.counting.families import FAMILIES
 from peftlab.memory.counting.modules import Module
 from peftlab.memory.counting.options import Added, Options, Trained
 from peftlab.memory.counting.shapes import Shape
+
+
+# Options that belong to another one: the networks that make a prompt (P-tuning) or a prefix have a width and layers.
+TOGETHER = {"encoder_hidden": ("encoder", "projection"), "encoder_layers": ("encoder",)}
 
 
 def method_name(method: str) -> str:
@@ -30,6 +34,25 @@ def method_name(method: str) -> str:
     if name not in known:
         raise PeftLabError(f"Unknown method {method!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
     return name
+
+
+def refuse_idle(method: str, options: Options) -> None:
+    """Refuse an option that was given and that the method does not take.
+
+    Raises:
+        PeftLabError: it says what the method takes, and which methods take the option.
+    """
+    row, known = METHODS[method], [name for name, other in METHODS.items() if other.tensors]
+    for one in fields(options):
+        value, names = getattr(options, one.name), TOGETHER.get(one.name, (one.name,))
+        if value == one.default or any(row.takes(name) for name in names):
+            continue
+        own = ", ".join(n for other in fields(options) if row.takes(n := other.name)) or "none"
+        others = ", ".join(name for name in known if any(METHODS[name].takes(n) for n in names))
+        raise PeftLabError(
+            f"{one.name}={value!r} is no option of {method}, so it would change nothing; leave it out. Options of "
+            f"{method}: {own}. Methods with {one.name}: {others}."
+        )
 
 
 def trained_by(method: str, shape: Shape, options: Options) -> Trained:
@@ -113,7 +136,7 @@ def bitfit(shape: Shape, options: Options) -> Trained:
 
     With targets it lists the biases of these modules alone.
     """
-    own = _biases(_body(shape) if options.targets is None else shape.match(options.targets))
+    own = _biases(_body(shape) if options.targets is None else shape.match(options.targets, norms=True))
     if not own and options.targets is not None:
         raise PeftLabError(
             f"The targets of bitfit have no biases in {shape.name}. Leave targets out for every bias, or name others."

@@ -153,10 +153,11 @@ class Blocks:
 
         def side_by_side(x: Tensor) -> Tensor:
             first = normed(d.before_attention, x)
+            second = normed(d.before_mlp, x) if d.holds and d.before_mlp else None  # Falcon's come both first
             mixed = attend(first)
-            if d.before_mlp:
-                first = normed(d.before_mlp, x)
-            fed = feed(first)
+            if second is None:
+                first = second = normed(d.before_mlp, x) if d.before_mlp else first
+            fed = feed(second)
             if d.in_place:
                 return ops.add(x, ops.add_in_place(fed, mixed))
             return ops.add(ops.add(mixed, fed), x)
