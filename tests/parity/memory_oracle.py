@@ -120,7 +120,9 @@ def math(q, k, v, mask, dropout):
 
 def plain_sdpa(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
     """`scaled_dot_product_attention` as Falcon calls it: with a mask, and one head of keys for all."""
-    bias = attn_mask if attn_mask.is_floating_point() else torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device).masked_fill_(attn_mask.logical_not(), -1.0)
+    bias = attn_mask
+    if bias.dtype == torch.bool:
+        bias = torch.zeros(bias.shape, dtype=q.dtype, device=q.device).masked_fill_(attn_mask.logical_not(), -1.0)
     if k.shape[1] != q.shape[1]:  # no fused kernel takes this
         return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, bias, dropout_p, False)[0]
     return Fused.apply(q, k, v, bias)

@@ -48,7 +48,10 @@ def llama(
         usual = heads if "num_key_value_heads" in c.values or usual_groups is None else usual_groups
         shared = c.size("num_key_value_heads", default=usual)
     if heads % shared:
-        raise PeftLabError(f"{c.source}: {heads} attention heads cannot share {shared} key/value heads evenly.")
+        raise PeftLabError(
+            f"{c.source}: {heads} attention heads cannot share {shared} key/value heads evenly. Give a "
+            "num_attention_heads that is a multiple of num_key_value_heads."
+        )
     biased = c.flag("attention_bias", usual_bias)
     fields = {
         "vocabulary": vocabulary, "hidden": hidden, "layers": c.size("num_hidden_layers", "n_layer"),

@@ -103,7 +103,7 @@ def task_of(c: Config, family: Family, labels: bool) -> str:
         known = ", ".join(end for end, one in TASKS.items() if one in family.tasks)
         raise PeftLabError(
             f"{c.source}: architectures names {named[0]!r}, whose head is not counted. Counted are classes that end in "
-            f"{known}; without architectures, {next(end for end, t in TASKS.items() if t == family.tasks[0])}."
+            f"{known}; without architectures, {class_end(family.tasks[0])}."
         )
     return task
 
@@ -112,6 +112,11 @@ def _task(named: list[Any]) -> str | None:
     """Return the task of the first class in `architectures`, or None if its head is not known."""
     ends = [end for end in TASKS if named and str(named[0]).endswith(end)]
     return TASKS[max(ends, key=len)] if ends else None
+
+
+def class_end(task: str) -> str:
+    """Return the end of the names of transformers' classes for a task: `"ForMaskedLM"` for `"masked"`."""
+    return next(end for end, one in TASKS.items() if one == task)
 
 
 def of_the_same_name(family: str, known: Iterable[str] | None = None) -> str:

@@ -14,11 +14,10 @@ from dataclasses import fields, replace
 
 from peftlab.catalogue import METHODS, resolve
 from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.memory.counting.families import FAMILIES
+from peftlab.memory.counting.families import FAMILIES, class_end
 from peftlab.memory.counting.modules import Module
 from peftlab.memory.counting.options import Added, Options, Trained
 from peftlab.memory.counting.shapes import Shape
-
 
 # Options that belong to another one: the networks that make a prompt (P-tuning) or a prefix have a width and layers.
 TOGETHER = {"encoder_hidden": ("encoder", "projection"), "encoder_layers": ("encoder",)}
@@ -244,7 +243,9 @@ def _low_rank(
     """
     targets = options.targets
     if options.target_parameters and method != "lora":
-        raise PeftLabError(f"{method} adapts modules alone, no target_parameters. Use lora.")
+        raise PeftLabError(
+            f"{method} adapts whole modules, so it takes no target_parameters. Name modules in targets, or use lora."
+        )
     if method == "lora":
         adapted = shape.match(targets, parameters=options.target_parameters)
     else:
@@ -288,7 +289,10 @@ def _can_have(shape: Shape, what: str, tasks: tuple[str, ...] | None, why: str) 
     """Refuse a prompt or prefix on a model that cannot have one. `tasks` of None are all."""
     if tasks is not None and shape.task not in tasks:
         others = "a prompt, or lora" if what == "prefix" and FAMILIES[shape.family].prompts is None else "lora or ia3"
-        raise PeftLabError(f"{shape.name} ({shape.family}, {shape.task}) {why}, so it has no {what}. Use {others}.")
+        raise PeftLabError(
+            f"{shape.name}, as a {shape.family} model whose class ends in {class_end(shape.task)}, {why}, so it has no "
+            f"{what}. Use {others}."
+        )
 
 
 def _biases(modules: Iterable[Module]) -> tuple[tuple[Module, str], ...]:

@@ -1,6 +1,7 @@
 """Decoders as transformers computes them, from their descriptions (`counting.decoders.Decoder`).
 
-A decoder gives words, (b, s, V), or has a head for classes: of each example (b, labels), or of each token (b s, labels).
+A decoder gives words, (b, s, V), or has a head for classes: of each example, (b, labels), or of each token,
+(b, s, labels).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ than one expects. b is the batch, s the length, h the width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from peftlab.memory.replay.tape import Gradients, Parameter, Tensor, record
 
