@@ -282,13 +282,16 @@ def _run(root: Node | Leaf | None, gradient: Tensor, to_the_end: bool, again: bo
         if not to_the_end and node.unpacks:
             break
         assert node.apply is not None  # a node runs once
-        arrived = buffers.pop(node)
-        results = list(node.apply(arrived))
-        if again:  # a tensor that was computed again has no other owner than the call that asked for it
-            node.apply = None
-        if node.sizes is not None:
+        if node.sizes is None:
+            results = list(node.apply(buffers.pop(node)))
+        else:
+            gradient = buffers.pop(node)  # it lives until the results fit
+            results = list(node.apply(gradient))
+            if again:  # a tensor that was computed again has no other owner than the call that asked for it
+                node.apply = None
             _fit(results, node.sizes)
-        node.apply = arrived = None
+            del gradient
+        node.apply = None
         for edge in node.edges:
             arrived = results.pop(0)
             if isinstance(edge, Node):
