@@ -36,8 +36,9 @@ TASKS = {
     "ForSequenceClassification": "classifier", "ForTokenClassification": "token classifier", "ForMaskedLM": "masked",
     "Model": "body", "EncoderModel": "encoder alone", "ForQuestionAnswering": "question answering",
     "ForMultipleChoice": "multiple choice", "ForPreTraining": "pretraining",
-    "ForNextSentencePrediction": "next sentence", "BartForCausalLM": "decoder alone",
-    "WhisperForCausalLM": "decoder alone", "ForAudioClassification": "sound classifier",
+    "ForNextSentencePrediction": "next sentence", "BartForCausalLM": "decoder alone", "MTModel": "language model",
+    "WhisperForCausalLM": "decoder alone", "PegasusForCausalLM": "decoder alone", "MarianForCausalLM": "decoder alone",
+    "ForAudioClassification": "sound classifier",
     "ForImageClassification": "image classifier", "ForMaskedImageModeling": "masked image", "ForCTC": "characters",
     "ForAudioFrameClassification": "token classifier", "ForXVector": "speaker vectors", "CLIPTextModel": "text tower",
     "CLIPVisionModel": "image tower", "CLIPTextModelWithProjection": "projected text tower",
@@ -198,6 +199,15 @@ _QV, _KV, _OUT = ("q_proj", "v_proj"), ("k_proj", "v_proj"), r"self_attn\.out_pr
 _CLIP = (senses.clip, _QV, _KV, "fc2", (_OUT, r"mlp\.fc2"), (), ())
 
 
+def _translator(kind: pairs.Translator, *tasks: str) -> Family:
+    tasks = ("language model", "body", *tasks)
+    return Family(
+        partial(pairs.bart, kind=kind), "encoder-decoder", _QV, (*_KV, "fc2"), ("fc2",), (_OUT, "fc2"), tasks,
+        prompts=tuple(task for task in tasks if task != "classifier"),
+        prefixes=tuple(task for task in tasks if task in ("language model", "body", "decoder alone")),
+    )  # fmt: skip
+
+
 def _clip(*tasks: str) -> Family:
     return _encoder(_CLIP[0], tasks, *_CLIP[1:])
 
@@ -272,12 +282,12 @@ FAMILIES: dict[str, Family] = {
     "clip_vision_model": _clip("image tower", "projected image tower"),
     "t5": _encoder_decoder("wo", ("wo",), "relu"),
     "mt5": _encoder_decoder("wi_1", (), "gated-gelu"),
-    "bart": Family(
-        pairs.bart, "encoder-decoder", _QV, (*_KV, "fc2"), ("fc2",), (_OUT, "fc2"),
-        ("language model", "body", "classifier", "question answering", "decoder alone"),
-        prompts=("language model", "body", "question answering", "decoder alone"),
-        prefixes=("language model", "body", "decoder alone"),
-    ),
+    "bart": _translator(pairs.BART, "classifier", "question answering", "decoder alone"),
+    "mbart": _translator(pairs.MBART, "classifier", "question answering", "decoder alone"),
+    "plbart": _translator(pairs.PLBART, "classifier", "decoder alone"),
+    "pegasus": _translator(pairs.PEGASUS, "decoder alone"),
+    "marian": _translator(pairs.MARIAN, "decoder alone"),
+    "m2m_100": _translator(pairs.M2M_100),
     "whisper": Family(
         pairs.whisper, "encoder-decoder", _QV, (*_KV, "fc2"), ("fc2",), (_OUT, "fc2"),
         ("language model", "body", "sound classifier", "decoder alone"),
