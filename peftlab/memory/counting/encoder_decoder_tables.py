@@ -1,4 +1,7 @@
-"""The tables of encoder-decoders: T5, BART and models like it, Whisper. See `encoder_tables` for what a function yields."""
+"""The tables of encoder-decoders: T5, BART and models like it, Whisper.
+
+See `encoder_tables` for what a function yields.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ class Translator:
     layers: int = 12
     heads: int = 16
     inner: int = 4096
-    positions: str = "learned"  # "learned" (two stand before the first), "sines" (a weight that does not train) or "none"
+    positions: str = "learned"  # "learned" (two stand before the first), "sines" (which do not train) or "none"
     first_norm: bool = True  # a norm behind the embeddings of each stack
     last_norm: bool = False  # a norm at the end of each stack
     labels: int = 2
@@ -78,8 +81,8 @@ def bart(c: Config, task: str = "language model", kind: Translator = BART) -> It
     """
     if not c.flag("share_encoder_decoder_embeddings", True):
         raise PeftLabError(
-            f"{c.source}: share_encoder_decoder_embeddings is false. Models whose encoder and decoder have vocabularies "
-            "of their own are not counted."
+            f"{c.source}: share_encoder_decoder_embeddings is false. Models with one vocabulary for the encoder and "
+            "another for the decoder are not counted."
         )
     c = _by_own_names(c).with_defaults(vocab_size=kind.vocabulary, d_model=kind.hidden, max_position_embeddings=1024)
     vocabulary, hidden, positions = c.size("vocab_size"), c.size("d_model"), c.size("max_position_embeddings")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peftlab.memory.replay import ops
+from peftlab.memory.replay import ops, views
 from peftlab.memory.replay.tape import Gradients, Tensor, record
 
 
@@ -112,7 +112,7 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style:
     batch, heads, length, width = q.shape
     if k.shape[1] != heads:
         alone = batch == k.shape[1] == 1  # one group of one example is repeated as a view
-        k, v = (ops.expand(x, (1, heads, *x.shape[2:])) if alone else repeat(x, heads) for x in (k, v))
+        k, v = (views.expand(x, (1, heads, *x.shape[2:])) if alone else repeat(x, heads) for x in (k, v))
     if style.wide_scores:
         q, k = ops.cast(q, ops.FLOAT32), ops.cast(k, ops.FLOAT32)
     scores = ops.scale(matmul(q, k, (batch, heads, length, k.shape[2])))
@@ -141,9 +141,9 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style:
 def with_sinks(scores: Tensor, v: Tensor, style: Style, shape: tuple[int, ...]) -> Tensor:
     """Replay gpt-oss' attention from the scores on: a column of sinks is joined to them and left out again."""
     wider = (*scores.shape[:-1], scores.shape[-1] + 1)
-    joined = ops.resized(scores, wider)
+    joined = views.resized(scores, wider)
     joined = ops.minus_largest(joined)
-    weights = ops.part(ops.from_result(joined), scores.shape)
+    weights = views.part(ops.from_result(joined), scores.shape)
     weights = ops.dropout(weights, style.dropout)
     return ops.copy(matmul(weights, v, shape))
 
@@ -158,7 +158,7 @@ def spread(x: Tensor, heads: int) -> Tensor:
     """Replay repeat_kv for the fused kernel: one group of heads becomes a view, several are copied."""
     if x.shape[1] == heads:
         return x
-    return repeat(x, heads) if x.shape[1] > 1 else ops.expand(x, x.shape)
+    return repeat(x, heads) if x.shape[1] > 1 else views.expand(x, x.shape)
 
 
 def matmul(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:

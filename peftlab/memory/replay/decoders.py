@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peftlab.memory.counting.decoders import Decoder
-from peftlab.memory.replay import ops
+from peftlab.memory.replay import ops, views
 from peftlab.memory.replay.attention import Style, matmul, split
 from peftlab.memory.replay.mixtures import mixture
 from peftlab.memory.replay.nets import Net
@@ -191,7 +191,7 @@ class Blocks:
         net, d = self.net, self.d
         batch, length = x.shape[:2]
         qkv = net.linear(at + d.qkv[0], x)
-        q, k, v = (ops.copy(ops.part(qkv, (batch, d.heads, length, d.width))) for _ in range(3))
+        q, k, v = (ops.copy(views.part(qkv, (batch, d.heads, length, d.width))) for _ in range(3))
         k, v = net.extend(i, k, v)
         if net.autocast:
             q, k, v = net.half(q), net.half(k), net.half(v)
@@ -220,13 +220,13 @@ class Blocks:
         qkv = net.linear(at + d.qkv[0], x)
         if d.cut == "chunk":
             return split(qkv, shapes[0])
-        parts = [ops.part(qkv, shape) for shape in shapes]
+        parts = [views.part(qkv, shape) for shape in shapes]
         if d.cut == "index":  # the one head of keys, and of values, is copied
             parts[1:] = [ops.copy(part) for part in parts[1:]]
         elif d.cut == "grouped" and d.groups == 1:  # the copies of the one head are views
-            parts[1:] = [ops.expand(ops.copy(part), shapes[0]) for part in parts[1:]]
+            parts[1:] = [views.expand(ops.copy(part), shapes[0]) for part in parts[1:]]
         elif d.cut == "grouped":  # keys and values are repeated for each head
-            parts = [ops.copy(parts[0]), *(ops.enlarge(ops.copy(part), shapes[0]) for part in parts[1:])]
+            parts = [ops.copy(parts[0]), *(views.enlarge(ops.copy(part), shapes[0]) for part in parts[1:])]
         elif d.cut == "copy":
             parts = [ops.copy(part) for part in parts]
         return *parts, qkv
@@ -247,9 +247,9 @@ class Blocks:
         batch, _, length, width = x.shape
         pieces = [
             net.layer_norm(f"{path}.norms.{head}", piece)
-            for head, piece in enumerate(ops.split_heads(x, (batch, 1, length, width), heads))
+            for head, piece in enumerate(views.split_heads(x, (batch, 1, length, width), heads))
         ]
-        return ops.stack_heads(pieces, x.shape)
+        return views.stack_heads(pieces, x.shape)
 
     def mlp(self, at: str, x: Tensor) -> Tensor:
         """Replay a feed-forward, with or without a gate."""
@@ -260,7 +260,7 @@ class Blocks:
                 return net.linear(at + d.down, self.activate(net.linear(at + d.up[0], x)))
             if len(d.up) == 1:
                 both = net.linear(at + d.up[0], x)
-                gate, up = ops.halves(both)
+                gate, up = views.halves(both)
                 inner = ops.mul(up, self.activate(gate))
                 del up
                 return net.linear(at + d.down, inner)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from peftlab.errors import PeftLabError
 from peftlab.memory.counting.shapes import Shape
-from peftlab.memory.replay import ops
+from peftlab.memory.replay import ops, products, views
 from peftlab.memory.replay.nets import Net
 from peftlab.memory.replay.tape import Parameter, Tensor
 
@@ -56,9 +56,9 @@ def _embedding_lora(net: Net, path: str, own: Own) -> None:
     """Replay W[i] + A^T[i] B^T s for token i."""
 
     def call(ids: Tensor) -> Tensor:
-        result = ops.embedding(ids, net.weights[path])
+        result = products.embedding(ids, net.weights[path])
         bytes = result.bytes
-        chosen = ops.embedding_rows(ids, own["lora_embedding_A"])
+        chosen = products.embedding_rows(ids, own["lora_embedding_A"])
         return ops.cast(ops.add(result, ops.scale(net.product(chosen, own["lora_embedding_B"]))), bytes)
 
     net.layers[path] = call
@@ -72,11 +72,11 @@ def _parameter_lora(net: Net, path: str, own: Own) -> None:
     """
 
     def folded(weight: Tensor) -> Tensor:
-        return ops.folded(weight, ops.cast(own["lora_A"], weight.bytes), ops.cast(own["lora_B"], weight.bytes))
+        return products.folded(weight, ops.cast(own["lora_A"], weight.bytes), ops.cast(own["lora_B"], weight.bytes))
 
     def router(x: Tensor) -> Tensor:
         weight = net.weights[path]
-        update = ops.scale(ops.outer(own["lora_A"], own["lora_B"], weight.shape))
+        update = ops.scale(products.outer(own["lora_A"], own["lora_B"], weight.shape))
         whole = ops.add(weight, ops.cast(update, weight.bytes))
         return net.product(x, whole, net.biases.get(path))
 
@@ -230,8 +230,8 @@ def _in_front(net: Net, own: Own, encode: Call) -> None:
     count = rows.shape[0] // (2 if net.shape.kind == "encoder-decoder" else 1)
 
     def front(x: Tensor) -> Tensor:
-        virtual = ops.first_rows(encode(net.virtual(x, rows.shape[0], rows)), count)
-        net.held.append(ops.cat(ops.cast(virtual, x.bytes), x, 1))
+        virtual = views.first_rows(encode(net.virtual(x, rows.shape[0], rows)), count)
+        net.held.append(views.cat(ops.cast(virtual, x.bytes), x, 1))
         return net.held[-1]
 
     net.front = front
@@ -263,7 +263,7 @@ def prefix(net: Net, path: str, own: Own) -> None:
     def extend(i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         batch, groups, _, width = k.shape
         part = made[0].view(batch, groups, rows.shape[0], width)
-        return ops.cat(part, k, 2), ops.cat(part, v, 2)
+        return views.cat(part, k, 2), views.cat(part, v, 2)
 
     net.front, net.extend = front, extend
 

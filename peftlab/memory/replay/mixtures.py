@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peftlab.memory.counting.decoders import Decoder
-from peftlab.memory.replay import ops
+from peftlab.memory.replay import ops, products, views
 from peftlab.memory.replay.nets import Net
 from peftlab.memory.replay.tape import Tensor
 
@@ -74,26 +74,26 @@ def experts(
     weights = ops.rows_of(shares.view(rows, 1), rows, order[1])
     up, again = weight_of(net, at + "gate_up_proj")
     biases = bias("gate_up_proj_bias")  # the name keeps these rows alive until those of the next product are there
-    both = ops.grouped_product(taken, up, again)
+    both = products.grouped_product(taken, up, again)
     if biases is not None:
         both = ops.add_in_place(both, biases)
     if e.choose_first:
         inner = clamped_gate(both)
     else:
-        gate, other = ops.halves(both)
+        gate, other = views.halves(both)
         inner = ops.mul(activate(gate), other)
         del gate, other
     del both
     down, again = weight_of(net, at + "down_proj")
     biases = bias("down_proj_bias")
-    both = ops.grouped_product(inner, down, again)
+    both = products.grouped_product(inner, down, again)
     del inner
     if biases is not None:
         both = ops.add_in_place(both, biases)
     weighed = ops.mul(both, weights)
     del both
     weighed = ops.rows_of(weighed, rows, order[2])
-    total = ops.sum_groups(weighed, tokens)
+    total = views.sum_groups(weighed, tokens)
     return ops.cast(total, flat.bytes)
 
 
@@ -142,7 +142,7 @@ def unpacked(net: Net, path: str) -> Tensor:
 
 def clamped_gate(both: Tensor) -> Tensor:
     """Replay gpt-oss' gate: (up + 1) gate sigmoid(1.702 gate), of clamped halves."""
-    gate, up = ops.halves(both)
+    gate, up = views.halves(both)
     gate, up = ops.clamped(gate), ops.clamped(up)
     glu = ops.mul(gate, ops.from_result(ops.scale(gate)))
     return ops.mul(ops.shift(up), glu)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.counting.config import Config
 from peftlab.memory.counting.shapes import Shape
-from peftlab.memory.replay import attention, ops
+from peftlab.memory.replay import attention, ops, products
 from peftlab.memory.replay.attention import Style
 from peftlab.memory.replay.tape import Memory, Parameter, Tensor, checkpoint, leaf
 
@@ -138,7 +138,7 @@ class Net:
         """Call the layer at a path, without what the method adds to it."""
         if path in self.quantised:
             compute = 2 if self.recipe.autocast else self.recipe.weight_bytes
-            return ops.quantised_linear(x, *self.weight_size(path), compute)
+            return products.quantised_linear(x, *self.weight_size(path), compute)
         return self.product(x, self.weights[path], self.biases.get(path))
 
     def around(self, path: str, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -149,15 +149,15 @@ class Net:
         """Multiply x by a matrix that is not a parameter. Autocast makes a copy of the matrix, which is kept."""
         if self.autocast:
             x = self.half(x)
-            return ops.linear(x, x.new((outputs, x.shape[-1]), 2))
-        return ops.frozen_linear(x, outputs)
+            return products.linear(x, x.new((outputs, x.shape[-1]), 2))
+        return products.frozen_linear(x, outputs)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x W^T + b, in 16 bits under autocast."""
         if self.autocast:
             x, weight = self.half(x), self.half(weight)
             bias = None if bias is None else self.half(bias)
-        return ops.linear(x, weight, bias)
+        return products.linear(x, weight, bias)
 
     def half(self, x: Tensor) -> Tensor:
         """Cast to 16 bits as autocast does. A trained leaf is cast once; the copy is kept until autocast is left."""
@@ -198,7 +198,7 @@ class Net:
 
     def table(self, path: str, ids: Tensor) -> Tensor:
         """Look up rows of the embedding at a path, with what the method adds to them."""
-        return self.layers[path](ids) if path in self.layers else ops.embedding(ids, self.weights[path])
+        return self.layers[path](ids) if path in self.layers else products.embedding(ids, self.weights[path])
 
     def words(
         self, path: str, ids: Tensor, then: Callable[[Tensor], Tensor] | None = None, front: bool = True
@@ -222,7 +222,7 @@ class Net:
 
     def virtual(self, x: Tensor, count: int, table: Parameter) -> Tensor:
         """Return the first `count` rows of a table, for each example of x."""
-        return ops.embedding(self.places(count).view(x.shape[0], count), table)
+        return products.embedding(self.places(count).view(x.shape[0], count), table)
 
     def block(self, prefix: str, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Run one block, sharded or not, with or without gradient checkpointing."""
