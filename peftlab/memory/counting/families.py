@@ -26,6 +26,7 @@ from peftlab.memory.counting import encoder_decoder_tables as pairs
 from peftlab.memory.counting import encoder_tables as encoders
 from peftlab.memory.counting import image_sound_tables as senses
 from peftlab.memory.counting import mixture_families as mixtures
+from peftlab.memory.counting import older_families as older
 from peftlab.memory.counting.config import Config
 from peftlab.memory.counting.decoders import Decoder
 from peftlab.memory.counting.modules import Module, linear
@@ -233,12 +234,12 @@ FAMILIES: dict[str, Family] = {
     "glm4": _decoder(decoders.glm4),
     "phi": _decoder(decoders.phi, down="fc2", out=r"self_attn\.dense"),
     "stablelm": _decoder(decoders.stablelm),
-    "gpt_neox": _decoder(decoders.gpt_neox, *_NEOX, r"attention\.dense"),
-    "gptj": _decoder(decoders.gptj, down="fc_out", out=r"attn\.out_proj"),
-    "gpt2": _decoder(decoders.gpt2, ("c_attn",), ("c_attn",), "mlp.c_proj", r"attn\.c_proj"),
-    "opt": _decoder(decoders.opt, down="fc2", out=r"self_attn\.out_proj", mlp=""),
-    "bloom": _decoder(decoders.bloom, *_NEOX[:2], "mlp.dense_4h_to_h", r"self_attention\.dense"),
-    "falcon": _decoder(decoders.falcon, *_NEOX, r"self_attention\.dense"),
+    "gpt_neox": _decoder(older.gpt_neox, *_NEOX, r"attention\.dense"),
+    "gptj": _decoder(older.gptj, down="fc_out", out=r"attn\.out_proj"),
+    "gpt2": _decoder(older.gpt2, ("c_attn",), ("c_attn",), "mlp.c_proj", r"attn\.c_proj"),
+    "opt": _decoder(older.opt, down="fc2", out=r"self_attn\.out_proj", mlp=""),
+    "bloom": _decoder(older.bloom, *_NEOX[:2], "mlp.dense_4h_to_h", r"self_attention\.dense"),
+    "falcon": _decoder(older.falcon, *_NEOX, r"self_attention\.dense"),
     "mixtral": replace(_decoder(mixtures.mixtral), fused=_MIXTRAL),
     "qwen2_moe": _decoder(mixtures.qwen2_moe),
     "qwen3_moe": replace(_decoder(mixtures.qwen3_moe), fused=_FUSED),
