@@ -239,7 +239,7 @@ def _refuse_what_cannot_run(shape: Shape, method: str, sequence: int, virtual_to
     predicted = DECODER_HEADS if shape.kind == "decoder" else FAMILIES[shape.family].tasks[:1]
     if shape.task not in predicted:
         named = ", ".join(str(name) for name in shape.config.get("architectures") or [])
-        ends = [class_end(task) for task in predicted]
+        ends = [class_end(task, shape.kind) for task in predicted]
         raise PeftLabError(
             f"{shape.name}: architectures names {named}, whose training step is not predicted. Predicted are classes "
             f"that end in {', '.join(ends)}; without architectures, {ends[0]} is taken. Its parameters are: peftlab "

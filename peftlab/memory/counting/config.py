@@ -121,8 +121,8 @@ class Config:
         """Return hidden / heads, the width of a head in a model whose heads have no width of their own."""
         if hidden % heads:
             raise PeftLabError(
-                f"{self.source}: the width {hidden} must be a multiple of the number of attention heads, {heads}. "
-                "Correct one of the two."
+                f"{self.source}: the width {hidden} is no multiple of the {heads} attention heads. Correct one of "
+                "the two."
             )
         return hidden // heads
 

@@ -102,10 +102,10 @@ def task_of(c: Config, family: Family, labels: bool) -> str:
         return family.tasks[0]
     task = _task(named)
     if task not in family.tasks:
-        known = ", ".join(end for end, one in TASKS.items() if one in family.tasks)
+        ends = [class_end(one, family.kind) for one in family.tasks]
         raise PeftLabError(
             f"{c.source}: architectures names {named[0]!r}, whose head is not counted. Counted are classes that end in "
-            f"{known}; without architectures, {class_end(family.tasks[0])}."
+            f"{', '.join(ends)}; without architectures, {ends[0]} is taken."
         )
     return task
 
@@ -116,8 +116,10 @@ def _task(named: list[Any]) -> str | None:
     return TASKS[max(ends, key=len)] if ends else None
 
 
-def class_end(task: str) -> str:
-    """Return the end of the names of transformers' classes for a task: `"ForMaskedLM"` for `"masked"`."""
+def class_end(task: str, kind: str) -> str:
+    """Return the end of the names of transformers' classes for a task and a kind of model: `"ForMaskedLM"`."""
+    if task == "language model" and kind == "encoder-decoder":
+        return "ForConditionalGeneration"
     return next(end for end, one in TASKS.items() if one == task)
 
 

@@ -289,9 +289,9 @@ def _can_have(shape: Shape, what: str, tasks: tuple[str, ...] | None, why: str) 
     """Refuse a prompt or prefix on a model that cannot have one. `tasks` of None are all."""
     if tasks is not None and shape.task not in tasks:
         others = "a prompt, or lora" if what == "prefix" and FAMILIES[shape.family].prompts is None else "lora or ia3"
+        end = class_end(shape.task, shape.kind)
         raise PeftLabError(
-            f"{shape.name}, as a {shape.family} model whose class ends in {class_end(shape.task)}, {why}, so it has no "
-            f"{what}. Use {others}."
+            f"{shape.name}, as a {shape.family} model whose class ends in {end}, {why}, so it has no {what}. Use {others}."
         )
 
 
