@@ -84,6 +84,22 @@ class Settings:
     checkpointing: bool | str = setting(
         False, "recompute activations in the backward pass instead of keeping them",
         one_of, known=(True, False, "reentrant"), option="checkpointing", more="'reentrant' is torch's older kind.")
+    compile: str | None = setting(
+        None, "'layers' compiles each repeated block of the model, which takes a minute at the start",
+        one_of, known=(None, "layers"), option="compile",
+        more="Batches are padded to a few lengths, and the last bits of a result change. Where a compiler fails, the "
+        "run goes on without it: `History.compiled` says what happened (`peftlab.training.compiling`).")
+    fast: bool | str = setting(
+        "auto", "LoRA on a Llama-like decoder by a step written by hand, with the same result in less time",
+        one_of, known=("auto", True, False), option="fast",
+        more="'auto' takes it where it can, and `History.path` says which path ran and why. True refuses a run that it "
+        "cannot take (`peftlab.fast.eligible` has the list). The model's weights are views of common buffers while the "
+        "run lasts, and its own again after it.")
+    chunked_loss: bool | str = setting(
+        "auto", "compute a language model's loss in chunks of positions, without its whole logits",
+        one_of, known=("auto", True, False), option="chunked-loss",
+        more="'auto' does so where the head is a plain linear layer, frozen or trained. Elsewhere the logits are whole, "
+        "and `History.logits` says why; with True that is an error.")
     optimizer: str = setting(
         "adamw", "the 8-bit ones are bitsandbytes'; without it you get a warning and adamw",
         one_of, known=OPTIMIZERS, option="optimizer")

@@ -132,16 +132,15 @@ def memory_calculator(shape: str = "llama-2-7b", r: int = 16) -> None:
     _show(build, figure, text)
 
 
-def _of_the_method(method: str, r: int) -> dict[str, Any]:
+def _of_the_method(method: str, r: int | None) -> dict[str, Any]:
     """Return rank and targets for a method that takes a rank; the others stand in places of their own."""
     return {"r": r, "targets": "all-linear"} if METHODS[method].takes("r") else {}
 
 
 def _memory_answer(run: dict[str, Any]) -> str:
-    run, r = dict(run), run["r"]
-    del run["r"]
+    rest = {name: value for name, value in run.items() if name != "r"}
     try:
-        found = memory.estimate(**run, **_of_the_method(run["method"], r))
+        found = memory.estimate(**rest, **_of_the_method(run["method"], run.get("r")))
     except PeftLabError as error:
         return escape(str(error))
     rows = [[part, memory.format_bytes(size)] for part, size in found.parts.items()]

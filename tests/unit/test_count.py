@@ -176,7 +176,7 @@ MISTAKES = [
     ({"shape": "gpt2", "method": "p-tuning", "encoder_hidden": 0}, "encoder_hidden must be a positive", "found 0"),
     ({"shape": "gpt2", "method": "ia3", "targets": ["wte"]}, "target transformer.wte of gpt2 is an embedding", "lora"),
     ({"shape": "gpt2", "method": "vera", "targets": ["c_fcc"]}, "Target 'c_fcc' matches no module", "'c_fc'"),
-    ({"shape": "gpt2", "method": "ia3", "bias": "all"}, "ia3 trains no biases", "bitfit"),
+    ({"shape": "gpt2", "method": "ia3", "bias": "all"}, "bias='all' is no option of ia3", "Methods with bias: lora"),
     ({"shape": "llama-2-7b", "method": "bitfit"}, "llama-2-7b has no biases", "Use ia3"),
     ({"shape": "bert-base", "labels": 0}, "labels must be a positive whole number", "0"),
 ]

@@ -119,8 +119,6 @@ def ia3(shape: Shape, options: Options) -> Trained:
     `output.dense` also matches the attention's layer of that name. peft has no defaults for XLM-RoBERTa, CamemBERT and
     most other encoders; here they have those of the paper too.
     """
-    if options.bias != "none":
-        raise PeftLabError(f"ia3 trains no biases; found bias={options.bias!r}. Leave it out, or use lora or bitfit.")
     family = FAMILIES[shape.family]
     # as in peft, a default that this model does not have (mT5 without a gate) is left out
     adapted = linear_targets(shape, options.targets, "ia3", family.ia3)
@@ -291,7 +289,8 @@ def _can_have(shape: Shape, what: str, tasks: tuple[str, ...] | None, why: str) 
         others = "a prompt, or lora" if what == "prefix" and FAMILIES[shape.family].prompts is None else "lora or ia3"
         end = class_end(shape.task, shape.kind)
         raise PeftLabError(
-            f"{shape.name}, as a {shape.family} model whose class ends in {end}, {why}, so it has no {what}. Use {others}."
+            f"{shape.name}, as a {shape.family} model whose class ends in {end}, {why}, so it has no {what}. "
+            f"Use {others}."
         )
 
 
