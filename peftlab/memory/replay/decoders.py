@@ -50,6 +50,8 @@ def head(net: Net, d: Decoder, x: Tensor) -> Tensor:
             return classes(net, x)
         logits = net.output("lm_head", x)
         del x
+        if net.recipe.chunked_loss:
+            return logits
         if d.scaled_logits:
             logits = ops.scale(logits)
         if d.capped_logits:

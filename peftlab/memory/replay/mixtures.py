@@ -113,7 +113,7 @@ def weight_of(net: Net, path: str) -> tuple[Tensor, Callable[[], Tensor] | None]
             return make()
 
     changed = path in net.quantised or path in net.parameters_with_more
-    remade = changed and net.recipe.library == "peftlab" and not net.recipe.checkpointing
+    remade = changed and net.recipe.library == "peftlab" and not net.recipe.recomputes(net.block_of(path))
     return make(), again if remade else None
 
 

@@ -27,10 +27,10 @@ def cast(x: Tensor, bytes: int) -> Tensor:
 def copy(x: Tensor, bytes: int | None = None) -> Tensor:
     """Make a new tensor whose gradient passes unchanged, as clone and contiguous do. The copy may be wider."""
     before = x.bytes
-    return record(x.new(bytes=bytes), [x], lambda g: (_fit(g, before),))
+    return record(x.new(bytes=bytes), [x], lambda g: (fit(g, before),))
 
 
-def _fit(gradient: Tensor, bytes: int) -> Tensor:
+def fit(gradient: Tensor, bytes: int) -> Tensor:
     """Cast a gradient to the dtype of its tensor, as the engine does."""
     return gradient if gradient.bytes == bytes else gradient.new(bytes=bytes)
 
@@ -39,7 +39,7 @@ def add(a: Tensor, b: Tensor) -> Tensor:
     """Replay a + b of one shape, in the wider dtype. Nothing is kept, and both get the same gradient."""
     pairs = (a.bytes, a.needs_grad), (b.bytes, b.needs_grad)
     output = a.new(bytes=max(a.bytes, b.bytes))
-    return record(output, [a, b], lambda g: tuple(_fit(g, n) if m else None for n, m in pairs))
+    return record(output, [a, b], lambda g: tuple(fit(g, n) if m else None for n, m in pairs))
 
 
 def add_broadcast(x: Tensor, b: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def add_in_place(x: Tensor, b: Tensor) -> Tensor:
 
     def apply(g: Tensor) -> Gradients:
         of_b = (g if g.shape == shape else g.new(shape)) if needs[1] else None
-        return g if needs[0] else None, of_b if of_b is None else _fit(of_b, bytes)
+        return g if needs[0] else None, of_b if of_b is None else fit(of_b, bytes)
 
     return record(output, [x, b], apply)
 
