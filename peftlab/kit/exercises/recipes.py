@@ -106,9 +106,9 @@ EXERCISES = (
     Exercise("recipes.perplexity", "medium", 10, "your function", function(
         _perplexity, cases=lambda: [([20.0, 90.0], [10, 90]), ([3.0, 40.0, 8.0], [2, 10, 5]), ([7.0], [7])],
         near={"That is the mean of the batches' means. A batch with few labels counts as much as a full one.":
-                  lambda sums, counts: math.exp(sum(s / n for s, n in zip(sums, counts)) / len(sums)),
+                  lambda sums, counts: math.exp(sum(s / n for s, n in zip(sums, counts, strict=True)) / len(sums)),
               "That averages the perplexities. Average the losses first, and take exp at the end.":
-                  lambda sums, counts: sum(math.exp(s / n) for s, n in zip(sums, counts)) / len(sums)},
+                  lambda sums, counts: sum(math.exp(s / n) for s, n in zip(sums, counts, strict=True)) / len(sums)},
         hint="Perplexity is exp of the loss per label, over all labels.",
         then="pl.perplexity does the same.")),
     Exercise("recipes.mask", "hard", 15, "your function", function(
