@@ -102,7 +102,7 @@ EXERCISES = (
         near={sum(LENGTHS) / (len(LENGTHS) * max(LENGTHS)): "That is the share of real tokens.",
               60.0: "Give it as a share between 0 and 1."},
         hint="Every row of the batch is as long as its longest example.",
-        then="Packed, all four would fill two rows of 250 and 150 tokens, and nothing would be padded but the second.")),
+        then="Packed, the three short ones would share a row.")),
     Exercise("recipes.perplexity", "medium", 10, "your function", function(
         _perplexity, cases=lambda: [([20.0, 90.0], [10, 90]), ([3.0, 40.0, 8.0], [2, 10, 5]), ([7.0], [7])],
         near={"That is the mean of the batches' means. A batch with few labels counts as much as a full one.":
@@ -115,8 +115,8 @@ EXERCISES = (
         _mask, cases=_positions,
         near={"A token sees the examples before its own: that is the plain causal mask.": _causal,
               "Within an example a token sees the tokens behind it. It may only look back.": _blocks},
-        hint="Give each token the number of its example (how many zeros up to it), and compare these numbers. Then keep "
-             "what lies on or below the diagonal.",
+        hint="Give each token the number of its example (how many zeros up to it), and compare these numbers. Then "
+             "keep what lies on or below the diagonal.",
         then="transformers makes this mask from the positions.")),
     Exercise("recipes.half", "medium", 10, "a number, such as 2**-5", number(
         2**-11,
