@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 SITE := _build/html
 # how many tests run at once; `make test JOBS=1` runs them one after the other
 JOBS := 2
-PARALLEL := -n $(JOBS) --dist loadgroup
+PARALLEL := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 help:  ## list what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -84,6 +84,12 @@ class Settings:
     checkpointing: bool | str = setting(
         False, "recompute activations in the backward pass instead of keeping them",
         one_of, known=(True, False, "reentrant"), option="checkpointing", more="'reentrant' is torch's older kind.")
+    fast: bool | str = setting(
+        "auto", "LoRA on a Llama-like decoder by a step written by hand, with the same result in less time",
+        one_of, known=("auto", True, False), option="fast",
+        more="'auto' takes it where it can, and `History.path` says which path ran and why. True refuses a run that it "
+        "cannot take (`peftlab.fast.eligible` has the list). The model's weights are views of common buffers while the "
+        "run lasts, and its own again after it.")
     optimizer: str = setting(
         "adamw", "the 8-bit ones are bitsandbytes'; without it you get a warning and adamw",
         one_of, known=OPTIMIZERS, option="optimizer")

@@ -186,7 +186,8 @@ def _saved_class(config: transformers.PretrainedConfig) -> Any:
     found = getattr(transformers, name, None) if name.isidentifier() else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         return None
-    fits = found.config_class is not None and isinstance(config, found.config_class)
+    built_from = getattr(found, "config_class", None)
+    fits = built_from is not None and isinstance(config, built_from)
     return found if fits and not name.endswith(PRETRAINING) else None
 
 

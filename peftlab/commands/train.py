@@ -30,7 +30,7 @@ from peftlab.memory.units import format_both, format_count, format_percent
 from peftlab.settings import Settings, known_values
 
 # Arguments that do not change what is learned. A run continues even if they differ.
-INCIDENTAL = ("command", "run", "json", "out", "resume", "save_every", "device", "test_limit", "max_new_tokens")
+INCIDENTAL = ("command", "run", "json", "out", "resume", "save_every", "device", "test_limit", "max_new_tokens", "fast")
 # The training settings that have an option, by the name of the option
 OPTIONS = {one.metadata["option"]: one for one in fields(Settings) if one.metadata["option"]}
 LOG_SECONDS = 30.0
@@ -263,6 +263,7 @@ def _train(arguments: argparse.Namespace, targets: Any, begin: Callable[[], Plac
         "classes": list(task.classes),
         "saved_bytes": size,
         "device": device,
+        "path": history.path,
         "training_seconds": history.seconds,
         "seconds": time.monotonic() - started,
     }
@@ -333,6 +334,7 @@ def summary(result: dict[str, Any], folder: str) -> list[tuple[str, str]]:
         ("method", settings["method"]),
         ("trainable", f"{format_count(result['trainable'])} ({format_percent(result['percent'])})"),
         ("steps", format_count(result["steps"])),
+        ("path", result["path"]),
         ("final loss", "none" if result["final_loss"] is None else f"{result['final_loss']:.4f}"),
     ]
     if result["evaluations"]:

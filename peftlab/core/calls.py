@@ -15,10 +15,11 @@ in the same way (`noted`).
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -30,11 +31,13 @@ from torch.utils._pytree import tree_leaves
 from peftlab.core.forward import give_back
 from peftlab.core.hooks import CHILD, base_modules, plain
 from peftlab.core.parameters import Coded, step_aside
+from peftlab.core.structure import structure_of
 
 # A weight that a forward gives to a function as it is. In training, Mamba's fused kernels are called so.
 PASSED = re.compile(r"(?<!isinstance)[(,=]\s*self\.(\w+)\.weight\b(?!\s*[.\[])")
 # No tensor has a multiple of ROWS in front by chance: the lengths that follow are none.
 ROWS, TOKENS, SOUND, FRAMES = 3, 5, 16_000, 3_001
+KEPT = 64  # passes whose outcome is kept: sets of names
 
 
 class Calls(NamedTuple):
@@ -53,12 +56,15 @@ class Calls(NamedTuple):
     without_rows: frozenset[str]
 
 
+SHOWN: dict[Hashable, Calls] = {}  # what a pass of a structure showed
+
+
 def observed(root: nn.Module) -> Calls | None:
     """Run a copy of a transformers model on the meta device; None where no copy or no inputs can be made."""
     try:
         for rows in (ROWS, 1):  # some models take one row only, a classifier without a padding token for one
             for inputs in made_inputs(root, rows):
-                calls = watch(meta_copy(root), inputs, rows)
+                calls = watched_once(meta_copy(root), inputs, rows)
                 if calls is not None:
                     return calls
     except Exception:  # whatever a foreign model raises when it is copied or asked for its sizes
@@ -66,19 +72,36 @@ def observed(root: nn.Module) -> Calls | None:
     return None
 
 
+def watched_once(model: nn.Module, inputs: dict[str, Tensor], rows: int) -> Calls | None:
+    """Return what `watch` shows; for a model that runs as one of the last ones did, what was shown then."""
+    given = tuple((name, value.shape, value.dtype) for name, value in inputs.items())
+    structure = structure_of(model)
+    key = (structure, given, rows)
+    calls = None if structure is None else SHOWN.get(key)
+    if calls is None:
+        calls = watch(model, inputs, rows)
+        if calls is not None and structure is not None:
+            while len(SHOWN) >= KEPT:
+                SHOWN.pop(next(iter(SHOWN)), None)
+            SHOWN[key] = calls
+    return calls
+
+
 def passed_weights(root: nn.Module) -> set[str]:
     """Return the paths of modules whose weight their parent's `forward` gives to a function, as its source says."""
-    found: dict[type, set[str]] = {}
     paths = set()
     for path, module in root.named_modules():
-        kind = type(module)
-        if kind not in found:
-            try:
-                found[kind] = set(PASSED.findall(inspect.getsource(kind.forward)))
-            except (OSError, TypeError):  # written in C, or typed into a session
-                found[kind] = set()
-        paths |= {plain(f"{path}.{name}".lstrip(".")) for name in found[kind] if name in module._modules}
+        names = _passed(type(module).forward)
+        paths |= {plain(f"{path}.{name}".lstrip(".")) for name in names if name in module._modules}
     return paths
+
+
+@functools.lru_cache(1024)
+def _passed(forward: Callable) -> frozenset[str]:
+    try:
+        return frozenset(PASSED.findall(inspect.getsource(forward)))
+    except (OSError, TypeError):  # written in C, or typed into a session
+        return frozenset()
 
 
 def meta_copy(root: nn.Module) -> nn.Module:
@@ -113,7 +136,7 @@ def meta_copy(root: nn.Module) -> nn.Module:
         for child in [name for name, child in module._modules.items() if name == CHILD]:
             del module._modules[child]
         for name, table in vars(module).items():
-            if name.endswith("_hooks") and isinstance(table, dict):
+            if "_hooks" in name and isinstance(table, dict):
                 table.clear()
         give_back(module)
         step_aside(module)

@@ -43,6 +43,10 @@ def to_device(batch: dict, device: torch.device) -> dict:
     def moved(value: Any) -> Any:
         if isinstance(value, dict):
             return to_device(value, device)
-        return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        if not isinstance(value, torch.Tensor):
+            return value
+        if device.type == "cuda" and value.device.type == "cpu":
+            value = value.pin_memory()  # a GPU copies from pinned memory while the CPU goes on
+        return value.to(device, non_blocking=True)
 
     return {key: moved(value) for key, value in batch.items()}

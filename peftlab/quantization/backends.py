@@ -1,13 +1,17 @@
-"""Compute with 4-bit weights: by the reference in plain PyTorch, or by bitsandbytes' kernels. Both give equal numbers.
+"""Compute with 4-bit weights: by the reference in plain PyTorch, or by kernels of Triton or bitsandbytes.
 
-A backend turns a weight into codes and codes into a weight. A new backend is a class with these four methods and an
-entry in `BACKENDS`; `choose` asks each, in this order, whether it can.
+All give equal numbers.
+
+A backend turns a weight into codes and codes into a weight. A new backend is a class with these methods and an entry in
+`BACKENDS`; `choose` asks each, in this order, whether it can.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,7 +20,7 @@ from torch import Tensor
 
 from peftlab.checks import one_of
 from peftlab.errors import PeftLabError
-from peftlab.optional import available, require
+from peftlab.optional import available, load, require
 from peftlab.quantization import blockwise
 from peftlab.quantization.blockwise import SCALE_BLOCK, Quantized, QuantState
 from peftlab.quantization.codebooks import dynamic_book
@@ -45,6 +49,10 @@ class Reference:
     def dequantize(self, packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
         """Return the weight that codes stand for, in the state's shape."""
         return blockwise.dequantize(packed, state, dtype)
+
+    def dequantize_into(self, out: Tensor, packed: Tensor, state: QuantState) -> Tensor:
+        """Write the weight that codes stand for into `out`, whose rows may be apart, and return `out`."""
+        return out.copy_(self.dequantize(packed, state, out.dtype))
 
     def linear(self, x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
         """Return x W^T + b without a gradient, x: (..., in). The dequantised weight lives for this product only."""
@@ -128,7 +136,66 @@ def code_zeros(packed: Tensor, weight: Tensor, block_size: int) -> None:
         packed[whole * size :] = ZEROS
 
 
-BACKENDS = {backend.name: backend for backend in (BitsAndBytes(), Reference())}
+class Triton(Reference):
+    """Compute with this package's own kernels, `peftlab.quantization.triton_kernels`, on CUDA.
+
+    A product of a few tokens reads the codes alone in bitsandbytes' kernel, so it is left to that where it is installed.
+    """
+
+    name = "triton"
+    few = 16  # tokens
+
+    def cannot(self, format: str, block_size: int, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"it runs on CUDA GPUs, not on {device.type}"
+        if block_size not in BitsAndBytes.block_sizes:
+            return f"it has no block size {block_size}; it has {', '.join(map(str, BitsAndBytes.block_sizes))}"
+        module, reason = load("triton")
+        if module is None:
+            return f"Triton {reason} (pip install triton; on Linux it comes with torch for CUDA)"
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+            return f"Triton needs a GPU of compute capability 8.0, and {torch.cuda.get_device_name(device)} has less"
+        return None
+
+    def quantize(self, weight: Tensor, format: str, block_size: int, double_quant: bool, name: str) -> Quantized:
+        if not weight.is_cuda or not weight.is_floating_point() or not weight.numel():
+            return super().quantize(weight, format, block_size, double_quant, name)
+        flat = weight.detach().reshape(-1)
+        flat = flat.float() if flat.dtype == torch.float64 else flat
+        packed, absmax = kernels().quantize(flat, format, block_size)
+        state = QuantState(absmax, weight.shape, weight.dtype, block_size, format)
+        if double_quant:
+            codes, nested, offset = kernels().quantize_scales(absmax)
+            state = replace(state, absmax=codes, nested_absmax=nested, offset=offset)
+        if not torch.isfinite(absmax if state.offset is None else state.offset).all():
+            return super().quantize(weight, format, block_size, double_quant, name)  # this raises
+        return Quantized(packed, state)
+
+    def dequantize(self, packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
+        if not packed.is_cuda or dtype == torch.float64:
+            return super().dequantize(packed, state, dtype)
+        return kernels().dequantize(packed, state, torch.empty(state.shape, dtype=dtype, device=packed.device))
+
+    def dequantize_into(self, out: Tensor, packed: Tensor, state: QuantState) -> Tensor:
+        plain = out.is_contiguous() or (out.ndim == 2 and out.stride(1) == 1 and out.stride(0) >= out.shape[1])
+        if not packed.is_cuda or out.dtype == torch.float64 or not plain:
+            return super().dequantize_into(out, packed, state)
+        return kernels().dequantize(packed, state, out)
+
+    def linear(self, x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
+        fused, few = BACKENDS[BitsAndBytes.name], math.prod(x.shape[:-1]) <= self.few
+        if few and fused.cannot(state.format, state.block_size, x.device) is None:
+            return fused.linear(x, packed, state, bias)
+        return super().linear(x, packed, state, bias)
+
+
+@cache
+def kernels() -> Any:
+    """Return the module of the Triton kernels. It imports Triton, which a machine without a GPU need not have."""
+    return import_module("peftlab.quantization.triton_kernels")
+
+
+BACKENDS = {backend.name: backend for backend in (Triton(), BitsAndBytes(), Reference())}
 
 
 def check_backend(name: str, format: str, block_size: int, device: torch.device) -> None:

@@ -36,6 +36,10 @@ from peftlab.quantization.codebooks import (
 
 SCALE_BLOCK = 256  # so many scales share one scale in double quantisation
 SMALLEST = 1e-38  # a block of zeros is divided by this instead of by zero
+# Where one of FP4's magnitudes ends and the next begins: 1/24 of 1/16, 2 + 1/16, 5, 7, 10, 14 and 20, in the decimals
+# of the source of bitsandbytes' CUDA kernel. Then the codes of the magnitudes 0, 1/16, 2, 3, 4, 6, 8 and 12.
+FP4_BOUNDS = (0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333)
+FP4_ORDER = (0, 1, 6, 7, 4, 5, 2, 3)
 CHUNK = 1 << 22  # weights quantised at a time, so that the work space stays small and in the cache
 
 
@@ -298,10 +302,8 @@ def signed_codes(scaled: Tensor) -> Tensor:
     that the codes stand for are equal except within 4e-7 of a boundary. 16-bit weights often lie on a boundary. There
     about one byte in ten thousand still differs from the kernel's (measured on an H100), and is as near to the weight.
     """
-    # The bounds are 1/24 of 1/16, 2 + 1/16, 5, 7, 10, 14 and 20, in the decimals of the kernel's source. `order` has
-    # the codes of 0, 1/16, 2, 3, 4, 6, 8 and 12.
-    bounds = scaled.new_tensor([0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333])
-    order = torch.tensor([0, 1, 6, 7, 4, 5, 2, 3], dtype=torch.uint8, device=scaled.device)
+    bounds = scaled.new_tensor(FP4_BOUNDS)
+    order = torch.tensor(FP4_ORDER, dtype=torch.uint8, device=scaled.device)
     return order[torch.bucketize(scaled.abs(), bounds, out_int32=True)] + 8 * (scaled < 0).to(torch.uint8)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from peftlab.checks import checked
 from peftlab.errors import PeftLabError
+from peftlab.quantization import compiled
 from peftlab.quantization.backends import AUTO, Reference, choose
 from peftlab.quantization.blockwise import Quantized, QuantState
 from peftlab.quantization.serialised import from_tensors, to_tensors
@@ -85,6 +86,8 @@ class Linear4bit(nn.Linear):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         state = self.quant_state
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if torch.compiler.is_compiling():
+            return compiled.linear(x, bias, self.weight, state, self.backend)
         backend = choose(self.backend, state.format, state.block_size, x.device)
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return _Product.apply(x, bias, backend, state, self.weight)

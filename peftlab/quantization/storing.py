@@ -213,7 +213,7 @@ def model_class(folder: Path, fields: dict[str, Any]) -> tuple[Any, Any]:
         told = " ".join(str(error).split())[:300]
         raise PeftLabError(f"{folder / CONFIG} is no config of a {model_type}: {told}") from error
     made_from: Any = getattr(kind, "config_class", None)
-    if not isinstance(made_from, type) or not isinstance(config, made_from):
+    if not isinstance(made_from, type) or not issubclass(type(config), made_from):
         needs = f"a {made_from.__name__}" if isinstance(made_from, type) else "no config: it is no whole model"
         raise PeftLabError(
             f"{folder / CONFIG} has model_type {model_type!r}, and its class {kind.__name__} is built from {needs}. "

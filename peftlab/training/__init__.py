@@ -70,6 +70,7 @@ def train(model: nn.Module, train_data: Sequence[Mapping[str, Any]], **given: An
         borrowed_generators(),
         mode(model, True),
         memory_settings(model, settings.checkpointing),
+        run.fast_path(),
         Bar(len(run.order), "Training", enabled=settings.progress and ranks.first, initial=run.step) as bar,
     ):
         run.clear()  # a gradient that an earlier backward pass left would count in the first step
@@ -91,9 +92,10 @@ def _loop(run: Run, bar: Bar, folder: Path | None) -> None:
     while not run.finished:
         row = run.update()
         if callback is not None:
+            run.settle()
             callback(run.model, row)
         run.clear()
-        bar.update(note=f"loss {row['loss']:.3f}")
+        bar.update(note=f"loss {run.history.steps[-1]['loss']:.3f}" if run.history.steps else "")
         last = run.step == len(run.order)
         if run.settings.evaluates and (last or (every and run.step % every == 0)):
             run.evaluate()
@@ -101,5 +103,7 @@ def _loop(run: Run, bar: Bar, folder: Path | None) -> None:
         run.finished = last or run.history.stopped_early
         if folder is not None and (run.finished or run.step % save_every == 0):
             run.history.seconds, began = run.history.seconds + time.monotonic() - began, time.monotonic()
+            run.settle()
             state.save(run, folder)
+    run.settle()
     run.history.seconds += time.monotonic() - began

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from peftlab.checks import Tokenizer, checked, one_of, shown, whole
 from peftlab.errors import PeftLabError
@@ -238,8 +240,10 @@ class Collator:
                 fill = {"input_ids": self._pad_id(), "labels": IGNORE}.get(key, 0)
                 batch[key] = self._pad(rows, fill)
         if "input_ids" in batch and "attention_mask" not in batch:
-            ones = [torch.ones(len(example["input_ids"]), dtype=torch.long) for example in examples]
-            batch["attention_mask"] = self._pad(ones, 0)
+            lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+            places = torch.arange(batch["input_ids"].shape[1])
+            places = places.flip(0) if self.side == "left" else places
+            batch["attention_mask"] = (places < lengths[:, None]).long()
         return pack(batch, multiple_of=self.multiple_of) if self.packing else batch
 
     def _pad_id(self) -> int:
@@ -255,12 +259,13 @@ class Collator:
         longest = max(len(row) for row in rows)
         if not longest:
             raise PeftLabError("The examples of a batch are all empty.")
-        longest += -longest % self.multiple_of
-        padded = torch.full((len(rows), longest), fill, dtype=rows[0].dtype)
-        for target, row in zip(padded, rows, strict=True):
-            start = longest - len(row) if self.side == "left" else 0
-            target[start : start + len(row)] = row
-        return padded
+        if all(len(row) == longest for row in rows):
+            padded = torch.stack(rows)
+        else:
+            padded = pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=self.side)
+        missing = -longest % self.multiple_of
+        before, after = (missing, 0) if self.side == "left" else (0, missing)
+        return F.pad(padded, (before, after), value=fill) if missing else padded
 
 
 def _tensor(value: Any, name: str) -> torch.Tensor:

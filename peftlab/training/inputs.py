@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peftlab.errors import PeftLabError, warn
@@ -19,6 +20,7 @@ from peftlab.training.model_task import PER_TOKEN, inner_model
 from peftlab.training.packing import pack
 from peftlab.training.padding import put_known_id, turn_right
 
+MOST_KEPT = 10_000  # examples: with two tensors of a thousand tokens each, 160 MB
 OTHER_NAMES = ("label", "label_ids")  # of labels: transformers' collators read them so
 
 
@@ -29,17 +31,28 @@ class Example(dict):
 
 
 class Examples(Sequence):
-    """Examples of which the columns that the model reads are taken, and each is checked when it is read."""
+    """Examples of which the columns that the model reads are taken, and each is checked when it is read.
+
+    Those of a list of dicts, which stays as it is, are kept as tensors once they are read. Other data may give another
+    example each time (an image cut at random, say).
+    """
 
     def __init__(self, rows: Sequence[Any], inputs: Inputs, name: str) -> None:
         self.rows = inputs.narrowed(rows)
         self.inputs, self.name = inputs, name
+        self.keeps = isinstance(rows, (list, tuple)) and len(rows) <= MOST_KEPT
+        self.kept: dict[int, Example] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:  # an int; a Sequence's type has slices too
-        return self.inputs.row(self.rows[index], f"Example {index} of {self.name}")
+        if isinstance(index, int) and index in self.kept:
+            return self.kept[index]
+        example = self.inputs.row(self.rows[index], f"Example {index} of {self.name}")
+        if self.keeps and type(self.rows[index]) is dict:
+            self.kept[index] = example = as_tensors(example)
+        return example
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
@@ -76,6 +89,8 @@ class Inputs:
             self.packing = packing or collate.packing
             collate = replace(collate, packing=False)
         self.collate, self.own_loss, self.labelled = collate, loss is not None, labelled
+        # a mask that the examples bring may hide tokens on the left all the same
+        self.pads_right = isinstance(collate, Collator) and collate.side == "right"
         self.facts = facts_of(model, with_task=loss is None)
         self.main = getattr(inner_model(model), "main_input_name", None)
         self.said: set[str] = set()
@@ -179,7 +194,7 @@ class Inputs:
         def where(row: int) -> str:
             return getattr(examples[row], "where", f"Row {row} of a batch") if row < len(examples) else "A batch"
 
-        if not self.own_loss:
+        if not self.own_loss and not (self.pads_right and "attention_mask" not in examples[0]):
             turn_right(batch, self.facts, self.collate)
         put_known_id(batch, self.facts, self.collate, self._warn)
         check_tokens(batch, self.facts, where)
@@ -194,6 +209,16 @@ class Inputs:
         if message not in self.said:
             self.said.add(message)
             warn(message)
+
+
+def as_tensors(example: Example) -> Example:
+    """The example with its lists of whole numbers as tensors; what is a list of anything else stays one."""
+    made = Example(example)
+    made.where = example.where
+    for name, value in example.items():
+        if isinstance(value, list) and all(type(one) is int and abs(one) < 1 << 62 for one in value):
+            made[name] = torch.tensor(value, dtype=torch.long)
+    return made
 
 
 def example_lengths(examples: Sequence[Any]) -> list[int]:

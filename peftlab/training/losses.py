@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from peftlab.core.records import unwrap
 from peftlab.errors import PeftLabError
 from peftlab.training.encoding import IGNORE
+from peftlab.training.labels import readable
 from peftlab.training.model_task import call, forward_columns, inner_model, problem_of, task_of
 
 Loss = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]]
@@ -35,7 +36,7 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, 
     A mixture of experts that returns its routers' balancing loss (`output_router_logits` in its config) gets it added
     with the weight that its config names, as in the model's own loss.
     """
-    labels = batch["labels"]
+    labels = readable(batch["labels"])
     output = _without_labels(model, {**batch, **_only_needed(model, labels)})
     logits = _logits(model, output)  # (b, k, V), or (b, n + t, V): see below
     # A prompt method may put n virtual tokens in front. They are never learned, but the last of them predicts the first
@@ -43,8 +44,9 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, 
     following = F.pad(labels, (max(0, logits.shape[1] - labels.shape[1]), 1), value=IGNORE)[:, -logits.shape[1] :]
     # nll = - sum over i of log p(x_{i+1} | x_1 .. x_i), over the labelled x_{i+1} alone
     total, count = _cross_entropy(logits, following)
-    balance, weight = getattr(output, "aux_loss", None), _router_weight(model)
-    return (total, count) if balance is None or not weight else (total + weight * balance * count, count)
+    balance = getattr(output, "aux_loss", None)
+    weight = 0.0 if balance is None else _router_weight(model)
+    return (total, count) if not weight else (total + weight * balance * count, count)
 
 
 def _only_needed(model: nn.Module, labels: Tensor) -> dict[str, int]:
@@ -122,7 +124,7 @@ def question_answering_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple
                 "loss=a function (model, batch) -> (sum, count)."
             )
         tokens = batch["input_ids"].shape[1] if "input_ids" in batch else logits.shape[1]
-        position = batch[f"{side}_positions"].reshape(-1)
+        position = readable(batch[f"{side}_positions"]).reshape(-1)
         position = position.masked_fill(position >= tokens, IGNORE)
         total, count = _cross_entropy(logits[:, -tokens:], position)
         totals.append(total)
@@ -223,11 +225,28 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy summed over all labels but -100, and the number of these labels (int64)."""
-    learned = labels != IGNORE
-    chosen = _wide(logits[learned])  # (labels, V): only these rows are upcast, a prompt's logits never
+    """Return the cross-entropy summed over all labels but -100, and the number of these labels (int64).
+
+    logits: (..., V), labels: (...), on the same device or on the CPU, where nothing has to wait for them.
+    """
+    labels = readable(labels)
+    learned = (labels != IGNORE).nonzero(as_tuple=True)
     wanted = labels[learned].long()
-    if wanted.device.type == "cpu" and len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < len(chosen[0]):
-        wrong = int(wanted.max()) if int(wanted.max()) >= len(chosen[0]) else int(wanted.min())
-        raise PeftLabError(f"A label is {wrong}, and the model tells {len(chosen[0])} classes apart, from 0 on.")
-    return F.cross_entropy(chosen, wanted, reduction="sum"), learned.sum()
+    count, classes = len(wanted), logits.shape[-1]
+    if wanted.device.type == "cpu" and count and not 0 <= int(wanted.min()) <= int(wanted.max()) < classes:
+        wrong = int(wanted.max()) if int(wanted.max()) >= classes else int(wanted.min())
+        raise PeftLabError(f"A label is {wrong}, and the model tells {classes} classes apart, from 0 on.")
+    chosen = _wide(_rows(logits, learned))  # (labels, V): only these rows are upcast, a prompt's logits never
+    total = F.cross_entropy(chosen, wanted.to(logits.device, non_blocking=True), reduction="sum")
+    return total, torch.tensor(count)
+
+
+def _rows(logits: Tensor, places: tuple[Tensor, ...]) -> Tensor:
+    """Return the rows at these places, (labels, V). No place occurs twice."""
+    if not logits.is_contiguous():  # a slice, which is not copied for this
+        return logits[tuple(place.to(logits.device, non_blocking=True) for place in places)]
+    flat = places[0]
+    for size, place in zip(logits.shape[1:-1], places[1:], strict=True):
+        flat = flat * size + place
+    # The gradient of a row is added at its place. That of `logits[places]` would first be sorted by place.
+    return logits.view(-1, logits.shape[-1]).index_select(0, flat.to(logits.device, non_blocking=True))

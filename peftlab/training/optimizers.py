@@ -81,6 +81,22 @@ def make_optimizer(
     return OPTIMIZERS[one_of("optimizer", name, OPTIMIZERS)](decay_groups(parameters, weight_decay), lr, device)
 
 
+def skips_when_told(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
+    """Say whether a GPU can decide by itself that this optimiser makes no step: torch's fused ones can."""
+    return device.type == "cuda" and bool(optimizer.defaults.get("fused"))
+
+
+def step_unless(wrong: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Make a step unless `wrong`, a scalar on the GPU, is 1. Parameters and states then stay as they are.
+
+    The CPU does not wait to know it. A fused optimiser of torch reads the attribute, as under a loss scale.
+    """
+    told: Any = optimizer
+    told.found_inf = wrong
+    optimizer.step()
+    del told.found_inf
+
+
 def decay_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> Groups:
     """Return two groups: matrices, which decay, and everything else (biases, norms, vectors), which does not.
 

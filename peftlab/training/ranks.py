@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,6 +40,14 @@ class Ranks:
         if self.world > 1:
             distributed.all_reduce(value)
         return value
+
+    def sum_of_counts(self, count: Any, counted: bool, device: torch.device) -> Tensor:
+        """Return the labels of all processes, those of this one only if they count.
+
+        In a single process a count stays where it is: on the CPU it can be read without waiting for the device.
+        """
+        count = torch.as_tensor(count) * int(counted)
+        return self.sum(count.to(device) if self.world > 1 else count)
 
     def agree(self, value: Any) -> Any:
         """Return the first process's value in every process."""

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftlab.core.modes import mode, to_device
+from peftlab.core.modes import mode
 from peftlab.core.records import check_hosts, unwrap
 from peftlab.core.sharding import refuse_sharded
 from peftlab.errors import PeftLabError, warn
+from peftlab.fast import FastPath, find_path
 from peftlab.settings import Settings
 from peftlab.training.buffers import Buffers
 from peftlab.training.encoding import Collator
 from peftlab.training.inputs import Inputs, example_lengths
+from peftlab.training.labels import moved
 from peftlab.training.losses import default_loss
 from peftlab.training.metrics import mean_loss
-from peftlab.training.optimizers import make_optimizer
+from peftlab.training.optimizers import make_optimizer, skips_when_told, step_unless
 from peftlab.training.precision import autocast, check_trainable_dtypes
 from peftlab.training.ranks import Ranks
 from peftlab.training.rows import EVALUATION, TRAINING, rows_of
@@ -50,6 +53,7 @@ class History:
         best: the evaluation with the lowest loss, or the highest value of the monitored metric.
         stopped_early: whether patience ran out before the last step.
         seconds: time spent training, summed over all pieces of a resumed run. `==` ignores it.
+        path: which path computed the steps, "fast" (`peftlab.fast`) or "plain", and why. `==` ignores it, too.
 
     >>> pl.History(steps=[{"loss": 3.0}, {"loss": 1.5}])
     <History: 2 steps, loss 3.000 to 1.500>
@@ -60,6 +64,7 @@ class History:
     best: dict[str, Any] | None = None
     stopped_early: bool = False
     seconds: float = dataclasses.field(default=0.0, compare=False)
+    path: str = dataclasses.field(default="", compare=False)
 
     def __repr__(self) -> str:
         """Return one line, because a notebook shows the value of a cell's last expression."""
@@ -70,6 +75,37 @@ class History:
             scores = ", ".join(f"{key} {value:.3f}" for key, value in self.best.items() if key != "step")
             words += f"; best of {len(self.evaluations)} evaluations after step {self.best['step']}: {scores}"
         return f"<History: {words}{'; stopped early' if self.stopped_early else ''}>"
+
+
+@dataclasses.dataclass
+class Measured:
+    """What one step measured, and what is needed to go back if it was wrong.
+
+    Attributes:
+        values: the summed loss of each part, and the norm of the gradient.
+        row: the step's row of the history, without its loss and norm.
+        parts: the examples of each part.
+        held: copies of the buffers before the step.
+    """
+
+    values: Tensor
+    row: dict[str, Any]
+    parts: list[list[int]]
+    held: dict[str, Tensor]
+    sent: torch.cuda.Event | None = None
+
+    def send(self) -> None:
+        """Let the values be copied to the CPU when the GPU has them."""
+        on_gpu, self.values = self.values.is_cuda, self.values.to("cpu", non_blocking=True)
+        if on_gpu:
+            self.sent = torch.cuda.Event()
+            self.sent.record()
+
+    def read(self) -> list[float]:
+        """Return the values. This waits for them."""
+        if self.sent is not None:
+            self.sent.synchronize()
+        return self.values.tolist()
 
 
 class Run:
@@ -99,7 +135,7 @@ class Run:
         with autocast(device, settings.precision):  # packing is tried in it
             collate = settings.collate or Collator(settings.tokenizer)
             self.collate = Inputs(model, collate, loss=settings.loss, packing=settings.packing)
-        self.train_data, self.evaluation_data = self._read(train_data), self._read_evaluation()
+        self.train_data, self.evaluation_data = self._rows(train_data), self._read_evaluation()
         if not len(self.train_data):
             raise PeftLabError("The training data holds no example.")
         self.loss, self.metrics = settings.loss, settings.metrics or {}
@@ -126,8 +162,12 @@ class Run:
         self.buffers = Buffers(self.core)
         self.identity: dict[str, Any] = {}
         self._looked_for_gradients = False
+        self.fast: FastPath | None = None
+        self.path = find_path(model, self.core, settings, device)
+        self.pending: Measured | None = None
+        self.wrong = torch.zeros((), device=device)  # 1 once a step was not finite
 
-    def _read(self, data: Any) -> Sequence[Any]:
+    def _rows(self, data: Any) -> Sequence[Any]:
         """The training data as rows, checked when they are read; a collate of the user's own gets them as they are."""
         steps = self.settings.steps
         wanted = None if steps is None else steps * self.settings.batch
@@ -140,82 +180,141 @@ class Run:
         rows = rows_of(self.settings.evaluation_data, "evaluation_data", splits=EVALUATION, endless=False)
         return rows if self.settings.collate else self.collate.examples(rows, "evaluation_data")
 
+    @contextlib.contextmanager
+    def fast_path(self) -> Iterator[None]:
+        """Compute the steps inside the block by `peftlab.fast`, if it can take this run."""
+        if isinstance(self.path, str) or self.finished:
+            if not self.finished:
+                self.history.path = f"plain: {self.path}"
+            yield
+            return
+        plain = self.optimizer
+        with self.path as path:
+            self.fast, self.optimizer = path, path.optimizer(plain)
+            self.history.path = path.told
+            try:
+                yield
+            finally:
+                self.fast, self.optimizer, self.history.path = None, plain, path.told
+
     # -- one update ----------------------------------------------------------------------------------------------
 
     def update(self) -> dict[str, Any]:
-        """Make one optimiser step and return its row for the history. The gradients stay until `clear`."""
+        """Make one optimiser step and return its row for the history. The gradients stay until `clear`.
+
+        On a GPU the row has its loss and norm, and is in the history, only after the next step or `settle`.
+        """
         settings, chosen = self.settings, self.order.at(self.step)
         parts = [chosen[at : at + settings.batch_size] for at in range(0, len(chosen), settings.batch_size)]
         lr = learning_rate_at(self.step, len(self.order), settings.learning_rate, self.warmup, settings.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         seed_everything(derived_seed(settings.seed, "step", self.step, self.ranks.rank))
+        if self.fast is not None:
+            self.fast.begin()
         held = self.buffers.hold()
         try:
-            loss, labels = self._gradients(parts)
-            norm = self._clip(chosen)
-        except TrainingError:
+            totals, labels = self._gradients(parts)
+            norm = self._clip()
+        except PeftLabError:
             self.buffers.restore(held)  # the forward pass has already changed running statistics
+            self.settle()  # if the step before was wrong, that is what has to be said
             raise
-        self.scaler.step(self.optimizer)  # the same as optimizer.step(), except under fp16
-        self.scaler.update()
+        row = {"step": self.step + 1, "loss": math.nan, "lr": lr, "tokens": labels, "grad_norm": None}
+        measured = Measured(torch.stack([*totals, norm.to(totals[0])]), row, parts, held)
+        if not labels or not skips_when_told(self.optimizer, self.device):
+            self._read(measured)
+            self.scaler.step(self.optimizer)  # the same as optimizer.step(), except under fp16
+            self.scaler.update()
+            self.step += 1
+            return row
+        # The CPU goes on while the GPU computes, and reads one step later. Were this step wrong, the GPU itself leaves
+        # the parameters as they are, now and in the step that follows.
+        self.wrong = torch.maximum(self.wrong, (~torch.isfinite(measured.values).all()).float())
+        step_unless(self.wrong, self.optimizer)
+        measured.send()
         self.step += 1
-        row = {"step": self.step, "loss": loss, "lr": lr, "tokens": labels, "grad_norm": norm}
-        self.history.steps.append(row)
+        self.settle()
+        self.pending = measured
         return row
 
-    def _gradients(self, parts: list[list[int]]) -> tuple[float, int]:
-        """Put the gradient of the mean loss into `grad`. Return that loss and the number of labels of all parts."""
+    def settle(self) -> None:
+        """Read what the last step measured, if that is still to be done: add its row to the history.
+
+        Raises:
+            TrainingError: it was not finite. The parameters and buffers are those of the step before.
+        """
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            self._read(pending)
+
+    def _read(self, measured: Measured) -> None:
+        """Check a step's numbers, and add its row to the history.
+
+        Under fp16 a gradient may overflow without any fault of the model. The optimiser then skips the step, the loss
+        scale is halved, and `grad_norm` is None. It is an error only if the scale has fallen below 1.
+        """
+        *sums, norm = measured.read()
+        row, parts, labels = measured.row, measured.parts, measured.row["tokens"]
+        wrong = [index for part, value in zip(parts, sums, strict=True) if not math.isfinite(value) for index in part]
+        if wrong:
+            raise self._stop(measured, f"the loss is {sum(sums)}", wrong)
+        if not labels:
+            raise self._stop(measured, "nothing is labelled", sum(parts, []))
+        overflow = not math.isfinite(norm) and self.scaler.is_enabled() and self.scaler.get_scale() >= 1.0
+        if not math.isfinite(norm) and not overflow:
+            raise self._stop(measured, f"the gradient's norm is {norm}", sum(parts, []))
+        row["loss"], row["grad_norm"] = sum(sums) / labels, None if overflow else norm
+        self.history.steps.append(row)
+
+    def _gradients(self, parts: list[list[int]]) -> tuple[list[Tensor], int]:
+        """Put the gradient of the mean loss into `grad`. Return each part's summed loss and the labels of all parts."""
         totals, counts = [], []
         for number, part in enumerate(parts):
             mine, counted = self.ranks.share(part)
-            batch = to_device(self.collate([self.train_data[index] for index in mine]), self.device)
-            with autocast(self.device, self.settings.precision):
-                loss = self.loss or default_loss(self.model, batch)
-                total, count = loss(self.model, batch)
-            if not total.requires_grad:
-                raise TrainingError(
-                    "The loss does not depend on any parameter that requires gradients. Is the adapter disabled, or is "
-                    "reentrant checkpointing on under a frozen embedding (then pass checkpointing='reentrant')?"
-                )
-            total, count = total * int(counted), torch.as_tensor(count, device=self.device) * int(counted)
-            count = self.ranks.sum(count)
+            batch = self.collate([self.train_data[index] for index in mine])
+            read = None if self.fast is None else self.fast.read(batch)
+            total, count = (torch.empty(0), read.learned) if read is not None else self._loss_of(batch, counted)
             if number == 0:
                 provisional = count.clamp(min=1) * len(parts)
             # N, the labels of the whole batch, is known only after the last part. Until then divide by a guess N'.
-            with self.ranks.unsynchronised(last=number == len(parts) - 1):
-                self.scaler.scale(total / provisional).backward()
+            if self.fast is not None and read is not None:
+                total = self.fast.gradients(read, provisional)
+            else:
+                with self.ranks.unsynchronised(last=number == len(parts) - 1):
+                    self.scaler.scale(total / provisional).backward()
             totals.append(self.ranks.sum(total.double() if total.device.type != "mps" else total))
             counts.append(count)
-        sums, labels = [float(total) for total in totals], int(sum(counts))
-        wrong = [index for part, value in zip(parts, sums, strict=True) if not math.isfinite(value) for index in part]
-        if wrong:
-            raise self._stop(f"the loss is {sum(sums)}", wrong)
-        if not labels:
-            raise self._stop("nothing is labelled", sum(parts, []))
+        labels = int(sum(counts))
         # g = (N' / N) g'. DistributedDataParallel took the mean over the processes, so multiply by their number.
-        if len(parts) * self.ranks.world > 1:
+        if labels and len(parts) * self.ranks.world > 1:
             factor = int(provisional) / labels * self.ranks.world
-            for parameter in self.trainable.values():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(factor)
-        return sum(sums) / labels, labels
+            torch._foreach_mul_([p.grad for p in self._leaves() if p.grad is not None], factor)
+        return totals, labels
 
-    def _clip(self, chosen: list[int]) -> float | None:
-        """Clip to the global norm |g| = sqrt(sum of g_i^2): g <- g min(1, max_norm / |g|). Return |g|.
+    def _loss_of(self, batch: Any, counted: bool) -> tuple[Tensor, Tensor]:
+        """Return the summed loss of a part, with a graph behind it, and the number of its labels in all processes."""
+        batch = moved(batch, self.device)
+        with autocast(self.device, self.settings.precision):
+            loss = self.loss or default_loss(self.model, batch)
+            total, count = loss(self.model, batch)
+        if not total.requires_grad:
+            raise TrainingError(
+                "The loss does not depend on any parameter that requires gradients. Is the adapter disabled, or is "
+                "reentrant checkpointing on under a frozen embedding (then pass checkpointing='reentrant')?"
+            )
+        return total * int(counted), self.ranks.sum_of_counts(count, counted, self.device)
 
-        Under fp16 a gradient may overflow without any fault of the model. The optimiser then skips the step, the loss
-        scale is halved, and this returns None. It is an error only if the scale has fallen below 1.
-        """
+    def _leaves(self) -> list[nn.Parameter]:
+        """Return what holds the gradients: the trained parameters, or the flat tensor of which they are views."""
+        return [*self.trainable.values()] if self.fast is None else [self.fast.whole]
+
+    def _clip(self) -> Tensor:
+        """Clip to the global norm |g| = sqrt(sum of g_i^2): g <- g min(1, max_norm / |g|). Return |g|."""
         self._look_for_gradients()
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.settings.max_grad_norm is None else self.settings.max_grad_norm
-        norm = float(nn.utils.clip_grad_norm_(self.trainable.values(), limit))
-        if math.isfinite(norm):
-            return norm
-        if self.scaler.is_enabled() and self.scaler.get_scale() >= 1.0:
-            return None
-        raise self._stop(f"the gradient's norm is {norm}", chosen)
+        return nn.utils.clip_grad_norm_(self._leaves(), limit)
 
     def _look_for_gradients(self) -> None:
         if self._looked_for_gradients:
@@ -228,7 +327,10 @@ class Run:
                 f"may never train; the first is {without[0]}.",
             )
 
-    def _stop(self, what: str, examples: list[int]) -> TrainingError:
+    def _stop(self, measured: Measured, what: str, examples: list[int]) -> TrainingError:
+        """Go back to before a step that cannot be made, and return the error."""
+        self.buffers.restore(measured.held)
+        self.step = measured.row["step"] - 1
         shown = ", ".join(map(str, examples[:16])) + (", ..." if len(examples) > 16 else "")
         return TrainingError(
             f"Step {self.step + 1} of {len(self.order)}: {what}, with examples {shown} of the training data. The model "
@@ -244,6 +346,7 @@ class Run:
 
     def evaluate(self) -> dict[str, Any]:
         """Evaluate the model, add a row to the history, and keep the parameters if they are the best so far."""
+        self.settle()
         row: dict[str, Any] = {"step": self.step}
         seed_everything(derived_seed(self.settings.seed, "evaluation", self.step))
         if self.evaluation_data is not None:

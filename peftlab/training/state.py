@@ -16,7 +16,9 @@ from peftlab.training.run import Run
 
 # These settings are left out when two runs are compared. They do not change a result, or the digest of the data covers
 # them, or they are functions, which cannot be compared.
-NO_IDENTITY = ("tokenizer", "evaluation_data", "folder", "save_every", "resume", "progress", "collate", "callback")
+NO_IDENTITY = (
+    "tokenizer", "evaluation_data", "folder", "save_every", "resume", "progress", "collate", "callback", "fast",
+)  # fmt: skip
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> tuple[dict[str, Tensor], dict]:

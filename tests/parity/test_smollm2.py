@@ -26,15 +26,16 @@ def test_forward_and_gradient(settings):
     pl.attach(model, pl.LoRAConfig(**settings))
     assert pl.count_parameters(model)[:2] == theirs.get_nb_trainable_parameters()
     give(theirs, model, scramble=False)
+    mine, other = our_state(model), live(theirs)
     with torch.no_grad():  # updates of a size that training makes, so that errors would show
-        for key, parameter in our_state(model).items():
+        for key, parameter in mine.items():
             parameter.copy_(torch.randn(parameter.shape) * 0.02)
-            live(theirs)[key].copy_(parameter)
+            other[key].copy_(parameter)
     found, expected = model(**inputs), theirs(**inputs)
     assert relative(found.logits, expected.logits) < 1e-5
     found.loss.backward()
     expected.loss.backward()
-    mine, other = gradients(our_state(model)), gradients(live(theirs))
+    mine, other = gradients(mine), gradients(other)
     for key in mine:
         assert relative(mine[key], other[key]) < 1e-5, key
 

@@ -1,7 +1,11 @@
 """Modules whose weight a model reads without calling them: found by one pass of a copy, refused or left alone."""
 
+import functools
+import gc
 import time
+import types
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -12,7 +16,9 @@ from torch import nn
 from torch.nn import functional
 
 import peftlab as pl
+from peftlab.core import calls as calls_module
 from peftlab.core.calls import observed, passed_weights
+from peftlab.core.structure import structure_of
 from peftlab.errors import PeftLabError
 from peftlab.quantization.linear import Linear4bit
 
@@ -187,6 +193,97 @@ def test_looking_changes_nothing_and_is_quick():
     assert time.process_time() - started < 0.5
     assert not seen and torch.equal(state, torch.get_rng_state())
     assert snapshot(model)["attributes"] == before["attributes"]
+
+
+# -- one pass for models of one structure --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The models of which a copy was run; nothing is known from earlier tests."""
+    seen, watch = [], calls_module.watch
+    monkeypatch.setattr(calls_module, "SHOWN", {})
+    monkeypatch.setattr(calls_module, "watch", lambda *given: seen.append(given[0]) or watch(*given))
+    return seen
+
+
+def tied(**settings):
+    return make(tf.LlamaForCausalLM, **SIZES | {"tie_word_embeddings": True} | settings)
+
+
+def test_a_second_model_of_one_structure_is_not_run_again(passes):
+    first = observed(tied())
+    assert observed(tied()) == first and len(passes) == 1
+    for _ in range(2):  # attached, a model saves in its own way, and has the adapter's keys among its attributes
+        model = pl.attach(tied(), pl.LoRAConfig())
+        assert observed(model) == first and len(passes) == 2
+    odd_ones = [observed(odd()) for _ in range(2)]
+    assert odd_ones[0] == odd_ones[1] and odd_ones[0].past and len(passes) == 3
+
+
+def untied(model):
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+
+
+def closure(model):
+    model.model.norm.eps_of = lambda: model
+
+
+CHANGES = {
+    "a class": lambda model: setattr(model.model.layers[1], "mlp", nn.Linear(32, 32)),
+    "a setting of the config": lambda model: setattr(model.config, "use_cache", False),
+    "a list in the config": lambda model: setattr(model.config, "architectures", ["Other"]),
+    "an attribute": lambda model: setattr(model.model.layers[0].self_attn, "scaling", 2.0),
+    "an object's attribute": lambda model: setattr(model.generation_config, "top_k", 3),
+    "a dtype": lambda model: model.model.layers[0].double(),
+    "a buffer": lambda model: model.model.layers[0].register_buffer("more", torch.ones(1)),
+    "a tie": untied,
+    "a bias": lambda model: setattr(model.model.layers[0].mlp.up_proj, "bias", nn.Parameter(torch.ones(64))),
+    "a forward of its own": lambda model: setattr(model.lm_head, "forward", functional.linear),
+    "what is not understood": closure,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_may_change_a_pass_is_told_apart(change, passes):
+    plain, changed = tied(), tied()
+    observed(plain)
+    CHANGES[change](changed)
+    observed(changed)
+    assert len(passes) >= 2
+
+
+def test_a_forward_put_on_the_class_is_told_apart(passes, monkeypatch):
+    found = observed(odd())
+    own = Odd.forward
+    monkeypatch.setattr(Odd, "forward", lambda self, input_ids, **_: own(self, input_ids) + self.unused.weight[0, 0])
+    assert observed(odd()).past == found.past | {"unused"} and len(passes) == 2
+
+
+def test_what_is_known_of_structures_holds_no_model(passes):
+    model = tied()
+    observed(model)
+    here = [weakref.ref(module) for module in (model, passes.pop(), *model.modules())]
+    del model
+    gc.collect()
+    assert not any(one() for one in here)
+    for width in range(8, 8 + 2 * calls_module.KEPT, 2):
+        calls_module.watched_once(nn.Embedding(width, 2).to("meta"), {"input": torch.ones(3, dtype=torch.long)}, 3)
+    assert len(calls_module.SHOWN) == calls_module.KEPT
+
+
+@pytest.mark.parametrize("value", [
+    functools.partial(max, 1), iter([]), (n for n in ()), torch.Generator(), (lambda x: lambda: x)(1),
+    [nn.Linear(1, 1)], nn.Linear(1, 1).forward, [].append,
+])  # fmt: skip
+def test_what_is_not_understood_has_no_structure(value):
+    layer, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    layer.known = other.known = {"a": (1, {2.0}), "f": make, "s": slice, "o": types.SimpleNamespace}
+    assert structure_of(layer) == structure_of(other) is not None
+    layer.more = {"here": value}
+    assert structure_of(layer) is None
+    layer.more = layer.__dict__  # a circle
+    assert structure_of(layer) is None
 
 
 def xlnet() -> nn.Module:

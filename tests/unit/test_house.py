@@ -235,11 +235,13 @@ WINGS = {
     "quantization": ("core",),
     "methods": ("core", "quantization"),
     "adapters": ("core", "quantization", "methods"),
-    "training": ("core", "quantization"),
+    "fast": ("core", "quantization", "methods"),
+    "training": ("core", "quantization", "fast"),
     "kit": ("memory", "quantization"),
-    "bench": ("peftlab", "assets", "memory", "core", "quantization", "methods", "adapters", "training", "kit"),
+    "bench": ("peftlab", "assets", "memory", "core", "quantization", "methods", "adapters", "fast", "training", "kit"),
     "commands": (
-        "peftlab", "assets", "memory", "core", "quantization", "methods", "adapters", "training", "kit", "bench",
+        "peftlab", "assets", "memory", "core", "quantization", "methods", "adapters", "fast", "training", "kit",
+        "bench",
     ),
 }  # fmt: skip
 TOP = 9  # files in the top folder, beside __init__ and __main__

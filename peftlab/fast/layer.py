@@ -1,0 +1,211 @@
+"""Run one block of a Llama-like decoder forward and backward, with every derivative written out.
+
+    n1 = norm(x)              q, k, v = rotate(W_qkv n1)
+    o  = attention(q, k, v)
+    h  = x + W_o o
+    n2 = norm(h)              g, p = W_gate n2, W_up n2
+    y  = h + W_down (silu(g) p)
+
+The backward pass reads these lines from the last to the first. Only attention is differentiated by torch, whose kernel
+has a derivative of its own. W stands for the frozen weight with its LoRA (see `groups`), x and y for (M, H) with M
+tokens and H the hidden size. What the backward pass needs is either kept or computed again from x. Norms and SwiGLU are
+always computed again: that costs less than keeping them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftlab.fast.groups import Group
+
+
+class Sizes(NamedTuple):
+    """Heads of queries, heads of keys and values, numbers in a head, and the norms' epsilon."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+
+
+class Rows(NamedTuple):
+    """What all blocks need to know of a batch of b rows of s tokens.
+
+    Attributes:
+        cos, sin: (b or 1, s, 1, head_dim); the first half of sin is negated (see `pieces.rotate_into`).
+        masks: {window: (b, 1, s, s)}, which tokens attend to which; None where only the order decides.
+    """
+
+    b: int
+    s: int
+    cos: Tensor
+    sin: Tensor
+    masks: dict[int | None, Tensor | None]
+
+
+@dataclass
+class Kept:
+    """What the backward pass reads. The last three are made again if they are None."""
+
+    qkv: Tensor | None  # before the rotation; only for the norms of q and k
+    leaves: tuple[Tensor, Tensor, Tensor]
+    o: Tensor
+    h: Tensor
+    gate_up: Tensor
+    n1: Tensor | None = None
+    flat_o: Tensor | None = None
+    n2: Tensor | None = None
+
+
+class Block:
+    """One block: its groups of linears, its norms' weights, and its attention's window (None: no limit)."""
+
+    def __init__(self, groups: dict[str, Group], norms: dict[str, Tensor | None], window: int | None, sizes: Sizes,
+                 pieces: SimpleNamespace) -> None:  # fmt: skip
+        self.qkv, self.o, self.gate_up, self.down = (groups[name] for name in ("qkv", "o", "gate_up", "down"))
+        self.groups, self.norms, self.window, self.sizes, self.pieces = groups, norms, window, sizes, pieces
+        self.below = True  # whether something below this block is trained
+
+    @property
+    def trains(self) -> bool:
+        return any(group.r for group in self.groups.values())
+
+    # -- forward -------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, rows: Rows, low: dict[str, Tensor | None], keep: bool) -> tuple[Tensor, Kept | None]:
+        """Return the block's output and, with `keep`, what the backward pass reads. `low` gets each group's u."""
+        kept = self._up_to_gate(x, rows, low, graph=keep)
+        kept.n1 = kept.flat_o = kept.n2 = None
+        inner = self.down.k
+        act = self.down.inputs(len(x))
+        self.pieces.swiglu_into(act[:, :inner], kept.gate_up[:, :inner], kept.gate_up[:, inner : 2 * inner])
+        y, low["down"] = self.down.forward(act)
+        out = torch.empty_like(x)
+        self.pieces.add_into(out, kept.h, y)
+        return out, kept if keep else None
+
+    def _up_to_gate(self, x: Tensor, rows: Rows, low: dict[str, Tensor | None], graph: bool) -> Kept:
+        """The block up to g and p. A `low` that is filled already is used."""
+        m, hidden, sizes = len(x), x.shape[1], self.sizes
+        n1 = self.qkv.inputs(m)
+        self.pieces.norm_into(n1[:, :hidden], x, self.norms["input"], sizes.eps)
+        product, low["qkv"] = self.qkv.forward(n1, low.get("qkv"))
+        qkv = product.view(rows.b, rows.s, -1, sizes.head_dim)
+        turned = torch.empty_like(qkv)
+        self.pieces.rotate_into(turned, qkv, rows.cos, rows.sin, sizes.heads, sizes.kv_heads,
+                                self.norms["q"], self.norms["k"], sizes.eps)  # fmt: skip
+        before = qkv if self.norms["q"] is not None else None
+        del product, qkv
+        leaves, o = self._attention(turned, rows, graph)
+        flat_o = self.o.inputs(m)
+        flat_o[:, : self.o.k].copy_(o.detach().transpose(1, 2).reshape(m, self.o.k))
+        y, low["o"] = self.o.forward(flat_o, low.get("o"))
+        h, n2 = torch.empty_like(x), self.gate_up.inputs(m)
+        self.pieces.add_norm_into(h, n2[:, :hidden], x, y, self.norms["post"], sizes.eps)
+        gate_up = self.gate_up.outputs(m)
+        _, low["gate_up"] = self.gate_up.forward(n2, low.get("gate_up"), out=gate_up[:, : self.gate_up.n])
+        return Kept(before, leaves, o, h, gate_up, n1[:, :hidden], flat_o[:, : self.o.k], n2[:, :hidden])
+
+    def _attention(self, qkv: Tensor, rows: Rows, graph: bool) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        """softmax(q k^T / sqrt(d)) v; with `graph` so that torch can differentiate it. Returns (q, k, v) and o."""
+        sizes, mask = self.sizes, rows.masks[self.window]
+        q, k, v = (part.transpose(1, 2) for part in qkv.split([sizes.heads, sizes.kv_heads, sizes.kv_heads], 2))
+        leaves = (q.detach().requires_grad_(graph), k.detach().requires_grad_(graph), v.detach().requires_grad_(graph))
+        q, k, v = leaves
+        grouped, kernel = sizes.heads != sizes.kv_heads, q.device.type == "cuda" and mask is None
+        with torch.set_grad_enabled(graph):
+            if grouped and not kernel:
+                # only the kernel without a mask shares keys and values among the queries of a group
+                k, v = (t.repeat_interleave(sizes.heads // sizes.kv_heads, dim=1) for t in (k, v))
+            o = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped and kernel
+            )
+        return leaves, o
+
+    # -- backward ------------------------------------------------------------------------------------------------
+
+    def room(self, like: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return room for a gradient dy of the stream, for [dy | du] of `group`, and dy in it where that is another.
+
+        The stream between the blocks may have another dtype than the products.
+        """
+        du = group.outputs(len(like))
+        if like.dtype == du.dtype:
+            return du[:, : group.n], du, None
+        return torch.empty_like(like), du, du[:, : group.n]
+
+    def backward(self, x: Tensor, dy: Tensor, dydu: Tensor, rows: Rows, low: dict[str, Tensor | None], kept: Kept | None,
+                 beneath: Group | None) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+        """Add the gradients of this block's LoRA; return dx and, for the group `beneath`, [dx | .].
+
+        Args:
+            dy, dydu: the gradient of the block's output, and [dy | .] for its down projection.
+            beneath: the down projection of the block below; None if nothing there is trained.
+        """
+        if kept is None:
+            kept = self._up_to_gate(x, rows, low, graph=True)
+        m, hidden, sizes, pieces = len(x), x.shape[1], self.sizes, self.pieces
+        inner, gate_up = self.down.k, kept.gate_up
+        # y = h + W_down act,  act = silu(g) p
+        self.down.low(dydu)
+        act = self.down.back(dydu)
+        pieces.swiglu_back_(gate_up[:, :inner], gate_up[:, inner : 2 * inner], act)  # now (dg, dp) and act itself
+        self.down.gradients(dydu, act, low["down"])
+        del act
+        if beneath is None and not (self.gate_up.r or self.o.r or self.qkv.r):
+            return None
+        # g, p = W_gate_up n2,  n2 = norm(h)
+        self.gate_up.low(gate_up)
+        dn = self.gate_up.back(gate_up)
+        if self.gate_up.r:
+            n2 = kept.n2
+            if n2 is None:
+                n2 = self.gate_up.inputs(m)[:, :hidden]
+                pieces.norm_into(n2, kept.h, self.norms["post"], sizes.eps)
+            self.gate_up.gradients(gate_up, n2, low["gate_up"])
+            del n2
+        del gate_up
+        kept.gate_up = kept.n2 = None  # type: ignore[assignment]
+        if beneath is None and not (self.o.r or self.qkv.r):
+            return None
+        dh, dhdu, copy = self.room(x, self.o)
+        pieces.norm_back_into(dh, copy, dy, kept.h, self.norms["post"], dn, sizes.eps)
+        # h = x + W_o o
+        self.o.low(dhdu)
+        if self.o.r:
+            flat_o = kept.flat_o
+            if flat_o is None:
+                flat_o = kept.o.detach().transpose(1, 2).reshape(m, self.o.k)
+            self.o.gradients(dhdu, flat_o, low["o"])
+            del flat_o
+        if beneath is None and not self.qkv.r:
+            return None
+        do = self.o.back(dhdu).view(rows.b, rows.s, sizes.heads, sizes.head_dim).transpose(1, 2)
+        dq, dk, dv = (t.transpose(1, 2) for t in torch.autograd.grad(kept.o, kept.leaves, do))
+        kept.o = kept.leaves = kept.flat_o = None  # type: ignore[assignment]
+        # q, k, v = rotate(W_qkv n1),  n1 = norm(x)
+        dqkv = self.qkv.outputs(m)
+        pieces.rotate_back_into(dqkv[:, : self.qkv.n].unflatten(0, (rows.b, rows.s)).unflatten(2, (-1, sizes.head_dim)),
+                                kept.qkv, dq, dk, dv, rows.cos, rows.sin, self.norms["q"], self.norms["k"],
+                                sizes.eps)  # fmt: skip
+        del dq, dk, dv, do
+        self.qkv.low(dqkv)
+        if self.qkv.r:
+            n1 = kept.n1
+            if n1 is None:
+                n1 = self.qkv.inputs(m)[:, :hidden]
+                pieces.norm_into(n1, x, self.norms["input"], sizes.eps)
+            self.qkv.gradients(dqkv, n1, low["qkv"])
+            del n1
+        if beneath is None:
+            return None
+        dn = self.qkv.back(dqkv)
+        dx, dxdu, copy = self.room(x, beneath)
+        pieces.norm_back_into(dx, copy, dh, x, self.norms["input"], dn, sizes.eps)
+        return dx, dxdu

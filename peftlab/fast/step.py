@@ -1,0 +1,256 @@
+"""Compute the gradient of a batch: embedding, blocks, the loss at the labelled positions, and the way back.
+
+    L = sum over labelled i of nll(x_{i+1} | x_1 .. x_i)        logits = W_head norm(x_n),  x_n from the last block
+
+The logits of a whole batch are the largest tensor of a plain step. Here they are made for a few hundred labelled tokens
+at a time, turned into their own gradient in place, and dropped.
+
+Padding needs no mask: it stands on the right, so no real token attends to it, and it has no label. Packed rows and
+sliding windows get the mask that transformers would make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftlab.fast.eligible import GROUPS, BlockParts, Decoder, Refused
+from peftlab.fast.groups import Group, Shared
+from peftlab.fast.layer import Block, Kept, Rows, Sizes
+from peftlab.fast.optimiser import Flat
+from peftlab.fast.pieces import pieces_for
+from peftlab.fast.shelf import PinnedShelf, Shelf
+
+IGNORE = -100
+COLUMNS = {"input_ids", "labels", "attention_mask", "position_ids", "use_cache"}
+LOGITS = 2**26  # numbers in a chunk of logits
+
+
+class Batch(NamedTuple):
+    """A batch as the step reads it. On a GPU, its sizes are rounded up, so that few different shapes occur.
+
+    Attributes:
+        ids, positions: (b, s); positions are (1, s) where they are the same in all rows.
+        blocks: (b, s), the number of each token's example in its row; None without packing.
+        places: (l,), where a label is predicted, as a place among the b s tokens.
+        back: (b s,), each token's place in `places`; l where it predicts no label.
+        labels: (l,), the labels there, -100 for those that fill up.
+        learned: (), how many labels there are.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    blocks: Tensor | None
+    places: Tensor
+    back: Tensor
+    labels: Tensor
+    learned: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        moved: Any = (None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self)
+        return Batch(*moved)
+
+
+def read_batch(batch: Mapping[str, Any], rounded: bool = False) -> Batch:
+    """Return a batch of the plain path, still on the CPU, as the step reads it.
+
+    Raises:
+        Refused: it holds something else than tokens, labels, positions and padding on the right.
+    """
+    if strange := sorted(set(batch) - COLUMNS):
+        raise Refused(f"a batch has the column {strange[0]!r}")
+    ids, labels, mask, positions = (batch.get(key) for key in ("input_ids", "labels", "attention_mask", "position_ids"))
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or not isinstance(labels, Tensor) or labels.shape != ids.shape:
+        raise Refused("a batch has no input_ids and labels (rows, tokens)")
+    # the label of a token is predicted one token before
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    blocks = None
+    if isinstance(mask, Tensor):
+        real = mask.bool() if mask.shape == ids.shape else mask
+        if mask.shape != ids.shape or (real[:, 1:] & ~real[:, :-1]).any() or not real[:, 0].all():
+            raise Refused("a batch has an attention mask that hides more than padding on the right")
+        if ((following != IGNORE) & ~real).any():
+            raise Refused("a batch has a label that is predicted from padding")
+    elif positions is not None:
+        # without a mask, transformers begins an example wherever a position is not one more than the last
+        found = (positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1).cumsum(1)
+        blocks = found.expand(ids.shape) if found[:, -1].any() else None
+    b, s = ids.shape
+    positions = torch.arange(s)[None] if positions is None else positions
+    more = round_up(s) - s if rounded else 0
+    if more:
+        ids, following = F.pad(ids, (0, more)), F.pad(following, (0, more), value=IGNORE)
+        positions = torch.cat([positions, positions[:, -1:].expand(-1, more)], 1)
+        blocks = None if blocks is None else F.pad(blocks, (0, more), value=-1)
+    places = (following.reshape(-1) != IGNORE).nonzero()[:, 0]
+    count = len(places)
+    fill = (round_up(count) if rounded else max(1, count)) - count
+    back = torch.full((ids.numel(),), count + fill)
+    back[places] = torch.arange(count)
+    wanted = F.pad(following.reshape(-1)[places].long(), (0, fill), value=IGNORE)
+    return Batch(ids, positions, blocks, F.pad(places, (0, fill)), back, wanted, torch.tensor(count))
+
+
+def round_up(n: int) -> int:
+    """Return n or a little more: one of eight sizes between two powers of two, and a multiple of 64."""
+    step = max(64, 2 ** (max(1, n).bit_length() - 4))  # an eighth of the power of two below
+    return -(-max(1, n) // step) * step
+
+
+class Step:
+    """The forward and the backward pass of a decoder, with its weights borrowed from the model.
+
+    Args:
+        decoder: the parts of the model.
+        dtype: of the products. The stream between the blocks has the dtype of the embeddings.
+        recompute: whether the blocks are computed again in the backward pass; only their inputs are kept then.
+        pinned: whether these inputs wait in pinned main memory.
+    """
+
+    def __init__(self, decoder: Decoder, dtype: torch.dtype, recompute: bool, pinned: bool = False) -> None:
+        self.decoder, self.recompute = decoder, recompute
+        self.side = torch.cuda.Stream() if pinned else None
+        self.pinned: dict[torch.Size, list[Tensor]] = {}
+        device = decoder.embedding.weight.device
+        self.like = torch.empty(0, dtype=dtype, device=device)
+        self.pieces, self.told = pieces_for(device)
+        eps: Any = decoder.norm.variance_epsilon
+        self.sizes = Sizes(decoder.heads, decoder.kv_heads, decoder.head_dim, eps)
+        self.head = decoder.head.weight.detach().to(dtype)
+        self.blocks = [self._block(parts) for parts in decoder.blocks]
+        for block, lower in zip(self.blocks, [None, *self.blocks], strict=False):
+            block.below = lower is not None and (lower.below or lower.trains)
+        self.first = next(index for index, block in enumerate(self.blocks) if block.trains)
+        self.groups = [group for block in self.blocks for group in block.groups.values()]
+        for group in self.groups:
+            group.borrow()
+        self._share()
+        self.flat = Flat(
+            p
+            for group in self.groups
+            for p in (
+                *(member.lora.lora_A for member in group.adapted if member.lora is not None),
+                *(member.lora.lora_B for member in group.adapted if member.lora is not None),
+            )
+        )
+        self._place_gradients()
+
+    def _block(self, parts: BlockParts) -> Block:
+        groups = {name: Group(parts.groups[name], self.like) for name in GROUPS}
+        norms = {name: None if norm is None else norm.weight.detach() for name, norm in parts.norms.items()}
+        return Block(groups, norms, parts.window, self.sizes, self.pieces)
+
+    def _share(self) -> None:
+        """Give the 4-bit groups of one kind one buffer to decode into."""
+        for name in GROUPS:
+            coded = [block.groups[name] for block in self.blocks if block.groups[name].coded]
+            if coded:
+                shared = Shared(self.like.new_zeros(max(group.size for group in coded)))
+                for group in coded:
+                    group.shared = shared
+
+    def _place_gradients(self) -> None:
+        assert self.flat.whole.grad is not None
+        views, at = iter(self.flat.views(self.flat.whole.grad)), 0
+        for group in self.groups:
+            if not group.adapted:
+                continue
+            for _ in group.adapted:
+                next(views)
+            group.grad_a = self.flat.whole.grad[at : at + group.r * group.k].view(group.r, group.k)
+            at += group.r * group.k
+            for member in group.adapted:
+                member.grad_b = next(views)
+                at += member.grad_b.numel()
+
+    def give_back(self) -> None:
+        """Give the model its weights and parameters back."""
+        for group in self.groups:
+            group.give_back()
+        self.flat.give_back()
+
+    # -- one batch -----------------------------------------------------------------------------------------------
+
+    def rows(self, batch: Batch) -> Rows:
+        """Return the positions and masks of a batch that is on the device."""
+        b, s = batch.ids.shape
+        like = self.decoder.embedding.weight.new_empty(b, s, 1)
+        rotary: Any = self.decoder.rotary
+        cos, sin = (table.unsqueeze(2) for table in rotary(like, batch.positions))
+        half = self.sizes.head_dim // 2
+        signed = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+        windows = {block.window for block in self.blocks}
+        return Rows(b, s, cos, signed, {window: _mask(batch, window) for window in windows})
+
+    @torch.no_grad()
+    def gradients(self, batch: Batch, rows: Rows, scale: Tensor) -> Tensor:
+        """Add the gradient of the batch's summed loss times `scale` to the flat gradient. Return the sum."""
+        self._read_adapters()
+        x = F.embedding(batch.ids.reshape(-1), self.decoder.embedding.weight)
+        pinned = self.pinned.setdefault(x.shape, [])
+        inputs = Shelf() if self.side is None else PinnedShelf(pinned, self.side)
+        lows: list[dict[str, Tensor | None]] = []
+        kept: list[Kept | None] = []
+        for index, block in enumerate(self.blocks):
+            low: dict[str, Tensor | None] = {}
+            if index >= self.first:
+                inputs.put(x)
+            x, saved = block.forward(x, rows, low, keep=index >= self.first and not self.recompute)
+            lows.append(low)
+            kept.append(saved)
+            del saved
+        loss, dy, dydu = self._loss(x, batch, scale)
+        del x
+        for index in range(len(self.blocks) - 1, self.first - 1, -1):
+            block, below = self.blocks[index], self.blocks[index].below
+            made = block.backward(
+                inputs.take(), dy, dydu, rows, lows.pop(), kept.pop(), self.blocks[index - 1].down if below else None
+            )
+            if made is not None:
+                dy, dydu = made
+        return loss
+
+    def _read_adapters(self) -> None:
+        for block in self.blocks:
+            for group in block.groups.values():
+                group.read_adapters()
+                if group.shared is not None:
+                    group.shared.holds = None
+
+    def _loss(self, x: Tensor, batch: Batch, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the summed loss, and the gradient of the last block's output x (M, H) as `Block.backward` takes it."""
+        weight, eps, pieces = self.decoder.norm.weight, self.sizes.eps, self.pieces
+        chosen = x[batch.places]
+        n = chosen.new_empty(chosen.shape, dtype=self.like.dtype)
+        pieces.norm_into(n, chosen, weight, eps)
+        total = torch.zeros((), device=x.device, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        chunk = max(128, LOGITS // len(self.head) // 128 * 128)
+        for at in range(0, len(n), chunk):
+            logits = n[at : at + chunk] @ self.head.t()
+            total += pieces.cross_entropy_(logits, batch.labels[at : at + chunk], scale)
+            n[at : at + chunk] = logits @ self.head  # dn in the place of n, which is not needed any more
+        back = chosen.new_zeros(len(chosen) + 1, chosen.shape[1])  # the last row is for tokens without a label
+        pieces.norm_back_into(back[:-1], None, None, chosen, weight, n, eps)
+        dy, dydu, copy = self.blocks[-1].room(x, self.blocks[-1].down)
+        torch.index_select(back, 0, batch.back, out=dy) if copy is not None else dy.copy_(back[batch.back])
+        if copy is not None:
+            copy.copy_(dy)
+        return total, dy, dydu
+
+
+def _mask(batch: Batch, window: int | None) -> Tensor | None:
+    """Which tokens attend to which, (b, 1, s, s): to earlier ones of their example and window. None: to all earlier."""
+    s = batch.ids.shape[1]
+    if batch.blocks is None and (window is None or window >= s):
+        return None
+    place = torch.arange(s, device=batch.ids.device)
+    behind = place[:, None] - place[None]
+    seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+    if batch.blocks is not None:
+        seen = seen & (batch.blocks[:, :, None] == batch.blocks[:, None])
+    return seen.expand(len(batch.ids), 1, s, s) if seen.ndim == 2 else seen[:, None]

@@ -1,0 +1,38 @@
+"""Labels whose values are known on the CPU while the batch is on a GPU.
+
+How many labels there are, and where, decides which logits a loss needs. Asking a GPU tensor for this makes the CPU wait
+until the GPU has done all its work, and then the GPU waits for the CPU. But a batch is made on the CPU, so its labels
+are known there. `moved` notes them at the labels on the GPU, and `readable` finds them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftlab.core.modes import to_device
+
+NOTED = ("labels", "start_positions", "end_positions")
+NOTE = "_peftlab_on_cpu"  # a tensor on the device keeps its values and its version here
+
+
+def moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a batch on the device. Its labels remember their values on the CPU."""
+    result = to_device(batch, device)
+    for name in NOTED:
+        here, there = batch.get(name), result.get(name)
+        if isinstance(here, Tensor) and isinstance(there, Tensor) and there is not here and not there.is_inference():
+            setattr(there, NOTE, (here, there._version))
+    return result
+
+
+def readable(labels: Tensor) -> Tensor:
+    """Return labels on the CPU if their values are known there, and if not, the labels themselves.
+
+    Labels that were written to since are not known.
+    """
+    here, version = getattr(labels, NOTE, (labels, None))
+    return here if version is None or version == labels._version else labels
