@@ -65,6 +65,7 @@ class Estimate:
     workspace: int  # tensors that live only at this moment, and cuBLAS' workspace
     moment: str  # where in the step the peak is
     flops: int  # of one step's matrix products; a multiplication with its addition counts two
+    written: int  # bytes of all tensors that an eager step makes; `peftlab.memory.speed` reads it
     file_bytes: int  # tensors of the checkpoint: all of the model's, or only the adapter's
     trainable: int
     total: int
@@ -188,7 +189,7 @@ def estimate(
     )
     run = Run(shape, method, trained, recipe)
     run.step()
-    before = run.memory.flops
+    before, written = run.memory.flops, run.memory.written
     history: list[tuple[str, int]] = []
     run.memory.history = history
     run.step()
@@ -200,7 +201,7 @@ def estimate(
                     projection=projection)  # fmt: skip
     return Estimate(
         shape.name, method, memory.peak + CUBLAS_WORKSPACE, **parts,
-        moment=memory.peak_moment, flops=memory.flops - before,
+        moment=memory.peak_moment, flops=memory.flops - before, written=memory.written - written,
         file_bytes=_file_bytes(shape, trained, recipe), trainable=counted.trainable, total=counted.total,
         history=_thinned(history),
     )  # fmt: skip
