@@ -14,7 +14,9 @@ Its rows are the ladder's rungs, from an eager loop to the dense products alone,
     cuda graph       the step's kernels launched at once
     train            `pl.train` on its plain path
     train compiled   the same with compile="layers"
-    fast             `pl.train(fast=True)`
+    fast, no graph   `pl.train(fast=True)`, its kernels launched one by one
+    fast             the same as it is: one CUDA graph
+    fast, pinned     the same with the blocks' inputs in main memory (where blocks are recomputed)
     ceiling          the dense products of the step alone, in one CUDA graph
 
 Each rung keeps what the rungs before it changed. A rung that cannot run here is left out, and `skipped` says why.
@@ -24,9 +26,10 @@ Each rung keeps what the rungs before it changed. A rung that cannot run here is
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -34,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 import peftlab as pl
+from peftlab import fast
 from peftlab.bench import fourbit, rungs, timing
 from peftlab.bench.fullsize import peak
 from peftlab.bench.models import ALL_LINEAR, Row, gpu_for, held, random_model, release, vocabulary_of
@@ -60,11 +64,13 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "compiled": ("compiled layers", "chunked loss", "flat AdamW", "triton", "cuda graph"),
     "train": ("train",),
     "train compiled": ("train compiled",),
+    "fast, no graph": ("fast, no graph",),
     "fast": ("fast",),
+    "fast, pinned": ("fast, pinned",),
     "ceiling": ("ceiling",),
 }
 MAIN = ("7b-lora-4x512-c", "7b-qlora-4x512-c")  # the sections with every rung
-FEW = ("peft", "compiled", "fast", "ceiling")  # what the others have
+FEW = ("peft", "compiled", "fast", "fast, pinned", "ceiling")  # what the others have
 
 
 def points() -> list[Row]:
@@ -80,6 +86,7 @@ def points() -> list[Row]:
         for checkpointing in (True, False)
         for section in [f"{name}-{method}-{batch}x{sequence}{'-c' if checkpointing else ''}"]
         for group in (GROUPS if section in MAIN else FEW)
+        if checkpointing or group != "fast, pinned"
     ]  # fmt: skip
 
 
@@ -144,9 +151,7 @@ def compiled(model: nn.Module, point: Row, _: str) -> Iterator[Row]:
         release()
         yield from tried("flat AdamW", lambda: measured(rungs.loop(model, batch, loss, optimizer)))
         if point["method"] == "qlora":
-            reason = "there is no Triton backend"
-            if "triton" in BACKENDS:
-                reason = BACKENDS["triton"].cannot("nf4", 64, batch["input_ids"].device)
+            reason = BACKENDS["triton"].cannot("nf4", 64, batch["input_ids"].device)
             if reason is None:
                 set_backend(model, "triton")
             yield from tried("triton", lambda: measured(rungs.loop(model, batch, loss, optimizer)), reason)
@@ -226,17 +231,16 @@ def optimizer_of(rung: str, model: nn.Module) -> Any:
 
 def training(model: nn.Module, point: Row, rung: str, **settings: Any) -> Iterator[Row]:
     """Measure `pl.train`, on its plain path or on the fast one."""
-    known = Settings.__dataclass_fields__
-    missing = sorted(set(settings) - set(known))
-    if "fast" in known:  # the plain path is meant, if nothing else is said
-        settings = {"fast": False, **settings}
+    missing = sorted(set(settings) - set(Settings.__dataclass_fields__))
+    settings = {"fast": False, **settings}
     reason = f"pl.train has no setting {', '.join(missing)}" if missing else None
 
     def measured() -> Row:
         set_backend(model, "auto")
         pl.attach(model, pl.LoRAConfig(r=R, alpha=ALPHA, target_modules=ALL_LINEAR))
         try:
-            return steps_of_train(model, point, **settings)
+            with launched_one_by_one() if rung == "fast, no graph" else nullcontext():
+                return steps_of_train(model, point, **{"checkpointing": point["checkpointing"], **settings})
         finally:
             pl.detach(model)
             model.requires_grad_(False)
@@ -244,6 +248,17 @@ def training(model: nn.Module, point: Row, rung: str, **settings: Any) -> Iterat
             release()
 
     yield from tried(rung, measured, reason)
+
+
+@contextmanager
+def launched_one_by_one() -> Iterator[None]:
+    """Keep the fast path from recording CUDA graphs, inside the block. A user has no reason to, so it is no setting."""
+    made = fast.Graphs
+    fast.Graphs = lambda step: None  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        fast.Graphs = made  # type: ignore[misc]
 
 
 def steps_of_train(model: nn.Module, point: Row, repeats: int = 5, warm_up: int = 4, **settings: Any) -> Row:
@@ -270,7 +285,7 @@ def steps_of_train(model: nn.Module, point: Row, repeats: int = 5, warm_up: int 
         torch.cuda.reset_peak_memory_stats()
     pl.train(
         model, [{"input_ids": ids, "labels": ids} for ids in rows], steps=warm_up + repeats,
-        batch_size=point["batch"], checkpointing=point["checkpointing"], learning_rate=rungs.RATE, progress=False,
+        batch_size=point["batch"], learning_rate=rungs.RATE, progress=False,
         callback=mark, **settings,
     )  # fmt: skip
     spent = [after - before for before, after in zip(marks[warm_up - 1 :], marks[warm_up:], strict=False)]
@@ -344,11 +359,19 @@ def tried(rung: str, measured: Callable[[], Row], reason: str | None = None) -> 
             yield {"rung": rung, "skipped": None, **measured()}
             return
         except Exception as error:  # one rung must not cost the others
-            # the processes must agree, so no numbers and no addresses
             reason = re.sub(r"0x[0-9a-f]+|\d+", "N", f"{type(error).__name__}: {error}".partition("\n")[0])[:160]
-    with suppress(Exception):
-        release()
+            print(f"{rung}: {error!r}, after {error.__context__!r}", file=sys.stderr, flush=True)
+        with suppress(Exception):
+            recover()
     yield {"rung": rung, "skipped": reason}
+
+
+def recover() -> None:
+    """Free what a failed rung left. A recording that broke off leaves the generator unusable, so renew its state."""
+    release()
+    if torch.cuda.is_available():
+        current = torch.cuda.default_generators[torch.cuda.current_device()]
+        current.graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())
 
 
 def group_of(call: Callable[..., Iterator[Row]], rung: str, **settings: Any) -> Callable[..., Iterator[Row]]:
@@ -364,6 +387,8 @@ GROUP_OF: dict[str, Callable[[nn.Module, Row], Iterator[Row]]] = {
     "compiled": group_of(compiled, ""),
     "train": group_of(training, "train"),
     "train compiled": group_of(training, "train compiled", compile="layers"),
+    "fast, no graph": group_of(training, "fast, no graph", fast=True),
     "fast": group_of(training, "fast", fast=True),
+    "fast, pinned": group_of(training, "fast, pinned", fast=True, checkpointing="pinned"),
     "ceiling": group_of(ceiling, "ceiling"),
 }

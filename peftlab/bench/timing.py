@@ -165,6 +165,8 @@ def _one(rows: tuple[Row, ...]) -> Row:
                 row["processes"] = len(values)
         elif len({repr(value) for value in values}) <= 1:
             row[name] = values[0] if values else None
+        elif name == "skipped":  # why something could not be measured may differ
+            row[name] = "; ".join(dict.fromkeys(values))
         elif all(isinstance(value, int) for value in values):
             row[name] = max(values)
         elif all(isinstance(value, (int, float)) for value in values):

@@ -41,7 +41,7 @@ def test_each_group_of_rungs_is_measured_and_gives_the_model_back(group, method,
     names = speed.GROUPS[group] if method == "qlora" else tuple(n for n in speed.GROUPS[group] if n != "triton")
     assert tuple(row["rung"] for row in rows if row["rung"] != "copy") == names
     left_out = {row["rung"] for row in rows if row.get("skipped")}
-    assert left_out <= {"unsloth", "triton", "cuda graph", "train compiled", "fast"}, [
+    assert left_out <= {"unsloth", "triton", "cuda graph", "train compiled", "fast, pinned"}, [
         row.get("skipped") for row in rows
     ]
     for row in rows:
@@ -61,6 +61,13 @@ def test_a_rung_that_fails_says_why_and_costs_no_other(on_the_cpu, monkeypatch):
     rows = {row["rung"]: row for row in speed.measure(point_of("compiled"))}
     assert rows["chunked loss"]["skipped"] == "RuntimeError: no kernel at N for N rows"
     assert rows["compiled layers"]["seconds"] > 0 and "seconds" not in rows["chunked loss"]
+
+
+def test_reasons_of_several_processes_are_told_together():
+    rows = [
+        [{"rung": "a", "skipped": reason, "seconds": None}] for reason in ("no graph", None, "no memory", "no graph")
+    ]
+    assert timing.together(rows) == [{"rung": "a", "skipped": "no graph; no memory", "seconds": None}]
 
 
 def adapted(dtype=torch.float32):
@@ -136,7 +143,8 @@ def test_sections_are_whole_and_every_point_is_its_own():
         assert point["section"].endswith("-c") == point["checkpointing"]
     assert set(speed.MAIN) <= set(sections) and len(sections) == 4 * 2 * 2 * 2
     for section, groups in sections.items():
-        assert groups == list(speed.GROUPS if section in speed.MAIN else speed.FEW)
+        expected = list(speed.GROUPS if section in speed.MAIN else speed.FEW)
+        assert groups == [name for name in expected if name != "fast, pinned" or section.endswith("-c")]
     if not torch.cuda.is_available():
         with pytest.raises(pl.PeftLabError, match="needs a CUDA GPU"):
             speed.measure(points[0])
