@@ -7,6 +7,14 @@ from peftlab.kit.exercises.grading import Exercise, choice, function, number
 EXAMPLES, BATCH, ACCUMULATION, EPOCHS = 4000, 4, 8, 3
 LENGTHS = (40, 50, 60, 250)  # tokens of the four examples of a batch
 SHORT, LONG = (10, 2.0), (90, 1.0)  # two parts of a batch: their labels, and the mean loss of these
+WEIGHTS, TOKENS = 1e9, 2048
+MISSING, RANK = (3, 2, 1, 1), 2  # the singular values of what is missing, and LoRA's rank
+
+
+def _left(values, rank):
+    """Return the share of the squared distance that a change of this rank leaves."""
+    squares = [value**2 for value in values]
+    return sum(squares[rank:]) / sum(squares)
 
 
 def _labels(prompt, answer, end):
@@ -149,4 +157,27 @@ EXERCISES = (
                  "none": "Without a reference nothing holds the model near to what it was."},
         hint="Which state of the attached model is the model from before, to the bit?",
         then="Two forward passes, one set of weights.")),
+    Exercise("recipes.products", "easy", 5, "a number of operations", number(
+        2 * 2 * TOKENS * WEIGHTS, tolerance=0.01,
+        near={2 * 3 * TOKENS * WEIGHTS: "That is full fine-tuning, or a step with checkpointing. A frozen weight needs "
+                                        "no gradient, and nothing is computed twice.",
+              2 * TOKENS * WEIGHTS: "That is the forward pass alone.",
+              2 * 2 * WEIGHTS: "That is for one token."},
+        hint="2 operations for each weight and token, once forward and once backward for the gradient of the input.",
+        then="At 650 TFLOP/s that is 13 ms.")),
+    Exercise("recipes.decay", "medium", 5, "a share, such as 0.5", number(
+        math.exp(-0.1), tolerance=0.002,
+        near={math.exp(-0.05): "That is the linear schedule, whose mean rate is half its peak. Here the rate is "
+                               "constant.",
+              1 - 0.1: "Close, but each step takes its share of what is left then.",
+              0.0: "Each step takes a ten-thousandth of it."},
+        hint="Each step multiplies it by 1 minus rate times decay.",
+        then="With a decay of 0.01, 99% are left.")),
+    Exercise("recipes.floor", "medium", 10, "a share, such as 0.5", number(
+        _left(MISSING, RANK), tolerance=0.01,
+        near={sum(MISSING[RANK:]) / sum(MISSING): "The distance is measured by the squares of the singular values.",
+              1 - _left(MISSING, RANK): "That is the share that rank 2 takes away.",
+              _left(MISSING, RANK + 1): "One square too few: two singular values are left out."},
+        hint="The best matrix of rank 2 keeps the two largest singular values.",
+        then="Whatever the rate, and however many steps.")),
 )
