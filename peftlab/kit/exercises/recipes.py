@@ -169,10 +169,10 @@ EXERCISES = (
         math.exp(-0.1), tolerance=0.002,
         near={math.exp(-0.05): "That is the linear schedule, whose mean rate is half its peak. Here the rate is "
                                "constant.",
-              1 - 0.1: "Close, but each step takes its share of what is left then.",
+              1 - 0.1: "Near, but each step takes its share of what is left then.",
               0.0: "Each step takes a ten-thousandth of it."},
-        hint="Each step multiplies it by 1 minus rate times decay.",
-        then="With a decay of 0.01, 99% are left.")),
+        hint="Each step multiplies it by one minus rate times decay.",
+        then="With a tenth of that decay nearly all of it is left.")),
     Exercise("recipes.floor", "medium", 10, "a share, such as 0.5", number(
         _left(MISSING, RANK), tolerance=0.01,
         near={sum(MISSING[RANK:]) / sum(MISSING): "The distance is measured by the squares of the singular values.",
