@@ -173,7 +173,7 @@ EXERCISES = (
               0.0: "Each step takes a ten-thousandth of it."},
         hint="Each step multiplies it by one minus rate times decay.",
         then="With a tenth of that decay nearly all of it is left.")),
-    Exercise("recipes.floor", "medium", 10, "a share, such as 0.5", number(
+    Exercise("recipes.floor", "medium", 10, "a share, such as 1/2", number(
         _left(MISSING, RANK), tolerance=0.01,
         near={sum(MISSING[RANK:]) / sum(MISSING): "The distance is measured by the squares of the singular values.",
               1 - _left(MISSING, RANK): "That is the share that rank 2 takes away.",
