@@ -90,6 +90,11 @@ class Settings:
         more="'auto' takes it where it can, and `History.path` says which path ran and why. True refuses a run that it "
         "cannot take (`peftlab.fast.eligible` has the list). The model's weights are views of common buffers while the "
         "run lasts, and its own again after it.")
+    chunked_loss: bool | str = setting(
+        "auto", "compute a language model's loss in chunks of positions, without its whole logits",
+        one_of, known=("auto", True, False), option="chunked-loss",
+        more="'auto' does so where the head is a plain linear layer, frozen or trained. Elsewhere the logits are whole, "
+        "and `History.logits` says why; with True that is an error.")
     optimizer: str = setting(
         "adamw", "the 8-bit ones are bitsandbytes'; without it you get a warning and adamw",
         one_of, known=OPTIMIZERS, option="optimizer")

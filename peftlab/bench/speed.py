@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ from peftlab.bench.fullsize import peak
 from peftlab.bench.models import ALL_LINEAR, Row, gpu_for, held, random_model, release, vocabulary_of
 from peftlab.bench.timing import clock, named
 from peftlab.core.checkpointing import set_input_gradients, switch_checkpointing
+from peftlab.core.records import as_transformer
 from peftlab.memory.counting.shapes import load_shape
 from peftlab.memory.speed import product_flops, sizes_of
 from peftlab.optional import available, require
@@ -171,8 +173,12 @@ def ready(model: nn.Module, point: Row, rung: str) -> Iterator[nn.Module]:
     """Prepare a held model for a rung, inside the block; afterwards it is as it was."""
     if rung == "peft":
         run = {"r": R, "checkpointing": point["checkpointing"]}
+        hooks: Any = as_transformer(model).get_input_embeddings()._forward_hooks
+        before = dict(hooks)
         with fourbit.under(model, "peft", run) as wrapped:
             yield wrapped
+        for number in set(hooks) - set(before):  # peft and transformers each make one, and one of them stays
+            del hooks[number]
         return
     set_backend(model, "bitsandbytes" if available("bitsandbytes") else "reference")
     dtype = torch.float32 if rung == "eager" else torch.bfloat16
@@ -253,12 +259,8 @@ def training(model: nn.Module, point: Row, rung: str, **settings: Any) -> Iterat
 @contextmanager
 def launched_one_by_one() -> Iterator[None]:
     """Keep the fast path from recording CUDA graphs, inside the block. A user has no reason to, so it is no setting."""
-    made = fast.Graphs
-    fast.Graphs = lambda step: None  # type: ignore[assignment, misc]
-    try:
+    with mock.patch.object(fast, "Graphs", lambda step: None):
         yield
-    finally:
-        fast.Graphs = made  # type: ignore[misc]
 
 
 def steps_of_train(model: nn.Module, point: Row, repeats: int = 5, warm_up: int = 4, **settings: Any) -> Row:

@@ -30,7 +30,8 @@ from peftlab.memory.units import format_both, format_count, format_percent
 from peftlab.settings import Settings, known_values
 
 # Arguments that do not change what is learned. A run continues even if they differ.
-INCIDENTAL = ("command", "run", "json", "out", "resume", "save_every", "device", "test_limit", "max_new_tokens", "fast")
+INCIDENTAL = ("command", "run", "json", "out", "resume", "save_every", "device", "test_limit", "max_new_tokens", "fast",
+              "chunked_loss")
 # The training settings that have an option, by the name of the option
 OPTIONS = {one.metadata["option"]: one for one in fields(Settings) if one.metadata["option"]}
 LOG_SECONDS = 30.0

@@ -68,41 +68,16 @@ def norm_back_into(out: Tensor, copy: Tensor | None, dres: Tensor | None, x: Ten
         copy.copy_(total)
 
 
-def swap(x: Tensor) -> Tensor:
-    """Exchange the two halves of the last dimension."""
-    return x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+def rotate_into(out: tuple[Tensor, Tensor], x: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor) -> None:
+    """Turn heads by their positions; both halves of a head are given apart, (b, s, heads, d / 2), and may be `out`.
 
-
-def rotate_into(out: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int,
-                q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> None:  # fmt: skip
-    """Turn queries and keys by their positions; values are copied. qkv, out: (b, s, heads + 2 kv_heads, d).
-
-    cos, sin: (b or 1, s, 1, d); the first half of `sin` is negated.
+    With -sin instead of sin it turns back, which is the derivative. cos, sin: (b or 1, s, 1, d / 2).
     """
-    # y_i = x_i cos_i - x_{i+d/2} sin_i  and  y_{i+d/2} = x_{i+d/2} cos_{i+d/2} + x_i sin_{i+d/2}
-    q, k, v = qkv.split([heads, kv_heads, kv_heads], 2)
-    if q_norm is not None and k_norm is not None:
-        qk = torch.cat([norm(q, q_norm, eps), norm(k, k_norm, eps)], 2).to(qkv.dtype)
-    else:
-        qk = qkv[:, :, : heads + kv_heads]
-    x = wide(qk)
-    out.copy_(torch.cat([x * wide(cos) + swap(x) * wide(sin), wide(v)], 2))
-
-
-def rotate_back_into(out: Tensor, qkv: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor,
-                     q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> None:  # fmt: skip
-    """out = dL/dqkv of `rotate_into`, (b, s, heads + 2 kv_heads, d). qkv is needed for the norms."""
-
-    def back(dy: Tensor) -> Tensor:
-        # the transposed rotation: dx = dy cos + swap(dy sin)
-        g = wide(dy)
-        return g * wide(cos) + swap(g * wide(sin))
-
-    gq, gk = back(dq), back(dk)
-    if qkv is not None and q_norm is not None and k_norm is not None:
-        q, k, _ = qkv.split([dq.shape[2], dk.shape[2], dv.shape[2]], 2)
-        gq, gk = norm_back(q, q_norm, gq, eps).to(gq.dtype), norm_back(k, k_norm, gk, eps).to(gk.dtype)
-    out.copy_(torch.cat([gq, gk, wide(dv)], 2))
+    # y_1 = x_1 cos - x_2 sin,   y_2 = x_2 cos + x_1 sin
+    one, two, c, s = wide(x[0]), wide(x[1]), wide(cos), wide(sin)
+    first, second = one * c - two * s, two * c + one * s
+    out[0].copy_(first)
+    out[1].copy_(second)
 
 
 def swiglu_into(out: Tensor, gate: Tensor, up: Tensor) -> None:
@@ -134,7 +109,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
     return nll.sum()
 
 
-PIECES = (norm_into, add_norm_into, add_into, norm_back_into, rotate_into, rotate_back_into, swiglu_into, swiglu_back_,
+PIECES = (norm_into, add_norm_into, add_into, norm_back_into, rotate_into, swiglu_into, swiglu_back_,
           cross_entropy_)  # fmt: skip
 
 

@@ -139,7 +139,7 @@ def code_zeros(packed: Tensor, weight: Tensor, block_size: int) -> None:
 class Triton(Reference):
     """Compute with this package's own kernels, `peftlab.quantization.triton_kernels`, on CUDA.
 
-    A product of a few tokens reads the codes alone in bitsandbytes' kernel, so it is left to that where it is installed.
+    bitsandbytes' kernel multiplies a few tokens by the codes as they are. Such products are left to it if it is there.
     """
 
     name = "triton"

@@ -118,19 +118,24 @@ def _quantize(
     weight, bins, packed, absmax, n, n_bytes,
     SIZE: tl.constexpr, BLOCKS: tl.constexpr, SIGNED: tl.constexpr, SMALLEST: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """Write the codes and scales of BLOCKS blocks of SIZE weights. SIGNED: the code is of the magnitude, and a sign."""
+    """Write the codes and scales of BLOCKS blocks of SIZE weights. SIGNED: the code is of the magnitude, and a sign.
+
+    The tiles have rows of eight weights, one for each thread, so that no number moves between threads but the maxima.
+    """
+    ROWS: tl.constexpr = SIZE // 8  # of a block
     start = tl.program_id(0).to(tl.int64) * BLOCKS  # the program's first block
     left = n - start * SIZE
-    block = tl.arange(0, BLOCKS)
-    inside = SIZE * block[:, None] + tl.arange(0, SIZE)[None, :]
+    row, block = tl.arange(0, BLOCKS * ROWS), tl.arange(0, BLOCKS)
+    inside = 8 * row[:, None] + tl.arange(0, 8)[None, :]
     w = tl.load(weight + start * SIZE + inside, inside < left, other=0.0).to(tl.float32)
     # c = max |w|
-    c = tl.reduce(tl.abs(w), 1, _larger)
-    least = tl.maximum(c, SMALLEST)
+    c = tl.reduce(tl.reshape(tl.reduce(tl.abs(w), 1, _larger), (BLOCKS, ROWS)), 1, _larger)
+    least = tl.maximum(c, tl.full((BLOCKS,), SMALLEST, tl.float32))
     # as in the reference, a last, shorter block stores no zero
     tl.store(absmax + start + block, tl.where((block + 1) * SIZE > left, least, c), block * SIZE < left)
     # z = w (1 / c)
-    z = w * tl.div_rn(1.0, least)[:, None]
+    inverse = tl.broadcast_to(tl.div_rn(1.0, least)[:, None], (BLOCKS, ROWS))
+    z = w * tl.reshape(inverse, (BLOCKS * ROWS,))[:, None]
     size = tl.abs(z) if SIGNED else z
     # one look: the bin's bound in the low half, the codes below and above it in the high half
     found = tl.load(bins + (tl.fma(size, 16.0, SHIFT).to(tl.int32, bitcast=True) & 63))
@@ -139,9 +144,10 @@ def _quantize(
     code = tl.where(size > bound, codes >> 4, codes)
     if SIGNED:
         code = tl.where(z < 0, code | 8, code)
-    high, low = tl.split(tl.reshape(code, (BLOCKS, SIZE // 2, 2)))
-    byte = SIZE // 2 * block[:, None] + tl.arange(0, SIZE // 2)[None, :]
-    tl.store(packed + start * (SIZE // 2) + byte, ((high << 4) & 0xF0 | low & 0x0F).to(tl.uint8), byte < n_bytes - start * (SIZE // 2))
+    high, low = tl.split(tl.reshape(code, (BLOCKS * ROWS, 4, 2)))
+    byte = 4 * row[:, None] + tl.arange(0, 4)[None, :]
+    both = ((high << 4) & 0xF0 | low & 0x0F).to(tl.uint8)
+    tl.store(packed + start * (SIZE // 2) + byte, both, byte < n_bytes - start * (SIZE // 2))
 
 
 @made_once
@@ -187,8 +193,7 @@ def _quantize_scales(absmax, offset, middles, codes, nested, n, SIZE: tl.constex
     # the nearest of 256 values, by halving: the number of middles below z
     code = tl.zeros((SIZE,), tl.int32)
     for k in tl.static_range(8):
-        step: tl.constexpr = 128 >> k
-        code += tl.where(z <= tl.load(middles + code + step - 1), 0, step)
+        code += tl.where(z <= tl.load(middles + code + (128 >> k) - 1), 0, 128 >> k)
     tl.store(codes + start + inside, code.to(tl.uint8), there)
 
 

@@ -78,6 +78,7 @@ def train(model: nn.Module, train_data: Sequence[Mapping[str, Any]], **given: An
             _loop(run, bar, folder)
         finally:
             run.clear()
+    run.history.logits = run.chunked.told if run.chunked else ""
     run.restore_best()
     return run.history
 

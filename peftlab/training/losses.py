@@ -37,19 +37,30 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, 
     with the weight that its config names, as in the model's own loss.
     """
     labels = readable(batch["labels"])
-    output = _without_labels(model, {**batch, **_only_needed(model, labels)})
-    logits = _logits(model, output)  # (b, k, V), or (b, n + t, V): see below
-    # A prompt method may put n virtual tokens in front. They are never learned, but the last of them predicts the first
-    # real token. The labels are shifted rather than the logits, of which a slice would cost a copy in the backward.
-    following = F.pad(labels, (max(0, logits.shape[1] - labels.shape[1]), 1), value=IGNORE)[:, -logits.shape[1] :]
+    output = without_labels(model, {**batch, **only_needed(model, labels)})
+    logits = _logits(model, output)  # (b, k, V), or (b, n + t, V) behind a prompt
     # nll = - sum over i of log p(x_{i+1} | x_1 .. x_i), over the labelled x_{i+1} alone
-    total, count = _cross_entropy(logits, following)
+    total, count = _cross_entropy(logits, next_labels(labels, logits.shape[1]))
+    return with_balance(model, output, total, count)
+
+
+def next_labels(labels: Tensor, positions: int) -> Tensor:
+    """Return what each of the last positions predicts, (b, positions): the label of the token after it.
+
+    A prompt method may put n virtual tokens in front. They are never learned, but the last of them predicts the first
+    real token. The labels are shifted rather than the logits, of which a slice would cost a copy in the backward.
+    """
+    return F.pad(labels, (max(0, positions - labels.shape[1]), 1), value=IGNORE)[:, -positions:]
+
+
+def with_balance(model: nn.Module, output: Any, total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Add the routers' balancing loss of a mixture of experts, where its output has one."""
     balance = getattr(output, "aux_loss", None)
     weight = 0.0 if balance is None else _router_weight(model)
     return (total, count) if not weight else (total + weight * balance * count, count)
 
 
-def _only_needed(model: nn.Module, labels: Tensor) -> dict[str, int]:
+def only_needed(model: nn.Module, labels: Tensor) -> dict[str, int]:
     """Return the argument that makes a model skip the logits before the first learned token. They are not needed."""
     learned = (labels != IGNORE).any(0).nonzero()
     first = int(learned[0]) if len(learned) else 0
@@ -67,7 +78,7 @@ def _router_weight(model: nn.Module) -> float:
 def token_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each token's own label (b, t), not shifted: tagging, and masked language models."""
     labels = batch["labels"]
-    logits = _logits(model, _without_labels(model, batch))
+    logits = _logits(model, without_labels(model, batch))
     return _cross_entropy(logits[:, -labels.shape[1] :], labels)  # virtual tokens, if kept, stand in front
 
 
@@ -78,7 +89,7 @@ def seq2seq_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Te
 
 def classification_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Cross-entropy of logits (b, classes) with integer labels (b,)."""
-    logits = _logits(model, _without_labels(model, batch))
+    logits = _logits(model, without_labels(model, batch))
     labels = batch["labels"].reshape(-1)
     if logits.shape[:-1] != labels.shape:
         raise PeftLabError(
@@ -93,7 +104,7 @@ def multi_label_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor
 
     With p = sigmoid(logit) it is - sum of y log p + (1 - y) log(1 - p).
     """
-    logits = _wide(_logits(model, _without_labels(model, batch)))
+    logits = _wide(_logits(model, without_labels(model, batch)))
     labels = batch["labels"].to(logits.dtype)
     total = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
     return total, torch.tensor(labels.numel(), device=logits.device)
@@ -101,7 +112,7 @@ def multi_label_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor
 
 def regression_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Squared error of outputs (b, 1) or (b, k) against as many numbers; each number counts: sum of (f(x) - y)^2."""
-    logits = _wide(_logits(model, _without_labels(model, batch)))
+    logits = _wide(_logits(model, without_labels(model, batch)))
     labels = batch["labels"].to(logits.dtype)
     return F.mse_loss(logits, labels.reshape(logits.shape), reduction="sum"), torch.tensor(
         labels.numel(), device=logits.device
@@ -204,8 +215,8 @@ def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> Loss:
     return OF_TASKS[problem_of(model, task, labels)]
 
 
-def _without_labels(model: nn.Module, batch: Mapping[str, Any]) -> Any:
-    # Without labels: the model's own loss is a mean, and computing it would upcast every logit.
+def without_labels(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """Return the model's output for a batch without its labels. Its own loss is a mean, and upcasts every logit."""
     return call(model, {key: value for key, value in batch.items() if key != "labels"})
 
 
@@ -229,19 +240,28 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     logits: (..., V), labels: (...), on the same device or on the CPU, where nothing has to wait for them.
     """
+    places, wanted = learned_places(labels, logits.shape[-1])
+    chosen = _wide(rows_at(logits, places))  # (labels, V): only these rows are upcast, a prompt's logits never
+    total = F.cross_entropy(chosen, wanted.to(logits.device, non_blocking=True), reduction="sum")
+    return total, torch.tensor(len(wanted))
+
+
+def learned_places(labels: Tensor, classes: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return where labels other than -100 are, and these labels, on the CPU where they are known there.
+
+    Raises:
+        PeftLabError: a label is no class.
+    """
     labels = readable(labels)
     learned = (labels != IGNORE).nonzero(as_tuple=True)
     wanted = labels[learned].long()
-    count, classes = len(wanted), logits.shape[-1]
-    if wanted.device.type == "cpu" and count and not 0 <= int(wanted.min()) <= int(wanted.max()) < classes:
+    if wanted.device.type == "cpu" and len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < classes:
         wrong = int(wanted.max()) if int(wanted.max()) >= classes else int(wanted.min())
         raise PeftLabError(f"A label is {wrong}, and the model tells {classes} classes apart, from 0 on.")
-    chosen = _wide(_rows(logits, learned))  # (labels, V): only these rows are upcast, a prompt's logits never
-    total = F.cross_entropy(chosen, wanted.to(logits.device, non_blocking=True), reduction="sum")
-    return total, torch.tensor(count)
+    return learned, wanted
 
 
-def _rows(logits: Tensor, places: tuple[Tensor, ...]) -> Tensor:
+def rows_at(logits: Tensor, places: tuple[Tensor, ...]) -> Tensor:
     """Return the rows at these places, (labels, V). No place occurs twice."""
     if not logits.is_contiguous():  # a slice, which is not copied for this
         return logits[tuple(place.to(logits.device, non_blocking=True) for place in places)]

@@ -58,7 +58,7 @@ class GaLore(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "r": r, "every": every, "scale": scale})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure
         """Make one update of all parameters that have a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:

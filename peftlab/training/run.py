@@ -19,10 +19,11 @@ from peftlab.errors import PeftLabError, warn
 from peftlab.fast import FastPath, find_path
 from peftlab.settings import Settings
 from peftlab.training.buffers import Buffers
+from peftlab.training.chunked import ChunkedLoss
 from peftlab.training.encoding import Collator
 from peftlab.training.inputs import Inputs, example_lengths
 from peftlab.training.labels import moved
-from peftlab.training.losses import default_loss
+from peftlab.training.losses import Loss
 from peftlab.training.metrics import mean_loss
 from peftlab.training.optimizers import make_optimizer, skips_when_told, step_unless
 from peftlab.training.precision import autocast, check_trainable_dtypes
@@ -54,6 +55,7 @@ class History:
         stopped_early: whether patience ran out before the last step.
         seconds: time spent training, summed over all pieces of a resumed run. `==` ignores it.
         path: which path computed the steps, "fast" (`peftlab.fast`) or "plain", and why. `==` ignores it, too.
+        logits: how the loss was computed, "in chunks" (`peftlab.training.chunked`) or "whole", and why, likewise.
 
     >>> pl.History(steps=[{"loss": 3.0}, {"loss": 1.5}])
     <History: 2 steps, loss 3.000 to 1.500>
@@ -65,6 +67,7 @@ class History:
     stopped_early: bool = False
     seconds: float = dataclasses.field(default=0.0, compare=False)
     path: str = dataclasses.field(default="", compare=False)
+    logits: str = dataclasses.field(default="", compare=False)
 
     def __repr__(self) -> str:
         """Return one line, because a notebook shows the value of a cell's last expression."""
@@ -138,7 +141,9 @@ class Run:
         self.train_data, self.evaluation_data = self._rows(train_data), self._read_evaluation()
         if not len(self.train_data):
             raise PeftLabError("The training data holds no example.")
-        self.loss, self.metrics = settings.loss, settings.metrics or {}
+        self.chunked = None if settings.loss else ChunkedLoss(model, settings.chunked_loss)
+        self.loss: Loss = settings.loss or self.chunked
+        self.metrics = settings.metrics or {}
         self.trainable = {name: p for name, p in self.core.named_parameters() if p.requires_grad}
         if not self.trainable:
             raise PeftLabError(
@@ -296,8 +301,7 @@ class Run:
         """Return the summed loss of a part, with a graph behind it, and the number of its labels in all processes."""
         batch = moved(batch, self.device)
         with autocast(self.device, self.settings.precision):
-            loss = self.loss or default_loss(self.model, batch)
-            total, count = loss(self.model, batch)
+            total, count = self.loss(self.model, batch)
         if not total.requires_grad:
             raise TrainingError(
                 "The loss does not depend on any parameter that requires gradients. Is the adapter disabled, or is "

@@ -18,6 +18,7 @@ from peftlab.training.run import Run
 # them, or they are functions, which cannot be compared.
 NO_IDENTITY = (
     "tokenizer", "evaluation_data", "folder", "save_every", "resume", "progress", "collate", "callback", "fast",
+    "chunked_loss",
 )  # fmt: skip
 
 

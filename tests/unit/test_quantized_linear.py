@@ -74,7 +74,7 @@ def test_gradients_by_differences(format, double_quant):
 @pytest.mark.parametrize("shape", [(50, 96), (33, 64), (64, 7)])
 def test_backends_agree(dtype, shape):
     results = []
-    for backend in BACKENDS:
+    for backend in ("reference", "bitsandbytes"):
         found = layer(*shape, dtype=dtype, backend=backend)
         x = torch.randn(4, shape[1], dtype=dtype, generator=torch.Generator().manual_seed(1)).requires_grad_()
         y = found(x)

@@ -1,0 +1,314 @@
+"""The loss of a language model without its whole logits: the head and the cross-entropy in chunks, both passes at once.
+
+    z = h W^T + b                    h: (n, d),  W: (V, d),  z: (rows, V) of one chunk at a time
+    L = sum over i of log sum_v exp z_iv - z_i,label
+    dL/dz = softmax(z) - onehot      divide by n for the mean
+    dL/dh = dL/dz W,    dL/dW = dL/dz^T h
+
+With a vocabulary of 128,000, the logits of 2,048 tokens are 0.5 GB in 16 bits, and their float32 copy, its logarithm
+and the gradient 1 GB each. Nothing of this is needed twice: the gradient of a chunk follows from its logits at once.
+So only one chunk lives at a time, and of the forward pass nothing is kept but dL/dh, which is as large as h. Only
+positions with a label are computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftlab.core.hooks import CHILD
+from peftlab.core.records import as_transformer, unwrap, wrappings
+from peftlab.errors import PeftLabError
+from peftlab.training.labels import readable
+from peftlab.training.losses import (
+    causal_lm_loss,
+    default_loss,
+    learned_places,
+    next_labels,
+    only_needed,
+    rows_at,
+    with_balance,
+    without_labels,
+)
+from peftlab.training.model_facts import text_config
+from peftlab.training.model_task import inner_model
+
+LOGITS = 1 << 25  # of a chunk; at least LEAST rows, because a product of fewer mostly waits for W
+LEAST = 256
+# Names in configs of what multiplies the logits, and of what divides them
+FACTORS, DIVISORS, CAP = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",), "final_logit_softcapping"
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a model does to its head's output: z <- cap tanh(scale z / cap)."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def of(self, z: Tensor) -> Tensor:
+        """Return logits from what the head gave."""
+        z = z * self.scale
+        return z if self.cap is None else torch.tanh(z / self.cap) * self.cap
+
+
+PLAIN = Form()
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, form: Form = PLAIN,
+    rows: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Return the cross-entropy of a head's logits with labels, summed, without the whole logits.
+
+    Gradients are computed in the forward pass, where they are enabled. Under autocast the products are in its dtype.
+    The rest is in float32, or float64 for float64 numbers.
+
+    Args:
+        hidden: (n, d), what the head reads.
+        weight: (V, d), and `bias` (V,); frozen or trained.
+        labels: (n,), from 0 to V - 1.
+        form: a scaling or a cap of the logits.
+        rows: positions in a chunk; by default as many as give 33 million logits.
+
+    >>> h, W, labels = torch.randn(6, 4), torch.randn(10, 4), torch.tensor([1, 2, 3, 4, 5, 9])
+    >>> whole = torch.nn.functional.cross_entropy(h @ W.T, labels, reduction="sum")
+    >>> torch.allclose(chunked_cross_entropy(h, W, labels, rows=4), whole)
+    True
+    """
+    return _CrossEntropy.apply(hidden, weight, bias, labels, form, rows, torch.is_grad_enabled())
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Compute the summed loss, and in the same pass its gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, form: Form, rows: int | None,
+        train: bool,
+    ) -> Tensor:  # fmt: skip
+        device, dtype = hidden.device.type, hidden.dtype
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        wants = [train and wanted for wanted in ctx.needs_input_grad[:3]]
+        with torch.autocast(device, enabled=False):
+            h, w = hidden.to(dtype), weight.to(dtype)
+            b = None if bias is None else bias.to(dtype)
+            wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+            grads = [
+                torch.zeros_like(one, dtype=kind) if wanted and one is not None else None
+                for wanted, one, kind in zip(wants, (hidden, weight, bias), (hidden.dtype, wide, wide), strict=True)
+            ]
+            total = torch.zeros((), dtype=wide, device=hidden.device)
+            step = rows or chunk_rows(len(h), len(w))
+            for at in range(0, len(h), step):
+                part = h[at : at + step]
+                # z = h W^T + b
+                loss, dz = loss_and_gradient(F.linear(part, w, b).to(wide), labels[at : at + step], form)
+                total += loss
+                narrow = dz.to(dtype) if wants[0] or wants[1] else dz
+                if grads[0] is not None:
+                    # dL/dh = dL/dz W
+                    grads[0][at : at + step] = narrow @ w
+                if grads[1] is not None:
+                    # dL/dW = dL/dz^T h, summed in float32 or better
+                    grads[1] += narrow.T @ part
+                if grads[2] is not None:
+                    grads[2] += dz.sum(0)
+        ctx.dtypes = [None if one is None else one.dtype for one in (hidden, weight, bias)]
+        ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if one is None else (one * gradient).to(dtype) for one, dtype in grads), None, None, None, None
+
+
+def loss_and_gradient(z: Tensor, labels: Tensor, form: Form = PLAIN) -> tuple[Tensor, Tensor]:
+    """Return the summed loss of a chunk, and its gradient with respect to what the head gave, in the place of z.
+
+    z: (rows, V), written over. labels: (rows,).
+    """
+    slope = None
+    if form.scale != 1:
+        z.mul_(form.scale)
+    if form.cap is not None:
+        z.div_(form.cap).tanh_()
+        slope = 1 - z * z
+        z.mul_(form.cap)
+    own = labels[:, None]
+    z.sub_(z.amax(1, keepdim=True))
+    chosen = z.gather(1, own)
+    sums = z.exp_().sum(1, keepdim=True)
+    loss = (sums.log() - chosen).sum()
+    # dL/dz = softmax(z) - onehot
+    z.div_(sums).scatter_add_(1, own, torch.full_like(chosen, -1))
+    if slope is not None:
+        z.mul_(slope)
+    if form.scale != 1:
+        z.mul_(form.scale)
+    return loss, z
+
+
+def chunk_rows(count: int, vocabulary: int) -> int:
+    """Return how many of `count` positions a chunk has. All chunks are about equally large."""
+    most = max(LEAST, LOGITS // vocabulary)
+    return max(1, -(-count // max(1, -(-count // most))))
+
+
+class ChunkedLoss:
+    """Compute the loss of a run: in chunks where that is the model's own loss, and from whole logits elsewhere.
+
+    The model runs as always, with its hooks and wrappers, but for its head: that gives a stand-in of one column, and
+    what it was to read goes to `chunked_cross_entropy`. Whether the model does anything else to its logits is seen in
+    the first batch: there the stand-in is the real head's answer at the last position, and what the model makes of it
+    must be what `Form` says.
+
+    Attributes:
+        told: what was done, for the report of the run: "in chunks", or "whole: " and the reason.
+
+    Raises:
+        PeftLabError: `wish` is True, and the loss cannot be computed in chunks.
+    """
+
+    def __init__(self, model: nn.Module, wish: bool | str = "auto") -> None:
+        self.wish, self.told, self.form = wish, "in chunks", form_of(model)
+        self.head: nn.Linear | None = None
+        self.seen = False  # whether a batch has shown that the form is right
+        found = "chunked_loss=False" if wish is False else plain_head(model)
+        if isinstance(found, nn.Linear):
+            self.head = found
+        else:
+            self._whole(found)
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return (the summed loss, the number of labels)."""
+        loss = default_loss(model, batch)
+        if self.head is not None and loss is not causal_lm_loss:
+            self._whole("it is not that of a causal language model")
+        if self.head is None:
+            return loss(model, batch)
+        before = None if self.seen else generators(self.head.weight.device)
+        labels = readable(batch["labels"])
+        with read_by(self.head, answer=not self.seen) as read:
+            output = without_labels(model, {**batch, **only_needed(model, labels)})
+        if before is not None:
+            reason = self._difference(read, output)
+            if reason is not None:
+                self._whole(reason)
+                restore_generators(before)
+                return loss(model, batch)
+            self.seen = True
+        (hidden,) = read.inputs  # (b, k, d), or (b, n + t, d) behind a prompt
+        places, wanted = learned_places(next_labels(labels, hidden.shape[1]), self.head.out_features)
+        total = chunked_cross_entropy(
+            rows_at(hidden, places), self.head.weight, wanted.to(hidden.device, non_blocking=True),
+            bias=self.head.bias, form=self.form,
+        )  # fmt: skip
+        return with_balance(model, output, total, torch.tensor(len(wanted)))
+
+    def _difference(self, read: Read, output: Any) -> str | None:
+        """Return why the model's logits do not follow from what its head read; None if they do."""
+        logits = getattr(output, "logits", output)
+        if len(read.inputs) != 1 or read.inputs[0].ndim != 3 or not isinstance(logits, Tensor):
+            return "its forward does not call its head once, for the logits"
+        answer = self.form.of(read.answer)
+        near = 1e-5 if logits.dtype in (torch.float32, torch.float64) else 2e-2
+        if logits.shape != answer.shape or (logits - answer).abs().max() > near * answer.abs().max():
+            return "its logits are more than what its head gives, scaled and capped"
+        return None
+
+    def _whole(self, reason: str) -> None:
+        if self.wish is True:
+            raise PeftLabError(
+                f"chunked_loss=True, and the loss of this model needs whole logits: {reason}. Pass chunked_loss='auto'."
+            )
+        self.head, self.told = None, f"whole: {reason}"
+
+
+class Read:
+    """What a head was given in one pass: its inputs, and where it was asked, its answer to the last position."""
+
+    def __init__(self) -> None:
+        self.inputs: list[Tensor] = []
+        self.answer = torch.empty(0)
+
+
+@contextmanager
+def read_by(head: nn.Linear, answer: bool) -> Iterator[Read]:
+    """Let a head note what it reads inside the block, and give one column in the place of its logits.
+
+    Args:
+        answer: give the real logits of the last position instead.
+    """
+    read = Read()
+
+    def forward(hidden: Tensor) -> Tensor:
+        read.inputs.append(hidden)
+        # Wrappers such as DistributedDataParallel follow the output to find which parameters it came from.
+        column = hidden[..., :1]
+        if not answer:
+            return column
+        with torch.no_grad():
+            read.answer = F.linear(hidden[:, -1:], head.weight, head.bias)
+        return read.answer + 0 * column[:, -1:].to(read.answer.dtype)
+
+    vars(head)["forward"] = forward
+    try:
+        yield read
+    finally:
+        del vars(head)["forward"]
+
+
+def plain_head(model: nn.Module) -> nn.Linear | str:
+    """Return a model's head if it is a plain linear layer, frozen or trained, and else why it is not."""
+    core = unwrap(model)
+    try:
+        head: Any = as_transformer(inner_model(model)).get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        head = None
+    if head is None:
+        return "the model names no head"
+    if type(head) is not nn.Linear:
+        return f"its head is a {type(head).__name__}"
+    if CHILD in head._modules:
+        return "its head has an adapter"
+    if "forward" in vars(head) or any(getattr(head, hooks) for hooks in HOOKS):
+        return "its head has hooks"
+    if head.weight.is_meta:
+        return "its head is offloaded"
+    if any(hasattr(one, "_orig_mod") for one in wrappings(model)):
+        return "the model is compiled as a whole"
+    if core is not model and any(one.requires_grad for one in head.parameters()):
+        return f"its head trains under {type(model).__name__}"
+    return head
+
+
+def form_of(model: nn.Module) -> Form:
+    """Return what a model's config says it does to its logits."""
+    config = text_config(model)
+    factors = [getattr(config, name, None) or 1.0 for name in FACTORS]
+    divisors = [getattr(config, name, None) or 1.0 for name in DIVISORS]
+    return Form(math.prod(factors) / math.prod(divisors), getattr(config, CAP, None))
+
+
+def generators(device: torch.device) -> list[Tensor]:
+    """Return the states of the generators that a forward pass may draw from."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def restore_generators(states: list[Tensor]) -> None:
+    """Put generators back, so that a pass that is repeated draws the same numbers."""
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state)
