@@ -189,7 +189,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
     """out += scale a b. A sum of 16-bit products is kept in float32, if `out` is."""
     if out.dtype == a.dtype:
         out.addmm_(a, b, alpha=scale)
-    elif out.device.type == "cuda":
+    elif out.device.type == "cuda" and out.dtype == torch.float32:
         torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, alpha=scale, out=out)
     else:
         out.add_(a @ b, alpha=scale)

@@ -64,12 +64,6 @@ class Kept:
     n2: Tensor | None = None
 
 
-def halves(heads: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both halves of each head: number i of the first is turned together with number i of the second."""
-    one, two = heads.chunk(2, -1)
-    return one, two
-
-
 class Block:
     """One block: its groups of linears, its norms' weights, and its attention's window (None: no limit)."""
 
@@ -107,7 +101,7 @@ class Block:
         del product
         leaves, o = self._attention(q, k, v, rows, graph)
         flat_o = self.o.inputs(m)
-        flat_o[:, : self.o.k].copy_(o.detach().transpose(1, 2).reshape(m, self.o.k))
+        self.pieces.copy_into(flat_o[:, : self.o.k], o.detach().transpose(1, 2).reshape(m, self.o.k))
         y, low["o"] = self.o.forward(flat_o, low.get("o"))
         h, n2 = torch.empty_like(x), self.gate_up.inputs(m)
         self.pieces.add_norm_into(h, n2[:, :hidden], x, y, self.norms["post"], sizes.eps)
@@ -121,14 +115,13 @@ class Block:
         both = sizes.heads + sizes.kv_heads
         q, k, v = qkv.split([sizes.heads, sizes.kv_heads, sizes.kv_heads], 2)
         if self.norms["q"] is None:
-            qk = halves(qkv[:, :, :both])
-            pieces.rotate_into(qk, qk, rows.cos, rows.sin)
+            pieces.rotate_into(qkv[:, :, :both], qkv[:, :, :both], rows.cos, rows.sin)
             return None, q, k, v
         turned = []
         for x, weight in ((q, self.norms["q"]), (k, self.norms["k"])):
             y = torch.empty_like(x, memory_format=torch.contiguous_format)
             pieces.norm_into(y, x, weight, sizes.eps)
-            pieces.rotate_into(halves(y), halves(y), rows.cos, rows.sin)
+            pieces.rotate_into(y, y, rows.cos, rows.sin)
             turned.append(y)
         return qkv, *turned, v
 
@@ -136,14 +129,14 @@ class Block:
         """Write the gradient of qkv into `out`, (b, s, heads + 2 kv_heads, d)."""
         sizes, pieces = self.sizes, self.pieces
         places = out.split([sizes.heads, sizes.kv_heads, sizes.kv_heads], 2)
-        places[2].copy_(grads[2])
+        pieces.copy_into(places[2], grads[2])
         for index, name in enumerate("qk"):
             place, grad, weight = places[index], grads[index], self.norms[name]
             if qkv is None:
-                pieces.rotate_into(halves(place), halves(grad), rows.cos, rows.sin_back)
+                pieces.rotate_into(place, grad, rows.cos, rows.sin_back)
                 continue
             x = qkv.split([sizes.heads, sizes.kv_heads, sizes.kv_heads], 2)[index]
-            pieces.rotate_into(halves(grad), halves(grad), rows.cos, rows.sin_back)
+            pieces.rotate_into(grad, grad, rows.cos, rows.sin_back)
             pieces.norm_back_into(place, None, None, x, weight, grad, sizes.eps)
 
     def _attention(
@@ -165,7 +158,7 @@ class Block:
     # -- backward ------------------------------------------------------------------------------------------------
 
     def room(self, like: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return room for a gradient dy of the stream, for [dy | du] of `group`, and dy in it where that is another.
+        """Return room for a gradient dy of the stream, for [dy | du] of `group`, and dy in that if it is another.
 
         The stream between the blocks may have another dtype than the products.
         """

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from peftlab import optional
+from peftlab.optional import available
 
 
 def wide(x: Tensor) -> Tensor:
@@ -68,16 +68,19 @@ def norm_back_into(out: Tensor, copy: Tensor | None, dres: Tensor | None, x: Ten
         copy.copy_(total)
 
 
-def rotate_into(out: tuple[Tensor, Tensor], x: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor) -> None:
-    """Turn heads by their positions; both halves of a head are given apart, (b, s, heads, d / 2), and may be `out`.
+def rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """out = x turned by its positions. x, out: (b, s, heads, d), which may be the same.
 
     With -sin instead of sin it turns back, which is the derivative. cos, sin: (b or 1, s, 1, d / 2).
     """
-    # y_1 = x_1 cos - x_2 sin,   y_2 = x_2 cos + x_1 sin
-    one, two, c, s = wide(x[0]), wide(x[1]), wide(cos), wide(sin)
-    first, second = one * c - two * s, two * c + one * s
-    out[0].copy_(first)
-    out[1].copy_(second)
+    # y_1 = x_1 cos - x_2 sin,   y_2 = x_2 cos + x_1 sin     with the halves x_1, x_2 of a head
+    (one, two), c, s = wide(x).chunk(2, -1), wide(cos), wide(sin)
+    out.copy_(torch.cat([one * c - two * s, two * c + one * s], -1))
+
+
+def copy_into(out: Tensor, x: Tensor) -> None:
+    """out = x."""
+    out.copy_(x)
 
 
 def swiglu_into(out: Tensor, gate: Tensor, up: Tensor) -> None:
@@ -98,31 +101,38 @@ def swiglu_back_(gate: Tensor, up: Tensor, d: Tensor) -> None:
 
 def cross_entropy_(logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
     """Return the summed loss of labels other than -100. The logits (n, V) become its gradient times `scale`."""
-    # nll = log sum exp(z) - z_label,   dnll/dz = softmax(z) - onehot(label)
-    z = wide(logits)
-    lse = torch.logsumexp(z, -1, keepdim=True)
+    # nll = -log p_label with log p = z - log sum exp(z),   dnll/dz = p - onehot(label)
     learned, label = (labels != -100)[:, None], labels.clamp(min=0)[:, None]
-    nll = torch.where(learned, lse - z.gather(1, label), 0.0)
-    hot = torch.arange(z.shape[1], device=z.device)[None] == label
-    p = torch.exp(z - lse)
-    logits.copy_(torch.where(learned, (p - hot.to(p.dtype)) * scale, 0.0))
+    log_p = torch.log_softmax(wide(logits), -1)
+    nll = torch.where(learned, -log_p.gather(1, label), 0.0)
+    p, factor = log_p.exp(), torch.where(learned, scale, 0.0).to(log_p.dtype)
+    if p.device.type == "cpu":
+        p = p.scatter_add_(1, label, -torch.ones_like(nll))
+    else:  # a compiler writes this on the way, without a tensor of ones
+        p = p - (torch.arange(p.shape[1], device=p.device)[None] == label).to(p.dtype)
+    logits.copy_(p * factor)
     return nll.sum()
 
 
-PIECES = (norm_into, add_norm_into, add_into, norm_back_into, rotate_into, swiglu_into, swiglu_back_,
+PIECES = (copy_into, norm_into, add_norm_into, add_into, norm_back_into, rotate_into, swiglu_into, swiglu_back_,
           cross_entropy_)  # fmt: skip
 
 
 @functools.cache
 def _compiled() -> SimpleNamespace:
-    return SimpleNamespace(**{piece.__name__: torch.compile(piece) for piece in PIECES})
+    from peftlab.fast import kernels
+
+    compiled = {piece.__name__: torch.compile(piece) for piece in PIECES}
+    return SimpleNamespace(**{**compiled, "rotate_into": kernels.rotate_into})
 
 
-def pieces_for(device: torch.device) -> tuple[SimpleNamespace, str]:
+def pieces_for(device: torch.device, dtype: torch.dtype) -> tuple[SimpleNamespace, str]:
     """Return the pieces by name for a device, and how they run, in words for the run's report."""
     eager = SimpleNamespace(**{piece.__name__: piece for piece in PIECES})
     if device.type != "cuda":
         return eager, "its pieces are not compiled: on a CPU that takes longer than it saves"
-    if optional.available("triton") is None:
+    if available("triton") is None:
         return eager, "its pieces are not compiled: triton is not installed"
+    if dtype == torch.float64:
+        return eager, "its pieces are not compiled: float64 is for comparisons"
     return _compiled(), "its pieces are compiled"

@@ -108,17 +108,19 @@ class Step:
     Args:
         decoder: the parts of the model.
         dtype: of the products. The stream between the blocks has the dtype of the embeddings.
-        recompute: whether the blocks are computed again in the backward pass; only their inputs are kept then.
+        recompute: whether the blocks are computed again in the backward pass; only their inputs are kept then. A
+            number means so many blocks, the first ones.
         pinned: whether these inputs wait in pinned main memory.
     """
 
-    def __init__(self, decoder: Decoder, dtype: torch.dtype, recompute: bool, pinned: bool = False) -> None:
-        self.decoder, self.recompute = decoder, recompute
+    def __init__(self, decoder: Decoder, dtype: torch.dtype, recompute: bool | int, pinned: bool = False) -> None:
+        self.decoder = decoder
+        self.recomputed = len(decoder.blocks) * recompute if isinstance(recompute, bool) else recompute
         self.side = torch.cuda.Stream() if pinned else None
         self.pinned: dict[torch.Size, list[Tensor]] = {}
         device = decoder.embedding.weight.device
         self.like = torch.empty(0, dtype=dtype, device=device)
-        self.pieces, self.told = pieces_for(device)
+        self.pieces, self.told = pieces_for(device, dtype)
         eps: Any = decoder.norm.variance_epsilon
         self.sizes = Sizes(decoder.heads, decoder.kv_heads, decoder.head_dim, eps)
         self.head = decoder.head.weight.detach().to(dtype)
@@ -204,7 +206,7 @@ class Step:
             low: dict[str, Tensor | None] = {}
             if index >= self.first:
                 inputs.put(x)
-            x, saved = block.forward(x, rows, low, keep=index >= self.first and not self.recompute)
+            x, saved = block.forward(x, rows, low, keep=index >= max(self.first, self.recomputed))
             lows.append(low)
             kept.append(saved)
             del saved

@@ -69,7 +69,8 @@ def train(model: nn.Module, train_data: Sequence[Mapping[str, Any]], **given: An
     with (
         borrowed_generators(),
         mode(model, True),
-        memory_settings(model, settings.checkpointing),
+        memory_settings(model, run.checkpointing),
+        run.layers.on(),
         run.fast_path(),
         Bar(len(run.order), "Training", enabled=settings.progress and ranks.first, initial=run.step) as bar,
     ):
@@ -79,6 +80,7 @@ def train(model: nn.Module, train_data: Sequence[Mapping[str, Any]], **given: An
         finally:
             run.clear()
     run.history.logits = run.chunked.told if run.chunked else ""
+    run.history.compiled = run.layers.told
     run.restore_best()
     return run.history
 

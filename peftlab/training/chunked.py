@@ -35,6 +35,7 @@ from peftlab.training.losses import (
     only_needed,
     rows_at,
     with_balance,
+    without_full_mask,
     without_labels,
 )
 from peftlab.training.model_facts import text_config
@@ -123,6 +124,7 @@ class _CrossEntropy(torch.autograd.Function):
                     grads[1] += narrow.T @ part
                 if grads[2] is not None:
                     grads[2] += dz.sum(0)
+                del dz, narrow  # before the next chunk is made
         ctx.dtypes = [None if one is None else one.dtype for one in (hidden, weight, bias)]
         ctx.save_for_backward(*grads)
         return total
@@ -201,7 +203,7 @@ class ChunkedLoss:
         before = None if self.seen else generators(self.head.weight.device)
         labels = readable(batch["labels"])
         with read_by(self.head, answer=not self.seen) as read:
-            output = without_labels(model, {**batch, **only_needed(model, labels)})
+            output = without_labels(model, {**without_full_mask(batch), **only_needed(model, labels)})
         if before is not None:
             reason = self._difference(read, output)
             if reason is not None:
@@ -284,9 +286,7 @@ def plain_head(model: nn.Module) -> nn.Linear | str:
     if CHILD in head._modules:
         return "its head has an adapter"
     if "forward" in vars(head) or any(getattr(head, hooks) for hooks in HOOKS):
-        return "its head has hooks"
-    if head.weight.is_meta:
-        return "its head is offloaded"
+        return "its head has hooks, or is offloaded"
     if any(hasattr(one, "_orig_mod") for one in wrappings(model)):
         return "the model is compiled as a whole"
     if core is not model and any(one.requires_grad for one in head.parameters()):

@@ -1,4 +1,4 @@
-"""The fast path on a GPU: compiled pieces, graphs, bfloat16, pinned memory; held to the plain path on the same device."""
+"""The fast path on a GPU: compiled pieces, graphs, bfloat16, pinned memory; held to the plain path there."""
 
 import sys
 from pathlib import Path
@@ -24,8 +24,8 @@ KINDS = ["grouped", "biases everywhere", "mistral, short window", "qwen2", "qwen
 @pytest.fixture
 def eager(monkeypatch):
     """Without torch.compile, which takes longer than all the rest. `test_in_bfloat16` and the runs compile."""
-    pieces = peftlab.fast.pieces.pieces_for(torch.device("cpu"))
-    monkeypatch.setattr(peftlab.fast.step, "pieces_for", lambda device: pieces)
+    pieces = peftlab.fast.pieces.pieces_for(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(peftlab.fast.step, "pieces_for", lambda device, dtype: pieces)
 
 
 def make(kind, dtype=torch.bfloat16, **lora):
@@ -101,6 +101,21 @@ def test_pinned_inputs_change_nothing(eager):
     for graph in (False, True):
         _, pinned = fast_gradients(model, one, torch.bfloat16, recompute=True, pinned=True, graph=graph)
         assert worst(pinned, plain) < 1e-3
+
+
+@pytest.mark.parametrize("heads", [1, 9, 40])
+@pytest.mark.parametrize("d", [64, 80, 128])
+def test_heads_are_turned_in_one_kernel(heads, d):
+    from peftlab.fast import kernels, pieces
+
+    whole = torch.randn(2, 7, heads + 3, d + 8, device="cuda").bfloat16()
+    x, angles = whole[:, :, 1 : heads + 1, :d], torch.randn(2, 7, 1, d // 2, device="cuda").bfloat16()
+    for cos, sin in ((angles, angles.flip(1)), (angles[:1], angles[1:])):
+        wanted, found, place = torch.empty_like(x), torch.empty_like(x), whole.clone()[:, :, 1 : heads + 1, :d]
+        pieces.rotate_into(wanted, x, cos, sin)
+        kernels.rotate_into(found, x, cos, sin)
+        kernels.rotate_into(place, place, cos, sin)
+        assert torch.allclose(found.float(), wanted.float(), rtol=0.01, atol=1e-6) and torch.equal(found, place)
 
 
 def run(fast, steps=12, **settings):
