@@ -82,7 +82,7 @@ class Config:
         value = self.values.get(name)
         if value is not None and not isinstance(value, dict):
             raise PeftLabError(
-                f"{self.source}: {name} must be a JSON object with the settings of that part, found {str(value)[:80]}."
+                f"{self.source}: {name} must be an object with the settings of that part, found {str(value)[:80]}."
             )
         return Config({"model_type": default, **(value or {})}, f"{self.source}: {name}")
 
