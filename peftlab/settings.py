@@ -91,10 +91,16 @@ class Settings:
     checkpointing: bool | str | int = setting(
         False, "recompute activations in the backward pass instead of keeping them: all, or of as many blocks as 'fit' "
         "finds are needed for the step to fit the GPU",
-        blocks_or, known=(True, False, "fit", "reentrant"), option="checkpointing",
+        blocks_or, known=(True, False, "fit", "reentrant", "pinned"), option="checkpointing",
         more="'reentrant' is torch's older kind. A number means so many blocks, the first ones. 'fit' lets "
         "`peftlab.memory` choose this number, with its margin; `History.checkpointing` says what it chose, or why all "
-        "are recomputed.")
+        "are recomputed. With 'pinned' the inputs of the blocks, from which they are recomputed, wait in the computer's "
+        "main memory; only the fast path does that.")
+    compile: str | None = setting(
+        None, "'layers' compiles each repeated block of the model, which takes a minute at the start",
+        one_of, known=(None, "layers"), option="compile",
+        more="Batches are padded to a few lengths, and the last bits of a result change. Where a compiler fails, the "
+        "run goes on without it: `History.compiled` says what happened (`peftlab.training.compiling`).")
     fast: bool | str = setting(
         "auto", "LoRA on a Llama-like decoder by a step written by hand, with the same result in less time",
         one_of, known=("auto", True, False), option="fast",

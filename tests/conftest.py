@@ -13,6 +13,8 @@ os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+gc.disable()  # until the tests are collected: torch and transformers leave nothing behind that is worth a search
+
 LAST = pytest.StashKey()
 ORDER = ("unit", "parity", "gpu", "notebooks", "book")
 
@@ -48,6 +50,10 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group("book"))
         elif item not in slow and not item.get_closest_marker("xdist_group") and folder(item) != "notebooks":
             item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
+def pytest_collection_finish():
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)

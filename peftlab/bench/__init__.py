@@ -6,7 +6,7 @@ A topic is a module here with `points()` (dicts that say what to measure, in ord
 1. points that may share the machine, in `jobs` processes;
 2. points with `alone`, one after the other in one process;
 3. points with `timed`, in several fresh processes (see `timing`). The timed points of a section are one comparison: in
-   each process they take turns.
+   each process they take turns, in every second one from the last to the first.
 
 Finished points are kept in FILE.partial, so a killed run continues where it stopped, also on another host with the same
 GPU and the same versions. Each row names its run: the host and the day. A comparison is always of one run.
@@ -36,7 +36,9 @@ from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.kit import measurements
 from peftlab.progress import Bar
 
-TOPICS = ("memory", "lora", "qlora", "prompts", "adapters", "experts", "parallel", "circulating")
+TOPICS = (
+    "memory", "lora", "qlora", "prompts", "adapters", "experts", "parallel", "circulating", "recipes", "speed",
+)  # fmt: skip
 BEGINNING = b'{"gpu": '  # of FILE.partial
 FORM = 2  # of FILE.partial
 LIBRARIES = ("torch", "transformers", "peft", "peftlab", "bitsandbytes", "triton")
@@ -151,9 +153,14 @@ def measured(module: Any, todo: list[Unit], jobs: int) -> Iterator[tuple[Unit, l
 
 
 def one_by_one(pool: Executor, module: Any, waiting: list[Unit]) -> Iterator[tuple[Unit, list[Rows | Exception]]]:
-    """Measure all points in turn, in one process."""
+    """Measure all points in turn, in one process. In every second process the timed points come in reverse order.
+
+    So no point always follows the same one, or always runs on a card that has just grown warm.
+    """
     for unit in waiting:
-        yield unit, [outcome(pool.submit, module.measure, point) for point in unit.points]
+        turn = -1 if unit.process is not None and unit.process % 2 == 0 else 1
+        found = [outcome(pool.submit, module.measure, point) for point in unit.points[::turn]]
+        yield unit, found[::turn]
 
 
 def side_by_side(pool: Executor, module: Any, waiting: list[Unit]) -> Iterator[tuple[Unit, list[Rows | Exception]]]:

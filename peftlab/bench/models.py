@@ -6,6 +6,7 @@ import gc
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,17 +41,22 @@ def gpu_for(point: Row, what: str) -> torch.device:
 
 @contextmanager
 def held(
-    shape: str | dict, device: torch.device, four_bit: bool = False, make: Callable[..., nn.Module] | None = None
+    shape: str | dict,
+    device: torch.device,
+    four_bit: bool = False,
+    make: Callable[..., nn.Module] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[nn.Module]:
     """Lend a random model of this shape, frozen. It is kept until a block asks for another one, or fails.
 
     Give it back as it was, but for values of weights: the next block of this process gets the same one.
-    `make(shape, device, four_bit)` makes the model; by default `random_model`.
+    `make(shape, device, four_bit)` makes the model; by default `random_model`, in `dtype`.
     """
-    name = json.dumps([shape, str(device), four_bit])
+    name = json.dumps([shape, str(device), four_bit, str(dtype)])
     if name not in _held:
         let_go()
-        _held[name] = (make or random_model)(shape, device, four_bit)
+        make = make or (partial(random_model, dtype=dtype) if dtype else random_model)
+        _held[name] = make(shape, device, four_bit)
     try:
         yield _held[name]
     except BaseException:
@@ -76,8 +82,10 @@ def release() -> None:
 
 
 @torch.no_grad()
-def random_model(shape: str | dict, device: torch.device, four_bit: bool = False) -> nn.Module:
-    """Make a shape with random weights: decoders in bf16, others in float32.
+def random_model(
+    shape: str | dict, device: torch.device, four_bit: bool = False, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Make a shape with random weights, by default decoders in bf16 and others in float32.
 
     Each weight is allocated on the device and filled there. With `four_bit` the body's linear layers are quantised to
     NF4 one by one.
@@ -89,7 +97,7 @@ def random_model(shape: str | dict, device: torch.device, four_bit: bool = False
     config.use_cache = False
     if known.kind == "encoder-decoder":
         config.decoder_start_token_id = 0
-    dtype = torch.bfloat16 if known.kind == "decoder" else torch.float32
+    dtype = dtype or (torch.bfloat16 if known.kind == "decoder" else torch.float32)
     with torch.device("meta"):
         model = getattr(transformers, KINDS[known.kind]).from_config(config, dtype=dtype)
     worker = choose(AUTO, "nf4", 64, device) if four_bit else None

@@ -1,7 +1,8 @@
 """Times of a GPU's steps, from several fresh processes: the clock in three of them, the kernels' own time in one more.
 
 The medians of two processes can lie further apart than the steps within one process. So `bench.run` measures every
-timed point in `PROCESSES` processes, one after the other. In each of them the points take turns (A B C, A B C, A B C).
+timed point in `PROCESSES` processes, one after the other. In each of them the points take turns, in every second one in
+reverse order (A B C, C B A, A B C).
 One last process reads with torch's profiler how long the GPU's kernels were busy. It is a process of its own, because
 a profiler that was on once makes later steps of its process slower.
 """
@@ -41,20 +42,36 @@ def named(point: Row, rows: Iterable[Row]) -> list[Row]:
 # ------------------------------------------------------------------------------------------------- in one process
 
 
-def clock(step: Callable[[], Any], repeats: int = 5, warm_up: int = 2, prefix: str = "") -> Row:
+def clock(step: Callable[[], Any], repeats: int = 5, warm_up: int = 2, prefix: str = "", details: bool = False) -> Row:
     """Measure a step as this process does. The peak of memory is counted from the warm-up on.
 
     Returns:
         a row with `seconds` (the median on the clock), `repeats`, and `busy_seconds` (in which at least one kernel of a
-        single step ran). What this process does not measure is None. A prefix is put before the names.
+        single step ran). What this process does not measure is None. A prefix is put before the names. `details` adds
+        those of `row_of`.
     """
-    row: Row = {f"{prefix}seconds": None, f"{prefix}busy_seconds": None, f"{prefix}repeats": repeats}
     if profiling():
         timed(step, repeats=0, warm_up=warm_up)
-        row[f"{prefix}busy_seconds"] = busy(kernels_of(step))
+        row = row_of([], kernels_of(step), repeats)
     else:
-        row[f"{prefix}seconds"] = statistics.median(timed(step, repeats, warm_up))
-    return row
+        row = row_of(timed(step, repeats, warm_up), [], repeats)
+    names = row if details else ("seconds", "busy_seconds", "repeats")
+    return {f"{prefix}{name}": row[name] for name in names}
+
+
+def row_of(times: list[float], kernels: list[Kernel], repeats: int) -> Row:
+    """Return the row of a step from its times on the clock, or from its kernels.
+
+    Beside what `clock` tells: `fastest_step` and `slowest_step`, in seconds, and `kernels`, how many there are.
+    """
+    return {
+        "seconds": statistics.median(times) if times else None,
+        "busy_seconds": busy(kernels),
+        "repeats": repeats,
+        "fastest_step": min(times, default=None),
+        "slowest_step": max(times, default=None),
+        "kernels": len(kernels) or None,
+    }
 
 
 def timed(step: Callable[[], Any], repeats: int, warm_up: int) -> list[float]:
@@ -98,6 +115,11 @@ def kernels_of(step: Callable[[], Any]) -> list[Kernel]:
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as recorded:
         step()
         torch.cuda.synchronize()
+    return kernels_in(recorded)
+
+
+def kernels_in(recorded: Any) -> list[Kernel]:
+    """Return the GPU's kernels in a finished profile of torch."""
     return [
         Kernel(event.name, event.time_range.start / 1e6, event.time_range.end / 1e6)
         for event in recorded.events()
@@ -143,6 +165,8 @@ def _one(rows: tuple[Row, ...]) -> Row:
                 row["processes"] = len(values)
         elif len({repr(value) for value in values}) <= 1:
             row[name] = values[0] if values else None
+        elif name == "skipped":  # why something could not be measured may differ
+            row[name] = "; ".join(dict.fromkeys(values))
         elif all(isinstance(value, int) for value in values):
             row[name] = max(values)
         elif all(isinstance(value, (int, float)) for value in values):

@@ -34,6 +34,7 @@ MARGIN = f"{cards.TOO_LOW:.0%} for the estimate, {format_bytes(cards.CONTEXT)} f
 NO_AUTOCAST = dict.fromkeys(PRECISIONS, "none") | {"bf16": "none; for Trainer(bf16=True) add --autocast"}
 OF_A_RUN = (
     "batch", "sequence", "precision", "optimizer", "checkpointing", "chunked_loss", "autocast", "adapter_precision",
+    "masters",
     "attention", "gpus", "parallel", "library",
 )  # fmt: skip
 
@@ -63,7 +64,11 @@ def add_memory_options(command: argparse.ArgumentParser) -> None:
     add("--chunked-loss", **switch, default=False, help="no whole logits, as in peftlab train (default: no)")
     add("--autocast", **switch, help="compute in bf16, as Trainer(bf16=True) does (default: for mixed and qlora)")
     named = ", ".join(ADAPTER_PRECISIONS)
-    add("--adapter-precision", default="fp32", metavar="P", help=f"of what a method adds: {named} (default: fp32)")
+    add(
+        "--adapter-precision", "--adapter-dtype", default="fp32", metavar="P",
+        help=f"of what a method adds: {named} (default: fp32)",
+    )  # fmt: skip
+    add("--masters", **switch, default=False, help="float32 masters of a bf16 adapter, as train keeps (default: no)")
     add("--attention", default="sdpa", metavar="A", help=f"{', '.join(ATTENTIONS)} (default: sdpa)")
     add("--gpus", type=int, default=1, metavar="N", help="GPUs that train together, each on a batch (default: 1)")
     add("--parallel", default="ddp", metavar="P", help=f"how: {', '.join(PARALLEL)} (full shards) (default: ddp)")

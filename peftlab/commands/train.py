@@ -30,8 +30,10 @@ from peftlab.memory.units import format_both, format_count, format_percent
 from peftlab.settings import Settings, known_values
 
 # Arguments that do not change what is learned. A run continues even if they differ.
-INCIDENTAL = ("command", "run", "json", "out", "resume", "save_every", "device", "test_limit", "max_new_tokens", "fast",
-              "chunked_loss")
+INCIDENTAL = (
+    "command", "run", "json", "out", "resume", "save_every", "device", "test_limit", "max_new_tokens", "fast",
+    "compile", "chunked_loss",
+)  # fmt: skip
 # The training settings that have an option, by the name of the option
 OPTIONS = {one.metadata["option"]: one for one in fields(Settings) if one.metadata["option"]}
 LOG_SECONDS = 30.0
@@ -64,6 +66,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
     for option, one in OPTIONS.items():
         default = None if option == "lr" else one.default
         add(f"--{option}", default=default, **_as_argument(one, defaults.get(option, _told(one.default))))
+    add(
+        "--adapter-dtype", "--adapter-precision", choices=("fp32", "bf16"),
+        help="of what the method adds; bf16 trains with float32 masters (default: that of the layer, fp32 on a base in "
+        "16 or 4 bits)",
+    )  # fmt: skip
     add("--device", metavar="D", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     add("--limit", type=int, metavar="N", help="use the first N training examples")
     add("--max-length", type=int, metavar="N", help="tokens of an example (default: 512, or what the model can take)")
@@ -91,7 +98,7 @@ def _as_argument(one: Field[Any], default: str) -> dict[str, Any]:
     elif True in known:
         kind = {"action": argparse.BooleanOptionalAction}
     elif known:
-        kind = {"choices": known}
+        kind = {"choices": [value for value in known if value is not None]}
     elif one.metadata["check"].func is whole:
         kind = {"type": int, "metavar": "N"}
     return kind | {"help": one.metadata["doc"] + (f" (default: {default})" if default else "")}
@@ -219,7 +226,8 @@ def _train(arguments: argparse.Namespace, targets: Any, begin: Callable[[], Plac
             quantize_model(model)
     if row.config:
         task_type = "SEQ_CLS" if task.kind == "classification" else None
-        attach(model, _config(arguments, targets, tokenizer=tokenizer, task_type=task_type))
+        config = _config(arguments, targets, tokenizer=tokenizer, task_type=task_type)
+        attach(model, config, adapter_dtype=arguments.adapter_dtype)
     counted = count_parameters(model)
     max_length = _max_length(arguments, model)
     say(task.told)

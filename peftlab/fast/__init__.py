@@ -43,6 +43,8 @@ def find_path(model: nn.Module, core: nn.Module, settings: Settings, device: tor
     try:
         if settings.fast is False:
             raise Refused("fast=False")
+        if settings.compile:
+            raise Refused(f"compile={settings.compile!r} asks for the plain path")
         if core is not model:
             raise Refused(f"the model is wrapped in a {type(model).__name__}")
         if settings.loss is not None:
@@ -53,6 +55,11 @@ def find_path(model: nn.Module, core: nn.Module, settings: Settings, device: tor
     except Refused as refusal:
         if settings.fast is True:
             raise refused(refusal) from None
+        if settings.checkpointing == "pinned":
+            raise PeftLabError(
+                f"checkpointing='pinned' is done by the fast path, which cannot take this run: {refusal}. Use "
+                "checkpointing=True, which keeps the blocks' inputs on the GPU."
+            ) from None
         return str(refusal)
 
 
@@ -80,7 +87,8 @@ class FastPath:
         if self.settings.precision == "bf16":
             dtype = torch.bfloat16
         wish = self.settings.checkpointing
-        self.step = Step(self.decoder, dtype, wish if isinstance(wish, int) else True, pinned=wish == "pinned")
+        pinned = wish == "pinned" and self.device.type == "cuda"
+        self.step = Step(self.decoder, dtype, wish if isinstance(wish, int) else True, pinned=pinned)
         self.how = self.step.told
         if self.device.type == "cuda":
             self.graphs = Graphs(self.step)

@@ -38,7 +38,11 @@ class Graphs:
 
     def gradients(self, batch: Batch, rows: Rows, scale: Tensor) -> Tensor:
         """Do what `Step.gradients` does. The first batch of a shape runs as usual, and its second records the graph."""
-        inputs = [tensor for tensor in (*batch, rows.cos, rows.sin, *rows.masks.values(), scale) if tensor is not None]
+        inputs = [
+            tensor
+            for tensor in (*batch, rows.cos, rows.sin, rows.sin_back, *rows.masks.values(), scale)
+            if tensor is not None
+        ]
         shape = (batch.blocks is None, *(tensor.shape for tensor in inputs))
         recorded = self.recorded.get(shape)
         if recorded is None:
@@ -57,4 +61,3 @@ class Graphs:
         with torch.cuda.graph(graph, pool=self.pool):
             loss = self.step.gradients(batch, rows, scale)
         return Recorded(graph, inputs, loss)
-

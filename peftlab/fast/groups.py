@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.methods.lora import LoRALinear
-from peftlab.quantization.weights import dense, is_quantized
+from peftlab.quantization.weights import decode_into, is_quantized
 
 ALIGNED = 64  # rows of a buffer begin at multiples of so many elements, which products read fastest
 
@@ -81,6 +81,7 @@ class Group:
         self.like = like
         biases = [linear.bias for linear, _ in parts]
         self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases]).to(like.dtype)
+        self.flat_a: Tensor | None = None  # all A of the group in the flat tensor, (R, K), and their gradient
         self.grad_a: Tensor | None = None
         self.shared: Shared | None = None
         self.whole: Tensor | None = None
@@ -124,13 +125,11 @@ class Group:
     @torch.no_grad()
     def read_adapters(self) -> None:
         """Copy A and sB from the trained parameters, rounded to the dtype of the products."""
+        if self.flat_a is not None:
+            self.a.copy_(self.flat_a)
         for member in self.adapted:
-            lora = member.lora
-            assert lora is not None
-            self.a[member.columns].copy_(lora.lora_A)
-            torch.mul(lora.lora_B, lora.scaling, out=self.b[member.rows, member.columns]) if (
-                lora.lora_B.dtype == self.like.dtype
-            ) else self.b[member.rows, member.columns].copy_(lora.lora_B * lora.scaling)
+            assert member.lora is not None
+            torch.mul(member.lora.lora_B, member.lora.scaling, out=self.b[member.rows, member.columns])
 
     def weight(self) -> Tensor:
         """Return the buffer (N + R, K + R). A 4-bit weight is decoded, unless it was the last one of its kind."""
@@ -141,7 +140,7 @@ class Group:
         if self.shared.holds is not self:
             self.shared.holds = self
             for member in self.members:
-                whole[member.rows, : self.k].copy_(dense(member.linear.weight, self.like.dtype))
+                decode_into(whole[member.rows, : self.k], member.linear.weight)
             whole[: self.n, self.k :].copy_(self.b)
             whole[self.n :, : self.k].copy_(self.a)
         return whole
@@ -190,7 +189,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
     """out += scale a b. A sum of 16-bit products is kept in float32, if `out` is."""
     if out.dtype == a.dtype:
         out.addmm_(a, b, alpha=scale)
-    elif out.device.type == "cuda":
+    elif out.device.type == "cuda" and out.dtype == torch.float32:
         torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, alpha=scale, out=out)
     else:
         out.add_(a @ b, alpha=scale)

@@ -38,7 +38,7 @@ class Rows(NamedTuple):
     """What all blocks need to know of a batch of b rows of s tokens.
 
     Attributes:
-        cos, sin: (b or 1, s, 1, head_dim); the first half of sin is negated (see `pieces.rotate_into`).
+        cos, sin, sin_back: (b or 1, s, 1, head_dim / 2), of the angles by which each pair of numbers is turned; -sin.
         masks: {window: (b, 1, s, s)}, which tokens attend to which; None where only the order decides.
     """
 
@@ -46,6 +46,7 @@ class Rows(NamedTuple):
     s: int
     cos: Tensor
     sin: Tensor
+    sin_back: Tensor
     masks: dict[int | None, Tensor | None]
 
 
@@ -96,15 +97,11 @@ class Block:
         n1 = self.qkv.inputs(m)
         self.pieces.norm_into(n1[:, :hidden], x, self.norms["input"], sizes.eps)
         product, low["qkv"] = self.qkv.forward(n1, low.get("qkv"))
-        qkv = product.view(rows.b, rows.s, -1, sizes.head_dim)
-        turned = torch.empty_like(qkv)
-        self.pieces.rotate_into(turned, qkv, rows.cos, rows.sin, sizes.heads, sizes.kv_heads,
-                                self.norms["q"], self.norms["k"], sizes.eps)  # fmt: skip
-        before = qkv if self.norms["q"] is not None else None
-        del product, qkv
-        leaves, o = self._attention(turned, rows, graph)
+        before, q, k, v = self._rotated(product.view(rows.b, rows.s, -1, sizes.head_dim), rows)
+        del product
+        leaves, o = self._attention(q, k, v, rows, graph)
         flat_o = self.o.inputs(m)
-        flat_o[:, : self.o.k].copy_(o.detach().transpose(1, 2).reshape(m, self.o.k))
+        self.pieces.copy_into(flat_o[:, : self.o.k], o.detach().transpose(1, 2).reshape(m, self.o.k))
         y, low["o"] = self.o.forward(flat_o, low.get("o"))
         h, n2 = torch.empty_like(x), self.gate_up.inputs(m)
         self.pieces.add_norm_into(h, n2[:, :hidden], x, y, self.norms["post"], sizes.eps)
@@ -112,12 +109,42 @@ class Block:
         _, low["gate_up"] = self.gate_up.forward(n2, low.get("gate_up"), out=gate_up[:, : self.gate_up.n])
         return Kept(before, leaves, o, h, gate_up, n1[:, :hidden], flat_o[:, : self.o.k], n2[:, :hidden])
 
-    def _attention(self, qkv: Tensor, rows: Rows, graph: bool) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    def _rotated(self, qkv: Tensor, rows: Rows) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        """Return qkv, if the backward pass needs it, and q, k, v, each (b, s, heads, d). Without norms, in place."""
+        sizes, pieces = self.sizes, self.pieces
+        both = sizes.heads + sizes.kv_heads
+        q, k, v = qkv.split([sizes.heads, sizes.kv_heads, sizes.kv_heads], 2)
+        if self.norms["q"] is None:
+            pieces.rotate_into(qkv[:, :, :both], qkv[:, :, :both], rows.cos, rows.sin)
+            return None, q, k, v
+        turned = []
+        for x, weight in ((q, self.norms["q"]), (k, self.norms["k"])):
+            y = torch.empty_like(x, memory_format=torch.contiguous_format)
+            pieces.norm_into(y, x, weight, sizes.eps)
+            pieces.rotate_into(y, y, rows.cos, rows.sin)
+            turned.append(y)
+        return qkv, *turned, v
+
+    def _rotated_back(self, out: Tensor, qkv: Tensor | None, grads: tuple[Tensor, ...], rows: Rows) -> None:
+        """Write the gradient of qkv into `out`, (b, s, heads + 2 kv_heads, d)."""
+        sizes, pieces = self.sizes, self.pieces
+        places = out.split([sizes.heads, sizes.kv_heads, sizes.kv_heads], 2)
+        pieces.copy_into(places[2], grads[2])
+        for index, name in enumerate("qk"):
+            place, grad, weight = places[index], grads[index], self.norms[name]
+            if qkv is None:
+                pieces.rotate_into(place, grad, rows.cos, rows.sin_back)
+                continue
+            x = qkv.split([sizes.heads, sizes.kv_heads, sizes.kv_heads], 2)[index]
+            pieces.rotate_into(grad, grad, rows.cos, rows.sin_back)
+            pieces.norm_back_into(place, None, None, x, weight, grad, sizes.eps)
+
+    def _attention(
+        self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, graph: bool
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
         """softmax(q k^T / sqrt(d)) v; with `graph` so that torch can differentiate it. Returns (q, k, v) and o."""
         sizes, mask = self.sizes, rows.masks[self.window]
-        q, k, v = (part.transpose(1, 2) for part in qkv.split([sizes.heads, sizes.kv_heads, sizes.kv_heads], 2))
-        leaves = (q.detach().requires_grad_(graph), k.detach().requires_grad_(graph), v.detach().requires_grad_(graph))
-        q, k, v = leaves
+        q, k, v = leaves = tuple(t.transpose(1, 2).detach().requires_grad_(graph) for t in (q, k, v))
         grouped, kernel = sizes.heads != sizes.kv_heads, q.device.type == "cuda" and mask is None
         with torch.set_grad_enabled(graph):
             if grouped and not kernel:
@@ -131,7 +158,7 @@ class Block:
     # -- backward ------------------------------------------------------------------------------------------------
 
     def room(self, like: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return room for a gradient dy of the stream, for [dy | du] of `group`, and dy in it where that is another.
+        """Return room for a gradient dy of the stream, for [dy | du] of `group`, and dy in that if it is another.
 
         The stream between the blocks may have another dtype than the products.
         """
@@ -191,10 +218,9 @@ class Block:
         kept.o = kept.leaves = kept.flat_o = None  # type: ignore[assignment]
         # q, k, v = rotate(W_qkv n1),  n1 = norm(x)
         dqkv = self.qkv.outputs(m)
-        pieces.rotate_back_into(dqkv[:, : self.qkv.n].unflatten(0, (rows.b, rows.s)).unflatten(2, (-1, sizes.head_dim)),
-                                kept.qkv, dq, dk, dv, rows.cos, rows.sin, self.norms["q"], self.norms["k"],
-                                sizes.eps)  # fmt: skip
-        del dq, dk, dv, do
+        place = dqkv[:, : self.qkv.n].unflatten(0, (rows.b, rows.s)).unflatten(2, (-1, sizes.head_dim))
+        self._rotated_back(place, kept.qkv, (dq, dk, dv), rows)
+        del dq, dk, dv, do, place
         self.qkv.low(dqkv)
         if self.qkv.r:
             n1 = kept.n1

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from peftlab import optional
+from peftlab.optional import available
 
 
 def wide(x: Tensor) -> Tensor:
@@ -68,41 +68,19 @@ def norm_back_into(out: Tensor, copy: Tensor | None, dres: Tensor | None, x: Ten
         copy.copy_(total)
 
 
-def swap(x: Tensor) -> Tensor:
-    """Exchange the two halves of the last dimension."""
-    return x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+def rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """out = x turned by its positions. x, out: (b, s, heads, d), which may be the same.
 
-
-def rotate_into(out: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int,
-                q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> None:  # fmt: skip
-    """Turn queries and keys by their positions; values are copied. qkv, out: (b, s, heads + 2 kv_heads, d).
-
-    cos, sin: (b or 1, s, 1, d); the first half of `sin` is negated.
+    With -sin instead of sin it turns back, which is the derivative. cos, sin: (b or 1, s, 1, d / 2).
     """
-    # y_i = x_i cos_i - x_{i+d/2} sin_i  and  y_{i+d/2} = x_{i+d/2} cos_{i+d/2} + x_i sin_{i+d/2}
-    q, k, v = qkv.split([heads, kv_heads, kv_heads], 2)
-    if q_norm is not None and k_norm is not None:
-        qk = torch.cat([norm(q, q_norm, eps), norm(k, k_norm, eps)], 2).to(qkv.dtype)
-    else:
-        qk = qkv[:, :, : heads + kv_heads]
-    x = wide(qk)
-    out.copy_(torch.cat([x * wide(cos) + swap(x) * wide(sin), wide(v)], 2))
+    # y_1 = x_1 cos - x_2 sin,   y_2 = x_2 cos + x_1 sin     with the halves x_1, x_2 of a head
+    (one, two), c, s = wide(x).chunk(2, -1), wide(cos), wide(sin)
+    out.copy_(torch.cat([one * c - two * s, two * c + one * s], -1))
 
 
-def rotate_back_into(out: Tensor, qkv: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor,
-                     q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> None:  # fmt: skip
-    """out = dL/dqkv of `rotate_into`, (b, s, heads + 2 kv_heads, d). qkv is needed for the norms."""
-
-    def back(dy: Tensor) -> Tensor:
-        # the transposed rotation: dx = dy cos + swap(dy sin)
-        g = wide(dy)
-        return g * wide(cos) + swap(g * wide(sin))
-
-    gq, gk = back(dq), back(dk)
-    if qkv is not None and q_norm is not None and k_norm is not None:
-        q, k, _ = qkv.split([dq.shape[2], dk.shape[2], dv.shape[2]], 2)
-        gq, gk = norm_back(q, q_norm, gq, eps).to(gq.dtype), norm_back(k, k_norm, gk, eps).to(gk.dtype)
-    out.copy_(torch.cat([gq, gk, wide(dv)], 2))
+def copy_into(out: Tensor, x: Tensor) -> None:
+    """out = x."""
+    out.copy_(x)
 
 
 def swiglu_into(out: Tensor, gate: Tensor, up: Tensor) -> None:
@@ -123,31 +101,38 @@ def swiglu_back_(gate: Tensor, up: Tensor, d: Tensor) -> None:
 
 def cross_entropy_(logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
     """Return the summed loss of labels other than -100. The logits (n, V) become its gradient times `scale`."""
-    # nll = log sum exp(z) - z_label,   dnll/dz = softmax(z) - onehot(label)
-    z = wide(logits)
-    lse = torch.logsumexp(z, -1, keepdim=True)
+    # nll = -log p_label with log p = z - log sum exp(z),   dnll/dz = p - onehot(label)
     learned, label = (labels != -100)[:, None], labels.clamp(min=0)[:, None]
-    nll = torch.where(learned, lse - z.gather(1, label), 0.0)
-    hot = torch.arange(z.shape[1], device=z.device)[None] == label
-    p = torch.exp(z - lse)
-    logits.copy_(torch.where(learned, (p - hot.to(p.dtype)) * scale, 0.0))
+    log_p = torch.log_softmax(wide(logits), -1)
+    nll = torch.where(learned, -log_p.gather(1, label), 0.0)
+    p, factor = log_p.exp(), torch.where(learned, scale, 0.0).to(log_p.dtype)
+    if p.device.type == "cpu":
+        p = p.scatter_add_(1, label, -torch.ones_like(nll))
+    else:  # a compiler writes this on the way, without a tensor of ones
+        p = p - (torch.arange(p.shape[1], device=p.device)[None] == label).to(p.dtype)
+    logits.copy_(p * factor)
     return nll.sum()
 
 
-PIECES = (norm_into, add_norm_into, add_into, norm_back_into, rotate_into, rotate_back_into, swiglu_into, swiglu_back_,
+PIECES = (copy_into, norm_into, add_norm_into, add_into, norm_back_into, rotate_into, swiglu_into, swiglu_back_,
           cross_entropy_)  # fmt: skip
 
 
 @functools.cache
 def _compiled() -> SimpleNamespace:
-    return SimpleNamespace(**{piece.__name__: torch.compile(piece) for piece in PIECES})
+    from peftlab.fast import kernels
+
+    compiled = {piece.__name__: torch.compile(piece) for piece in PIECES}
+    return SimpleNamespace(**{**compiled, "rotate_into": kernels.rotate_into})
 
 
-def pieces_for(device: torch.device) -> tuple[SimpleNamespace, str]:
+def pieces_for(device: torch.device, dtype: torch.dtype) -> tuple[SimpleNamespace, str]:
     """Return the pieces by name for a device, and how they run, in words for the run's report."""
     eager = SimpleNamespace(**{piece.__name__: piece for piece in PIECES})
     if device.type != "cuda":
         return eager, "its pieces are not compiled: on a CPU that takes longer than it saves"
-    if optional.available("triton") is None:
+    if available("triton") is None:
         return eager, "its pieces are not compiled: triton is not installed"
+    if dtype == torch.float64:
+        return eager, "its pieces are not compiled: float64 is for comparisons"
     return _compiled(), "its pieces are compiled"

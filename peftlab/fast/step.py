@@ -79,7 +79,7 @@ def read_batch(batch: Mapping[str, Any], rounded: bool = False) -> Batch:
     elif positions is not None:
         # without a mask, transformers begins an example wherever a position is not one more than the last
         found = (positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1).cumsum(1)
-        blocks = found.expand(ids.shape) if found[:, -1].any() else None
+        blocks = found.expand(ids.shape).contiguous() if found[:, -1].any() else None
     b, s = ids.shape
     positions = torch.arange(s)[None] if positions is None else positions
     more = round_up(s) - s if rounded else 0
@@ -120,7 +120,7 @@ class Step:
         self.pinned: dict[torch.Size, list[Tensor]] = {}
         device = decoder.embedding.weight.device
         self.like = torch.empty(0, dtype=dtype, device=device)
-        self.pieces, self.told = pieces_for(device)
+        self.pieces, self.told = pieces_for(device, dtype)
         eps: Any = decoder.norm.variance_epsilon
         self.sizes = Sizes(decoder.heads, decoder.kv_heads, decoder.head_dim, eps)
         self.head = decoder.head.weight.detach().to(dtype)
@@ -164,8 +164,11 @@ class Step:
                 continue
             for _ in group.adapted:
                 next(views)
-            group.grad_a = self.flat.whole.grad[at : at + group.r * group.k].view(group.r, group.k)
-            at += group.r * group.k
+            end = at + group.r * group.k
+            group.flat_a, group.grad_a = (
+                whole[at:end].view(group.r, group.k) for whole in (self.flat.whole.detach(), self.flat.whole.grad)
+            )
+            at = end
             for member in group.adapted:
                 member.grad_b = next(views)
                 at += member.grad_b.numel()
@@ -184,10 +187,11 @@ class Step:
         like = self.decoder.embedding.weight.new_empty(b, s, 1)
         rotary: Any = self.decoder.rotary
         cos, sin = (table.unsqueeze(2) for table in rotary(like, batch.positions))
-        half = self.sizes.head_dim // 2
-        signed = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+        cos, sin = (
+            table[..., : self.sizes.head_dim // 2].contiguous() for table in (cos, sin)
+        )  # both halves are equal
         windows = {block.window for block in self.blocks}
-        return Rows(b, s, cos, signed, {window: _mask(batch, window) for window in windows})
+        return Rows(b, s, cos, sin, -sin, {window: _mask(batch, window) for window in windows})
 
     @torch.no_grad()
     def gradients(self, batch: Batch, rows: Rows, scale: Tensor) -> Tensor:
@@ -255,4 +259,4 @@ def _mask(batch: Batch, window: int | None) -> Tensor | None:
     seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
     if batch.blocks is not None:
         seen = seen & (batch.blocks[:, :, None] == batch.blocks[:, None])
-    return seen.expand(len(batch.ids), 1, s, s) if seen.ndim == 2 else seen[:, None]
+    return seen[None, None] if seen.ndim == 2 else seen[:, None]

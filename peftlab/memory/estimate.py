@@ -65,6 +65,7 @@ class Estimate:
     workspace: int  # tensors that live only at this moment, and cuBLAS' workspace
     moment: str  # where in the step the peak is
     flops: int  # of one step's matrix products; a multiplication with its addition counts two
+    written: int  # bytes of all tensors that an eager step makes; `peftlab.memory.speed` reads it
     file_bytes: int  # tensors of the checkpoint: all of the model's, or only the adapter's
     trainable: int
     total: int
@@ -112,6 +113,7 @@ def estimate(
     chunked_loss: bool = False,
     autocast: bool | None = None,
     adapter_precision: str = "fp32",
+    masters: bool = False,
     attention: str = "sdpa",
     labels: int | None = None,
     library: str = "peft",
@@ -142,6 +144,8 @@ def estimate(
         autocast: whether the forward pass runs under bf16 autocast, as in `Trainer(bf16=True)`. None switches it on
             for mixed precision and for `qlora`, and for nothing else.
         adapter_precision: the precision of the tensors that the method adds, `"fp32"` as in peft or `"bf16"`.
+        masters: whether the optimiser keeps float32 copies of what the method adds in bf16, as `train` does. Its states
+            are float32 then.
         attention: `"sdpa"` (fused) or `"eager"`.
         labels: classes of an encoder's head.
         library: `"peft"` or `"peftlab"`: whose layers are replayed. peftlab's LoRA, also in four bits, keeps less under
@@ -167,6 +171,7 @@ def estimate(
     one_of("precision", precision, PRECISIONS)
     one_of("optimizer", optimizer, OPTIMIZERS)
     one_of("adapter_precision", adapter_precision, ADAPTER_PRECISIONS)
+    one_of("masters", masters, (True, False))
     one_of("attention", attention, ATTENTIONS)
     _refuse_what_cannot_run(shape, method, sequence, virtual_tokens)
     if targets is not None and not isinstance(targets, str):
@@ -180,6 +185,7 @@ def estimate(
         sequence=sequence,
         weight_bytes=PRECISIONS[precision],
         adapter_bytes=ADAPTER_PRECISIONS[adapter_precision],
+        masters=masters,
         autocast=uses_autocast(method, precision) if autocast is None else autocast,
         checkpointing=checked_blocks(checkpointing, shape),
         chunked_loss=_is_decoder(one_of("chunked_loss", chunked_loss, (True, False)), shape),
@@ -193,7 +199,7 @@ def estimate(
     )
     run = Run(shape, method, trained, recipe)
     run.step()
-    before = run.memory.flops
+    before, written = run.memory.flops, run.memory.written
     history: list[tuple[str, int]] = []
     run.memory.history = history
     run.step()
@@ -205,7 +211,7 @@ def estimate(
                     projection=projection)  # fmt: skip
     return Estimate(
         shape.name, method, memory.peak + CUBLAS_WORKSPACE, **parts,
-        moment=memory.peak_moment, flops=memory.flops - before,
+        moment=memory.peak_moment, flops=memory.flops - before, written=memory.written - written,
         file_bytes=_file_bytes(shape, trained, recipe), trainable=counted.trainable, total=counted.total,
         history=_thinned(history),
     )  # fmt: skip

@@ -60,6 +60,13 @@ def dense(parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return backend.dequantize(held.packed, held.state, dtype or held.state.dtype)
 
 
+def decode_into(out: Tensor, parameter: Tensor) -> None:
+    """Write the weight that a quantised parameter stands for into `out`, whose rows may be apart."""
+    held = quantized(parameter)
+    backend = choose(AUTO, held.state.format, held.state.block_size, held.packed.device)
+    backend.dequantize_into(out, held.packed, held.state)
+
+
 def held_tensors(parameter: Tensor) -> list[Tensor]:
     """Return the tensors that make up a parameter: itself and, for 4-bit codes, their scales."""
     if not is_quantized(parameter):

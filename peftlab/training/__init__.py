@@ -71,6 +71,7 @@ def train(model: nn.Module, train_data: Sequence[Mapping[str, Any]], **given: An
         borrowed_generators(),
         mode(model, True),
         memory_settings(model, run.checkpointing),
+        run.layers.on(),
         run.fast_path(),
         Bar(len(run.order), "Training", enabled=settings.progress and ranks.first, initial=run.step) as bar,
     ):
@@ -80,6 +81,7 @@ def train(model: nn.Module, train_data: Sequence[Mapping[str, Any]], **given: An
         finally:
             run.clear()
     run.history.logits = run.loss.told if isinstance(run.loss, ChunkedLoss) else ""
+    run.history.compiled = run.layers.told
     run.restore_best()
     return run.history
 

@@ -35,6 +35,7 @@ from peftlab.training.losses import (
     only_needed,
     rows_at,
     with_balance,
+    without_full_mask,
     without_labels,
 )
 from peftlab.training.model_facts import text_config
@@ -202,7 +203,7 @@ class ChunkedLoss:
         before = None if self.seen else generators(self.head.weight.device)
         labels = readable(batch["labels"])
         with read_by(self.head, answer=not self.seen) as read:
-            output = without_labels(model, {**batch, **only_needed(model, labels)})
+            output = without_labels(model, {**without_full_mask(batch), **only_needed(model, labels)})
         if before is not None:
             reason = self._difference(read, output)
             if reason is not None:

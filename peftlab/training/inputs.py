@@ -18,7 +18,7 @@ from peftlab.training.losses import Loss
 from peftlab.training.model_facts import facts_of
 from peftlab.training.model_task import PER_TOKEN, inner_model
 from peftlab.training.packing import pack
-from peftlab.training.padding import put_known_id, turn_right
+from peftlab.training.padding import pad_to, put_known_id, turn_right
 
 MOST_KEPT = 10_000  # examples: with two tensors of a thousand tokens each, 160 MB
 OTHER_NAMES = ("label", "label_ids")  # of labels: transformers' collators read them so
@@ -91,6 +91,7 @@ class Inputs:
         self.collate, self.own_loss, self.labelled = collate, loss is not None, labelled
         # a mask that the examples bring may hide tokens on the left all the same
         self.pads_right = isinstance(collate, Collator) and collate.side == "right"
+        self.lengths: tuple[int, ...] = ()  # to which batches are padded
         self.facts = facts_of(model, with_task=loss is None)
         self.main = getattr(inner_model(model), "main_input_name", None)
         self.said: set[str] = set()
@@ -201,7 +202,7 @@ class Inputs:
         if not self.own_loss and self.labelled:
             check_labels(batch, self.facts, where, self._warn)
         if not self.packing:
-            return batch
+            return pad_to(batch, self.lengths, self.facts) if self.lengths else batch
         packed = pack(batch, one_row=self.one_row, multiple_of=self.multiple_of)
         return with_masks(self.facts.model, packed) if self.masks else packed
 

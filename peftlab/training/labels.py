@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peftlab.core.modes import to_device
 
-NOTED = ("labels", "start_positions", "end_positions")
+NOTED = ("labels", "start_positions", "end_positions", "attention_mask")
 NOTE = "_peftlab_on_cpu"  # a tensor on the device keeps its values and its version here
 
 

@@ -37,7 +37,7 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, 
     with the weight that its config names, as in the model's own loss.
     """
     labels = readable(batch["labels"])
-    output = without_labels(model, {**batch, **only_needed(model, labels)})
+    output = without_labels(model, {**without_full_mask(batch), **only_needed(model, labels)})
     logits = _logits(model, output)  # (b, k, V), or (b, n + t, V) behind a prompt
     # nll = - sum over i of log p(x_{i+1} | x_1 .. x_i), over the labelled x_{i+1} alone
     total, count = _cross_entropy(logits, next_labels(labels, logits.shape[1]))
@@ -58,6 +58,14 @@ def with_balance(model: nn.Module, output: Any, total: Tensor, count: Tensor) ->
     balance = getattr(output, "aux_loss", None)
     weight = 0.0 if balance is None else _router_weight(model)
     return (total, count) if balance is None or not weight else (total + weight * balance * count, count)
+
+
+def without_full_mask(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the batch without a mask that hides nothing: transformers would wait for a GPU to find that out."""
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.is_cuda and not readable(mask).is_cuda and bool(readable(mask).all()):
+        return {key: value for key, value in batch.items() if key != "attention_mask"}
+    return batch
 
 
 def only_needed(model: nn.Module, labels: Tensor) -> dict[str, int]:

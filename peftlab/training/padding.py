@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from peftlab.errors import PeftLabError
-from peftlab.training.encoding import Collator
+from peftlab.training.encoding import IGNORE, Collator
 from peftlab.training.model_facts import ModelFacts
 from peftlab.training.model_task import PER_TOKEN
 
@@ -33,6 +34,30 @@ def turn_right(batch: dict[str, Any], facts: ModelFacts, collate: Callable) -> N
         value = batch.get(key)
         if on_cpu(value) and value.shape == mask.shape:
             batch[key] = value.gather(1, order)
+
+
+def pad_to(batch: dict[str, Any], lengths: Sequence[int], facts: ModelFacts) -> dict[str, Any]:
+    """Return a batch (b, t) with padding added on the right, so that t is the next of these lengths.
+
+    A batch that is longer than all, or holds something else along its tokens, stays as it is.
+    """
+    ids = batch.get("input_ids")
+    known = {"input_ids": 0 if facts.pad is None else facts.pad, "labels": IGNORE}
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or "attention_mask" not in batch:
+        return batch
+    along = [key for key, value in batch.items() if isinstance(value, Tensor) and value.shape[:2] == ids.shape]
+    if not _labels_along_tokens(batch, facts):
+        along = [key for key in along if key != "labels"]
+    if set(along) - {*ALONG_TOKENS, "labels"}:
+        return batch
+    if facts.task == "sequence to sequence":
+        along = [*along, "labels"] if "labels" not in along else along
+    padded = dict(batch)
+    for key in along:
+        width = batch[key].shape[1]
+        wanted = next((length for length in lengths if length >= width), width)
+        padded[key] = F.pad(batch[key], (0, wanted - width), value=known.get(key, 0))
+    return padded
 
 
 def _labels_along_tokens(batch: Mapping[str, Any], facts: ModelFacts) -> bool:

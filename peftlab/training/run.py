@@ -20,6 +20,7 @@ from peftlab.fast import FastPath, find_path
 from peftlab.settings import Settings
 from peftlab.training.buffers import Buffers
 from peftlab.training.chunked import ChunkedLoss
+from peftlab.training.compiling import Layers
 from peftlab.training.encoding import Collator
 from peftlab.training.fitting import choose_blocks
 from peftlab.training.inputs import Inputs, example_lengths
@@ -55,6 +56,8 @@ class History:
         best: the evaluation with the lowest loss, or the highest value of the monitored metric.
         stopped_early: whether patience ran out before the last step.
         seconds: time spent training, summed over all pieces of a resumed run. `==` ignores it.
+        compiled: under `compile="layers"`, what is compiled and the lengths of batches, or why nothing is. `==` ignores
+            it.
         path: which path computed the steps, "fast" (`peftlab.fast`) or "plain", and why. `==` ignores it, too.
         logits: how the loss was computed, "in chunks" (`peftlab.training.chunked`) or "whole", and why, likewise.
         checkpointing: under `checkpointing="fit"`, how many blocks are computed again, or why all are, likewise.
@@ -68,6 +71,7 @@ class History:
     best: dict[str, Any] | None = None
     stopped_early: bool = False
     seconds: float = dataclasses.field(default=0.0, compare=False)
+    compiled: str = dataclasses.field(default="", compare=False)
     path: str = dataclasses.field(default="", compare=False)
     logits: str = dataclasses.field(default="", compare=False)
     checkpointing: str = dataclasses.field(default="", compare=False)
@@ -169,6 +173,9 @@ class Run:
         self.buffers = Buffers(self.core)
         self.identity: dict[str, Any] = {}
         self._looked_for_gradients = False
+        self.layers = Layers(model if settings.compile else None)
+        if self.layers.blocks:
+            self.layers.choose_lengths(self.collate, self.train_data, self.order, settings.batch_size)
         self.fast: FastPath | None = None
         self.checkpointing = settings.checkpointing
         if self.checkpointing == "fit":
@@ -228,12 +235,21 @@ class Run:
         lr = learning_rate_at(self.step, len(self.order), settings.learning_rate, self.warmup, settings.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        seed_everything(derived_seed(settings.seed, "step", self.step, self.ranks.rank))
+        seed = derived_seed(settings.seed, "step", self.step, self.ranks.rank)
+        seed_everything(seed)
         if self.fast is not None:
             self.fast.begin()
         held = self.buffers.hold()
         try:
-            totals, labels = self._gradients(parts)
+            try:
+                totals, labels = self._gradients(parts)
+            except Exception as error:
+                if not self.layers.failed(error):
+                    raise
+                self.clear()  # and once more, from the beginning
+                self.buffers.restore(held)
+                seed_everything(seed)
+                totals, labels = self._gradients(parts)
             norm = self._clip()
         except PeftLabError:
             self.buffers.restore(held)  # the forward pass has already changed running statistics
@@ -293,7 +309,7 @@ class Run:
             mine, counted = self.ranks.share(part)
             batch = self.collate([self.train_data[index] for index in mine])
             read = None if self.fast is None else self.fast.read(batch)
-            total, count = (torch.empty(0), read.learned) if read is not None else self._loss_of(batch, counted)
+            total, count = (torch.empty(0), read.learned) if read is not None else self._loss_of(batch, part, counted)
             if number == 0:
                 provisional = count.clamp(min=1) * len(parts)
             # N, the labels of the whole batch, is known only after the last part. Until then divide by a guess N'.
@@ -311,10 +327,11 @@ class Run:
             torch._foreach_mul_([p.grad for p in self._leaves() if p.grad is not None], factor)
         return totals, labels
 
-    def _loss_of(self, batch: Any, counted: bool) -> tuple[Tensor, Tensor]:
+    def _loss_of(self, batch: Any, part: list[int], counted: bool) -> tuple[Tensor, Tensor]:
         """Return the summed loss of a part, with a graph behind it, and the number of its labels in all processes."""
         batch = moved(batch, self.device)
-        with autocast(self.device, self.settings.precision):
+        whole = len(part) == self.settings.batch_size
+        with self.layers.batch(batch, whole), autocast(self.device, self.settings.precision):
             total, count = self.loss(self.model, batch)
         if not total.requires_grad:
             raise TrainingError(

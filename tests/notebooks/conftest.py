@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from wheel import build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,11 +18,26 @@ LIMIT_SECONDS = 180  # on two CPU cores that do nothing else; only reported, so 
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory) -> Path:
-    """A folder that holds the installed wheel and nothing else."""
-    work = tmp_path_factory.mktemp("wheel")
+    """A folder that holds the installed wheel and nothing else. All workers share one."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return install(tmp_path_factory.mktemp("wheel"))
+    work = tmp_path_factory.getbasetemp().parent / "wheel"  # of all workers of this run
+    with FileLock(f"{work}.lock"):
+        if not work.exists():
+            unfinished = work.with_name("wheel-unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            install(unfinished)
+            unfinished.rename(work)
+    return work / "installed"
+
+
+def install(work: Path) -> Path:
+    """Build the wheel in a folder and install it there."""
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     command = [*pip, "install", "--no-deps", "--target", str(work / "installed"), str(build(ROOT, work))]
     subprocess.run(command, cwd=work, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    shutil.copyfile(Path(__file__).with_name("only_these.py"), work / "installed" / "sitecustomize.py")
     return work / "installed"
 
 
@@ -34,7 +50,6 @@ def reader_environment(installed) -> dict[str, str]:
     # the kernel chooses its own way of drawing, as it does for a reader
     ours = ("PYTEST_", "COV_", "MPLBACKEND")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
-    shutil.copyfile(Path(__file__).with_name("only_these.py"), installed / "sitecustomize.py")
     return environment | {
         "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "PEFTLAB_STRICT": "1",
     }  # fmt: skip

@@ -29,6 +29,18 @@ AUTO = {
 }
 
 
+ELEMENTWISE = {torch.ops.aten.mul.Tensor, torch.ops.aten.add.Tensor}
+
+
+def elementwise(function, args):
+    """What these give for tensors without gaps, as to size. On the meta device torch takes 0.2 ms to find it."""
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    if all(tensor.is_meta and tensor.is_contiguous() for tensor in tensors):
+        shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+        return tensors[0].new_empty(shape, dtype=torch.result_type(*args))
+    return None
+
+
 class Tracker(TorchDispatchMode):
     """Bytes of all storages that are alive, and the most there ever were."""
 
@@ -56,7 +68,9 @@ class Tracker(TorchDispatchMode):
             hidden = [args[0].new_empty(args[0].shape, dtype=dtype) for dtype in (args[0].dtype, torch.bool)]
             for one in hidden:
                 self.see(one)
-        output = function(*args, **(kwargs or {}))
+        output = elementwise(function, args) if function in ELEMENTWISE else None
+        if output is None:
+            output = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(output):
             if isinstance(leaf, torch.Tensor):
                 self.see(leaf)

@@ -61,8 +61,8 @@ def test_twenty_steps_of_smollm2():
     other, _ = pl.load_model("smollm2-135m")
     ours, other = shortened(ours), shortened(other)
     text = " ".join(row["text"] for row in pl.load_data("news")["train"].select(range(12)))
-    tokens = torch.tensor(tokenizer(text)["input_ids"][: STEPS * 2 * 24])
-    batches = list(tokens.view(STEPS, 2, 24))
+    tokens = torch.tensor(tokenizer(text)["input_ids"][: STEPS * 2 * 16])
+    batches = list(tokens.view(STEPS, 2, 16))
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     pl.attach(pl.quantize_model(ours), pl.LoRAConfig(r=8, alpha=20, target_modules=targets))
     settings = peft.LoraConfig(r=8, lora_alpha=20, target_modules=targets)

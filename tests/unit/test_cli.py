@@ -546,7 +546,7 @@ def test_a_method_is_given_the_options_that_it_has_fields_for(monkeypatch):
 def test_a_killed_run_and_an_interrupted_one_go_on_to_the_same_adapter(place, capsys, monkeypatch):
     from peftlab.training.run import Run
 
-    command = train_command("ask.jsonl", "stopped", "--steps", 150, "--save-every", 15, "--dropout", 0.1)
+    command = train_command("ask.jsonl", "stopped", "--steps", 100, "--save-every", 10, "--dropout", 0.1)
     states = place / "stopped" / "run"
     process = python("-m", "peftlab", *command, cwd=place)
     deadline = time.monotonic() + HUNG_SECONDS
@@ -562,7 +562,7 @@ def test_a_killed_run_and_an_interrupted_one_go_on_to_the_same_adapter(place, ca
         update = Run.update
 
         def interrupted(run):
-            if run.step == 140:
+            if run.step == 93:
                 raise KeyboardInterrupt
             return update(run)
 

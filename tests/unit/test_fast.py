@@ -225,6 +225,7 @@ def assert_equal_runs(one, other):
         {"packing": True, "batch_size": 6},
         {"weight_decay": 0.1, "warmup": 3, "schedule": "cosine"},
         {"max_grad_norm": 0.05, "checkpointing": True},
+        {"checkpointing": "pinned"},
         {"evaluation_data": examples(5, seed=1), "evaluate_every": 3, "restore_best": True, "group_by_length": True},
         {"optimizer": "sgd", "learning_rate": 1.0},
         {"collate": pl.Collator(tokenizer(), side="left")},
@@ -232,9 +233,19 @@ def assert_equal_runs(one, other):
     ids=lambda settings: "+".join(settings) or "plain",
 )
 def test_ten_steps(settings):
-    fast, plain = trained(True, **settings), trained(False, **settings)
+    fast, plain = trained(True, **settings), trained(False, **{**settings, "checkpointing": False})
     assert fast[0].path.startswith("fast") and plain[0].path == "plain: fast=False"
     assert_equal_runs(fast, plain)
+
+
+def test_adapters_in_bfloat16_train_as_on_the_plain_path():
+    losses = []
+    for fast in (True, False):
+        model = adapt(llama(), dtype=torch.bfloat16)
+        history = pl.train(model, examples(), steps=6, learning_rate=1e-2, progress=False, fast=fast)
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
+        losses.append([row["loss"] for row in history.steps])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
 def test_the_same_seed_gives_the_same_run():
@@ -406,6 +417,8 @@ def test_the_reason_stands_in_the_error_and_in_the_report():
     with pytest.raises(pl.PeftLabError, match="fast=True, and the fast path cannot .* dropout, 0.1. Change that"):
         pl.train(model, examples(), fast=True, **given)
     assert pl.train(model, examples(), **given).path == "plain: 'default' has dropout, 0.1"
+    with pytest.raises(pl.PeftLabError, match="checkpointing='pinned' is done by the fast path, .* dropout, 0.1. Use"):
+        pl.train(model, examples(), checkpointing="pinned", **given)
     own = pl.train(model, examples(), loss=causal_lm_loss, **given)
     assert own.path == "plain: the loss is your own"
 

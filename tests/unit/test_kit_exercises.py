@@ -2,6 +2,7 @@
 
 import math
 import re
+import statistics
 from pathlib import Path
 
 import nbformat
@@ -32,7 +33,36 @@ def gradient_by_autograd(x, g, down, up):
     return down.grad
 
 
+def same_example_mask(positions):
+    """Row by row: a token sees what lies between its example's start and itself."""
+    places = range(len(positions))
+    start = [max(j for j in places if j <= i and positions[j] == 0) for i in places]
+    return torch.tensor([[start[i] <= j <= i for j in places] for i in places])
+
+
 ANSWERS = {
+    "recipes.steps": (375, 3000, 11),
+    "recipes.labels": (lambda prompt, answer, end: [-100 for _ in prompt] + answer + [end],
+                       lambda prompt, answer, end: [-100] * len(prompt) + answer, lambda prompt, answer, end: []),
+    "recipes.accumulate": (1.1, 1.5, 7.0),
+    "recipes.padding": (0.6, 0.4, 0.9),
+    "recipes.perplexity": (lambda sums, counts: 2.718281828459045 ** (sum(sums) / sum(counts)),
+                           lambda sums, counts: math.exp(statistics.fmean(s / n for s, n in zip(sums, counts))),
+                           lambda sums, counts: 1.0),
+    "recipes.mask": (same_example_mask, lambda positions: torch.ones(2 * positions.shape).tril() > 0,
+                     lambda positions: torch.zeros(2 * positions.shape).bool()),
+    "recipes.half": (0.00048828125, 0.0009765625, 0.1),
+    "recipes.dpo": (
+        lambda c, r, cb, rb, beta: torch.log1p(torch.exp(-beta * (c - r - cb + rb))),
+        lambda c, r, cb, rb, beta: torch.log1p(torch.exp(-beta * (c - r))),
+        lambda c, r, cb, rb, beta: c,
+    ),
+    "recipes.baseline": (
+        lambda rewards: torch.stack([r - torch.cat([rewards[:i], rewards[i + 1 :]]).mean()
+                                     for i, r in enumerate(rewards)]),
+        lambda rewards: rewards - rewards.mean(), lambda rewards: 0 * rewards,
+    ),
+    "recipes.reference": ("disabled", None, "copy"),
     "lora.count": (1_843_200, 61_440, 7),
     "lora.first_step": ("b", None, "A"),
     "lora.forward": (lambda x, W, A, B, alpha, r: x @ (W + alpha / r * B @ A).T,

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import json
 
 import mutants
@@ -85,7 +86,9 @@ def test_a_mutant_computes_what_its_name_says(tmp_path, monkeypatch, before, ope
     assert names["result"] == value
 
 
-def test_the_same_are_drawn_again_from_every_area():
+def test_the_same_are_drawn_again_from_every_area(monkeypatch):
+    of_file = functools.cache(lambda path, area, made=mutants.mutants_of: tuple(made(path, area)))  # takes a second
+    monkeypatch.setattr(mutants, "mutants_of", of_file)
     first = mutants.chosen(limit=16)
     assert [one.area for one in first] == 2 * list(mutants.TABLE)
     assert [one.key for one in mutants.chosen(limit=24)][:16] == [one.key for one in first], "more begin as fewer do"

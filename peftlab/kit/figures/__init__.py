@@ -25,6 +25,7 @@ from peftlab.kit.figures.style import (
     styled,
     use_style,
 )
+from peftlab.kit.figures.tokens import token_rows
 from peftlab.kit.figures.transformer import block
 
 __all__ = [
@@ -36,5 +37,6 @@ __all__ = [
     "agreement", "memory_bars", "timelines",
     "virtual_tokens",
     "block_steps", "code_books",
+    "token_rows",
     "BLACK", "COLOURS", "HATCHES", "LINES", "MARKERS", "ROLES", "WIDTH", "label", "new", "role", "styled", "use_style",
 ]  # fmt: skip

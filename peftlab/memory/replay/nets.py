@@ -43,6 +43,7 @@ class Recipe:
     contiguous_bias: bool = True  # of T5's position bias; a fused kernel needs it
     library: str = "peft"  # the library whose LoRA layer is replayed
     gpus: int = 1
+    masters: bool = False  # of 16-bit adapters, float32 copies in the optimiser, whose states then are float32 too
     chunked_loss: bool = False  # the loss is computed in chunks, without whole logits
     sharded: bool = False  # True: divided among the GPUs, as in FSDP; False: each GPU holds everything, as in DDP
 

@@ -36,6 +36,7 @@ class Memory:
         self.moment = self.peak_moment = "start"
         self.default = "workspace"
         self.flops = 0  # of matrix products; a multiplication with its addition counts two
+        self.written = 0  # bytes of all tensors that were made, each written once
         self.recording = True  # whether operations build the graph, as under torch.enable_grad
         self.order = itertools.count()
         self.history: list[tuple[str, int]] | None = None  # (where in the step, bytes) after each allocation
@@ -50,8 +51,10 @@ class Memory:
         self.total += size
         if self.total > self.peak:
             self.peak, self.at_peak, self.peak_moment = self.total, dict(self.now), self.moment
-        if size > 0 and self.history is not None:
-            self.history.append((self.moment, self.total))
+        if size > 0:
+            self.written += size
+            if self.history is not None:
+                self.history.append((self.moment, self.total))
 
     @contextmanager
     def kind(self, kind: str) -> Iterator[None]:

@@ -1,0 +1,396 @@
+"""The speed ladder: `peftlab bench speed`.
+
+A section is one training step: a shape, LoRA or QLoRA, a batch, with or without recomputing (`c` for checkpointing).
+Its rows are the ladder's rungs, from an eager loop to the dense products alone, which no step can pass:
+
+    peft             Hugging Face peft as its users run it: float32 adapters under autocast, fused AdamW
+    unsloth          Unsloth's own step, where it is installed
+    eager            the same here, with torch's plain AdamW
+    bf16 adapters    adapters in bf16, their masters in float32, no autocast
+    compiled layers  each block through torch.compile
+    chunked loss     no whole logits
+    flat AdamW       one tensor for all that is trained
+    triton           4-bit weights made by a Triton kernel (QLoRA only)
+    cuda graph       the step's kernels launched at once
+    train            `pl.train` on its plain path
+    train compiled   the same with compile="layers"
+    fast, no graph   `pl.train(fast=True)`, its kernels launched one by one
+    fast             the same as it is: one CUDA graph
+    fast, pinned     the same with the blocks' inputs in main memory (where blocks are recomputed)
+    ceiling          the dense products of the step alone, in one CUDA graph
+
+Each rung keeps what the rungs before it changed. A rung that cannot run here is left out, and `skipped` says why.
+`host_seconds` is the same step on a model of the same depth but very narrow layers: what the host needs to launch it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+import peftlab as pl
+from peftlab import fast
+from peftlab.bench import fourbit, rungs, timing
+from peftlab.bench.fullsize import peak
+from peftlab.bench.models import ALL_LINEAR, Row, gpu_for, held, random_model, release, vocabulary_of
+from peftlab.bench.timing import clock, named
+from peftlab.core.checkpointing import set_input_gradients, switch_checkpointing
+from peftlab.core.records import as_transformer
+from peftlab.memory.counting.shapes import load_shape
+from peftlab.memory.speed import product_flops, sizes_of
+from peftlab.optional import available, require
+from peftlab.quantization import Linear4bit
+from peftlab.quantization.backends import BACKENDS
+from peftlab.settings import Settings
+
+R, ALPHA = 16, 32
+NARROW = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2,
+          "head_dim": 32, "vocab_size": 128}  # fmt: skip
+SHAPES = {"135m": "smollm2-135m", "1b": "llama-3.2-1b", "7b": "llama-2-7b", "8b": "llama-3.1-8b"}
+BATCHES = ((4, 512), (2, 2048))
+# Rungs that are measured in one go, on one set of compiled blocks
+GROUPS: dict[str, tuple[str, ...]] = {
+    "peft": ("peft",),
+    "unsloth": ("unsloth",),
+    "eager": ("eager",),
+    "bf16": ("bf16 adapters",),
+    "compiled": ("compiled layers", "chunked loss", "flat AdamW", "triton", "cuda graph"),
+    "train": ("train",),
+    "train compiled": ("train compiled",),
+    "fast, no graph": ("fast, no graph",),
+    "fast": ("fast",),
+    "fast, pinned": ("fast, pinned",),
+    "ceiling": ("ceiling",),
+}
+MAIN = ("7b-lora-4x512-c", "7b-qlora-4x512-c")  # the sections with every rung
+FEW = ("peft", "compiled", "fast", "fast, pinned", "ceiling")  # what the others have
+
+
+def points() -> list[Row]:
+    """Yield every group of rungs of every section; sections of one model stand together."""
+    return [
+        {
+            "section": section, "timed": True, "group": group, "shape": shape, "method": method, "batch": batch,
+            "sequence": sequence, "checkpointing": checkpointing, "r": R,
+        }
+        for name, shape in SHAPES.items()
+        for method in ("lora", "qlora")
+        for batch, sequence in BATCHES
+        for checkpointing in (True, False)
+        for section in [f"{name}-{method}-{batch}x{sequence}{'-c' if checkpointing else ''}"]
+        for group in (GROUPS if section in MAIN else FEW)
+        if checkpointing or group != "fast, pinned"
+    ]  # fmt: skip
+
+
+def measure(point: Row) -> list[Row]:
+    """Measure a group of rungs, and return their rows."""
+    device = gpu_for(point, "training steps")
+    four_bit = point["method"] == "qlora"
+    with held(point["shape"], device, four_bit=four_bit) as model:
+        weights = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+        group: Callable[[nn.Module, Row], Iterator[Row]] = GROUP_OF[point["group"]]
+        torch.manual_seed(0)
+        found = list(group(model, point))
+    tokens = point["batch"] * point["sequence"]
+    rows = []
+    for row in found:
+        used = row.get("peak_bytes")
+        working = None if used is None else used - weights
+        seconds = row.get("seconds")
+        speed = tokens / seconds if seconds and row["rung"] != "copy" else None
+        rows.append({**row, "weight_bytes": weights, "working_bytes": working, "tokens_per_second": speed})
+    return named({name: value for name, value in point.items() if name != "group"}, rows)
+
+
+# ------------------------------------------------------------------------------------------------- loops of one's own
+
+
+def plain(model: nn.Module, point: Row, rung: str) -> Iterator[Row]:
+    """Measure an eager loop: Hugging Face peft's, or ours with float32 or bf16 adapters."""
+
+    def measured(of: nn.Module) -> Row:
+        with ready(of, point, rung) as wrapped:
+            step = rungs.loop(wrapped, batch_for(of, point), loss_of(rung), optimizer_of(rung, wrapped))
+            return {**clock(step, details=True), "peak_bytes": peak()}
+
+    yield from tried(rung, lambda: {**measured(model), **on_narrow(point, measured)})
+
+
+def on_narrow(point: Row, measured: Callable[[nn.Module], Row]) -> Row:
+    """Measure the same step on a model of the same depth that has next to nothing to compute."""
+    config = {**load_shape(point["shape"]).config, **NARROW}
+    device = gpu_for(point, "training steps")
+    row = measured(random_model(config, device, point["method"] == "qlora"))
+    return {"host_seconds": row["seconds"]}
+
+
+def compiled(model: nn.Module, point: Row, _: str) -> Iterator[Row]:
+    """Measure the rungs on compiled blocks, each keeping what the one before it changed."""
+    batch = batch_for(model, point)
+    with ready(model, point, "compiled layers") as wrapped:
+        trained = [p for p in wrapped.parameters() if p.requires_grad]
+        rungs.compile_layers(blocks_of(model))
+        loss: Callable[..., Tensor] = rungs.plain_loss
+        optimizer: Any = rungs.Masters(trained)
+
+        def measured(step: Callable[[], Any]) -> Row:
+            return {**clock(step, warm_up=3, details=True), "peak_bytes": peak()}
+
+        yield from tried("compiled layers", lambda: measured(rungs.loop(model, batch, loss, optimizer)))
+        loss = rungs.chunked_loss
+        yield from tried("chunked loss", lambda: measured(rungs.loop(model, batch, loss, optimizer)))
+        optimizer = rungs.Flat(trained)
+        release()
+        yield from tried("flat AdamW", lambda: measured(rungs.loop(model, batch, loss, optimizer)))
+        if point["method"] == "qlora":
+            reason = BACKENDS["triton"].cannot("nf4", 64, batch["input_ids"].device)
+            if reason is None:
+                set_backend(model, "triton")
+            yield from tried("triton", lambda: measured(rungs.loop(model, batch, loss, optimizer)), reason)
+        reason = None if batch["input_ids"].is_cuda else "there is no GPU"
+
+        def in_graph() -> Row:
+            torch.cuda.reset_peak_memory_stats()
+            replay = rungs.in_one_graph(rungs.loop(model, batch, loss, optimizer))
+            recorded = peak()  # a replay allocates nothing
+            return {**measured(replay), "peak_bytes": recorded}
+
+        yield from tried("cuda graph", in_graph, reason)
+
+
+@contextmanager
+def ready(model: nn.Module, point: Row, rung: str) -> Iterator[nn.Module]:
+    """Prepare a held model for a rung, inside the block; afterwards it is as it was."""
+    if rung == "peft":
+        run = {"r": R, "checkpointing": point["checkpointing"]}
+        hooks: Any = as_transformer(model).get_input_embeddings()._forward_hooks
+        before = dict(hooks)
+        with fourbit.under(model, "peft", run) as wrapped:
+            yield wrapped
+        for number in set(hooks) - set(before):  # peft and transformers each make one, and one of them stays
+            del hooks[number]
+        return
+    set_backend(model, "bitsandbytes" if available("bitsandbytes") else "reference")
+    dtype = torch.float32 if rung == "eager" else torch.bfloat16
+    pl.attach(model, pl.LoRAConfig(r=R, alpha=ALPHA, target_modules=ALL_LINEAR), adapter_dtype=dtype).train()
+    if point["checkpointing"]:  # no dropout, so no state of the generator needs to be kept
+        switch_checkpointing(model, "enable", {"use_reentrant": False, "preserve_rng_state": False})
+        set_input_gradients(model, False)
+    try:
+        yield model
+    finally:
+        for block in blocks_of(model):
+            block.__dict__.pop("forward", None)
+        torch.compiler.reset()
+        if point["checkpointing"]:
+            switch_checkpointing(model, "disable")
+        pl.detach(model)
+        model.requires_grad_(False)
+        set_backend(model, "auto")
+        release()
+
+
+def set_backend(model: nn.Module, backend: str) -> None:
+    """Say who makes the 4-bit weights of a model."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.backend = backend
+
+
+def blocks_of(model: Any) -> nn.ModuleList:
+    """Return the blocks of a Llama-like decoder."""
+    return model.model.layers
+
+
+def batch_for(model: nn.Module, point: Row) -> dict[str, Tensor]:
+    """Return a batch of random tokens."""
+    device = next(model.parameters()).device
+    tokens = torch.randint(vocabulary_of(model), (point["batch"], point["sequence"]), device=device)
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def loss_of(rung: str) -> Callable[..., Tensor]:
+    """Return the loss of an eager rung."""
+    return rungs.plain_loss if rung == "bf16 adapters" else rungs.autocast_loss
+
+
+def optimizer_of(rung: str, model: nn.Module) -> Any:
+    """Return the optimiser of an eager rung: peft's users get the fused AdamW from transformers' Trainer."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if rung == "bf16 adapters":
+        return rungs.Masters(trained)
+    return torch.optim.AdamW(trained, lr=rungs.RATE, **({"fused": True} if rung == "peft" else {}))
+
+
+# -------------------------------------------------------------------------------------------------------- pl.train
+
+
+def training(model: nn.Module, point: Row, rung: str, **settings: Any) -> Iterator[Row]:
+    """Measure `pl.train`, on its plain path or on the fast one."""
+    missing = sorted(set(settings) - set(Settings.__dataclass_fields__))
+    settings = {"fast": False, **settings}
+    reason = f"pl.train has no setting {', '.join(missing)}" if missing else None
+
+    def measured() -> Row:
+        set_backend(model, "auto")
+        pl.attach(model, pl.LoRAConfig(r=R, alpha=ALPHA, target_modules=ALL_LINEAR))
+        try:
+            with launched_one_by_one() if rung == "fast, no graph" else nullcontext():
+                return steps_of_train(model, point, **{"checkpointing": point["checkpointing"], **settings})
+        finally:
+            pl.detach(model)
+            model.requires_grad_(False)
+            torch.compiler.reset()
+            release()
+
+    yield from tried(rung, measured, reason)
+
+
+@contextmanager
+def launched_one_by_one() -> Iterator[None]:
+    """Keep the fast path from recording CUDA graphs, inside the block. A user has no reason to, so it is no setting."""
+    with mock.patch.object(fast, "Graphs", lambda step: None):
+        yield
+
+
+def steps_of_train(model: nn.Module, point: Row, repeats: int = 5, warm_up: int = 4, **settings: Any) -> Row:
+    """Read the clock at `pl.train`'s callback, or profile the kernels between two of its calls."""
+    from torch.profiler import ProfilerActivity, profile
+
+    device = next(model.parameters()).device
+    draw = torch.Generator().manual_seed(0)
+    shape = (4 * point["batch"], point["sequence"])
+    rows = torch.randint(vocabulary_of(model), shape, generator=draw).tolist()
+    marks: list[float] = []
+    recorded = profile(activities=[ProfilerActivity.CUDA], acc_events=True) if timing.profiling() else None
+
+    def mark(*_: Any) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+        if recorded is not None and len(marks) == warm_up:
+            recorded.start()
+        elif recorded is not None and len(marks) == warm_up + 1:
+            recorded.stop()
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    pl.train(
+        model, [{"input_ids": ids, "labels": ids} for ids in rows], steps=warm_up + repeats,
+        batch_size=point["batch"], learning_rate=rungs.RATE, progress=False,
+        callback=mark, **settings,
+    )  # fmt: skip
+    spent = [after - before for before, after in zip(marks[warm_up - 1 :], marks[warm_up:], strict=False)]
+    if recorded is not None:
+        return {**timing.row_of([], timing.kernels_in(recorded), repeats), "peak_bytes": peak()}
+    return {**timing.row_of(spent, [], repeats), "peak_bytes": peak()}
+
+
+# ------------------------------------------------------------------------------------------------------ the ceiling
+
+
+@torch.no_grad()
+def ceiling(model: nn.Module, point: Row, rung: str) -> Iterator[Row]:
+    """Measure the frozen products of a step alone, and how fast the memory copies."""
+    device = gpu_for(point, "dense products")
+    of, tokens = sizes_of(point["shape"]), point["batch"] * point["sequence"]
+    new = partial(torch.empty, device=device, dtype=torch.bfloat16)
+    block = [(new(tokens, i).normal_(), new(o, i).normal_(std=0.02), new(tokens, o)) for i, o in of.linears]
+    head = (new(tokens, of.d).normal_(), new(of.vocabulary, of.d).normal_(std=0.02), new(tokens, of.vocabulary))
+
+    def products() -> None:
+        for _ in range(of.layers):
+            for x, weight, y in block:
+                for _ in range(2 if point["checkpointing"] else 1):
+                    torch.mm(x, weight.T, out=y)
+                torch.mm(y, weight, out=x)
+        x, weight, y = head
+        torch.mm(x, weight.T, out=y)
+        torch.mm(y, weight, out=x)
+
+    def measured() -> Row:
+        step = rungs.in_one_graph(products) if device.type == "cuda" else products
+        return {**clock(step, details=True), "flops": product_flops(point["shape"], tokens, point["checkpointing"])}
+
+    yield from tried(rung, measured)
+    source = new(2**28 if device.type == "cuda" else 2**16)
+    into = torch.empty_like(source)
+    yield {"rung": "copy", **clock(lambda: into.copy_(source)), "bytes": 2 * source.nbytes}
+
+
+def unsloth(model: nn.Module, point: Row, rung: str) -> Iterator[Row]:
+    """Measure Unsloth's own step on the same shape, where it is installed."""
+    reason = None if available("unsloth") else "unsloth is not installed"
+    yield from tried(rung, lambda: unsloth_step(model, point), reason)
+
+
+def unsloth_step(model: Any, point: Row) -> Row:
+    """Save the random model, load it with Unsloth, and time a step as its users write it."""
+    import tempfile
+
+    library = require("unsloth").FastLanguageModel
+    four_bit = point["method"] == "qlora"
+    if four_bit:  # it quantises by itself
+        model = random_model(point["shape"], next(model.parameters()).device)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        theirs, _ = library.from_pretrained(folder, load_in_4bit=four_bit, max_seq_length=point["sequence"])
+    recompute = "unsloth" if point["checkpointing"] else False
+    theirs = library.get_peft_model(
+        theirs, r=R, lora_alpha=ALPHA, target_modules=list(ALL_LINEAR), use_gradient_checkpointing=recompute
+    )
+    optimizer = optimizer_of("peft", theirs)
+    step = rungs.loop(theirs, batch_for(model, point), rungs.autocast_loss, optimizer)
+    return {**clock(step, details=True), "peak_bytes": peak()}
+
+
+def tried(rung: str, measured: Callable[[], Row], reason: str | None = None) -> Iterator[Row]:
+    """Yield a rung's row; if it cannot run, a row without times that says why."""
+    if reason is None:
+        try:
+            yield {"rung": rung, "skipped": None, **measured()}
+            return
+        except Exception as error:  # one rung must not cost the others
+            reason = re.sub(r"0x[0-9a-f]+|\d+", "N", f"{type(error).__name__}: {error}".partition("\n")[0])[:160]
+            print(f"{rung}: {error!r}, after {error.__context__!r}", file=sys.stderr, flush=True)
+        with suppress(Exception):
+            recover()
+    yield {"rung": rung, "skipped": reason}
+
+
+def recover() -> None:
+    """Free what a failed rung left. A recording that broke off leaves the generator unusable, so renew its state."""
+    release()
+    if torch.cuda.is_available():
+        current = torch.cuda.default_generators[torch.cuda.current_device()]
+        current.graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())
+
+
+def group_of(call: Callable[..., Iterator[Row]], rung: str, **settings: Any) -> Callable[..., Iterator[Row]]:
+    """Return the function of a group of rungs."""
+    return lambda model, point: call(model, point, rung, **settings)
+
+
+GROUP_OF: dict[str, Callable[[nn.Module, Row], Iterator[Row]]] = {
+    "peft": group_of(plain, "peft"),
+    "unsloth": group_of(unsloth, "unsloth"),
+    "eager": group_of(plain, "eager"),
+    "bf16": group_of(plain, "bf16 adapters"),
+    "compiled": group_of(compiled, ""),
+    "train": group_of(training, "train"),
+    "train compiled": group_of(training, "train compiled", compile="layers"),
+    "fast, no graph": group_of(training, "fast, no graph", fast=True),
+    "fast": group_of(training, "fast", fast=True),
+    "fast, pinned": group_of(training, "fast, pinned", fast=True, checkpointing="pinned"),
+    "ceiling": group_of(ceiling, "ceiling"),
+}
