@@ -190,7 +190,8 @@ class Run:
             lengths = example_lengths(self.train_data)
         except PeftLabError:
             lengths = []
-        chunked = isinstance(self.loss, ChunkedLoss) and self.loss.head is not None
+        tokens = max(lengths, default=0) * self.settings.batch_size
+        chunked = isinstance(self.loss, ChunkedLoss) and self.loss.pays(tokens)
         return choose_blocks(self.model, self.settings, self.device, lengths, chunked)
 
     def _rows(self, data: Any) -> Sequence[Any]:
