@@ -51,7 +51,7 @@ def find_path(model: nn.Module, core: nn.Module, settings: Settings, device: tor
             raise Refused("the loss is your own")
         if settings.precision == "fp16":
             raise Refused("it computes in fp16, which needs a loss scale")
-        return FastPath(decoder_of(core), settings, device)
+        return FastPath(core, decoder_of(core), settings, device)
     except Refused as refusal:
         if settings.fast is True:
             raise refused(refusal) from None
@@ -74,8 +74,8 @@ def refused(reason: Refused) -> PeftLabError:
 class FastPath:
     """Compute the gradients of a run, and hold the model's weights meanwhile."""
 
-    def __init__(self, decoder: Decoder, settings: Settings, device: torch.device) -> None:
-        self.decoder, self.settings, self.device = decoder, settings, device
+    def __init__(self, model: nn.Module, decoder: Decoder, settings: Settings, device: torch.device) -> None:
+        self.model, self.decoder, self.settings, self.device = model, decoder, settings, device
         self.step: Step | None = None
         self.graphs: Graphs | None = None
         self.how = ""
@@ -86,8 +86,9 @@ class FastPath:
         dtype = self.decoder.embedding.weight.dtype
         if self.settings.precision == "bf16":
             dtype = torch.bfloat16
-        wish = self.settings.checkpointing
-        self.step = Step(self.decoder, dtype, bool(wish), pinned=wish == "pinned" and self.device.type == "cuda")
+        recompute = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+        pinned = self.settings.checkpointing == "pinned" and self.device.type == "cuda"
+        self.step = Step(self.decoder, dtype, recompute, pinned)
         self.how = self.step.told
         if self.device.type == "cuda":
             self.graphs = Graphs(self.step)

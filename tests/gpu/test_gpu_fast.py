@@ -103,6 +103,15 @@ def test_pinned_inputs_change_nothing(eager):
         assert worst(pinned, plain) < 1e-3
 
 
+def test_where_nothing_compiles_the_reason_is_told(monkeypatch):
+    def missing():
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(peftlab.fast.pieces, "_compiled", missing)
+    history, _ = run(True, steps=3)
+    assert "its pieces are not compiled: RuntimeError: no C compiler" in history.path
+
+
 @pytest.mark.parametrize("heads", [1, 9, 40])
 @pytest.mark.parametrize("d", [64, 80, 128])
 def test_heads_are_turned_in_one_kernel(heads, d):
