@@ -44,6 +44,13 @@ def setting(
     return field(default=default, metadata=known)
 
 
+def blocks_or(name: str, value: Any, known: Sequence[Any]) -> Any:
+    """Require one of the known values, or a number of blocks. True is not the number 1 here."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return whole(name, value, least=0, ceiling=MOST_EXAMPLES)
+    return one_of(name, value, known)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """The settings of a run of training, checked before a model is touched.
@@ -81,11 +88,14 @@ class Settings:
     precision: str = setting(
         "auto", "what is computed in; auto chooses for the device", one_of, known=PRECISIONS, option="precision",
         more="'fp32' is without autocast: each module computes in its own dtype.")
-    checkpointing: bool | str = setting(
-        False, "recompute activations in the backward pass instead of keeping them",
-        one_of, known=(True, False, "reentrant", "pinned"), option="checkpointing",
-        more="'reentrant' is torch's older kind. With 'pinned' the inputs of the blocks, from which they are "
-        "recomputed, wait in the computer's main memory; only the fast path does that.")
+    checkpointing: bool | str | int = setting(
+        False, "recompute activations in the backward pass instead of keeping them: all, or of as many blocks as 'fit' "
+        "finds are needed for the step to fit the GPU",
+        blocks_or, known=(True, False, "fit", "reentrant", "pinned"), option="checkpointing",
+        more="'reentrant' is torch's older kind. A number means so many blocks, the first ones. 'fit' lets "
+        "`peftlab.memory` choose this number, with its margin; `History.checkpointing` says what it chose, or why all "
+        "are recomputed. With 'pinned' the inputs of the blocks, from which they are recomputed, wait in the computer's "
+        "main memory; only the fast path does that.")
     compile: str | None = setting(
         None, "'layers' compiles each repeated block of the model, which takes a minute at the start",
         one_of, known=(None, "layers"), option="compile",

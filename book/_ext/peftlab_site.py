@@ -6,10 +6,12 @@ out when a later version needs none of it, or something else. Repairs that need 
 """
 
 import json
+import re
 
 import portable
 from docutils import nodes
 from sphinx.environment.collectors.toctree import TocTreeCollector
+from sphinx.transforms.post_transforms import SphinxPostTransform
 
 # (what a page holds, what it should hold, why)
 REPAIRS = [
@@ -67,6 +69,47 @@ def number_chapters() -> None:
     TocTreeCollector.assign_figure_numbers = assign_after_renumbering
 
 
+class KeepTogether(SphinxPostTransform):
+    """Let no line end between a formula and the punctuation at it, nor inside a name such as Llama-2-7B or 16-bit.
+
+    A browser may break a line on either side of a formula, and after every hyphen. So what belongs together stands in a
+    span that book.css does not break.
+    """
+
+    default_priority = 900
+    formats = ("html",)
+    BEFORE, AFTER = re.compile(r"[(\[“‘]+$"), re.compile(r"[,.;:?!)\]’”%]+")
+    NAME = re.compile(r"(?<![\w-])(?=[\w.-]*\d)[\w.]+(?:-[\w.]*\w)+(?![\w-])")
+    LONGEST = 22  # characters: a longer name may be wider than a cell of a table
+
+    def run(self, **_):
+        for math in list(self.document.findall(nodes.math)):
+            parent, place = math.parent, math.parent.index(math)
+            before, after = (parent[i] if 0 <= i < len(parent) else None for i in (place - 1, place + 1))
+            left = self.BEFORE.search(before) if isinstance(before, nodes.Text) else None
+            right = self.AFTER.match(after) if isinstance(after, nodes.Text) else None
+            if right:
+                parent[place + 1] = nodes.Text(after[right.end() :])
+            if left:
+                parent[place - 1] = nodes.Text(before[: left.start()])
+            if left or right:
+                marks = [nodes.Text(found[0]) if found else nodes.Text("") for found in (left, right)]
+                parent[place] = nodes.inline("", "", marks[0], math, marks[1], classes=["together"])
+        for text in list(self.document.findall(nodes.Text)):
+            plain = isinstance(text.parent, nodes.paragraph | nodes.emphasis | nodes.strong | nodes.caption)
+            if plain and self.NAME.search(text):
+                text.parent.replace(text, list(self._pieces(text)))
+
+    def _pieces(self, text):
+        end = 0
+        for found in self.NAME.finditer(text):
+            if len(found[0]) <= self.LONGEST:
+                yield nodes.Text(text[end : found.start()])
+                yield nodes.inline("", found[0], classes=["together"])
+                end = found.end()
+        yield nodes.Text(text[end:])
+
+
 def repair_page(app, pagename, templatename, context, doctree) -> None:
     """Mend the HTML of one page before it is written."""
     for fault, repair in REPAIRS:
@@ -79,6 +122,7 @@ def repair_page(app, pagename, templatename, context, doctree) -> None:
 
 def setup(app):
     number_chapters()
+    app.add_post_transform(KeepTogether)
     app.connect("source-read", read_page)
     app.connect("html-page-context", repair_page, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -48,6 +48,7 @@ ANCHOR = re.compile(r'<a id="(?P<label>[\w-]+)"></a>')
 TAG = re.compile(r"\\tag\{[\d.]*\}")
 EQUATION = re.compile(r'<a id="(?P<label>eq-[\w-]+)"></a>\n+\$\$\n(?P<body>.*?)\s*\\tag\{[\d.]*\}\n\$\$', re.DOTALL)
 CAPTION = re.compile(r'<a id="(?P<label>fig-[\w-]+)"></a>\*\*Figure [\d.]*\*\* (?P<text>.*)', re.DOTALL)
+TITLE = re.compile(r"# @title (?P<title>.*)\n?")
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"(?<![\w.])[-+−]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?|(?<![\w.])[-+]?\.\d+")
 
@@ -308,8 +309,26 @@ def for_site(page: str, notebook: dict) -> dict:
                 metadata["mystnb"] = {**metadata.get("mystnb", {}), "figure": figure}
                 continue
             cell = {**cell, "source": markdown_for_site(page, source)}
+        else:
+            cell = {**cell, "metadata": folded_for_site(source, cell["metadata"])}
         cells.append(cell)
     return {**notebook, "cells": cells}
+
+
+def folded_for_site(source: str, metadata: dict) -> dict:
+    """The metadata of a code cell, so that the bar of a folded cell says what the cell shows.
+
+    A cell that does nothing but name the provenance of a figure has no bar: its output is a badge.
+    """
+    tags, code = metadata.get("tags", []), TITLE.sub("", source).strip().splitlines()
+    if code and all(line.startswith("pl.provenance(") for line in code):
+        return {**metadata, "tags": [tag for tag in tags if not tag.startswith("hide-")] + ["remove-input"]}
+    titled, prompts = TITLE.match(source), metadata.get("mystnb", {})
+    if not titled or "code_prompt_show" in prompts or not {"hide-input", "hide-cell"} & set(tags):
+        return metadata
+    what = "code" if "hide-input" in tags else "report"
+    bars = {f"code_prompt_{verb}": f"{titled['title']} ({verb} the {what})" for verb in ("show", "hide")}
+    return {**metadata, "mystnb": {**prompts, **bars}}
 
 
 def markdown_for_site(page: str, source: str) -> str:

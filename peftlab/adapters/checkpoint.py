@@ -245,7 +245,7 @@ def load_adapter(
     name: str = "default",
     *,
     trainable: bool = False,
-    adapter_dtype: torch.dtype | None = None,
+    adapter_dtype: torch.dtype | str | None = None,
 ) -> nn.Module:
     """Load an adapter folder of this package or of Hugging Face peft, attach it and make it the active one.
 

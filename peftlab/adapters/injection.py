@@ -16,7 +16,7 @@ from torch import nn
 from peftlab.adapters.activation import activate, refresh_requires_grad
 from peftlab.adapters.vocabulary import shorten, with_new_tokens
 from peftlab.catalogue import METHODS
-from peftlab.checks import checked, shown
+from peftlab.checks import checked, one_of, shown
 from peftlab.core.calls import observed, passed_weights
 from peftlab.core.entry import guard, unguard
 from peftlab.core.hooks import CHILD, Activity, Adapters, adapters_on, hosts, place, plain, remove
@@ -38,6 +38,7 @@ from peftlab.patterns import bounded
 from peftlab.quantization.marks import restore_transformers_attributes, set_transformers_attributes
 from peftlab.quantization.weights import restore_parameter, unpack
 
+ADAPTER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OVERFLOW = re.compile("overflow|too large|too big")  # in torch's words for a size beyond 64 bits
 
 
@@ -64,7 +65,7 @@ def attach(
     config: Config,
     name: str = "default",
     *,
-    adapter_dtype: torch.dtype | None = None,
+    adapter_dtype: torch.dtype | str | None = None,
 ) -> nn.Module:
     """Attach an adapter, freeze the base, and make the new adapter the active one.
 
@@ -74,6 +75,8 @@ def attach(
         name: the adapter's name; letters, digits, `_` and `-`.
         adapter_dtype: the dtype of the adapter's parameters. By default it is that of the layer, and float32 on a
             half-precision or quantised layer, as in Hugging Face peft: an optimiser's small steps vanish in 16 bits.
+            With `"bf16"` (or `torch.bfloat16`) nothing has to be cast between a bfloat16 base and the adapter, and
+            `train` keeps float32 masters of it; in a loop of your own, `peftlab.training.masters` has them.
 
     Returns:
         The same model.
@@ -98,7 +101,7 @@ def prepare(
     root: nn.Module,
     name: str,
     config: Config,
-    adapter_dtype: torch.dtype | None,
+    adapter_dtype: torch.dtype | str | None,
     check: Callable[[Placement], None] | None = None,
 ) -> tuple[list[Placement], frozenset[str]]:
     """Build all parts of an adapter, with their devices and dtypes, and leave the model unchanged.
@@ -109,6 +112,8 @@ def prepare(
     if not isinstance(config, Config) or isinstance(config, type):
         known = ", ".join(dict.fromkeys(row.config_name for row in METHODS.values() if row.config_name))
         raise PeftLabError(f"The config is {config!r}; make one of {known}.")
+    if isinstance(adapter_dtype, str):
+        adapter_dtype = ADAPTER_DTYPES[one_of("adapter_dtype", adapter_dtype, ADAPTER_DTYPES)]
     if adapter_dtype is not None and not (isinstance(adapter_dtype, torch.dtype) and adapter_dtype.is_floating_point):
         raise PeftLabError(f"adapter_dtype is {adapter_dtype!r}; give a floating dtype such as torch.float32.")
     record = record_of(root)

@@ -104,11 +104,9 @@ def writer(steps: int = 200) -> Any:
             pad_token_id=0,
         )  # fmt: skip
     )
-    rows = [[sloppy.START, *sloppy.encode(text), sloppy.END] for text in sloppy.texts(32 * steps, seed=0)]
-    collate, optimizer = pl.Collator(), torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for start in range(0, len(rows), 32):
-        batch = collate([{"input_ids": row, "labels": row} for row in rows[start : start + 32]])
-        optimizer.zero_grad()
-        model(**batch).loss.backward()
-        optimizer.step()
+    rows = [[sloppy.START, *sloppy.encode(text), sloppy.END] for text in sloppy.texts(2000)]
+    pl.train(
+        model, [{"input_ids": row, "labels": row} for row in rows], steps=steps, batch_size=32, learning_rate=3e-3,
+        precision="fp32", progress=False,
+    )  # fmt: skip
     return model

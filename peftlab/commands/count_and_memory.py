@@ -7,7 +7,8 @@ from typing import Any
 
 from peftlab.catalogue import METHODS
 from peftlab.commands.method_options import add_method_options, counted, settle
-from peftlab.commands.terminal import parse_targets, print_json, print_table
+from peftlab.commands.terminal import SwitchOrFit, parse_targets, print_json, print_table
+from peftlab.errors import PeftLabError
 from peftlab.memory import cards
 from peftlab.memory.counting import totals as counting
 from peftlab.memory.counting.builtin import BUILT_IN
@@ -32,8 +33,9 @@ LABELS = {
 MARGIN = f"{cards.TOO_LOW:.0%} for the estimate, {format_bytes(cards.CONTEXT)} for the CUDA context"
 NO_AUTOCAST = dict.fromkeys(PRECISIONS, "none") | {"bf16": "none; for Trainer(bf16=True) add --autocast"}
 OF_A_RUN = (
-    "batch", "sequence", "precision", "optimizer", "checkpointing", "autocast", "adapter_precision", "attention",
-    "gpus", "parallel", "library",
+    "batch", "sequence", "precision", "optimizer", "checkpointing", "chunked_loss", "autocast", "adapter_precision",
+    "masters",
+    "attention", "gpus", "parallel", "library",
 )  # fmt: skip
 
 
@@ -57,10 +59,16 @@ def add_memory_options(command: argparse.ArgumentParser) -> None:
     named = ", ".join(OPTIMIZERS)
     add("--optimizer", default="adamw", metavar="O", help=f"{named} (default: adamw, which is torch's plain loop)")
     switch: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-    add("--checkpointing", **switch, default=False, help="recompute activations in the backward pass (default: no)")
+    told = "recompute activations in the backward pass; fit: of as few blocks as let the step fit on --card (default: no)"
+    add("--checkpointing", action=SwitchOrFit, default=False, help=told)
+    add("--chunked-loss", **switch, default=False, help="no whole logits, as in peftlab train (default: no)")
     add("--autocast", **switch, help="compute in bf16, as Trainer(bf16=True) does (default: for mixed and qlora)")
     named = ", ".join(ADAPTER_PRECISIONS)
-    add("--adapter-precision", default="fp32", metavar="P", help=f"of what a method adds: {named} (default: fp32)")
+    add(
+        "--adapter-precision", "--adapter-dtype", default="fp32", metavar="P",
+        help=f"of what a method adds: {named} (default: fp32)",
+    )  # fmt: skip
+    add("--masters", **switch, default=False, help="float32 masters of a bf16 adapter, as train keeps (default: no)")
     add("--attention", default="sdpa", metavar="A", help=f"{', '.join(ATTENTIONS)} (default: sdpa)")
     add("--gpus", type=int, default=1, metavar="N", help="GPUs that train together, each on a batch (default: 1)")
     add("--parallel", default="ddp", metavar="P", help=f"how: {', '.join(PARALLEL)} (full shards) (default: ddp)")
@@ -102,11 +110,26 @@ def count(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _recomputed(blocks: bool | int) -> str:
+    return "all, and that is not enough" if blocks is True else f"the first {blocks:,}" if blocks else "none"
+
+
+def _blocks(card: str | None, run: dict[str, Any]) -> bool | int:
+    """Return how many blocks are computed again for a step to fit on a card; True for all, where even that is too few."""
+    if not card:
+        raise PeftLabError("--checkpointing fit needs to know what to fit on: add --card, such as --card 'RTX 4090'.")
+    rest = {name: value for name, value in run.items() if name != "checkpointing"}
+    blocks = cards.blocks_to_recompute(cards.card_bytes(card), **rest)
+    return True if blocks is None else blocks
+
+
 def memory(arguments: argparse.Namespace) -> int:
     """Run `peftlab memory`."""
     run = described(arguments) | {name: getattr(arguments, name) for name in OF_A_RUN}
     if arguments.card:
         cards.card_bytes(arguments.card)  # refuse an unknown card before anything is computed
+    if run["checkpointing"] == "fit":
+        run["checkpointing"] = _blocks(arguments.card, run)
     result = estimate(**run)
     autocast = uses_autocast(result.method, arguments.precision) if arguments.autocast is None else arguments.autocast
     more = {}
@@ -118,6 +141,7 @@ def memory(arguments: argparse.Namespace) -> int:
         ("shape", result.shape),
         ("method", f"{result.method}, {format_count(result.trainable)} trainable"),
         ("step", f"{arguments.batch:,} x {arguments.sequence:,} tokens, {arguments.precision}, {arguments.optimizer}"),
+        *([("blocks recomputed", _recomputed(run["checkpointing"]))] if arguments.checkpointing == "fit" else []),
         ("autocast", "bf16" if autocast else NO_AUTOCAST[arguments.precision]),
         *([("GPUs", f"{arguments.gpus}, {arguments.parallel}; what follows is of each")] if arguments.gpus > 1 else []),
         ("peak", format_both(result.peak_bytes)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import math
@@ -43,6 +44,20 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class SwitchOrFit(argparse.Action):
+    """An option that is a switch, `--name` and `--no-name`, or `--name fit`."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **more: Any) -> None:
+        names = [*option_strings, *(f"--no-{name.removeprefix('--')}" for name in option_strings)]
+        super().__init__(names, dest, nargs="?", metavar="fit", **more)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        no = str(option_string).startswith("--no-")
+        if values is not None and (no or values != "fit"):
+            raise PeftLabError(f"{option_string} takes {'no value' if no else 'the word fit or nothing'}, not {values!r}.")
+        setattr(namespace, self.dest, not no if values is None else values)
 
 
 def parse_targets(text: str | None) -> str | list[str] | None:

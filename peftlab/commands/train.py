@@ -24,7 +24,7 @@ from peftlab.commands import tasks
 from peftlab.commands.method_options import options_of, settle, trainable
 from peftlab.commands.reading import read
 from peftlab.commands.run_folder import LOCK, STATE, Place, claim, locked, look, save, write_card, write_metrics
-from peftlab.commands.terminal import memory_for
+from peftlab.commands.terminal import SwitchOrFit, memory_for
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.units import format_both, format_count, format_percent
 from peftlab.settings import Settings, known_values
@@ -66,6 +66,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
     for option, one in OPTIONS.items():
         default = None if option == "lr" else one.default
         add(f"--{option}", default=default, **_as_argument(one, defaults.get(option, _told(one.default))))
+    add(
+        "--adapter-dtype", "--adapter-precision", choices=("fp32", "bf16"),
+        help="of what the method adds; bf16 trains with float32 masters (default: that of the layer, fp32 on a base in "
+        "16 or 4 bits)",
+    )  # fmt: skip
     add("--device", metavar="D", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     add("--limit", type=int, metavar="N", help="use the first N training examples")
     add("--max-length", type=int, metavar="N", help="tokens of an example (default: 512, or what the model can take)")
@@ -88,7 +93,9 @@ def _as_argument(one: Field[Any], default: str) -> dict[str, Any]:
     """Return argparse's arguments for a setting."""
     known = known_values(one)
     kind: dict[str, Any] = {"type": float, "metavar": "X"}
-    if True in known:
+    if "fit" in known:
+        kind = {"action": SwitchOrFit}
+    elif True in known:
         kind = {"action": argparse.BooleanOptionalAction}
     elif known:
         kind = {"choices": [value for value in known if value is not None]}
@@ -219,7 +226,8 @@ def _train(arguments: argparse.Namespace, targets: Any, begin: Callable[[], Plac
             quantize_model(model)
     if row.config:
         task_type = "SEQ_CLS" if task.kind == "classification" else None
-        attach(model, _config(arguments, targets, tokenizer=tokenizer, task_type=task_type))
+        config = _config(arguments, targets, tokenizer=tokenizer, task_type=task_type)
+        attach(model, config, adapter_dtype=arguments.adapter_dtype)
     counted = count_parameters(model)
     max_length = _max_length(arguments, model)
     say(task.told)

@@ -12,17 +12,21 @@ from peftlab.core.records import as_transformer, unwrap
 from peftlab.errors import PeftLabError
 
 
+LAYER = "GradientCheckpointingLayer"  # transformers' class of blocks that are computed again one by one
+
+
 @contextmanager
-def memory_settings(model: nn.Module, checkpointing: bool | str) -> Iterator[None]:
+def memory_settings(model: nn.Module, checkpointing: bool | str | int) -> Iterator[None]:
     """Set the model up for training inside the block: no key-value cache, and gradient checkpointing if asked for.
 
     Args:
         checkpointing: True for the non-reentrant kind; `"reentrant"` for the older one. Under a frozen embedding the
             layers of the older kind learn nothing unless the embedding's output requires gradients, so this turns that
-            on. A model whose checkpointing is on already keeps its own kind.
+            on. A number computes so many blocks again, the first ones; the others keep their activations. A model
+            whose checkpointing is on already keeps its own kind.
 
     Raises:
-        PeftLabError: the model offers no checkpointing.
+        PeftLabError: the model offers no checkpointing, or not for some of its blocks, or it has fewer.
     """
     core = unwrap(model)
     config: Any = getattr(core, "config", None)
@@ -31,10 +35,13 @@ def memory_settings(model: nn.Module, checkpointing: bool | str) -> Iterator[Non
         config.use_cache = False  # the key-value cache helps only generation, and checkpointing forbids it
     switched = bool(checkpointing) and not any(getattr(m, "gradient_checkpointing", False) for m in core.modules())
     reentrant = checkpointing == "reentrant"
+    kept = [] if isinstance(checkpointing, (bool, str)) else _blocks_after(core, checkpointing)
     required_before = _inputs_require_gradients(core)
     try:
         if switched:
             switch_checkpointing(core, "enable", {"use_reentrant": reentrant})
+            for block in kept:
+                block.gradient_checkpointing = False
             # Only the reentrant kind needs inputs that require gradients. transformers turns that on for both kinds,
             # and then the backward pass also runs through every frozen layer below the first adapter.
             if not required_before:
@@ -47,6 +54,21 @@ def memory_settings(model: nn.Module, checkpointing: bool | str) -> Iterator[Non
             switch_checkpointing(core, "disable")
             if not required_before:
                 set_input_gradients(core, False)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks that transformers can compute again one by one, in their order; none for an older model."""
+    return [m for m in model.modules() if any(one.__name__ == LAYER for one in type(m).__mro__)]
+
+
+def _blocks_after(model: nn.Module, count: int) -> list[nn.Module]:
+    blocks = blocks_of(model)
+    if count > len(blocks):
+        raise PeftLabError(
+            f"checkpointing={count}, and {type(model).__name__} has {len(blocks)} blocks that can be computed again one "
+            "by one. Pass True for all there is."
+        )
+    return blocks[count:]
 
 
 def switch_checkpointing(model: nn.Module, verb: str, *arguments: dict) -> None:

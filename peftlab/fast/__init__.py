@@ -86,9 +86,11 @@ class FastPath:
         dtype = self.decoder.embedding.weight.dtype
         if self.settings.precision == "bf16":
             dtype = torch.bfloat16
-        recompute = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+        # memory_settings has marked the blocks that are to be computed again, the first ones
+        blocks: Any = self.model.get_submodule("model.layers")
+        marked = sum(block.gradient_checkpointing for block in blocks)
         pinned = self.settings.checkpointing == "pinned" and self.device.type == "cuda"
-        self.step = Step(self.decoder, dtype, recompute, pinned)
+        self.step = Step(self.decoder, dtype, marked, pinned)
         self.how = self.step.told
         if self.device.type == "cuda":
             self.graphs = Graphs(self.step)

@@ -150,6 +150,8 @@ def _check_trained(model: nn.Module, loras: dict[int, LoRALinear]) -> None:
     kinds = {p.dtype for lora in loras.values() for p in (lora.lora_A, lora.lora_B)}
     if len(kinds) > 1:
         raise Refused(f"its LoRA has matrices of several dtypes: {', '.join(sorted(map(str, kinds)))}")
+    if kinds & {torch.bfloat16, torch.float16}:
+        raise Refused(f"its LoRA is in {next(iter(kinds))}; in float32 this path keeps a 16-bit copy by itself")
 
 
 def _block(block: Any, loras: dict[int, LoRALinear], config: Any, index: int) -> BlockParts:

@@ -108,12 +108,12 @@ class Step:
     Args:
         decoder: the parts of the model.
         dtype: of the products. The stream between the blocks has the dtype of the embeddings.
-        recompute: whether the blocks are computed again in the backward pass; only their inputs are kept then.
+        recompute: how many blocks are computed again in the backward pass, the first ones. Only their inputs are kept.
         pinned: whether these inputs wait in pinned main memory.
     """
 
-    def __init__(self, decoder: Decoder, dtype: torch.dtype, recompute: bool, pinned: bool = False) -> None:
-        self.decoder, self.recompute = decoder, recompute
+    def __init__(self, decoder: Decoder, dtype: torch.dtype, recompute: int, pinned: bool = False) -> None:
+        self.decoder, self.recomputed = decoder, recompute
         self.side = torch.cuda.Stream() if pinned else None
         self.pinned: dict[torch.Size, list[Tensor]] = {}
         device = decoder.embedding.weight.device
@@ -204,7 +204,7 @@ class Step:
             low: dict[str, Tensor | None] = {}
             if index >= self.first:
                 inputs.put(x)
-            x, saved = block.forward(x, rows, low, keep=index >= self.first and not self.recompute)
+            x, saved = block.forward(x, rows, low, keep=index >= max(self.first, self.recomputed))
             lows.append(low)
             kept.append(saved)
             del saved

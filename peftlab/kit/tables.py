@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,8 @@ from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.kit.measurements import Results
 
 Columns = dict[Any, Any]  # {column: heading} or {column: (heading, format)}
+UNBROKEN = 24  # characters: a column whose cells are no longer than that does not wrap them
+SIGNED_ZERO = re.compile(r"[-+]0+(\.0*)?%?")
 
 
 @checked()
@@ -56,7 +59,8 @@ def _check_widths(headings: list[str], *lines: list[Any]) -> None:
 def _text(value: Any, fmt: Any) -> str:
     if value is None:
         return ""
-    return str(fmt(value)) if callable(fmt) else format(value, fmt)
+    text = str(fmt(value)) if callable(fmt) else format(value, fmt)
+    return text[1:] if SIGNED_ZERO.fullmatch(text) else text  # what rounds to zero has no sign
 
 
 @checked()
@@ -72,8 +76,12 @@ def as_html(
     Below it stands the badge of the `Results` from which its rows come.
     """
     _check_widths(headings, numeric, *cells)
-    sides = [' style="text-align: right"' if right else ' style="text-align: left"' for right in numeric]
-    head = "".join(f'<th scope="col"{side}>{html.escape(h)}</th>' for h, side in zip(headings, sides, strict=True))
+    columns = list(zip(*cells, strict=True)) if cells else [()] * len(headings)
+    short = [all(len(cell) <= UNBROKEN for cell in column) for column in columns]  # a range or a name stays on one line
+    sides = [f' style="text-align: {"right" if right else "left"}{"; white-space: nowrap" * one_line}"'
+             for right, one_line in zip(numeric, short, strict=True)]
+    tops = [f' style="text-align: {"right" if right else "left"}"' for right in numeric]
+    head = "".join(f'<th scope="col"{side}>{html.escape(h)}</th>' for h, side in zip(headings, tops, strict=True))
     body = "\n".join("<tr>" + "".join(f"<td{side}>{html.escape(c)}</td>" for c, side in zip(line, sides, strict=True))
                      + "</tr>" for line in cells)
     label = html.escape(caption or ", ".join(headings), quote=True)

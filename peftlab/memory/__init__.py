@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from peftlab import catalogue
-from peftlab.memory.cards import CARDS, fits, largest, what_fits
+from peftlab.memory.cards import CARDS, blocks_to_recompute, fits, largest, what_fits
 from peftlab.memory.counting.methods import trained_by
 from peftlab.memory.counting.modules import Module
 from peftlab.memory.counting.shapes import BUILT_IN, Shape, load_shape
@@ -21,6 +21,7 @@ __all__ = [
     "Estimate",
     "Module",
     "Shape",
+    "blocks_to_recompute",
     "count",
     "estimate",
     "fits",

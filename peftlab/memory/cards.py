@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from peftlab.checks import checked, one_of
+from peftlab.checks import checked, one_of, whole
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.counting.shapes import load_shape
 from peftlab.memory.estimate import MOST, estimate, longest
@@ -81,6 +81,33 @@ def what_fits(shape: Any, method: str = "lora", **run: Any) -> list[str]:
     ['A100 80GB', 'H100', 'H200', 'B200']
     """
     return that_hold(estimate(shape, method, **run).peak_bytes)
+
+
+@checked()
+def blocks_to_recompute(room: int, shape: Any, method: str = "lora", **run: Any) -> int | None:
+    """Return how many blocks must be computed again in the backward pass for a step to fit, or None if all is too few.
+
+    Args:
+        room: bytes that the estimate may have: `card_bytes` of a card, or `largest_estimate` of its memory.
+        run: the arguments of `estimate`, without `checkpointing`.
+
+    >>> pl.memory.blocks_to_recompute(15 * 10**9, "llama-2-7b", "lora", batch=1, sequence=512)
+    12
+    """
+    room, shape = whole("room", room, least=0), load_shape(shape, run.pop("labels", None))
+    if shape.layout is None:
+        raise PeftLabError(f"{shape.name} is no decoder, and only of a decoder some blocks are computed again.")
+
+    def fits(blocks: int) -> bool:
+        return estimate(shape, method, **{**run, "checkpointing": blocks}).peak_bytes <= room
+
+    few, enough = -1, shape.layout.layers  # the answer lies between, `few` excluded
+    if not fits(enough):
+        return None
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        few, enough = (few, middle) if fits(middle) else (middle, enough)
+    return enough
 
 
 @checked()

@@ -109,9 +109,11 @@ def estimate(
     sequence: int = 512,
     precision: str = "bf16",
     optimizer: str = "adamw",
-    checkpointing: bool = False,
+    checkpointing: bool | int = False,
+    chunked_loss: bool = False,
     autocast: bool | None = None,
     adapter_precision: str = "fp32",
+    masters: bool = False,
     attention: str = "sdpa",
     labels: int | None = None,
     library: str = "peft",
@@ -135,10 +137,15 @@ def estimate(
             plain loop, `foreach=False`. `"adamw-foreach"` is what torch takes on a GPU if nothing is said: it makes a
             temporary tensor for every trained parameter at once. `"adamw-fused"` makes none. The states of these three
             have the precision of what is trained. `"adamw32bit"` is bitsandbytes' AdamW, with float32 states always.
-        checkpointing: whether the backward pass computes each block's activations again.
+        checkpointing: whether the backward pass computes each block's activations again. A number means so many blocks,
+            the first ones.
+        chunked_loss: whether a decoder's loss is computed in chunks, without its whole logits, as `peftlab.train` does
+            (`peftlab.training.chunked`).
         autocast: whether the forward pass runs under bf16 autocast, as in `Trainer(bf16=True)`. None switches it on
             for mixed precision and for `qlora`, and for nothing else.
         adapter_precision: the precision of the tensors that the method adds, `"fp32"` as in peft or `"bf16"`.
+        masters: whether the optimiser keeps float32 copies of what the method adds in bf16, as `train` does. Its states
+            are float32 then.
         attention: `"sdpa"` (fused) or `"eager"`.
         labels: classes of an encoder's head.
         library: `"peft"` or `"peftlab"`: whose layers are replayed. peftlab's LoRA, also in four bits, keeps less under
@@ -164,6 +171,7 @@ def estimate(
     one_of("precision", precision, PRECISIONS)
     one_of("optimizer", optimizer, OPTIMIZERS)
     one_of("adapter_precision", adapter_precision, ADAPTER_PRECISIONS)
+    one_of("masters", masters, (True, False))
     one_of("attention", attention, ATTENTIONS)
     _refuse_what_cannot_run(shape, method, sequence, virtual_tokens)
     if targets is not None and not isinstance(targets, str):
@@ -177,8 +185,10 @@ def estimate(
         sequence=sequence,
         weight_bytes=PRECISIONS[precision],
         adapter_bytes=ADAPTER_PRECISIONS[adapter_precision],
+        masters=masters,
         autocast=uses_autocast(method, precision) if autocast is None else autocast,
-        checkpointing=checkpointing,
+        checkpointing=checked_blocks(checkpointing, shape),
+        chunked_loss=_is_decoder(one_of("chunked_loss", chunked_loss, (True, False)), shape),
         optimizer=optimizer,
         four_bit=row.four_bit,
         fused_attention=attention == "sdpa",
@@ -205,6 +215,30 @@ def estimate(
         file_bytes=_file_bytes(shape, trained, recipe), trainable=counted.trainable, total=counted.total,
         history=_thinned(history),
     )  # fmt: skip
+
+
+def checked_blocks(checkpointing: bool | int, shape: Shape) -> bool | int:
+    """Return how many blocks of a model are computed again. True is all of them, and 1 is the first one."""
+    if isinstance(checkpointing, bool):
+        return checkpointing
+    count = whole("checkpointing", checkpointing, least=0, usual="True, False or a number of blocks")
+    if count and shape.layout is None:
+        raise PeftLabError(f"checkpointing={count}: {shape.name} is no decoder, so give True or False.")
+    if count > (most := blocks_of(shape)):
+        raise PeftLabError(f"checkpointing={count}, and {shape.name} has {most} blocks. True is all of them.")
+    return count
+
+
+def blocks_of(shape: Shape) -> int:
+    """Return how many blocks a decoder has."""
+    assert shape.layout is not None
+    return shape.layout.layers
+
+
+def _is_decoder(chunked_loss: bool, shape: Shape) -> bool:
+    if chunked_loss and shape.kind != "decoder":
+        raise PeftLabError(f"chunked_loss=True is for language models that predict the next token, not {shape.name}.")
+    return chunked_loss
 
 
 def _contiguous_bias(transformers: str | None) -> bool:

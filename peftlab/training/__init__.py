@@ -69,7 +69,7 @@ def train(model: nn.Module, train_data: Sequence[Mapping[str, Any]], **given: An
     with (
         borrowed_generators(),
         mode(model, True),
-        memory_settings(model, settings.checkpointing),
+        memory_settings(model, run.checkpointing),
         run.layers.on(),
         run.fast_path(),
         Bar(len(run.order), "Training", enabled=settings.progress and ranks.first, initial=run.step) as bar,

@@ -124,6 +124,7 @@ class _CrossEntropy(torch.autograd.Function):
                     grads[1] += narrow.T @ part
                 if grads[2] is not None:
                     grads[2] += dz.sum(0)
+                del dz, narrow  # before the next chunk is made
         ctx.dtypes = [None if one is None else one.dtype for one in (hidden, weight, bias)]
         ctx.save_for_backward(*grads)
         return total
@@ -285,9 +286,7 @@ def plain_head(model: nn.Module) -> nn.Linear | str:
     if CHILD in head._modules:
         return "its head has an adapter"
     if "forward" in vars(head) or any(getattr(head, hooks) for hooks in HOOKS):
-        return "its head has hooks"
-    if head.weight.is_meta:
-        return "its head is offloaded"
+        return "its head has hooks, or is offloaded"
     if any(hasattr(one, "_orig_mod") for one in wrappings(model)):
         return "the model is compiled as a whole"
     if core is not model and any(one.requires_grad for one in head.parameters()):

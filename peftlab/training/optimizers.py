@@ -11,6 +11,7 @@ from torch import nn
 from peftlab import optional
 from peftlab.checks import one_of
 from peftlab.errors import warn
+from peftlab.training.masters import WithMasters, need_masters
 
 Groups = list[dict[str, Any]]
 
@@ -77,8 +78,14 @@ OPTIMIZERS: dict[str, Callable[[Groups, float, torch.device], torch.optim.Optimi
 def make_optimizer(
     name: str, parameters: Mapping[str, nn.Parameter], lr: float, weight_decay: float, device: torch.device
 ) -> torch.optim.Optimizer:
-    """Make the optimiser of that name over two groups of parameters: those with weight decay and those without."""
-    return OPTIMIZERS[one_of("optimizer", name, OPTIMIZERS)](decay_groups(parameters, weight_decay), lr, device)
+    """Make the optimiser of that name over two groups of parameters: those with weight decay and those without.
+
+    An adapter in bfloat16 gets float32 masters (`peftlab.training.masters`).
+    """
+    kind, groups = OPTIMIZERS[one_of("optimizer", name, OPTIMIZERS)], decay_groups(parameters, weight_decay)
+    if need_masters(parameters):
+        return WithMasters(groups, lambda masters: kind(masters, lr, device))
+    return kind(groups, lr, device)
 
 
 def skips_when_told(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:

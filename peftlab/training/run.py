@@ -22,6 +22,7 @@ from peftlab.training.buffers import Buffers
 from peftlab.training.chunked import ChunkedLoss
 from peftlab.training.compiling import Layers
 from peftlab.training.encoding import Collator
+from peftlab.training.fitting import choose_blocks
 from peftlab.training.inputs import Inputs, example_lengths
 from peftlab.training.labels import moved
 from peftlab.training.losses import Loss
@@ -59,6 +60,7 @@ class History:
             it.
         path: which path computed the steps, "fast" (`peftlab.fast`) or "plain", and why. `==` ignores it, too.
         logits: how the loss was computed, "in chunks" (`peftlab.training.chunked`) or "whole", and why, likewise.
+        checkpointing: under `checkpointing="fit"`, how many blocks are computed again, or why all are, likewise.
 
     >>> pl.History(steps=[{"loss": 3.0}, {"loss": 1.5}])
     <History: 2 steps, loss 3.000 to 1.500>
@@ -72,6 +74,7 @@ class History:
     compiled: str = dataclasses.field(default="", compare=False)
     path: str = dataclasses.field(default="", compare=False)
     logits: str = dataclasses.field(default="", compare=False)
+    checkpointing: str = dataclasses.field(default="", compare=False)
 
     def __repr__(self) -> str:
         """Return one line, because a notebook shows the value of a cell's last expression."""
@@ -175,9 +178,21 @@ class Run:
         if self.layers.blocks:
             self.layers.choose_lengths(self.collate, self.train_data, self.order, settings.batch_size)
         self.fast: FastPath | None = None
-        self.path = find_path(model, self.core, settings, device)
+        self.checkpointing = settings.checkpointing
+        if self.checkpointing == "fit":
+            self.checkpointing, self.history.checkpointing = self._fit()
+        self.path = find_path(model, self.core, dataclasses.replace(settings, checkpointing=self.checkpointing), device)
         self.pending: Measured | None = None
         self.wrong = torch.zeros((), device=device)  # 1 once a step was not finite
+
+    def _fit(self) -> tuple[bool | int, str]:
+        """Choose how many blocks are computed again, under `checkpointing="fit"`."""
+        try:
+            lengths = example_lengths(self.train_data)
+        except PeftLabError:
+            lengths = []
+        chunked = self.chunked is not None and self.chunked.head is not None
+        return choose_blocks(self.model, self.settings, self.device, lengths, chunked)
 
     def _rows(self, data: Any) -> Sequence[Any]:
         """The training data as rows, checked when they are read; a collate of the user's own gets them as they are."""

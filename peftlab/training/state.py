@@ -111,10 +111,10 @@ def resume_or_start(run: Run, folder: Path, resume: bool) -> None:
             "folder."
         )
     names = {id(p): name for name, p in run.trainable.items()}
-    load_optimizer_state(run.optimizer, names, tensors, record["optimizer"])
     with torch.no_grad():
         for name, parameter in run.trainable.items():
             parameter.copy_(tensors[f"trainable/{name}"])
+    load_optimizer_state(run.optimizer, names, tensors, record["optimizer"])
     run.buffers.restore(_part(tensors, "buffer"))
     run.best_values = {name: value.to(run.device) for name, value in _part(tensors, "best").items()}
     if run.scaler.is_enabled():

@@ -28,12 +28,13 @@ def fresh():
     torch._dynamo.reset()
 
 
-def model(four_bit: bool = False, **settings):
+def model(four_bit: bool = False, adapter_dtype: str | None = None, **settings):
     made = tiny.llama(hidden_size=128, intermediate_size=256, dtype=torch.bfloat16, **settings).cuda()
     if four_bit:
         pl.quantize_model(made)
     torch.manual_seed(7)
-    return pl.attach(made, pl.LoRAConfig(r=4, target_modules=["q_proj", "down_proj"], init="random"))
+    config = pl.LoRAConfig(r=4, target_modules=["q_proj", "down_proj"], init="random")
+    return pl.attach(made, config, adapter_dtype=adapter_dtype)
 
 
 def full(count: int = 16, length: int = 24):
@@ -76,9 +77,10 @@ def test_compiled_layers_train_as_the_others(four_bit, checkpointing):
     assert not any("_compiled_call_impl" in vars(module) for module in made.modules())
 
 
+@pytest.mark.parametrize("adapter_dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_cpu_does_not_wait_within_a_step(accumulation):
-    made = model()
+def test_the_cpu_does_not_wait_within_a_step(accumulation, adapter_dtype):
+    made = model(adapter_dtype=adapter_dtype)
     settings = Settings(steps=8, batch_size=4, accumulation=accumulation, precision="bf16")
     run = Run(made, full(), settings, device=torch.device("cuda", 0), ranks=Ranks(made))
     run.update()  # the first one makes the optimiser's states

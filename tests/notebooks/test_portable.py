@@ -167,6 +167,25 @@ def test_the_site_gets_sphinx_own_numbers_and_labels(book):
     assert "figure" not in figure["metadata"]["mystnb"] or len(made) == 7
 
 
+@pytest.mark.parametrize(("source", "metadata", "expected"), [
+    ("# @title Table: ranks\nx", {"tags": ["hide-input"]}, "Table: ranks (show the code)"),
+    ("# @title Report: ranks\nx", {"tags": ["hide-cell"]}, "Report: ranks (show the report)"),
+    ("# @title Solution 1\nx", {"tags": ["hide-cell"], "mystnb": {"code_prompt_show": "Show it"}}, "Show it"),
+    ("# @title Not folded\nx", {}, None),
+    ("x", {"tags": ["hide-input"]}, None),
+])  # fmt: skip
+def test_the_bar_of_a_folded_cell_says_what_it_shows(source, metadata, expected):
+    made = portable.folded_for_site(source, metadata)
+    assert made.get("mystnb", {}).get("code_prompt_show") == expected and made.get("tags") == metadata.get("tags")
+
+
+def test_a_cell_of_provenance_alone_has_no_bar():
+    folded = {"tags": ["hide-input", "other"]}
+    both = "# @title Where they come from\npl.provenance(a)\npl.provenance(b)  # the second line"
+    assert portable.folded_for_site(both, folded)["tags"] == ["other", "remove-input"]
+    assert portable.folded_for_site(both + "\npl.table(a)", folded)["tags"] == ["hide-input", "other"]
+
+
 def test_the_site_gets_the_directive_in_place_of_its_link():
     made = portable.markdown_for_site
     assert made("appendix", "A\n\n[b](c)<!--@made rows\nd: e-->\n\nF") == "A\n\n```{rows}\nd: e\n```\n\nF"

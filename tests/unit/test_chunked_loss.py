@@ -178,7 +178,7 @@ def of_another_class(model):
     [
         (prompt, "in chunks"),
         (on_the_head, "whole: its head has an adapter"),
-        (hooked, "whole: its head has hooks"),
+        (hooked, "whole: its head has hooks, or is offloaded"),
         (of_another_class, "whole: its head is a Mine"),
     ],
 )

@@ -60,6 +60,15 @@ def test_adapters_are_float32_unless_told():
     assert wide.optimizer == 8 * trained
 
 
+def test_masters_take_four_bytes_and_make_the_states_float32():
+    run = {"r": 16, "targets": "all-linear", "adapter_precision": "bf16"}
+    without, with_masters = (estimate("llama-2-7b", "lora", **run, masters=masters) for masters in (False, True))
+    assert without.parts["optimizer"] == pytest.approx(4 * without.trainable, rel=1e-3)
+    assert with_masters.parts["optimizer"] == pytest.approx(12 * without.trainable, rel=1e-3)
+    assert with_masters.parts["adapter"] == without.parts["adapter"]
+    assert estimate("llama-2-7b", "full", masters=True) == estimate("llama-2-7b", "full"), "a base has none"
+
+
 def test_float32_states_of_16_bit_weights():
     """bitsandbytes' AdamW: two float32 numbers for each trained parameter, whatever its own precision."""
     shape = load_shape("llama-3.2-1b")

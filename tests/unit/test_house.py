@@ -236,7 +236,7 @@ WINGS = {
     "methods": ("core", "quantization"),
     "adapters": ("core", "quantization", "methods"),
     "fast": ("core", "quantization", "methods"),
-    "training": ("core", "quantization", "fast"),
+    "training": ("memory", "core", "quantization", "fast"),
     "kit": ("memory", "quantization"),
     "bench": ("peftlab", "assets", "memory", "core", "quantization", "methods", "adapters", "fast", "training", "kit"),
     "commands": (

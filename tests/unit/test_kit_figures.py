@@ -176,7 +176,7 @@ def test_a_part_too_thin_to_see_is_a_stroke_of_its_colour():
 
 def test_memory_bars_show_cards_and_british_names():
     axes = FIGURES["memory_bars"]().axes[0]
-    assert [text.get_text() for text in axes.texts if text.get_text().endswith("GB")] == ["24 GB", "48 GB", "80 GB"]
+    assert [text.get_text() for text in axes.texts][-3:] == ["24", "48", "80 GB"], "one unit, so that none touch"
     assert [line.get_xdata()[0] for line in axes.lines] == [24, 48, 80] and axes.get_xlim()[1] > 80
     small = figures.memory_bars({"qlora": pl.memory.estimate("llama-2-7b", "qlora")}).axes[0]
     assert not small.lines, "the bar ends at 7 GB, so all cards are far off"
@@ -208,6 +208,15 @@ def test_sweep_draws_means_and_repeats_only_where_they_were_measured():
     bars, strokes = axes.collections
     assert [segment.tolist() for segment in bars.get_segments()] == [[[8, 0.4], [8, 0.8]]]
     assert strokes.get_offsets().tolist() == [[8, 0.4], [8, 0.8], [8, 0.5]]
+
+
+@pytest.mark.parametrize(("heights", "side", "above"), [((0.9, 0.2), "left", True), ((0.2, 0.9), "right", True)])
+def test_the_name_of_a_reference_stands_where_no_line_passes(heights, side, above):
+    rows = [{"r": r, "score": score} for r, score in zip((1, 100), heights[::-1], strict=True)]
+    axes = figures.sweep(rows, "r", "score", percent=True, reference={"full": 0.85}).axes[0]
+    (name,) = axes.texts
+    assert (name.get_ha(), name.get_va() == "bottom") == (side, above)
+    assert axes.yaxis.get_major_formatter()(0.84, 0) == "84%" and axes.yaxis.get_major_formatter()(0.125, 0) == "12.5%"
 
 
 @pytest.mark.parametrize("steps", [3, 20, 45])

@@ -117,8 +117,13 @@ def test_tables_are_laid_out_and_escaped():
     laid = tables.lay_out(ROWS, {"name": "name", "score": ("exact match", ".1%"), "r": ("r", lambda r: f"r={r}")})
     assert laid == (["name", "exact match", "r"], [["a<b", "95.1%", "r=8"], ["c", "", "r=16"]], [False, True, True])
     text = tables.as_html(*laid, caption='say "x"')
-    assert "<td style=\"text-align: left\">a&lt;b</td>" in text and 'aria-label="say &quot;x&quot;"' in text
+    assert '<td style="text-align: left; white-space: nowrap">a&lt;b</td>' in text
+    assert 'aria-label="say &quot;x&quot;"' in text
     assert tables.as_text(*laid[:2]).splitlines()[1] == "a<b   95.1%        r=8"
+    long = tables.as_html(["name"], [["a" * 25], ["b"]], [False])
+    assert "nowrap" not in long  # one long cell: all cells of the column may wrap
+    zeros = tables.lay_out([{"error": -0.0001}, {"error": 0.02}], {"error": ("error", "+.1%")})
+    assert zeros[1] == [["0.0%"], ["+2.0%"]]
     with pytest.raises(PeftLabError, match="no row has a column 'scor'.*Did you mean 'score'"):
         tables.lay_out(ROWS, {"scor": "score"})
 

@@ -4,6 +4,7 @@ import html
 import itertools
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import portable
@@ -199,6 +200,13 @@ def exercises(notebook):
 
 
 MOST_ROWS = 40  # of a section on the page
+COLUMNS = 84  # of a command
+
+
+def _wrapped(command):
+    """A command on lines that the page shows whole, each but the last with a backslash at its end."""
+    lines = textwrap.wrap(command, COLUMNS, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    return " \\\n".join(lines)
 
 
 class Measurements(FactsDirective):
@@ -225,7 +233,7 @@ class Measurements(FactsDirective):
         facts = [("GPU", given.get("gpu")), ("CPU", given.get("cpu")), ("Versions", versions), ("Date", given["date"]),
                  ("Rows", f"{len(results)}, in {{download}}`{path.name} </{RESULTS}/{path.name}>`")]
         section += self.parsed("\n".join(f"- {name}: {value}" for name, value in facts if value)
-                               + f"\n\nTo repeat it:\n\n```shell\n{given['command']}\n```")
+                               + f"\n\nTo repeat it:\n\n```shell\n{_wrapped(given['command'])}\n```")
         for name, rows in self._parts(results):
             section += nodes.raw("", self._folded(path.stem, name, rows), format="html")
         return section

@@ -29,12 +29,14 @@ def adapter_places(norm: str = "pre") -> Figure:
             the residual stream after each addition, such as BERT's.
 
     >>> pl.figures.adapter_places()
-    <Figure size 896x602 with 3 Axes>
+    <Figure size 896x644 with 3 Axes>
     """
     pre = one_of("norm", norm, NORMS) == "pre"
-    figure, grid = new(height=4.3, columns=3)
-    for axes, name in zip(grid.flat, ("houlsby", "pfeiffer", "parallel"), strict=True):
-        axes.set(xlim=(0.6 if pre else -1.0, 10.4), ylim=(0, 17), aspect="equal")
+    left = 0.6 if pre else -0.8
+    rights = {"houlsby": 7.4, "pfeiffer": 7.4, "parallel": 10.4}  # only the last has something beside its branch
+    figure, grid = new(height=4.6, columns=3, width_ratios=[right - left for right in rights.values()])
+    for axes, (name, right) in zip(grid.flat, rights.items(), strict=True):
+        axes.set(xlim=(left, right), ylim=(0, 17), aspect="equal")
         axes.axis("off")
         axes.set_title(name, fontsize=SMALLEST)
         _line(axes, (STREAM, 0), (STREAM, 16.6), arrow=True)

@@ -9,10 +9,10 @@ from typing import Any
 import numpy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from peftlab.checks import checked
-from peftlab.kit.figures.labels import Line, log_ticks, measured_ticks, name_lines
+from peftlab.kit.figures.labels import Line, log_ticks, measured_ticks, name_lines, name_reference
 from peftlab.kit.figures.style import (
     BLACK,
     COLOURS,
@@ -41,8 +41,7 @@ def finish(figure: Figure, axes: Axes, lines: Sequence[Line] = (), reference: di
     texts = []
     for name, value in (reference or {}).items():
         axes.axhline(value, color=GREY, linestyle=":")
-        texts.append(axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-                                   xytext=(0, 1), textcoords="offset points", fontsize=SMALLEST))
+        texts.append(name_reference(figure, axes, name, value, lines))
     for axis in (axes.xaxis, axes.yaxis):
         if isinstance(axis.get_major_locator(), LogLocator):  # nobody chose ticks yet
             log_ticks(axis)
@@ -135,7 +134,7 @@ def sweep(
         axes.set_yscale("log")
     axes.set(xlabel=x_label or x, ylabel=y_label or y)
     if percent:
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
     return finish(figure, axes, lines, reference)
 
 
@@ -211,6 +210,7 @@ def bars(
         log_ticks(axes.xaxis)
     if not log_x:
         axes.set_xlim(min(0, *values.values()) * 1.2, max(values.values()) * 1.2)  # room for the numbers
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.6g}"))
     if percent:
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel(x_label)

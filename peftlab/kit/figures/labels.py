@@ -26,6 +26,9 @@ SIDES = (("left", "center", 1, 0), ("center", "bottom", 0, 1), ("center", "top",
          ("left", "bottom", 0.7, 0.7), ("left", "top", 0.7, -0.7), ("right", "bottom", -0.7, 0.7),
          ("right", "top", -0.7, -0.7))  # fmt: skip
 
+# Where a name may stand beside a horizontal line: the end of the axes, the alignments, and points up or down.
+ENDS = ((1, "right", "bottom", 1), (0.01, "left", "bottom", 1), (1, "right", "top", -1), (0.01, "left", "top", -1))
+
 Line = tuple[str, Sequence[float], Sequence[float], str]  # name, xs, ys, colour
 Box = tuple[float, ...]  # left, bottom, right, top, in pixels
 
@@ -76,6 +79,23 @@ def measured_ticks(axis: Axis, values: Iterable[float]) -> None:
         log_ticks(axis)
     else:
         set_ticks(axis, places)
+
+
+def name_reference(figure: Figure, axes: Axes, name: str, value: float, lines: Sequence[Line]) -> Annotation:
+    """Write the name of a horizontal line above or below one of its ends, where it covers least of the other lines."""
+    text = axes.annotate(name, (1, value), (0, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+                         fontsize=SMALLEST)
+    figure.draw_without_rendering()
+    covered = numpy.concatenate([numpy.empty((0, 2)), *(_on_screen(axes, xs, ys) for _, xs, ys, _ in lines)])
+
+    def place(end: tuple[float, str, str, float]) -> int:
+        across, beside, up, move = end
+        text.xy = (across, value)
+        text.set(ha=beside, va=up, position=(0, move))
+        return _inside(tuple(text.get_window_extent().extents), covered)
+
+    place(min(ENDS, key=place))
+    return text
 
 
 def name_lines(figure: Figure, axes: Axes, lines: Sequence[Line], obstacles: Sequence[Annotation] = ()) -> bool:

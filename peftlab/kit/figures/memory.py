@@ -32,7 +32,11 @@ def memory_bars(estimates: Mapping[str, Estimate], *, cards: Sequence[int] = (24
         passing = parts.pop("logits") + parts.pop("workspace")
         parts = {part.replace("optimizer", "optimiser"): size for part, size in parts.items()}
         rows[name] = {**parts, "logits and workspace": passing}
-    return stacked_bars(rows, x_label="peak (GB)", fmt=".1f", marks={f"{size} GB": size for size in cards})
+    room = 1.5 * max(sum(row.values()) for row in rows.values())
+    largest = max((size for size in cards if size <= room), default=None)
+    # only the last one names the unit, because the first ones stand close together
+    marks: dict[str, float] = {f"{size} GB" if size == largest else f"{size}": size for size in cards}
+    return stacked_bars(rows, x_label="peak (GB)", fmt=".1f", marks=marks)
 
 
 @checked()

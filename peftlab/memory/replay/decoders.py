@@ -35,6 +35,8 @@ def decoder(net: Net, ids: Tensor) -> Tensor:
     with net.memory.kind("logits"):
         logits = net.output("lm_head", x)
         del x
+        if net.recipe.chunked_loss:
+            return logits
         if d.scaled_logits:
             logits = ops.scale(logits)
         if d.capped_logits:

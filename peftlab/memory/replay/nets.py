@@ -36,19 +36,27 @@ class Recipe:
     weight_bytes: int  # per element of the weights, their gradients and their states
     adapter_bytes: int
     autocast: bool
-    checkpointing: bool
+    checkpointing: bool | int  # True: every block is computed again; a number: so many, the first ones
     optimizer: str
     four_bit: bool
     fused_attention: bool
     contiguous_bias: bool = True  # of T5's position bias; a fused kernel needs it
     library: str = "peft"  # the library whose LoRA layer is replayed
     gpus: int = 1
+    masters: bool = False  # of 16-bit adapters, float32 copies in the optimiser, whose states then are float32 too
+    chunked_loss: bool = False  # the loss is computed in chunks, without whole logits
     sharded: bool = False  # True: divided among the GPUs, as in FSDP; False: each GPU holds everything, as in DDP
 
     @property
     def shards(self) -> int:
         """The number of parts into which parameters, gradients and states are divided."""
         return self.gpus if self.sharded else 1
+
+    def recomputes(self, block: str) -> bool:
+        """Say whether a block, such as "model.layers.3.", is computed again in the backward pass."""
+        if isinstance(self.checkpointing, bool):
+            return self.checkpointing
+        return int(block.rstrip(".").rpartition(".")[2]) < self.checkpointing
 
 
 class Net:
@@ -194,9 +202,9 @@ class Net:
                 yield path, one
 
     def output(self, path: str, x: Tensor) -> Tensor:
-        """Call the language-model head."""
+        """Call the language-model head. If the loss is computed in chunks, it is called there instead."""
         self.held.append(x)
-        return self.linear(path, x)
+        return x if self.recipe.chunked_loss else self.linear(path, x)
 
     def table(self, path: str, ids: Tensor) -> Tensor:
         """Look up rows of the embedding at a path, with what the method adds to them."""
@@ -236,7 +244,7 @@ class Net:
 
     def checkpointed(self, prefix: str, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Run one block, with checkpointing if the run has it. The second run then uses autocast again."""
-        if not self.recipe.checkpointing:
+        if not self.recipe.recomputes(prefix):
             return function(*inputs)
 
         def again(*inputs: Tensor) -> Tensor:

@@ -24,10 +24,10 @@ def cast(x: Tensor, bytes: int) -> Tensor:
 def copy(x: Tensor, bytes: int | None = None) -> Tensor:
     """Make a new tensor whose gradient passes unchanged, as clone and contiguous do. The copy may be wider."""
     before = x.bytes
-    return record(x.new(bytes=bytes), [x], lambda g: (_fit(g, before),))
+    return record(x.new(bytes=bytes), [x], lambda g: (fit(g, before),))
 
 
-def _fit(gradient: Tensor, bytes: int) -> Tensor:
+def fit(gradient: Tensor, bytes: int) -> Tensor:
     """Cast a gradient to the dtype of its tensor, as the engine does."""
     return gradient if gradient.bytes == bytes else gradient.new(bytes=bytes)
 
@@ -36,7 +36,7 @@ def add(a: Tensor, b: Tensor) -> Tensor:
     """Replay a + b of one shape, in the wider dtype. Nothing is kept, and both get the same gradient."""
     pairs = (a.bytes, a.needs_grad), (b.bytes, b.needs_grad)
     output = a.new(bytes=max(a.bytes, b.bytes))
-    return record(output, [a, b], lambda g: tuple(_fit(g, n) if m else None for n, m in pairs))
+    return record(output, [a, b], lambda g: tuple(fit(g, n) if m else None for n, m in pairs))
 
 
 def add_broadcast(x: Tensor, b: Tensor) -> Tensor:
@@ -67,8 +67,8 @@ def mul(a: Tensor, b: Tensor) -> Tensor:
     sizes = a.bytes, b.bytes
 
     def apply(g: Tensor) -> Gradients:
-        of_a = _fit(g.new(), sizes[0]) if kept["b"] is not None else None
-        return of_a, _fit(g.new(), sizes[1]) if kept["a"] is not None else None
+        of_a = fit(g.new(), sizes[0]) if kept["b"] is not None else None
+        return of_a, fit(g.new(), sizes[1]) if kept["a"] is not None else None
 
     return record(output, [a, b], apply, [one for one in kept.values() if one is not None])
 
@@ -80,11 +80,11 @@ def mul_broadcast(x: Tensor, b: Tensor) -> Tensor:
     sizes, shape = (x.bytes, b.bytes), b.shape
 
     def apply(g: Tensor) -> Gradients:
-        of_x = _fit(g.new(), sizes[0]) if kept["b"] is not None else None
+        of_x = fit(g.new(), sizes[0]) if kept["b"] is not None else None
         if kept["x"] is None:
             return of_x, None
         whole = g.new()
-        return of_x, _fit(whole.new(shape), sizes[1])
+        return of_x, fit(whole.new(shape), sizes[1])
 
     return record(output, [x, b], apply, [one for one in kept.values() if one is not None])
 
@@ -96,11 +96,11 @@ def mul_vector(x: Tensor, weight: Tensor) -> Tensor:
     output = x.new(bytes=max(x.bytes, weight.bytes))
 
     def apply(g: Tensor, kept: Tensor | None = kept) -> Gradients:
-        of_x = _fit(g.new(), bytes) if needs else None
+        of_x = fit(g.new(), bytes) if needs else None
         if kept is None:
             return of_x, None
         whole = g.new()
-        return of_x, _fit(whole.new(weight.shape), weight.bytes)
+        return of_x, fit(whole.new(weight.shape), weight.bytes)
 
     return record(output, [x, weight], apply, [x] if kept is not None else [])
 
@@ -148,7 +148,7 @@ def add_in_place(x: Tensor, b: Tensor) -> Tensor:
 
     def apply(g: Tensor) -> Gradients:
         of_b = (g if g.shape == shape else g.new(shape)) if needs[1] else None
-        return g if needs[0] else None, of_b if of_b is None else _fit(of_b, bytes)
+        return g if needs[0] else None, of_b if of_b is None else fit(of_b, bytes)
 
     return record(output, [x, b], apply)
 
@@ -159,7 +159,7 @@ def mul_constant(x: Tensor, constant: Tensor) -> Tensor:
     output = x.new(bytes=max(x.bytes, constant.bytes))
 
     def apply(g: Tensor, kept: Tensor = constant) -> Gradients:
-        return (_fit(g.new(), bytes),)
+        return (fit(g.new(), bytes),)
 
     return record(output, [x], apply, [constant])
 

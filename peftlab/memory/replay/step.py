@@ -9,6 +9,7 @@ from peftlab.errors import PeftLabError
 from peftlab.memory.counting.options import Trained
 from peftlab.memory.counting.shapes import Shape
 from peftlab.memory.replay import ops
+from peftlab.memory.replay.chunked import chunked_loss
 from peftlab.memory.replay.decoders import decoder, gpt2
 from peftlab.memory.replay.encoders import bert, t5
 from peftlab.memory.replay.nets import Net, Recipe
@@ -85,7 +86,7 @@ class Run:
         if recipe.gpus > 1 and not recipe.sharded:  # DDP's buckets are as large as all gradients
             size = sum(one.elements * one.bytes for one in net.parameters)
             self.held.append(Tensor(self.memory, (size,), 1, "gradients"))
-        net.leaves = recipe.checkpointing and not trained.whole
+        net.leaves = bool(recipe.checkpointing) and not trained.whole
         self.ids = Tensor(self.memory, (recipe.batch, recipe.sequence), ops.INT64)
 
     def step(self) -> None:
@@ -115,6 +116,10 @@ class Run:
         logits = FORWARD[self.shape.family](self.net, self.ids)
         self.memory.moment = "loss"
         with self.memory.kind("logits"):
+            if self.recipe.chunked_loss:
+                loss = chunked_loss(self.net, logits)
+                self.net.held.clear()
+                return loss
             wide = ops.cast(logits, ops.FLOAT32) if self.shape.kind == "decoder" or self.recipe.autocast else logits
             loss = ops.cross_entropy(wide)
         self.net.held.clear()
@@ -126,34 +131,47 @@ class Run:
         if self.states is None:
             with self.memory.kind("optimizer"):
                 self.states = [self.state(parameter) for parameter in parameters]
+        # the masters' gradients, in float32, live as long as the update
+        gradients = [one.new((one.held,), ops.FLOAT32) for one in parameters if self.has_master(one)]
         if self.recipe.optimizer == "adamw":
             denominator = None
             for parameter in parameters:
                 # denom = (v.sqrt() / c).add_(eps): two tensors of v's size live at once. With them lives the last
                 # parameter's denom, because its name is bound anew only afterwards.
-                root = parameter.new((parameter.held,))
-                quotient = parameter.new((parameter.held,))
+                root = parameter.new((parameter.held,), self.state_bytes(parameter))
+                quotient = parameter.new((parameter.held,), self.state_bytes(parameter))
                 del root
                 denominator = quotient
                 del quotient
             del denominator
         elif self.recipe.optimizer == "adamw-foreach":  # torch._foreach_sqrt: the roots of all parameters at once
-            roots = [parameter.new((parameter.held,)) for parameter in parameters]
+            roots = [parameter.new((parameter.held,), self.state_bytes(parameter)) for parameter in parameters]
             del roots
+        del gradients
+
+    def has_master(self, parameter: Parameter) -> bool:
+        """Say whether the optimiser keeps a float32 copy of a parameter, which it moves in its place."""
+        return self.recipe.masters and parameter.bytes < ops.FLOAT32 and parameter.storage.kind == "adapter"
+
+    def state_bytes(self, parameter: Parameter) -> int:
+        """Return the bytes of one number of torch's states, which have the dtype of what they move."""
+        return ops.FLOAT32 if self.has_master(parameter) else parameter.bytes
 
     def state(self, parameter: Parameter) -> tuple[Tensor, ...]:
         """Allocate the optimiser's states for one parameter."""
         optimizer, count = self.recipe.optimizer, parameter.held
+        master = [parameter.new((count,), ops.FLOAT32)] if self.has_master(parameter) else []
         if optimizer == "sgd":
-            return ()
-        if optimizer in TORCH_ADAMW:  # two moments in the parameter's dtype
-            return parameter.new((count,)), parameter.new((count,))
+            return (*master,)
+        if optimizer in TORCH_ADAMW:  # two moments in the dtype of what they move
+            bytes = self.state_bytes(parameter)
+            return (*master, parameter.new((count,), bytes), parameter.new((count,), bytes))
         if optimizer == "adamw32bit":  # in float32, whatever the parameter's dtype
-            return parameter.new((count,), ops.FLOAT32), parameter.new((count,), ops.FLOAT32)
+            return (*master, parameter.new((count,), ops.FLOAT32), parameter.new((count,), ops.FLOAT32))
         # two moments in 8 bits, with a float32 scale per block of 256; float32 moments for small tensors
         bytes = ops.FLOAT32 if count < SMALL_8BIT else 1
         paged = optimizer.startswith("paged") and count >= PAGED  # in unified memory, which torch does not count
         moments = () if paged else (parameter.new((count,), bytes), parameter.new((count,), bytes))
         blocks = -(-count // BLOCK_8BIT)
         scales = [parameter.new((blocks,), ops.FLOAT32) for _ in range(2 if bytes == 1 else 0)]
-        return (*moments, *scales)
+        return (*master, *moments, *scales)
