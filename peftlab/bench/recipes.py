@@ -3,7 +3,6 @@
 Sections:
     tricks      what saves memory or time in a step at 7B: each trick alone, beside the same step without it
     pretrain    a small Llama from random weights: full training, low-rank updates, ReLoRA and GaLore
-    galore      the same with GaLore's update scaled, and its directions renewed more often
     policy      a policy gradient on a reward that a program checks, at three ranks
 """
 
