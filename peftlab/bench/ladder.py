@@ -15,9 +15,9 @@ HOW = {
     "bf16 adapters": ("eager", "bf16", "peftlab"),
     "train": ("eager", "fp32", "peftlab"),
     **dict.fromkeys(
-        ("compiled layers", "chunked loss", "flat AdamW", "triton", "cuda graph"), ("compiled", "bf16", "peftlab")
+        ("compiled layers", "chunked loss", "flat AdamW", "triton", "cuda graph", "train compiled"),
+        ("compiled", "bf16", "peftlab"),
     ),
-    "train compiled": ("compiled", "fp32", "peftlab"),
     **dict.fromkeys(("fast, no graph", "fast", "fast, pinned"), ("by hand", "bf16", "peftlab")),
 }
 
