@@ -143,7 +143,7 @@ class Flat:
         self.gradient.zero_()
 
 
-def in_one_graph(step: Callable[[], Tensor]) -> Callable[[], None]:
+def in_one_graph(step: Callable[[], Any]) -> Callable[[], None]:
     """Record a step's kernels once, and return a function that launches all of them at once."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
