@@ -47,7 +47,7 @@ class Masters:
     """AdamW on float32 copies of bf16 parameters, so that small updates are not rounded away."""
 
     def __init__(self, trained: list[nn.Parameter]) -> None:
-        self.trained = trained
+        self.trained: list[Tensor] = list(trained)
         self.masters = [p.detach().float() for p in trained]
         self.adamw = torch.optim.AdamW(self.masters, lr=RATE)
 
