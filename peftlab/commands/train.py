@@ -275,6 +275,7 @@ def _train(arguments: argparse.Namespace, targets: Any, begin: Callable[[], Plac
         "saved_bytes": size,
         "device": device,
         "path": history.path,
+        **({"compiled": history.compiled} if history.compiled else {}),
         "training_seconds": history.seconds,
         "seconds": time.monotonic() - started,
     }
@@ -346,6 +347,7 @@ def summary(result: dict[str, Any], folder: str) -> list[tuple[str, str]]:
         ("trainable", f"{format_count(result['trainable'])} ({format_percent(result['percent'])})"),
         ("steps", format_count(result["steps"])),
         ("path", result["path"]),
+        *([("compiled", result["compiled"])] if "compiled" in result else []),
         ("final loss", "none" if result["final_loss"] is None else f"{result['final_loss']:.4f}"),
     ]
     if result["evaluations"]:

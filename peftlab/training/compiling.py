@@ -114,7 +114,8 @@ class Layers:
         """Say whether a compiler raised this error. Then the blocks run uncompiled from now on."""
         if not self.blocks or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
             return False
-        self._give_up(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        told = str(error).split("Set TORCHDYNAMO_VERBOSE")[0]  # from there on torch says how to debug torch
+        self._give_up(f"{type(error).__name__}: {' '.join(told.split())[:300]}")
         return True
 
     def _give_up(self, reason: str) -> None:
