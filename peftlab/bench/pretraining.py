@@ -32,8 +32,6 @@ WAYS: tuple[Row, ...] = (
     {"way": "full", "r": None, "rates": [3e-4, 1e-3, 3e-3, 1e-2]},
     {"way": "none", "r": None, "rates": [1e-3, 3e-3, 1e-2]},
 )
-# GaLore's update of a matrix of width 256 is sqrt(16 / 256) times as large as Adam's. Here it is as large again.
-SCALED: Row = {"way": "galore", "r": 16, "scale": 4.0, "renewed": 50, "rates": [3e-4, 1e-3, 3e-3]}
 TOP = 16  # singular values whose share of a change is measured
 
 
@@ -41,7 +39,6 @@ def points() -> Iterator[Row]:
     """Yield one point for each way to train."""
     for way in WAYS:
         yield {"section": "pretrain", **RUN, "restarts": 0, **way}
-    yield {"section": "galore", **RUN, "restarts": 0, **SCALED}
 
 
 def measure(point: Row) -> list[Row]:
@@ -119,8 +116,7 @@ def begin(model: nn.Module, point: Row, seed: int) -> torch.optim.Optimizer:
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     if point["way"] == "galore":
         groups = [{"params": matrices, "r": point["r"]}, {"params": others, "r": None}]
-        renewed = point.get("renewed", point["steps"] // 8)
-        return GaLore(groups, lr=0.0, every=renewed, scale=point.get("scale", 1.0))
+        return GaLore(groups, lr=0.0, every=point["steps"] // 8)
     if point["way"] in ("lora", "relora"):
         add_low_rank(model, point["r"], seed)
     elif point["way"] == "none":

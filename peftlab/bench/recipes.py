@@ -3,7 +3,6 @@
 Sections:
     tricks      what saves memory or time in a step at 7B: each trick alone, beside the same step without it
     pretrain    a small Llama from random weights: full training, low-rank updates, ReLoRA and GaLore
-    galore      the same with GaLore's update scaled, and its directions renewed more often
     policy      a policy gradient on a reward that a program checks, at three ranks
 """
 
@@ -67,7 +66,7 @@ def measure(point: Row) -> list[Row]:
         return named(point, [trick(model, point)])
 
 
-def trick(model: nn.Module, point: Row) -> Row:
+def trick(model: Any, point: Row) -> Row:
     """Measure one step, made as its point says: its peak of memory and its time."""
     torch.manual_seed(0)
     with lent(model, adapted, point) as ready:

@@ -13,7 +13,7 @@ Its rows are the ladder's rungs, from an eager loop to the dense products alone,
     triton           4-bit weights made by a Triton kernel (QLoRA only)
     cuda graph       the step's kernels launched at once
     train            `pl.train` on its plain path
-    train compiled   the same with compile="layers"
+    train compiled   the same with compile="layers" and adapters in bf16
     fast, no graph   `pl.train(fast=True)`, its kernels launched one by one
     fast             the same as it is: one CUDA graph
     fast, pinned     the same with the blocks' inputs in main memory (where blocks are recomputed)
@@ -229,7 +229,7 @@ def optimizer_of(rung: str, model: nn.Module) -> Any:
     trained = [p for p in model.parameters() if p.requires_grad]
     if rung == "bf16 adapters":
         return rungs.Masters(trained)
-    return torch.optim.AdamW(trained, lr=rungs.RATE, **({"fused": True} if rung == "peft" else {}))
+    return torch.optim.AdamW(trained, lr=rungs.RATE, fused=True if rung == "peft" else None)
 
 
 # -------------------------------------------------------------------------------------------------------- pl.train
@@ -243,7 +243,8 @@ def training(model: nn.Module, point: Row, rung: str, **settings: Any) -> Iterat
 
     def measured() -> Row:
         set_backend(model, "auto")
-        pl.attach(model, pl.LoRAConfig(r=R, alpha=ALPHA, target_modules=ALL_LINEAR))
+        dtype = torch.bfloat16 if rung == "train compiled" else torch.float32
+        pl.attach(model, pl.LoRAConfig(r=R, alpha=ALPHA, target_modules=ALL_LINEAR), adapter_dtype=dtype)
         try:
             with launched_one_by_one() if rung == "fast, no graph" else nullcontext():
                 return steps_of_train(model, point, **{"checkpointing": point["checkpointing"], **settings})

@@ -38,7 +38,8 @@ def directions(gradient: Tensor, r: int) -> Tensor:
     """
     out, width = gradient.shape
     wide = gradient if out <= width else gradient.T
-    return torch.linalg.svd(wide.float(), full_matrices=False).U[:, :r].to(gradient.dtype)
+    left = torch.linalg.svd(wide.float(), full_matrices=False).U
+    return left[:, :r].to(gradient.dtype)
 
 
 class GaLore(torch.optim.Optimizer):
@@ -53,12 +54,19 @@ class GaLore(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, groups: Iterable[Any], lr: float, r: int | None = 16, every: int = 200, scale: float = 1.0
+        self,
+        groups: Iterable[Any],
+        lr: float,
+        r: int | None = 16,
+        every: int = 200,
+        scale: float = 1.0,
     ) -> None:
         super().__init__(groups, {"lr": lr, "r": r, "every": every, "scale": scale})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure
+    def step(  # type: ignore[override]  # no closure
+        self, closure: None = None
+    ) -> None:
         """Make one update of all parameters that have a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -73,11 +81,14 @@ class GaLore(torch.optim.Optimizer):
         if low:
             if (t - 1) % group["every"] == 0:
                 state["directions"] = directions(gradient, r)
-            gradient = state["directions"].T @ (gradient.T if turned else gradient)  # R = P^T G
+            gradient = gradient.T if turned else gradient
+            gradient = state["directions"].T @ gradient  # R = P^T G
         if t == 1:
-            state["mean"], state["square"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+            state["mean"] = torch.zeros_like(gradient)
+            state["square"] = torch.zeros_like(gradient)
         mean = state["mean"].lerp_(gradient, 0.1)  # m = 0.9 m + 0.1 g
-        square = state["square"].lerp_(gradient.square(), 0.001)  # v = 0.999 v + 0.001 g^2
+        # v = 0.999 v + 0.001 g^2
+        square = state["square"].lerp_(gradient.square(), 0.001)
         update = mean / (1 - 0.9**t) / ((square / (1 - 0.999**t)).sqrt() + 1e-8)  # N
         if low:
             update = group["scale"] * state["directions"] @ update

@@ -87,8 +87,8 @@ def policy_loss(log_probabilities: Tensor, rewards: Tensor) -> Tensor:
     n = len(rewards) if rewards.ndim else 0
     if rewards.shape != log_probabilities.shape or n < 2:
         raise PeftLabError(
-            f"A policy gradient needs one reward for each of at least two answers; found rewards {tuple(rewards.shape)} "
-            f"and log-probabilities {tuple(log_probabilities.shape)}."
+            f"A policy gradient needs one reward for each of at least two answers; found rewards "
+            f"{tuple(rewards.shape)} and log-probabilities {tuple(log_probabilities.shape)}."
         )
     rewards = rewards.to(log_probabilities)
     # b_i = sum over j != i of R_j / (n - 1)

@@ -6,7 +6,8 @@ import torch
 
 import peftlab as pl
 from peftlab import bench
-from peftlab.bench import models, rungs, speed, timing
+from peftlab.bench import ladder, models, rungs, speed, timing
+from peftlab.kit.measurements import Results
 from peftlab.memory import estimate
 from peftlab.memory import speed as arithmetic
 
@@ -182,3 +183,26 @@ def test_each_way_is_predicted_to_be_faster_than_the_one_before():
         assert all((times.dequantise > 0) == (method == "qlora") for times in found)
         # the prototype's kernels were busy for 140 ms (LoRA), an eager step's for 236 and 262 ms
         assert 0.8 < seconds[0] / {"lora": 0.236, "qlora": 0.262}[method] < 1.2
+
+
+def test_rungs_stand_beside_their_predictions():
+    """Made-up times: the rows keep the ladder's order, leave out what was skipped, and compare within a process."""
+    step = {"section": "7b", "shape": "llama-2-7b", "method": "lora", "batch": 4, "sequence": 512,
+            "checkpointing": True, "r": 16, "run": "r1"}  # fmt: skip
+
+    def row(rung, milliseconds, **more):
+        seconds = milliseconds / 1000
+        each = {f"seconds_{n}": seconds * (1 + n / 100) for n in (1, 2, 3)}
+        return {**step, "rung": rung, "seconds": seconds, **each, "seconds_least": seconds, "seconds_most": seconds,
+                "processes": 3, "busy_seconds": 0.9 * seconds, "tokens_per_second": 2048 / seconds,
+                "working_bytes": int(2e9), **more}  # fmt: skip
+
+    rows = [row("fast", 140), row("ceiling", 118, flops=arithmetic.product_flops("llama-2-7b", 2048, True)),
+            row("copy", 1, bytes=3_000_000_000), row("peft", 420), row("compiled layers", 160),
+            {**step, "rung": "triton", "skipped": "no"}]  # fmt: skip
+    found = ladder.ladder(Results("speed", {}, rows), "7b")
+    assert [row["rung"] for row in found] == ["peft", "compiled layers", "fast"]
+    assert found[2]["share"] == pytest.approx(118 / 140) and found[0]["busy"] == pytest.approx(378)
+    assert found[0]["told"] > found[1]["told"] > found[2]["told"] > 118
+    (beside,) = ladder.beside_peft(Results("speed", {}, rows))
+    assert beside["times"] == pytest.approx(3) and beside["least"] == pytest.approx(3) and beside["memory"] == 1

@@ -1,6 +1,7 @@
 """Exercises: right answers pass, the usual mistakes get their remark, and no message gives the answer away."""
 
 import math
+import operator
 import re
 import statistics
 from pathlib import Path
@@ -47,7 +48,7 @@ ANSWERS = {
     "recipes.accumulate": (1.1, 1.5, 7.0),
     "recipes.padding": (0.6, 0.4, 0.9),
     "recipes.perplexity": (lambda sums, counts: 2.718281828459045 ** (sum(sums) / sum(counts)),
-                           lambda sums, counts: math.exp(statistics.fmean(s / n for s, n in zip(sums, counts))),
+                           lambda sums, counts: math.exp(statistics.fmean(map(operator.truediv, sums, counts))),
                            lambda sums, counts: 1.0),
     "recipes.mask": (same_example_mask, lambda positions: torch.ones(2 * positions.shape).tril() > 0,
                      lambda positions: torch.zeros(2 * positions.shape).bool()),
@@ -63,6 +64,9 @@ ANSWERS = {
         lambda rewards: rewards - rewards.mean(), lambda rewards: 0 * rewards,
     ),
     "recipes.reference": ("disabled", None, "copy"),
+    "recipes.products": (8.192e12, 12.288e12, 5.0),
+    "recipes.decay": (0.9048, 0.9, 0.5),
+    "recipes.floor": (0.1333, 0.2857, 0.5),
     "lora.count": (1_843_200, 61_440, 7),
     "lora.first_step": ("b", None, "A"),
     "lora.forward": (lambda x, W, A, B, alpha, r: x @ (W + alpha / r * B @ A).T,

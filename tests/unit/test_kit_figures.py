@@ -57,7 +57,8 @@ FIGURES = {
     "places of virtual_tokens": figures.virtual_tokens,
     "block_steps": lambda: figures.block_steps([0.5, -2.0, 0.0, 1.0], [i / 7 - 1 for i in range(16)]),
     "adapter_places, post": lambda: figures.adapter_places("post"),
-    "places of token_rows": lambda: figures.token_rows({"a": [("x", "read"), ("y", "learned")], "b": [("pad", "padding")]}),
+    "places of token_rows": lambda: figures.token_rows({"a": [("x", "read"), ("y", "learned")],
+                                                        "b": [("pad", "padding")]}),
     "budget": lambda: figures.budget(ROWS, "r", "score", "layers", x_label="parameters", y_label="score",
                                      reference={"before": 0.1}),
     **{f"block, {method}, {norm}": functools.partial(figures.block, method, norm)

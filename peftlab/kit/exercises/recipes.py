@@ -7,6 +7,14 @@ from peftlab.kit.exercises.grading import Exercise, choice, function, number
 EXAMPLES, BATCH, ACCUMULATION, EPOCHS = 4000, 4, 8, 3
 LENGTHS = (40, 50, 60, 250)  # tokens of the four examples of a batch
 SHORT, LONG = (10, 2.0), (90, 1.0)  # two parts of a batch: their labels, and the mean loss of these
+WEIGHTS, TOKENS = 1e9, 2048
+MISSING, RANK = (3, 2, 1, 1), 2  # the singular values of what is missing, and LoRA's rank
+
+
+def _left(values, rank):
+    """Return the share of the squared distance that a change of this rank leaves."""
+    squares = [value**2 for value in values]
+    return sum(squares[rank:]) / sum(squares)
 
 
 def _labels(prompt, answer, end):
@@ -102,21 +110,21 @@ EXERCISES = (
         near={sum(LENGTHS) / (len(LENGTHS) * max(LENGTHS)): "That is the share of real tokens.",
               60.0: "Give it as a share between 0 and 1."},
         hint="Every row of the batch is as long as its longest example.",
-        then="Packed, all four would fill two rows of 250 and 150 tokens, and nothing would be padded but the second.")),
+        then="Packed, the three short ones would share a row.")),
     Exercise("recipes.perplexity", "medium", 10, "your function", function(
         _perplexity, cases=lambda: [([20.0, 90.0], [10, 90]), ([3.0, 40.0, 8.0], [2, 10, 5]), ([7.0], [7])],
         near={"That is the mean of the batches' means. A batch with few labels counts as much as a full one.":
-                  lambda sums, counts: math.exp(sum(s / n for s, n in zip(sums, counts)) / len(sums)),
+                  lambda sums, counts: math.exp(sum(s / n for s, n in zip(sums, counts, strict=True)) / len(sums)),
               "That averages the perplexities. Average the losses first, and take exp at the end.":
-                  lambda sums, counts: sum(math.exp(s / n) for s, n in zip(sums, counts)) / len(sums)},
+                  lambda sums, counts: sum(math.exp(s / n) for s, n in zip(sums, counts, strict=True)) / len(sums)},
         hint="Perplexity is exp of the loss per label, over all labels.",
         then="pl.perplexity does the same.")),
     Exercise("recipes.mask", "hard", 15, "your function", function(
         _mask, cases=_positions,
         near={"A token sees the examples before its own: that is the plain causal mask.": _causal,
               "Within an example a token sees the tokens behind it. It may only look back.": _blocks},
-        hint="Give each token the number of its example (how many zeros up to it), and compare these numbers. Then keep "
-             "what lies on or below the diagonal.",
+        hint="Give each token the number of its example (how many zeros up to it), and compare these numbers. Then "
+             "keep what lies on or below the diagonal.",
         then="transformers makes this mask from the positions.")),
     Exercise("recipes.half", "medium", 10, "a number, such as 2**-5", number(
         2**-11,
@@ -149,4 +157,27 @@ EXERCISES = (
                  "none": "Without a reference nothing holds the model near to what it was."},
         hint="Which state of the attached model is the model from before, to the bit?",
         then="Two forward passes, one set of weights.")),
+    Exercise("recipes.products", "easy", 5, "a number of operations", number(
+        2 * 2 * TOKENS * WEIGHTS, tolerance=0.01,
+        near={2 * 3 * TOKENS * WEIGHTS: "That is full fine-tuning, or a step with checkpointing. A frozen weight needs "
+                                        "no gradient, and nothing is computed twice.",
+              2 * TOKENS * WEIGHTS: "That is the forward pass alone.",
+              2 * 2 * WEIGHTS: "That is for one token."},
+        hint="2 operations for each weight and token, once forward and once backward for the gradient of the input.",
+        then="At 650 TFLOP/s that is 13 ms.")),
+    Exercise("recipes.decay", "medium", 5, "a share, such as 0.5", number(
+        math.exp(-0.1), tolerance=0.002,
+        near={math.exp(-0.05): "That is the linear schedule, whose mean rate is half its peak. Here the rate is "
+                               "constant.",
+              1 - 0.1: "Near, but each step takes its share of what is left then.",
+              0.0: "Each step takes a ten-thousandth of it."},
+        hint="Each step multiplies it by one minus rate times decay.",
+        then="With a tenth of that decay nearly all of it is left.")),
+    Exercise("recipes.floor", "medium", 10, "a share, such as 1/2", number(
+        _left(MISSING, RANK), tolerance=0.01,
+        near={sum(MISSING[RANK:]) / sum(MISSING): "The distance is measured by the squares of the singular values.",
+              1 - _left(MISSING, RANK): "That is the share that rank 2 takes away.",
+              _left(MISSING, RANK + 1): "One square too few: two singular values are left out."},
+        hint="The best matrix of rank 2 keeps the two largest singular values.",
+        then="Whatever the rate, and however many steps.")),
 )
