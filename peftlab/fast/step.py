@@ -149,7 +149,8 @@ class Step:
 
     def _block(self, parts: BlockParts) -> Block:
         groups = {name: Group(parts.groups[name], self.like) for name in GROUPS}
-        norms = {name: None if norm is None else norm.get_parameter("weight").detach() for name, norm in parts.norms.items()}
+        norms: dict[str, Tensor | None] = dict.fromkeys(parts.norms)
+        norms |= {name: norm.get_parameter("weight").detach() for name, norm in parts.norms.items() if norm is not None}
         return Block(groups, norms, parts.window, self.sizes, self.pieces)
 
     def _share(self) -> None:

@@ -310,7 +310,8 @@ class Run:
         """Put the gradient of the mean loss into `grad`. Return each part's summed loss and the labels of all parts."""
         totals, counts = [], []
         for number, part in enumerate(parts):
-            batch, read, counted = self.ahead.pop(tuple(part), None) or self._prepare(part)
+            known = tuple(part) in self.ahead
+            batch, read, counted = self.ahead.pop(tuple(part)) if known else self._prepare(part)
             total, count = (torch.empty(0), read.learned) if read is not None else self._loss_of(batch, part, counted)
             if number == 0:
                 provisional = count.clamp(min=1) * len(parts)
