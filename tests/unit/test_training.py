@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import peftlab as pl
 from peftlab.errors import PeftLabError
 from peftlab.training import TrainingError, train
 from peftlab.training.encoding import IGNORE, Collator
