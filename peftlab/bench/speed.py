@@ -71,7 +71,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "fast, pinned": ("fast, pinned",),
     "ceiling": ("ceiling",),
 }
-MAIN = ("7b-lora-4x512-c", "7b-qlora-4x512-c")  # the sections with every rung
+MAIN = ("7b-lora-4x512-c",)  # the section with every rung
 FEW = ("peft", "compiled", "fast", "fast, pinned", "ceiling")  # what the others have
 
 
