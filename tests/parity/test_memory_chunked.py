@@ -21,7 +21,10 @@ from peftlab.memory.replay.tape import backward
 from peftlab.training import chunked
 from peftlab.training.chunked import ChunkedLoss
 
-GEMMA3 = {**CONFIGS["gemma"], "model_type": "gemma3_text", "final_logit_softcapping": 30.0, "sliding_window": 4096}
+GEMMA3 = {
+    **CONFIGS["gemma"], "model_type": "gemma3_text", "vocab_size": 4000, "final_logit_softcapping": 30.0,
+    "sliding_window": 4096,
+}  # fmt: skip
 FAMILIES = {"llama": CONFIGS["llama"], "qwen2": CONFIGS["qwen2"], "gemma3": GEMMA3, "gpt2": CONFIGS["gpt2"]}
 SIZE = {"batch": 3, "sequence": 128}
 # Without whole logits the peak of so small a model may lie inside a block, where the replay leaves out up to four

@@ -32,18 +32,17 @@ def chunked_loss(net: Net, hidden: Tensor) -> Tensor:
         size = min(step, count - at)
         z = hidden.new((size, vocabulary), compute)
         z = z if compute == wide else z.new(bytes=wide)  # the narrow one is freed when the wide one is made
-        slope: Tensor | None = None
         if layout is not None and layout.capped_logits:
             square = z.new()
             slope = z.new()
-            del square
+            del square, slope
         narrow = z if compute == wide else z.new(bytes=compute)
         products = 1 + sum(one is not None for one in kept[:2])
         net.memory.flops += products * 2 * size * width * vocabulary
         part = hidden.new((size, width), compute) if kept[0] is not None else None
         del part
         part = hidden.new(weight.shape, compute) if kept[1] is not None else None
-        del z, narrow, part, slope
+        del z, narrow, part
     del h, w
     loss = hidden.new((1,), wide)
     sizes = [rows.bytes, weight.bytes, *([bias.bytes] if bias is not None else [])]
