@@ -64,7 +64,6 @@ class Group:
     Args:
         parts: each linear with its LoRA or None.
         like: a tensor with the device and the dtype of the products.
-        shared: for a 4-bit base.
     """
 
     def __init__(self, parts: Sequence[tuple[nn.Linear, LoRALinear | None]], like: Tensor) -> None:
@@ -86,6 +85,11 @@ class Group:
         self.shared: Shared | None = None
         self.whole: Tensor | None = None
         self.a = self.b = like.new_zeros(0)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return all A, then all B."""
+        loras = [member.lora for member in self.adapted if member.lora is not None]
+        return [*(lora.lora_A for lora in loras), *(lora.lora_B for lora in loras)]
 
     # -- the weights ---------------------------------------------------------------------------------------------
 

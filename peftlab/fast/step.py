@@ -134,17 +134,15 @@ class Step:
             block.below = lower is not None and (lower.below or lower.trains)
         self.first = next(index for index, block in enumerate(self.blocks) if block.trains)
         self.groups = [group for block in self.blocks for group in block.groups.values()]
-        for group in self.groups:
-            group.borrow()
-        self._share()
-        self.flat = Flat(
-            p
-            for group in self.groups
-            for p in (
-                *(member.lora.lora_A for member in group.adapted if member.lora is not None),
-                *(member.lora.lora_B for member in group.adapted if member.lora is not None),
-            )
-        )
+        try:
+            for group in self.groups:
+                group.borrow()
+            self._share()
+            self.flat = Flat(parameter for group in self.groups for parameter in group.parameters())
+        except BaseException:  # the memory may not suffice
+            for group in self.groups:
+                group.give_back()
+            raise
         self._place_gradients()
 
     def _block(self, parts: BlockParts) -> Block:

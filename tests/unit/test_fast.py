@@ -303,6 +303,20 @@ def test_the_model_is_its_own_again(fails):
     assert not any("peftlab" in name for name in model.state_dict())
 
 
+def test_a_base_that_does_not_fit_twice_stays_as_it_is(monkeypatch):
+    model = adapt(make())
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def full(parameters):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("peftlab.fast.step.Flat", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        Step(decoder_of(model), torch.float64, 0)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(state[name], tensor) and tensor.is_contiguous(), name
+
+
 def test_weights_are_lent_and_not_copied():
     model = adapt(make())
     with borrowed(model) as step:
