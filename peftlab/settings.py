@@ -110,8 +110,8 @@ class Settings:
     chunked_loss: bool | str = setting(
         "auto", "compute a language model's loss in chunks of positions, without its whole logits",
         one_of, known=("auto", True, False), option="chunked-loss",
-        more="'auto' does so where the head is a plain linear layer, frozen or trained. Elsewhere the logits are whole, "
-        "and `History.logits` says why; with True that is an error.")
+        more="'auto' does so where the head is a plain linear layer, frozen or trained, and the logits of a batch would "
+        "take more than 64 MB. Elsewhere they are whole, and `History.logits` says why; with True that is an error.")
     optimizer: str = setting(
         "adamw", "the 8-bit ones are bitsandbytes'; without it you get a warning and adamw",
         one_of, known=OPTIMIZERS, option="optimizer")

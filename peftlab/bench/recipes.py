@@ -66,7 +66,7 @@ def measure(point: Row) -> list[Row]:
         return named(point, [trick(model, point)])
 
 
-def trick(model: nn.Module, point: Row) -> Row:
+def trick(model: Any, point: Row) -> Row:
     """Measure one step, made as its point says: its peak of memory and its time."""
     torch.manual_seed(0)
     with lent(model, adapted, point) as ready:

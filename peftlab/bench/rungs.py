@@ -47,7 +47,7 @@ class Masters:
     """AdamW on float32 copies of bf16 parameters, so that small updates are not rounded away."""
 
     def __init__(self, trained: list[nn.Parameter]) -> None:
-        self.trained = trained
+        self.trained: list[Tensor] = list(trained)
         self.masters = [p.detach().float() for p in trained]
         self.adamw = torch.optim.AdamW(self.masters, lr=RATE)
 
@@ -143,7 +143,7 @@ class Flat:
         self.gradient.zero_()
 
 
-def in_one_graph(step: Callable[[], Tensor]) -> Callable[[], None]:
+def in_one_graph(step: Callable[[], Any]) -> Callable[[], None]:
     """Record a step's kernels once, and return a function that launches all of them at once."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -229,7 +229,7 @@ def optimizer_of(rung: str, model: nn.Module) -> Any:
     trained = [p for p in model.parameters() if p.requires_grad]
     if rung == "bf16 adapters":
         return rungs.Masters(trained)
-    return torch.optim.AdamW(trained, lr=rungs.RATE, **({"fused": True} if rung == "peft" else {}))
+    return torch.optim.AdamW(trained, lr=rungs.RATE, fused=True if rung == "peft" else None)
 
 
 # -------------------------------------------------------------------------------------------------------- pl.train

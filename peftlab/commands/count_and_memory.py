@@ -59,7 +59,7 @@ def add_memory_options(command: argparse.ArgumentParser) -> None:
     named = ", ".join(OPTIMIZERS)
     add("--optimizer", default="adamw", metavar="O", help=f"{named} (default: adamw, which is torch's plain loop)")
     switch: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-    told = "recompute activations in the backward pass; fit: of as few blocks as let the step fit on --card (default: no)"
+    told = "recompute activations in the backward pass; fit: of as few blocks as --card allows (default: no)"
     add("--checkpointing", action=SwitchOrFit, default=False, help=told)
     add("--chunked-loss", **switch, default=False, help="no whole logits, as in peftlab train (default: no)")
     add("--autocast", **switch, help="compute in bf16, as Trainer(bf16=True) does (default: for mixed and qlora)")
@@ -115,7 +115,7 @@ def _recomputed(blocks: bool | int) -> str:
 
 
 def _blocks(card: str | None, run: dict[str, Any]) -> bool | int:
-    """Return how many blocks are computed again for a step to fit on a card; True for all, where even that is too few."""
+    """Return how many blocks are computed again for a step to fit on a card; True if even all are too few."""
     if not card:
         raise PeftLabError("--checkpointing fit needs to know what to fit on: add --card, such as --card 'RTX 4090'.")
     rest = {name: value for name, value in run.items() if name != "checkpointing"}

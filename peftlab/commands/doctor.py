@@ -20,6 +20,7 @@ from typing import Any
 from peftlab import __version__
 from peftlab.assets.cache import asset_folder, cache_folder, fault
 from peftlab.assets.catalogue import catalogue
+from peftlab.catalogue import METHODS
 from peftlab.commands import machine
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.cards import largest_estimate
@@ -196,9 +197,14 @@ def _is_cuda(device: dict[str, Any]) -> bool:
 
 def _sizes(room: int) -> dict[str, list[str]]:
     """Return, by model, the methods whose step fits: 1 x 512 tokens, bf16, r = 16 on all linear layers."""
-    run: dict[str, Any] = {"r": 16, "targets": "all-linear", "checkpointing": True}
+    lora: dict[str, Any] = {"r": 16, "targets": "all-linear"}
     most = largest_estimate(room)
-    return {shape: [method for method in WAYS if estimate(shape, method, **run).peak_bytes <= most] for shape in SIZES}
+
+    def fits(shape: str, method: str) -> bool:
+        own = lora if METHODS[method].takes("r") else {}
+        return estimate(shape, method, checkpointing=True, **own).peak_bytes <= most
+
+    return {shape: [method for method in WAYS if fits(shape, method)] for shape in SIZES}
 
 
 def _four_bit(packages: dict[str, str | None], devices: list[dict[str, Any]]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def settle(arguments: argparse.Namespace, rows: Mapping[str, Method]) -> None:
         told = f"{', '.join(map(flag, idle))}: no option of the method {method}, so it changes nothing. Its own: {own}."
         print(f"peftlab: {told}", file=sys.stderr)
     for name in options_of(rows):
-        if getattr(arguments, name) is None:
+        if name in idle or getattr(arguments, name) is None:
             values = {value for value, _ in defaults_of(name, rows)}
             shared = values.pop() if len(values) == 1 else None
             setattr(arguments, name, row.default(name) if row.takes(name) else shared)

@@ -56,7 +56,8 @@ class SwitchOrFit(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         no = str(option_string).startswith("--no-")
         if values is not None and (no or values != "fit"):
-            raise PeftLabError(f"{option_string} takes {'no value' if no else 'the word fit or nothing'}, not {values!r}.")
+            takes = "no value" if no else "the word fit or nothing"
+            raise PeftLabError(f"{option_string} takes {takes}, not {values!r}.")
         setattr(namespace, self.dest, not no if values is None else values)
 
 

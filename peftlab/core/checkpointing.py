@@ -11,7 +11,6 @@ from torch import nn
 from peftlab.core.records import as_transformer, unwrap
 from peftlab.errors import PeftLabError
 
-
 LAYER = "GradientCheckpointingLayer"  # transformers' class of blocks that are computed again one by one
 
 
@@ -41,7 +40,7 @@ def memory_settings(model: nn.Module, checkpointing: bool | str | int) -> Iterat
         if switched:
             switch_checkpointing(core, "enable", {"use_reentrant": reentrant})
             for block in kept:
-                block.gradient_checkpointing = False
+                vars(block)["gradient_checkpointing"] = False
             # Only the reentrant kind needs inputs that require gradients. transformers turns that on for both kinds,
             # and then the backward pass also runs through every frozen layer below the first adapter.
             if not required_before:
@@ -65,8 +64,8 @@ def _blocks_after(model: nn.Module, count: int) -> list[nn.Module]:
     blocks = blocks_of(model)
     if count > len(blocks):
         raise PeftLabError(
-            f"checkpointing={count}, and {type(model).__name__} has {len(blocks)} blocks that can be computed again one "
-            "by one. Pass True for all there is."
+            f"checkpointing={count}, and {type(model).__name__} has {len(blocks)} blocks that can be computed again "
+            "one by one. Pass True for all there is."
         )
     return blocks[count:]
 

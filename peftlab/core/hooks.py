@@ -188,12 +188,13 @@ def run_host(host: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> A
     # 4-bit codes are read in the dtype that the module computes in
     floating = (leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor))
     x = next((leaf for leaf in floating if leaf.is_floating_point()), torch.empty(0))
-    cast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
+    kind = x.device.type
+    cast = kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(kind) if cast else x.dtype
+    del x  # `surroundings` lives until the backward pass, and must not keep the input alive
 
     def surroundings() -> AbstractContextManager:
         """Autocast as it is now, for a value that is made again in the backward pass."""
-        kind = x.device.type
         return nullcontext() if kind == "meta" else torch.autocast(kind, dtype if cast else None, enabled=cast)
 
     def run(active: list[tuple[float, Part]], inputs: tuple) -> Any:

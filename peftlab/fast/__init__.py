@@ -51,7 +51,7 @@ def find_path(model: nn.Module, core: nn.Module, settings: Settings, device: tor
             raise Refused("the loss is your own")
         if settings.precision == "fp16":
             raise Refused("it computes in fp16, which needs a loss scale")
-        return FastPath(decoder_of(core), settings, device)
+        return FastPath(core, decoder_of(core), settings, device)
     except Refused as refusal:
         if settings.fast is True:
             raise refused(refusal) from None
@@ -74,8 +74,8 @@ def refused(reason: Refused) -> PeftLabError:
 class FastPath:
     """Compute the gradients of a run, and hold the model's weights meanwhile."""
 
-    def __init__(self, decoder: Decoder, settings: Settings, device: torch.device) -> None:
-        self.decoder, self.settings, self.device = decoder, settings, device
+    def __init__(self, model: nn.Module, decoder: Decoder, settings: Settings, device: torch.device) -> None:
+        self.model, self.decoder, self.settings, self.device = model, decoder, settings, device
         self.step: Step | None = None
         self.graphs: Graphs | None = None
         self.how = ""
@@ -86,9 +86,11 @@ class FastPath:
         dtype = self.decoder.embedding.weight.dtype
         if self.settings.precision == "bf16":
             dtype = torch.bfloat16
-        wish = self.settings.checkpointing
-        pinned = wish == "pinned" and self.device.type == "cuda"
-        self.step = Step(self.decoder, dtype, wish if isinstance(wish, int) else True, pinned=pinned)
+        # memory_settings has marked the blocks that are to be computed again, the first ones
+        blocks: Any = self.model.get_submodule("model.layers")
+        marked = sum(block.gradient_checkpointing for block in blocks)
+        pinned = self.settings.checkpointing == "pinned" and self.device.type == "cuda"
+        self.step = Step(self.decoder, dtype, marked, pinned)
         self.how = self.step.told
         if self.device.type == "cuda":
             self.graphs = Graphs(self.step)

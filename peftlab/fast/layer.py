@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,15 +52,14 @@ class Rows(NamedTuple):
 
 @dataclass
 class Kept:
-    """What the backward pass reads. The last three are made again if they are None."""
+    """What the backward pass reads. The last two are made again if they are None."""
 
     qkv: Tensor | None  # before the rotation; only for the norms of q and k
     leaves: tuple[Tensor, Tensor, Tensor]
     o: Tensor
     h: Tensor
-    gate_up: Tensor
+    gate_up: Any
     n1: Tensor | None = None
-    flat_o: Tensor | None = None
     n2: Tensor | None = None
 
 
@@ -82,7 +81,7 @@ class Block:
     def forward(self, x: Tensor, rows: Rows, low: dict[str, Tensor | None], keep: bool) -> tuple[Tensor, Kept | None]:
         """Return the block's output and, with `keep`, what the backward pass reads. `low` gets each group's u."""
         kept = self._up_to_gate(x, rows, low, graph=keep)
-        kept.n1 = kept.flat_o = kept.n2 = None
+        kept.n1 = kept.n2 = None
         inner = self.down.k
         act = self.down.inputs(len(x))
         self.pieces.swiglu_into(act[:, :inner], kept.gate_up[:, :inner], kept.gate_up[:, inner : 2 * inner])
@@ -107,7 +106,7 @@ class Block:
         self.pieces.add_norm_into(h, n2[:, :hidden], x, y, self.norms["post"], sizes.eps)
         gate_up = self.gate_up.outputs(m)
         _, low["gate_up"] = self.gate_up.forward(n2, low.get("gate_up"), out=gate_up[:, : self.gate_up.n])
-        return Kept(before, leaves, o, h, gate_up, n1[:, :hidden], flat_o[:, : self.o.k], n2[:, :hidden])
+        return Kept(before, leaves, o, h, gate_up, n1[:, :hidden], n2[:, :hidden])
 
     def _rotated(self, qkv: Tensor, rows: Rows) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         """Return qkv, if the backward pass needs it, and q, k, v, each (b, s, heads, d). Without norms, in place."""
@@ -167,8 +166,10 @@ class Block:
             return du[:, : group.n], du, None
         return torch.empty_like(like), du, du[:, : group.n]
 
-    def backward(self, x: Tensor, dy: Tensor, dydu: Tensor, rows: Rows, low: dict[str, Tensor | None], kept: Kept | None,
-                 beneath: Group | None) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    def backward(
+        self, x: Tensor, dy: Tensor, dydu: Tensor, rows: Rows, low: dict[str, Tensor | None], kept: Kept | None,
+        beneath: Group | None,
+    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
         """Add the gradients of this block's LoRA; return dx and, for the group `beneath`, [dx | .].
 
         Args:
@@ -177,61 +178,51 @@ class Block:
         """
         if kept is None:
             kept = self._up_to_gate(x, rows, low, graph=True)
-        m, hidden, sizes, pieces = len(x), x.shape[1], self.sizes, self.pieces
-        inner, gate_up = self.down.k, kept.gate_up
+        m, sizes, pieces, inner = len(x), self.sizes, self.pieces, self.down.k
+        gate_up, kept.gate_up = kept.gate_up, None
         # y = h + W_down act,  act = silu(g) p
-        self.down.low(dydu)
-        act = self.down.back(dydu)
+        act = self.down.back(self.down.low(dydu))
         pieces.swiglu_back_(gate_up[:, :inner], gate_up[:, inner : 2 * inner], act)  # now (dg, dp) and act itself
         self.down.gradients(dydu, act, low["down"])
         del act
         if beneath is None and not (self.gate_up.r or self.o.r or self.qkv.r):
             return None
         # g, p = W_gate_up n2,  n2 = norm(h)
-        self.gate_up.low(gate_up)
-        dn = self.gate_up.back(gate_up)
-        if self.gate_up.r:
-            n2 = kept.n2
-            if n2 is None:
-                n2 = self.gate_up.inputs(m)[:, :hidden]
-                pieces.norm_into(n2, kept.h, self.norms["post"], sizes.eps)
-            self.gate_up.gradients(gate_up, n2, low["gate_up"])
-            del n2
+        dn = self.gate_up.back(self.gate_up.low(gate_up))
+        self._gradients_of_normed(self.gate_up, gate_up, kept.n2, kept.h, "post", low["gate_up"])
         del gate_up
-        kept.gate_up = kept.n2 = None  # type: ignore[assignment]
+        kept.n2 = None
         if beneath is None and not (self.o.r or self.qkv.r):
             return None
         dh, dhdu, copy = self.room(x, self.o)
         pieces.norm_back_into(dh, copy, dy, kept.h, self.norms["post"], dn, sizes.eps)
         # h = x + W_o o
-        self.o.low(dhdu)
-        if self.o.r:
-            flat_o = kept.flat_o
-            if flat_o is None:
-                flat_o = kept.o.detach().transpose(1, 2).reshape(m, self.o.k)
-            self.o.gradients(dhdu, flat_o, low["o"])
-            del flat_o
+        do = self.o.back(self.o.low(dhdu)).view(rows.b, rows.s, sizes.heads, sizes.head_dim).transpose(1, 2)
+        self.o.gradients(dhdu, kept.o.detach().transpose(1, 2).reshape(m, self.o.k), low["o"])
         if beneath is None and not self.qkv.r:
             return None
-        do = self.o.back(dhdu).view(rows.b, rows.s, sizes.heads, sizes.head_dim).transpose(1, 2)
         dq, dk, dv = (t.transpose(1, 2) for t in torch.autograd.grad(kept.o, kept.leaves, do))
-        kept.o = kept.leaves = kept.flat_o = None  # type: ignore[assignment]
+        del kept.o, kept.leaves, do, dn
         # q, k, v = rotate(W_qkv n1),  n1 = norm(x)
         dqkv = self.qkv.outputs(m)
         place = dqkv[:, : self.qkv.n].unflatten(0, (rows.b, rows.s)).unflatten(2, (-1, sizes.head_dim))
         self._rotated_back(place, kept.qkv, (dq, dk, dv), rows)
-        del dq, dk, dv, do, place
+        del dq, dk, dv, place
         self.qkv.low(dqkv)
-        if self.qkv.r:
-            n1 = kept.n1
-            if n1 is None:
-                n1 = self.qkv.inputs(m)[:, :hidden]
-                pieces.norm_into(n1, x, self.norms["input"], sizes.eps)
-            self.qkv.gradients(dqkv, n1, low["qkv"])
-            del n1
+        self._gradients_of_normed(self.qkv, dqkv, kept.n1, x, "input", low["qkv"])
         if beneath is None:
             return None
         dn = self.qkv.back(dqkv)
         dx, dxdu, copy = self.room(x, beneath)
         pieces.norm_back_into(dx, copy, dh, x, self.norms["input"], dn, sizes.eps)
         return dx, dxdu
+
+    def _gradients_of_normed(
+        self, group: Group, dydu: Tensor, n: Tensor | None, x: Tensor, name: str, u: Tensor | None
+    ) -> None:
+        """Add the gradients of a group that reads n = norm(x), which is computed again if it was not kept."""
+        if group.r and n is None:
+            n = group.inputs(len(x))[:, : group.k]
+            self.pieces.norm_into(n, x, self.norms[name], self.sizes.eps)
+        if n is not None:
+            group.gradients(dydu, n, u)

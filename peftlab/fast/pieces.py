@@ -120,19 +120,29 @@ PIECES = (copy_into, norm_into, add_norm_into, add_into, norm_back_into, rotate_
 
 @functools.cache
 def _compiled() -> SimpleNamespace:
+    """The pieces for a GPU. Two of them run once, because a compiler may be missing that is only now looked for."""
     from peftlab.fast import kernels
 
     compiled = {piece.__name__: torch.compile(piece) for piece in PIECES}
-    return SimpleNamespace(**{**compiled, "rotate_into": kernels.rotate_into})
+    pieces = SimpleNamespace(**{**compiled, "rotate_into": kernels.rotate_into})
+    x = torch.zeros(1, 2, 2, 64, device="cuda")
+    pieces.copy_into(x, torch.zeros_like(x))
+    pieces.rotate_into(x, x, x[:, :, :1, :32], x[:, :, :1, :32])
+    return pieces
 
 
 def pieces_for(device: torch.device, dtype: torch.dtype) -> tuple[SimpleNamespace, str]:
     """Return the pieces by name for a device, and how they run, in words for the run's report."""
-    eager = SimpleNamespace(**{piece.__name__: piece for piece in PIECES})
+    reason = ""
     if device.type != "cuda":
-        return eager, "its pieces are not compiled: on a CPU that takes longer than it saves"
-    if available("triton") is None:
-        return eager, "its pieces are not compiled: triton is not installed"
-    if dtype == torch.float64:
-        return eager, "its pieces are not compiled: float64 is for comparisons"
-    return _compiled(), "its pieces are compiled"
+        reason = "on a CPU that takes longer than it saves"
+    elif dtype == torch.float64:
+        reason = "float64 is for comparisons"
+    elif available("triton") is None:
+        reason = "triton is not installed"
+    else:
+        try:
+            return _compiled(), "its pieces are compiled"
+        except Exception as error:  # whatever a compiler that is missing or too old raises
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return SimpleNamespace(**{piece.__name__: piece for piece in PIECES}), f"its pieces are not compiled: {reason}"

@@ -108,14 +108,12 @@ class Step:
     Args:
         decoder: the parts of the model.
         dtype: of the products. The stream between the blocks has the dtype of the embeddings.
-        recompute: whether the blocks are computed again in the backward pass; only their inputs are kept then. A
-            number means so many blocks, the first ones.
+        recompute: how many blocks are computed again in the backward pass, the first ones. Only their inputs are kept.
         pinned: whether these inputs wait in pinned main memory.
     """
 
-    def __init__(self, decoder: Decoder, dtype: torch.dtype, recompute: bool | int, pinned: bool = False) -> None:
-        self.decoder = decoder
-        self.recomputed = len(decoder.blocks) * recompute if isinstance(recompute, bool) else recompute
+    def __init__(self, decoder: Decoder, dtype: torch.dtype, recompute: int, pinned: bool = False) -> None:
+        self.decoder, self.recomputed = decoder, recompute
         self.side = torch.cuda.Stream() if pinned else None
         self.pinned: dict[torch.Size, list[Tensor]] = {}
         device = decoder.embedding.weight.device

@@ -123,19 +123,24 @@ def memory_calculator(shape: str = "llama-2-7b", r: int = 16) -> None:
 
     rows, methods = [], ("full", "lora", "qlora", "ia3")
     for method in methods:
-        targets = "all-linear" if METHODS[method].takes("r") else None  # the others stand in places of their own
+        own = _of_the_method(method, r)
         for tokens in (256, 1024, 4096, 16384):
-            found = memory.estimate(shape, method, r=r, targets=targets, sequence=tokens, checkpointing=True)
+            found = memory.estimate(shape, method, sequence=tokens, checkpointing=True, **own)
             rows.append({"tokens": tokens, "GB": found.peak_bytes / 1e9, "method": method})
     figure = figures.sweep(rows, "tokens", "GB", by="method", x_label="tokens in the sequence", y_label="peak (GB)")
     text = f"Predicted peak of a step of {shape} against the length of its sequence, for {', '.join(methods)}"
     _show(build, figure, text)
 
 
+def _of_the_method(method: str, r: int | None) -> dict[str, Any]:
+    """Return rank and targets for a method that takes a rank; the others stand in places of their own."""
+    return {"r": r, "targets": "all-linear"} if METHODS[method].takes("r") else {}
+
+
 def _memory_answer(run: dict[str, Any]) -> str:
-    run = run | {"targets": "all-linear" if METHODS[run["method"]].takes("r") else None}
+    rest = {name: value for name, value in run.items() if name != "r"}
     try:
-        found = memory.estimate(**run)
+        found = memory.estimate(**rest, **_of_the_method(run["method"], run.get("r")))
     except PeftLabError as error:
         return escape(str(error))
     rows = [[part, memory.format_bytes(size)] for part, size in found.parts.items()]

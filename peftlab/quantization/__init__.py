@@ -5,7 +5,7 @@
     preparing        what to do to a model before training it, each step by choice
        linear        the frozen layer: forward and backward by dequantisation
        weights       a quantised parameter, whoever made it
-          backends   the reference, and bitsandbytes' kernels
+          backends   the reference, Triton kernels (`triton_kernels`), and bitsandbytes'
              blockwise, codebooks, serialised
 
 Arrows point down. `peftlab` names what a user needs; the rest is here to be read.

@@ -67,7 +67,7 @@ class Linear4bit(nn.Linear):
         weight: the codes, (ceil(out in / 2), 1) uint8; `weight.quant_state` says what they stand for.
         quant_state: the same `QuantState`. Casting the model (`half()`, `to(dtype)`) leaves its scales in float32.
         bias: (out,) or None, as it was.
-        backend: `"auto"`, `"reference"` or `"bitsandbytes"`.
+        backend: `"auto"`, `"triton"`, `"bitsandbytes"` or `"reference"`.
     """
 
     @checked()

@@ -51,7 +51,7 @@ def quantize_model(
     weight. The fused experts of a mixture stay one parameter of their module, and each is quantised by itself.
 
     Args:
-        backend: `"auto"` (bitsandbytes' kernels if they can be used, otherwise the reference), or either by name.
+        backend: `"triton"`, `"bitsandbytes"` or `"reference"`; `"auto"` takes the first of these that can be used.
         skip: names, or endings of paths, of further modules to leave alone.
         format, block_size, double_quant: as for `quantize`.
         device: where to quantise. Each weight is moved there by itself, so for a model in main memory the GPU needs

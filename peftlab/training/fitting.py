@@ -41,7 +41,7 @@ def choose_blocks(
     try:
         if device.type != "cuda":
             raise PeftLabError(f"the model is on {device.type}")
-        if getattr(settings, "compile", None):
+        if settings.compile:
             raise PeftLabError("what a compiled step keeps is not known")
         if model is not unwrap(model):
             raise PeftLabError(f"the model is wrapped in a {type(model).__name__}")

@@ -57,7 +57,7 @@ def with_balance(model: nn.Module, output: Any, total: Tensor, count: Tensor) ->
     """Add the routers' balancing loss of a mixture of experts, where its output has one."""
     balance = getattr(output, "aux_loss", None)
     weight = 0.0 if balance is None else _router_weight(model)
-    return (total, count) if not weight else (total + weight * balance * count, count)
+    return (total, count) if balance is None or not weight else (total + weight * balance * count, count)
 
 
 def without_full_mask(batch: Mapping[str, Any]) -> Mapping[str, Any]:

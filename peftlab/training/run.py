@@ -148,8 +148,7 @@ class Run:
         self.train_data, self.evaluation_data = self._rows(train_data), self._read_evaluation()
         if not len(self.train_data):
             raise PeftLabError("The training data holds no example.")
-        self.chunked = None if settings.loss else ChunkedLoss(model, settings.chunked_loss)
-        self.loss: Loss = settings.loss or self.chunked
+        self.loss: Loss = settings.loss or ChunkedLoss(model, settings.chunked_loss)
         self.metrics = settings.metrics or {}
         self.trainable = {name: p for name, p in self.core.named_parameters() if p.requires_grad}
         if not self.trainable:
@@ -191,7 +190,8 @@ class Run:
             lengths = example_lengths(self.train_data)
         except PeftLabError:
             lengths = []
-        chunked = self.chunked is not None and self.chunked.head is not None
+        tokens = max(lengths, default=0) * self.settings.batch_size
+        chunked = isinstance(self.loss, ChunkedLoss) and self.loss.pays(tokens)
         return choose_blocks(self.model, self.settings, self.device, lengths, chunked)
 
     def _rows(self, data: Any) -> Sequence[Any]:

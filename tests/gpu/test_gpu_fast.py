@@ -47,7 +47,7 @@ def on_cpu_again(one):
 
 
 def fast_gradients(model, one, dtype, recompute=False, pinned=False, graph=False):
-    step = Step(decoder_of(model), dtype, recompute, pinned)
+    step = Step(decoder_of(model), dtype, 99 * recompute, pinned)
     compute = Graphs(step) if graph else step
     try:
         for _ in range(4 if graph else 1):  # as it is, recorded, replayed
@@ -101,6 +101,15 @@ def test_pinned_inputs_change_nothing(eager):
     for graph in (False, True):
         _, pinned = fast_gradients(model, one, torch.bfloat16, recompute=True, pinned=True, graph=graph)
         assert worst(pinned, plain) < 1e-3
+
+
+def test_where_nothing_compiles_the_reason_is_told(monkeypatch):
+    def missing():
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(peftlab.fast.pieces, "_compiled", missing)
+    history, _ = run(True, steps=3)
+    assert "its pieces are not compiled: RuntimeError: no C compiler" in history.path
 
 
 @pytest.mark.parametrize("heads", [1, 9, 40])

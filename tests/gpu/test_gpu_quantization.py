@@ -71,8 +71,8 @@ def test_backends_agree_in_every_shape(block_size, shape):
         assert torch.equal(ours.packed, theirs.packed)
         torch.testing.assert_close(ours.state.scales(), theirs.state.scales(), rtol=1e-6, atol=1e-7)
         for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-            one, other = (BACKENDS[n].dequantize(theirs.packed, theirs.state, dtype) for n in BACKENDS)
-            assert torch.equal(one, other), (double_quant, dtype)
+            one, *others = (BACKENDS[n].dequantize(theirs.packed, theirs.state, dtype) for n in BACKENDS)
+            assert all(torch.equal(one, other) for other in others), (double_quant, dtype)
 
 
 def test_zeros_come_back_as_zeros():
@@ -150,7 +150,7 @@ def test_moving_between_devices_keeps_every_bit():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     expected = model(IDS).logits
     model.cuda()
-    assert choose("auto", "nf4", 64, CUDA).name == "bitsandbytes"
+    assert choose("auto", "nf4", 64, CUDA).name == ("bitsandbytes" if available("triton") is None else "triton")
     torch.testing.assert_close(model(IDS.cuda()).logits.cpu(), expected, rtol=1e-4, atol=1e-5)
     model.cpu()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

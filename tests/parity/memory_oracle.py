@@ -13,7 +13,13 @@ import torch
 import transformers.masking_utils as masks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.integrations.sdpa_attention import create_position_bias_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -26,6 +32,7 @@ AUTO = {
     "decoder": AutoModelForCausalLM,
     "encoder": AutoModelForSequenceClassification,
     "encoder-decoder": AutoModelForSeq2SeqLM,
+    "token classifier": AutoModelForTokenClassification,
 }
 
 
@@ -68,6 +75,8 @@ class Tracker(TorchDispatchMode):
             hidden = [args[0].new_empty(args[0].shape, dtype=dtype) for dtype in (args[0].dtype, torch.bool)]
             for one in hidden:
                 self.see(one)
+        if function is torch.ops.aten.index_put.default:  # without a dispatch mode the sum is in place
+            function = torch.ops.aten.index_put_.default
         output = elementwise(function, args) if function in ELEMENTWISE else None
         if output is None:
             output = function(*args, **(kwargs or {}))
@@ -89,8 +98,8 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        kept = ctx.saved_tensors[:4]
-        return tuple(torch.empty_like(x) if n else None for x, n in zip(kept, ctx.needs_input_grad, strict=True))
+        kept = ctx.saved_tensors  # the output, too, is alive while the gradients are computed
+        return tuple(torch.empty_like(x) if n else None for x, n in zip(kept[:4], ctx.needs_input_grad, strict=True))
 
 
 def fused(module, q, k, v, mask, position_bias=None, dropout=0.0, **options):
@@ -124,8 +133,10 @@ def math(q, k, v, mask, dropout):
 
 
 def plain_sdpa(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
-    """`scaled_dot_product_attention` as Falcon calls it: with a mask of truth values, and one head of keys for all."""
-    bias = torch.zeros(attn_mask.shape, dtype=q.dtype, device=q.device).masked_fill_(attn_mask.logical_not(), -1.0)
+    """`scaled_dot_product_attention` as Falcon calls it: with a mask, and one head of keys for all."""
+    bias = attn_mask
+    if bias.dtype == torch.bool:
+        bias = torch.zeros(bias.shape, dtype=q.dtype, device=q.device).masked_fill_(attn_mask.logical_not(), -1.0)
     if k.shape[1] != q.shape[1]:  # no fused kernel takes this
         return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, bias, dropout_p, False)[0]
     return Fused.apply(q, k, v, bias)
@@ -156,11 +167,12 @@ def measure(
     checkpointing=False,
     autocast=False,
     attention="fused_stand_in",
+    prepare=None,
     monkeypatch,
 ):
     """Bytes above the parameters, at the most, of forward and of backward, in the second of two steps.
 
-    `adapter` is a config of Hugging Face peft, or one of ours: then our own layers run.
+    `adapter` is a config of Hugging Face peft, or one of ours: then our own layers run. `prepare(model)` comes before.
     """
     monkeypatch.setattr(masks, "find_packed_sequence_indices", lambda *args, **options: None)
     monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
@@ -174,6 +186,8 @@ def measure(
     device = "cpu" if autocast else "meta"
     with torch.device(device):
         model = AUTO[kind].from_config(config, dtype=dtype)
+    if prepare is not None:
+        model = prepare(model)
     if checkpointing:
         switch_checkpointing(model, "enable", {"use_reentrant": False})
     if isinstance(adapter, Config):

@@ -4,7 +4,7 @@ import random
 
 ENCODERS = (
     "bert", "roberta", "electra", "distilbert", "albert", "deberta-v2", "mpnet", "modernbert", "bart", "whisper", "vit",
-    "wav2vec2", "clip", "clip_text_model", "clip_vision_model",
+    "wav2vec2", "clip", "clip_text_model", "clip_vision_model", "mbart", "plbart", "pegasus", "marian", "m2m_100",
 )  # fmt: skip
 CLASSES = {
     "bert": "BertModel BertForMaskedLM BertForSequenceClassification BertForTokenClassification "
@@ -25,6 +25,12 @@ CLASSES = {
     "ModernBertForTokenClassification ModernBertForQuestionAnswering ModernBertForMultipleChoice",
     "bart": "BartModel BartForConditionalGeneration BartForSequenceClassification BartForQuestionAnswering "
     "BartForCausalLM",
+    "mbart": "MBartModel MBartForConditionalGeneration MBartForSequenceClassification MBartForQuestionAnswering "
+    "MBartForCausalLM",
+    "plbart": "PLBartModel PLBartForConditionalGeneration PLBartForSequenceClassification PLBartForCausalLM",
+    "pegasus": "PegasusModel PegasusForConditionalGeneration PegasusForCausalLM",
+    "marian": "MarianModel MarianMTModel MarianForCausalLM",
+    "m2m_100": "M2M100Model M2M100ForConditionalGeneration",
     "whisper": "WhisperModel WhisperForConditionalGeneration WhisperForAudioClassification WhisperForCausalLM",
     "vit": "ViTModel ViTForImageClassification ViTForMaskedImageModeling",
     "wav2vec2": "Wav2Vec2Model Wav2Vec2ForCTC Wav2Vec2ForSequenceClassification Wav2Vec2ForAudioFrameClassification "
@@ -35,6 +41,8 @@ CLASSES = {
 }
 # The class that is counted without architectures
 USUAL = {
+    "mbart": "MBartForConditionalGeneration", "plbart": "PLBartForConditionalGeneration", "marian": "MarianMTModel",
+    "pegasus": "PegasusForConditionalGeneration", "m2m_100": "M2M100ForConditionalGeneration",
     "bart": "BartForConditionalGeneration", "whisper": "WhisperForConditionalGeneration", "clip": "CLIPModel",
     "vit": "ViTForImageClassification", "clip_text_model": "CLIPTextModel", "clip_vision_model": "CLIPVisionModel",
 }  # fmt: skip
@@ -114,7 +122,7 @@ def variant(family, seed):
             "norm_bias": yes(), "attention_bias": yes(), "mlp_bias": yes(), "classifier_bias": yes(),
             "decoder_bias": yes(), "cls_token_id": 0, "sep_token_id": 0,
         },
-        "bart": stacks,
+        **dict.fromkeys(("bart", "mbart", "plbart", "pegasus", "marian", "m2m_100"), stacks),
         "whisper": lambda: stacks() | {
             "num_mel_bins": pick.choice([20, 80]), "max_source_positions": 30, "max_target_positions": 24,
             "use_weighted_layer_sum": yes(), "classifier_proj_size": 9, "begin_suppress_tokens": [0],

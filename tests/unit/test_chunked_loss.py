@@ -138,7 +138,7 @@ def plain(layers=2, **settings):
 
 def test_training_takes_it_and_says_so():
     histories = []
-    for wish in ("auto", False):
+    for wish in (True, False):
         model = plain()
         torch.manual_seed(7)
         pl.attach(model, pl.LoRAConfig(r=4, target_modules=["q_proj", "v_proj"]))
@@ -182,9 +182,10 @@ def of_another_class(model):
         (of_another_class, "whole: its head is a Mine"),
     ],
 )
-def test_where_it_cannot_it_says_why(change, told):
+def test_where_it_cannot_it_says_why(change, told, monkeypatch):
     model = plain()
     change(model)
+    monkeypatch.setattr(chunked, "SMALL", 0)
     twin = copy.deepcopy(model)
     settings = dict(steps=2, batch_size=2, learning_rate=0.01, fast=False, progress=False)
     history = pl.train(model, tiny.examples(), **settings)
@@ -205,7 +206,8 @@ class Shifted(tf.LlamaForCausalLM):
         return output
 
 
-def test_a_model_that_does_more_to_its_logits_is_found_out():
+def test_a_model_that_does_more_to_its_logits_is_found_out(monkeypatch):
+    monkeypatch.setattr(chunked, "SMALL", 0)
     model = plain(attention_dropout=0.5)
     model.__class__ = Shifted
     torch.manual_seed(7)
@@ -216,6 +218,19 @@ def test_a_model_that_does_more_to_its_logits_is_found_out():
     assert history.logits == "whole: its logits are more than what its head gives, scaled and capped"
     # the pass that was made again drew the same random numbers
     assert history.steps == pl.train(twin, tiny.examples(), chunked_loss=False, **settings).steps
+
+
+def test_small_logits_stay_whole_to_the_last_bit(monkeypatch):
+    histories = []
+    for wish in ("auto", False):
+        model = plain()
+        torch.manual_seed(7)
+        pl.attach(model, pl.LoRAConfig(r=4, target_modules=["q_proj", "v_proj"]))
+        settings = dict(steps=2, batch_size=2, learning_rate=0.01, fast=False, progress=False, chunked_loss=wish)
+        histories.append(pl.train(model, tiny.examples(), **settings))
+    assert histories[0].steps == histories[1].steps and histories[0].logits == "whole: they are small"
+    loss = ChunkedLoss(model)
+    assert loss.pays(500_001) and not loss.pays(500_000)  # of 32 tokens in float32: 64 MB
 
 
 def test_other_tasks_have_their_own_loss():

@@ -12,7 +12,7 @@ from places import has_place
 
 from peftlab.commands import cli
 from peftlab.errors import PeftLabError, near_matches
-from peftlab.memory import BUILT_IN, METHODS, count, format_both, format_bytes, format_percent, load_shape
+from peftlab.memory import BUILT_IN, METHODS, count, estimate, format_both, format_bytes, format_percent, load_shape
 from peftlab.memory.counting.options import Options
 
 # Published parameter counts (models' cards and papers), encoders with their two-label head.
@@ -176,7 +176,7 @@ MISTAKES = [
     ({"shape": "gpt2", "method": "p-tuning", "encoder_hidden": 0}, "encoder_hidden must be a positive", "found 0"),
     ({"shape": "gpt2", "method": "ia3", "targets": ["wte"]}, "target transformer.wte of gpt2 is an embedding", "lora"),
     ({"shape": "gpt2", "method": "vera", "targets": ["c_fcc"]}, "Target 'c_fcc' matches no module", "'c_fc'"),
-    ({"shape": "gpt2", "method": "ia3", "bias": "all"}, "ia3 trains no biases", "bitfit"),
+    ({"shape": "gpt2", "method": "ia3", "bias": "all"}, "bias='all' is no option of ia3", "Methods with bias: lora"),
     ({"shape": "llama-2-7b", "method": "bitfit"}, "llama-2-7b has no biases", "Use ia3"),
     ({"shape": "bert-base", "labels": 0}, "labels must be a positive whole number", "0"),
 ]
@@ -240,6 +240,33 @@ def test_counting_loads_neither_torch_nor_transformers():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "told"),
+    [("bitfit", {"r": 8}, "r=8 is no option of bitfit.*Options of bitfit: targets. Methods with r: lora, qlora, dora"),
+     ("full", {"targets": ["q_proj"]}, "is no option of full.*Options of full: none. Methods with targets: lora"),
+     ("prompt", {"bias": "all"}, "bias='all' is no option of prompt.*Options of prompt: virtual_tokens"),
+     ("lora", {"virtual_tokens": 5}, "Methods with virtual_tokens: prompt, p-tuning, prefix"),
+     ("houlsby", {"encoder_hidden": 8}, "Methods with encoder_hidden: p-tuning, prefix"),
+     ("vera", {"target_parameters": ["gate.weight"]}, "Methods with target_parameters: lora, qlora")],
+)  # fmt: skip
+def test_an_option_that_the_method_does_not_take_is_refused(method, options, told):
+    """It would change nothing, without a word."""
+    with pytest.raises(PeftLabError, match=told):
+        count("bert-base", method, **options)
+    if "encoder_hidden" not in options:
+        with pytest.raises(PeftLabError, match=told):
+            estimate("bert-base", method, **options)
+
+
+def test_bitfit_on_norms():
+    """As `attach` takes them; LoRA stands on no norm."""
+    assert count("bert-base", "bitfit", targets=["LayerNorm"]).trainable == 25 * 768 + 2 * 769
+    with pytest.raises(PeftLabError, match="is a norm, not a linear layer"):
+        count("bert-base", "lora", targets=["LayerNorm"])
+    with pytest.raises(PeftLabError, match="'layer_norm' matches no module"):
+        count("bert-base", "bitfit", targets=["layer_norm"])
 
 
 def test_every_method_of_the_table_counts_every_built_in_shape():

@@ -16,7 +16,7 @@ from peftlab.errors import PeftLabError
 from peftlab.kit import measurements
 from peftlab.memory import BUILT_IN, CARDS, METHODS, cards, count, estimate, fits, largest, load_shape, what_fits
 from peftlab.memory.estimate import CUBLAS_WORKSPACE
-from peftlab.memory.replay import ops
+from peftlab.memory.replay import ops, views
 from peftlab.memory.replay.tape import Memory, Parameter, backward
 
 BLOCK = 512  # the allocator's rounding, once a tensor
@@ -394,7 +394,7 @@ def test_what_a_layer_norm_keeps():
 def test_an_enlarged_bias_has_a_gradient_of_its_own_size():
     memory = Memory()
     bias = Parameter(memory, (1, 2, 16, 16), 4, trains=True)
-    output = ops.enlarge(bias, (3, 2, 16, 24))
+    output = views.enlarge(bias, (3, 2, 16, 24))
     assert output.shape == (3, 2, 16, 24)
     backward(output.node, [output.new()])
     assert bias.grad.shape == (1, 2, 16, 16)

@@ -101,7 +101,7 @@ def plain_gradients(model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict]:
 
 @contextmanager
 def borrowed(model: nn.Module, recompute: bool = False, dtype: torch.dtype = torch.float64):
-    step = Step(decoder_of(model), dtype, recompute)
+    step = Step(decoder_of(model), dtype, 99 * recompute)
     try:
         step.flat.begin()
         yield step
@@ -226,6 +226,7 @@ def assert_equal_runs(one, other):
         {"weight_decay": 0.1, "warmup": 3, "schedule": "cosine"},
         {"max_grad_norm": 0.05, "checkpointing": True},
         {"checkpointing": "pinned"},
+        {"checkpointing": 1},
         {"evaluation_data": examples(5, seed=1), "evaluate_every": 3, "restore_best": True, "group_by_length": True},
         {"optimizer": "sgd", "learning_rate": 1.0},
         {"collate": pl.Collator(tokenizer(), side="left")},
@@ -236,16 +237,6 @@ def test_ten_steps(settings):
     fast, plain = trained(True, **settings), trained(False, **{**settings, "checkpointing": False})
     assert fast[0].path.startswith("fast") and plain[0].path == "plain: fast=False"
     assert_equal_runs(fast, plain)
-
-
-def test_adapters_in_bfloat16_train_as_on_the_plain_path():
-    losses = []
-    for fast in (True, False):
-        model = adapt(llama(), dtype=torch.bfloat16)
-        history = pl.train(model, examples(), steps=6, learning_rate=1e-2, progress=False, fast=fast)
-        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
-        losses.append([row["loss"] for row in history.steps])
-    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
 def test_the_same_seed_gives_the_same_run():
@@ -362,6 +353,7 @@ REASONS = {
     "has a forward of its own": lambda: _changed(replaced),
     "is a Mine": lambda: _changed(wider, before=True),
     "not one adapter of weight 1": lambda: _two(),
+    "its LoRA is in torch.bfloat16": lambda: adapt(make(), dtype=torch.bfloat16),
     "attention has dropout, 0.1": lambda: adapt(make(attention_dropout=0.1)),
     "activation is gelu": lambda: adapt(make(hidden_act="gelu")),
     "matrices of its LoRA are frozen": lambda: _frozen(),

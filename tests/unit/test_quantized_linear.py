@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import peftlab as pl
 from peftlab.optional import available
 from peftlab.quantization import Linear4bit
-from peftlab.quantization.backends import BACKENDS, choose
+from peftlab.quantization.backends import choose
 
 needs_bitsandbytes = pytest.mark.skipif(available("bitsandbytes") is None, reason="needs bitsandbytes")
 BACKENDS_HERE = ["reference", pytest.param("bitsandbytes", marks=needs_bitsandbytes)]

@@ -246,7 +246,8 @@ def test_checkpointing_really_recomputes():
 def test_compiled_models_train_under_their_own_names(tmp_path):
     model, plain = tiny.llama(), tiny.llama()
     train(torch.compile(model, backend="eager"), tiny.examples(), steps=2, learning_rate=0.01, folder=tmp_path)
-    expected = train(plain, tiny.examples(), steps=2, learning_rate=0.01)
+    # the loss of a model that is compiled as a whole is not computed in chunks
+    expected = train(plain, tiny.examples(), steps=2, learning_rate=0.01, chunked_loss=False)
     assert torch.allclose(values(model), values(plain), atol=1e-6)
     fresh = tiny.llama()
     assert (

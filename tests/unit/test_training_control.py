@@ -413,7 +413,7 @@ def test_too_high_a_learning_rate_stops_with_finite_parameters():
         ({"max_grad_norm": 0}, "max_grad_norm must be a positive finite number"),
         ({"schedule": "cosin"}, "Did you mean 'cosine'"),
         ({"optimizer": "adamW8"}, "optimizer must be one of .*Did you mean 'adamw'"),
-        ({"checkpointing": "yes"}, "checkpointing must be one of True, False, 'reentrant'"),
+        ({"checkpointing": "yes"}, "checkpointing must be one of True, False, 'fit', 'reentrant'"),
         ({"seed": "a"}, "seed must be a whole number"),
         ({"evaluate_every": 5}, "needs something to evaluate"),
         ({"patience": 2, "metrics": {"a": len}}, "say how often with evaluate_every"),

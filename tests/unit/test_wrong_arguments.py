@@ -146,6 +146,7 @@ RIGHT = {
     "measurements.write": lambda: {"path": "w.json", "topic": "x", "provenance": provenance(), "rows": [{"a": 1}]},
     "memory.count": lambda: {"shape": "gpt2"},
     "memory.estimate": lambda: {"shape": "gpt2", "sequence": 16},
+    "memory.blocks_to_recompute": lambda: {"room": 10**9, "shape": "gpt2"},
     "memory.fits": lambda: {"card": "T4", "shape": "gpt2"},
     "memory.format_both": lambda: {"size": 3.0},
     "memory.format_bytes": lambda: {"size": 3.0},

@@ -28,7 +28,7 @@ def toy_replay(net: Net, path: str, own: dict[str, Parameter]) -> None:
 
     def call(x: Tensor) -> Tensor:
         result = net.plain(path, x)  # the frozen layer itself
-        return ops.cast(ops.mul_vector(result, own["scale"]), result.bytes)
+        return ops.cast(ops.mul(result, own["scale"]), result.bytes)
 
     net.layers[path] = call
 

@@ -81,7 +81,9 @@ class Config:
         """Return the configuration of a part, such as `text_config`. A missing one leaves all to its defaults."""
         value = self.values.get(name)
         if value is not None and not isinstance(value, dict):
-            raise PeftLabError(f"{self.source}: {name} must be an object, found {str(value)[:80]}.")
+            raise PeftLabError(
+                f"{self.source}: {name} must be an object with the settings of that part, found {str(value)[:80]}."
+            )
         return Config({"model_type": default, **(value or {})}, f"{self.source}: {name}")
 
     def numbers(self, name: str) -> list[int] | None:
@@ -109,19 +111,28 @@ class Config:
     def per_head(self, hidden: int, heads: int, default: int | None = None) -> int:
         """Return the width of an attention head: `head_dim` if given, else hidden / heads."""
         if default is None and self.values.get("head_dim") is None and hidden % heads:
-            raise PeftLabError(f"{self.source}: hidden_size {hidden} is not a multiple of the {heads} attention heads.")
+            raise PeftLabError(
+                f"{self.source}: hidden_size {hidden} is not a multiple of the {heads} attention heads. Give the width "
+                "of a head as head_dim, or correct one of the two."
+            )
         return self.size("head_dim", default=default or hidden // heads)
 
     def divided(self, hidden: int, heads: int) -> int:
         """Return hidden / heads, the width of a head in a model whose heads have no width of their own."""
         if hidden % heads:
-            raise PeftLabError(f"{self.source}: the width {hidden} is no multiple of the {heads} attention heads.")
+            raise PeftLabError(
+                f"{self.source}: the width {hidden} is no multiple of the {heads} attention heads. Correct one of "
+                "the two."
+            )
         return hidden // heads
 
     def refuse(self, name: str) -> None:
         """Refuse an option that adds modules which the tables here do not have."""
         if self.values.get(name):
-            raise PeftLabError(f"{self.source}: {name} is set; models with it are not counted.")
+            raise PeftLabError(
+                f"{self.source}: {name} is set. It adds layers to the model that cannot be counted here; without them, "
+                "set it to false or leave it out."
+            )
 
     def labels(self, default: int = 2) -> int:
         """Return the number of classes as transformers reads it: two (BART: three) unless the configuration says it."""

@@ -1,9 +1,14 @@
-"""The tables of encoder-decoders: T5, BART and Whisper. See `encoder_tables` for what a function yields."""
+"""The tables of encoder-decoders: T5, BART and models like it, Whisper.
+
+See `encoder_tables` for what a function yields.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+from peftlab.errors import PeftLabError
 from peftlab.memory.counting.config import Config
 from peftlab.memory.counting.encoder_heads import classifier, one_layer, two_layers
 from peftlab.memory.counting.modules import Module, layer_norm, linear, rms, vector
@@ -46,26 +51,59 @@ def t5(c: Config, task: str = "language model", feed_forward: str = "relu") -> I
         yield linear("lm_head", hidden, vocabulary, tied=True, role="output")
 
 
-def bart(c: Config, task: str = "language model") -> Iterator[Module]:
-    """Yield the modules of BART: one embedding of words for both stacks and the head, learned positions in each.
+@dataclass(frozen=True)
+class Translator:
+    """What differs between BART and the encoder-decoders that are built like it, with what a configuration may omit."""
 
-    Two of the positions stand before the first. As `"decoder alone"` (`BartForCausalLM`) it has its decoder and head.
+    vocabulary: int = 50265
+    hidden: int = 1024
+    layers: int = 12
+    heads: int = 16
+    inner: int = 4096
+    positions: str = "learned"  # "learned" (two stand before the first), "sines" (which do not train) or "none"
+    first_norm: bool = True  # a norm behind the embeddings of each stack
+    last_norm: bool = False  # a norm at the end of each stack
+    labels: int = 2
+
+
+BART = Translator(labels=3)
+MBART = Translator(last_norm=True)
+PLBART = Translator(vocabulary=50005, hidden=768, layers=6, heads=12, inner=3072)
+PEGASUS = Translator(positions="sines", first_norm=False, last_norm=True)
+MARIAN = Translator(vocabulary=58101, positions="sines", first_norm=False)
+M2M_100 = Translator(vocabulary=128112, positions="none", first_norm=False, last_norm=True)
+
+
+def bart(c: Config, task: str = "language model", kind: Translator = BART) -> Iterator[Module]:
+    """Yield the modules of BART and of models like it: one embedding of words for both stacks and the head.
+
+    As `"decoder alone"` (`BartForCausalLM`) it has its decoder and head.
     """
-    c = _by_own_names(c).with_defaults(vocab_size=50265, d_model=1024, max_position_embeddings=1024)
-    vocabulary, hidden, positions = c.size("vocab_size"), c.size("d_model"), c.size("max_position_embeddings") + 2
+    if not c.flag("share_encoder_decoder_embeddings", True):
+        raise PeftLabError(
+            f"{c.source}: share_encoder_decoder_embeddings is false. Models with one vocabulary for the encoder and "
+            "another for the decoder are not counted."
+        )
+    c = _by_own_names(c).with_defaults(vocab_size=kind.vocabulary, d_model=kind.hidden, max_position_embeddings=1024)
+    vocabulary, hidden, positions = c.size("vocab_size"), c.size("d_model"), c.size("max_position_embeddings")
     whole, tied = task != "decoder alone", c.flag("tie_word_embeddings", True)
     at = "" if task == "body" else "model."
     if whole:
         yield Module(at + "shared", "embedding", vocabulary, hidden)
     for stack in ("encoder", "decoder") if whole else ("decoder",):
         yield Module(f"{at}{stack}.embed_tokens", "embedding", vocabulary, hidden, tied=whole and tied)
-        yield Module(f"{at}{stack}.embed_positions", "embedding", positions, hidden)
-        yield layer_norm(f"{at}{stack}.layernorm_embedding", hidden)
-        yield from _stack(c, f"{at}{stack}.", stack, hidden, 12, 16, 4096)
+        if kind.positions != "none":
+            rows, sines = positions + (2 if kind.positions == "learned" else 0), kind.positions == "sines"
+            yield Module(f"{at}{stack}.embed_positions", "embedding", rows, hidden, frozen=sines)
+        if kind.first_norm:
+            yield layer_norm(f"{at}{stack}.layernorm_embedding", hidden)
+        yield from _stack(c, f"{at}{stack}.", stack, hidden, kind.layers, kind.heads, kind.inner)
+        if kind.last_norm:
+            yield layer_norm(f"{at}{stack}.layer_norm", hidden)
     if task in ("language model", "decoder alone"):
         yield linear("lm_head", hidden, vocabulary, tied=tied, role="output")
     elif task == "classifier":  # peft does not take this head for one, so it is as any layer
-        yield from two_layers("classification_head", hidden, c.labels(3), role="body")
+        yield from two_layers("classification_head", hidden, c.labels(kind.labels), role="body")
     elif task == "question answering":  # a start and an end, whatever the configuration says of labels
         yield from one_layer(task, hidden, 2)
 

@@ -26,6 +26,7 @@ from peftlab.memory.counting import encoder_decoder_tables as pairs
 from peftlab.memory.counting import encoder_tables as encoders
 from peftlab.memory.counting import image_sound_tables as senses
 from peftlab.memory.counting import mixture_families as mixtures
+from peftlab.memory.counting import older_families as older
 from peftlab.memory.counting.config import Config
 from peftlab.memory.counting.decoders import Decoder
 from peftlab.memory.counting.modules import Module, linear
@@ -36,8 +37,9 @@ TASKS = {
     "ForSequenceClassification": "classifier", "ForTokenClassification": "token classifier", "ForMaskedLM": "masked",
     "Model": "body", "EncoderModel": "encoder alone", "ForQuestionAnswering": "question answering",
     "ForMultipleChoice": "multiple choice", "ForPreTraining": "pretraining",
-    "ForNextSentencePrediction": "next sentence", "BartForCausalLM": "decoder alone",
-    "WhisperForCausalLM": "decoder alone", "ForAudioClassification": "sound classifier",
+    "ForNextSentencePrediction": "next sentence", "BartForCausalLM": "decoder alone", "MTModel": "language model",
+    "WhisperForCausalLM": "decoder alone", "PegasusForCausalLM": "decoder alone", "MarianForCausalLM": "decoder alone",
+    "ForAudioClassification": "sound classifier",
     "ForImageClassification": "image classifier", "ForMaskedImageModeling": "masked image", "ForCTC": "characters",
     "ForAudioFrameClassification": "token classifier", "ForXVector": "speaker vectors", "CLIPTextModel": "text tower",
     "CLIPVisionModel": "image tower", "CLIPTextModelWithProjection": "projected text tower",
@@ -100,10 +102,10 @@ def task_of(c: Config, family: Family, labels: bool) -> str:
         return family.tasks[0]
     task = _task(named)
     if task not in family.tasks:
-        known = ", ".join(end for end, one in TASKS.items() if one in family.tasks)
+        ends = [class_end(one, family.kind) for one in family.tasks]
         raise PeftLabError(
             f"{c.source}: architectures names {named[0]!r}, whose head is not counted. Counted are classes that end in "
-            f"{known}; without architectures, {next(end for end, t in TASKS.items() if t == family.tasks[0])}."
+            f"{', '.join(ends)}; without architectures, {ends[0]} is taken."
         )
     return task
 
@@ -112,6 +114,13 @@ def _task(named: list[Any]) -> str | None:
     """Return the task of the first class in `architectures`, or None if its head is not known."""
     ends = [end for end in TASKS if named and str(named[0]).endswith(end)]
     return TASKS[max(ends, key=len)] if ends else None
+
+
+def class_end(task: str, kind: str) -> str:
+    """Return the end of the names of transformers' classes for a task and a kind of model: `"ForMaskedLM"`."""
+    if task == "language model" and kind == "encoder-decoder":
+        return "ForConditionalGeneration"
+    return next(end for end, one in TASKS.items() if one == task)
 
 
 def of_the_same_name(family: str, known: Iterable[str] | None = None) -> str:
@@ -193,6 +202,15 @@ _QV, _KV, _OUT = ("q_proj", "v_proj"), ("k_proj", "v_proj"), r"self_attn\.out_pr
 _CLIP = (senses.clip, _QV, _KV, "fc2", (_OUT, r"mlp\.fc2"), (), ())
 
 
+def _translator(kind: pairs.Translator, *tasks: str) -> Family:
+    tasks = ("language model", "body", *tasks)
+    return Family(
+        partial(pairs.bart, kind=kind), "encoder-decoder", _QV, (*_KV, "fc2"), ("fc2",), (_OUT, "fc2"), tasks,
+        prompts=tuple(task for task in tasks if task != "classifier"),
+        prefixes=tuple(task for task in tasks if task in ("language model", "body", "decoder alone")),
+    )  # fmt: skip
+
+
 def _clip(*tasks: str) -> Family:
     return _encoder(_CLIP[0], tasks, *_CLIP[1:])
 
@@ -218,12 +236,12 @@ FAMILIES: dict[str, Family] = {
     "glm4": _decoder(decoders.glm4),
     "phi": _decoder(decoders.phi, down="fc2", out=r"self_attn\.dense"),
     "stablelm": _decoder(decoders.stablelm),
-    "gpt_neox": _decoder(decoders.gpt_neox, *_NEOX, r"attention\.dense"),
-    "gptj": _decoder(decoders.gptj, down="fc_out", out=r"attn\.out_proj"),
-    "gpt2": _decoder(decoders.gpt2, ("c_attn",), ("c_attn",), "mlp.c_proj", r"attn\.c_proj"),
-    "opt": _decoder(decoders.opt, down="fc2", out=r"self_attn\.out_proj", mlp=""),
-    "bloom": _decoder(decoders.bloom, *_NEOX[:2], "mlp.dense_4h_to_h", r"self_attention\.dense"),
-    "falcon": _decoder(decoders.falcon, *_NEOX, r"self_attention\.dense"),
+    "gpt_neox": _decoder(older.gpt_neox, *_NEOX, r"attention\.dense"),
+    "gptj": _decoder(older.gptj, down="fc_out", out=r"attn\.out_proj"),
+    "gpt2": _decoder(older.gpt2, ("c_attn",), ("c_attn",), "mlp.c_proj", r"attn\.c_proj"),
+    "opt": _decoder(older.opt, down="fc2", out=r"self_attn\.out_proj", mlp=""),
+    "bloom": _decoder(older.bloom, *_NEOX[:2], "mlp.dense_4h_to_h", r"self_attention\.dense"),
+    "falcon": _decoder(older.falcon, *_NEOX, r"self_attention\.dense"),
     "mixtral": replace(_decoder(mixtures.mixtral), fused=_MIXTRAL),
     "qwen2_moe": _decoder(mixtures.qwen2_moe),
     "qwen3_moe": replace(_decoder(mixtures.qwen3_moe), fused=_FUSED),
@@ -267,12 +285,12 @@ FAMILIES: dict[str, Family] = {
     "clip_vision_model": _clip("image tower", "projected image tower"),
     "t5": _encoder_decoder("wo", ("wo",), "relu"),
     "mt5": _encoder_decoder("wi_1", (), "gated-gelu"),
-    "bart": Family(
-        pairs.bart, "encoder-decoder", _QV, (*_KV, "fc2"), ("fc2",), (_OUT, "fc2"),
-        ("language model", "body", "classifier", "question answering", "decoder alone"),
-        prompts=("language model", "body", "question answering", "decoder alone"),
-        prefixes=("language model", "body", "decoder alone"),
-    ),
+    "bart": _translator(pairs.BART, "classifier", "question answering", "decoder alone"),
+    "mbart": _translator(pairs.MBART, "classifier", "question answering", "decoder alone"),
+    "plbart": _translator(pairs.PLBART, "classifier", "decoder alone"),
+    "pegasus": _translator(pairs.PEGASUS, "decoder alone"),
+    "marian": _translator(pairs.MARIAN, "decoder alone"),
+    "m2m_100": _translator(pairs.M2M_100),
     "whisper": Family(
         pairs.whisper, "encoder-decoder", _QV, (*_KV, "fc2"), ("fc2",), (_OUT, "fc2"),
         ("language model", "body", "sound classifier", "decoder alone"),

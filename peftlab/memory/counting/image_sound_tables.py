@@ -156,7 +156,10 @@ def _samples(c: Config, at: str, widths: list[int]) -> Iterator[Module]:
     """Yield the convolutions over the samples. The first has a norm, or all have."""
     kernels, norm = c.numbers("conv_kernel") or [10, 3, 3, 3, 3, 2, 2], c.text("feat_extract_norm", "group")
     if len(kernels) != len(widths):
-        raise PeftLabError(f"{c.source}: conv_kernel has {len(kernels)} entries, but conv_dim has {len(widths)}.")
+        raise PeftLabError(
+            f"{c.source}: conv_kernel has {len(kernels)} entries, but conv_dim has {len(widths)}. Both must list one "
+            "number for each convolution."
+        )
     if norm not in ("group", "layer"):
         raise PeftLabError(f"{c.source}: feat_extract_norm must be 'group' or 'layer', not {norm!r}.")
     for i, (inputs, width, kernel) in enumerate(zip([1, *widths], widths, kernels, strict=False)):

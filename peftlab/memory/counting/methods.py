@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from peftlab.catalogue import METHODS, resolve
 from peftlab.errors import PeftLabError, did_you_mean
-from peftlab.memory.counting.families import FAMILIES
+from peftlab.memory.counting.families import FAMILIES, class_end
 from peftlab.memory.counting.modules import Module
 from peftlab.memory.counting.options import Added, Options, Trained
 from peftlab.memory.counting.shapes import Shape
+
+# Options that belong to another one: the networks that make a prompt (P-tuning) or a prefix have a width and layers.
+TOGETHER = {"encoder_hidden": ("encoder", "projection"), "encoder_layers": ("encoder",)}
 
 
 def method_name(method: str) -> str:
@@ -30,6 +33,25 @@ def method_name(method: str) -> str:
     if name not in known:
         raise PeftLabError(f"Unknown method {method!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
     return name
+
+
+def refuse_idle(method: str, options: Options) -> None:
+    """Refuse an option that was given and that the method does not take.
+
+    Raises:
+        PeftLabError: it says what the method takes, and which methods take the option.
+    """
+    row, known = METHODS[method], [name for name, other in METHODS.items() if other.tensors]
+    for one in fields(options):
+        value, names = getattr(options, one.name), TOGETHER.get(one.name, (one.name,))
+        if value == one.default or any(row.takes(name) for name in names):
+            continue
+        own = ", ".join(n for other in fields(options) if row.takes(n := other.name)) or "none"
+        others = ", ".join(name for name in known if any(METHODS[name].takes(n) for n in names))
+        raise PeftLabError(
+            f"{one.name}={value!r} is no option of {method}, so it would change nothing; leave it out. Options of "
+            f"{method}: {own}. Methods with {one.name}: {others}."
+        )
 
 
 def trained_by(method: str, shape: Shape, options: Options) -> Trained:
@@ -97,8 +119,6 @@ def ia3(shape: Shape, options: Options) -> Trained:
     `output.dense` also matches the attention's layer of that name. peft has no defaults for XLM-RoBERTa, CamemBERT and
     most other encoders; here they have those of the paper too.
     """
-    if options.bias != "none":
-        raise PeftLabError(f"ia3 trains no biases; found bias={options.bias!r}. Leave it out, or use lora or bitfit.")
     family = FAMILIES[shape.family]
     # as in peft, a default that this model does not have (mT5 without a gate) is left out
     adapted = linear_targets(shape, options.targets, "ia3", family.ia3)
@@ -113,7 +133,7 @@ def bitfit(shape: Shape, options: Options) -> Trained:
 
     With targets it lists the biases of these modules alone.
     """
-    own = _biases(_body(shape) if options.targets is None else shape.match(options.targets))
+    own = _biases(_body(shape) if options.targets is None else shape.match(options.targets, norms=True))
     if not own and options.targets is not None:
         raise PeftLabError(
             f"The targets of bitfit have no biases in {shape.name}. Leave targets out for every bias, or name others."
@@ -221,7 +241,9 @@ def _low_rank(
     """
     targets = options.targets
     if options.target_parameters and method != "lora":
-        raise PeftLabError(f"{method} adapts modules alone, no target_parameters. Use lora.")
+        raise PeftLabError(
+            f"{method} adapts whole modules, so it takes no target_parameters. Name modules in targets, or use lora."
+        )
     if method == "lora":
         adapted = shape.match(targets, parameters=options.target_parameters)
     else:
@@ -265,7 +287,11 @@ def _can_have(shape: Shape, what: str, tasks: tuple[str, ...] | None, why: str) 
     """Refuse a prompt or prefix on a model that cannot have one. `tasks` of None are all."""
     if tasks is not None and shape.task not in tasks:
         others = "a prompt, or lora" if what == "prefix" and FAMILIES[shape.family].prompts is None else "lora or ia3"
-        raise PeftLabError(f"{shape.name} ({shape.family}, {shape.task}) {why}, so it has no {what}. Use {others}.")
+        end = class_end(shape.task, shape.kind)
+        raise PeftLabError(
+            f"{shape.name}, as a {shape.family} model whose class ends in {end}, {why}, so it has no {what}. "
+            f"Use {others}."
+        )
 
 
 def _biases(modules: Iterable[Module]) -> tuple[tuple[Module, str], ...]:

@@ -64,6 +64,7 @@ class Shape:
         targets: str | Iterable[str] | None = None,
         default: Iterable[str] | None = None,
         parameters: Iterable[str] | None = None,
+        norms: bool = False,
     ) -> tuple[Module, ...]:
         """Return the modules that `targets` selects, by the rules of Hugging Face peft.
 
@@ -82,6 +83,7 @@ class Shape:
                 (Hugging Face's `target_parameters`). In some mixtures peft also reads `"all-linear"`, and the names
                 that the experts' layers once had, as these parameters, and gives fused ones the rank of all. None: the
                 method adapts modules alone.
+            norms: whether the method stands on norms too.
 
         Raises:
             PeftLabError: a name matches nothing, or a module that is neither a linear nor an embedding layer; the model
@@ -117,7 +119,7 @@ class Shape:
                 if not any(_ends_with(module.path, name) for module in found):
                     raise PeftLabError(self._nothing(name))
         for module in found:
-            if module.kind in ("norm", "router"):
+            if module.kind == "router" or (module.kind == "norm" and not norms):
                 hint = f" LoRA adapts it by target_parameters={[_parameter(module, 2)]}."
                 raise PeftLabError(
                     f"Target {module.path} of {self.name} is a {module.kind}, not a linear layer."

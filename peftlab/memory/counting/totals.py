@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftlab.checks import checked
-from peftlab.memory.counting.methods import method_name, trained_by
+from peftlab.memory.counting.methods import method_name, refuse_idle, trained_by
 from peftlab.memory.counting.modules import Module
 from peftlab.memory.counting.options import Options, names_of
 from peftlab.memory.counting.shapes import Shape, load_shape
@@ -63,8 +63,6 @@ def count(
 ) -> Count:
     """Count the parameters that `method` trains on `shape`.
 
-    A method ignores the options that do not concern it.
-
     Args:
         shape: a built-in name, the path of a `config.json` or of its folder, or a `Shape`.
         method: a method's name, such as `"lora"`; `METHODS` has them all.
@@ -84,8 +82,8 @@ def count(
         labels: classes of an encoder's head. None takes the configuration's number, or two.
 
     Raises:
-        PeftLabError: an unknown shape or method, a number that is not positive and whole, a target without a match, or
-            a method that this model or target cannot have.
+        PeftLabError: an unknown shape or method, a number that is not positive and whole, a target without a match, an
+            option that the method does not take, or a method that this model or target cannot have.
 
     >>> pl.memory.count("llama-2-7b", "lora", r=8).trainable
     4194304
@@ -98,6 +96,7 @@ def count(
         r, targets, bias, virtual_tokens, reduction_factor, projection, encoder, encoder_hidden, encoder_layers,
         names_of(target_parameters),
     )  # fmt: skip
+    refuse_idle(name, options)
     trained = trained_by(name, shape, options)
     # peft trains a copy of the classification head and also keeps the original. The total includes both.
     head = 0 if trained.whole else sum(module.parameters for module in shape.head)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peftlab.memory.replay import ops
+from peftlab.memory.replay import ops, views
 from peftlab.memory.replay.tape import Gradients, Tensor, record
 
 
@@ -88,27 +88,31 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style: 
     wide = [ops.cast(x, ops.FLOAT32) for x in (q, k, v)]
     q = ops.scale(wide[0])
     mask = q.new((length, k.shape[2])) if bias is None and style.causal else bias
-    # repeat_interleave makes new tensors; without it, bmm copies the transposed views
-    k, v = (x if shared else repeat(x, heads) for x in wide[1:])
-    k = ops.scale(k)
-    if shared:
-        k = ops.copy(k)
-    scores = matmul(ops.copy(q), k, (batch, heads, length, k.shape[2]))
-    del k
+    # Grouped heads are repeated by repeat_interleave, to new tensors that live to the end. A single head that is not
+    # declared as a group is repeated by the products, and bmm copies transposed views.
+    repeated = not shared and style.fusible
+    k, v = (repeat(x, heads) if repeated else x for x in wide[1:])
+    scaled = ops.scale(k)
+    keys = scaled if repeated else ops.copy(scaled) if shared else repeat(scaled, heads)
+    scores = matmul(ops.copy(q), keys, (batch, heads, length, k.shape[2]))
+    del scaled, keys
     if bias is not None and mask is not None:
         scores = ops.add_in_place(scores, mask)
     weights = ops.safe_softmax(scores)
     del scores
     weights = ops.dropout(weights, style.dropout)
-    mixed = matmul(weights, ops.copy(v) if shared else v, (batch, heads, length, width))
-    return ops.copy(ops.cast(mixed, narrow))
+    values = v if repeated else ops.copy(v) if shared else repeat(v, heads)
+    mixed = ops.cast(matmul(weights, values, (batch, heads, length, width)), narrow)
+    del q, k, v, wide, weights, values
+    return ops.copy(mixed)
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style: Style) -> Tensor:
     """Replay softmax(q k^T / sqrt d + mask) v in separate operations, with several (b, heads, s, s) scores at once."""
     batch, heads, length, width = q.shape
     if k.shape[1] != heads:
-        k, v = repeat(k, heads), repeat(v, heads)
+        alone = batch == k.shape[1] == 1  # one group of one example is repeated as a view
+        k, v = (views.expand(x, (1, heads, *x.shape[2:])) if alone else repeat(x, heads) for x in (k, v))
     if style.wide_scores:
         q, k = ops.cast(q, ops.FLOAT32), ops.cast(k, ops.FLOAT32)
     scores = ops.scale(matmul(q, k, (batch, heads, length, k.shape[2])))
@@ -125,7 +129,7 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style:
     if style.wide_softmax:
         wide = ops.cast(scores, ops.FLOAT32)
         del scores
-        weights = ops.cast(ops.from_result(wide), q.bytes)
+        weights = ops.cast(ops.from_result(wide), v.bytes)
         del wide
     else:
         weights = ops.cast(ops.from_result(scores), v.bytes)
@@ -137,9 +141,9 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style:
 def with_sinks(scores: Tensor, v: Tensor, style: Style, shape: tuple[int, ...]) -> Tensor:
     """Replay gpt-oss' attention from the scores on: a column of sinks is joined to them and left out again."""
     wider = (*scores.shape[:-1], scores.shape[-1] + 1)
-    joined = ops.resized(scores, wider)
+    joined = views.resized(scores, wider)
     joined = ops.minus_largest(joined)
-    weights = ops.part(ops.from_result(joined), scores.shape)
+    weights = views.part(ops.from_result(joined), scores.shape)
     weights = ops.dropout(weights, style.dropout)
     return ops.copy(matmul(weights, v, shape))
 
@@ -154,12 +158,7 @@ def spread(x: Tensor, heads: int) -> Tensor:
     """Replay repeat_kv for the fused kernel: one group of heads becomes a view, several are copied."""
     if x.shape[1] == heads:
         return x
-    if x.shape[1] > 1:
-        return repeat(x, heads)
-    shape = x.shape
-    output = x.view(*shape)
-    output.node = None
-    return record(output, [x], lambda g: (g.new(shape),))
+    return repeat(x, heads) if x.shape[1] > 1 else views.expand(x, x.shape)
 
 
 def matmul(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:

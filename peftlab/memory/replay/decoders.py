@@ -1,11 +1,15 @@
-"""Decoders as transformers computes them, from their descriptions (`counting.decoders.Decoder`)."""
+"""Decoders as transformers computes them, from their descriptions (`counting.decoders.Decoder`).
+
+A decoder gives words, (b, s, V), or has a head for classes: of each example, (b, labels), or of each token,
+(b, s, labels).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from peftlab.memory.counting.decoders import Decoder
-from peftlab.memory.replay import ops
+from peftlab.memory.replay import ops, views
 from peftlab.memory.replay.attention import Style, matmul, split
 from peftlab.memory.replay.mixtures import mixture
 from peftlab.memory.replay.nets import Net
@@ -14,12 +18,15 @@ from peftlab.memory.replay.tape import Tensor
 
 
 def decoder(net: Net, ids: Tensor) -> Tensor:
-    """Replay a decoder, and return the logits (b, s, V)."""
+    """Replay a decoder, and return the logits of its head."""
     d = layout(net)
     at = f"{d.prefix}."
     x = net.words(at + d.embedding, ids, ops.scale if d.scaled_embedding else None)
     if d.scaled_input:
         x = ops.scale(x)
+    if at + "project_in" in net.modules:
+        x = net.linear(at + "project_in", x)
+    words = x  # a variable of the model holds it until the blocks are done
     x = positions(net, d, x)
     if d.after_embedding:
         x = norm(net, d, at + d.after_embedding, x)
@@ -32,7 +39,15 @@ def decoder(net: Net, ids: Tensor) -> Tensor:
         x = norm(net, d, at + d.last_norm, x)
     if at + "project_out" in net.modules:
         x = net.linear(at + "project_out", x)
+    del words, blocks
+    return head(net, d, x)
+
+
+def head(net: Net, d: Decoder, x: Tensor) -> Tensor:
+    """Replay the head of a decoder, and return its logits."""
     with net.memory.kind("logits"):
+        if net.shape.task != "language model":
+            return classes(net, x)
         logits = net.output("lm_head", x)
         del x
         if net.recipe.chunked_loss:
@@ -46,6 +61,20 @@ def decoder(net: Net, ids: Tensor) -> Tensor:
         return logits
 
 
+def classes(net: Net, x: Tensor) -> Tensor:
+    """Replay a head for classes. For those of an example it runs on all tokens, and the last one is taken."""
+    net.held.append(x)
+    batch, length, hidden = x.shape
+    if net.shape.task == "token classifier":
+        usual = net.config.share("hidden_dropout", 0.1)
+        x = ops.dropout(x, net.config.share("classifier_dropout", usual))
+        return net.linear("score", x)
+    logits = net.linear("score", x)
+    last = x.new((batch,), ops.INT64)
+    net.held.append(logits)
+    return ops.rows_of(logits.view(batch * length, logits.shape[2]), batch, last)
+
+
 def layout(net: Net) -> Decoder:
     """Return the description of a decoder."""
     assert net.shape.layout is not None  # every decoder of `families` has one
@@ -53,14 +82,11 @@ def layout(net: Net) -> Decoder:
 
 
 def positions(net: Net, d: Decoder, x: Tensor) -> Tensor:
-    """Add learned positions, and bring OPT's narrow embedding to the width of the blocks."""
-    at = f"{d.prefix}."
+    """Add learned positions, if the family has them."""
     learned = next((m.path for m in d.extra if m.kind == "embedding"), None)
     if learned is None:
         return x
     places = net.table(learned, net.places(x.shape[1]))
-    if at + "project_in" in net.modules:
-        x = net.linear(at + "project_in", x)
     return ops.add_broadcast(x, places)
 
 
@@ -86,11 +112,13 @@ class Blocks:
         self.masked = {i for i in d.sliding if d.window is not None and length >= d.window}
         eager = not net.fused()
         kinds = 2 if d.sliding and len(d.sliding) < d.layers else 1
-        masks = kinds if eager else bool(self.masked)
+        masks = kinds if eager else bool(self.masked) or (d.always_masked and not d.slopes)
         shape = (batch, 1, length, length) if eager else (length, length)
         self.masks = [x.new(shape, None if eager else ops.BOOL) for _ in range(masks)]
+        self.slopes: Tensor | None = None  # joined to the mask, where attention is fused
         if d.slopes:
             self.masks.append(x.new((batch * d.heads, 1, length)))
+            self.slopes = None if eager else x.new((batch, d.heads, length, length))
 
     def layer(self, i: int) -> Callable[[Tensor], Tensor]:
         """Return the function of a block."""
@@ -128,10 +156,11 @@ class Blocks:
 
         def side_by_side(x: Tensor) -> Tensor:
             first = normed(d.before_attention, x)
+            second = normed(d.before_mlp, x) if d.holds and d.before_mlp else None  # Falcon's come both first
             mixed = attend(first)
-            if d.before_mlp:
-                first = normed(d.before_mlp, x)
-            fed = feed(first)
+            if second is None:
+                first = second = normed(d.before_mlp, x) if d.before_mlp else first
+            fed = feed(second)
             if d.in_place:
                 return ops.add(x, ops.add_in_place(fed, mixed))
             return ops.add(ops.add(mixed, fed), x)
@@ -145,7 +174,7 @@ class Blocks:
         net, d = self.net, self.d
         if d.slopes and not net.fused():
             return self.sloped(i, at, x)
-        q, k, v = self.projected(at, x)
+        q, k, v, *held = self.projected(at, x)
         if d.head_norms:
             q, k = self.head_norms(at, q, k)
         if self.rotary and i not in d.unrotated:
@@ -153,16 +182,18 @@ class Blocks:
             q, k = rotated
             del rotated
         k, v = net.extend(i, k, v)
-        mixed = net.attend(q, k, v, self.style, masked=i in self.masked or d.always_masked)
+        mixed = net.attend(q, k, v, self.style, self.slopes, masked=i in self.masked or d.always_masked)
         del q, k, v
-        return net.linear(at + d.out, mixed)
+        mixed = net.linear(at + d.out, mixed)
+        del held
+        return mixed
 
     def sloped(self, i: int, at: str, x: Tensor) -> Tensor:
         """Replay BLOOM's attention in separate operations. Its variables live until the output projection is done."""
         net, d = self.net, self.d
         batch, length = x.shape[:2]
         qkv = net.linear(at + d.qkv[0], x)
-        q, k, v = (ops.copy(ops.part(qkv, (batch, d.heads, length, d.width))) for _ in range(3))
+        q, k, v = (ops.copy(views.part(qkv, (batch, d.heads, length, d.width))) for _ in range(3))
         k, v = net.extend(i, k, v)
         if net.autocast:
             q, k, v = net.half(q), net.half(k), net.half(v)
@@ -174,8 +205,8 @@ class Blocks:
         merged = ops.copy(mixed).view(batch, length, d.heads * d.width)
         return net.linear(at + d.out, merged)
 
-    def projected(self, at: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries (b, heads, s, d), keys and values (b, groups, s, d)."""
+    def projected(self, at: str, x: Tensor) -> tuple[Tensor, ...]:
+        """Return queries (b, heads, s, d), keys and values (b, groups, s, d), and a tensor that a variable holds."""
         net, d = self.net, self.d
         batch, length = x.shape[:2]
         shapes = [(batch, count, length, d.width) for count in (d.heads, d.groups, d.groups)]
@@ -191,15 +222,16 @@ class Blocks:
         qkv = net.linear(at + d.qkv[0], x)
         if d.cut == "chunk":
             return split(qkv, shapes[0])
-        parts = [ops.part(qkv, shape) for shape in shapes]
+        parts = [views.part(qkv, shape) for shape in shapes]
         if d.cut == "index":  # the one head of keys, and of values, is copied
             parts[1:] = [ops.copy(part) for part in parts[1:]]
+        elif d.cut == "grouped" and d.groups == 1:  # the copies of the one head are views
+            parts[1:] = [views.expand(ops.copy(part), shapes[0]) for part in parts[1:]]
         elif d.cut == "grouped":  # keys and values are repeated for each head
-            parts = [ops.copy(parts[0]), *(ops.enlarge(ops.copy(part), shapes[0]) for part in parts[1:])]
+            parts = [ops.copy(parts[0]), *(views.enlarge(ops.copy(part), shapes[0]) for part in parts[1:])]
         elif d.cut == "copy":
             parts = [ops.copy(part) for part in parts]
-        q, k, v = parts
-        return q, k, v
+        return *parts, qkv
 
     def head_norms(self, at: str, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Replay the norms of queries and keys, if they stand on heads."""
@@ -217,9 +249,9 @@ class Blocks:
         batch, _, length, width = x.shape
         pieces = [
             net.layer_norm(f"{path}.norms.{head}", piece)
-            for head, piece in enumerate(ops.split_heads(x, (batch, 1, length, width), heads))
+            for head, piece in enumerate(views.split_heads(x, (batch, 1, length, width), heads))
         ]
-        return ops.stack_heads(pieces, x.shape)
+        return views.stack_heads(pieces, x.shape)
 
     def mlp(self, at: str, x: Tensor) -> Tensor:
         """Replay a feed-forward, with or without a gate."""
@@ -230,7 +262,7 @@ class Blocks:
                 return net.linear(at + d.down, self.activate(net.linear(at + d.up[0], x)))
             if len(d.up) == 1:
                 both = net.linear(at + d.up[0], x)
-                gate, up = ops.halves(both)
+                gate, up = views.halves(both)
                 inner = ops.mul(up, self.activate(gate))
                 del up
                 return net.linear(at + d.down, inner)
@@ -248,14 +280,13 @@ class Blocks:
 
 
 def gpt2(net: Net, ids: Tensor) -> Tensor:
-    """Replay GPT-2, and return the logits (b, s, V)."""
+    """Replay GPT-2, and return the logits of its head."""
     d = layout(net)
     style = Style(wide_softmax=False, dropout=d.attention_dropout)
     activate = net.activation(d.activation)
-    x = net.words("transformer.wte", ids)
-    places = net.table("transformer.wpe", net.places(x.shape[1]))
-    x = ops.dropout(ops.add_broadcast(x, places), d.embedding_dropout)
-    del places
+    words = net.words("transformer.wte", ids)  # variables of the model hold it, and the positions
+    places = net.table("transformer.wpe", net.places(words.shape[1]))
+    x = ops.dropout(ops.add_broadcast(words, places), d.embedding_dropout)
 
     def attention(i: int, at: str, x: Tensor) -> Tensor:
         qkv = net.linear(at + "c_attn", x)
@@ -282,5 +313,5 @@ def gpt2(net: Net, ids: Tensor) -> Tensor:
         net.memory.moment = f"forward, layer {i}"
         x = net.block(d.block(i), layer(i), x)
     x = net.layer_norm("transformer.ln_f", x)
-    with net.memory.kind("logits"):
-        return net.output("lm_head", x)
+    del words, places
+    return head(net, d, x)

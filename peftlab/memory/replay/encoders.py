@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from peftlab.memory.replay import ops
+from peftlab.memory.replay import ops, views
 from peftlab.memory.replay.attention import Style
 from peftlab.memory.replay.nets import Net
 from peftlab.memory.replay.tape import Tensor, leaf
@@ -17,7 +17,7 @@ def bert(net: Net, ids: Tensor, prefix: str = "bert") -> Tensor:
     net.held.append(x)
     x = bert_blocks(net, f"{prefix}.encoder.layer.", x)
     net.held.append(x)
-    x = ops.first_of(x)
+    x = views.first_of(x)
     if prefix == "bert":
         x = ops.dropout(ops.from_result(net.linear("bert.pooler.dense", x)), drop)
         with net.memory.kind("logits"):
@@ -108,7 +108,7 @@ def t5(net: Net, ids: Tensor) -> Tensor:
         if i is not None:
             k, v = net.extend(i, k, v)
             if k.shape[2] != bias.shape[3]:  # with a prefix the bias is enlarged, for each example
-                bias = ops.enlarge(bias, (batch, heads, length, k.shape[2]))
+                bias = views.enlarge(bias, (batch, heads, length, k.shape[2]))
         fusible = net.recipe.contiguous_bias or at.endswith("EncDecAttention.")  # whose bias is zeros
         style = Style(causal=i is not None, wide_softmax=False, dropout=drop, fusible=fusible)
         return net.linear(at + "o", net.attend(q, k, v, style, bias))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from peftlab.errors import PeftLabError
 from peftlab.memory.counting.shapes import Shape
-from peftlab.memory.replay import ops
+from peftlab.memory.replay import ops, products, views
 from peftlab.memory.replay.nets import Net
 from peftlab.memory.replay.tape import Parameter, Tensor
 
@@ -56,34 +56,27 @@ def _embedding_lora(net: Net, path: str, own: Own) -> None:
     """Replay W[i] + A^T[i] B^T s for token i."""
 
     def call(ids: Tensor) -> Tensor:
-        result = ops.embedding(ids, net.weights[path])
+        result = products.embedding(ids, net.weights[path])
         bytes = result.bytes
-        chosen = ops.embedding_rows(ids, own["lora_embedding_A"])
+        chosen = products.embedding_rows(ids, own["lora_embedding_A"])
         return ops.cast(ops.add(result, ops.scale(net.product(chosen, own["lora_embedding_B"]))), bytes)
 
     net.layers[path] = call
 
 
 def _parameter_lora(net: Net, path: str, own: Own) -> None:
-    """Replay W + s B A in the place of a parameter, for peft's `ParamWrapper`.
+    """Replay W + s B A in the place of a parameter: peft's `ParamWrapper`, or peftlab's `LoRAParameter`.
 
-    The sum is as large as all experts together. It lives until the experts have run, and for the backward pass.
-
-    Raises:
-        PeftLabError: peftlab's own way was asked for, which is not replayed.
+    The sum is as large as all experts together. It lives until the experts have run. `mixtures.weight_of` says how it
+    comes to the backward pass.
     """
-    if net.recipe.library == "peftlab":
-        raise PeftLabError(
-            f"The layer of peftlab for LoRA on experts ({path}) is not replayed yet. Ask for library='peft', or name "
-            "linear layers in targets. `peftlab bench experts` measures both libraries."
-        )
-    weight = net.weights[path]
 
-    def folded() -> Tensor:
-        return ops.folded(weight, ops.cast(own["lora_A"], weight.bytes), ops.cast(own["lora_B"], weight.bytes))
+    def folded(weight: Tensor) -> Tensor:
+        return products.folded(weight, ops.cast(own["lora_A"], weight.bytes), ops.cast(own["lora_B"], weight.bytes))
 
     def router(x: Tensor) -> Tensor:
-        update = ops.scale(ops.outer(own["lora_A"], own["lora_B"], weight.shape))
+        weight = net.weights[path]
+        update = ops.scale(products.outer(own["lora_A"], own["lora_B"], weight.shape))
         whole = ops.add(weight, ops.cast(update, weight.bytes))
         return net.product(x, whole, net.biases.get(path))
 
@@ -128,8 +121,8 @@ def dora(net: Net, path: str, own: Own) -> None:
         base = result
         if path in net.biases:
             base = ops.copy(result, max(result.bytes, net.biases[path].bytes))
-        first = ops.mul_vector(base, ops.shift(ratio))
-        second = ops.scale(ops.mul_vector(update, ratio))
+        first = ops.mul(base, ops.shift(ratio))
+        second = ops.scale(ops.mul(update, ratio))
         total = ops.add(first, second)
         del first, second, update, base, held
         result = ops.add(result, total)
@@ -166,8 +159,8 @@ def vera(net: Net, path: str, own: Own) -> None:
         bytes = result.bytes
         x = ops.cast(x, own["vera_lambda_d"].bytes)
         outputs, r = own["vera_lambda_b"].shape[0], own["vera_lambda_d"].shape[0]
-        inner = ops.mul_vector(net.frozen_product(x, r), own["vera_lambda_d"])
-        update = ops.mul_vector(net.frozen_product(inner, outputs), own["vera_lambda_b"])
+        inner = ops.mul(net.frozen_product(x, r), own["vera_lambda_d"])
+        update = ops.mul(net.frozen_product(inner, outputs), own["vera_lambda_b"])
         del inner
         result = ops.add(result, update)
         del update
@@ -182,11 +175,11 @@ def ia3(net: Net, path: str, own: Own) -> None:
 
     def before(x: Tensor) -> Tensor:
         bytes = x.bytes
-        return net.plain(path, ops.cast(ops.mul_vector(ops.cast(x, scale.bytes), scale), bytes))
+        return net.plain(path, ops.cast(ops.mul(ops.cast(x, scale.bytes), scale), bytes))
 
     def after(x: Tensor) -> Tensor:
         result = net.plain(path, x)
-        return ops.cast(ops.mul_vector(result, scale), result.bytes)
+        return ops.cast(ops.mul(result, scale), result.bytes)
 
     net.layers[path] = before if scale.shape[0] == 1 else after
 
@@ -237,8 +230,8 @@ def _in_front(net: Net, own: Own, encode: Call) -> None:
     count = rows.shape[0] // (2 if net.shape.kind == "encoder-decoder" else 1)
 
     def front(x: Tensor) -> Tensor:
-        virtual = ops.first_rows(encode(net.virtual(x, rows.shape[0], rows)), count)
-        net.held.append(ops.cat(ops.cast(virtual, x.bytes), x, 1))
+        virtual = views.first_rows(encode(net.virtual(x, rows.shape[0], rows)), count)
+        net.held.append(views.cat(ops.cast(virtual, x.bytes), x, 1))
         return net.held[-1]
 
     net.front = front
@@ -270,7 +263,7 @@ def prefix(net: Net, path: str, own: Own) -> None:
     def extend(i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         batch, groups, _, width = k.shape
         part = made[0].view(batch, groups, rows.shape[0], width)
-        return ops.cat(part, k, 2), ops.cat(part, v, 2)
+        return views.cat(part, k, 2), views.cat(part, v, 2)
 
     net.front, net.extend = front, extend
 

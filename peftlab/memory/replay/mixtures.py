@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peftlab.memory.counting.decoders import Decoder
-from peftlab.memory.replay import ops
+from peftlab.memory.replay import ops, products, views
 from peftlab.memory.replay.nets import Net
 from peftlab.memory.replay.tape import Tensor
+
+QUANTISED_BLOCK = 64  # weights with one scale
+LARGEST = 2**31  # so many weights bitsandbytes' kernels can count
 
 
 def mixture(
@@ -31,7 +34,7 @@ def mixture(
         if shared is None:
             shared = mlp(f"{at}{e.shared_name}.", flat)
         if e.shared_gate:
-            shared = ops.mul_column(shared, ops.from_result(net.linear(at + e.shared_gate, flat)))
+            shared = ops.mul(shared, ops.from_result(net.linear(at + e.shared_gate, flat)))
         mixed = ops.add(mixed, shared)
     return mixed.view(*shape)
 
@@ -69,33 +72,77 @@ def experts(
 
     taken = ops.rows_of(flat, rows, order[0])
     weights = ops.rows_of(shares.view(rows, 1), rows, order[1])
-    up = net.expert_weight(at + "gate_up_proj")
-    both = ops.grouped_product(taken, up)
-    biases = bias("gate_up_proj_bias")  # the name keeps these rows alive up to the next product
+    up, again = weight_of(net, at + "gate_up_proj")
+    biases = bias("gate_up_proj_bias")  # the name keeps these rows alive until those of the next product are there
+    both = products.grouped_product(taken, up, again)
     if biases is not None:
         both = ops.add_in_place(both, biases)
     if e.choose_first:
         inner = clamped_gate(both)
     else:
-        gate, other = ops.halves(both)
+        gate, other = views.halves(both)
         inner = ops.mul(activate(gate), other)
         del gate, other
-    down = net.expert_weight(at + "down_proj")
-    both = ops.grouped_product(inner, down)
-    del inner
+    del both
+    down, again = weight_of(net, at + "down_proj")
     biases = bias("down_proj_bias")
+    both = products.grouped_product(inner, down, again)
+    del inner
     if biases is not None:
         both = ops.add_in_place(both, biases)
-    weighed = ops.mul_column(both, weights)
+    weighed = ops.mul(both, weights)
     del both
     weighed = ops.rows_of(weighed, rows, order[2])
-    total = ops.sum_groups(weighed, tokens)
+    total = views.sum_groups(weighed, tokens)
     return ops.cast(total, flat.bytes)
+
+
+def weight_of(net: Net, path: str) -> tuple[Tensor, Callable[[], Tensor] | None]:
+    """Return the matrices of all experts at a path as the block reads them, and how they are made again, if they are.
+
+    peftlab makes a changed or a 4-bit weight again in the backward pass. Under checkpointing, and in Hugging Face peft,
+    it is kept until then.
+    """
+
+    def make() -> Tensor:
+        stored = unpacked(net, path) if path in net.quantised else net.weights[path]
+        return net.parameters_with_more[path](stored) if path in net.parameters_with_more else stored
+
+    def again() -> Tensor:
+        with net.memory.graph(False):
+            return make()
+
+    changed = path in net.quantised or path in net.parameters_with_more
+    remade = changed and net.recipe.library == "peftlab" and not net.recipe.recomputes(net.block_of(path))
+    return make(), again if remade else None
+
+
+def unpacked(net: Net, path: str) -> Tensor:
+    """Replay the dequantising of all experts: first the scales of their blocks, then the weights.
+
+    Experts that do not fill whole blocks are dequantised one by one and then joined, and so are those that
+    bitsandbytes cannot count together.
+    """
+    module, like = net.modules[path], net.quantised[path][0]
+    size, bytes = (module.outputs, module.inputs), 2 if net.recipe.autocast else net.recipe.weight_bytes
+    elements = module.outputs * module.inputs
+    if elements % QUANTISED_BLOCK or module.experts * elements >= LARGEST:
+        each = [like.new(size, bytes) for _ in range(module.experts)]
+        return like.new((module.experts, *size), bytes) if each else like
+    blocks = module.experts * elements // QUANTISED_BLOCK
+    codes = like.new((blocks,), 4)  # as whole numbers, which look up the scales
+    scales = like.new((blocks,), ops.FLOAT32)
+    del codes
+    nested = like.new((blocks,), ops.FLOAT32)  # the scales of the scales, one for each
+    del nested
+    weight = like.new((module.experts, *size), bytes)
+    del scales
+    return weight
 
 
 def clamped_gate(both: Tensor) -> Tensor:
     """Replay gpt-oss' gate: (up + 1) gate sigmoid(1.702 gate), of clamped halves."""
-    gate, up = ops.halves(both)
+    gate, up = views.halves(both)
     gate, up = ops.clamped(gate), ops.clamped(up)
     glu = ops.mul(gate, ops.from_result(ops.scale(gate)))
     return ops.mul(ops.shift(up), glu)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.counting.config import Config
 from peftlab.memory.counting.shapes import Shape
-from peftlab.memory.replay import attention, ops
+from peftlab.memory.replay import attention, ops, products
 from peftlab.memory.replay.attention import Style
 from peftlab.memory.replay.tape import Memory, Parameter, Tensor, checkpoint, leaf
 
@@ -68,7 +68,7 @@ class Net:
     - `beside`: {path of a feed-forward's last layer: a function around the feed-forward};
     - `front`: a function of the word embeddings, before the first block;
     - `extend`: a function of a block's number, keys and values;
-    - `parameters_with_more`: {path of a parameter: a function that returns what is used in its place}.
+    - `parameters_with_more`: {path of a parameter of experts: a function of its value that returns what is used}.
 
     Sharding sets `around_block`, a function around each block.
     """
@@ -81,7 +81,7 @@ class Net:
         self.extend: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] = unchanged
         self.beside: dict[str, Callable[[Tensor, Callable], Tensor]] = {}
         self.around_block: Callable[[str, Callable[..., Tensor], tuple[Tensor, ...]], Tensor] = alone
-        self.parameters_with_more: dict[str, Callable[[], Tensor]] = {}  # of a parameter itself, as for experts
+        self.parameters_with_more: dict[str, Callable[[Tensor], Tensor]] = {}
         self.weights: dict[str, Parameter] = {}
         self.biases: dict[str, Parameter] = {}
         self.added: list[tuple[str, Parameter]] = []
@@ -98,13 +98,11 @@ class Net:
                 size = (module.inputs, module.outputs)
             elif module.kind == "experts":
                 size = (module.experts, module.outputs, module.inputs)
-                if recipe.four_bit and recipe.library == "peftlab":  # bitsandbytes, as peft uses it, leaves them whole
-                    raise PeftLabError(
-                        f"Experts in four bits ({module.path}), as peftlab holds them, are not replayed yet. Ask for "
-                        "library='peft', which leaves experts in 16 bits."
-                    )
             if recipe.four_bit and module.kind in ("linear", "conv1d") and module.role == "body":
                 self.quantised[module.path] = packed(memory, module.inputs * module.outputs, recipe.shards)
+            elif recipe.four_bit and module.kind == "experts" and recipe.library == "peftlab":
+                elements = module.inputs * module.outputs  # bitsandbytes, as peft uses it, leaves experts whole
+                self.quantised[module.path] = packed_experts(memory, module.experts, elements, recipe.shards)
             elif module.tied:  # to the word embedding, the first row of every table
                 self.weights[module.path] = self.weights[shape.modules[0].path]
             else:
@@ -148,7 +146,7 @@ class Net:
         """Call the layer at a path, without what the method adds to it."""
         if path in self.quantised:
             compute = 2 if self.recipe.autocast else self.recipe.weight_bytes
-            return ops.quantised_linear(x, *self.weight_size(path), compute)
+            return products.quantised_linear(x, *self.weight_size(path), compute)
         return self.product(x, self.weights[path], self.biases.get(path))
 
     def around(self, path: str, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -159,15 +157,15 @@ class Net:
         """Multiply x by a matrix that is not a parameter. Autocast makes a copy of the matrix, which is kept."""
         if self.autocast:
             x = self.half(x)
-            return ops.linear(x, x.new((outputs, x.shape[-1]), 2))
-        return ops.frozen_linear(x, outputs)
+            return products.linear(x, x.new((outputs, x.shape[-1]), 2))
+        return products.frozen_linear(x, outputs)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x W^T + b, in 16 bits under autocast."""
         if self.autocast:
             x, weight = self.half(x), self.half(weight)
             bias = None if bias is None else self.half(bias)
-        return ops.linear(x, weight, bias)
+        return products.linear(x, weight, bias)
 
     def half(self, x: Tensor) -> Tensor:
         """Cast to 16 bits as autocast does. A trained leaf is cast once; the copy is kept until autocast is left."""
@@ -208,7 +206,7 @@ class Net:
 
     def table(self, path: str, ids: Tensor) -> Tensor:
         """Look up rows of the embedding at a path, with what the method adds to them."""
-        return self.layers[path](ids) if path in self.layers else ops.embedding(ids, self.weights[path])
+        return self.layers[path](ids) if path in self.layers else products.embedding(ids, self.weights[path])
 
     def words(
         self, path: str, ids: Tensor, then: Callable[[Tensor], Tensor] | None = None, front: bool = True
@@ -232,7 +230,7 @@ class Net:
 
     def virtual(self, x: Tensor, count: int, table: Parameter) -> Tensor:
         """Return the first `count` rows of a table, for each example of x."""
-        return ops.embedding(self.places(count).view(x.shape[0], count), table)
+        return products.embedding(self.places(count).view(x.shape[0], count), table)
 
     def block(self, prefix: str, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Run one block, sharded or not, with or without gradient checkpointing."""
@@ -267,21 +265,21 @@ class Net:
 
     def rms_norm(self, path: str, x: Tensor) -> Tensor:
         """Compute w * (x / sqrt(mean x^2 + eps)) in float32."""
-        return ops.mul_vector(ops.cast(ops.over_its_size(ops.cast(x, ops.FLOAT32)), x.bytes), self.weights[path])
+        return ops.mul(ops.cast(ops.over_its_size(ops.cast(x, ops.FLOAT32)), x.bytes), self.weights[path])
 
     def gemma_norm(self, path: str, x: Tensor) -> Tensor:
         """Compute (1 + w) * (x / sqrt(mean x^2 + eps)), all of it in float32."""
         wide = ops.over_its_size(ops.cast(x, ops.FLOAT32))
         weight = ops.shift(ops.cast(self.weights[path], ops.FLOAT32))
-        return ops.cast(ops.mul_vector(wide, weight), x.bytes)
+        return ops.cast(ops.mul(wide, weight), x.bytes)
 
     def t5_norm(self, path: str, x: Tensor) -> Tensor:
         """Compute T5's RMS norm: only the mean uses a float32 copy; x times the float32 root is float32, then cast."""
         root = ops.from_result(ops.mean_last(ops.square(ops.cast(x, ops.FLOAT32))))
-        wide = ops.mul_broadcast(x, root)
+        wide = ops.mul(x, root)
         del root
         weight = self.weights[path]
-        return ops.mul_vector(ops.cast(wide, min(weight.bytes, wide.bytes)), weight)
+        return ops.mul(ops.cast(wide, min(weight.bytes, wide.bytes)), weight)
 
     def layer_norm(self, path: str, x: Tensor) -> Tensor:
         """Compute a LayerNorm, in float32 under autocast. It may lack weights, or a bias."""
@@ -291,19 +289,15 @@ class Net:
 
     def wide_norm(self, path: str, x: Tensor) -> Tensor:
         """Compute w * (x / sqrt(mean x^2 + eps)) in float32, and cast the product."""
-        return ops.cast(ops.mul_vector(ops.over_its_size(ops.cast(x, ops.FLOAT32)), self.weights[path]), x.bytes)
+        return ops.cast(ops.mul(ops.over_its_size(ops.cast(x, ops.FLOAT32)), self.weights[path]), x.bytes)
 
     def centred_norm(self, path: str, x: Tensor) -> Tensor:
         """Compute w * ((x - mean) / sqrt(variance + eps)) in float32, in separate operations, and cast the product."""
         wide = ops.cast(x, ops.FLOAT32)
         mean = ops.mean_last(wide)
         root = ops.from_result(ops.mean_last(ops.square(ops.minus_column(wide, mean))))
-        wide = ops.mul_broadcast(ops.minus_column(wide, mean), root)
-        return ops.cast(ops.mul_vector(wide, ops.cast(self.weights[path], ops.FLOAT32)), x.bytes)
-
-    def expert_weight(self, path: str) -> Tensor:
-        """Return the matrices of all experts at a path, with what the method adds to them."""
-        return self.parameters_with_more[path]() if path in self.parameters_with_more else self.weights[path]
+        wide = ops.mul(ops.minus_column(wide, mean), root)
+        return ops.cast(ops.mul(wide, ops.cast(self.weights[path], ops.FLOAT32)), x.bytes)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, style: Style, bias: Tensor | None = None, masked: bool = False
@@ -366,4 +360,15 @@ def packed(memory: Memory, elements: int, shards: int = 1) -> tuple[Tensor, ...]
     blocks = -(-elements // 64)
     codes = Tensor(memory, (-(-elements // 2),), 1, "weights", shards)
     sizes = ((blocks, 1), (-(-blocks // 256), 4), (16, 4), (256, 4), (1, 4))
+    return codes, *(Tensor(memory, (count,), bytes, "weights") for count, bytes in sizes)
+
+
+def packed_experts(memory: Memory, experts: int, elements: int, shards: int = 1) -> tuple[Tensor, ...]:
+    """Allocate the experts of a parameter in NF4, as peftlab holds them: codes and scales of each expert apart.
+
+    elements: of one expert.
+    """
+    blocks = -(-elements // 64)
+    codes = Tensor(memory, (experts * -(-elements // 2),), 1, "weights", shards)
+    sizes = ((experts * blocks, 1), (experts * -(-blocks // 256), 4), (experts, 4))
     return codes, *(Tensor(memory, (count,), bytes, "weights") for count, bytes in sizes)

@@ -1,5 +1,8 @@
 """What PyTorch's operations do to memory: the output, what is kept for the backward pass, the gradients.
 
+Here are those that compute number by number, sums, norms and losses. Matrix products are in `products`, slices and
+joins in `views`.
+
 A function has the name of its counterpart in torch, if there is one. Comments point out where PyTorch allocates more
 than one expects. b is the batch, s the length, h the width.
 """
@@ -61,48 +64,14 @@ def shift(x: Tensor) -> Tensor:
 
 
 def mul(a: Tensor, b: Tensor) -> Tensor:
-    """Replay a * b of one shape. The gradient of each needs the other."""
-    kept = {"a": a if b.needs_grad else None, "b": b if a.needs_grad else None}
+    """Replay a * b, where b may be smaller. The gradient of each needs the other, and is computed at full size."""
+    kept = a if b.needs_grad else None, b if a.needs_grad else None
     output = a.new(bytes=max(a.bytes, b.bytes))
-    sizes = a.bytes, b.bytes
 
-    def apply(g: Tensor) -> Gradients:
-        of_a = fit(g.new(), sizes[0]) if kept["b"] is not None else None
-        return of_a, fit(g.new(), sizes[1]) if kept["a"] is not None else None
+    def apply(g: Tensor, kept: tuple = kept) -> Gradients:
+        return [g.new() if other is not None else None for other in reversed(kept)]
 
-    return record(output, [a, b], apply, [one for one in kept.values() if one is not None])
-
-
-def mul_broadcast(x: Tensor, b: Tensor) -> Tensor:
-    """Replay x * b where b is broadcast over x: the gradient of b is computed at the size of x, then summed."""
-    kept = {"x": x if b.needs_grad else None, "b": b if x.needs_grad else None}
-    output = x.new(bytes=max(x.bytes, b.bytes))
-    sizes, shape = (x.bytes, b.bytes), b.shape
-
-    def apply(g: Tensor) -> Gradients:
-        of_x = fit(g.new(), sizes[0]) if kept["b"] is not None else None
-        if kept["x"] is None:
-            return of_x, None
-        whole = g.new()
-        return of_x, fit(whole.new(shape), sizes[1])
-
-    return record(output, [x, b], apply, [one for one in kept.values() if one is not None])
-
-
-def mul_vector(x: Tensor, weight: Tensor) -> Tensor:
-    """Replay x times a vector, such as a norm's weight: x is kept only if the weight trains."""
-    kept = x if weight.needs_grad else None
-    needs, bytes = x.needs_grad, x.bytes
-    output = x.new(bytes=max(x.bytes, weight.bytes))
-
-    def apply(g: Tensor, kept: Tensor | None = kept) -> Gradients:
-        of_x = fit(g.new(), bytes) if needs else None
-        if kept is None:
-            return of_x, None
-        whole = g.new()
-        return of_x, fit(whole.new(weight.shape), weight.bytes)
-
-    return record(output, [x, weight], apply, [x] if kept is not None else [])
+    return record(output, [a, b], apply, [one for one in kept if one is not None], fits=False)
 
 
 def divide(a: Tensor, b: Tensor) -> Tensor:
@@ -155,13 +124,11 @@ def add_in_place(x: Tensor, b: Tensor) -> Tensor:
 
 def mul_constant(x: Tensor, constant: Tensor) -> Tensor:
     """Replay x times a tensor that needs no gradient and is kept."""
-    bytes = x.bytes
-    output = x.new(bytes=max(x.bytes, constant.bytes))
 
     def apply(g: Tensor, kept: Tensor = constant) -> Gradients:
-        return (fit(g.new(), bytes),)
+        return (g.new(),)
 
-    return record(output, [x], apply, [constant])
+    return record(x.new(bytes=max(x.bytes, constant.bytes)), [x], apply, [constant], fits=False)
 
 
 def square(x: Tensor) -> Tensor:
@@ -205,7 +172,7 @@ def safe_softmax(x: Tensor) -> Tensor:
 
 def over_its_size(x: Tensor) -> Tensor:
     """Replay x / sqrt(mean x^2 + eps) as an RMS norm computes it: a square, a mean, a root, a product."""
-    return mul_broadcast(x, from_result(mean_last(square(x))))
+    return mul(x, from_result(mean_last(square(x))))
 
 
 def from_input(x: Tensor) -> Tensor:
@@ -269,137 +236,6 @@ def layer_norm(x: Tensor, weight: Parameter | None, bias: Parameter | None) -> T
     return record(output, [x, *own], apply, [x, *rows])
 
 
-def first_rows(x: Tensor, count: int) -> Tensor:
-    """Replay x[:, :count] of (b, s, h), a view. Its gradient is copied into zeros of the whole size."""
-    shape = x.shape
-    if shape[1] == count:
-        return x
-    output = x.view(shape[0], count, shape[2])
-    output.node = None
-    return record(output, [x], lambda g: (g.new(shape),))
-
-
-def first_of(x: Tensor) -> Tensor:
-    """Replay x[:, 0], a view. Its gradient is copied into zeros of the whole size."""
-    shape = x.shape
-    output = x.view(shape[0], shape[-1])
-    output.node = None
-    return record(output, [x], lambda g: (g.new(shape),))
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Replay x W^T + b. It keeps x only for the gradient of W."""
-    kept = x if weight.needs_grad else None
-    needs, shape, bytes = x.needs_grad, x.shape, x.bytes
-    output = x.new((*shape[:-1], weight.shape[0]))
-    flops = 2 * x.elements * weight.shape[0]
-    x.memory.flops += flops
-
-    def apply(g: Tensor, kept: Tensor | None = kept) -> Gradients:
-        g.memory.flops += flops * (needs + weight.needs_grad)
-        of_bias = g.new(bias.shape) if bias is not None and bias.needs_grad else None
-        of_x = g.new(shape, bytes).viewed() if needs else None  # the product flattens (b, s, h)
-        of_weight = g.new(weight.shape, weight.bytes).viewed() if weight.needs_grad else None  # it is transposed
-        return of_x, of_weight, of_bias
-
-    edges = [x, weight, x.detach() if bias is None else bias]  # a detached tensor has no gradient
-    return record(output, edges, apply, [x] if weight.needs_grad else [])
-
-
-def frozen_linear(x: Tensor, outputs: int) -> Tensor:
-    """Replay x times an existing frozen matrix. Nothing is kept."""
-    shape, bytes, flops = x.shape, x.bytes, 2 * x.elements * outputs
-    x.memory.flops += flops
-
-    def apply(g: Tensor) -> Gradients:
-        g.memory.flops += flops
-        return (g.new(shape, bytes).viewed(),)
-
-    return record(x.new((*shape[:-1], outputs)), [x], apply, [])
-
-
-def quantised_linear(x: Tensor, outputs: int, inputs: int, compute: int) -> Tensor:
-    """Replay bitsandbytes' Linear4bit. Each pass unpacks the weight and the scales of its blocks, then frees them.
-
-    Args:
-        compute: the bytes of the dtype in which it computes. The result has the dtype of x.
-    """
-    before = x.bytes
-    x = cast(x, compute)
-    shape = x.shape
-
-    def unpacked(like: Tensor) -> tuple[Tensor, Tensor]:
-        scales = like.new((-(-outputs * inputs // 64),), FLOAT32)
-        return scales, like.new((outputs, inputs), compute)
-
-    flops = 2 * x.elements * outputs
-    x.memory.flops += flops
-
-    def apply(g: Tensor) -> Gradients:
-        g.memory.flops += flops
-        held = unpacked(g)
-        result = g.new(shape)
-        del held
-        return (result,)
-
-    held = unpacked(x)
-    result = record(x.new((*shape[:-1], outputs)), [x], apply)
-    del held
-    return cast(result, before)
-
-
-def embedding(ids: Tensor, weight: Parameter) -> Tensor:
-    """Replay an embedding: rows of a table. The table's gradient is dense."""
-    output = weight.new((*ids.shape, weight.shape[1]))
-
-    def apply(g: Tensor, kept: Tensor = ids) -> Gradients:
-        return (g.new(weight.shape),)
-
-    return record(output, [weight], apply, [])
-
-
-def embedding_rows(ids: Tensor, table: Parameter) -> Tensor:
-    """Replay the lookup of columns of a table (r, V), as rows of its transpose. The gradient is dense."""
-    output = table.new((*ids.shape, table.shape[0]))
-
-    def apply(g: Tensor, kept: Tensor = ids) -> Gradients:
-        return (g.new(table.shape, table.bytes),)
-
-    return record(output, [table], apply, [])
-
-
-def split_halves_rotated(x: Tensor) -> Tensor:
-    """Replay rotate_half, cat(-x2, x1). The gradient of each slice is copied into zeros of the whole size."""
-    half = (*x.shape[:-1], x.shape[-1] // 2)
-    negative = x.new(half)
-    output = x.new()
-    del negative
-    shape = x.shape
-
-    def apply(g: Tensor) -> Gradients:
-        first = g.new(shape)  # the gradient of x1; that of x2 is added to it in place
-        negative = g.new(half)
-        second = g.new(shape)
-        del negative, second
-        return (first,)
-
-    return record(output, [x], apply)
-
-
-def enlarge(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Replay torch.where of a mask and a smaller x: a new tensor, whose gradient is summed to the size of x."""
-    before = x.shape
-    return record(x.new(shape), [x], lambda g: (g.new(before),))
-
-
-def cat(a: Tensor, b: Tensor, axis: int) -> Tensor:
-    """Replay torch.cat of two tensors. Their gradients are views of one tensor."""
-    shape = list(a.shape)
-    shape[axis] += b.shape[axis]
-    needs = a.needs_grad, b.needs_grad
-    return record(a.new(shape), [a, b], lambda g: tuple(g if need else None for need in needs))
-
-
 def cross_entropy(logits: Tensor) -> Tensor:
     """Replay log_softmax, which keeps its output, and nll_loss. logits: (n, V), float32."""
     logged = logits.new()
@@ -410,48 +246,6 @@ def cross_entropy(logits: Tensor) -> Tensor:
         return (of_logged.new(),)
 
     return record(loss, [logits], apply, [logged])
-
-
-def part(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Replay a slice, which is a view. Its gradient is copied into zeros of the whole size."""
-    whole = x.shape
-    output = x.view(*shape)
-    output.node = None
-    return record(output, [x], lambda g: (g.new(whole),))
-
-
-def halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Replay x.chunk(2, -1) of the last dimension: two views. Their gradients are joined in one tensor."""
-    whole, shape = x.shape, (*x.shape[:-1], x.shape[-1] // 2)
-
-    def half(first: bool) -> Tensor:
-        view = x.view(*shape)
-        view.node = None
-        return record(view, [x], lambda g: (g.new(whole) if first else g,))
-
-    second = half(False)
-    return half(True), second
-
-
-def split_heads(x: Tensor, shape: tuple[int, ...], count: int) -> list[Tensor]:
-    """Replay torch.split into heads: views, whose gradients are joined in one tensor."""
-    whole, pieces = x.shape, []
-    for head in range(count):
-        view = x.view(*shape)
-        view.node = None
-        pieces.append(record(view, [x], lambda g, last=head == count - 1: (g.new(whole) if last else g,)))
-    return pieces
-
-
-def stack_heads(pieces: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """Replay torch.cat of heads. Their gradients are views of one tensor."""
-    needs = [piece.needs_grad for piece in pieces]
-    return record(pieces[0].new(shape), pieces, lambda g: tuple(g if need else None for need in needs))
-
-
-def mul_column(x: Tensor, column: Tensor) -> Tensor:
-    """Replay x (n, h) times a column (n, 1). Each is kept for the gradient of the other."""
-    return mul_broadcast(x, column)
 
 
 def chosen(x: Tensor, count: int) -> Tensor:
@@ -476,37 +270,9 @@ def rows_of(x: Tensor, count: int, index: Tensor) -> Tensor:
     return record(x.new((count, whole[-1])), [x], apply, [index])
 
 
-def grouped_product(x: Tensor, weight: Tensor) -> Tensor:
-    """Replay grouped_mm of rows (n, inputs), sorted by expert, and weights (experts, outputs, inputs)."""
-    x = cast(x, weight.bytes)
-    experts, outputs, inputs = weight.shape
-    keeps, needs, shape = weight.needs_grad, x.needs_grad, x.shape
-    flops = 2 * x.elements * outputs
-    x.memory.flops += flops
-
-    def apply(g: Tensor, kept: tuple = (x if keeps else None, weight if needs else None)) -> Gradients:
-        g.memory.flops += flops * (needs + keeps)
-        of_x = g.new(shape) if needs else None
-        return of_x, g.new(weight.shape) if keeps else None
-
-    saved = [x] * keeps + [weight] * (needs and not isinstance(weight, Parameter))
-    return record(x.new((x.shape[0], outputs)), [x, weight], apply, saved)
-
-
-def sum_groups(x: Tensor, count: int) -> Tensor:
-    """Replay x.view(n, k, h).sum(1). The gradient is a view."""
-    whole = x.shape
-    return record(x.new((count, whole[-1])), [x], lambda g: (g.new(whole),))
-
-
 def clamped(x: Tensor) -> Tensor:
     """Replay clamp, which keeps its input."""
     return from_input(x)
-
-
-def resized(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Replay torch.cat with a small tensor: the gradient is a view."""
-    return record(x.new(shape), [x], lambda g: (g.viewed(),))
 
 
 def minus_largest(x: Tensor) -> Tensor:
@@ -525,23 +291,3 @@ def minus_column(x: Tensor, column: Tensor) -> Tensor:
     """Replay x - column, where the column is broadcast over x: its gradient is summed."""
     shape, needs = column.shape, (x.needs_grad, column.needs_grad)
     return record(x.new(), [x, column], lambda g: (g if needs[0] else None, g.new(shape) if needs[1] else None))
-
-
-def folded(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Replay baddbmm: a frozen weight plus the products of two stacks of factors, which are kept."""
-    sizes = a.shape, b.shape
-
-    def apply(g: Tensor, kept: tuple = (a, b)) -> Gradients:
-        return g.new(sizes[0]), g.new(sizes[1])
-
-    return record(weight.new(), [a, b], apply, [a, b])
-
-
-def outer(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Replay B A of two parameters, each of which is kept for the gradient of the other."""
-    sizes = a.shape, b.shape
-
-    def apply(g: Tensor, kept: tuple = (a, b)) -> Gradients:
-        return g.new(sizes[0]), g.new(sizes[1])
-
-    return record(a.new(shape), [a, b], apply, [])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peftlab.memory.counting.decoders import Decoder
-from peftlab.memory.replay import ops
+from peftlab.memory.replay import ops, views
 from peftlab.memory.replay.tape import Tensor
 
 
@@ -31,18 +31,19 @@ class Rotary:
             return ops.cast(self.turn(ops.cast(x, ops.FLOAT32)), narrow)
         if self.turned == x.shape[-1]:
             return self.turn(x)
-        first, rest = ops.part(x, (*x.shape[:-1], self.turned)), ops.part(x, (*x.shape[:-1], x.shape[-1] - self.turned))
+        first = views.part(x, (*x.shape[:-1], self.turned))
+        rest = views.part(x, (*x.shape[:-1], x.shape[-1] - self.turned))
         first = self.turn(first)
-        return ops.cat(first, rest, 3)
+        return views.cat(first, rest, 3)
 
     def turn(self, x: Tensor) -> Tensor:
         """Return x cos + rotated(x) sin."""
         straight = ops.mul_constant(x, self.cos)
-        return ops.add(straight, ops.mul_constant(ops.split_halves_rotated(x), self.sin))
+        return ops.add(straight, ops.mul_constant(views.split_halves_rotated(x), self.sin))
 
     def chunks(self, x: Tensor) -> Tensor:
         """Return the two halves turned one by one, as gpt-oss does it."""
-        first, second = ops.halves(x)
+        first, second = views.halves(x)
         one = ops.add(ops.mul_constant(first, self.cos), ops.scale(ops.mul_constant(second, self.sin)))
         other = ops.add(ops.mul_constant(second, self.cos), ops.mul_constant(first, self.sin))
-        return ops.cat(one, other, 3)
+        return views.cat(one, other, 3)

@@ -112,7 +112,7 @@ class Run:
         del self.net.front, self.net.extend, self.net.around_block
 
     def forward(self) -> Tensor:
-        """Return the loss as transformers computes it. A language model's logits are cast to float32 first."""
+        """Return the loss as transformers computes it. Logits of each token of a decoder are cast to float32 first."""
         logits = FORWARD[self.shape.family](self.net, self.ids)
         self.memory.moment = "loss"
         with self.memory.kind("logits"):
@@ -120,7 +120,8 @@ class Run:
                 loss = chunked_loss(self.net, logits)
                 self.net.held.clear()
                 return loss
-            wide = ops.cast(logits, ops.FLOAT32) if self.shape.kind == "decoder" or self.recipe.autocast else logits
+            widened = self.shape.kind == "decoder" and self.shape.task != "classifier"
+            wide = ops.cast(logits, ops.FLOAT32) if widened or self.recipe.autocast else logits
             loss = ops.cross_entropy(wide)
         self.net.held.clear()
         return loss

@@ -190,13 +190,18 @@ def leaf(x: Tensor) -> Tensor:
 
 
 class Node:
-    """An operation in the graph. `edges` says where its gradients go, and `apply` computes them."""
+    """An operation in the graph. `edges` says where its gradients go, and `apply` computes them.
 
-    __slots__ = ("apply", "edges", "order", "unpacks")
+    If they do not fit the inputs as they are, `sizes` has the shape and the bytes per element of each input.
+    """
+
+    __slots__ = ("apply", "edges", "order", "sizes", "unpacks")
     apply: Callable[[Tensor], Gradients] | None
+    sizes: list[tuple[tuple[int, ...], int]] | None
 
     def __init__(self, memory: Memory, edges: Sequence[Node | Leaf | None], apply: Callable[..., Gradients]):
         self.edges, self.apply, self.order, self.unpacks = tuple(edges), apply, next(memory.order), True
+        self.sizes = None
 
 
 class Leaf:
@@ -232,17 +237,22 @@ def _shared(gradient: Tensor) -> bool:
 Gradients = Sequence[Tensor | None]  # one for each input
 
 
-def record(output: Tensor, inputs: Sequence[Tensor], apply: Callable, saved: Sequence[Tensor] | None = None) -> Tensor:
+def record(
+    output: Tensor, inputs: Sequence[Tensor], apply: Callable, saved: Sequence[Tensor] | None = None, fits: bool = True
+) -> Tensor:
     """Put an operation into the graph and return its output.
 
     Args:
         apply: a function of the output's gradient that returns one gradient (or None) for each input. It refers to the
             tensors that it needs, which keeps them alive.
         saved: those of these tensors that count as activations. None: PyTorch saves nothing, no parameter either.
+        fits: whether the gradients have the shapes and dtypes of the inputs. If not, the engine sums and casts them
+            once all are computed.
     """
     if output.memory.recording and any(one.node is not None for one in inputs):
         output.node = Node(output.memory, [one.node for one in inputs], apply)
         output.node.unpacks = saved is not None
+        output.node.sizes = None if fits else [(one.shape, one.bytes) for one in inputs]
         if saved is not None:  # inputs are saved before the output is allocated, results after it
             first = output.storage.serial
             result = any(one.storage.serial >= first for one in saved)
@@ -253,16 +263,17 @@ def record(output: Tensor, inputs: Sequence[Tensor], apply: Callable, saved: Seq
     return output
 
 
-def backward(root: Node | Leaf | None, gradients: list[Tensor]) -> None:
+def backward(root: Node | Leaf | None, gradients: list[Tensor], again: bool = False) -> None:
     """Run the backward pass from one node, and release the graph on the way.
 
     Args:
         gradients: a list with the node's gradient, which is taken out so that the caller does not keep it alive.
+        again: whether the graph is that of the second run of a checkpointed block.
     """
-    _run(root, gradients.pop(), to_the_end=True)
+    _run(root, gradients.pop(), to_the_end=True, again=again)
 
 
-def _run(root: Node | Leaf | None, gradient: Tensor, to_the_end: bool) -> dict[Node, Tensor]:
+def _run(root: Node | Leaf | None, gradient: Tensor, to_the_end: bool, again: bool = False) -> dict[Node, Tensor]:
     """Run nodes, all of them or up to the first that needs a saved tensor, and return the gradients that then wait."""
     assert isinstance(root, Node)  # a loss is the output of an operation
     waiting = _uses(root)
@@ -274,7 +285,15 @@ def _run(root: Node | Leaf | None, gradient: Tensor, to_the_end: bool) -> dict[N
         if not to_the_end and node.unpacks:
             break
         assert node.apply is not None  # a node runs once
-        results = list(node.apply(buffers.pop(node)))
+        if node.sizes is None:
+            results = list(node.apply(buffers.pop(node)))
+        else:
+            gradient = buffers.pop(node)  # it lives until the results fit
+            results = list(node.apply(gradient))
+            if again:  # a tensor that was computed again has no other owner than the call that asked for it
+                node.apply = None
+            _fit(results, node.sizes)
+            del gradient
         node.apply = None
         for edge in node.edges:
             arrived = results.pop(0)
@@ -288,6 +307,17 @@ def _run(root: Node | Leaf | None, gradient: Tensor, to_the_end: bool) -> dict[N
                 edge.take(arrived)
         arrived = None
     return buffers
+
+
+def _fit(gradients: list[Tensor | None], sizes: list[tuple[tuple[int, ...], int]]) -> None:
+    """Sum gradients to the shapes of their tensors and cast them, one after the other."""
+    for i, (shape, bytes) in enumerate(sizes):
+        gradient = gradients[i]
+        if gradient is not None and gradient.shape != shape:
+            gradients[i] = gradient = gradient.new(shape)
+        if gradient is not None and gradient.bytes != bytes:
+            gradients[i] = gradient.new(bytes=bytes)
+        del gradient
 
 
 def _uses(root: Node) -> dict[Node, int]:
@@ -345,7 +375,7 @@ def checkpoint(function: Callable[..., Tensor], inputs: Sequence[Tensor], trains
         with memory.until(memory.serial + needed):
             node = function(*again).node
         del again, x, copy, waiting
-        backward(node, box)
+        backward(node, box, again=True)
         return [into[0] if into else None for into in collected]
 
     output.node = Node(memory, [x.node for x in inputs], apply)

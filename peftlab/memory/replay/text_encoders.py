@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peftlab.errors import PeftLabError
-from peftlab.memory.replay import ops
+from peftlab.memory.replay import ops, views
 from peftlab.memory.replay.attention import Style, matmul, split
 from peftlab.memory.replay.encoders import bert_blocks, depth, embedded, two_layers
 from peftlab.memory.replay.nets import Net
@@ -21,7 +21,7 @@ def electra(net: Net, ids: Tensor) -> Tensor:
     net.held.append(x)
     x = bert_blocks(net, "electra.encoder.layer.", x)
     net.held.append(x)
-    return two_layers(net, ops.first_of(x), net.config.share("classifier_dropout", drop), ops.from_input)
+    return two_layers(net, views.first_of(x), net.config.share("classifier_dropout", drop), ops.from_input)
 
 
 def distilbert(net: Net, ids: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def distilbert(net: Net, ids: Tensor) -> Tensor:
         net.memory.moment = f"forward, layer {i}"
         x = net.block(f"{at}{i}.", layer(i), x)
     net.held.append(x)
-    x = ops.from_result(net.linear("pre_classifier", ops.first_of(x)))
+    x = ops.from_result(net.linear("pre_classifier", views.first_of(x)))
     with net.memory.kind("logits"):
         return net.linear("classifier", ops.dropout(x, c.share("seq_classif_dropout", 0.2)))
 
@@ -76,7 +76,7 @@ def mpnet(net: Net, ids: Tensor) -> Tensor:
     net.held.append(x)
     batch, length, hidden = x.shape
     rows = net.table("mpnet.encoder.relative_attention_bias", x.new((length, length), ops.INT64))
-    bias = ops.enlarge(rows.view(1, heads, length, length), (batch, heads, length, length))
+    bias = views.enlarge(rows.view(1, heads, length, length), (batch, heads, length, length))
     del rows
 
     def attention(block: str, x: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def mpnet(net: Net, ids: Tensor) -> Tensor:
         net.memory.moment = f"forward, layer {i}"
         x = net.block(f"{at}{i}.", layer(i), x)
     net.held.append(x)
-    return two_layers(net, ops.first_of(x), drop, ops.from_result)
+    return two_layers(net, views.first_of(x), drop, ops.from_result)
 
 
 def modernbert(net: Net, ids: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def modernbert(net: Net, ids: Tensor) -> Tensor:
 
     def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         straight = ops.mul_constant(ops.cast(x, ops.FLOAT32), cos)
-        return ops.add(straight, ops.mul_constant(ops.split_halves_rotated(ops.cast(x, ops.FLOAT32)), sin))
+        return ops.add(straight, ops.mul_constant(views.split_halves_rotated(ops.cast(x, ops.FLOAT32)), sin))
 
     def attention(i: int, block: str, x: Tensor) -> Tensor:
         qkv = net.linear(block + "attn.Wqkv", x)
@@ -150,7 +150,7 @@ def modernbert(net: Net, ids: Tensor) -> Tensor:
 
         def feed_forward(x: Tensor) -> Tensor:
             both = net.linear(block + "mlp.Wi", x)
-            inner, gate = ops.halves(both)
+            inner, gate = views.halves(both)
             inner = ops.dropout(ops.mul(activate(inner), gate), c.share("mlp_dropout", 0.0))
             return net.linear(block + "mlp.Wo", inner)
 
@@ -167,10 +167,10 @@ def modernbert(net: Net, ids: Tensor) -> Tensor:
     x = net.layer_norm("model.final_norm", x)
     net.held.append(x)
     if c.text("classifier_pooling", "cls") == "mean":
-        x = ops.sum_groups(ops.mul_constant(x, x.new((batch, length, 1), ops.BOOL)), batch)
+        x = views.sum_groups(ops.mul_constant(x, x.new((batch, length, 1), ops.BOOL)), batch)
         x = ops.divide(x, x.new((batch, 1), ops.INT64))
     else:
-        x = ops.first_of(x)
+        x = views.first_of(x)
     last = net.activation(c.text("classifier_activation", "gelu"))
     x = net.layer_norm("head.norm", last(net.linear("head.dense", x)))
     with net.memory.kind("logits"):

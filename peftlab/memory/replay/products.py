@@ -1,0 +1,136 @@
+"""What matrix products and look-ups in tables do to memory: linear layers, 4-bit ones, experts, embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from peftlab.memory.replay import ops
+from peftlab.memory.replay.tape import Gradients, Parameter, Tensor, record
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Replay x W^T + b. It keeps x only for the gradient of W."""
+    kept = x if weight.needs_grad else None
+    needs, shape, bytes = x.needs_grad, x.shape, x.bytes
+    output = x.new((*shape[:-1], weight.shape[0]))
+    flops = 2 * x.elements * weight.shape[0]
+    x.memory.flops += flops
+
+    def apply(g: Tensor, kept: Tensor | None = kept) -> Gradients:
+        g.memory.flops += flops * (needs + weight.needs_grad)
+        of_bias = g.new(bias.shape) if bias is not None and bias.needs_grad else None
+        of_x = g.new(shape, bytes).viewed() if needs else None  # the product flattens (b, s, h)
+        of_weight = g.new(weight.shape, weight.bytes).viewed() if weight.needs_grad else None  # it is transposed
+        return of_x, of_weight, of_bias
+
+    edges = [x, weight, x.detach() if bias is None else bias]  # a detached tensor has no gradient
+    return record(output, edges, apply, [x] if weight.needs_grad else [])
+
+
+def frozen_linear(x: Tensor, outputs: int) -> Tensor:
+    """Replay x times an existing frozen matrix. Nothing is kept."""
+    shape, bytes, flops = x.shape, x.bytes, 2 * x.elements * outputs
+    x.memory.flops += flops
+
+    def apply(g: Tensor) -> Gradients:
+        g.memory.flops += flops
+        return (g.new(shape, bytes).viewed(),)
+
+    return record(x.new((*shape[:-1], outputs)), [x], apply, [])
+
+
+def quantised_linear(x: Tensor, outputs: int, inputs: int, compute: int) -> Tensor:
+    """Replay bitsandbytes' Linear4bit. Each pass unpacks the weight and the scales of its blocks, then frees them.
+
+    Args:
+        compute: the bytes of the dtype in which it computes. The result has the dtype of x.
+    """
+    before = x.bytes
+    x = ops.cast(x, compute)
+    shape = x.shape
+
+    def unpacked(like: Tensor) -> tuple[Tensor, Tensor]:
+        scales = like.new((-(-outputs * inputs // 64),), ops.FLOAT32)
+        return scales, like.new((outputs, inputs), compute)
+
+    flops = 2 * x.elements * outputs
+    x.memory.flops += flops
+
+    def apply(g: Tensor) -> Gradients:
+        g.memory.flops += flops
+        held = unpacked(g)
+        result = g.new(shape)
+        del held
+        return (result,)
+
+    held = unpacked(x)
+    result = record(x.new((*shape[:-1], outputs)), [x], apply)
+    del held
+    return ops.cast(result, before)
+
+
+def embedding(ids: Tensor, weight: Parameter) -> Tensor:
+    """Replay an embedding: rows of a table. The table's gradient is dense."""
+    output = weight.new((*ids.shape, weight.shape[1]))
+
+    def apply(g: Tensor, kept: Tensor = ids) -> Gradients:
+        return (g.new(weight.shape),)
+
+    return record(output, [weight], apply, [])
+
+
+def embedding_rows(ids: Tensor, table: Parameter) -> Tensor:
+    """Replay the lookup of columns of a table (r, V), as rows of its transpose. The gradient is dense."""
+    output = table.new((*ids.shape, table.shape[0]))
+
+    def apply(g: Tensor, kept: Tensor = ids) -> Gradients:
+        return (g.new(table.shape, table.bytes),)
+
+    return record(output, [table], apply, [])
+
+
+def grouped_product(x: Tensor, weight: Tensor, again: Callable[[], Tensor] | None = None) -> Tensor:
+    """Replay grouped_mm of rows (n, inputs), sorted by expert, and weights (experts, outputs, inputs).
+
+    Args:
+        again: makes the weight once more for the backward pass. None: the weight is kept until then.
+    """
+    x = ops.cast(x, weight.bytes)
+    size, outputs = weight.shape, weight.shape[1]
+    keeps, needs, shape = weight.needs_grad, x.needs_grad, x.shape
+    kept_weight = weight if needs and again is None else None
+    flops = 2 * x.elements * outputs
+    x.memory.flops += flops
+
+    def apply(g: Tensor, kept: tuple = (x if keeps else None, kept_weight)) -> Gradients:
+        g.memory.flops += flops * (needs + keeps)
+        made = again() if again is not None and needs else None
+        of_x = g.new(shape) if needs else None
+        of_weight = g.new(size) if keeps else None
+        del made
+        return of_x, of_weight
+
+    saved = [x] * keeps
+    if kept_weight is not None and not isinstance(weight, Parameter):
+        saved.append(weight)
+    return record(x.new((x.shape[0], outputs)), [x, weight], apply, saved)
+
+
+def folded(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Replay baddbmm: a frozen weight plus the products of two stacks of factors, which are kept."""
+    sizes = a.shape, b.shape
+
+    def apply(g: Tensor, kept: tuple = (a, b)) -> Gradients:
+        return g.new(sizes[0]), g.new(sizes[1])
+
+    return record(weight.new(), [a, b], apply, [a, b])
+
+
+def outer(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Replay B A of two parameters, each of which is kept for the gradient of the other."""
+    sizes = a.shape, b.shape
+
+    def apply(g: Tensor, kept: tuple = (a, b)) -> Gradients:
+        return g.new(sizes[0]), g.new(sizes[1])
+
+    return record(a.new(shape), [a, b], apply, [])
