@@ -94,8 +94,8 @@ class Settings:
         blocks_or, known=(True, False, "fit", "reentrant", "pinned"), option="checkpointing",
         more="'reentrant' is torch's older kind. A number means so many blocks, the first ones. 'fit' lets "
         "`peftlab.memory` choose this number, with its margin; `History.checkpointing` says what it chose, or why all "
-        "are recomputed. With 'pinned' the inputs of the blocks, from which they are recomputed, wait in the computer's "
-        "main memory; only the fast path does that.")
+        "are recomputed. With 'pinned' the inputs of the blocks, from which they are recomputed, wait in the "
+        "computer's main memory; only the fast path does that.")
     compile: str | None = setting(
         None, "'layers' compiles each repeated block of the model, which takes a minute at the start",
         one_of, known=(None, "layers"), option="compile",
@@ -110,8 +110,9 @@ class Settings:
     chunked_loss: bool | str = setting(
         "auto", "compute a language model's loss in chunks of positions, without its whole logits",
         one_of, known=("auto", True, False), option="chunked-loss",
-        more="'auto' does so where the head is a plain linear layer, frozen or trained, and the logits of a batch would "
-        "take more than 64 MB. Elsewhere they are whole, and `History.logits` says why; with True that is an error.")
+        more="'auto' does so where the head is a plain linear layer, frozen or trained, and the logits of a batch "
+        "would take more than 64 MB. Elsewhere they are whole, and `History.logits` says why; with True that is an "
+        "error.")
     optimizer: str = setting(
         "adamw", "the 8-bit ones are bitsandbytes'; without it you get a warning and adamw",
         one_of, known=OPTIMIZERS, option="optimizer")

@@ -107,7 +107,7 @@ def train_steps(model: nn.Module, data: list[Row], settings: Settings) -> Iterat
     with (
         borrowed_generators(),
         mode(model, True),
-        memory_settings(model, settings.checkpointing),
+        memory_settings(model, run.checkpointing),
         run.layers.on(),
         run.fast_path(),
     ):

@@ -77,13 +77,15 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, rows: int) -> Tensor:
-        """hidden: (n, d); head: (vocabulary, d), frozen; labels: (n,), -100 for none."""
+        """hidden: (n, d); head: (vocabulary, d), frozen; labels: (n,), -100: none."""
         gradient, count = torch.empty_like(hidden), (labels != -100).sum()
         total = hidden.new_zeros((), dtype=torch.float32)
-        for x, label, into in zip(*(t.split(rows) for t in (hidden, labels, gradient)), strict=True):
+        pieces = [t.split(rows) for t in (hidden, labels, gradient)]
+        for x, label, into in zip(*pieces, strict=True):
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
-                loss = F.cross_entropy((x @ head.T).float(), label, reduction="sum") / count
+                logits = (x @ head.T).float()
+                loss = F.cross_entropy(logits, label, reduction="sum") / count
             into.copy_(torch.autograd.grad(loss, x)[0])
             total += loss.detach()
         ctx.save_for_backward(gradient)
@@ -128,8 +130,7 @@ class Flat:
             parameter.data = self.values[there].view_as(parameter)
             parameter.grad = self.gradient[there].view_as(parameter)
         self.master = nn.Parameter(self.values.float())
-        on_gpu = self.master.is_cuda
-        self.adamw = torch.optim.AdamW([self.master], lr=RATE, fused=True, capturable=on_gpu)
+        self.adamw = torch.optim.AdamW([self.master], lr=RATE, fused=True, capturable=self.master.is_cuda)
 
     @torch.no_grad()
     def step(self) -> None:

@@ -27,6 +27,7 @@ from peftlab.errors import PeftLabError
 from peftlab.fast.eligible import Decoder, Refused, decoder_of
 from peftlab.fast.graph import Graphs
 from peftlab.fast.optimiser import FlatAdamW
+from peftlab.fast.pieces import wide
 from peftlab.fast.step import Batch, Step, read_batch
 from peftlab.settings import Settings
 
@@ -78,6 +79,7 @@ class FastPath:
         self.model, self.decoder, self.settings, self.device = model, decoder, settings, device
         self.step: Step | None = None
         self.graphs: Graphs | None = None
+        self.scale: Tensor | None = None
         self.how = ""
         self.plain_batches: list[str] = []
 
@@ -91,6 +93,7 @@ class FastPath:
         marked = sum(block.gradient_checkpointing for block in blocks)
         pinned = self.settings.checkpointing == "pinned" and self.device.type == "cuda"
         self.step = Step(self.decoder, dtype, marked, pinned)
+        self.scale = torch.zeros((), dtype=wide(self.step.like).dtype, device=self.device)
         self.how = self.step.told
         if self.device.type == "cuda":
             self.graphs = Graphs(self.step)
@@ -134,8 +137,10 @@ class FastPath:
         Raises:
             PeftLabError: `fast=True`, and it has to.
         """
+        # these turn a head by other angles in a longer text
+        grows = getattr(self.decoder.rotary, "rope_type", "default") in ("dynamic", "longrope")
         try:
-            return read_batch(batch, rounded=self.device.type == "cuda")
+            return read_batch(batch, rounded=self.device.type == "cuda", counted=grows)
         except Refused as refusal:
             if self.settings.fast is True:
                 raise refused(refusal) from None
@@ -145,10 +150,9 @@ class FastPath:
 
     def gradients(self, batch: Batch, divisor: Tensor) -> Tensor:
         """Add the gradient of the batch's summed loss, divided by `divisor`, to `grad`. Return the sum."""
-        assert self.step is not None
-        moved = batch.to(self.device)
-        scale = (1 / divisor.double()).to(
-            self.device, torch.float64 if self.step.like.dtype == torch.float64 else torch.float32
-        )
-        compute = self.step if self.graphs is None else self.graphs
-        return compute.gradients(moved, self.step.rows(moved), scale)
+        assert self.step is not None and self.scale is not None
+        self.scale.fill_(1 / float(divisor))
+        rows = self.step.rows(batch)
+        if self.graphs is not None:
+            return self.graphs.gradients(batch, rows, self.scale)
+        return self.step.gradients(batch.to(self.device), rows, self.scale)

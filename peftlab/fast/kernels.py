@@ -28,9 +28,10 @@ def rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 @triton.jit
 def _rotate(
-    out, x, cos, sin, out_b, out_s, out_h, x_b, x_s, x_h, cos_b, cos_s, s, heads, half,
-    HEADS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
+    out: tl.tensor, x: tl.tensor, cos: tl.tensor, sin: tl.tensor, out_b: tl.tensor, out_s: tl.tensor, out_h: tl.tensor,
+    x_b: tl.tensor, x_s: tl.tensor, x_h: tl.tensor, cos_b: tl.tensor, cos_s: tl.tensor, s: tl.tensor, heads: tl.tensor,
+    half: tl.tensor, HEADS: tl.constexpr, HALF: tl.constexpr,
+) -> None:  # fmt: skip
     """Turn up to HEADS heads of one token."""
     row = tl.program_id(0).to(tl.int64)
     b, place = row // s, row % s

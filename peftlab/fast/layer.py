@@ -143,7 +143,8 @@ class Block:
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
         """softmax(q k^T / sqrt(d)) v; with `graph` so that torch can differentiate it. Returns (q, k, v) and o."""
         sizes, mask = self.sizes, rows.masks[self.window]
-        q, k, v = leaves = tuple(t.transpose(1, 2).detach().requires_grad_(graph) for t in (q, k, v))
+        q, k, v = (t.transpose(1, 2).detach().requires_grad_(graph) for t in (q, k, v))
+        leaves = q, k, v
         grouped, kernel = sizes.heads != sizes.kv_heads, q.device.type == "cuda" and mask is None
         with torch.set_grad_enabled(graph):
             if grouped and not kernel:

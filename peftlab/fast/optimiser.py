@@ -25,7 +25,7 @@ class Flat:
 
     Attributes:
         whole: all of them, with the gradient of all of them in `whole.grad`, in float32 or wider.
-        parameters: each, in its order.
+        parameters: each, in its order; `gradients`: its part of the gradient.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -33,6 +33,7 @@ class Flat:
         first = self.parameters[0]
         self.whole = nn.Parameter(first.detach().new_empty(sum(p.numel() for p in self.parameters)))
         self.whole.grad = torch.zeros_like(self.whole)
+        self.gradients = self.views(self.whole.grad)
         for parameter, place in zip(self.parameters, self.views(self.whole.detach()), strict=True):
             place.copy_(parameter.detach())
             parameter.data = place
@@ -46,8 +47,9 @@ class Flat:
         """Set all gradients to zero, and let each parameter's `grad` be its part of them."""
         assert self.whole.grad is not None
         self.whole.grad.zero_()
-        for parameter, gradient in zip(self.parameters, self.views(self.whole.grad), strict=True):
-            parameter.grad = gradient
+        if self.parameters[0].grad is not self.gradients[0]:
+            for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+                parameter.grad = gradient
 
     def give_back(self) -> None:
         """Give each parameter memory of its own again."""

@@ -10,6 +10,7 @@ Notation: x is an input, w a norm's weight, and `dy` the loss's derivative by y.
 from __future__ import annotations
 
 import functools
+from importlib import import_module
 from types import SimpleNamespace
 
 import torch
@@ -121,8 +122,7 @@ PIECES = (copy_into, norm_into, add_norm_into, add_into, norm_back_into, rotate_
 @functools.cache
 def _compiled() -> SimpleNamespace:
     """The pieces for a GPU. Two of them run once, because a compiler may be missing that is only now looked for."""
-    from peftlab.fast import kernels
-
+    kernels = import_module("peftlab.fast.kernels")  # it imports Triton, which a machine without a GPU need not have
     compiled = {piece.__name__: torch.compile(piece) for piece in PIECES}
     pieces = SimpleNamespace(**{**compiled, "rotate_into": kernels.rotate_into})
     x = torch.zeros(1, 2, 2, 64, device="cuda")

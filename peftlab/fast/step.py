@@ -34,21 +34,22 @@ class Batch(NamedTuple):
     """A batch as the step reads it. On a GPU, its sizes are rounded up, so that few different shapes occur.
 
     Attributes:
-        ids, positions: (b, s); positions are (1, s) where they are the same in all rows.
-        blocks: (b, s), the number of each token's example in its row; None without packing.
+        ids: (b, s).
         places: (l,), where a label is predicted, as a place among the b s tokens.
         back: (b s,), each token's place in `places`; l where it predicts no label.
         labels: (l,), the labels there, -100 for those that fill up.
         learned: (), how many labels there are.
+        positions: (b or 1, s); None if they are 0, 1, 2, ... in all rows.
+        blocks: (b, s), the number of each token's example in its row; None without packing.
     """
 
     ids: Tensor
-    positions: Tensor
-    blocks: Tensor | None
     places: Tensor
     back: Tensor
     labels: Tensor
     learned: Tensor
+    positions: Tensor | None
+    blocks: Tensor | None
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
@@ -56,8 +57,12 @@ class Batch(NamedTuple):
         return Batch(*moved)
 
 
-def read_batch(batch: Mapping[str, Any], rounded: bool = False) -> Batch:
+def read_batch(batch: Mapping[str, Any], rounded: bool = False, counted: bool = True) -> Batch:
     """Return a batch of the plain path, still on the CPU, as the step reads it.
+
+    Args:
+        rounded: whether its sizes are rounded up.
+        counted: whether positions are given that the batch does not give: those of the batch as it is.
 
     Raises:
         Refused: it holds something else than tokens, labels, positions and padding on the right.
@@ -81,11 +86,12 @@ def read_batch(batch: Mapping[str, Any], rounded: bool = False) -> Batch:
         found = (positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1).cumsum(1)
         blocks = found.expand(ids.shape).contiguous() if found[:, -1].any() else None
     b, s = ids.shape
-    positions = torch.arange(s)[None] if positions is None else positions
+    positions = torch.arange(s)[None] if positions is None and counted else positions
     more = round_up(s) - s if rounded else 0
     if more:
         ids, following = F.pad(ids, (0, more)), F.pad(following, (0, more), value=IGNORE)
-        positions = torch.cat([positions, positions[:, -1:].expand(-1, more)], 1)
+        if positions is not None:
+            positions = torch.cat([positions, positions[:, -1:].expand(-1, more)], 1)
         blocks = None if blocks is None else F.pad(blocks, (0, more), value=-1)
     places = (following.reshape(-1) != IGNORE).nonzero()[:, 0]
     count = len(places)
@@ -93,7 +99,7 @@ def read_batch(batch: Mapping[str, Any], rounded: bool = False) -> Batch:
     back = torch.full((ids.numel(),), count + fill)
     back[places] = torch.arange(count)
     wanted = F.pad(following.reshape(-1)[places].long(), (0, fill), value=IGNORE)
-    return Batch(ids, positions, blocks, F.pad(places, (0, fill)), back, wanted, torch.tensor(count))
+    return Batch(ids, F.pad(places, (0, fill)), back, wanted, torch.tensor(count), positions, blocks)
 
 
 def round_up(n: int) -> int:
@@ -116,6 +122,7 @@ class Step:
         self.decoder, self.recomputed = decoder, recompute
         self.side = torch.cuda.Stream() if pinned else None
         self.pinned: dict[torch.Size, list[Tensor]] = {}
+        self.usual: dict[torch.Size, Rows] = {}
         device = decoder.embedding.weight.device
         self.like = torch.empty(0, dtype=dtype, device=device)
         self.pieces, self.told = pieces_for(device, dtype)
@@ -142,7 +149,8 @@ class Step:
 
     def _block(self, parts: BlockParts) -> Block:
         groups = {name: Group(parts.groups[name], self.like) for name in GROUPS}
-        norms = {name: None if norm is None else norm.weight.detach() for name, norm in parts.norms.items()}
+        norms: dict[str, Tensor | None] = dict.fromkeys(parts.norms)
+        norms |= {name: norm.get_parameter("weight").detach() for name, norm in parts.norms.items() if norm is not None}
         return Block(groups, norms, parts.window, self.sizes, self.pieces)
 
     def _share(self) -> None:
@@ -156,7 +164,7 @@ class Step:
 
     def _place_gradients(self) -> None:
         assert self.flat.whole.grad is not None
-        views, at = iter(self.flat.views(self.flat.whole.grad)), 0
+        views, at = iter(self.flat.gradients), 0
         for group in self.groups:
             if not group.adapted:
                 continue
@@ -180,16 +188,25 @@ class Step:
     # -- one batch -----------------------------------------------------------------------------------------------
 
     def rows(self, batch: Batch) -> Rows:
-        """Return the positions and masks of a batch that is on the device."""
-        b, s = batch.ids.shape
-        like = self.decoder.embedding.weight.new_empty(b, s, 1)
+        """Return the positions and masks of a batch, on the device. Those of usual batches are kept."""
+        if batch.positions is None and batch.blocks is None:
+            shape = batch.ids.shape
+            if shape not in self.usual:
+                places = torch.arange(shape[1])[None]
+                self.usual[shape] = self._rows(batch._replace(positions=places))
+            return self.usual[shape]
+        return self._rows(batch)
+
+    def _rows(self, batch: Batch) -> Rows:
+        (b, s), device = batch.ids.shape, self.like.device
         rotary: Any = self.decoder.rotary
-        cos, sin = (table.unsqueeze(2) for table in rotary(like, batch.positions))
-        cos, sin = (
-            table[..., : self.sizes.head_dim // 2].contiguous() for table in (cos, sin)
-        )  # both halves are equal
+        assert batch.positions is not None
+        cos, sin = rotary(self.decoder.embedding.weight.new_empty(b, s, 1), batch.positions.to(device))
+        # both halves of a head's numbers are turned by the same angles
+        cos, sin = (table[..., : self.sizes.head_dim // 2].unsqueeze(2).contiguous() for table in (cos, sin))
+        blocks = None if batch.blocks is None else batch.blocks.to(device)
         windows = {block.window for block in self.blocks}
-        return Rows(b, s, cos, sin, -sin, {window: _mask(batch, window) for window in windows})
+        return Rows(b, s, cos, sin, -sin, {window: _mask(s, blocks, window, device) for window in windows})
 
     @torch.no_grad()
     def gradients(self, batch: Batch, rows: Rows, scale: Tensor) -> Tensor:
@@ -247,14 +264,11 @@ class Step:
         return total, dy, dydu
 
 
-def _mask(batch: Batch, window: int | None) -> Tensor | None:
-    """Which tokens attend to which, (b, 1, s, s): to earlier ones of their example and window. None: to all earlier."""
-    s = batch.ids.shape[1]
-    if batch.blocks is None and (window is None or window >= s):
+def _mask(s: int, blocks: Tensor | None, window: int | None, device: torch.device) -> Tensor | None:
+    """Which tokens attend to which, (b or 1, 1, s, s): to earlier ones of their example and window. None: to all."""
+    if blocks is None and (window is None or window >= s):
         return None
-    place = torch.arange(s, device=batch.ids.device)
+    place = torch.arange(s, device=device)
     behind = place[:, None] - place[None]
     seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
-    if batch.blocks is not None:
-        seen = seen & (batch.blocks[:, :, None] == batch.blocks[:, None])
-    return seen[None, None] if seen.ndim == 2 else seen[:, None]
+    return seen[None, None] if blocks is None else (seen & (blocks[:, :, None] == blocks[:, None]))[:, None]

@@ -56,7 +56,7 @@ def lengths_for(longest: Sequence[int], most: int = MOST_LENGTHS, limit: int | N
     # least[j]: the fewest tokens of the batches up to size j, if size j is the last of so many lengths
     below = list(accumulate(counts[size] for size in sizes))
     least = [below[j] * sizes[j] for j in range(len(sizes))]
-    chosen = [(size,) for size in sizes]
+    chosen: list[tuple[int, ...]] = [(size,) for size in sizes]
     for _ in range(1, min(most, len(sizes))):
         if least[-1] <= ENOUGH * sum(longest):
             break

@@ -25,6 +25,7 @@ from peftlab.memory.counting.totals import count
 from peftlab.memory.units import format_bytes
 from peftlab.quantization.linear import Linear4bit
 from peftlab.settings import Settings
+from peftlab.training.masters import need_masters
 
 ATTENTIONS = {"sdpa": "sdpa", "eager": "eager", "flash_attention_2": "sdpa", "flash_attention_3": "sdpa"}
 
@@ -91,6 +92,7 @@ def described(model: nn.Module, settings: Settings, sequence: int, chunked: bool
         "optimizer": optimizer,
         "autocast": autocast,
         "adapter_precision": "fp32" if {p.dtype for p in trained.values()} == {torch.float32} else "bf16",
+        "masters": need_masters(trained),
         "attention": ATTENTIONS.get(str(getattr(config, "_attn_implementation", "sdpa")), "eager"),
         "library": "peftlab",
         "chunked_loss": chunked,

@@ -21,7 +21,7 @@ NOTE = "_peftlab_on_cpu"  # a tensor on the device keeps its values and its vers
 
 def moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """Return a batch on the device. Its labels remember their values on the CPU."""
-    result = to_device(batch, device)
+    result = to_device(dict(batch), device)
     for name in NOTED:
         here, there = batch.get(name), result.get(name)
         if isinstance(here, Tensor) and isinstance(there, Tensor) and there is not here and not there.is_inference():

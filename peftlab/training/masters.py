@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftlab.core.hooks import is_adapter_name
 
@@ -53,7 +53,8 @@ class WithMasters(torch.optim.Optimizer):
         for mine, its in zip(self.param_groups, self.inner.param_groups, strict=True):
             its.update({key: value for key, value in mine.items() if key != "params"})
         moved = [(p, master) for p, master in self.masters.items() if p.grad is not None]
-        narrow, wide = [p for p, _ in moved], [master for _, master in moved]
+        narrow: list[Tensor] = [p for p, _ in moved]
+        wide: list[Tensor] = [master for _, master in moved]
         if moved:
             self._give_gradients(narrow, wide)
         told: Any = self.inner
@@ -67,12 +68,12 @@ class WithMasters(torch.optim.Optimizer):
             master.grad = None
         self._show()
 
-    def _give_gradients(self, narrow: list[nn.Parameter], wide: list[nn.Parameter]) -> None:
+    def _give_gradients(self, narrow: list[Tensor], wide: list[Tensor]) -> None:
         """Let the masters have the parameters' gradients in float32, all in one piece of memory."""
         pieces = wide[0].new_empty(sum(p.numel() for p in wide)).split([p.numel() for p in wide])
         for master, piece in zip(wide, pieces, strict=True):
             master.grad = piece.view_as(master)
-        torch._foreach_copy_([master.grad for master in wide], [p.grad for p in narrow])
+        torch._foreach_copy_(list(pieces), [p.grad.reshape(-1) for p in narrow if p.grad is not None])
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take the states of an earlier run. Without a master in them it starts from the parameter."""

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -61,10 +62,18 @@ def inner_model(model: nn.Module) -> nn.Module:
 def forward_columns(model: nn.Module) -> Columns:
     """What the forward of this very module takes."""
     forward = model.forward
-    return _columns(getattr(forward, "__func__", forward), hasattr(forward, "__func__"))
+    function = getattr(forward, "__func__", forward)
+    known = _KNOWN.setdefault(function, {})
+    bound = hasattr(forward, "__func__")
+    if bound not in known:
+        known[bound] = _columns(function, bound)
+    return known[bound]
 
 
-@lru_cache(maxsize=64)
+# By function, each as long as it lives: the forward of a model with adapters is an object that holds the model.
+_KNOWN: WeakKeyDictionary[Any, dict[bool, Columns]] = WeakKeyDictionary()
+
+
 def _columns(forward: Any, bound: bool) -> Columns:
     found = list(inspect.signature(forward).parameters.values())[1 if bound else 0 :]
     named = [one for one in found if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]

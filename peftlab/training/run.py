@@ -17,6 +17,7 @@ from peftlab.core.records import check_hosts, unwrap
 from peftlab.core.sharding import refuse_sharded
 from peftlab.errors import PeftLabError, warn
 from peftlab.fast import FastPath, find_path
+from peftlab.fast.step import Batch
 from peftlab.settings import Settings
 from peftlab.training.buffers import Buffers
 from peftlab.training.chunked import ChunkedLoss
@@ -177,6 +178,7 @@ class Run:
         if self.layers.blocks:
             self.layers.choose_lengths(self.collate, self.train_data, self.order, settings.batch_size)
         self.fast: FastPath | None = None
+        self.ahead: dict[tuple[int, ...], tuple[Any, Batch | None, bool]] = {}
         self.checkpointing = settings.checkpointing
         if self.checkpointing == "fit":
             self.checkpointing, self.history.checkpointing = self._fit()
@@ -270,6 +272,7 @@ class Run:
         step_unless(self.wrong, self.optimizer)
         measured.send()
         self.step += 1
+        self._prepare_ahead()
         self.settle()
         self.pending = measured
         return row
@@ -307,9 +310,8 @@ class Run:
         """Put the gradient of the mean loss into `grad`. Return each part's summed loss and the labels of all parts."""
         totals, counts = [], []
         for number, part in enumerate(parts):
-            mine, counted = self.ranks.share(part)
-            batch = self.collate([self.train_data[index] for index in mine])
-            read = None if self.fast is None else self.fast.read(batch)
+            known = tuple(part) in self.ahead
+            batch, read, counted = self.ahead.pop(tuple(part)) if known else self._prepare(part)
             total, count = (torch.empty(0), read.learned) if read is not None else self._loss_of(batch, part, counted)
             if number == 0:
                 provisional = count.clamp(min=1) * len(parts)
@@ -327,6 +329,22 @@ class Run:
             factor = int(provisional) / labels * self.ranks.world
             torch._foreach_mul_([p.grad for p in self._leaves() if p.grad is not None], factor)
         return totals, labels
+
+    def _prepare(self, part: list[int]) -> tuple[Any, Batch | None, bool]:
+        """Return the batch of a part, as the fast path reads it if it can, and whether it counts."""
+        mine, counted = self.ranks.share(part)
+        batch = self.collate([self.train_data[index] for index in mine])
+        return batch, None if self.fast is None else self.fast.read(batch), counted
+
+    def _prepare_ahead(self) -> None:
+        """Prepare the next step's first part while the GPU computes, if that draws no random numbers."""
+        self.ahead.clear()
+        keeps = getattr(self.train_data, "keeps", False)
+        if self.fast is None or self.settings.collate or self.step == len(self.order) or not keeps:
+            return
+        part = self.order.at(self.step)[: self.settings.batch_size]
+        with contextlib.suppress(PeftLabError):  # what is wrong with it is said when its turn has come
+            self.ahead[tuple(part)] = self._prepare(part)
 
     def _loss_of(self, batch: Any, part: list[int], counted: bool) -> tuple[Tensor, Tensor]:
         """Return the summed loss of a part, with a graph behind it, and the number of its labels in all processes."""

@@ -20,6 +20,7 @@ from transformers import (
 
 import peftlab as pl
 from peftlab.fast.eligible import Refused, decoder_of
+from peftlab.fast.graph import Graphs
 from peftlab.fast.step import Step, read_batch, round_up
 from peftlab.training.losses import causal_lm_loss
 from peftlab.training.packing import pack
@@ -73,8 +74,8 @@ def adapt(model: nn.Module, targets: list[str] = ALL, dtype: torch.dtype | None 
     return pl.attach(model, pl.LoRAConfig(target_modules=targets, **config), adapter_dtype=dtype).train()
 
 
-def padded(side: str = "right", b: int = 3, s: int = 11) -> dict:
-    ids = torch.randint(0, 61, (b, s), generator=torch.Generator().manual_seed(2))
+def padded(side: str = "right", b: int = 3, s: int = 11, seed: int = 2) -> dict:
+    ids = torch.randint(0, 61, (b, s), generator=torch.Generator().manual_seed(seed))
     labels, mask = ids.clone(), torch.ones_like(ids)
     labels[0, :5] = -100
     gone = slice(s - 4, s) if side == "right" else slice(0, 4)
@@ -322,6 +323,48 @@ def test_a_batch_that_it_cannot_read_is_computed_by_the_plain_path():
     assert "an attention mask that hides more than padding on the right" in fast[0].path
     with pytest.raises(pl.PeftLabError, match="fast=True, and .* hides more than padding"):
         trained(True, collate=collate)
+
+
+def test_graphs_are_fed_with_each_batch(monkeypatch):
+    """A stand-in for CUDA's graphs: what is recorded is not run, and a replay runs it on the tensors that it read."""
+    calls, recording = [], []
+
+    @contextmanager
+    def record(graph, pool):
+        recording.append(graph)
+        yield
+        recording.clear()
+
+    class Graph:
+        def replay(self):
+            held, loss = self.recorded
+            calls.append("replayed")
+            loss.copy_(compute(*held))
+
+    def gradients(self, *held):
+        if not recording:
+            calls.append("run")
+            return compute(*held)
+        recording[0].recorded = held, torch.zeros((), dtype=torch.float64)
+        return recording[0].recorded[1]
+
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    with borrowed(adapt(make("mistral, short window"))) as step:
+        compute = step.gradients
+        monkeypatch.setattr(Step, "gradients", gradients)
+        graphs, scale = Graphs(step), torch.zeros((), dtype=torch.float64)
+        batches = [padded(seed=seed) for seed in range(4)]
+        for batch in [*batches, in_rows(), in_rows(), batches[0]]:
+            read = read_batch(batch, counted=False)
+            results = []
+            for how in (graphs.gradients, compute):
+                step.flat.begin()
+                scale.fill_(1 / read.learned)
+                results.append((float(how(read, step.rows(read), scale)), step.flat.whole.grad.clone()))
+            assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
+    assert calls == ["run", "replayed", "replayed", "replayed", "run", "replayed", "replayed"]
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused

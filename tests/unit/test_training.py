@@ -1,8 +1,10 @@
 """The loop against a loop written out by hand, and everything it promises to leave alone."""
 
 import copy
+import gc
 import random
 import warnings
+import weakref
 from unittest import mock
 
 import numpy
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import peftlab as pl
 from peftlab.errors import PeftLabError
 from peftlab.training import TrainingError, train
 from peftlab.training.encoding import IGNORE, Collator
@@ -291,3 +294,13 @@ def test_logits_that_nobody_reads_are_not_computed(virtual):
     with mock.patch.object(model.lm_head, "forward", wraps=model.lm_head.forward) as head:
         causal_lm_loss(model, inputs)
     assert head.call_args.args[0].shape[1] < labels.shape[1] + virtual
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_trained_model_does_not_stay_in_memory(fast):
+    model = pl.attach(tiny.llama(), pl.LoRAConfig(r=2, target_modules=["q_proj"]))
+    pl.train(model, tiny.examples(), steps=2, fast=fast, progress=False)
+    there = weakref.ref(model)
+    del model
+    gc.collect()
+    assert there() is None
