@@ -86,11 +86,22 @@ def test_the_loss_and_the_margin_are_those_of_trl(beta, tokenizer, tmp_path):
     with torch.no_grad():  # as after some training
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.add_(0.5 * torch.randn_like(parameter))
-    pairs = [{"prompt": row["prompt"], "chosen": row["completion"],
-              "rejected": [{"role": "assistant", "content": "Of course, I am happy to help."}]} for row in rows()[:3]]
+    pairs = [
+        {
+            "prompt": row["prompt"],
+            "chosen": row["completion"],
+            "rejected": [{"role": "assistant", "content": "Of course, I am happy to help."}],
+        }
+        for row in rows()[:3]
+    ]
     arguments = trl.DPOConfig(str(tmp_path), beta=beta, per_device_train_batch_size=3, max_steps=1, **QUIET)
-    trainer = trl.DPOTrainer(model, ref_model=Reference(model), args=arguments, processing_class=tokenizer,
-                             train_dataset=datasets.Dataset.from_list(pairs))
+    trainer = trl.DPOTrainer(
+        model,
+        ref_model=Reference(model),
+        args=arguments,
+        processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_list(pairs),
+    )
     batch = next(iter(trainer.get_train_dataloader()))
     theirs = trainer.compute_loss(model.eval(), dict(batch)).item()
     margin = trainer._metrics["eval"]["rewards/margins"] or trainer._metrics["train"]["rewards/margins"]

@@ -112,7 +112,7 @@ def test_a_batch_without_an_answer_is_refused(batch):
 
 def test_wrong_arguments_of_the_loss_are_refused():
     one, two = torch.zeros(1), torch.zeros(2)
-    with pytest.raises(PeftLabError, match="one number for each pair"):
+    with pytest.raises(PeftLabError, match="give four of one shape"):
         dpo_loss(one, two, one, one)
     with pytest.raises(PeftLabError, match="beta"):
         dpo_loss(one, one, one, one, beta=0)
