@@ -155,7 +155,8 @@ def test_what_an_eager_step_writes_grows_with_its_tokens_and_with_recomputing():
     run = {"shape": "smollm2-135m", "method": "lora", "r": 8}
     one, two = (estimate(**run, sequence=tokens).written for tokens in (256, 512))
     again = estimate(**run, sequence=512, checkpointing=True).written
-    assert 1.9 < two / one < 2.3 and 1.2 < again / two < 1.6  # attention's own tensors grow faster; one forward pass more
+    assert 1.9 < two / one < 2.3  # attention's own tensors grow faster than the rest
+    assert 1.2 < again / two < 1.6  # one forward pass more
     found = estimate(**run, sequence=512)
     assert found.written > found.peak_bytes - found.weights  # all that is alive at the peak was written
 
