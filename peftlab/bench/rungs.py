@@ -19,7 +19,9 @@ Batch = dict[str, Tensor]
 RATE = 1e-5
 
 
-def loop(model: Any, batch: Batch, loss: Callable[[Any, Batch], Tensor], optimizer: Any) -> Callable[[], Tensor]:
+def loop(
+    model: Any, batch: Batch, loss: Callable[[Any, Batch], Tensor], optimizer: Any
+) -> Callable[[], Tensor]:
     """Return a function that makes one training step on a batch."""
 
     def step() -> Tensor:
@@ -76,7 +78,9 @@ class ChunkedLoss(torch.autograd.Function):
     """The mean loss of hidden states without whole logits: forward and backward, some rows at a time."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, rows: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, rows: int
+    ) -> Tensor:
         """hidden: (n, d); head: (vocabulary, d), frozen; labels: (n,), -100: none."""
         gradient, count = torch.empty_like(hidden), (labels != -100).sum()
         total = hidden.new_zeros((), dtype=torch.float32)
@@ -130,7 +134,10 @@ class Flat:
             parameter.data = self.values[there].view_as(parameter)
             parameter.grad = self.gradient[there].view_as(parameter)
         self.master = nn.Parameter(self.values.float())
-        self.adamw = torch.optim.AdamW([self.master], lr=RATE, fused=True, capturable=self.master.is_cuda)
+        on_gpu = self.master.is_cuda
+        self.adamw = torch.optim.AdamW(
+            [self.master], lr=RATE, fused=True, capturable=on_gpu
+        )
 
     @torch.no_grad()
     def step(self) -> None:
