@@ -260,7 +260,8 @@ class Run:
             raise
         row = {"step": self.step + 1, "loss": math.nan, "lr": lr, "tokens": labels, "grad_norm": None}
         measured = Measured(torch.stack([*totals, norm.to(totals[0])]), row, parts, held)
-        if not labels or not skips_when_told(self.optimizer, self.device):
+        # Under fp16 the scaler has to see the gradients before the step, and to change its scale after it.
+        if not labels or self.scaler.is_enabled() or not skips_when_told(self.optimizer, self.device):
             self._read(measured)
             self.scaler.step(self.optimizer)  # the same as optimizer.step(), except under fp16
             self.scaler.update()

@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: equal to the reference in every bit, and as fast as memory allows."""
+"""The Triton kernels on a GPU: equal to the reference in every bit."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def drawn(shape, dtype=torch.bfloat16, seed=0):
     weight = torch.randn(shape, device=CUDA, generator=torch.Generator(CUDA).manual_seed(seed)).mul_(0.02)
-    weight.view(-1)[:70], weight.view(-1)[71] = 0, -0.0
+    weight.view(-1)[:70], weight.view(-1)[71:72] = 0, -0.0
     return weight.to(dtype)
 
 
@@ -79,40 +79,3 @@ def test_it_is_the_choice_and_computes_the_layer():
         exact = layer.dequantize(torch.float64)
         torch.testing.assert_close(y.double(), x.double() @ exact.T, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(x.grad.double(), exact.sum(0).expand(rows, -1), rtol=1e-4, atol=1e-4)
-
-
-def seconds(calls, rounds=7):
-    """The time of one call, from a CUDA graph of all of them, which leaves out the launches."""
-    with torch.cuda.stream(torch.cuda.Stream()):
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
-    graph, times = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    for _ in range(rounds):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / len(calls))
-    return min(times)
-
-
-@pytest.mark.parametrize("shape", [(4096, 4096), (14336, 4096)])
-def test_memory_is_what_limits_it(shape):
-    """Dequantising moves bytes at 0.85 of a copy's rate or more, and quantising at 0.75. (A quiet GPU gives more.)"""
-    from peftlab.quantization.backends import kernels
-
-    size, count = shape[0] * shape[1], max(4, int(3e8 / (shape[0] * shape[1])))  # more than a cache holds
-    weights = [drawn(shape, seed=seed) for seed in range(count)]
-    held = [TRITON.quantize(weight, "nf4", 64, True, "w") for weight in weights]
-    moved = 2 * size + size // 2 + size // 64
-    halves = [torch.empty(moved // 2, dtype=torch.uint8, device=CUDA) for _ in range(2 * count)]
-    copy = seconds([lambda i=i: halves[2 * i].copy_(halves[2 * i + 1]) for i in range(count)])
-    out = [torch.empty_like(weight) for weight in weights]
-    there = seconds([lambda i=i: TRITON.dequantize_into(out[i], held[i].packed, held[i].state) for i in range(count)])
-    back = seconds([lambda i=i: kernels().quantize(weights[i].view(-1), "nf4", 64) for i in range(count)])
-    assert copy / there > 0.85 and copy / back > 0.75, (copy / there, copy / back)
