@@ -202,8 +202,10 @@ class ChunkedLoss:
         loss = default_loss(model, batch)
         if self.head is not None and loss is not causal_lm_loss:
             self._whole("it is not that of a causal language model")
+        if self.head is None:
+            return loss(model, batch)
         labels = readable(batch["labels"])
-        if self.head is None or not self.pays(int((labels != IGNORE).sum())):
+        if not self.pays(int((labels != IGNORE).sum())):
             return loss(model, batch)
         before = None if self.seen else generators(self.head.weight.device)
         with read_by(self.head, answer=not self.seen) as read:

@@ -96,6 +96,7 @@ def test_nothing_is_printed_and_no_network_used(monkeypatch, capfd, tmp_path):
         raise AssertionError("the network was used")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
+    datasets.enable_progress_bars()  # a notebook's beginning switches them off for the whole process
     (tmp_path / "rows.csv").write_text("text,label\nhello,1\nthere,0\n")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

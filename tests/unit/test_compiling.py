@@ -58,7 +58,9 @@ def compilations(monkeypatch):
 
     torch._dynamo.reset()
     monkeypatch.setattr(compiling, "BACKEND", backend)
-    yield seen
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # which other tests set for the whole process
+    with torch._dynamo.config.patch(disable=False):
+        yield seen
     torch._dynamo.reset()
 
 

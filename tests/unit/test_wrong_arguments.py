@@ -127,6 +127,7 @@ RIGHT = {
     "figures.memory_bars": lambda: {"estimates": {"a": pl.memory.estimate("gpt2", sequence=16)}},
     "figures.new": dict,
     "figures.role": lambda: {"name": "weights"},
+    "figures.token_rows": lambda: {"rows": {"a": [("x", "read")]}},
     "figures.spectrum": lambda: {"values": {"a": [3.0, 2.0]}},
     "figures.stacked_bars": lambda: {"parts": {"a": {"x": 1.0}}, "x_label": "x"},
     "figures.sweep": lambda: {"rows": ROWS, "x": "a", "y": "b"},

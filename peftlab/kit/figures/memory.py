@@ -15,6 +15,7 @@ from peftlab.memory import Estimate
 
 
 @checked()
+@drawn()
 def memory_bars(estimates: Mapping[str, Estimate], *, cards: Sequence[int] = (24, 48, 80)) -> Figure:
     """Draw the parts of a step's peak in GB, one bar per estimate. Logits and workspace are one part.
 
