@@ -119,7 +119,7 @@ def failing_calls():
         "no config": (lambda m: pl.attach(m, {"r": 8}, name="b"), "make one of LoRAConfig"),
         "class, not config": (lambda m: pl.attach(m, pl.LoRAConfig, name="b"), "make one of LoRAConfig"),
         "dtype": (lambda m: pl.attach(m, lora, name="b", adapter_dtype=torch.int8), "floating dtype"),
-        "dtype as a word": (lambda m: pl.attach(m, lora, name="b", adapter_dtype="int4"), "must be one of 'fp32', 'bf16'"),
+        "dtype as a word": (lambda m: pl.attach(m, lora, name="b", adapter_dtype="int4"), "one of 'fp32', 'bf16'"),
         "target": (lambda m: pl.attach(m, pl.LoRAConfig(target_modules=["upp"]), name="b"), "Did you mean 'up'"),
         "detach": (lambda m: pl.detach(m, "defalt"), "Did you mean 'default'"),
         "activate": (lambda m: pl.activate(m, "other"), "There is no adapter 'other'"),
