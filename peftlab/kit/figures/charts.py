@@ -185,7 +185,8 @@ def bars(
         values: {name: number}, drawn from top to bottom.
         x_label: what is measured, with units in brackets.
         fmt: the format of the values, or a function of the value.
-        highlight: names of bars that get another colour and a hatch.
+        highlight: names of bars that get another colour and a hatch. All others then have one colour, whatever their
+            names mean elsewhere in the book.
         percent: write the x axis as percentages of 1.
 
     >>> pl.figures.bars({"LoRA": 14.4, "QLoRA": 5.1}, x_label="peak (GB)")
@@ -195,7 +196,7 @@ def bars(
     names = list(values)
     for place, name in enumerate(names):
         chosen = name in highlight
-        own = role(name)
+        own = None if highlight else role(name)
         colour = COLOURS[1] if chosen else ROLES[own] if own else COLOURS[0]
         axes.barh(place, values[name], color=colour, edgecolor="white" if chosen or not own else BLACK,
                   hatch=HATCHES[1] if chosen else "", height=0.7)
