@@ -77,6 +77,7 @@ def decoder_of(model: nn.Module) -> Decoder:
     _check_untouched(model)
     loras = _active_loras(model)
     _check_trained(model, loras)
+    _check_parts(core)
     blocks = [_block(block, loras, config, index) for index, block in enumerate(core.model.layers)]
     linears = [linear for block in blocks for group in block.groups.values() for linear, _ in group]
     if len({linear.weight.data_ptr() for linear in linears}) < len(linears):
@@ -108,6 +109,35 @@ def _check_untouched(model: nn.Module) -> None:
                     raise Refused(f"{where} has a hook, {getattr(function, '__qualname__', function)}")
         if getattr(module, "parametrizations", None):
             raise Refused(f"{where} has a parametrization")
+
+
+def _check_parts(core: Any) -> None:
+    """Refuse a model with a part of another class or with another number than its class gives it."""
+    layers, config, home = core.model.layers, core.config, type(core).__module__
+    if len(layers) > config.num_hidden_layers:
+        raise Refused(f"it has {len(layers)} blocks, of which its config lets {config.num_hidden_layers} run")
+    parts = {"model": core.model, "model.norm": core.model.norm, "model.rotary_emb": core.model.rotary_emb}
+    for index, block in enumerate(layers):
+        path, attention = f"model.layers.{index}", block.self_attn
+        parts |= {path: block, f"{path}.self_attn": attention, f"{path}.mlp": block.mlp}
+        for name in ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"):
+            owner = attention if name.startswith("self_attn") else block
+            norm = getattr(owner, name.rpartition(".")[2], None)
+            if norm is not None:
+                parts[f"{path}.{name}"] = norm
+        if not type(block.mlp.act_fn).__name__.startswith("SiLU"):
+            raise Refused(f"{path}.mlp.act_fn is a {type(block.mlp.act_fn).__name__}, not SiLU")
+        if attention.scaling != attention.head_dim**-0.5:
+            raise Refused(f"{path}.self_attn scales by {attention.scaling}, not by 1 / sqrt({attention.head_dim})")
+    for path, part in parts.items():
+        kind = type(part)
+        if kind.__module__ != home:
+            raise Refused(f"{path} is a {kind.__name__} of {kind.__module__}, not of {home}")
+        if not kind.forward.__module__.startswith(("transformers.", "torch.")):
+            raise Refused(f"the forward of {kind.__name__} was replaced by one of {kind.forward.__module__}")
+    found = {part.variance_epsilon for part in parts.values() if hasattr(part, "variance_epsilon")}
+    if len(found) > 1:
+        raise Refused(f"its norms have several epsilons: {', '.join(map(str, sorted(found)))}")
 
 
 def _active_loras(model: nn.Module) -> dict[int, LoRALinear]:

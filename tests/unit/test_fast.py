@@ -453,6 +453,54 @@ def _gpt2():
     return GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=32, n_positions=16)).double()
 
 
+def of_my_own(path):
+    """A change that lets a part's class be one derived from it, with another forward."""
+
+    def change(model):
+        part = model.get_submodule(path)
+        kind = type(part)
+        part.__class__ = type("Own", (kind,), {"forward": lambda self, *a, **k: kind.forward(self, *a, **k)})
+
+    return change
+
+
+def set_to(path, name, value):
+    return lambda model: setattr(model.get_submodule(path), name, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (of_my_own("model"), "model is a Own of test_fast, not of transformers"),
+        (of_my_own("model.norm"), "model.norm is a Own"),
+        (of_my_own("model.rotary_emb"), "model.rotary_emb is a Own"),
+        (of_my_own("model.layers.1"), "model.layers.1 is a Own"),
+        (of_my_own("model.layers.1.mlp"), "layers.1.mlp is a Own"),
+        (of_my_own("model.layers.1.self_attn"), "layers.1.self_attn is a Own"),
+        (of_my_own("model.layers.1.self_attn.k_norm"), "layers.1.self_attn.k_norm is a Own"),
+        (of_my_own("model.layers.0.input_layernorm"), "layers.0.input_layernorm is a Own"),
+        (set_to("model", "norm", nn.LayerNorm(32).requires_grad_(False)), "model.norm is a LayerNorm of torch"),
+        (set_to("model.layers.1.mlp", "act_fn", nn.GELU()), "mlp.act_fn is a GELU, not SiLU"),
+        (set_to("model.layers.1.self_attn", "scaling", 0.1), "self_attn scales by 0.1"),
+        (set_to("model.layers.1.input_layernorm", "variance_epsilon", 0.1), "several epsilons: 1e-06, 0.1"),
+        (lambda model: setattr(model.config, "num_hidden_layers", 2), "3 blocks, of which its config lets 2 run"),
+    ],
+)
+def test_a_part_that_computes_something_else_is_refused(change, reason):
+    model = adapt(make("qwen3"))
+    decoder_of(model)
+    change(model)
+    with pytest.raises(Refused, match=reason):
+        decoder_of(model)
+
+
+def test_a_forward_patched_into_a_class_is_refused(monkeypatch):
+    model = adapt(make())
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda self, x: x)
+    with pytest.raises(Refused, match="the forward of LlamaMLP was replaced by one of test_fast"):
+        decoder_of(model)
+
+
 @pytest.mark.parametrize("reason", REASONS)
 def test_what_it_cannot_do_it_says(reason):
     model = REASONS[reason]()
