@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftlab.core.records import record_of
 from peftlab.errors import PeftLabError
 from peftlab.fast.eligible import Decoder, Refused, decoder_of
 from peftlab.fast.graph import Graphs
@@ -80,6 +81,7 @@ class FastPath:
         self.step: Step | None = None
         self.graphs: Graphs | None = None
         self.scale: Tensor | None = None
+        self.running: tuple[Any, ...] = ()
         self.how = ""
         self.plain_batches: list[str] = []
 
@@ -94,6 +96,7 @@ class FastPath:
         pinned = self.settings.checkpointing == "pinned" and self.device.type == "cuda"
         self.step = Step(self.decoder, dtype, marked, pinned)
         self.scale = torch.zeros((), dtype=wide(self.step.like).dtype, device=self.device)
+        self.running = self._running()
         self.how = self.step.told
         if self.device.type == "cuda":
             self.graphs = Graphs(self.step)
@@ -127,9 +130,27 @@ class FastPath:
         return self.step.flat.whole
 
     def begin(self) -> None:
-        """Set the gradients to zero, before the first part of a batch."""
+        """Set the gradients to zero, before the first part of a batch.
+
+        Raises:
+            PeftLabError: since the run began, a callback has frozen what trains, or switched the adapters.
+        """
         assert self.step is not None
+        if self._running() != self.running:
+            raise PeftLabError(
+                "Since this run began, its adapters were switched, merged or detached, or a part of what trains was "
+                "frozen or moved to another dtype; the fast path cannot follow. Undo it before the callback ends, or "
+                "pass fast=False."
+            )
         self.step.flat.begin()
+
+    def _running(self) -> tuple[Any, ...]:
+        """Return all that may not change while the run lasts."""
+        record = record_of(self.model)
+        if record is None or self.step is None:
+            return ()
+        mine, kinds = record.activity, {(p.requires_grad, p.dtype, p.device) for p in self.step.flat.parameters}
+        return mine.running, mine.rows, dict(mine.weights), kinds
 
     def read(self, batch: Mapping[str, Any]) -> Batch | None:
         """Return a batch as `gradients` takes it; None if the plain path has to compute it.

@@ -34,9 +34,15 @@ class Flat:
         self.whole = nn.Parameter(first.detach().new_empty(sum(p.numel() for p in self.parameters)))
         self.whole.grad = torch.zeros_like(self.whole)
         self.gradients = self.views(self.whole.grad)
-        for parameter, place in zip(self.parameters, self.views(self.whole.detach()), strict=True):
-            place.copy_(parameter.detach())
-            parameter.data = place
+        self.places = self.views(self.whole.detach())
+        self._gather()
+
+    def _gather(self) -> None:
+        """Let each parameter be its place in the tensor, with the values that it has now."""
+        for parameter, place in zip(self.parameters, self.places, strict=True):
+            if parameter.data_ptr() != place.data_ptr():
+                place.copy_(parameter.detach())
+                parameter.data = place
 
     def views(self, whole: Tensor) -> list[Tensor]:
         """Return the part of a tensor like `whole` that belongs to each parameter, in its shape."""
@@ -46,6 +52,7 @@ class Flat:
     def begin(self) -> None:
         """Set all gradients to zero, and let each parameter's `grad` be its part of them."""
         assert self.whole.grad is not None
+        self._gather()  # a callback may have put new values in a parameter's place, p.data = ...
         self.whole.grad.zero_()
         if self.parameters[0].grad is not self.gradients[0]:
             for parameter, gradient in zip(self.parameters, self.gradients, strict=True):

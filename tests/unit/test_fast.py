@@ -303,6 +303,31 @@ def test_the_model_is_its_own_again(fails):
     assert not any("peftlab" in name for name in model.state_dict())
 
 
+def test_a_callback_may_put_other_values_in_a_parameters_place():
+    def callback(model, row):
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data = p.data * 0.9
+
+    assert_equal_runs(trained(True, callback=callback), trained(False, callback=callback))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pl.merge,
+        pl.detach,
+        lambda model: pl.activate(model, {"default": 0.5}),
+        lambda model: next(p for p in model.parameters() if p.requires_grad).requires_grad_(False),
+        lambda model: model.to(torch.float32),
+    ],
+    ids=["merge", "detach", "activate", "freeze", "to"],
+)
+def test_what_a_callback_may_not_change(change):
+    with pytest.raises(pl.PeftLabError, match="the fast path cannot follow. Undo it before the callback ends"):
+        trained("auto", steps=3, callback=lambda model, row: change(model))
+
+
 def test_a_base_that_does_not_fit_twice_stays_as_it_is(monkeypatch):
     model = adapt(make())
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
