@@ -217,6 +217,8 @@ def _check_tensors(model: nn.Module, linears: list[nn.Linear]) -> None:
     devices = {tensor.device for tensor in tensors.values()}
     if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
         raise Refused(f"its weights are on {', '.join(sorted(map(str, devices)))}, not on one CPU or one CUDA GPU")
+    if any(tensor.device.type == "cpu" and tensor.is_shared() for tensor in tensors.values()):
+        raise Refused("its weights are in memory that processes share, and would leave it")
     kinds = {tensor.dtype for name, tensor in tensors.items() if "peftlab" not in name.split(".")}
     if len(kinds) > 1 or not kinds <= {torch.float32, torch.bfloat16, torch.float64}:
         raise Refused(f"its weights are {', '.join(sorted(map(str, kinds)))}, and one of float32, bfloat16 is computed")

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,11 @@ ALIGNED = 64  # rows of a buffer begin at multiples of so many elements, which p
 def room(rows: int, columns: int, like: Tensor) -> Tensor:
     """Return an uninitialised (rows, columns) buffer of aligned rows."""
     return like.new_empty(rows, -(-columns // ALIGNED) * ALIGNED)[:, :columns]
+
+
+def as_rows(linear: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Put a contiguous copy of a lent weight into a state dict: `save_pretrained` takes no other tensors."""
+    state[f"{prefix}weight"] = state[f"{prefix}weight"].contiguous()
 
 
 @dataclass
@@ -84,6 +90,7 @@ class Group:
         self.grad_a: Tensor | None = None
         self.shared: Shared | None = None
         self.whole: Tensor | None = None
+        self.saving: list[Any] = []  # the handles of `as_rows`
         self.a = self.b = like.new_zeros(0)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -111,11 +118,14 @@ class Group:
             mine.copy_(member.linear.weight)
             if self.lends:
                 member.linear.weight.data = mine
+                self.saving.append(member.linear.register_state_dict_post_hook(as_rows))
 
     @torch.no_grad()
     def give_back(self) -> None:
         """Give the model weights of their own again, bit for bit those that it lent."""
         self.shared = None
+        while self.saving:
+            self.saving.pop().remove()
         if self.whole is not None and self.lends and (self.r or len(self.members) > 1):
             for member in self.members:
                 member.linear.weight.data = member.linear.weight.detach().clone(memory_format=torch.contiguous_format)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import examples, llama, tokenizer
 from torch import nn
 from transformers import (
@@ -328,6 +329,21 @@ def test_what_a_callback_may_not_change(change):
         trained("auto", steps=3, callback=lambda model, row: change(model))
 
 
+@pytest.mark.filterwarnings("ignore:.*adapter")
+def test_a_callback_may_save_the_base(tmp_path):
+    model = adapt(make("qwen2"))
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items() if "peftlab" not in name}
+
+    def callback(model, row):
+        model.save_pretrained(tmp_path)
+        save_file(dict(model.model.state_dict()), tmp_path / "inner")
+
+    pl.train(model, examples(), tokenizer=tokenizer(), steps=1, fast=True, progress=False, callback=callback)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in base.items())
+    assert not any(module._state_dict_hooks for module in model.modules() if isinstance(module, nn.Linear))
+
+
 def test_a_base_that_does_not_fit_twice_stays_as_it_is(monkeypatch):
     model = adapt(make())
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -422,6 +438,7 @@ def wider(model):
 
 
 REASONS = {
+    "in memory that processes share": lambda: adapt(make()).share_memory(),
     "has dropout, 0.1": lambda: adapt(make(), dropout=0.1),
     "has lora_bias": lambda: adapt(make(), lora_bias=True),
     "which is none of the seven projections": lambda: adapt(make(), [*ALL, "lm_head"]),
