@@ -45,6 +45,8 @@ def find_path(model: nn.Module, core: nn.Module, settings: Settings, device: tor
     try:
         if settings.fast is False:
             raise Refused("fast=False")
+        if not torch.is_grad_enabled():
+            raise Refused("gradients are switched off, by torch.no_grad or inference_mode")
         if settings.compile:
             raise Refused(f"compile={settings.compile!r} asks for the plain path")
         if core is not model:

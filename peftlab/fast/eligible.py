@@ -97,6 +97,8 @@ def decoder_of(model: nn.Module) -> Decoder:
 
 def _check_untouched(model: nn.Module) -> None:
     """Refuse a model with code of others in it, which would not run."""
+    if any(getattr(nn.modules.module, f"_global{table}", None) for table in HOOKS):
+        raise Refused("a hook is registered for all modules")
     for path, module in model.named_modules():
         where = path or type(model).__name__
         forward = vars(module).get("forward")
