@@ -106,7 +106,8 @@ class Settings:
         one_of, known=("auto", True, False), option="fast",
         more="'auto' takes it where it can, and `History.path` says which path ran and why. True refuses a run that it "
         "cannot take (`peftlab.fast.eligible` has the list). The model's weights are views of common buffers while the "
-        "run lasts, and its own again after it.")
+        "run lasts, and its own again after it; a tensor taken from it before, such as one of `state_dict()`, keeps "
+        "the values of then.")
     chunked_loss: bool | str = setting(
         "auto", "compute a language model's loss in chunks of positions, without its whole logits",
         one_of, known=("auto", True, False), option="chunked-loss",

@@ -313,6 +313,17 @@ def test_a_callback_may_put_other_values_in_a_parameters_place():
     assert_equal_runs(trained(True, callback=callback), trained(False, callback=callback))
 
 
+def test_a_run_inside_a_run():
+    def callback(model, row):
+        if row["step"] == 2:
+            pl.train(model, examples(), tokenizer=tokenizer(), steps=1, progress=False, fast=fast)
+
+    runs = []
+    for fast in (True, False):
+        runs.append(trained(fast, steps=4, callback=callback))
+    assert_equal_runs(*runs)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -534,6 +545,21 @@ def test_a_part_that_computes_something_else_is_refused(change, reason):
     change(model)
     with pytest.raises(Refused, match=reason):
         decoder_of(model)
+
+
+def test_a_hook_for_all_modules_is_refused():
+    model = adapt(make())
+    handle = nn.modules.module.register_module_forward_hook(lambda module, given, made: None)
+    with pytest.raises(Refused, match="a hook is registered for all modules"):
+        decoder_of(model)
+    handle.remove()
+    decoder_of(model)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_it_leaves_the_error_to_the_plain_path(off):
+    with off(), pytest.raises(pl.TrainingError, match="does not depend on any parameter"):
+        trained("auto")
 
 
 def test_a_forward_patched_into_a_class_is_refused(monkeypatch):
