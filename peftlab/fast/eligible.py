@@ -115,31 +115,37 @@ def _check_untouched(model: nn.Module) -> None:
 
 def _check_parts(core: Any) -> None:
     """Refuse a model with a part of another class or with another number than its class gives it."""
-    layers, config, home = core.model.layers, core.config, type(core).__module__
-    if len(layers) > config.num_hidden_layers:
-        raise Refused(f"it has {len(layers)} blocks, of which its config lets {config.num_hidden_layers} run")
-    parts = {"model": core.model, "model.norm": core.model.norm, "model.rotary_emb": core.model.rotary_emb}
-    for index, block in enumerate(layers):
-        path, attention = f"model.layers.{index}", block.self_attn
-        parts |= {path: block, f"{path}.self_attn": attention, f"{path}.mlp": block.mlp}
-        for name in ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"):
-            owner = attention if name.startswith("self_attn") else block
-            norm = getattr(owner, name.rpartition(".")[2], None)
-            if norm is not None:
-                parts[f"{path}.{name}"] = norm
-        if not type(block.mlp.act_fn).__name__.startswith("SiLU"):
-            raise Refused(f"{path}.mlp.act_fn is a {type(block.mlp.act_fn).__name__}, not SiLU")
-        if attention.scaling != attention.head_dim**-0.5:
-            raise Refused(f"{path}.self_attn scales by {attention.scaling}, not by 1 / sqrt({attention.head_dim})")
-    for path, part in parts.items():
-        kind = type(part)
+    home, count, epsilons = type(core).__module__, core.config.num_hidden_layers, set()
+
+    def check(path: str, norm: bool = False) -> Any:
+        part = core.get_submodule(path)
+        kind: Any = type(part)
         if kind.__module__ != home:
             raise Refused(f"{path} is a {kind.__name__} of {kind.__module__}, not of {home}")
         if not kind.forward.__module__.startswith(("transformers.", "torch.")):
             raise Refused(f"the forward of {kind.__name__} was replaced by one of {kind.forward.__module__}")
-    found = {part.variance_epsilon for part in parts.values() if hasattr(part, "variance_epsilon")}
-    if len(found) > 1:
-        raise Refused(f"its norms have several epsilons: {', '.join(map(str, sorted(found)))}")
+        if norm:
+            epsilons.add(part.variance_epsilon)
+        return part
+
+    layers = check("model").layers
+    if len(layers) > count:
+        raise Refused(f"it has {len(layers)} blocks, of which its config lets {count} run")
+    check("model.norm", norm=True)
+    check("model.rotary_emb")
+    for index in range(len(layers)):
+        path = f"model.layers.{index}"
+        check(path)
+        attention, mlp = check(f"{path}.self_attn"), check(f"{path}.mlp")
+        norms = [f"self_attn.{name}" for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+        for name in ("input_layernorm", "post_attention_layernorm", *norms):
+            check(f"{path}.{name}", norm=True)
+        if not type(mlp.act_fn).__name__.startswith("SiLU"):
+            raise Refused(f"{path}.mlp.act_fn is a {type(mlp.act_fn).__name__}, not SiLU")
+        if attention.scaling != attention.head_dim**-0.5:
+            raise Refused(f"{path}.self_attn scales by {attention.scaling}, not by 1 / sqrt({attention.head_dim})")
+    if len(epsilons) > 1:
+        raise Refused(f"its norms have several epsilons: {', '.join(map(str, sorted(epsilons)))}")
 
 
 def _active_loras(model: nn.Module) -> dict[int, LoRALinear]:

@@ -533,6 +533,8 @@ def set_to(path, name, value):
         (of_my_own("model.layers.1.self_attn.k_norm"), "layers.1.self_attn.k_norm is a Own"),
         (of_my_own("model.layers.0.input_layernorm"), "layers.0.input_layernorm is a Own"),
         (set_to("model", "norm", nn.LayerNorm(32).requires_grad_(False)), "model.norm is a LayerNorm of torch"),
+        (set_to("model.layers", "1", nn.Identity()), "model.layers.1 is a Identity of torch"),
+        (set_to("model.layers.1", "mlp", nn.Identity()), "layers.1.mlp is a Identity of torch"),
         (set_to("model.layers.1.mlp", "act_fn", nn.GELU()), "mlp.act_fn is a GELU, not SiLU"),
         (set_to("model.layers.1.self_attn", "scaling", 0.1), "self_attn scales by 0.1"),
         (set_to("model.layers.1.input_layernorm", "variance_epsilon", 0.1), "several epsilons: 1e-06, 0.1"),
