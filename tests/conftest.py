@@ -10,6 +10,8 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # several workers: two threads each would only wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
+if not os.path.exists("/dev/nvidiactl"):  # without a GPU, Triton's kernels run in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 

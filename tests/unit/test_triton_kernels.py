@@ -3,7 +3,6 @@
 The interpreter runs where Triton is installed and no GPU is found. The compiled kernels are tested in tests/gpu.
 """
 
-import os
 import re
 from pathlib import Path
 
@@ -15,8 +14,6 @@ from peftlab.errors import PeftLabError
 from peftlab.quantization import backends, blockwise
 from peftlab.quantization.backends import BACKENDS, choose
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 CUDA = torch.device("cuda", 0)
 
 
