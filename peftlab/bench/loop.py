@@ -104,13 +104,7 @@ def train_steps(model: nn.Module, data: list[Row], settings: Settings) -> Iterat
         run.update()
         run.clear()
 
-    with (
-        borrowed_generators(),
-        mode(model, True),
-        memory_settings(model, run.checkpointing),
-        run.layers.on(),
-        run.fast_path(),
-    ):
+    with run.ready():
         yield step
         run.settle()
 

@@ -23,8 +23,7 @@ from typing import Any
 from torch import nn
 
 from peftlab.checks import checked
-from peftlab.core.checkpointing import memory_settings
-from peftlab.core.modes import device_of, mode
+from peftlab.core.modes import device_of
 from peftlab.progress import Bar
 from peftlab.settings import Settings, settings_from, takes
 from peftlab.training import state
@@ -32,7 +31,6 @@ from peftlab.training.chunked import ChunkedLoss
 from peftlab.training.precision import choose_precision
 from peftlab.training.ranks import Ranks
 from peftlab.training.run import History, Run, TrainingError
-from peftlab.training.schedule import borrowed_generators
 
 __all__ = ["History", "TrainingError", "train"]
 
@@ -67,14 +65,8 @@ def train(model: nn.Module, train_data: Sequence[Mapping[str, Any]], **given: An
     folder = None if folder is None else Path(folder)
     if folder is not None:
         state.resume_or_start(run, folder, settings.resume)
-    with (
-        borrowed_generators(),
-        mode(model, True),
-        memory_settings(model, run.checkpointing),
-        run.layers.on(),
-        run.fast_path(),
-        Bar(len(run.order), "Training", enabled=settings.progress and ranks.first, initial=run.step) as bar,
-    ):
+    shown = settings.progress and ranks.first
+    with run.ready(), Bar(len(run.order), "Training", enabled=shown, initial=run.step) as bar:
         run.clear()  # a gradient that an earlier backward pass left would count in the first step
         try:
             _loop(run, bar, folder)

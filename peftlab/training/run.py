@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftlab.core.checkpointing import memory_settings
 from peftlab.core.modes import mode
 from peftlab.core.records import check_hosts, unwrap
 from peftlab.core.sharding import refuse_sharded
@@ -32,7 +33,14 @@ from peftlab.training.optimizers import make_optimizer, skips_when_told, step_un
 from peftlab.training.precision import autocast, check_trainable_dtypes
 from peftlab.training.ranks import Ranks
 from peftlab.training.rows import EVALUATION, TRAINING, rows_of
-from peftlab.training.schedule import DataOrder, derived_seed, learning_rate_at, seed_everything, warmup_steps
+from peftlab.training.schedule import (
+    DataOrder,
+    borrowed_generators,
+    derived_seed,
+    learning_rate_at,
+    seed_everything,
+    warmup_steps,
+)
 
 
 class TrainingError(PeftLabError):
@@ -208,6 +216,18 @@ class Run:
             return None
         rows = rows_of(self.settings.evaluation_data, "evaluation_data", splits=EVALUATION, endless=False)
         return rows if self.settings.collate else self.collate.examples(rows, "evaluation_data")
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        """Make the model ready for steps inside the block, and put everything back afterwards."""
+        with (
+            borrowed_generators(),
+            mode(self.model, True),
+            memory_settings(self.model, self.checkpointing),
+            self.layers.on(),
+            self.fast_path(),
+        ):
+            yield
 
     @contextlib.contextmanager
     def fast_path(self) -> Iterator[None]:
