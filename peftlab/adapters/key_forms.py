@@ -32,7 +32,7 @@ WRAPPERS = {
 }
 # Parameters that peft keeps under the adapter's name inside a model, and without it in a file
 NAMED = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "ia3_l",
-         "trainable_tokens_delta")  # fmt: skip
+         "vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B", "trainable_tokens_delta")  # fmt: skip
 LINEAR = ("lora_A", "lora_B")
 # Modules in front of all others, by which the same layers are called with and without a head, or inside a pipeline
 OUTER = ("model", "base_model", "transformer", "bert", "roberta", "distilbert", "deberta", "electra", "encoder", "unet",
