@@ -2,9 +2,9 @@
 
     y = W x + c + b * (B (d * (A x))),    x: (..., in),  y: (..., out),  d: (r,),  b: (out,)
 
-A, (r, in), and B, (out, r), are drawn once and never train. There is one pair for all layers of an adapter, as wide as
-the widest of them, and each layer takes the part that fits it: the first columns of A and the first rows of B. b is zero
-at the start, so the model starts as it was.
+A, (r, in), and B, (out, r), are drawn once and never train. There is one pair for all layers of an adapter, as large as
+the largest of them needs. Each layer takes the part that fits it: the first columns of A and the first rows of B. b is
+zero at the start, so the model starts as it was.
 
 Paper: Kopiczko et al., *VeRA: Vector-based Random Matrix Adaptation*, 2023, arXiv:2310.11454, section 3.1.
 Book: chapter 7, "The LoRA family".
@@ -207,7 +207,5 @@ def check_linear(model: nn.Module, path: str, host: nn.Module) -> None:
     """Refuse a module that cannot carry VeRA."""
     check_carrier(model, path, host)
     if isinstance(host, (nn.Embedding, *CONVOLUTIONS)):
-        kind = type(host).__name__
-        raise PeftLabError(
-            f"{path} is {'an' if kind[0] == 'E' else 'a'} {kind}; VeRA adapts linear layers. Leave it out, or use LoRAConfig."
-        )
+        kind = "an embedding" if isinstance(host, nn.Embedding) else "a convolution"
+        raise PeftLabError(f"{path} is {kind}; VeRA adapts linear layers. Leave it out, or use LoRAConfig.")

@@ -7,8 +7,7 @@ import warnings
 import peft
 import pytest
 import torch
-from pairs import base, batch, give, gradients, live, our_state, peft_state, relative, same, three_steps
-from safetensors.torch import load_file, save_file
+from pairs import base, batch, give, gradients, our_state, peft_state, relative, same, three_steps
 from test_lora_folders import output, peft_open, peft_save, shapes
 
 import peftlab as pl
