@@ -82,8 +82,11 @@ class VeRALinear(Part):
         )
         self.vera_lambda_b = nn.Parameter(torch.ones(outside) if random else torch.zeros(outside))
         self.keys = {name: "{path}." + name for name in ("vera_lambda_d", "vera_lambda_b")}
+        pair = {f"shared.{name}": f"base_model.{name}" for name in ("vera_A", "vera_B")}
         if config.save_projection:
-            self.keys |= {f"shared.{name}": f"base_model.{name}" for name in ("vera_A", "vera_B")}
+            self.keys |= pair
+        else:
+            self.drawn_keys = pair
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return this layer's part of the pair: A, (r, in), and B, (out, r)."""

@@ -73,15 +73,13 @@ def test_the_formula_by_hand():
             part.vera_lambda_d.normal_(), part.vera_lambda_b.normal_()
             d, b = part.vera_lambda_d, part.vera_lambda_b
             low = d * (expected @ A[:, : layer.in_features].T)
-            expected = plain[len(low[0]) - 2](expected) if False else nn.functional.linear(
-                expected, layer.weight, layer.bias
-            ) + b * (low @ B[: layer.out_features].T)
+            expected = nn.functional.linear(expected, layer.weight, layer.bias) + b * (low @ B[: layer.out_features].T)
     torch.testing.assert_close(model(x), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("change", ["deepcopy", "float", "state dict", "pickle", "a block copied"])
 def test_one_copy_of_the_pair_whatever_happens_to_the_model(change):
-    model = adapted(dtype := None) if False else adapted()
+    model = adapted()
     before = output(model)
     if change == "deepcopy":
         other = copy.deepcopy(model)
@@ -118,21 +116,19 @@ def test_the_pair_does_not_train_and_is_not_counted():
 
 def test_each_adapter_has_a_pair_of_its_own():
     """Beside another one an adapter computes what it computes alone, also if it is smaller or has another key."""
-    alone = output(adapted(targets=["k_proj"]))
-    model = adapted(name="wide")
-    torch.manual_seed(0)
+    alone, model = adapted(targets=["k_proj"]), adapted(name="wide")
     adapted(model, name="narrow", targets=["k_proj"])
-    assert pair_of(model, "narrow").vera_A.shape[1] < pair_of(model, "wide").vera_A.shape[1]
-    with torch.no_grad():
-        for one, other in zip(placed(model, "narrow"), placed(adapted(targets=["k_proj"]), "default"), strict=True):
-            one.part.vera_lambda_d.copy_(other.part.vera_lambda_d)
     adapted(model, name="other", projection_prng_key=9)
-    pl.activate(model, "narrow")
-    assert output(model).shape == alone.shape
+    assert pair_of(model, "narrow").vera_A.shape[1] < pair_of(model, "wide").vera_A.shape[1]
     assert not torch.equal(pair_of(model, "other").vera_A, pair_of(model, "wide").vera_A)
+    with torch.no_grad():
+        for mine, theirs in zip(placed(model, "narrow"), placed(alone, "default"), strict=True):
+            mine.part.vera_lambda_d.copy_(theirs.part.vera_lambda_d)
+    pl.activate(model, "narrow")
+    assert torch.equal(output(model), output(alone))
 
 
-@pytest.mark.parametrize("key", [0, -1, -(2**63), 2**63 + 5, 2**64 - 1])
+@pytest.mark.parametrize("key", [-(2**63), 2**64 - 1])
 def test_any_key_of_64_bits_is_kept(key, tmp_path):
     model = adapted(projection_prng_key=key, save_projection=False)
     pl.save_adapter(model, tmp_path)
@@ -142,7 +138,7 @@ def test_any_key_of_64_bits_is_kept(key, tmp_path):
     assert pl.attached(loaded)["default"].projection_prng_key == key
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_pair_in_the_file_is_read_whatever_its_numbers_and_dtype(dtype, tmp_path):
     pl.save_adapter(adapted(), tmp_path)
 
@@ -156,10 +152,22 @@ def test_a_pair_in_the_file_is_read_whatever_its_numbers_and_dtype(dtype, tmp_pa
     assert torch.equal(output(pl.load_adapter(base(), tmp_path / "again")), output(model))
 
 
-def test_keys_in_the_form_of_a_state_dict(tmp_path):
+def repeated(tensors):
+    """As in peft's model.state_dict(), where each layer holds the pair, and keys hold the adapter's name."""
+    layers = {key.rpartition(".")[0] for key in tensors if key.endswith("vera_lambda_b")}
+    pair = {f"{layer}.{name}": tensors[f"base_model.{name}"] for layer in layers for name in ("vera_A", "vera_B")}
+    return {f"{key}.default": value for key, value in {**tensors, **pair}.items()}
+
+
+def headless(tensors):
+    return {key.replace("base_model.model.model.", "base_model.model."): value for key, value in tensors.items()}
+
+
+@pytest.mark.parametrize("form", [repeated, headless])
+def test_keys_in_another_form(form, tmp_path):
     model = adapted()
     pl.save_adapter(model, tmp_path)
-    edit(tmp_path, lambda tensors: {f"{key}.default": value for key, value in tensors.items()})
+    edit(tmp_path, lambda tensors: {key: value.clone() for key, value in form(tensors).items()})
     with pytest.warns(UserWarning, match="another form"):
         loaded = pl.load_adapter(base(), tmp_path)
     assert torch.equal(output(loaded), output(model))
@@ -178,10 +186,11 @@ def without(tensors):
     [
         (wider, {}, r"vera_A.*has shape \(6, 99\)"),
         (without, {}, r"lacks 1 .*'base_model.vera_B'"),
-        (None, {"projection_prng_key": 2**64}, "projection_prng_key"),
+        (None, {"projection_prng_key": 2**64}, "18446744073709551616, which is too large"),
+        (None, {"projection_prng_key": 0.5}, "projection_prng_key must be"),
         (None, {"projection_prng_key": None}, "projection_prng_key"),
         (None, {"r": 5}, r"shape \(6,\)|shape \(6, "),
-        (None, {"save_projection": False, "projection_prng_key": 3}, "vera_A.*projection_prng_key"),
+        (None, {"save_projection": False, "projection_prng_key": 3}, "vera_[AB].*save_projection"),
     ],
 )  # fmt: skip
 def test_a_folder_that_does_not_fit_is_refused_in_one_sentence(change, fields, message, tmp_path):
