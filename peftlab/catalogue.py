@@ -184,7 +184,8 @@ METHODS: dict[str, Method] = {
     "lora": LORA,
     "qlora": replace(LORA, four_bit=True),  # what LoRA trains, on a base in four bits
     "dora": Method(
-        options=(R, TARGETS, BIAS),
+        config="peftlab.methods.dora:DoRAConfig",
+        options=(R, ALPHA, DROPOUT, TARGETS, BIAS, INIT),
         tensors="peftlab.memory.counting.methods:dora",
         replay="peftlab.memory.replay.layers:dora",
         in_peft=True,

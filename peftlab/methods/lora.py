@@ -132,14 +132,17 @@ class LoRAEmbedding(Part):
 
     def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
         """Add the update. tokens: (...), output: (..., width)."""
+        return (output + self.update(host, first_input(args, kwargs))).to(output.dtype)
+
+    def update(self, host: nn.Module, tokens: Tensor) -> Tensor:
+        """Return what is added for each token, (..., width)."""
         assert isinstance(host, nn.Embedding)
         rows = F.embedding(
-            first_input(args, kwargs), self.lora_A.T, host.padding_idx, host.max_norm, host.norm_type,
-            host.scale_grad_by_freq, host.sparse,
+            tokens, self.lora_A.T, host.padding_idx, host.max_norm, host.norm_type, host.scale_grad_by_freq,
+            host.sparse,
         )  # fmt: skip
         # y = W[token] + s B A[:, token]. Gemma scales what it looks up, so the update is scaled too.
-        scaling = self.scaling * getattr(host, "embed_scale", 1.0)
-        return (output + F.linear(rows, self.lora_B) * scaling).to(output.dtype)
+        return F.linear(rows, self.lora_B) * (self.scaling * getattr(host, "embed_scale", 1.0))
 
     def delta(self) -> Tensor:
         """Return the update of the weight, (vocabulary, width), in the adapter's dtype and with gradients."""
@@ -255,10 +258,8 @@ class LoRAConfig(Targets):
                         f"{next(iter((*targets, *parameters)))}."
                     )
         for path, host in targets.items():
-            other: type[Part] = LoRAConv if isinstance(host, CONVOLUTIONS) else LoRALinear
-            kind: type[Part] = LoRAEmbedding if isinstance(host, nn.Embedding) else other
-            part = kind(host, by_pattern(config.rank_pattern, path, self.r), config.scaling(path), self)
-            yield Placement(path, "lora", part)
+            part = self.part_for(host, by_pattern(config.rank_pattern, path, self.r), config.scaling(path))
+            yield Placement(path, self.method, part)
         for path, (host_path, host, name) in parameters.items():
             r = by_pattern(config.rank_pattern, path, self.r)
             # Hugging Face peft wraps the parameters of one module around each other, the last one outermost.
@@ -272,6 +273,13 @@ class LoRAConfig(Targets):
         copies = list(trained_copies(model, self))
         yield from trained_biases(model, self.bias, targets, copied=[copy.path for copy in copies])
         yield from copies
+
+    def part_for(self, host: nn.Module, r: int, scaling: float) -> Part:
+        """Return the part that stands on a target. A variant of LoRA returns another one."""
+        if isinstance(host, nn.Embedding):
+            return LoRAEmbedding(host, r, scaling, self)
+        kind = LoRAConv if isinstance(host, CONVOLUTIONS) else LoRALinear
+        return kind(host, r, scaling, self)
 
     def for_model(self, model: nn.Module) -> Self:
         """Return the config with the names of this model, where they mean experts that are fused now.
