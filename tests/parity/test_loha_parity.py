@@ -16,7 +16,7 @@ CASES = {
     "llama patterns": ("llama", dict(target_modules=["q_proj", "down_proj"], rank_pattern={r"layers\.1\..*": 2},
                                      alpha_pattern={"down_proj": 7, r"layers\.2.*q_proj": 1.5})),
     "llama some layers, head in full": ("llama", dict(layers_to_transform=[0, 2], modules_to_save=["lm_head"])),
-    "llama the effective form": ("llama", dict(use_effective_conv2d=True, layers_to_transform=1)),
+    "llama the effective form": ("llama", dict(use_effective_conv2d=True, layers_to_transform=[1])),
     "gpt2 head": ("gpt2", dict(target_modules=["lm_head"])),
     "bert classifier": ("bert", dict(task_type="SEQ_CLS", target_modules=r".*(query|dense)")),
 }  # fmt: skip
