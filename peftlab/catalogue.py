@@ -202,6 +202,13 @@ METHODS: dict[str, Method] = {
         replay="peftlab.memory.replay.layers:vera",
         in_peft=True,
     ),
+    "loha": Method(
+        config="peftlab.methods.loha:LoHaConfig",
+        options=(R, replace(ALPHA, default=8.0), TARGETS),
+        tensors="peftlab.memory.counting.methods:loha",
+        replay="peftlab.memory.replay.layers:loha",
+        in_peft=True,
+    ),
     "ia3": Method(
         config="peftlab.methods.ia3:IA3Config",
         options=(replace(TARGETS, chosen="keys, values and the last of the MLP"), INIT),
