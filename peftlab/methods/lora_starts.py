@@ -7,7 +7,7 @@ A plain LoRA starts at nothing: B is zero. Here it starts from a part of the wei
 
     y = (W - s B0 A0) x + b + s B A x  =  W x + b + s (B A - B0 A0) x
 
-    W: (out, in),  A and A0: (r, in),  B and B0: (out, r);  U_r, V_r and Q_r are the first r columns, R_r the first r rows
+    W: (out, in),  A and A0: (r, in),  B and B0: (out, r);    U_r, V_r, Q_r: r columns,  R_r: r rows, the first ones
 
 At the start A = A0 and B = B0, so y is the base's, bit for bit. Hugging Face peft writes W - s B0 A0 over the base's
 weight. Then the base cannot be shared with another adapter, detaching does not give it back, in 16 bits it is rounded
@@ -83,8 +83,8 @@ class LoRAStarted(Part):
         inside, outside = shape_of(host)
         if r > min(inside, outside):
             raise PeftLabError(
-                f"r is {r}, and a weight of {outside} x {inside} has no more than {min(inside, outside)} directions for "
-                f"init={self.init!r} to start from. Choose a smaller r (rank_pattern gives it to this layer alone), or "
+                f"r is {r}, and a weight of {outside} x {inside} has no more than {min(inside, outside)} directions "
+                f"for init={self.init!r} to start from. Choose a smaller r (rank_pattern gives it to this layer alone), or "
                 "init='kaiming'."
             )
         self.scaling, self.dropout = scaling, config.dropout

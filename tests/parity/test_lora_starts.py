@@ -7,11 +7,10 @@ import peft
 import pytest
 import torch
 from pairs import base, batch, peft_model, peft_state, relative, same, three_steps
-from safetensors.torch import load_file
 from test_lora_folders import output, peft_open, peft_save
 
 import peftlab as pl
-from peftlab.adapters.key_table import placed
+from peftlab.adapters.key_table import entries, placed
 from peftlab.adapters.trainer_callback import restore_adapter
 from peftlab.core.records import unwrap
 
@@ -19,7 +18,8 @@ CASES = {
     "llama pissa": ("llama", "pissa", dict(target_modules="all-linear")),
     "llama olora": ("llama", "olora", dict(target_modules="all-linear")),
     "llama pissa rslora": ("llama", "pissa", dict(use_rslora=True)),
-    "llama olora patterns": ("llama", "olora", dict(rank_pattern={r"layers\.1.*q_proj": 2}, alpha_pattern={"v_proj": 4})),
+    "llama olora patterns": ("llama", "olora", dict(rank_pattern={r"layers\.1.*q_proj": 2},
+                                                    alpha_pattern={"v_proj": 4})),
     "llama pissa rslora and patterns": ("llama", "pissa", dict(use_rslora=True, rank_pattern={"q_proj": 2, "v_proj": 5},
                                                                alpha_pattern={"v_proj": 1.5})),
     "gpt2 pissa": ("gpt2", "pissa", dict(target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)),
@@ -50,17 +50,10 @@ def started(kind, init, dtype=torch.float64, **settings):
 
 def factors(model):
     """{key: our parameter}: A and B alone, where the file would hold them folded with their starts."""
-    found = {}
-    for path, _, part in placed(unwrap(model), "default"):
-        for own, keys in part.keys.items():
-            parameter = getattr(part, own.replace("folded", "lora")) if own.startswith("folded") else None
-            if parameter is None:
-                owner, _, last = own.rpartition(".")
-                parameter = getattr(part.get_submodule(owner), last)
-            for key in (keys,) if isinstance(keys, str) else keys:
-                if parameter is not None:
-                    found[key.format(path=f"base_model.model.{path}", root="base_model.model.", module=path)] = parameter
-    return found
+    return {
+        key: getattr(placement.part, own.replace("folded", "lora")) if own.startswith("folded") else parameter
+        for key, placement, own, parameter in entries(placed(unwrap(model), "default"))
+    }
 
 
 def live(theirs):

@@ -113,7 +113,9 @@ def test_dropout_is_for_the_trained_path_alone():
     dropped = torch.nn.functional.dropout(x, 0.5)
     torch.manual_seed(0)
     start = part.start_B @ part.start_A
-    expected = model[0].weight @ x.T + model[0].bias[:, None] + 2 * (part.lora_B @ part.lora_A @ dropped.T - start @ x.T)
+    expected = (
+        model[0].weight @ x.T + model[0].bias[:, None] + 2 * (part.lora_B @ part.lora_A @ dropped.T - start @ x.T)
+    )
     torch.testing.assert_close(model(x), expected.T)
 
 
