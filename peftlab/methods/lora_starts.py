@@ -84,7 +84,7 @@ class LoRAStarted(Part):
         if r > min(inside, outside):
             raise PeftLabError(
                 f"r is {r}, and a weight of {outside} x {inside} has no more than {min(inside, outside)} directions "
-                f"for init={self.init!r} to start from. Choose a smaller r (rank_pattern gives it to this layer alone), or "
+                f"for init={self.init!r}. Choose a smaller r (rank_pattern: for this layer alone), or "
                 "init='kaiming'."
             )
         self.scaling, self.dropout = scaling, config.dropout
