@@ -51,14 +51,14 @@ def adapter(method, shape, r, tokens):
 
 
 def replayed(shape, method, *, batch, sequence, bytes, checkpointing=False, autocast=False, fused=True, r=8, tokens=20,
-             contiguous_bias=True, targets=ALL):
+             contiguous_bias=True, targets=ALL, library="peft"):
     """Bytes above the parameters, at the most, of forward and of backward, in the second of two steps."""
     targets = targets if METHODS[method].takes("r") else None  # the others stand in places of their own
     trained = trained_by(method, shape, Options(r=r, targets=targets, virtual_tokens=tokens))
     run = Run(shape, method, trained, Recipe(
         batch=batch, sequence=sequence, weight_bytes=bytes, adapter_bytes=4, autocast=autocast,
         checkpointing=checkpointing, optimizer="sgd", four_bit=False, fused_attention=fused,
-        contiguous_bias=contiguous_bias,
+        contiguous_bias=contiguous_bias, library=library,
     ))  # fmt: skip
     start = run.memory.total
     run.step()
@@ -200,6 +200,19 @@ def test_the_peak_under_autocast(method, checkpointing, monkeypatch):
         checkpointing=checkpointing, autocast=True, monkeypatch=monkeypatch, **size,
     )  # fmt: skip
     assert max(found) == pytest.approx(max(expected), rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["vera"])
+def test_the_peak_of_our_own_layers_under_autocast(method, monkeypatch):
+    size = {"batch": 3, "sequence": 96}
+    found = replayed(
+        load_shape(CONFIGS["llama"]), method, bytes=2, autocast=True, targets=None, r=None, library="peftlab", **size
+    )
+    expected = memory_oracle.measure(
+        CONFIGS["llama"], "decoder", METHODS[method].config_class()(), dtype=torch.bfloat16, autocast=True,
+        monkeypatch=monkeypatch, **size,
+    )  # fmt: skip
+    assert max(found) == pytest.approx(max(expected), rel=0.01)
 
 
 @pytest.mark.parametrize(
