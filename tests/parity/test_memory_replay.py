@@ -206,6 +206,19 @@ def test_the_peak_under_autocast(method, checkpointing, monkeypatch):
     assert max(found) == pytest.approx(max(expected), rel=0.02)
 
 
+@pytest.mark.parametrize("method", ["vera"])
+def test_the_peak_of_our_own_layers_under_autocast(method, monkeypatch):
+    size = {"batch": 3, "sequence": 96}
+    found = replayed(
+        load_shape(CONFIGS["llama"]), method, bytes=2, autocast=True, targets=None, r=None, library="peftlab", **size
+    )
+    expected = memory_oracle.measure(
+        CONFIGS["llama"], "decoder", METHODS[method].config_class()(), dtype=torch.bfloat16, autocast=True,
+        monkeypatch=monkeypatch, **size,
+    )  # fmt: skip
+    assert max(found) == pytest.approx(max(expected), rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("name", "form"),
     [("adamw", {"foreach": False}), ("adamw-foreach", {"foreach": True}), ("adamw-fused", {"fused": True})],

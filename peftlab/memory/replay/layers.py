@@ -151,20 +151,26 @@ def adalora(net: Net, path: str, own: Own) -> None:
 
 
 def vera(net: Net, path: str, own: Own) -> None:
-    """Replay y + b * B(d * A x). A and B are frozen and shared, so only the scalings by d and b keep a tensor."""
+    """Replay y + b * B(d * A x). A and B are frozen and shared, so only the scalings by d and b keep a tensor.
+
+    Under autocast peft first makes a float32 copy of the input, and a result in the dtype of that; peftlab does neither.
+    """
+    ours = net.recipe.library == "peftlab"
 
     def call(x: Tensor) -> Tensor:
         before = x.bytes
         result = net.plain(path, x)
         bytes = result.bytes
-        x = ops.cast(x, own["vera_lambda_d"].bytes)
+        if not (net.autocast and ours):
+            x = ops.cast(x, own["vera_lambda_d"].bytes)
         outputs, r = own["vera_lambda_b"].shape[0], own["vera_lambda_d"].shape[0]
         inner = ops.mul(net.frozen_product(x, r), own["vera_lambda_d"])
         update = ops.mul(net.frozen_product(inner, outputs), own["vera_lambda_b"])
         del inner
         result = ops.add(result, update)
         del update
-        return ops.cast(ops.cast(result, bytes), before)  # the result has the dtype of the input
+        result = ops.cast(result, bytes)
+        return result if ours else ops.cast(result, before)
 
     net.layers[path] = call
 
