@@ -192,7 +192,8 @@ METHODS: dict[str, Method] = {
     "lora": LORA,
     "qlora": replace(LORA, four_bit=True),  # what LoRA trains, on a base in four bits
     "dora": Method(
-        options=(R, TARGETS, BIAS),
+        config="peftlab.methods.dora:DoRAConfig",
+        options=(R, ALPHA, DROPOUT, TARGETS, BIAS, INIT),
         tensors="peftlab.memory.counting.methods:dora",
         replay="peftlab.memory.replay.layers:dora",
         in_peft=True,
@@ -209,6 +210,13 @@ METHODS: dict[str, Method] = {
         learning_rate=4e-3,
         tensors="peftlab.memory.counting.methods:vera",
         replay="peftlab.memory.replay.layers:vera",
+        in_peft=True,
+    ),
+    "loha": Method(
+        config="peftlab.methods.loha:LoHaConfig",
+        options=(R, replace(ALPHA, default=8.0), TARGETS),
+        tensors="peftlab.memory.counting.methods:loha",
+        replay="peftlab.memory.replay.layers:loha",
         in_peft=True,
     ),
     "ia3": Method(

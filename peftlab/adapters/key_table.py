@@ -6,7 +6,7 @@ backwards, so the two cannot disagree.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +43,34 @@ def sampled(placements: Iterable[Placement]) -> tuple[list[str], list[str]]:
 
 def key_table(placements: Iterable[Placement]) -> dict[str, Tensor]:
     """Return the one table: {key in Hugging Face's file: our parameter, or the output of an encoder}."""
-    return _table((placement, placement.part.keys) for placement in placements)
+    return {key: parameter for key, _, _, parameter in entries(placements)}
 
 
 def drawn_table(placements: Iterable[Placement]) -> dict[str, Tensor]:
     """Return {key: tensor} for what the parts have drawn by themselves, so that their file leaves it out."""
-    return _table((placement, placement.part.drawn_keys) for placement in placements)
+    return {key: tensor for key, _, _, tensor in entries(placements, drawn=True)}
 
 
-def _table(named: Iterable[tuple[Placement, Mapping[str, str | tuple[str, ...]]]]) -> dict[str, Tensor]:
-    table: dict[str, Tensor] = {}
-    for (path, _, part), names in named:
-        for own, keys in names.items():
+def entries(placements: Iterable[Placement], drawn: bool = False) -> Iterator[tuple[str, Placement, str, Tensor]]:
+    """Yield (key, placement, own name, parameter) for all that an adapter file holds, or leaves out as drawn."""
+    for placement in placements:
+        path, _, part = placement
+        for own, keys in (part.drawn_keys if drawn else part.keys).items():
             owner, _, parameter_name = own.rpartition(".")
             parameter = getattr(part.get_submodule(owner), parameter_name)
             for key in (keys,) if isinstance(keys, str) else keys:
                 if parameter is not None:
-                    table[key.format(path=PREFIX + path, root=PREFIX, module=path)] = parameter
-    return table
+                    yield key.format(path=PREFIX + path, root=PREFIX, module=path), placement, own, parameter
+
+
+def as_saved(root: nn.Module, placements: Iterable[Placement], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a file's tensors in the form in which settled parts save them."""
+    given = {
+        key: placement.part.as_saved(root, placement.path, own, tensors[key])
+        for key, placement, own, _ in entries(placements)
+        if key in tensors
+    }
+    return {**tensors, **given}
 
 
 def encoder_table(placements: Iterable[Placement]) -> dict[str, nn.Parameter]:

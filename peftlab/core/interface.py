@@ -90,6 +90,28 @@ class Part(nn.Module):
         """
         raise NotImplementedError
 
+    def as_saved(self, root: nn.Module, path: str, own: str, tensor: Tensor) -> Tensor:
+        """Return a tensor of an adapter file in the form in which this part saves it; most parts have only one form.
+
+        This runs after `settle`, and may refuse the file.
+
+        Args:
+            root, path: the model, and where on it the part will stand.
+            own: the name in `keys` of what the tensor stands for.
+        """
+        return tensor
+
+    def values_from(self, own: str, tensor: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """Yield (a tensor of this part, its value) for a tensor of an adapter file.
+
+        A part overrides this where a name in `keys` is computed from several of its tensors.
+
+        Args:
+            own: as in `as_saved`.
+        """
+        owner, _, name = own.rpartition(".")
+        yield getattr(self.get_submodule(owner), name), tensor
+
     def make_prompt(self, host: nn.Module) -> Tensor:
         """Return this part's own prompt, (n, width); it does not depend on the input."""
         raise NotImplementedError

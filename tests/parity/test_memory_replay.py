@@ -44,6 +44,7 @@ def adapter(method, shape, r, tokens):
         "dora": lambda: peft.LoraConfig(use_dora=True, **low_rank),
         "vera": lambda: peft.VeraConfig(**low_rank),
         "adalora": lambda: peft.AdaLoraConfig(init_r=r, target_modules=ALL, task_type=task, total_step=10),
+        "loha": lambda: peft.LoHaConfig(**low_rank),
         "ia3": lambda: peft.IA3Config(task_type=task),
         "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=tokens, task_type=task),
         "p-tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=tokens, task_type=task),
@@ -88,6 +89,7 @@ CASES = [
     if (family, method) != ("bert", "adalora")  # 2.8% too high: AdaLoRA's orthogonality loss is not replayed
 ] + [
     ("t5", "prompt", 2, False), ("t5", "vera", 2, False), ("gemma", "prompt", 2, True), ("llama", "vera", 2, True),
+    ("llama", "loha", 2, False), ("bert", "loha", 4, False),
 ]  # fmt: skip
 
 
@@ -131,7 +133,9 @@ def test_the_peak_with_our_own_layers(method, bytes, checkpointing, monkeypatch)
     monkeypatch.setitem(METHODS, method, row)
     family = next(name for name in CONFIGS if has_place(method, load_shape(CONFIGS[name])))
     shape, size = load_shape(CONFIGS[family]), {"batch": 3, "sequence": 160}
-    found = replayed(shape, method, bytes=bytes, checkpointing=checkpointing, targets=None, r=None, **size)
+    found = replayed(
+        shape, method, bytes=bytes, checkpointing=checkpointing, targets=None, r=None, library="peftlab", **size
+    )
     expected = memory_oracle.measure(
         CONFIGS[family], shape.kind, row.config_class()(**row.fixed), checkpointing=checkpointing,
         dtype={2: torch.bfloat16, 4: torch.float32}[bytes], monkeypatch=monkeypatch, **size,
