@@ -116,7 +116,7 @@ def resolve(path: str) -> Any:
 R = Option(name="r", kind=int, default=8, metavar="N", help="rank of a low-rank update", counted=True)
 ALPHA = Option(name="alpha", kind=float, default=16.0, metavar="A", help="the update is scaled by alpha / r")
 TARGET_R = Option(
-    name="target_r", kind=int, metavar="N", help="mean rank at the end, of a method that prunes", chosen="two thirds of r"
+    name="target_r", kind=int, metavar="N", help="mean rank after pruning", chosen="two thirds of r"
 )
 TINIT = Option(name="tinit", kind=int, metavar="N", help="steps before ranks are pruned", chosen="a tenth of the run")
 TFINAL = Option(name="tfinal", kind=int, metavar="N", help="steps after ranks were pruned", chosen="half of the run")
@@ -199,7 +199,10 @@ METHODS: dict[str, Method] = {
     ),
     "adalora": Method(
         config="peftlab.methods.adalora:AdaLoRAConfig",
-        options=(replace(R, default=12, fills="init_r"), TARGET_R, replace(ALPHA, default=8.0), DROPOUT, TARGETS, BIAS, TINIT, TFINAL, DELTA_T),
+        options=(
+            replace(R, default=12, fills="init_r"), TARGET_R, replace(ALPHA, default=8.0), DROPOUT, TARGETS, BIAS,
+            TINIT, TFINAL, DELTA_T,
+        ),
         learning_rate=1e-3,
         tensors="peftlab.memory.counting.methods:adalora",
         replay="peftlab.memory.replay.layers:adalora",

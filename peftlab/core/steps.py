@@ -25,7 +25,7 @@ class Taking(NamedTuple):
 
 
 def taking_part(root: nn.Module) -> list[Taking]:
-    """Return the adapters that take part in training steps: of those that run and train, the ones with such a config."""
+    """Return the adapters that take part in training steps: those that run, train, and have such a config."""
     record = record_of(root)
     if record is None or not record.activity.running:
         return []
@@ -110,7 +110,7 @@ def add_gradients(adapters: Sequence[Taking], scale: float) -> float:
         for p, gradient in zip(mine, torch.autograd.grad(term * scale, mine, allow_unused=True), strict=True):
             if gradient is not None:
                 p.grad = gradient if p.grad is None else p.grad.add_(gradient)
-        value += float(term)
+        value += float(term.detach())
     return value
 
 

@@ -3,11 +3,12 @@
     y = W x + b + s P diag(e) Q x,    x: (..., in),  y: (..., out),  Q: (r, in),  P: (out, r),  e: (r, 1)
     s = alpha / (r + 1e-5)            r is the rank at the start, init_r: s stays when ranks go
 
-    L + w / n sum over the n matrices of |P^T P - I|, |Q Q^T - I|      P and Q are kept nearly orthonormal
+    L + w / (2 n) sum over n modules of |P^T P - I| + |Q Q^T - I|      keeps P and Q nearly orthonormal
 
-A triplet is one column of P, one number of e and one row of Q. After each step every parameter has an importance, two
-averages of its sensitivity |p dL/dp|; that of a triplet is the sum over its three. When ranks are allocated, e is set to
-zero for all but the most important triplets of the whole model. How many stay falls from n r to n target_r (`budget`).
+A triplet is one column of P, one number of e and one row of Q. After each step every parameter has an importance, the
+product of two averages: of its sensitivity |p dL/dp|, and of how much that varies. A triplet has the sum over its three.
+When ranks are allocated, e is set to zero for all but the most important triplets of the whole model. How many stay
+falls from n r to n target_r, n being the number of adapted modules (`budget`).
 
 Paper: Zhang et al., *AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning*, 2023, arXiv:2303.10512,
 sections 3.1 to 3.3. The mean of norms in place of a sum of their squares, and s, are Hugging Face peft's.
@@ -22,172 +23,17 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlab.checks import check_fields, check_kinds, checked, number, one_of, whole
-from peftlab.core.interface import Part, Placement
-from peftlab.core.records import own_tensor, placed, require_adapter, unwrap
+from peftlab.core.interface import Placement
+from peftlab.core.records import placed, require_adapter, unwrap
 from peftlab.core.sharding import is_piece
-from peftlab.core.targets import Targets, check_called, find, is_conv1d, shape_of
+from peftlab.core.targets import Targets, find, is_conv1d
 from peftlab.errors import PeftLabError, warn
-from peftlab.methods.parts import BIAS_MODES, cast, first_input, trained_biases, trained_copies, widened
+from peftlab.methods.adalora_parts import AdaLoRAConv, AdaLoRALinear, check_host
+from peftlab.methods.parts import BIAS_MODES, trained_biases, trained_copies
 from peftlab.methods.tokens import check_tokens, trained_rows
-
-MATRICES = ("lora_A", "lora_B", "lora_E")
-SMALL = 1e-5  # beside the rank, in the divisor of the scaling
-
-
-class AdaLoRALinear(Part):
-    """Add the update s P diag(e) Q x to what a linear layer returns.
-
-    The layer is an `nn.Linear`, a `Conv1D` or a quantised linear.
-
-    Attributes:
-        lora_A: Q, (r, in). lora_E: e, (r, 1). lora_B: P, (out, r).
-        ranknum: (1,), the rank at the start, by which the update is scaled. It does not train.
-        kept: (r,), which triplets the last allocation kept.
-        averages: {parameter: (its sensitivity, averaged; how far the sensitivity lies from that average, averaged)}.
-    """
-
-    keys = {"rows_A": "{path}.lora_A", "rows_E": "{path}.lora_E", "columns_B": "{path}.lora_B"}
-    frozen = ("ranknum",)
-
-    def __init__(self, host: nn.Module, r: int, config: AdaLoRAConfig) -> None:
-        super().__init__()
-        outside, inside = self.sizes(host)
-        self.alpha, self.dropout = config.alpha, config.dropout
-        # Conv1D stores its weight (in, out)
-        self.transposed = is_conv1d(host)
-        drawn = config.init == "random"
-        self.lora_A = nn.Parameter(torch.randn(r, inside) * (1 if drawn else 0.02))
-        self.lora_B = nn.Parameter(torch.randn(outside, r) * (1 if drawn else 0.02))
-        self.lora_E = nn.Parameter(torch.randn(r, 1) if drawn else torch.zeros(r, 1))
-        self.ranknum = nn.Parameter(torch.tensor([float(config.init_r)]), requires_grad=False)
-        self.kept = torch.ones(r, dtype=torch.bool)
-        self.averages: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def sizes(self, host: Any) -> tuple[int, int]:
-        """Return (out, in) of the update as a matrix."""
-        inside, outside = shape_of(host)
-        return outside, inside
-
-    def after(
-        self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor
-    ) -> Tensor:
-        """Add the update. x: (..., in), output: (..., out)."""
-        x = cast(first_input(args, kwargs), self.lora_A.dtype)
-        x = F.dropout(x, self.dropout, self.training)
-        # y = W x + b + s P (diag(e) Q x)
-        low = F.linear(x, self.lora_A * self.lora_E)  # (..., r)
-        update = F.linear(low, self.lora_B) * self.alpha / (self.ranknum + SMALL)
-        return (output + update).to(output.dtype)
-
-    def delta(self) -> Tensor:
-        """Return the update of the weight, (out, in), in the adapter's dtype and with gradients."""
-        # dW = s P diag(e) Q
-        return (self.lora_B @ (self.lora_A * self.lora_E)) * self.alpha / (self.ranknum + SMALL)
-
-    def merged(self, host: nn.Module) -> dict[str, Tensor]:
-        """Return the host's weight with the update folded in, not yet rounded to the host's dtype."""
-        # W' = W + s P diag(e) Q
-        delta = widened(self.lora_B) @ (widened(self.lora_A) * widened(self.lora_E))
-        delta = delta * self.alpha / (widened(self.ranknum) + SMALL)
-        weight = widened(own_tensor(host, "weight"))
-        return {"weight": weight + (delta.T if self.transposed else delta).reshape(weight.shape)}
-
-    # -- what the file holds: only the triplets that compute something ---------------------------------------------
-
-    @property
-    def held(self) -> Tensor:
-        """Which triplets count, (r,): those that were kept, and those that came back since (their e is not zero)."""
-        kept = self.kept.to(self.lora_E.device)
-        return kept if kept.all() else kept | (self.lora_E.detach().flatten() != 0)
-
-    @property
-    def rows_A(self) -> Tensor:
-        """Return Q without pruned rows; Q itself where nothing is pruned."""
-        return self.lora_A if self.held.all() else self.lora_A[self.held]
-
-    @property
-    def rows_E(self) -> Tensor:
-        """Return e without what is pruned."""
-        return self.lora_E if self.held.all() else self.lora_E[self.held]
-
-    @property
-    def columns_B(self) -> Tensor:
-        """Return P without pruned columns."""
-        return self.lora_B if self.held.all() else self.lora_B[:, self.held]
-
-    # -- what training asks for ------------------------------------------------------------------------------------
-
-    def gathered(self) -> dict[str, Tensor]:
-        """Return the masks and averages, which a killed run needs again."""
-        pairs = {f"{name}/{kind}": one for name, two in self.averages.items() for kind, one in zip("mu", two)}
-        return {"kept": self.kept, **pairs}
-
-    def take(self, gathered: Mapping[str, Tensor]) -> None:
-        """Take what `gathered` returned."""
-        self.kept = gathered["kept"].to(self.lora_E.device)
-        names = [name for name in MATRICES if f"{name}/m" in gathered]
-        self.averages = {
-            name: (gathered[f"{name}/m"].to(self.lora_E.device), gathered[f"{name}/u"].to(self.lora_E.device))
-            for name in names
-        }
-
-    def orthogonality(self) -> Tensor:
-        """Return |Q Q^T - I| + |P^T P - I|, a scalar with gradients."""
-        a, b = (p.float() if p.dtype in (torch.float16, torch.bfloat16) else p for p in (self.lora_A, self.lora_B))
-        eye = torch.eye(len(a), device=a.device, dtype=a.dtype)
-        return torch.linalg.matrix_norm(a @ a.T - eye) + torch.linalg.matrix_norm(b.T @ b - eye)
-
-    @torch.no_grad()
-    def remember(self, beta1: float, beta2: float) -> None:
-        """Bring the averages up to date with this step's gradients."""
-        for name in MATRICES:
-            p = self.get_parameter(name)
-            now = torch.zeros_like(p) if p.grad is None else (p * p.grad).abs()  # I = |p dL/dp|
-            mean, spread = self.averages.get(name, (torch.zeros_like(p), torch.zeros_like(p)))
-            mean, spread = mean.to(p.device), spread.to(p.device)
-            # m <- beta1 m + (1 - beta1) I;    u <- beta2 u + (1 - beta2) |I - m|
-            mean = beta1 * mean + (1 - beta1) * now
-            spread = beta2 * spread + (1 - beta2) * (now - mean).abs()
-            self.averages[name] = mean, spread
-
-    def importance(self) -> Tensor:
-        """Return the importance of each triplet, (r,): that of its e, and the means of its row and its column."""
-        a, b, e = (mean * spread for mean, spread in (self.averages[name] for name in MATRICES))  # S = m u
-        return e.flatten() + (a.mean(1) + b.mean(0))
-
-    @torch.no_grad()
-    def prune(self) -> None:
-        """Set e to zero where a triplet is not kept."""
-        self.lora_E.masked_fill_(~self.kept.to(self.lora_E.device)[:, None], 0.0)
-
-
-class AdaLoRAConv(AdaLoRALinear):
-    """Add the update to a 2D convolution: a weight of its shape, made of the matrix s P diag(e) Q."""
-
-    def sizes(self, host: nn.Conv2d) -> tuple[int, int]:
-        """Return (out, in k k)."""
-        return host.out_channels, host.in_channels * host.kernel_size[0] * host.kernel_size[1]
-
-    def after(self, host: Any, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
-        """Add the update. x: (batch, in, ...), output: (batch, out, ...)."""
-        x = cast(first_input(args, kwargs), self.lora_A.dtype)
-        x = F.dropout(x, self.dropout, self.training)
-        delta = self.delta().reshape(own_tensor(host, "weight").shape)
-        update = F.conv2d(x, delta, None, host.stride, host.padding, host.dilation, host.groups)
-        return (output + update).to(output.dtype)
-
-    def merged(self, host: Any) -> dict[str, Tensor]:
-        """Return the host's weight with the update folded in."""
-        if host.padding_mode != "zeros":
-            raise PeftLabError(
-                f"The update of a Conv2d with padding_mode={host.padding_mode!r} cannot be merged: it pads with zeros, "
-                "in Hugging Face peft as here. Keep the adapter attached."
-            )
-        return super().merged(host)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,8 +57,8 @@ class AdaLoRAConfig(Targets):
         deltaT: the steps from one allocation to the next.
         beta1: how much of the average of the sensitivity stays at a step, and `beta2` of that of its uncertainty.
         orth_reg_weight: the weight of the orthogonality in the loss.
-        rank_pattern: {path of a module: a list with True for each triplet that is left}, as in the folder of a pruned
-            adapter. These modules start with the ranks that are left.
+        rank_pattern: {path of a module: a list with True for each triplet that is left}, as in a pruned adapter's
+            folder. These modules start with the ranks that are left.
         init: `"normal"`: P and Q are normal with standard deviation 0.02 and e is zero. Or `"random"`, which changes the
             model's output before the first step and is for tests.
         trainable_tokens: ids of tokens whose rows of the word embeddings train in full, as in `LoRAConfig`.
@@ -464,29 +310,13 @@ def own_parts(placements: Iterable[Placement]) -> list[AdaLoRALinear]:
 
 def checked_mask(key: str, mask: Any, r: int) -> tuple[bool, ...]:
     """Require a list of `r` times True or False."""
-    wrong = isinstance(mask, str) or not isinstance(mask, Iterable)
-    entries = () if wrong else tuple(mask)
-    if wrong or len(entries) != r or not all(isinstance(one, bool) for one in entries):
+    entries = tuple(mask)
+    if len(entries) != r:
         raise PeftLabError(
             f"rank_pattern[{key!r}] must hold True or False for each of the {r} triplets (init_r); found "
-            f"{'no list' if wrong else f'{len(entries)} entries'}."
+            f"{len(entries)} entries."
         )
     return entries
-
-
-def check_host(model: nn.Module, path: str, host: nn.Module) -> None:
-    """Refuse a module that cannot carry AdaLoRA."""
-    check_called(model, path)
-    if not isinstance(host, (nn.Linear, nn.Conv2d)) and not is_conv1d(host):
-        raise PeftLabError(
-            f"{path} is a {type(host).__name__}; AdaLoRA stands on Linear, Conv1D and Conv2d layers, in Hugging Face "
-            "peft as here. Leave it out, or use LoRAConfig."
-        )
-    if isinstance(host, nn.Conv2d) and host.groups > 1:
-        raise PeftLabError(
-            f"{path} is a Conv2d of {host.groups} groups, whose weight the matrix of AdaLoRA's update does not fit, in "
-            "Hugging Face peft as here. Leave it out, or use LoRAConfig."
-        )
 
 
 @checked()
@@ -504,6 +334,4 @@ def adalora_ranks(model: nn.Module, name: str = "default") -> dict[str, int]:
     config = require_adapter(root, name).configs[name]
     if not isinstance(config, AdaLoRAConfig):
         raise PeftLabError(f"The adapter {name!r} is of the method {config.method}, which has no ranks that change.")
-    return {
-        path: int(part.kept.sum()) for path, _, part in placed(root, name) if isinstance(part, AdaLoRALinear)
-    }
+    return {path: int(part.kept.sum()) for path, _, part in placed(root, name) if isinstance(part, AdaLoRALinear)}

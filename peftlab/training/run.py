@@ -288,8 +288,8 @@ class Run:
             raise
         row = {"step": self.step + 1, "loss": math.nan, "lr": lr, "tokens": labels, "grad_norm": None}
         measured = Measured(torch.stack([*totals, norm.to(totals[0])]), row, parts, held)
-        # Under fp16 the scaler has to see the gradients before the step, and to change its scale after it. Adapters that
-        # work after a step have to know that it was made.
+        # Under fp16 the scaler has to see the gradients before the step, and to change its scale after it. Adapters
+        # that work after a step have to know that it was made.
         skips = skips_when_told(self.optimizer, self.device) and not self.adapters
         if not labels or self.scaler.is_enabled() or not skips:
             self._read(measured)

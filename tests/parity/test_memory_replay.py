@@ -51,14 +51,14 @@ def adapter(method, shape, r, tokens):
 
 
 def replayed(shape, method, *, batch, sequence, bytes, checkpointing=False, autocast=False, fused=True, r=8, tokens=20,
-             contiguous_bias=True, targets=ALL):
+             contiguous_bias=True, targets=ALL, library="peft"):
     """Bytes above the parameters, at the most, of forward and of backward, in the second of two steps."""
     targets = targets if METHODS[method].takes("r") else None  # the others stand in places of their own
     trained = trained_by(method, shape, Options(r=r, targets=targets, virtual_tokens=tokens))
     run = Run(shape, method, trained, Recipe(
         batch=batch, sequence=sequence, weight_bytes=bytes, adapter_bytes=4, autocast=autocast,
         checkpointing=checkpointing, optimizer="sgd", four_bit=False, fused_attention=fused,
-        contiguous_bias=contiguous_bias,
+        contiguous_bias=contiguous_bias, library=library,
     ))  # fmt: skip
     start = run.memory.total
     run.step()
@@ -131,7 +131,9 @@ def test_the_peak_with_our_own_layers(method, bytes, checkpointing, monkeypatch)
     monkeypatch.setitem(METHODS, method, row)
     family = next(name for name in CONFIGS if has_place(method, load_shape(CONFIGS[name])))
     shape, size = load_shape(CONFIGS[family]), {"batch": 3, "sequence": 160}
-    found = replayed(shape, method, bytes=bytes, checkpointing=checkpointing, targets=None, r=None, **size)
+    found = replayed(
+        shape, method, bytes=bytes, checkpointing=checkpointing, targets=None, r=None, library="peftlab", **size
+    )
     expected = memory_oracle.measure(
         CONFIGS[family], shape.kind, row.config_class()(**row.fixed), checkpointing=checkpointing,
         dtype={2: torch.bfloat16, 4: torch.float32}[bytes], monkeypatch=monkeypatch, **size,
