@@ -6,8 +6,8 @@
     L + w / (2 n) sum over n modules of |P^T P - I| + |Q Q^T - I|      keeps P and Q nearly orthonormal
 
 A triplet is one column of P, one number of e and one row of Q. After each step every parameter has an importance, the
-product of two averages: of its sensitivity |p dL/dp|, and of how much that varies. A triplet has the sum over its three.
-When ranks are allocated, e is set to zero for all but the most important triplets of the whole model. How many stay
+product of two averages: of its sensitivity |p dL/dp|, and of how much that varies. A triplet's is their sum. When
+ranks are allocated, e is set to zero for all but the most important triplets of the whole model. How many stay
 falls from n r to n target_r, n being the number of adapted modules (`budget`).
 
 Paper: Zhang et al., *AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning*, 2023, arXiv:2303.10512,
@@ -59,8 +59,8 @@ class AdaLoRAConfig(Targets):
         orth_reg_weight: the weight of the orthogonality in the loss.
         rank_pattern: {path of a module: a list with True for each triplet that is left}, as in a pruned adapter's
             folder. These modules start with the ranks that are left.
-        init: `"normal"`: P and Q are normal with standard deviation 0.02 and e is zero. Or `"random"`, which changes the
-            model's output before the first step and is for tests.
+        init: `"normal"`: P and Q are normal with standard deviation 0.02 and e is zero. Or `"random"`, which changes
+            the model's output before the first step and is for tests.
         trainable_tokens: ids of tokens whose rows of the word embeddings train in full, as in `LoRAConfig`.
 
     Raises:

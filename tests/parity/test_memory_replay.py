@@ -44,6 +44,7 @@ def adapter(method, shape, r, tokens):
         "dora": lambda: peft.LoraConfig(use_dora=True, **low_rank),
         "vera": lambda: peft.VeraConfig(**low_rank),
         "adalora": lambda: peft.AdaLoraConfig(init_r=r, target_modules=ALL, task_type=task, total_step=10),
+        "loha": lambda: peft.LoHaConfig(**low_rank),
         "ia3": lambda: peft.IA3Config(task_type=task),
         "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=tokens, task_type=task),
         "p-tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=tokens, task_type=task),
@@ -88,6 +89,7 @@ CASES = [
     if (family, method) != ("bert", "adalora")  # 2.8% too high: AdaLoRA's orthogonality loss is not replayed
 ] + [
     ("t5", "prompt", 2, False), ("t5", "vera", 2, False), ("gemma", "prompt", 2, True), ("llama", "vera", 2, True),
+    ("llama", "loha", 2, False), ("bert", "loha", 4, False),
 ]  # fmt: skip
 
 
@@ -202,6 +204,19 @@ def test_the_peak_under_autocast(method, checkpointing, monkeypatch):
         checkpointing=checkpointing, autocast=True, monkeypatch=monkeypatch, **size,
     )  # fmt: skip
     assert max(found) == pytest.approx(max(expected), rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["vera"])
+def test_the_peak_of_our_own_layers_under_autocast(method, monkeypatch):
+    size = {"batch": 3, "sequence": 96}
+    found = replayed(
+        load_shape(CONFIGS["llama"]), method, bytes=2, autocast=True, targets=None, r=None, library="peftlab", **size
+    )
+    expected = memory_oracle.measure(
+        CONFIGS["llama"], "decoder", METHODS[method].config_class()(), dtype=torch.bfloat16, autocast=True,
+        monkeypatch=monkeypatch, **size,
+    )  # fmt: skip
+    assert max(found) == pytest.approx(max(expected), rel=0.01)
 
 
 @pytest.mark.parametrize(
