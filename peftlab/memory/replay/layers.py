@@ -136,12 +136,23 @@ def adalora(net: Net, path: str, own: Own) -> None:
     """Replay y += x (A * E)^T B^T s / rank, where the sum is in place.
 
     In peft the rank numbers get a gradient once they have been moved to another device or dtype than CPU and float32.
+    In peftlab they never do, so the update need not be kept; and the sum is a new tensor.
     """
+    ours = net.recipe.library == "peftlab"
 
     def call(x: Tensor) -> Tensor:
         result = net.plain(path, x)
-        x = ops.cast(x, own["lora_A"].bytes)
+        bytes = result.bytes
+        if not (net.autocast and ours):
+            x = ops.cast(x, own["lora_A"].bytes)
         scaled = ops.mul_rows(own["lora_A"], own["lora_E"])
+        if ours:
+            update = ops.scale(net.product(net.product(x, scaled), own["lora_B"]))
+            del scaled
+            update = ops.scale(update)  # divided by the rank
+            result = ops.add(result, update)
+            del update
+            return ops.cast(result, bytes)
         rank = ops.shift(own["ranknum"])
         return ops.add_in_place(
             result, ops.divide_by_trained(ops.scale(net.product(net.product(x, scaled), own["lora_B"])), rank)
