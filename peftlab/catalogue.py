@@ -141,7 +141,11 @@ BIAS = Option(
     name="bias", default="none", choices=("none", "all", "lora_only"), help="biases to train as well", counted=True
 )
 INIT = Option(
-    name="init", metavar="I", help="where the adapter starts; for a prompt or prefix vocabulary, text or random"
+    name="init",
+    metavar="I",
+    help="where the adapter starts: for lora kaiming, gaussian, orthogonal, pissa, pissa_niter_4 or olora; for a "
+    "prompt or prefix vocabulary, text or random",
+    counted=True,
 )
 INIT_TEXT = Option(
     name="init_text", metavar="TEXT", help="the words that a prompt or prefix starts from, for --init text"
