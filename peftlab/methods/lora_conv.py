@@ -117,6 +117,11 @@ def start(lora_A: Tensor, lora_B: Tensor, init: str) -> None:
         nn.init.orthogonal_(lora_A)
     elif init == "gaussian":
         nn.init.normal_(lora_A, std=1 / r)
+    elif init not in ("kaiming", "random"):
+        raise PeftLabError(
+            f"init={init!r} starts a plain LoRA on linear layers, and this adapter stands on parameters, or is a "
+            "variant of LoRA. Use init='kaiming'."
+        )
     else:
         # U(-1/sqrt(in), 1/sqrt(in)): Kaiming's bound sqrt(6 / ((1 + a^2) in)) at a = sqrt(5)
         nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
