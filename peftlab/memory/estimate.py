@@ -107,6 +107,7 @@ def estimate(
     virtual_tokens: int = 20,
     reduction_factor: int = 16,
     projection: bool = False,
+    init: str | None = None,
     batch: int = 1,
     sequence: int = 512,
     precision: str = "bf16",
@@ -130,7 +131,8 @@ def estimate(
 
     Args:
         shape: a built-in name, the path of a `config.json` or of its folder, its dict, or a `Shape`.
-        method: a method's name, such as `"lora"`. The arguments `r` to `projection` are those of `count`.
+        method: a method's name, such as `"lora"`. The arguments `r` to `init` are those of `count`. peftlab's LoRA
+            keeps a start from the weight (`init="pissa"` or `"olora"`) beside A and B.
         batch: examples at once.
         sequence: tokens per example, padding included.
         precision: `"bf16"` (weights, gradients and optimiser states), `"fp32"`, or `"mixed"` (float32 weights and bf16
@@ -180,8 +182,9 @@ def estimate(
     if targets is not None and not isinstance(targets, str):
         targets = tuple(targets)
     options = Options(
-        r, targets, bias, virtual_tokens, reduction_factor, projection, target_parameters=names_of(target_parameters)
-    )
+        r, targets, bias, virtual_tokens, reduction_factor, projection, target_parameters=names_of(target_parameters),
+        init=init,
+    )  # fmt: skip
     refuse_idle(method, options)
     _refuse_what_cannot_run(shape, method, sequence, virtual_tokens)
     trained = trained_by(method, shape, options)
@@ -213,7 +216,7 @@ def estimate(
     parts = {**memory.at_peak, "workspace": memory.at_peak["workspace"] + CUBLAS_WORKSPACE}
     counted = count(shape, method, r=r, targets=targets, target_parameters=target_parameters, bias=bias,
                     virtual_tokens=virtual_tokens, reduction_factor=reduction_factor,
-                    projection=projection)  # fmt: skip
+                    projection=projection, init=init)  # fmt: skip
     return Estimate(
         shape.name, method, memory.peak + CUBLAS_WORKSPACE, **parts,
         moment=memory.peak_moment, flops=memory.flops - before, written=memory.written - written,
