@@ -32,6 +32,8 @@ _PLACES = {
     "adapters.exporting": "export_adapter",
     "training.encoding": "encode_completion encode_text encode_classification Collator",
     "training.chat": "encode_chat",
+    "core.steps": "added_loss after_step",
+    "methods.adalora": "adalora_ranks",
     "training": "train History TrainingError",
     "training.generation": "generate_text",
     "training.metrics": "accuracy macro_f1 exact_match token_f1 perplexity mean_loss predict_labels",

@@ -112,6 +112,7 @@ def estimate(
     decompose_factor: int = -1,
     oft_block_size: int = 32,
     projection: bool = False,
+    init: str | None = None,
     batch: int = 1,
     sequence: int = 512,
     precision: str = "bf16",
@@ -135,7 +136,8 @@ def estimate(
 
     Args:
         shape: a built-in name, the path of a `config.json` or of its folder, its dict, or a `Shape`.
-        method: a method's name, such as `"lora"`. The arguments `r` to `projection` are those of `count`.
+        method: a method's name, such as `"lora"`. The arguments `r` to `init` are those of `count`. peftlab's LoRA
+            keeps a start from the weight (`init="pissa"` or `"olora"`) beside A and B.
         batch: examples at once.
         sequence: tokens per example, padding included.
         precision: `"bf16"` (weights, gradients and optimiser states), `"fp32"`, or `"mixed"` (float32 weights and bf16
@@ -187,7 +189,7 @@ def estimate(
         targets = tuple(targets)
     options = Options(
         r, targets, bias, virtual_tokens, reduction_factor, projection, decompose_factor=decompose_factor,
-        oft_block_size=oft_block_size, target_parameters=names_of(target_parameters),
+        oft_block_size=oft_block_size, target_parameters=names_of(target_parameters), init=init,
     )  # fmt: skip
     refuse_idle(method, options)
     _refuse_what_cannot_run(shape, method, sequence, virtual_tokens)
@@ -220,8 +222,8 @@ def estimate(
     parts = {**memory.at_peak, "workspace": memory.at_peak["workspace"] + CUBLAS_WORKSPACE}
     counted = count(shape, method, r=r, targets=targets, target_parameters=target_parameters, bias=bias,
                     virtual_tokens=virtual_tokens, reduction_factor=reduction_factor,
-                    decompose_factor=decompose_factor, oft_block_size=oft_block_size,
-                    projection=projection)  # fmt: skip
+                    decompose_factor=decompose_factor, oft_block_size=oft_block_size, projection=projection,
+                    init=init)  # fmt: skip
     return Estimate(
         shape.name, method, memory.peak + CUBLAS_WORKSPACE, **parts,
         moment=memory.peak_moment, flops=memory.flops - before, written=memory.written - written,

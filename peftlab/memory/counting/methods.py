@@ -74,8 +74,18 @@ def full(shape: Shape, options: Options) -> Trained:
 
 
 def lora(shape: Shape, options: Options) -> Trained:
-    """List LoRA's (Hu et al. 2021, section 4.1): r (d_in + d_out) per module. QLoRA has the same on a 4-bit base."""
-    return _low_rank(shape, options, "lora", _pair)
+    """List LoRA's (Hu et al. 2021, section 4.1): r (d_in + d_out) per module. QLoRA has the same on a 4-bit base.
+
+    A start from the weight (PiSSA, OLoRA) is kept beside A and B, and saved with them; peft takes it out of the weight.
+    """
+    found = _low_rank(shape, options, "lora", _pair)
+    if not options.from_weight:
+        return found
+    other = next((module.path for module in found.adapted if module.kind not in ("linear", "conv1d")), None)
+    if other is not None:
+        raise PeftLabError(f"init={options.init!r} starts linear layers, and {other} of {shape.name} is none.")
+    starts = tuple(Added(a.path, a.name.replace("lora", "start"), a.size, buffer=True) for a in found.added)
+    return replace(found, added=(*found.added, *starts), saved=2 * sum(a.elements for a in found.added))
 
 
 def dora(shape: Shape, options: Options) -> Trained:

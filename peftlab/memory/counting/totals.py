@@ -64,6 +64,7 @@ def count(
     encoder: str = "mlp",
     encoder_hidden: int | None = None,
     encoder_layers: int = 2,
+    init: str | None = None,
     labels: int | None = None,
 ) -> Count:
     """Count the parameters that `method` trains on `shape`.
@@ -87,6 +88,7 @@ def count(
         encoder: the network that makes P-tuning's prompt, `"mlp"` or `"lstm"`.
         encoder_hidden: the inner width of that network, or of the prefix MLP. None takes the width of its output.
         encoder_layers: layers of the LSTM.
+        init: where the adapter starts; it changes no count.
         labels: classes of an encoder's head. None takes the configuration's number, or two.
 
     Raises:
@@ -103,6 +105,7 @@ def count(
     options = Options(
         r, targets, bias, virtual_tokens, reduction_factor, projection, encoder, encoder_hidden, encoder_layers,
         decompose_factor=decompose_factor, oft_block_size=oft_block_size, target_parameters=names_of(target_parameters),
+        init=init,
     )  # fmt: skip
     refuse_idle(name, options)
     trained = trained_by(name, shape, options)

@@ -9,22 +9,23 @@ casts its input, and at the end casts its output back.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from peftlab.errors import PeftLabError
 from peftlab.memory.counting.shapes import Shape
 from peftlab.memory.replay import ops, products, views
 from peftlab.memory.replay.nets import Net
-from peftlab.memory.replay.tape import Parameter, Tensor, checkpoint
+from peftlab.memory.replay.tape import Tensor, checkpoint
 
 Call = Callable[[Tensor], Tensor]
-Own = dict[str, Parameter]
+Own = dict[str, Any]  # parameters; and tensors that do not train
 
 
 def lora(net: Net, path: str, own: Own) -> None:
     """Replay y + B(A x) s: peft's `lora.Linear`, or its 4-bit layer, which clones y and casts the update.
 
     peftlab's layer does neither. And under autocast peft first makes a float32 copy of the input, which peftlab does
-    not.
+    not. A start from the weight is a second pair of products, (B(A x) - B0(A0 x)) s, which keep nothing.
     """
     if net.modules[path].kind == "embedding":
         _embedding_lora(net, path, own)
@@ -42,7 +43,12 @@ def lora(net: Net, path: str, own: Own) -> None:
             result = ops.copy(result)
         if not (net.autocast and (quantised or ours)):
             x = ops.cast(x, own["lora_A"].bytes)
-        update = ops.scale(net.product(net.product(x, own["lora_A"]), own["lora_B"]))
+        update = net.product(net.product(x, own["lora_A"]), own["lora_B"])
+        if "start_A" in own:
+            start = net.frozen_product(net.frozen_product(x, own["start_A"].shape[0]), own["start_B"].shape[0])
+            update = ops.subtract_in_place(update, start)
+            del start
+        update = ops.scale(update)
         if quantised and not net.autocast:
             update = ops.cast(update, bytes)
         result = ops.add(result, update)
@@ -136,12 +142,23 @@ def adalora(net: Net, path: str, own: Own) -> None:
     """Replay y += x (A * E)^T B^T s / rank, where the sum is in place.
 
     In peft the rank numbers get a gradient once they have been moved to another device or dtype than CPU and float32.
+    In peftlab they never do, so the update need not be kept; and the sum is a new tensor.
     """
+    ours = net.recipe.library == "peftlab"
 
     def call(x: Tensor) -> Tensor:
         result = net.plain(path, x)
-        x = ops.cast(x, own["lora_A"].bytes)
+        bytes = result.bytes
+        if not (net.autocast and ours):
+            x = ops.cast(x, own["lora_A"].bytes)
         scaled = ops.mul_rows(own["lora_A"], own["lora_E"])
+        if ours:
+            update = ops.scale(net.product(net.product(x, scaled), own["lora_B"]))
+            del scaled
+            update = ops.scale(update)  # divided by the rank
+            result = ops.add(result, update)
+            del update
+            return ops.cast(result, bytes)
         rank = ops.shift(own["ranknum"])
         return ops.add_in_place(
             result, ops.divide_by_trained(ops.scale(net.product(net.product(x, scaled), own["lora_B"])), rank)
@@ -151,20 +168,26 @@ def adalora(net: Net, path: str, own: Own) -> None:
 
 
 def vera(net: Net, path: str, own: Own) -> None:
-    """Replay y + b * B(d * A x). A and B are frozen and shared, so only the scalings by d and b keep a tensor."""
+    """Replay y + b * B(d * A x). A and B are frozen and shared, so only the scalings by d and b keep a tensor.
+
+    Under autocast peft makes a float32 copy of the input first, and its result has that dtype; peftlab does neither.
+    """
+    ours = net.recipe.library == "peftlab"
 
     def call(x: Tensor) -> Tensor:
         before = x.bytes
         result = net.plain(path, x)
         bytes = result.bytes
-        x = ops.cast(x, own["vera_lambda_d"].bytes)
+        if not (net.autocast and ours):
+            x = ops.cast(x, own["vera_lambda_d"].bytes)
         outputs, r = own["vera_lambda_b"].shape[0], own["vera_lambda_d"].shape[0]
         inner = ops.mul(net.frozen_product(x, r), own["vera_lambda_d"])
         update = ops.mul(net.frozen_product(inner, outputs), own["vera_lambda_b"])
         del inner
         result = ops.add(result, update)
         del update
-        return ops.cast(ops.cast(result, bytes), before)  # the result has the dtype of the input
+        result = ops.cast(result, bytes)
+        return result if ours else ops.cast(result, before)
 
     net.layers[path] = call
 
