@@ -46,6 +46,7 @@ def adapter(method, shape, r, tokens):
         "vera": lambda: peft.VeraConfig(**low_rank),
         "adalora": lambda: peft.AdaLoraConfig(init_r=r, target_modules=ALL, task_type=task, total_step=10),
         "loha": lambda: peft.LoHaConfig(**low_rank),
+        "lokr": lambda: peft.LoKrConfig(**low_rank),
         "ia3": lambda: peft.IA3Config(task_type=task),
         "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=tokens, task_type=task),
         "p-tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=tokens, task_type=task),
@@ -90,7 +91,7 @@ CASES = [
     if (family, method) != ("bert", "adalora")  # 2.8% too high: AdaLoRA's orthogonality loss is not replayed
 ] + [
     ("t5", "prompt", 2, False), ("t5", "vera", 2, False), ("gemma", "prompt", 2, True), ("llama", "vera", 2, True),
-    ("llama", "loha", 2, False), ("bert", "loha", 4, False),
+    ("llama", "loha", 2, False), ("bert", "loha", 4, False), ("llama", "lokr", 2, False),
 ]  # fmt: skip
 
 
