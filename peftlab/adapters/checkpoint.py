@@ -344,7 +344,7 @@ def read_folder(folder: Path, name: str) -> Saved:
 def check_fit(root: nn.Module, placements: Iterable[Placement], saved: Saved) -> None:
     """Require that a folder's base, keys and shapes are those of this model and these parts."""
     check_base(root, saved.folder, saved.metadata, base_name(root) or type(root).__name__)
-    check_keys(root, saved.folder, saved.fields, key_table(placements), saved.tensors)
+    check_keys(root, saved.folder, saved.fields, placements, saved.tensors)
     encoder = encoder_table(placements)
     if encoder and {key: tensor.shape for key, tensor in saved.encoder.items()} != {
         key: parameter.shape for key, parameter in encoder.items()

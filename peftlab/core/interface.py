@@ -28,6 +28,8 @@ class Part(nn.Module):
             `base_model.model.` alone. A parameter that several modules share has a tuple of keys.
         encoder_keys: {own parameter: its key in the file beside}. For parameters that Hugging Face's file leaves out
             because it holds only the tensor that they compute, such as the encoder of a prompt.
+        drawn_keys: {own tensor: its key}, as in `keys`, for tensors that a file of this adapter leaves out because the
+            part has the same numbers by itself, drawn from a seed. A file that holds one must hold these numbers.
         replaces_base_parameters: whether the part's parameters take the place of the base's own, as a trained copy of a
             bias does. They then count once among all parameters, not twice.
         compatibility_key: None for a part whose results can be mixed. A part that makes the input longer has a text
@@ -42,6 +44,7 @@ class Part(nn.Module):
 
     keys: Mapping[str, str | tuple[str, ...]] = {}
     encoder_keys: Mapping[str, str] = {}
+    drawn_keys: Mapping[str, str] = {}
     replaces_base_parameters: ClassVar[bool] = False
     compatibility_key: str | None = None
     on_forward: ClassVar[bool] = False
@@ -165,6 +168,14 @@ class Config(Protocol):
 
     def parts(self, model: nn.Module) -> Iterable[Placement]:
         """Yield what the method places on a model, and changes nothing yet."""
+        ...
+
+    def start_from(self, model: nn.Module, data: Any) -> tuple[Self, Mapping[str, Mapping[str, Tensor]]]:
+        """Return what the data make of this config, and {path: {parameter of the part there: its start}}.
+
+        Args:
+            data: what `attach` was given; None if nothing. Most methods start from no data, and refuse some.
+        """
         ...
 
     def as_stored(self) -> Self:

@@ -42,6 +42,7 @@ from peftlab.core.targets import (
 )
 from peftlab.errors import PeftLabError
 from peftlab.methods.lora_conv import LoRAConv, biased, start
+from peftlab.methods.lora_eva import checked_options, started
 from peftlab.methods.lora_parameter import LoRAParameter
 from peftlab.methods.lora_starts import CONVERT, FAST, LoRAStarted, folded, from_weight
 from peftlab.methods.parts import BIAS_MODES, cast, first_input, trained_biases, trained_copies, widened
@@ -133,14 +134,17 @@ class LoRAEmbedding(Part):
 
     def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
         """Add the update. tokens: (...), output: (..., width)."""
+        return (output + self.update(host, first_input(args, kwargs))).to(output.dtype)
+
+    def update(self, host: nn.Module, tokens: Tensor) -> Tensor:
+        """Return what is added for each token, (..., width)."""
         assert isinstance(host, nn.Embedding)
         rows = F.embedding(
-            first_input(args, kwargs), self.lora_A.T, host.padding_idx, host.max_norm, host.norm_type,
-            host.scale_grad_by_freq, host.sparse,
+            tokens, self.lora_A.T, host.padding_idx, host.max_norm, host.norm_type, host.scale_grad_by_freq,
+            host.sparse,
         )  # fmt: skip
         # y = W[token] + s B A[:, token]. Gemma scales what it looks up, so the update is scaled too.
-        scaling = self.scaling * getattr(host, "embed_scale", 1.0)
-        return (output + F.linear(rows, self.lora_B) * scaling).to(output.dtype)
+        return F.linear(rows, self.lora_B) * (self.scaling * getattr(host, "embed_scale", 1.0))
 
     def delta(self) -> Tensor:
         """Return the update of the weight, (vocabulary, width), in the adapter's dtype and with gradients."""
@@ -152,7 +156,7 @@ class LoRAEmbedding(Part):
         return {"weight": widened(own_tensor(host, "weight")) + delta}
 
 
-INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "random")
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva", "random")
 # Values of peft's `init_lora_weights` (in lower case) that leave the base's weights alone.
 BASE_KEPT = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 
@@ -172,8 +176,14 @@ class LoRAConfig(Targets):
             `"pissa"` starts A and B from the largest singular values and vectors of the weight, `"pissa_niter_4"` does
             so by a fast SVD with 4 iterations (or another number), and `"olora"` from its QR factors. The base stays as
             it is, and what A and B started from is subtracted beside it (`methods/lora_starts.py`); a folder holds a
-            plain LoRA of rank 2 r. On a 4-bit base they start from what its codes stand for. `"random"` draws B too, so
-            the model's output changes before the first step; it is for tests.
+            plain LoRA of rank 2 r. On a 4-bit base they start from what its codes stand for. `"eva"` starts A from the
+            directions in which a layer's inputs vary most, and moves ranks between layers (`methods/lora_eva.py`); it
+            needs `attach(..., data=batches)`. `"random"` draws B too, so the model's output changes before the first
+            step; it is for tests.
+        init_options: settings of the start. For `"eva"` these, with peft's defaults: `rho` (2.0; a layer gets at most
+            rho r directions, and with 1.0 no rank moves), `tau` (0.99), `use_label_mask` (True: tokens without a label
+            do not count), `label_mask_value` (-100), `whiten` (False) and `adjust_scaling_factors` (True: alpha grows
+            with a layer's rank).
         lora_bias: give B a bias of its own, zero at the start.
         fan_in_fan_out: detected automatically for Linear and Conv1D (the flag is ignored there). Set it only for custom
             layers that store their weight as (in, out).
@@ -202,6 +212,7 @@ class LoRAConfig(Targets):
     bias: str = "none"
     use_rslora: bool = False
     init: str = "kaiming"
+    init_options: Mapping[str, Any] = field(default_factory=dict)
     lora_bias: bool = False
     fan_in_fan_out: bool = False
     rank_pattern: Mapping[str, Any] = field(default_factory=dict)
@@ -225,7 +236,7 @@ class LoRAConfig(Targets):
             object.__setattr__(self, "target_modules", None)  # peft's way to say that no module is adapted
         super().__post_init__()
         check_tokens(self)
-        check_kinds(self, "rank_pattern", "alpha_pattern")
+        check_kinds(self, "rank_pattern", "alpha_pattern", "init_options")
         for key in (*self.rank_pattern, *self.alpha_pattern):
             check_regex(key)
         check_fields(self, whole, "r", least=1, usual="4 to 64")
@@ -235,6 +246,7 @@ class LoRAConfig(Targets):
         if not (isinstance(self.init, str) and FAST.fullmatch(self.init)):
             check_fields(self, one_of, "init", known=INITS)
         check_fields(self, one_of, "use_rslora", "lora_bias", "fan_in_fan_out", known=(True, False))
+        object.__setattr__(self, "init_options", checked_options(self.init, self.init_options))
         ranks = {key: whole(f"rank_pattern[{key!r}]", r, least=1) for key, r in self.rank_pattern.items()}
         alphas = {key: number(f"alpha_pattern[{key!r}]", a, above=0) for key, a in self.alpha_pattern.items()}
         object.__setattr__(self, "rank_pattern", ranks)
@@ -276,6 +288,17 @@ class LoRAConfig(Targets):
         copies = list(trained_copies(model, self))
         yield from trained_biases(model, self.bias, targets, copied=[copy.path for copy in copies])
         yield from copies
+
+    def start_from(self, model: nn.Module, data: Any) -> tuple[Self, Mapping[str, Mapping[str, Tensor]]]:
+        """Return the config with the ranks that EVA finds, and each A; for other starts this config and nothing."""
+        if self.init != "eva":
+            return super().start_from(model, data)
+        if data is None:
+            raise PeftLabError(
+                "init='eva' starts from the inputs of the layers: pl.attach(model, config, data=batches), with batches "
+                "as the model is called with."
+            )
+        return started(self.for_model(model), model, data)
 
     def part_for(self, host: nn.Module, r: int, scaling: float) -> Part:
         """Return the part that stands on a target. A variant of LoRA returns another one."""
