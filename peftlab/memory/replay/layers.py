@@ -142,12 +142,23 @@ def adalora(net: Net, path: str, own: Own) -> None:
     """Replay y += x (A * E)^T B^T s / rank, where the sum is in place.
 
     In peft the rank numbers get a gradient once they have been moved to another device or dtype than CPU and float32.
+    In peftlab they never do, so the update need not be kept; and the sum is a new tensor.
     """
+    ours = net.recipe.library == "peftlab"
 
     def call(x: Tensor) -> Tensor:
         result = net.plain(path, x)
-        x = ops.cast(x, own["lora_A"].bytes)
+        bytes = result.bytes
+        if not (net.autocast and ours):
+            x = ops.cast(x, own["lora_A"].bytes)
         scaled = ops.mul_rows(own["lora_A"], own["lora_E"])
+        if ours:
+            update = ops.scale(net.product(net.product(x, scaled), own["lora_B"]))
+            del scaled
+            update = ops.scale(update)  # divided by the rank
+            result = ops.add(result, update)
+            del update
+            return ops.cast(result, bytes)
         rank = ops.shift(own["ranknum"])
         return ops.add_in_place(
             result, ops.divide_by_trained(ops.scale(net.product(net.product(x, scaled), own["lora_B"])), rank)
@@ -184,14 +195,28 @@ def vera(net: Net, path: str, own: Own) -> None:
 def loha(net: Net, path: str, own: Own) -> None:
     """Replay y + dW x, where dW is the product, entry by entry, of two products of thin matrices."""
     factors = [own[f"hada_w{i}_{side}"] for i in (1, 2) for side in "ab"]
-    size = factors[0].shape[0], factors[1].shape[1]
 
     def delta() -> Tensor:
-        a1, b1, a2, b2 = map(net.half, factors) if net.autocast else factors
+        a1, b1, a2, b2 = factors
         if net.recipe.library != "peftlab":
-            return products.hadamard(a1, b1, a2, b2)
-        first, second = products.outer(a1, b1, size), products.outer(a2, b2, size)
-        return ops.scale(ops.mul(first, second))
+            return products.hadamard(*(map(net.half, factors) if net.autocast else factors))
+        return ops.scale(ops.mul(net.outer(a1, b1), net.outer(a2, b2)))
+
+    _whole_update(net, path, delta)
+
+
+def lokr(net: Net, path: str, own: Own) -> None:
+    """Replay y + dW x, where dW is the Kronecker product of a small matrix and another one, or its two thin factors."""
+    first = own["lokr_w1"]
+
+    def delta() -> Tensor:
+        if "lokr_w2" in own:
+            second: Tensor = own["lokr_w2"]
+        else:
+            a, b = own["lokr_w2_a"], own["lokr_w2_b"]
+            second = net.outer(a, b)
+        size = first.shape[0] * second.shape[0], first.shape[1] * second.shape[1]
+        return ops.scale(products.kronecker(first, second, size))
 
     _whole_update(net, path, delta)
 
