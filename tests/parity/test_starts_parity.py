@@ -13,6 +13,7 @@ import peftlab as pl
 from peftlab.adapters.key_table import entries, placed
 from peftlab.adapters.trainer_callback import restore_adapter
 from peftlab.core.records import unwrap
+from peftlab.methods.lora_conv import start
 
 CASES = {
     "llama pissa": ("llama", "pissa", dict(target_modules="all-linear")),
@@ -190,3 +191,14 @@ def test_a_start_that_cannot_be_found_again_is_refused(tmp_path):
     peft_save(theirs, tmp_path / "conv1d")
     with pytest.raises(pl.PeftLabError, match=f"Conv1D.*{convert}"):
         pl.load_adapter(base("gpt2", torch.float32), tmp_path / "conv1d")
+
+
+def test_orthogonal_draws_what_peft_draws():
+    theirs = peft_model(base("llama", torch.float32), r=4, target_modules=["q_proj"], init_lora_weights=True)
+    layer = theirs.base_model.model.model.layers[0].self_attn.q_proj
+    torch.manual_seed(3)
+    layer.orthogonal_init("default")
+    a, b = torch.empty(4, 20), torch.zeros(24, 4)
+    torch.manual_seed(3)
+    start(a, b, "orthogonal")
+    assert torch.equal(a, layer.lora_A["default"].weight) and torch.equal(b, layer.lora_B["default"].weight)
