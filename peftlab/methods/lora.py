@@ -44,7 +44,7 @@ from peftlab.errors import PeftLabError
 from peftlab.methods.lora_conv import LoRAConv, biased, start
 from peftlab.methods.lora_eva import checked_options, started
 from peftlab.methods.lora_parameter import LoRAParameter
-from peftlab.methods.lora_starts import CONVERT, FAST, LoRAStarted, folded, from_weight
+from peftlab.methods.lora_starts import CONVERT, FAST, STARTED, LoRAStarted, folded, from_weight
 from peftlab.methods.parts import BIAS_MODES, cast, first_input, trained_biases, trained_copies, widened
 from peftlab.methods.tokens import check_tokens, trained_rows
 
@@ -421,7 +421,7 @@ class LoRAConfig(Targets):
                 base the adapter would compute something else.
         """
         init = fields.get("init_lora_weights", True)
-        again = {"pissa": "pissa", "olora": "olora"}.get(str(init).lower())
+        again = fields.get(STARTED) or {"pissa": "pissa", "olora": "olora"}.get(str(init).lower())
         if again is None and str(init).lower() not in BASE_KEPT:
             raise PeftLabError(
                 f"The adapter was trained with init_lora_weights={init!r}, which may change the base's weights at the "

@@ -127,6 +127,18 @@ def test_a_folder_without_its_start_trains_on(tmp_path):
     three_steps(loaded, theirs, batch("llama"), lambda: (factors(loaded), live(theirs)))
 
 
+@pytest.mark.parametrize("case", ["llama pissa", "llama pissa rslora and patterns", "bert olora"])
+def test_our_folder_trains_on_beside_its_start(case, tmp_path):
+    kind, init, settings = CASES[case]
+    ours, theirs = started(kind, init, **settings)
+    scramble(ours, theirs)
+    pl.save_adapter(ours, tmp_path)
+    loaded = pl.load_adapter(published(kind), tmp_path, trainable=True)
+    assert pl.attached(loaded)["default"].r == 4 and pl.attached(loaded)["default"].init == init
+    same(factors(loaded), factors(ours), 1e-15)
+    three_steps(loaded, theirs, batch(kind), lambda: (factors(loaded), live(theirs)))
+
+
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_3", "olora"])
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"alpha_pattern": {"v_proj": 3}}])
 def test_what_peft_converts_loads(init, settings, tmp_path):
