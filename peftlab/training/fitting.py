@@ -110,10 +110,13 @@ def _method(model: nn.Module) -> tuple[str, dict[str, Any]]:
     if len(record.configs) > 1:
         raise PeftLabError("several adapters are attached")
     (config,) = record.configs.values()
-    for name, row in METHODS.items():
-        if _is_of(config, row) and row.four_bit == four_bit:
+    rows = {name: row for name, row in METHODS.items() if _is_of(config, row)}
+    for name, row in rows.items():
+        if row.four_bit == four_bit:
             return name, _options(config, row)
-    raise PeftLabError(f"what a {type(config).__name__} keeps is not known{' in four bits' if four_bit else ''}")
+    for name, row in rows.items():  # a method without a row of its own for four bits
+        return name, {**_options(config, row), "four_bit": four_bit}
+    raise PeftLabError(f"what a {type(config).__name__} keeps is not known")
 
 
 def _is_of(config: Any, row: Method) -> bool:
