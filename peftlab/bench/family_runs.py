@@ -1,8 +1,9 @@
 """Two sections of `peftlab bench memory`: many families of models, and the members of LoRA's family.
 
-The section `families` runs many decoders, with fewer layers than they have. Widths, heads, vocabularies and experts are those of the published configurations. The number of layers is reduced, so
-that each run is built in seconds and fits. `config_of` gives the configuration of a run; readers of the results file
-call it too. The section `methods` runs two whole Llamas under each method of LoRA's family, with peftlab's own layers.
+The section `families` runs many decoders, with fewer layers than they have, so that each run is built in seconds and
+fits. Widths, heads, vocabularies and experts are those of the published configurations. `config_of` gives the
+configuration of a run; readers of the results file call it too. The section `methods` runs two whole Llamas under each
+method of LoRA's family, with peftlab's own layers.
 """
 
 from __future__ import annotations

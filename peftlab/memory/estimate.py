@@ -177,7 +177,6 @@ def estimate(
     llama-2-7b, lora: peak 13.98 GB in backward (weights 13.48, ...)
     """
     shape, method = load_shape(shape, labels), method_name(method)
-    row = METHODS[method]
     four_bit = on_four_bits(method, four_bit)
     batch, sequence = whole("batch", batch, least=1, most=MOST), whole("sequence", sequence, least=1, most=MOST)
     gpus = whole("gpus", gpus, least=1, ceiling=MOST)

@@ -208,8 +208,8 @@ def test_the_peak_under_autocast(method, checkpointing, monkeypatch):
     assert max(found) == pytest.approx(max(expected), rel=0.02)
 
 
-# With checkpointing, this small model's peak lies within a block. There the replay is 15% too low for adalora, and 5% too
-# high for loha and lokr. On the models of results/memory_methods.json this is little.
+# With checkpointing, this small model's peak lies within a block. There the replay is 15% too low for adalora, and 5%
+# too high for loha and lokr.
 @pytest.mark.parametrize(
     ("method", "checkpointing"),
     [("lora", True), ("dora", True), ("vera", True)]

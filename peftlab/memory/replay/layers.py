@@ -105,7 +105,7 @@ def dora(net: Net, path: str, own: Own) -> None:
         return
     if path in net.quantised:
         raise PeftLabError(
-            "peft's DoRA on a base in four bits is not replayed. peftlab's is: add library='peftlab' (--library peftlab)."
+            "peft's DoRA on a base in four bits is not replayed. peftlab's is: library='peftlab' (--library peftlab)."
         )
     weight = net.weights[path]
     outputs, inputs = own["lora_B"].shape[0], own["lora_A"].shape[1]
