@@ -24,6 +24,7 @@ _PLACES = {
     "adapters.new_tokens": "add_tokens",
     "methods": "METHODS",
     "adapters.merging": "merge unmerge MergeReport",
+    "adapters.intruders": "find_intruders reduce_intruders IntruderReport",
     "quantization.blockwise": "quantize quantize_nf4 Quantized",
     "quantization.model": "quantize_model dequantize_model",
     "quantization.storing": "save_quantized load_quantized",
