@@ -210,8 +210,13 @@ def test_the_peak_under_autocast(method, checkpointing, monkeypatch):
     assert max(found) == pytest.approx(max(expected), rel=0.02)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["vera"])
+# With checkpointing, this small model's peak lies within a block. There the replay is 15% too low for adalora, and 5%
+# too high for loha and lokr.
+@pytest.mark.parametrize(
+    ("method", "checkpointing"),
+    [("lora", True), ("dora", True), ("vera", True)]
+    + [(method, False) for method in ("lora", "dora", "adalora", "vera", "loha", "lokr")],
+)
 def test_the_peak_of_our_own_layers_under_autocast(method, checkpointing, monkeypatch):
     """Where they keep less than peft's: no copies of inputs in float32."""
     told = {"batch": 3, "sequence": 96, "checkpointing": checkpointing, "autocast": True}
