@@ -161,6 +161,14 @@ LAST_LAYERS = Option(
     name="last_layers", kind=int, default=0, metavar="N", help="of selective: how many last blocks train"
 )
 
+D_INITIAL = Option(name="d_initial", kind=float, default=0.1, metavar="D", help="where the vector d of vera starts")
+PROJECTION_PRNG_KEY = Option(
+    name="projection_prng_key", kind=int, default=0, metavar="KEY", help="the seed of vera's random matrices"
+)
+SAVE_PROJECTION = Option(
+    name="save_projection", kind=bool, default=True, help="the adapter's file holds vera's random matrices"
+)
+
 LORA = Method(
     config="peftlab.methods.lora:LoRAConfig",
     options=(R, ALPHA, DROPOUT, TARGETS, TARGET_PARAMETERS, BIAS, INIT),
@@ -184,7 +192,8 @@ METHODS: dict[str, Method] = {
     "lora": LORA,
     "qlora": replace(LORA, four_bit=True),  # what LoRA trains, on a base in four bits
     "dora": Method(
-        options=(R, TARGETS, BIAS),
+        config="peftlab.methods.dora:DoRAConfig",
+        options=(R, ALPHA, DROPOUT, TARGETS, BIAS, INIT),
         tensors="peftlab.memory.counting.methods:dora",
         replay="peftlab.memory.replay.layers:dora",
         in_peft=True,
@@ -196,9 +205,18 @@ METHODS: dict[str, Method] = {
         in_peft=True,
     ),
     "vera": Method(
-        options=(replace(R, default=256), TARGETS, BIAS),
+        config="peftlab.methods.vera:VeRAConfig",
+        options=(replace(R, default=256), DROPOUT, TARGETS, BIAS, D_INITIAL, PROJECTION_PRNG_KEY, SAVE_PROJECTION),
+        learning_rate=4e-3,
         tensors="peftlab.memory.counting.methods:vera",
         replay="peftlab.memory.replay.layers:vera",
+        in_peft=True,
+    ),
+    "loha": Method(
+        config="peftlab.methods.loha:LoHaConfig",
+        options=(R, replace(ALPHA, default=8.0), TARGETS),
+        tensors="peftlab.memory.counting.methods:loha",
+        replay="peftlab.memory.replay.layers:loha",
         in_peft=True,
     ),
     "ia3": Method(

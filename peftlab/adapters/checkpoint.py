@@ -29,10 +29,12 @@ from peftlab.adapters.integrity import base_sample, check_base
 from peftlab.adapters.judging import Allowance, check_sizes, warn_of_unknown
 from peftlab.adapters.key_forms import check_foreign, read_as
 from peftlab.adapters.key_table import (
+    as_saved,
     base_name,
     check_keys,
     embedding_copies,
     encoder_table,
+    entries,
     key_table,
     placed,
     sampled,
@@ -286,8 +288,9 @@ def load_adapter(
         with lengthened(root, saved.folder, tokens, saved.tensors, recorded):
             placements, unseen = prepare(root, name, config, adapter_dtype, allowance)
             saved = saved._replace(tensors=read_as(key_table(placements), saved.tensors, saved.folder))
-            check_fit(root, placements, saved)
             settle(root, placements)
+            saved = saved._replace(tensors=as_saved(root, placements, saved.tensors))
+            check_fit(root, placements, saved)
             fill(placements, saved)
     add(root, name, config, placements, unseen, trainable=trainable)
     return model
@@ -341,7 +344,7 @@ def read_folder(folder: Path, name: str) -> Saved:
 def check_fit(root: nn.Module, placements: Iterable[Placement], saved: Saved) -> None:
     """Require that a folder's base, keys and shapes are those of this model and these parts."""
     check_base(root, saved.folder, saved.metadata, base_name(root) or type(root).__name__)
-    check_keys(root, saved.folder, saved.fields, key_table(placements), saved.tensors)
+    check_keys(root, saved.folder, saved.fields, placements, saved.tensors)
     encoder = encoder_table(placements)
     if encoder and {key: tensor.shape for key, tensor in saved.encoder.items()} != {
         key: parameter.shape for key, parameter in encoder.items()
@@ -357,8 +360,9 @@ def check_fit(root: nn.Module, placements: Iterable[Placement], saved: Saved) ->
 def fill(placements: Iterable[Placement], saved: Saved) -> None:
     """Copy saved tensors into an adapter's parts, in place of the values that the parts started with."""
     # An encoder's output is not copied; its weights (next loop) reproduce it.
-    for key, parameter in key_table(p for p in placements if not p.part.encoder_keys).items():
-        parameter.copy_(piece_of(saved.tensors[key], parameter))
+    for key, placement, own, _ in entries(p for p in placements if not p.part.encoder_keys):
+        for tensor, value in placement.part.values_from(own, saved.tensors[key]):
+            tensor.copy_(piece_of(value, tensor))
     for key, parameter in encoder_table(placements).items():
         parameter.copy_(piece_of(saved.encoder[key], parameter))
 

@@ -48,15 +48,16 @@ def to_fields(root: nn.Module, config: Config, placements: list[Placement]) -> d
         fields["target_modules"] = sorted(adapted)
     elif not modules:
         fields["target_modules"] = []  # it adapts parameters alone; None would mean the default modules in peft
-    # Hugging Face's IA3 has no fields for layers, and warns about each one in a file.
-    unset = [name for name in ("layers_to_transform", "layers_pattern") if fields.get(name) is None]
+    fields |= config.to_peft(root, hosts_by_path)
+    # Some of Hugging Face's configs lack these fields (IA3's those for layers, VeRA's the exclusion), and it warns of
+    # each one in a file.
+    unset = [name for name in ("layers_to_transform", "layers_pattern", "exclude_modules") if fields.get(name) is None]
     fields = {name: value for name, value in fields.items() if name not in unset}
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
     return fields | {
         "peft_type": config.peft_type,
         "base_model_name_or_path": base_name(root),
         "inference_mode": True,
-        **config.to_peft(root, hosts_by_path),
     }
 
 

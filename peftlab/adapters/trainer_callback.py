@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from peftlab.adapters.checkpoint import check_config, check_fit, fill, read_folder, save_adapter
 from peftlab.adapters.injection import attached
 from peftlab.adapters.key_forms import read_as
-from peftlab.adapters.key_table import key_table, placed
+from peftlab.adapters.key_table import as_saved, key_table, placed
 from peftlab.checks import checked
 from peftlab.core.records import record_of, require_adapter, unwrap
 from peftlab.core.sharding import in_one_piece, is_sharded
@@ -101,5 +101,6 @@ def restore_adapter(model: nn.Module, folder: Path, name: str) -> None:
     saved, placements = read_folder(folder, name), placed(root, name)
     saved = saved._replace(tensors=read_as(key_table(placements), saved.tensors, saved.folder))
     check_config(root, name, placements, saved)
+    saved = saved._replace(tensors=as_saved(root, placements, saved.tensors))
     check_fit(root, in_one_piece(placements), saved)
     fill(placements, saved)

@@ -18,7 +18,7 @@ HOW = {
         ("compiled layers", "chunked loss", "flat AdamW", "triton", "cuda graph", "train compiled"),
         ("compiled", "bf16", "peftlab"),
     ),
-    **dict.fromkeys(("fast, no graph", "fast", "fast, pinned"), ("by hand", "bf16", "peftlab")),
+    **dict.fromkeys(("fast, no graph", "fast", "fast, pinned", "fast, 8-bit"), ("by hand", "bf16", "peftlab")),
 }
 
 
@@ -65,6 +65,8 @@ def beside_peft(results: Results) -> list[Row]:
     found = []
     for section in dict.fromkeys(results.column("section")):
         rows = {row["rung"]: row for row in results.where(section=section)}
+        if "peft" not in rows:
+            continue  # the comparison of loops
         theirs, ours = rows["peft"], rows["fast"]
         if not (theirs.get("seconds") and ours.get("seconds")):
             continue

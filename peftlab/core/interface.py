@@ -28,6 +28,8 @@ class Part(nn.Module):
             `base_model.model.` alone. A parameter that several modules share has a tuple of keys.
         encoder_keys: {own parameter: its key in the file beside}. For parameters that Hugging Face's file leaves out
             because it holds only the tensor that they compute, such as the encoder of a prompt.
+        drawn_keys: {own tensor: its key}, as in `keys`, for tensors that a file of this adapter leaves out because the
+            part has the same numbers by itself, drawn from a seed. A file that holds one must hold these numbers.
         replaces_base_parameters: whether the part's parameters take the place of the base's own, as a trained copy of a
             bias does. They then count once among all parameters, not twice.
         compatibility_key: None for a part whose results can be mixed. A part that makes the input longer has a text
@@ -42,6 +44,7 @@ class Part(nn.Module):
 
     keys: Mapping[str, str | tuple[str, ...]] = {}
     encoder_keys: Mapping[str, str] = {}
+    drawn_keys: Mapping[str, str] = {}
     replaces_base_parameters: ClassVar[bool] = False
     compatibility_key: str | None = None
     on_forward: ClassVar[bool] = False
@@ -86,6 +89,28 @@ class Part(nn.Module):
         `merge` refuses an adapter with a part that does not override this.
         """
         raise NotImplementedError
+
+    def as_saved(self, root: nn.Module, path: str, own: str, tensor: Tensor) -> Tensor:
+        """Return a tensor of an adapter file in the form in which this part saves it; most parts have only one form.
+
+        This runs after `settle`, and may refuse the file.
+
+        Args:
+            root, path: the model, and where on it the part will stand.
+            own: the name in `keys` of what the tensor stands for.
+        """
+        return tensor
+
+    def values_from(self, own: str, tensor: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """Yield (a tensor of this part, its value) for a tensor of an adapter file.
+
+        A part overrides this where a name in `keys` is computed from several of its tensors.
+
+        Args:
+            own: as in `as_saved`.
+        """
+        owner, _, name = own.rpartition(".")
+        yield getattr(self.get_submodule(owner), name), tensor
 
     def make_prompt(self, host: nn.Module) -> Tensor:
         """Return this part's own prompt, (n, width); it does not depend on the input."""

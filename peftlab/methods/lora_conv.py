@@ -8,6 +8,7 @@ A convolution is a linear layer on the patches of its input, so the update is on
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class LoRAConv(Part):
 
     def after(self, host: Any, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
         """Add the update. x: (batch, in, ...), output: (batch, out, ...)."""
-        convolve = next(function for kind, function in CONVOLVE.items() if isinstance(host, kind))
+        convolve = convolution(host)
         x = cast(first_input(args, kwargs), self.lora_A.dtype)
         x = F.dropout(x, self.dropout, self.training)
         low = convolve(x, self.lora_A, stride=host.stride, padding=host.padding)  # (batch, r, ...)
@@ -82,6 +83,11 @@ class LoRAConv(Part):
         if self.lora_B_bias is not None:
             parameters["bias"] = biased(host, self.lora_B_bias, self.scaling)
         return parameters
+
+
+def convolution(host: Any) -> Callable[..., Tensor]:
+    """Return torch's function for a convolution of this layer's dimensions."""
+    return next(function for kind, function in CONVOLVE.items() if isinstance(host, kind))
 
 
 def dilated(host: Any) -> bool:
@@ -111,6 +117,11 @@ def start(lora_A: Tensor, lora_B: Tensor, init: str) -> None:
         nn.init.orthogonal_(lora_A)
     elif init == "gaussian":
         nn.init.normal_(lora_A, std=1 / r)
+    elif init not in ("kaiming", "random"):
+        raise PeftLabError(
+            f"init={init!r} starts a plain LoRA on linear layers, and this adapter stands on parameters, or is a "
+            "variant of LoRA. Use init='kaiming'."
+        )
     else:
         # U(-1/sqrt(in), 1/sqrt(in)): Kaiming's bound sqrt(6 / ((1 + a^2) in)) at a = sqrt(5)
         nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))

@@ -27,6 +27,7 @@ from peftlab.training.encoding import Collator
 from peftlab.training.fitting import choose_blocks
 from peftlab.training.inputs import Inputs, example_lengths
 from peftlab.training.labels import moved
+from peftlab.training.loraplus import loraplus_groups
 from peftlab.training.losses import Loss
 from peftlab.training.metrics import mean_loss
 from peftlab.training.optimizers import make_optimizer, skips_when_told, step_unless
@@ -172,8 +173,10 @@ class Run:
         self.order = DataOrder(examples, settings.batch, settings.total_examples(examples), settings.seed, lengths)
         self.warmup = warmup_steps(settings.warmup, len(self.order))
         self.optimizer = make_optimizer(
-            settings.optimizer, self.trainable, settings.learning_rate, settings.weight_decay, device
-        )
+            settings.optimizer, self.trainable, settings.learning_rate, settings.weight_decay, device,
+            loraplus_groups(self.core, self.trainable, settings),
+        )  # fmt: skip
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]  # under LoRA+ each group has its own
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self.step = 0
         self.history = History()
@@ -255,9 +258,12 @@ class Run:
         """
         settings, chosen = self.settings, self.order.at(self.step)
         parts = [chosen[at : at + settings.batch_size] for at in range(0, len(chosen), settings.batch_size)]
-        lr = learning_rate_at(self.step, len(self.order), settings.learning_rate, self.warmup, settings.schedule)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        lr, *rates = (
+            learning_rate_at(self.step, len(self.order), peak, self.warmup, settings.schedule)
+            for peak in (settings.learning_rate, *self.peaks)
+        )
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         seed = derived_seed(settings.seed, "step", self.step, self.ranks.rank)
         seed_everything(seed)
         if self.fast is not None:

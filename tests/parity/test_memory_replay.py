@@ -44,6 +44,7 @@ def adapter(method, shape, r, tokens):
         "dora": lambda: peft.LoraConfig(use_dora=True, **low_rank),
         "vera": lambda: peft.VeraConfig(**low_rank),
         "adalora": lambda: peft.AdaLoraConfig(init_r=r, target_modules=ALL, task_type=task, total_step=10),
+        "loha": lambda: peft.LoHaConfig(**low_rank),
         "ia3": lambda: peft.IA3Config(task_type=task),
         "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=tokens, task_type=task),
         "p-tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=tokens, task_type=task),
@@ -51,14 +52,14 @@ def adapter(method, shape, r, tokens):
 
 
 def replayed(shape, method, *, batch, sequence, bytes, checkpointing=False, autocast=False, fused=True, r=8, tokens=20,
-             contiguous_bias=True, targets=ALL):
+             contiguous_bias=True, targets=ALL, library="peft"):
     """Bytes above the parameters, at the most, of forward and of backward, in the second of two steps."""
     targets = targets if METHODS[method].takes("r") else None  # the others stand in places of their own
     trained = trained_by(method, shape, Options(r=r, targets=targets, virtual_tokens=tokens))
     run = Run(shape, method, trained, Recipe(
         batch=batch, sequence=sequence, weight_bytes=bytes, adapter_bytes=4, autocast=autocast,
         checkpointing=checkpointing, optimizer="sgd", four_bit=False, fused_attention=fused,
-        contiguous_bias=contiguous_bias,
+        contiguous_bias=contiguous_bias, library=library,
     ))  # fmt: skip
     start = run.memory.total
     run.step()
@@ -88,6 +89,7 @@ CASES = [
     if (family, method) != ("bert", "adalora")  # 2.8% too high: AdaLoRA's orthogonality loss is not replayed
 ] + [
     ("t5", "prompt", 2, False), ("t5", "vera", 2, False), ("gemma", "prompt", 2, True), ("llama", "vera", 2, True),
+    ("llama", "loha", 2, False), ("bert", "loha", 4, False),
 ]  # fmt: skip
 
 
@@ -131,7 +133,9 @@ def test_the_peak_with_our_own_layers(method, bytes, checkpointing, monkeypatch)
     monkeypatch.setitem(METHODS, method, row)
     family = next(name for name in CONFIGS if has_place(method, load_shape(CONFIGS[name])))
     shape, size = load_shape(CONFIGS[family]), {"batch": 3, "sequence": 160}
-    found = replayed(shape, method, bytes=bytes, checkpointing=checkpointing, targets=None, r=None, **size)
+    found = replayed(
+        shape, method, bytes=bytes, checkpointing=checkpointing, targets=None, r=None, library="peftlab", **size
+    )
     expected = memory_oracle.measure(
         CONFIGS[family], shape.kind, row.config_class()(**row.fixed), checkpointing=checkpointing,
         dtype={2: torch.bfloat16, 4: torch.float32}[bytes], monkeypatch=monkeypatch, **size,
@@ -200,6 +204,19 @@ def test_the_peak_under_autocast(method, checkpointing, monkeypatch):
         checkpointing=checkpointing, autocast=True, monkeypatch=monkeypatch, **size,
     )  # fmt: skip
     assert max(found) == pytest.approx(max(expected), rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["vera"])
+def test_the_peak_of_our_own_layers_under_autocast(method, monkeypatch):
+    size = {"batch": 3, "sequence": 96}
+    found = replayed(
+        load_shape(CONFIGS["llama"]), method, bytes=2, autocast=True, targets=None, r=None, library="peftlab", **size
+    )
+    expected = memory_oracle.measure(
+        CONFIGS["llama"], "decoder", METHODS[method].config_class()(), dtype=torch.bfloat16, autocast=True,
+        monkeypatch=monkeypatch, **size,
+    )  # fmt: skip
+    assert max(found) == pytest.approx(max(expected), rel=0.01)
 
 
 @pytest.mark.parametrize(

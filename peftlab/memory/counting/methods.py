@@ -111,6 +111,17 @@ def vera(shape: Shape, options: Options) -> Trained:
     return replace(found, added=(a, b, *found.added))
 
 
+def loha(shape: Shape, options: Options) -> Trained:
+    """List LoHa's (Hyeon-Woo et al. 2021, section 2.2): two pairs of thin matrices, 2 r (d_in + d_out) per module."""
+
+    def pairs(m: Module, r: int) -> list[Added]:
+        sizes = {"a": (m.outputs, r), "b": (r, m.inputs)}
+        return [Added(m.path, f"hada_w{i}_{side}", size) for i in (1, 2) for side, size in sizes.items()]
+
+    adapted = plain_targets(shape, options.targets, "loha")
+    return Trained(tuple(tensor for m in adapted for tensor in pairs(m, rank_of(options))), adapted=adapted)
+
+
 def ia3(shape: Shape, options: Options) -> Trained:
     """List IA3's (Liu et al. 2022, section 3.3): a scale per output of a module, or per input of a feed-forward layer.
 
@@ -279,6 +290,23 @@ def linear_targets(
                 f"{method} adapts linear layers only; target {module.path} of {shape.name} is "
                 f"{'an embedding' if module.kind == 'embedding' else 'a convolution'}. "
                 "Name linear layers, or use lora or dora."
+            )
+    return adapted
+
+
+def plain_targets(shape: Shape, targets: str | Iterable[str] | None, method: str) -> tuple[Module, ...]:
+    """Return the targets of a method that has no form for GPT-2's Conv1D either."""
+    adapted = linear_targets(shape, targets, method)
+    if targets is None and all(module.kind == "conv1d" for module in adapted):
+        raise PeftLabError(
+            f"{shape.name} has none of the modules that the method adapts by default: its query and value projections "
+            f"are Conv1D layers, for which {method} has no form. Use lora, or name other layers in targets (--targets)."
+        )
+    for module in adapted:
+        if module.kind == "conv1d":
+            raise PeftLabError(
+                f"{method} has no form for Conv1D layers, such as {module.path} of {shape.name}. Name other layers in "
+                "targets, or use lora."
             )
     return adapted
 

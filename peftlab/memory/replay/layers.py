@@ -14,7 +14,7 @@ from peftlab.errors import PeftLabError
 from peftlab.memory.counting.shapes import Shape
 from peftlab.memory.replay import ops, products, views
 from peftlab.memory.replay.nets import Net
-from peftlab.memory.replay.tape import Parameter, Tensor
+from peftlab.memory.replay.tape import Parameter, Tensor, checkpoint
 
 Call = Callable[[Tensor], Tensor]
 Own = dict[str, Parameter]
@@ -151,20 +151,63 @@ def adalora(net: Net, path: str, own: Own) -> None:
 
 
 def vera(net: Net, path: str, own: Own) -> None:
-    """Replay y + b * B(d * A x). A and B are frozen and shared, so only the scalings by d and b keep a tensor."""
+    """Replay y + b * B(d * A x). A and B are frozen and shared, so only the scalings by d and b keep a tensor.
+
+    Under autocast peft first makes a float32 copy of the input, and a result in the dtype of that; peftlab does neither.
+    """
+    ours = net.recipe.library == "peftlab"
 
     def call(x: Tensor) -> Tensor:
         before = x.bytes
         result = net.plain(path, x)
         bytes = result.bytes
-        x = ops.cast(x, own["vera_lambda_d"].bytes)
+        if not (net.autocast and ours):
+            x = ops.cast(x, own["vera_lambda_d"].bytes)
         outputs, r = own["vera_lambda_b"].shape[0], own["vera_lambda_d"].shape[0]
         inner = ops.mul(net.frozen_product(x, r), own["vera_lambda_d"])
         update = ops.mul(net.frozen_product(inner, outputs), own["vera_lambda_b"])
         del inner
         result = ops.add(result, update)
         del update
-        return ops.cast(ops.cast(result, bytes), before)  # the result has the dtype of the input
+        result = ops.cast(result, bytes)
+        return result if ours else ops.cast(result, before)
+
+    net.layers[path] = call
+
+
+def loha(net: Net, path: str, own: Own) -> None:
+    """Replay y + dW x, where dW is the product, entry by entry, of two products of thin matrices."""
+    factors = [own[f"hada_w{i}_{side}"] for i in (1, 2) for side in "ab"]
+    size = factors[0].shape[0], factors[1].shape[1]
+
+    def delta() -> Tensor:
+        a1, b1, a2, b2 = map(net.half, factors) if net.autocast else factors
+        if net.recipe.library != "peftlab":
+            return products.hadamard(a1, b1, a2, b2)
+        first, second = products.outer(a1, b1, size), products.outer(a2, b2, size)
+        return ops.scale(ops.mul(first, second))
+
+    _whole_update(net, path, delta)
+
+
+def _whole_update(net: Net, path: str, delta: Callable[[], Tensor]) -> None:
+    """Replay y + dW x. peft keeps dW for the backward pass; peftlab keeps the input and makes dW again."""
+    ours = net.recipe.library == "peftlab"
+
+    def product(x: Tensor) -> Tensor:
+        with net.under_autocast():
+            made = delta()
+            if not ours:
+                made.storage.mark("activations")
+            return net.product(x if ours and net.autocast else ops.cast(x, made.bytes), made)
+
+    def call(x: Tensor) -> Tensor:
+        result = net.plain(path, x)
+        bytes = result.bytes
+        update = checkpoint(product, [x], trains=True) if ours else product(x)
+        result = ops.add(result, update)
+        del update
+        return ops.cast(result, bytes)
 
     net.layers[path] = call
 
