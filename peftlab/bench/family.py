@@ -75,7 +75,7 @@ def ratios() -> Iterator[Row]:
     for ratio in (1.0, 4.0, 16.0, 64.0):
         for rate in LOWEST:
             for seed in (TUNING, TUNING + 1):
-                settings = {**ALPHA, "r": 8, "loraplus_ratio": ratio}
+                settings = {**ALPHA, "r": 8, "loraplus_lr_ratio": ratio}
                 yield run("ratio", "desk", "LoRA+", settings, rate, seed)
 
 
@@ -147,8 +147,8 @@ def trained(point: Row, **settings: Any) -> tuple[nn.Module, Row]:
     examples = encoded(point["task"], "train")
     if point["method"] != "full":
         pl.attach(model, config_of(point))
-    if "loraplus_ratio" in point:
-        settings["loraplus_ratio"] = point["loraplus_ratio"]
+    if "loraplus_lr_ratio" in point:
+        settings["loraplus_lr_ratio"] = point["loraplus_lr_ratio"]
     losses: list[float] = []
     try:
         history = pl.train(

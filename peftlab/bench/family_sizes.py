@@ -33,7 +33,7 @@ METHODS: dict[str, tuple[Row, str, Row]] = {
     "lokr": ({"r": 16, "alpha": 32}, "LoKrConfig", {"r": 16, "alpha": 32}),
     "oft": ({"block_size": 32}, "OFTConfig", {"oft_block_size": 32}),
 }
-STARTS = ("kaiming", "pissa", "pissa_niter_16", "olora", "orthogonal", "eva")
+STARTS = ("kaiming", "pissa", "pissa_niter_4", "olora", "orthogonal", "eva")
 STARTED_LAYERS = 2
 
 

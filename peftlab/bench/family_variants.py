@@ -30,8 +30,9 @@ VARIANTS = {
     "full": Variant("full", {}, ({},), (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)),
     "DoRA": Variant("dora", ALPHA, RANKS, RATES),
     "rsLoRA": Variant("lora", {**ALPHA, "use_rslora": True}, RANKS, LOWER),
-    "LoRA+": Variant("lora", {**ALPHA, "loraplus_ratio": 16.0}, RANKS, LOWEST),
-    "AdaLoRA": Variant("adalora", ALPHA, RANKS, HIGHER),
+    "LoRA+": Variant("lora", {**ALPHA, "loraplus_lr_ratio": 16.0}, RANKS, LOWEST),
+    "AdaLoRA": Variant("adalora", ALPHA, tuple({**size, "init_r": size["r"] * 3 // 2, "target_r": size["r"]}
+                                               for size in RANKS), HIGHER),
     "VeRA": Variant("vera", {}, ({"r": 64}, {"r": 256}), HIGHER),
     "PiSSA": Variant("lora", {**ALPHA, "init": "pissa"}, RANKS, LOWEST),
     "OLoRA": Variant("lora", {**ALPHA, "init": "olora"}, RANKS, LOWEST),
@@ -77,7 +78,8 @@ def grids(task: str, size: int) -> Iterator[Row]:
     for name, variant in VARIANTS.items():
         for given in variant.sizes[size : size + 1]:
             for rate in variant.rates:
-                yield run(task, task, name, {**variant.settings, **given}, rate, TUNING)
+                settings = {"size": "large" if size else "small", **variant.settings, **given}
+                yield run(task, task, name, settings, rate, TUNING)
 
 
 def run(section: str, task: str, name: str, settings: Row, rate: float, seed: int, **more: Any) -> Row:

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftlab.adapters.key_table import placed
 from peftlab.bench import lora
 from peftlab.bench.family_variants import ALPHA, SEEDS, TASKS, run
+from peftlab.bench.models import ALL_LINEAR
 from peftlab.core.records import own_tensor
 
 Row = dict[str, Any]
@@ -39,7 +41,8 @@ def points() -> Iterator[Row]:
                 settings |= {} if name == "full" else {**ALPHA, "r": 8}
                 yield run(section, task, name, settings, rates[name], SEEDS[0])
     for seed in SEEDS:
-        yield run("allocation", "desk", "AdaLoRA", {**ALPHA, "r": 4}, 3e-2, seed, targets="all-linear")
+        yield run("allocation", "desk", "AdaLoRA", {**ALPHA, "init_r": 6, "target_r": 4}, 3e-2, seed,
+                  targets=",".join(ALL_LINEAR))
     for seed in SEEDS[:2]:
         yield run("vectors", "desk", "VeRA", {"r": 256}, 3e-2, seed)
 
@@ -99,8 +102,7 @@ def directions(point: Row, train: Train) -> Iterator[Row]:
         if step["step"] not in LOOKED_AT:
             return
         for layer, module, path in looked_at(every=2):
-            u, s, v = before(path)
-            old, new = u * s @ v, weight_of(model.get_submodule(path))
+            old, new = (weight_of(net.get_submodule(path)).double() for net in (lora.base()[0], model))
             # the magnitude of a row is its norm, its direction the row over its norm (DoRA's section 3.2)
             change = (new.norm(dim=1) - old.norm(dim=1)).abs()
             turned = 1 - torch.cosine_similarity(new, old, dim=1)
@@ -117,7 +119,7 @@ def principal(point: Row, train: Train) -> Iterator[Row]:
     model, _ = train(point)
     for layer, module, path in looked_at(every=2):
         u, s, v = before(path)
-        update = weight_of(model.get_submodule(path)) - u * s @ v
+        update = weight_of(model.get_submodule(path)) - weight_of(lora.base()[0].get_submodule(path))
         whole = update.square().sum()
         yield {
             "layer": layer, "module": module, "top": TOP, "update_norm": float(whole.sqrt()),
@@ -129,10 +131,25 @@ def principal(point: Row, train: Train) -> Iterator[Row]:
 
 
 def allocation(point: Row, train: Train) -> Iterator[Row]:
-    """Yield the rank that AdaLoRA leaves to each layer."""
-    raise NotImplementedError
+    """Yield the rank that AdaLoRA leaves to each layer: how many numbers of e are not zero."""
+    model, _ = train(point)
+    for told, part in adapted(model):
+        e = part.lora_E
+        yield {**told, "r_start": e.numel(), "r": int((e != 0).sum())}
 
 
 def vectors(point: Row, train: Train) -> Iterator[Row]:
-    """Yield what VeRA's two vectors look like in each layer."""
-    raise NotImplementedError
+    """Yield what VeRA's two vectors look like in each layer: d began with the same number everywhere, b at zero."""
+    model, _ = train(point)
+    for told, part in adapted(model):
+        d, b = part.vera_lambda_d.detach().cpu(), part.vera_lambda_b.detach().cpu()
+        yield {**told, "d_least": float(d.min()), "d_median": float(d.median()), "d_most": float(d.max()),
+               "d_spread": float(d.std()), "b_size": float(b.square().mean().sqrt()),
+               "b_most": float(b.abs().max())}  # fmt: skip
+
+
+def adapted(model: nn.Module) -> Iterator[tuple[Row, Any]]:
+    """Yield each part of the adapter, with its layer and its module."""
+    for path, _, part in placed(model, "default"):
+        _, _, layer, _, module = path.split(".")
+        yield {"layer": int(layer), "module": module}, part

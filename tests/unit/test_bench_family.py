@@ -10,7 +10,7 @@ from torch import nn
 
 import peftlab as pl
 from peftlab import bench
-from peftlab.bench import family, family_sizes, family_variants, family_why, lora
+from peftlab.bench import family, family_sizes, family_variants, family_why, lora, models
 
 POINTS = family.points()
 LEARNED = [point for point in POINTS if point["section"] in family_variants.TASKS]
@@ -153,7 +153,7 @@ THERE = [name for name, variant in family_variants.VARIANTS.items() if variant.m
 @pytest.mark.parametrize("name", THERE)
 def test_a_run_of_each_variant_is_judged_and_scored(small, name):
     variant = family_variants.VARIANTS[name]
-    size = {field: 2 for field in variant.sizes[0]}
+    size = {field: value if field == "block_size" else 2 for field, value in variant.sizes[0].items()}
     point = family_variants.run("desk", "desk", name, {**variant.settings, **size}, 1e-3, 0, steps=2)
     (row,) = family.measure({**point, "scored": True})
     assert {**row, **point, "scored": True} == row and row["trainable"] > 0
@@ -198,13 +198,43 @@ def test_a_new_first_direction_is_an_intruder(small, monkeypatch):
     assert family_why.intruders(model) == {"intruders": None, "looked_at": None}
 
 
-@pytest.mark.parametrize("section", ["direction", "principal"])
+@pytest.mark.parametrize("section", family_why.SECTIONS)
 def test_a_row_for_each_matrix_says_how_it_changed(small, section):
-    point = next(point for point in family_why.points() if point["section"] == section and point["variant"] == "LoRA")
-    rows = family.measure({**point, "steps": 2, "r": 2})
-    assert len(rows) == (4 if section == "direction" else 2) and all(row["task"] == point["task"] for row in rows)
+    point = next(point for point in family_why.points() if point["section"] == section and point["variant"] != "full")
+    rows = family.measure({**point, "steps": 4, **({"r": 2} if section == "principal" else {})})
+    assert len(rows) == {"direction": 4, "principal": 2, "allocation": 14, "vectors": 4}[section]
+    assert all(row["task"] == point["task"] and {"layer", "module"} <= row.keys() for row in rows)
     for row in rows:
         if section == "direction":
-            assert row["direction"] >= 0 and row["magnitude"] >= 0
-        else:
+            assert row["direction"] > -1e-12 and row["magnitude"] >= 0 and row["step"] in (1, 2)
+        elif section == "principal":
             assert 0 <= row["of_update_left"] <= 1.0001 and row["update_norm"] > 0
+        elif section == "vectors":
+            assert row["d_least"] < 0.1 < row["d_most"] and 0 < row["b_size"] <= row["b_most"]
+    if section == "allocation":
+        assert {row["r_start"] for row in rows} == {6} and sum(row["r"] for row in rows) == 4 * len(rows)
+
+
+SHAPE = {
+    "model_type": "llama", "vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+TIMED = [point for point in family_sizes.points() if point["section"] == "fullsize"]
+
+
+def test_a_step_of_each_method_is_measured_here_and_in_peft():
+    counts = {}
+    for point in TIMED:
+        changed = {**point, "shape": SHAPE, "batch": 1, "sequence": 8}
+        (row,) = family_sizes.measure(changed, torch.device("cpu"))
+        assert row["seconds"] > 0 and row["tokens_per_second"] > 0
+        counts.setdefault(point["method"], set()).add(row["trainable"])
+    models.let_go()
+    assert all(len(each) == 1 and min(each) > 0 for each in counts.values()), counts
+
+
+def test_a_start_is_timed_on_few_layers():
+    point = next(point for point in family_sizes.points() if point.get("init") == "pissa")
+    (row,) = family_sizes.measure({**point, "shape": SHAPE}, torch.device("cpu"))
+    models.let_go()
+    assert row["start_seconds"] > 0 and row["layers"] == 2
