@@ -153,7 +153,7 @@ def adalora(net: Net, path: str, own: Own) -> None:
 def vera(net: Net, path: str, own: Own) -> None:
     """Replay y + b * B(d * A x). A and B are frozen and shared, so only the scalings by d and b keep a tensor.
 
-    Under autocast peft first makes a float32 copy of the input, and a result in the dtype of that; peftlab does neither.
+    Under autocast peft makes a float32 copy of the input first, and its result has that dtype; peftlab does neither.
     """
     ours = net.recipe.library == "peftlab"
 
