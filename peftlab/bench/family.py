@@ -1,11 +1,11 @@
 """The measurements of the chapter on the LoRA family: does a variant help when each has its own best learning rate?
 
-smollm2-135m learns two tasks: the support desk (tickets in JSON, by the recipe of `bench lora`), and film reviews, whose
-question it answers with one token, "negative" or "positive". All variants change the same weights, the queries and
-values of all layers, and take the plain path of `pl.train` in float32. By the same protocol:
+smollm2-135m learns two tasks: the support desk (tickets in JSON, by the recipe of `bench lora`), and film reviews,
+which it answers with one token, "negative" or "positive". All variants change the same weights, the queries and values
+of all layers, and take the plain path of `pl.train` in float32. By the same protocol:
 
-1. Each variant, in two sizes, tries its learning rates with one seed. If the rate with the lowest loss on the validation
-   examples is the lowest or the highest that was tried, the next one is tried as well.
+1. Each variant, in two sizes, tries its learning rates with one seed. If the rate with the lowest loss on the
+   validation examples is the lowest or the highest that was tried, the next one is tried as well.
 2. At this rate three other seeds run. They alone are scored on all test examples (`scored` is true in their rows).
 
 Each run is a point of its own, and what comes next follows from the rows that are there (`follow_up`). So a run that is
@@ -16,8 +16,8 @@ Sections:
     desk        every variant on the support desk
     reviews     every variant on the reviews
     ratio       LoRA+: ratios of B's rate to A's, against the rate
-    scale       ranks from 1 to 256 under three rules for the scale, on the reviews (the desk is in `bench lora`, "rank")
-    direction   how far magnitude and direction of each weight move during a run (see `family_why`, as for the next three)
+    scale       ranks from 1 to 256 under three rules for the scale, on the reviews (the desk: `bench lora`, "rank")
+    direction   how far magnitude and direction of each weight move during a run (see `family_why` for this and below)
     principal   how much of an update lies along the first singular vectors of the weight before it
     allocation  the ranks that AdaLoRA leaves in each layer
     vectors     the two vectors that VeRA trains in each layer

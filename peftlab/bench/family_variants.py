@@ -1,4 +1,4 @@
-"""The variants that `bench family` compares, what each paper leads one to expect of them, and how a run is described."""
+"""The variants that `bench family` compares, what their papers lead one to expect, and how a run is described."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ PREDICTIONS = {
     "LoRA+": ("Hayou et al. 2024, arXiv:2402.12354",
               "1 to 2% more right answers than LoRA and up to twice as fast, with B's rate 16 times A's"),
     "DoRA": ("Liu et al. 2024, arXiv:2402.09353",
-             "better than LoRA at equal rank, and at half the rank at least as good; the changes of magnitude and "
-             "direction are correlated negatively over layers and steps, as in full fine-tuning, and positively in LoRA"),
+             "better than LoRA at equal rank, and at half the rank at least as good; over layers and steps the changes "
+             "of magnitude and direction are correlated negatively, as in full fine-tuning, and positively in LoRA"),
     "AdaLoRA": ("Zhang et al. 2023, arXiv:2303.10512",
                 "better than LoRA with as many parameters, most of all with few; more ranks stay in the upper layers "
                 "and in the MLP than in queries and keys"),

@@ -1,7 +1,7 @@
 """What the variants do to the weights: intruders, magnitude and direction, first singular vectors, ranks, vectors.
 
-Every linear layer that is looked at has no bias. So the weight with which it acts, its adapter included, is what it makes
-of the unit vectors (`weight_of`), whatever the method.
+Every linear layer that is looked at has no bias. So the weight with which it acts, its adapter included, is what it
+makes of the unit vectors (`weight_of`), whatever the method.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def points() -> Iterator[Row]:
     for section, names in (("direction", ("full", "LoRA", "DoRA")), ("principal", ("full", "LoRA", "PiSSA"))):
         for task in TASKS:
             for name in names:
-                settings = {"init": "pissa"} if name == "PiSSA" else {}
+                settings: Row = {"init": "pissa"} if name == "PiSSA" else {}
                 settings |= {} if name == "full" else {**ALPHA, "r": 8}
                 yield run(section, task, name, settings, rates[name], SEEDS[0])
     for seed in SEEDS:
-        yield run("allocation", "desk", "AdaLoRA", {**ALPHA, "init_r": 6, "target_r": 4}, 3e-2, seed,
-                  targets=",".join(ALL_LINEAR))
+        ranks: Row = {**ALPHA, "init_r": 6, "target_r": 4}
+        yield run("allocation", "desk", "AdaLoRA", ranks, 3e-2, seed, targets=",".join(ALL_LINEAR))
     for seed in SEEDS[:2]:
         yield run("vectors", "desk", "VeRA", {"r": 256}, 3e-2, seed)
 
