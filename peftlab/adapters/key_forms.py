@@ -31,7 +31,7 @@ WRAPPERS = {
     "_forward_module": "'_forward_module.', as Lightning adds",
 }
 # Parameters that peft keeps under the adapter's name inside a model, and without it in a file
-NAMED = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "ia3_l",
+NAMED = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "ia3_l",
          "vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B", "trainable_tokens_delta")  # fmt: skip
 LINEAR = ("lora_A", "lora_B")
 # Modules in front of all others, by which the same layers are called with and without a head, or inside a pipeline

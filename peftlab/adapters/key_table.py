@@ -15,24 +15,15 @@ from torch import Tensor, nn
 
 from peftlab.adapters.integrity import base_tensor
 from peftlab.core.embeddings import word_embeddings
-from peftlab.core.hooks import adapters_on, base_modules, hosts
+from peftlab.core.hooks import base_modules
 from peftlab.core.interface import BESIDE, Placement
 from peftlab.core.records import as_transformer
+from peftlab.core.records import placed as placed
 from peftlab.core.sharding import whole
 from peftlab.core.targets import names_match
 from peftlab.errors import PeftLabError
 
 PREFIX = "base_model.model."
-
-
-def placed(root: nn.Module, name: str) -> list[Placement]:
-    """Return the parts of an attached adapter and where they stand, in the model's order."""
-    return [
-        Placement(path, part_name, part)
-        for path, host in hosts(root)
-        if name in adapters_on(host)
-        for part_name, part in adapters_on(host).parts_of(name).items()
-    ]
 
 
 def sampled(placements: Iterable[Placement]) -> tuple[list[str], list[str]]:

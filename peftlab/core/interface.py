@@ -5,7 +5,7 @@ Read this file to add a method. `Part` and `Config` list everything that the res
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field
 from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
@@ -40,6 +40,7 @@ class Part(nn.Module):
             stands on a whole model has it; modules inside a model are called.
         parameter: the name of the host's own parameter that has another value while the host runs, as `value` computes
             it; None for a part that leaves the host's parameters alone.
+        frozen: names of own parameters that never train.
     """
 
     keys: Mapping[str, str | tuple[str, ...]] = {}
@@ -49,6 +50,7 @@ class Part(nn.Module):
     compatibility_key: str | None = None
     on_forward: ClassVar[bool] = False
     parameter: str | None = None
+    frozen: ClassVar[tuple[str, ...]] = ()
 
     def settle(self, host: nn.Module) -> None:
         """Compute the values that depend on the base's weights.
@@ -115,6 +117,13 @@ class Part(nn.Module):
     def make_prompt(self, host: nn.Module) -> Tensor:
         """Return this part's own prompt, (n, width); it does not depend on the input."""
         raise NotImplementedError
+
+    def gathered(self) -> dict[str, Tensor]:
+        """Return what the part has gathered in training beside its parameters: a killed run needs it to go on."""
+        return {}
+
+    def take(self, gathered: Mapping[str, Tensor]) -> None:
+        """Take what `gathered` returned. The tensors may lie on another device."""
 
     def overrides(self, method: str) -> bool:
         """Say whether this kind of part has a `before`, an `after` or a `merged` of its own."""
@@ -185,4 +194,36 @@ class Config(Protocol):
     @staticmethod
     def from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
         """Return keyword arguments for the config: the reverse of `to_peft`."""
+        ...
+
+
+@runtime_checkable
+class InTraining(Protocol):
+    """Say what a config has as well if its method takes part in training steps, as AdaLoRA does.
+
+    `core/steps.py` asks for it, of the adapters that run and train.
+    """
+
+    def for_run(self, steps: int) -> tuple[Self, str]:
+        """Return the config of a run of so many steps, and words for what was chosen."""
+        ...
+
+    def added_loss(self, placements: Sequence[Placement]) -> Tensor | None:
+        """Return what is added to the loss of a step, a scalar with gradients, or None.
+
+        It does not depend on the batch, so a step has it once, however many parts its batch has.
+        """
+        ...
+
+    def after_step(self, placements: Sequence[Placement], step: int, usable: bool = True) -> Sequence[nn.Parameter]:
+        """Work after an optimiser step, while the gradients are still there. Return the parameters that it changed.
+
+        Args:
+            step: the step's number, from 1.
+            usable: whether the gradients can be used; those of a step that was skipped, since they overflowed, cannot.
+        """
+        ...
+
+    def as_it_stands(self, placements: Sequence[Placement]) -> Self:
+        """Return the config with what training has changed in the parts, for the adapter's file."""
         ...

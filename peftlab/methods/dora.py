@@ -29,6 +29,7 @@ from peftlab.core.targets import CONVOLUTIONS
 from peftlab.errors import PeftLabError
 from peftlab.methods.lora import LoRAConfig, LoRAEmbedding, LoRALinear
 from peftlab.methods.lora_conv import LoRAConv, convolution
+from peftlab.methods.lora_starts import CONVERT, from_weight
 from peftlab.methods.parts import cast, first_input, widened
 from peftlab.quantization.weights import dense, is_quantized
 
@@ -240,6 +241,11 @@ class DoRAConfig(LoRAConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if from_weight(self.init):
+            raise PeftLabError(
+                f"init={self.init!r} cannot be used with DoRA: what it takes out of the weight would count in the "
+                "norms. Use another init, or LoRAConfig."
+            )
         if self.lora_bias:
             raise PeftLabError("lora_bias cannot be used with DoRA, in Hugging Face peft as here; leave it out.")
         if self.target_parameters:
@@ -258,3 +264,14 @@ class DoRAConfig(LoRAConfig):
     def to_peft(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:
         """Return the fields of Hugging Face's `adapter_config.json` that only this method has."""
         return {**super().to_peft(model, hosts), "use_dora": True}
+
+    @staticmethod
+    def from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the keyword arguments for this class: the reverse of `to_peft`."""
+        given = LoRAConfig.from_peft(fields)
+        if from_weight(given.get("init")):
+            raise PeftLabError(
+                f"The adapter is a DoRA that was trained with init_lora_weights={given['init']!r}, so it does not fit "
+                f"the base as published. {CONVERT}"
+            )
+        return given

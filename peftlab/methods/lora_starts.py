@@ -116,8 +116,9 @@ class LoRAStarted(Part):
         dropped = F.dropout(x, self.dropout, self.training)
         # y = W x + b + s (B (A x) - B0 (A0 x)); what is taken out of W is not dropped
         update = F.linear(F.linear(dropped, self.lora_A), self.lora_B, self.lora_B_bias)
-        start = F.linear(F.linear(x, self.start_A), self.start_B)
-        return (output + (update - start) * self.scaling).to(output.dtype)
+        update -= F.linear(F.linear(x, self.start_A), self.start_B)  # in place: one wide tensor less
+        update = update * self.scaling
+        return (output + update).to(output.dtype)
 
     def delta(self) -> Tensor:
         """Return the update of the weight, (out, in), in the adapter's dtype and with gradients."""

@@ -186,6 +186,8 @@ def test_what_cannot_be_read_is_refused_and_the_model_stays():
         assert not pl.attached(one)
     with pytest.raises(pl.PeftLabError, match="lora_bias cannot be used with DoRA"):
         pl.DoRAConfig(lora_bias=True)
+    with pytest.raises(pl.PeftLabError, match="init='olora' cannot be used with DoRA"):
+        pl.DoRAConfig(init="olora")
     with pytest.raises(pl.PeftLabError, match="DoRA adapts modules alone.*experts.down_proj"):
         pl.DoRAConfig(target_parameters=["experts.down_proj"])
 

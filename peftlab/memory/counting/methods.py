@@ -8,6 +8,7 @@ because it trains beside every adapter.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
@@ -73,8 +74,18 @@ def full(shape: Shape, options: Options) -> Trained:
 
 
 def lora(shape: Shape, options: Options) -> Trained:
-    """List LoRA's (Hu et al. 2021, section 4.1): r (d_in + d_out) per module. QLoRA has the same on a 4-bit base."""
-    return _low_rank(shape, options, "lora", _pair)
+    """List LoRA's (Hu et al. 2021, section 4.1): r (d_in + d_out) per module. QLoRA has the same on a 4-bit base.
+
+    A start from the weight (PiSSA, OLoRA) is kept beside A and B, and saved with them; peft takes it out of the weight.
+    """
+    found = _low_rank(shape, options, "lora", _pair)
+    if not options.from_weight:
+        return found
+    other = next((module.path for module in found.adapted if module.kind not in ("linear", "conv1d")), None)
+    if other is not None:
+        raise PeftLabError(f"init={options.init!r} starts linear layers, and {other} of {shape.name} is none.")
+    starts = tuple(Added(a.path, a.name.replace("lora", "start"), a.size, buffer=True) for a in found.added)
+    return replace(found, added=(*found.added, *starts), saved=2 * sum(a.elements for a in found.added))
 
 
 def dora(shape: Shape, options: Options) -> Trained:
@@ -120,6 +131,32 @@ def loha(shape: Shape, options: Options) -> Trained:
 
     adapted = plain_targets(shape, options.targets, "loha")
     return Trained(tuple(tensor for m in adapted for tensor in pairs(m, rank_of(options))), adapted=adapted)
+
+
+def lokr(shape: Shape, options: Options) -> Trained:
+    """List LoKr's (Yeh et al. 2023, section 3.3): C, (a, c), and D, (b, d), with out = a b and in = c d.
+
+    D has two thin factors, r (b + d), unless r is at least half of its larger side. (`decompose_both` splits C, too,
+    and is not counted here.)
+    """
+
+    def factors(m: Module, r: int) -> list[Added]:
+        a, b = _two_factors(m.outputs, options.decompose_factor)
+        c, d = _two_factors(m.inputs, options.decompose_factor)
+        second = {"lokr_w2": (b, d)} if r >= max(b, d) / 2 else {"lokr_w2_a": (b, r), "lokr_w2_b": (r, d)}
+        return [Added(m.path, name, size) for name, size in {"lokr_w1": (a, c), **second}.items()]
+
+    adapted = plain_targets(shape, options.targets, "lokr")
+    return Trained(tuple(tensor for m in adapted for tensor in factors(m, rank_of(options))), adapted=adapted)
+
+
+def _two_factors(size: int, most: int) -> tuple[int, int]:
+    """Return the two numbers into which LoKr splits a side: `factors` of `peftlab/methods/lokr.py`, without torch."""
+    if most > 0 and size % most == 0:
+        return most, size // most
+    limit = math.isqrt(size) if most == -1 else min(most, math.isqrt(size))
+    first = next((n for n in range(limit, 0, -1) if size % n == 0), 1)
+    return first, size // first
 
 
 def ia3(shape: Shape, options: Options) -> Trained:

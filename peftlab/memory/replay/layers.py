@@ -9,22 +9,23 @@ casts its input, and at the end casts its output back.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from peftlab.errors import PeftLabError
 from peftlab.memory.counting.shapes import Shape
 from peftlab.memory.replay import ops, products, views
 from peftlab.memory.replay.nets import Net
-from peftlab.memory.replay.tape import Parameter, Tensor, checkpoint
+from peftlab.memory.replay.tape import Tensor, checkpoint
 
 Call = Callable[[Tensor], Tensor]
-Own = dict[str, Parameter]
+Own = dict[str, Any]  # parameters; and tensors that do not train
 
 
 def lora(net: Net, path: str, own: Own) -> None:
     """Replay y + B(A x) s: peft's `lora.Linear`, or its 4-bit layer, which clones y and casts the update.
 
     peftlab's layer does neither. And under autocast peft first makes a float32 copy of the input, which peftlab does
-    not.
+    not. A start from the weight is a second pair of products, (B(A x) - B0(A0 x)) s, which keep nothing.
     """
     if net.modules[path].kind == "embedding":
         _embedding_lora(net, path, own)
@@ -42,7 +43,12 @@ def lora(net: Net, path: str, own: Own) -> None:
             result = ops.copy(result)
         if not (net.autocast and (quantised or ours)):
             x = ops.cast(x, own["lora_A"].bytes)
-        update = ops.scale(net.product(net.product(x, own["lora_A"]), own["lora_B"]))
+        update = net.product(net.product(x, own["lora_A"]), own["lora_B"])
+        if "start_A" in own:
+            start = net.frozen_product(net.frozen_product(x, own["start_A"].shape[0]), own["start_B"].shape[0])
+            update = ops.subtract_in_place(update, start)
+            del start
+        update = ops.scale(update)
         if quantised and not net.autocast:
             update = ops.cast(update, bytes)
         result = ops.add(result, update)
@@ -136,12 +142,23 @@ def adalora(net: Net, path: str, own: Own) -> None:
     """Replay y += x (A * E)^T B^T s / rank, where the sum is in place.
 
     In peft the rank numbers get a gradient once they have been moved to another device or dtype than CPU and float32.
+    In peftlab they never do, so the update need not be kept; and the sum is a new tensor.
     """
+    ours = net.recipe.library == "peftlab"
 
     def call(x: Tensor) -> Tensor:
         result = net.plain(path, x)
-        x = ops.cast(x, own["lora_A"].bytes)
+        bytes = result.bytes
+        if not (net.autocast and ours):
+            x = ops.cast(x, own["lora_A"].bytes)
         scaled = ops.mul_rows(own["lora_A"], own["lora_E"])
+        if ours:
+            update = ops.scale(net.product(net.product(x, scaled), own["lora_B"]))
+            del scaled
+            update = ops.scale(update)  # divided by the rank
+            result = ops.add(result, update)
+            del update
+            return ops.cast(result, bytes)
         rank = ops.shift(own["ranknum"])
         return ops.add_in_place(
             result, ops.divide_by_trained(ops.scale(net.product(net.product(x, scaled), own["lora_B"])), rank)
@@ -178,14 +195,28 @@ def vera(net: Net, path: str, own: Own) -> None:
 def loha(net: Net, path: str, own: Own) -> None:
     """Replay y + dW x, where dW is the product, entry by entry, of two products of thin matrices."""
     factors = [own[f"hada_w{i}_{side}"] for i in (1, 2) for side in "ab"]
-    size = factors[0].shape[0], factors[1].shape[1]
 
     def delta() -> Tensor:
-        a1, b1, a2, b2 = map(net.half, factors) if net.autocast else factors
+        a1, b1, a2, b2 = factors
         if net.recipe.library != "peftlab":
-            return products.hadamard(a1, b1, a2, b2)
-        first, second = products.outer(a1, b1, size), products.outer(a2, b2, size)
-        return ops.scale(ops.mul(first, second))
+            return products.hadamard(*(map(net.half, factors) if net.autocast else factors))
+        return ops.scale(ops.mul(net.outer(a1, b1), net.outer(a2, b2)))
+
+    _whole_update(net, path, delta)
+
+
+def lokr(net: Net, path: str, own: Own) -> None:
+    """Replay y + dW x, where dW is the Kronecker product of a small matrix and another one, or its two thin factors."""
+    first = own["lokr_w1"]
+
+    def delta() -> Tensor:
+        if "lokr_w2" in own:
+            second: Tensor = own["lokr_w2"]
+        else:
+            a, b = own["lokr_w2_a"], own["lokr_w2_b"]
+            second = net.outer(a, b)
+        size = first.shape[0] * second.shape[0], first.shape[1] * second.shape[1]
+        return ops.scale(products.kronecker(first, second, size))
 
     _whole_update(net, path, delta)
 
