@@ -48,6 +48,8 @@ from peftlab.core.modes import device_of
 Row = dict[str, Any]
 
 AT_ONCE = 32  # examples of a batch that is only read
+EVA = {"use_label_mask": False, "tau": 0.9}  # all tokens count: of a review only one is learned
+EVA_BATCH = 32  # examples of a batch that EVA reads; it takes as many as its directions need to come to rest
 WORDS = ("negative", "positive")  # one token each; the place in the tuple is the label
 QUESTION = "Is this film review negative or positive? Answer with one word."
 
@@ -145,7 +147,9 @@ def trained(point: Row, **settings: Any) -> tuple[nn.Module, Row]:
     torch.manual_seed(point["seed"])
     model, tokenizer = copy.deepcopy(lora.base()[0]), lora.base()[1]
     examples = encoded(point["task"], "train")
-    if point["method"] != "full":
+    if point.get("init") == "eva":
+        pl.attach(model, config_of(point), data=batches(point))
+    elif point["method"] != "full":
         pl.attach(model, config_of(point))
     if "loraplus_lr_ratio" in point:
         settings["loraplus_lr_ratio"] = point["loraplus_lr_ratio"]
@@ -170,7 +174,15 @@ def config_of(point: Row) -> Any:
     kind = pl.METHODS[point["method"]]
     known = {one.name for one in fields(kind)}
     given = {name: value for name, value in point.items() if name in known}
+    if point.get("init") == "eva":
+        given["init_options"] = EVA
     return kind(**given, target_modules=point["targets"].split(","))
+
+
+def batches(point: Row) -> list[dict[str, Any]]:
+    """Return the batches whose inputs EVA starts from: training examples."""
+    examples, collate = encoded(point["task"], "train"), pl.Collator(lora.base()[1])
+    return [collate(examples[start : start + EVA_BATCH]) for start in range(0, min(len(examples), 1024), EVA_BATCH)]
 
 
 # --------------------------------------------------------------------------------------------------------- scores

@@ -33,7 +33,7 @@ METHODS: dict[str, tuple[Row, str, Row]] = {
     "vera": ({"r": 256}, "VeraConfig", {"r": 256}),
     "loha": ({"r": 8, "alpha": 16}, "LoHaConfig", {"r": 8, "alpha": 16}),
     "lokr": ({"r": 16, "alpha": 32}, "LoKrConfig", {"r": 16, "alpha": 32}),
-    "oft": ({"block_size": 32}, "OFTConfig", {"oft_block_size": 32}),
+    "oft": ({"oft_block_size": 32}, "OFTConfig", {"oft_block_size": 32}),
 }  # fmt: skip
 STARTS = ("kaiming", "pissa", "pissa_niter_4", "olora", "orthogonal", "eva")
 STARTED_LAYERS = 2

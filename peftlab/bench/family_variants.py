@@ -39,8 +39,8 @@ VARIANTS = {
     "EVA": Variant("lora", {**ALPHA, "init": "eva"}, RANKS, RATES),
     "orthogonal": Variant("lora", {**ALPHA, "init": "orthogonal"}, RANKS, LOWER),
     "LoHa": Variant("loha", ALPHA, ({"r": 4}, {"r": 16}), RATES),
-    "LoKr": Variant("lokr", ALPHA, RANKS, RATES),
-    "OFT": Variant("oft", {}, ({"block_size": 16}, {"block_size": 32}), RATES),
+    "LoKr": Variant("lokr", ALPHA, ({"r": 8}, {"r": 32, "decompose_factor": 4}), RATES),
+    "OFT": Variant("oft", {}, ({"oft_block_size": 16}, {"oft_block_size": 32}), RATES),
 }  # fmt: skip
 
 # {variant: (paper, what it leads one to expect here, in a form that a row can contradict)}

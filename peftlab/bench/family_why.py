@@ -78,7 +78,10 @@ def before(path: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def intruders(model: nn.Module) -> Row:
-    """Return how many of the first singular vectors are intruders, of how many, in every third layer."""
+    """Return how many of the first singular vectors are intruders, of how many, in every third layer.
+
+    As `pl.find_intruders`, but whatever changed the weights, full fine-tuning too.
+    """
     count, of = 0, 0
     for _, _, path in looked_at(every=3):
         after = weight_of(model.get_submodule(path))
@@ -87,7 +90,7 @@ def intruders(model: nn.Module) -> Row:
         first = torch.linalg.svd(after, full_matrices=False)[0][:, :FIRST]
         # max_i |u_i . u'_j| over all singular vectors u_i of W
         nearest = (before(path)[0].T @ first).abs().amax(0)
-        count, of = count + int((nearest < THRESHOLD).sum()), of + FIRST
+        count, of = count + int((nearest < THRESHOLD).sum()), of + first.shape[1]
     return {"intruders": count, "looked_at": of}
 
 
