@@ -48,9 +48,10 @@ from peftlab.core.modes import device_of
 Row = dict[str, Any]
 
 AT_ONCE = 32  # examples of a batch that is only read
-EVA = {"use_label_mask": False, "tau": 0.9}  # all tokens count: of a review only one is learned
+EVA = {"use_label_mask": False}  # all tokens count: of a review only one is learned
 EVA_BATCH = 32  # examples of a batch that EVA reads; it takes as many as its directions need to come to rest
 WORDS = ("negative", "positive")  # one token each; the place in the tuple is the label
+SIZES = {"train": 4000, "validation": 640, "test": 1280}  # reviews
 QUESTION = "Is this film review negative or positive? Answer with one word."
 
 
@@ -200,7 +201,7 @@ def encoded(task: str, split: str) -> list[Any]:
         return lora.encoded(split)
     tokenizer = lora.base()[1]
     made = []
-    for row in pl.load_data("reviews")[split].select(range(4000 if split == "train" else 1280)):
+    for row in pl.load_data("reviews")[split].select(range(SIZES[split])):
         whole = pl.encode_completion(tokenizer, asked(row["text"]), WORDS[row["label"]])
         made.append({name: values[:-1] for name, values in whole.items()})  # without the end token
     return made
