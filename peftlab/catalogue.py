@@ -143,8 +143,8 @@ BIAS = Option(
 INIT = Option(
     name="init",
     metavar="I",
-    help="where the adapter starts: for lora kaiming, gaussian, orthogonal, pissa, pissa_niter_4 or olora; for a "
-    "prompt or prefix vocabulary, text or random",
+    help="where the adapter starts: for lora kaiming, gaussian, orthogonal, pissa, pissa_niter_4, olora or eva; "
+    "for a prompt or prefix vocabulary, text or random",
     counted=True,
 )
 INIT_TEXT = Option(

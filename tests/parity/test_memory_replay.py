@@ -261,8 +261,8 @@ def test_the_peak_with_a_start_from_the_weight(bytes, checkpointing, monkeypatch
     """PiSSA's start is two more products, and two buffers beside A and B."""
     config = {**CONFIGS["llama"], "vocab_size": 32, "num_hidden_layers": 1}  # nothing else is as large for a moment
     shape, size = load_shape(config), {"batch": 3, "sequence": 160}
-    found = replayed(shape, "lora", bytes=bytes, checkpointing=checkpointing, init="pissa", **size)
-    plain = replayed(shape, "lora", bytes=bytes, checkpointing=checkpointing, **size)
+    found = replayed(shape, "lora", bytes=bytes, checkpointing=checkpointing, init="pissa", library="peftlab", **size)
+    plain = replayed(shape, "lora", bytes=bytes, checkpointing=checkpointing, library="peftlab", **size)
     expected = memory_oracle.measure(
         config, shape.kind, pl.LoRAConfig(r=8, init="pissa", target_modules=ALL),
         dtype={2: torch.bfloat16, 4: torch.float32}[bytes], checkpointing=checkpointing, monkeypatch=monkeypatch,
