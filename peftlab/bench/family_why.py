@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftlab.adapters.key_table import placed
 from peftlab.bench import lora
 from peftlab.bench.family_variants import ALPHA, SEEDS, TASKS, run
 from peftlab.bench.models import ALL_LINEAR
-from peftlab.core.records import own_tensor
+from peftlab.core.records import own_tensor, placed
 
 Row = dict[str, Any]
 Train = Callable[..., tuple[nn.Module, Row]]
