@@ -244,8 +244,9 @@ def test_a_step_of_each_method_is_measured_here_and_in_peft():
     assert all(len(each) == 1 and min(each) > 0 for each in counts.values()), counts
 
 
-def test_a_start_is_timed_on_few_layers():
-    point = next(point for point in family_sizes.points() if point.get("init") == "pissa")
-    (row,) = family_sizes.measure({**point, "shape": SHAPE}, torch.device("cpu"))
+@pytest.mark.parametrize("init", family_sizes.STARTS)
+def test_a_start_is_timed_on_few_layers(init):
+    point = next(point for point in family_sizes.points() if point.get("init") == init)
+    (row,) = family_sizes.measure({**point, "shape": SHAPE, "r": 4}, torch.device("cpu"))
     models.let_go()
     assert row["start_seconds"] > 0 and row["layers"] == 2
