@@ -202,6 +202,7 @@ def _train(arguments: argparse.Namespace, targets: Any, begin: Callable[[], Plac
 
     from peftlab.adapters.injection import attach, count_parameters
     from peftlab.assets.models import load_model
+    from peftlab.core.steps import schedules
     from peftlab.training import train
     from peftlab.training.encoding import Collator
 
@@ -243,6 +244,8 @@ def _train(arguments: argparse.Namespace, targets: Any, begin: Callable[[], Plac
 
     def state_folder() -> Path:
         places.append(begin())
+        if schedules(model):
+            say(schedules(model))
         return places[0].folder / STATE
 
     say(f"{arguments.model} on {device}, {len(examples):,} examples, {counted}")
@@ -281,6 +284,7 @@ def _train(arguments: argparse.Namespace, targets: Any, begin: Callable[[], Plac
         "saved_bytes": size,
         "device": device,
         "path": history.path,
+        **({"schedule": history.schedule} if history.schedule else {}),
         **({"compiled": history.compiled} if history.compiled else {}),
         "training_seconds": history.seconds,
         "seconds": time.monotonic() - started,

@@ -212,8 +212,12 @@ class InTraining(Protocol):
     `core/steps.py` asks for it, of the adapters that run and train.
     """
 
-    def for_run(self, steps: int) -> tuple[Self, str]:
-        """Return the config of a run of so many steps, and words for what was chosen."""
+    def for_run(self, steps: int) -> Self:
+        """Return the config of a run of so many steps: what depends on this number is chosen."""
+        ...
+
+    def schedule(self) -> str:
+        """Return what happens in a run, and when, in one line."""
         ...
 
     def added_loss(self, placements: Sequence[Placement]) -> Tensor | None:
