@@ -81,7 +81,8 @@ def described(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the keyword arguments that `count` and `estimate` share."""
     method_name(arguments.method)  # an unknown one is told before its options
     settle(arguments, counted())
-    names = ("shape", "method", "r", "bias", "virtual_tokens", "reduction_factor", "decompose_factor", "init", "labels")
+    names = ("shape", "method", "r", "bias", "virtual_tokens", "reduction_factor", "decompose_factor",
+             "oft_block_size", "init", "labels")  # fmt: skip
     parameters = arguments.target_parameters
     return {name: getattr(arguments, name) for name in names} | {
         "targets": parse_targets(arguments.targets),

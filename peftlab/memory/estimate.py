@@ -110,7 +110,7 @@ def estimate(
     virtual_tokens: int = 20,
     reduction_factor: int = 16,
     decompose_factor: int = -1,
-    oft_block_size: int = 32,
+    oft_block_size: int | None = None,
     projection: bool = False,
     init: str | None = None,
     batch: int = 1,

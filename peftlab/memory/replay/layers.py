@@ -283,6 +283,27 @@ def _whole_update(net: Net, path: str, delta: Callable[[], Tensor]) -> None:
     net.layers[path] = call
 
 
+def oft(net: Net, path: str, own: Own) -> None:
+    """Replay W (R x): rotations from Q, Q^2, Q^3 and Q^4, a product of each block with its piece of x, and a copy."""
+    if net.modules[path].kind == "embedding":
+        raise PeftLabError(f"OFT on the embedding {path} is not replayed; name linear layers, or use lora.")
+    weight = own["oft_R"]
+    count, elements = weight.shape
+    n = round((1 + (1 + 8 * elements) ** 0.5) / 2)
+
+    def call(x: Tensor) -> Tensor:
+        bytes = x.bytes
+        rotations = products.rotations(weight, (count, n, n), net.autocast)
+        wide = ops.cast(x, weight.bytes)
+        if net.autocast:
+            wide, rotations = net.half(wide), net.half(rotations)
+        rotated = ops.cast(ops.copy(products.turned(wide, rotations)), bytes)
+        del wide, rotations
+        return net.plain(path, rotated)
+
+    net.layers[path] = call
+
+
 def ia3(net: Net, path: str, own: Own) -> None:
     """Replay l * (W x), or W (l * x) for a feed-forward layer. The product is in the dtype of l, then cast back."""
     scale = own["ia3_l"]
