@@ -143,8 +143,8 @@ BIAS = Option(
 INIT = Option(
     name="init",
     metavar="I",
-    help="where the adapter starts: for lora kaiming, gaussian, orthogonal, pissa, pissa_niter_4 or olora; for a "
-    "prompt or prefix vocabulary, text or random",
+    help="where the adapter starts: for lora kaiming, gaussian, orthogonal, pissa, pissa_niter_4, olora or eva; "
+    "for a prompt or prefix vocabulary, text or random",
     counted=True,
 )
 INIT_TEXT = Option(
@@ -167,6 +167,14 @@ REDUCTION_FACTOR = Option(
     default=16,
     metavar="N",
     help="hidden width / bottleneck of an adapter: houlsby, pfeiffer, parallel",
+    counted=True,
+)
+DECOMPOSE_FACTOR = Option(
+    name="decompose_factor",
+    kind=int,
+    default=-1,
+    metavar="N",
+    help="sides of lokr's first factor where they divide the layer's; -1 makes both factors alike",
     counted=True,
 )
 LAST_LAYERS = Option(
@@ -198,7 +206,8 @@ PFEIFFER = Method(
 
 # The methods by their names on the command line, in the order in which help lists them. The ranks are peft's defaults;
 # AdaLoRA's is the one it starts with (init_r), before it prunes. IA3's learning rate is that of Liu et al. 2022,
-# appendix D; where another is given, the usual one would hardly move what trains.
+# appendix D, and LoKr's that of peft's benchmark (MetaMathQA, 2026). Where another is given, the usual one would hardly
+# move what trains.
 METHODS: dict[str, Method] = {
     "full": Method(whole=True, learning_rate=2e-5, tensors="peftlab.memory.counting.methods:full"),
     "lora": LORA,
@@ -234,6 +243,14 @@ METHODS: dict[str, Method] = {
         options=(R, replace(ALPHA, default=8.0), TARGETS),
         tensors="peftlab.memory.counting.methods:loha",
         replay="peftlab.memory.replay.layers:loha",
+        in_peft=True,
+    ),
+    "lokr": Method(
+        config="peftlab.methods.lokr:LoKrConfig",
+        options=(R, replace(ALPHA, default=8.0), TARGETS, DECOMPOSE_FACTOR),
+        learning_rate=3e-3,
+        tensors="peftlab.memory.counting.methods:lokr",
+        replay="peftlab.memory.replay.layers:lokr",
         in_peft=True,
     ),
     "ia3": Method(

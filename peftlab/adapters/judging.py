@@ -20,6 +20,7 @@ from peftlab.errors import PeftLabError
 
 # Fields that become a dimension of the adapter's tensors, and of those of the encoder that is saved beside
 SIZES = ("r", "num_virtual_tokens", "width")
+UNBOUND = ("LOKR", "OFT")  # here a large r makes small tensors: it leaves factors whole, or makes many blocks of few
 ENCODER_SIZES = ("encoder_hidden_size",)
 ROWS = "trainable_token_indices"
 # Fields that may hold a regular expression, which has limits of its own; any other text is a name
@@ -55,11 +56,12 @@ def check_sizes(folder: Path, fields: Mapping[str, Any], shapes: Shapes, encoder
     Args:
         shapes: of the adapter's tensors. encoder: of those of the encoder beside it.
     """
-    asked = [(name, fields.get(name)) for name in SIZES]
+    bound = fields.get("peft_type") not in UNBOUND
+    asked = [(name, fields.get(name)) for name in SIZES if bound or name != "r"]
     table = fields.get("rank_pattern")
     if fields.get("peft_type") == "ADALORA":  # its r means nothing, and its init_r is the tensors' only before pruning
         asked = [] if table else [("init_r", fields.get("init_r"))]
-    if isinstance(table, dict):
+    if isinstance(table, dict) and bound:
         asked += [(f"rank_pattern[{key[:60]!r}]", rank) for key, rank in table.items()]
     rows = fields.get(ROWS)
     tables = rows.values() if isinstance(rows, dict) else [rows]

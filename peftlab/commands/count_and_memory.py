@@ -80,7 +80,7 @@ def described(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the keyword arguments that `count` and `estimate` share."""
     method_name(arguments.method)  # an unknown one is told before its options
     settle(arguments, counted())
-    names = ("shape", "method", "r", "bias", "virtual_tokens", "reduction_factor", "init", "labels")
+    names = ("shape", "method", "r", "bias", "virtual_tokens", "reduction_factor", "decompose_factor", "init", "labels")
     parameters = arguments.target_parameters
     return {name: getattr(arguments, name) for name in names} | {
         "targets": parse_targets(arguments.targets),

@@ -179,6 +179,14 @@ class Config(Protocol):
         """Yield what the method places on a model, and changes nothing yet."""
         ...
 
+    def start_from(self, model: nn.Module, data: Any) -> tuple[Self, Mapping[str, Mapping[str, Tensor]]]:
+        """Return what the data make of this config, and {path: {parameter of the part there: its start}}.
+
+        Args:
+            data: what `attach` was given; None if nothing. Most methods start from no data, and refuse some.
+        """
+        ...
+
     def as_stored(self) -> Self:
         """Return the config of what Hugging Face's format keeps of the adapter: a prompt without its encoder, say."""
         ...
@@ -204,8 +212,12 @@ class InTraining(Protocol):
     `core/steps.py` asks for it, of the adapters that run and train.
     """
 
-    def for_run(self, steps: int) -> tuple[Self, str]:
-        """Return the config of a run of so many steps, and words for what was chosen."""
+    def for_run(self, steps: int) -> Self:
+        """Return the config of a run of so many steps: what depends on this number is chosen."""
+        ...
+
+    def schedule(self) -> str:
+        """Return what happens in a run, and when, in one line."""
         ...
 
     def added_loss(self, placements: Sequence[Placement]) -> Tensor | None:

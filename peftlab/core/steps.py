@@ -6,13 +6,13 @@ Most methods do neither. A config that does has what `interface.InTraining` list
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from peftlab.checks import checked, whole
-from peftlab.core.interface import InTraining, Placement
+from peftlab.core.interface import Config, InTraining, Part, Placement
 from peftlab.core.records import check_hosts, placed, record_of, unwrap
 
 
@@ -35,15 +35,17 @@ def taking_part(root: nn.Module) -> list[Taking]:
     return [Taking(name, config, placed(root, name)) for name, config in found if isinstance(config, InTraining)]
 
 
-def begin_run(root: nn.Module, steps: int) -> str:
-    """Give each adapter that takes part the config of a run of so many steps. Return words for what was chosen."""
-    record, told = record_of(root), []
+def begin_run(root: nn.Module, steps: int) -> None:
+    """Give each adapter that takes part the config of a run of so many steps."""
+    record = record_of(root)
     for name, config, _ in taking_part(root):
         assert record is not None
-        chosen, words = config.for_run(steps)
-        record.configs[name] = chosen  # type: ignore[assignment]  # it is a Config, too
-        told.append(f"{name!r}: {words}")
-    return "; ".join(told)
+        record.configs[name] = cast(Config, config.for_run(steps))
+
+
+def schedules(root: nn.Module) -> str:
+    """Return what the adapters that take part do in a run, in one line; empty if there are none."""
+    return "; ".join(f"{name!r}: {config.schedule()}" for name, config, _ in taking_part(root))
 
 
 @checked()
@@ -127,7 +129,7 @@ def take(adapters: Sequence[Taking], tensors: Mapping[str, Tensor]) -> None:
             part.take(mine)
 
 
-def _parts(adapters: Sequence[Taking]) -> Iterator[tuple]:
+def _parts(adapters: Sequence[Taking]) -> Iterator[tuple[str, Part]]:
     for name, _, placements in adapters:
         for path, kind, part in placements:
             yield f"{path}/{name}/{kind}", part

@@ -95,7 +95,10 @@ class Estimate:
         return {name: value for name, value in vars(self).items() if name != "history"}
 
 
-@checked("r", "virtual_tokens", "reduction_factor", "labels", "batch", "sequence", "gpus")
+@checked(
+    "r", "virtual_tokens", "reduction_factor", "decompose_factor", "oft_block_size", "labels", "batch", "sequence",
+    "gpus",
+)  # fmt: skip
 def estimate(
     shape: str | os.PathLike[str] | dict | Shape,
     method: str = "lora",
@@ -106,6 +109,8 @@ def estimate(
     bias: str = "none",
     virtual_tokens: int = 20,
     reduction_factor: int = 16,
+    decompose_factor: int = -1,
+    oft_block_size: int = 32,
     projection: bool = False,
     init: str | None = None,
     batch: int = 1,
@@ -154,7 +159,8 @@ def estimate(
         labels: classes of an encoder's head. A decoder then has a classification head in the place of words.
         library: `"peft"` or `"peftlab"`: whose layers are replayed. peftlab's LoRA, also in four bits, keeps less under
             autocast. On experts it keeps no changed weights until the backward pass, and its 4-bit base holds experts
-            in four bits. All other methods are replayed as in peft.
+            in four bits. It makes the updates of LoHa and LoKr again in the backward pass. All other methods are
+            replayed as in peft.
         transformers: the version whose forward pass is replayed. None takes the installed one, or else the newest. It
             matters only for T5, whose self-attention is not fused before 5.20.
         gpus: the number of GPUs that train together. `batch` is the batch of each.
@@ -182,8 +188,8 @@ def estimate(
     if targets is not None and not isinstance(targets, str):
         targets = tuple(targets)
     options = Options(
-        r, targets, bias, virtual_tokens, reduction_factor, projection, target_parameters=names_of(target_parameters),
-        init=init,
+        r, targets, bias, virtual_tokens, reduction_factor, projection, decompose_factor=decompose_factor,
+        oft_block_size=oft_block_size, target_parameters=names_of(target_parameters), init=init,
     )  # fmt: skip
     refuse_idle(method, options)
     _refuse_what_cannot_run(shape, method, sequence, virtual_tokens)
@@ -216,7 +222,8 @@ def estimate(
     parts = {**memory.at_peak, "workspace": memory.at_peak["workspace"] + CUBLAS_WORKSPACE}
     counted = count(shape, method, r=r, targets=targets, target_parameters=target_parameters, bias=bias,
                     virtual_tokens=virtual_tokens, reduction_factor=reduction_factor,
-                    projection=projection, init=init)  # fmt: skip
+                    decompose_factor=decompose_factor, oft_block_size=oft_block_size, projection=projection,
+                    init=init)  # fmt: skip
     return Estimate(
         shape.name, method, memory.peak + CUBLAS_WORKSPACE, **parts,
         moment=memory.peak_moment, flops=memory.flops - before, written=memory.written - written,

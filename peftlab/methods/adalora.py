@@ -31,7 +31,7 @@ from peftlab.core.records import placed, require_adapter, unwrap
 from peftlab.core.sharding import is_piece
 from peftlab.core.targets import Targets, find, is_conv1d
 from peftlab.errors import PeftLabError, warn
-from peftlab.methods.adalora_parts import AdaLoRAConv, AdaLoRALinear, check_host
+from peftlab.methods.adalora_parts import AdaLoRAConv, AdaLoRALinear, check_host, orthogonality, remember
 from peftlab.methods.parts import BIAS_MODES, trained_biases, trained_copies
 from peftlab.methods.tokens import check_tokens, trained_rows
 
@@ -145,8 +145,8 @@ class AdaLoRAConfig(Targets):
 
     # -- what training asks for ------------------------------------------------------------------------------------
 
-    def for_run(self, steps: int) -> tuple[Self, str]:
-        """Return the config of a run of so many steps, and words for its schedule.
+    def for_run(self, steps: int) -> Self:
+        """Return the config of a run of so many steps.
 
         Raises:
             PeftLabError: there is no rank to prune, or no step to do it in.
@@ -157,7 +157,6 @@ class AdaLoRAConfig(Targets):
                 f"target_r is {self.target_r} and init_r is {self.init_r}: AdaLoRA prunes from init_r down to "
                 "target_r, so it cannot be larger. Lower target_r, or raise init_r."
             )
-        config = self
         if self.total_step is None:
             tinit = steps // 10 if self.tinit is None else self.tinit
             tfinal = steps // 2 if self.tfinal is None else self.tfinal
@@ -166,27 +165,29 @@ class AdaLoRAConfig(Targets):
                     f"The run has {steps} steps, and tinit ({tinit}) and tfinal ({tfinal}) leave none in which ranks "
                     "could be pruned. Lower them, or train for longer."
                 )
-            config = replace(self, total_step=steps, tinit=tinit, tfinal=tfinal)
-        elif self.total_step - (self.tfinal or 0) > steps:
+            return replace(self, total_step=steps, tinit=tinit, tfinal=tfinal)
+        if self.total_step - (self.tfinal or 0) > steps:
             warn(
                 f"The run has {steps} steps, and AdaLoRA would prune until step {self.total_step - (self.tfinal or 0)} "
                 f"(total_step={self.total_step}, tfinal={self.tfinal}), so it ends with more than target_r="
                 f"{self.target_r}. Set total_step={steps}, or leave it out.",
             )
-        c = config
-        return c, (
-            f"AdaLoRA with total_step={c.total_step}, tinit={c.tinit}, tfinal={c.tfinal}, deltaT={c.deltaT}: mean rank "
-            f"{c.init_r} to {c.target_r}, beta1={c.beta1:g}, beta2={c.beta2:g}, orth_reg_weight={c.orth_reg_weight:g}"
-        )
+        return self
+
+    def schedule(self) -> str:
+        """Return the schedule in one line."""
+        names = ("total_step", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
+        told = ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        return f"AdaLoRA prunes from a mean rank of {self.init_r} to {self.target_r}, with {told}"
 
     def added_loss(self, placements: Sequence[Placement]) -> Tensor | None:
         """Return w / n times the sum over the n matrices P and Q of their distance from orthonormal ones."""
-        parts = own_parts(placements)
-        if not parts or self.orth_reg_weight == 0:
+        matrices = [matrix for part in own_parts(placements) for matrix in (part.lora_A, part.lora_B.T)]
+        if not matrices or self.orth_reg_weight == 0:
             return None
-        terms = [part.orthogonality() for part in parts]
-        total = sum((term.to(terms[0].device) for term in terms[1:]), start=terms[0])
-        return total * (self.orth_reg_weight / (2 * len(parts)))
+        refuse_pieces(matrices)
+        # w / (2 n) sum of |Q Q^T - I| + |P^T P - I|
+        return orthogonality(matrices) * (self.orth_reg_weight / len(matrices))
 
     def budget(self, step: int, start: int, modules: int) -> int:
         """Return how many triplets are left after a step.
@@ -215,18 +216,13 @@ class AdaLoRAConfig(Targets):
                 "pl.train knows it by itself."
             )
         self.for_run(self.total_step)  # says if target_r is larger than init_r
-        if any(is_piece(p) for part in parts for p in part.parameters()):
-            raise PeftLabError(
-                "AdaLoRA's ranks cannot be allocated on a model whose parameters are divided among processes "
-                "(fully_shard): a triplet's importance needs whole matrices. Use DistributedDataParallel."
-            )
+        refuse_pieces([p for part in parts for p in part.parameters()])
         if usable and all(p.grad is None for part in parts for p in part.parameters()):
             raise PeftLabError("There are no gradients; call after_step after optimizer.step() and before zero_grad().")
         tinit, end = self.tinit or 0, self.total_step - (self.tfinal or 0)
         # where pruning ends at the very first step, there is no other gradient to go by
         if usable and (step < end or (step == end and not parts[0].averages)):
-            for part in parts:
-                part.remember(self.beta1, self.beta2)
+            remember(parts, self.beta1, self.beta2)
         if (tinit < step < end and step % self.deltaT == 0) or step == end:
             self.allocate(parts, step)
         elif tinit < step < end:
@@ -317,6 +313,15 @@ def checked_mask(key: str, mask: Any, r: int) -> tuple[bool, ...]:
             f"{len(entries)} entries."
         )
     return entries
+
+
+def refuse_pieces(tensors: Iterable[Tensor]) -> None:
+    """Refuse to train a model that `fully_shard` has divided."""
+    if any(map(is_piece, tensors)):
+        raise PeftLabError(
+            "AdaLoRA cannot train where the model's parameters are divided among processes (fully_shard): the "
+            "importance of a triplet needs whole matrices. Use DistributedDataParallel."
+        )
 
 
 @checked()

@@ -7,7 +7,7 @@ See `adalora.py`, which has the whole of the method.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -121,25 +121,6 @@ class AdaLoRALinear(Part):
             for name in names
         }
 
-    def orthogonality(self) -> Tensor:
-        """Return |Q Q^T - I| + |P^T P - I|, a scalar with gradients."""
-        a, b = (p.float() if p.dtype in (torch.float16, torch.bfloat16) else p for p in (self.lora_A, self.lora_B))
-        eye = torch.eye(len(a), device=a.device, dtype=a.dtype)
-        return torch.linalg.matrix_norm(a @ a.T - eye) + torch.linalg.matrix_norm(b.T @ b - eye)
-
-    @torch.no_grad()
-    def remember(self, beta1: float, beta2: float) -> None:
-        """Bring the averages up to date with this step's gradients."""
-        for name in MATRICES:
-            p = self.get_parameter(name)
-            now = torch.zeros_like(p) if p.grad is None else (p * p.grad).abs()  # I = |p dL/dp|
-            mean, spread = self.averages.get(name, (torch.zeros_like(p), torch.zeros_like(p)))
-            mean, spread = mean.to(p.device), spread.to(p.device)
-            # m <- beta1 m + (1 - beta1) I;    u <- beta2 u + (1 - beta2) |I - m|
-            mean = beta1 * mean + (1 - beta1) * now
-            spread = beta2 * spread + (1 - beta2) * (now - mean).abs()
-            self.averages[name] = mean, spread
-
     def importance(self) -> Tensor:
         """Return the importance of each triplet, (r,): that of its e, and the means of its row and its column."""
         a, b, e = (mean * spread for mean, spread in (self.averages[name] for name in MATRICES))  # S = m u
@@ -174,6 +155,40 @@ class AdaLoRAConv(AdaLoRALinear):
                 "in Hugging Face peft as here. Keep the adapter attached."
             )
         return super().merged(host)
+
+
+def orthogonality(matrices: Sequence[Tensor]) -> Tensor:
+    """Return the sum of |M M^T - I| over matrices M, (r, n) each: a scalar with gradients.
+
+    Matrices of one shape are computed together, since a GPU takes no longer for a hundred of them than for one.
+    """
+    groups: dict[tuple, list[Tensor]] = {}
+    for matrix in matrices:
+        groups.setdefault((matrix.shape, matrix.device, matrix.dtype), []).append(matrix)
+    sums = []
+    for group in groups.values():
+        m = torch.stack(group)
+        m = m.float() if m.dtype in (torch.float16, torch.bfloat16) else m
+        eye = torch.eye(m.shape[1], device=m.device, dtype=m.dtype)
+        sums.append(torch.linalg.matrix_norm(m @ m.mT - eye).sum().to(matrices[0].device))
+    return torch.stack(sums).sum()
+
+
+@torch.no_grad()
+def remember(parts: Sequence[AdaLoRALinear], beta1: float, beta2: float) -> None:
+    """Bring the averages of all parts up to date with this step's gradients."""
+    places = [(part, name) for part in parts for name in MATRICES]
+    parameters: list[Tensor] = [part.get_parameter(name) for part, name in places]
+    now = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    # I = |p dL/dp|
+    now = list(torch._foreach_abs(torch._foreach_mul(now, parameters)))
+    old = [part.averages.get(name) or (torch.zeros_like(p),) * 2 for (part, name), p in zip(places, now, strict=True)]
+    # m <- beta1 m + (1 - beta1) I;    u <- beta2 u + (1 - beta2) |I - m|
+    means = torch._foreach_add(torch._foreach_mul([m for m, _ in old], beta1), torch._foreach_mul(now, 1 - beta1))
+    apart = torch._foreach_abs(torch._foreach_sub(now, means))
+    spreads = torch._foreach_add(torch._foreach_mul([u for _, u in old], beta2), torch._foreach_mul(apart, 1 - beta2))
+    for (part, name), mean, spread in zip(places, means, spreads, strict=True):
+        part.averages[name] = mean, spread
 
 
 def check_host(model: nn.Module, path: str, host: nn.Module) -> None:

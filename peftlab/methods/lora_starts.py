@@ -45,6 +45,7 @@ from peftlab.methods.parts import cast, first_input, widened
 from peftlab.quantization.weights import dense, is_quantized
 
 FAST = re.compile(r"pissa_niter_([1-9]\d{0,3})")  # PiSSA by a randomised SVD with so many iterations
+STARTED = "peftlab_start"  # says in a folder's metadata with which `init` A' and B' began
 SEED = 42  # of the randomised SVD: a run that goes on later finds the same start
 
 
@@ -228,6 +229,22 @@ def folded(fields: Mapping[str, Any]) -> dict[str, Any]:
         "lora_alpha": factor * fields["lora_alpha"],
         "rank_pattern": {key: 2 * r for key, r in fields["rank_pattern"].items()},
         "alpha_pattern": {key: factor * alpha for key, alpha in fields["alpha_pattern"].items()},
+    }
+
+
+def unfolded(fields: Mapping[str, Any], init: str | None) -> dict[str, Any]:
+    """Return the fields of the LoRA of rank r that `folded` was given, for a folder that says how it started."""
+    ranks = [fields.get("r", 1), *(fields.get("rank_pattern") or {}).values()]
+    if not from_weight(init) or any(not isinstance(r, int) or r % 2 for r in ranks):
+        return dict(fields)
+    factor = math.sqrt(2) if fields.get("use_rslora") else 2
+    return {
+        **fields,
+        STARTED: init,
+        "r": fields["r"] // 2,
+        "lora_alpha": round(fields["lora_alpha"] / factor, 12),
+        "rank_pattern": {key: r // 2 for key, r in (fields.get("rank_pattern") or {}).items()},
+        "alpha_pattern": {k: round(alpha / factor, 12) for k, alpha in (fields.get("alpha_pattern") or {}).items()},
     }
 
 

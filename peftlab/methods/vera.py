@@ -29,8 +29,10 @@ from peftlab.errors import PeftLabError
 from peftlab.methods.parts import cast, first_input, trained_biases, trained_copies, widened
 
 
-class Projections(nn.Module):
+class Projections(Part):
     """Hold the random pair. All parts of one adapter hold this same module, so there is one copy of it.
+
+    It stands on no host. As a part, it is among the state that a training run stores.
 
     Attributes:
         vera_A: (r, the largest in). vera_B: (the largest out, r).

@@ -16,7 +16,7 @@ from peftlab.core.checkpointing import memory_settings
 from peftlab.core.modes import mode
 from peftlab.core.records import check_hosts, unwrap
 from peftlab.core.sharding import refuse_sharded
-from peftlab.core.steps import add_gradients, begin_run, taking_part
+from peftlab.core.steps import add_gradients, begin_run, schedules, taking_part
 from peftlab.errors import PeftLabError, warn
 from peftlab.fast import FastPath, find_path
 from peftlab.fast.step import Batch
@@ -199,8 +199,8 @@ class Run:
         if self.checkpointing == "fit":
             self.checkpointing, self.history.checkpointing = self._fit()
         self.path = find_path(model, self.core, dataclasses.replace(settings, checkpointing=self.checkpointing), device)
-        self.history.schedule = begin_run(self.core, len(self.order))
-        self.adapters = taking_part(self.core)
+        begin_run(self.core, len(self.order))
+        self.history.schedule, self.adapters = schedules(self.core), taking_part(self.core)
         self.pending: Measured | None = None
         self.wrong = torch.zeros((), device=device)  # 1 once a step was not finite
 

@@ -11,6 +11,7 @@ import torch
 from pairs import RENAMED, base, batch, give, gradients, live, optimiser, our_state, relative, same
 from safetensors.torch import load_file
 from test_lora_folders import output, peft_open, peft_save, shapes
+from test_qlora_parity import bitsandbytes_layers
 from torch import nn
 
 import peftlab as pl
@@ -222,3 +223,36 @@ def test_a_convolution(options, tmp_path):
     loaded = pl.load_adapter(Net(**options).double(), tmp_path)
     pl.merge(loaded)
     assert relative(loaded(x).logits, expected.logits) < 1e-9
+
+
+def test_on_layers_of_bitsandbytes():
+    ours, theirs = pair(
+        "llama", bitsandbytes_layers(base("llama", torch.float32)), target_modules=["q_proj", "down_proj"]
+    )
+    ours.train(), theirs.train()
+    inputs = batch("llama")
+    found, expected = ours(**inputs), theirs(**inputs)
+    assert relative(found.logits, expected.logits) < 1e-6
+    (found.loss + pl.added_loss(ours)).backward()
+    expected.loss.backward()
+    same(gradients(our_state(ours)), gradients(live(theirs)), 1e-4)
+
+
+def test_mixtures_rows_and_merging_of_adapters_with_other_ranks():
+    """One is pruned and one is not. peft runs several at weight one; the merge is held to peft's."""
+    ours, theirs = pair("gpt2", target_modules=["c_attn", "c_fc"])
+    train(ours, theirs, batch("gpt2"), 10)
+    expected = output(theirs, "gpt2")
+    theirs.merge_adapter()
+    merged = theirs.base_model.model.transformer.h[1].mlp.c_fc.base_layer.weight
+    pl.merge(ours)
+    assert relative(ours.transformer.h[1].mlp.c_fc.weight, merged) < 1e-12
+    assert relative(output(ours, "gpt2"), expected) < 1e-9
+    pl.unmerge(ours)
+    assert relative(output(ours, "gpt2"), expected) < 1e-12
+    pl.attach(ours, pl.AdaLoRAConfig(init_r=2, init="random", target_modules=["c_attn"]), name="other")
+    other = output(ours, "gpt2")
+    pl.activate(ours, ["other", "default"])
+    assert relative(output(ours, "gpt2"), torch.stack([other[0], expected[1]])) < 1e-12
+    pl.activate(ours, {"default": 0.5, "other": 0.5})
+    assert 1e-3 < relative(output(ours, "gpt2"), expected) < relative(other, expected)

@@ -7,8 +7,10 @@ import warnings
 import peft
 import pytest
 import torch
-from pairs import base, batch, give, gradients, our_state, peft_state, relative, same, three_steps
+from pairs import LLAMA, base, batch, give, gradients, our_state, peft_state, relative, same, three_steps
 from test_lora_folders import output, peft_open, peft_save, shapes
+from test_qlora_parity import bitsandbytes_layers, curve
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftlab as pl
 
@@ -230,3 +232,19 @@ def test_a_second_adapter_of_the_same_key():
     pl.activate(ours, {"default": 1.0, "other": 1.0})
     theirs.base_model.set_adapter(["default", "other"])
     assert relative(ours(**inputs).logits, theirs(**inputs).logits) < 1e-9
+
+
+def test_on_a_base_in_four_bits():
+    """The same losses as peft on bitsandbytes' layers, step by step."""
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "hidden_size": 64, "head_dim": 16, "intermediate_size": 128}))
+    twin = copy.deepcopy(model)
+    settings = dict(r=32, target_modules=["q_proj", "v_proj", "down_proj"], projection_prng_key=3)
+    theirs = theirs_of(bitsandbytes_layers(twin), **settings)
+    assert isinstance(twin.model.layers[0].self_attn.q_proj.base_layer, bnb.nn.Linear4bit)
+    pl.attach(pl.quantize_model(model, backend="reference"), pl.VeRAConfig(**settings))
+    assert pl.count_parameters(model)[:2] == theirs.get_nb_trainable_parameters()
+    batches = [batch("llama", seed=seed)["input_ids"] for seed in range(4)]
+    found, expected = curve(model.train(), batches), curve(theirs.train(), batches)
+    assert found == pytest.approx(expected, abs=1e-5) and found[0] != found[1]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from nets import assert_same, snapshot
 from safetensors.torch import load_file, save_file
-from tiny import llama
+from tiny import examples, llama, tokenizer
 from torch import nn
 
 import peftlab as pl
@@ -240,3 +240,27 @@ def test_what_is_refused(settings, message):
 
 def test_the_words_for_biases_of_the_adapted_modules():
     assert pl.VeRAConfig(bias="lora_only").bias == "vera_only"
+
+
+def test_a_run_is_resumed_to_the_bit_with_the_pair_it_began_with(tmp_path, monkeypatch):
+    monkeypatch.setattr("peftlab.training.buffers.SMALL_BUFFER", 0)
+
+    def trained(folder, key=3, stop_at=None):
+        def stop(model, row):
+            if row["step"] == stop_at:
+                raise KeyboardInterrupt
+
+        model = pl.attach(base(torch.float32), pl.VeRAConfig(r=6, projection_prng_key=key, dropout=0.2))
+        history = pl.train(
+            model, examples(12), tokenizer=tokenizer(), steps=4, batch_size=2, learning_rate=0.1, folder=folder,
+            save_every=2, progress=False, callback=stop, fast="auto",
+        )  # fmt: skip
+        return model, history
+
+    model, history = trained(None)
+    assert history.path.startswith("plain: 'default' has a VeRALinear on model.layers.0.self_attn.q_proj")
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, stop_at=3)
+    other, again = trained(tmp_path, key=4)
+    assert [row["loss"] for row in again.steps] == [row["loss"] for row in history.steps]
+    assert torch.equal(output(other), output(model))

@@ -8,6 +8,7 @@ because it trains beside every adapter.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
@@ -130,6 +131,32 @@ def loha(shape: Shape, options: Options) -> Trained:
 
     adapted = plain_targets(shape, options.targets, "loha")
     return Trained(tuple(tensor for m in adapted for tensor in pairs(m, rank_of(options))), adapted=adapted)
+
+
+def lokr(shape: Shape, options: Options) -> Trained:
+    """List LoKr's (Yeh et al. 2023, section 3.3): C, (a, c), and D, (b, d), with out = a b and in = c d.
+
+    D has two thin factors, r (b + d), unless r is at least half of its larger side. (`decompose_both` splits C, too,
+    and is not counted here.)
+    """
+
+    def factors(m: Module, r: int) -> list[Added]:
+        a, b = _two_factors(m.outputs, options.decompose_factor)
+        c, d = _two_factors(m.inputs, options.decompose_factor)
+        second = {"lokr_w2": (b, d)} if r >= max(b, d) / 2 else {"lokr_w2_a": (b, r), "lokr_w2_b": (r, d)}
+        return [Added(m.path, name, size) for name, size in {"lokr_w1": (a, c), **second}.items()]
+
+    adapted = plain_targets(shape, options.targets, "lokr")
+    return Trained(tuple(tensor for m in adapted for tensor in factors(m, rank_of(options))), adapted=adapted)
+
+
+def _two_factors(size: int, most: int) -> tuple[int, int]:
+    """Return the two numbers into which LoKr splits a side: `factors` of `peftlab/methods/lokr.py`, without torch."""
+    if most > 0 and size % most == 0:
+        return most, size // most
+    limit = math.isqrt(size) if most == -1 else min(most, math.isqrt(size))
+    first = next((n for n in range(limit, 0, -1) if size % n == 0), 1)
+    return first, size // first
 
 
 def ia3(shape: Shape, options: Options) -> Trained:

@@ -218,14 +218,28 @@ def vera(net: Net, path: str, own: Own) -> None:
 def loha(net: Net, path: str, own: Own) -> None:
     """Replay y + dW x, where dW is the product, entry by entry, of two products of thin matrices."""
     factors = [own[f"hada_w{i}_{side}"] for i in (1, 2) for side in "ab"]
-    size = factors[0].shape[0], factors[1].shape[1]
 
     def delta() -> Tensor:
-        a1, b1, a2, b2 = map(net.half, factors) if net.autocast else factors
+        a1, b1, a2, b2 = factors
         if net.recipe.library != "peftlab":
-            return products.hadamard(a1, b1, a2, b2)
-        first, second = products.outer(a1, b1, size), products.outer(a2, b2, size)
-        return ops.scale(ops.mul(first, second))
+            return products.hadamard(*(map(net.half, factors) if net.autocast else factors))
+        return ops.scale(ops.mul(net.outer(a1, b1), net.outer(a2, b2)))
+
+    _whole_update(net, path, delta)
+
+
+def lokr(net: Net, path: str, own: Own) -> None:
+    """Replay y + dW x, where dW is the Kronecker product of a small matrix and another one, or its two thin factors."""
+    first = own["lokr_w1"]
+
+    def delta() -> Tensor:
+        if "lokr_w2" in own:
+            second: Tensor = own["lokr_w2"]
+        else:
+            a, b = own["lokr_w2_a"], own["lokr_w2_b"]
+            second = net.outer(a, b)
+        size = first.shape[0] * second.shape[0], first.shape[1] * second.shape[1]
+        return ops.scale(products.kronecker(first, second, size))
 
     _whole_update(net, path, delta)
 

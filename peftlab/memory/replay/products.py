@@ -137,6 +137,15 @@ def outer(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
     return record(a.new(shape), [a, b], apply, [])
 
 
+def kronecker(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Replay torch.kron: one product of views, which are kept. The gradient of each is summed from the whole size."""
+
+    def apply(g: Tensor, kept: tuple = (a, b)) -> Gradients:
+        return g.new(), g.new()
+
+    return record(a.new(shape), [a, b], apply, [a, b], fits=False)
+
+
 def hadamard(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
     """Replay peft's own function of (A1 B1) * (A2 B2) s: it keeps the four factors, and multiplies them out again."""
     size, factors = (a1.shape[0], b1.shape[1]), (a1, b1, a2, b2)
