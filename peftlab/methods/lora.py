@@ -172,8 +172,8 @@ class LoRAConfig(Targets):
         bias: which biases of the base train too: `"none"`, `"lora_only"` (those of the adapted modules) or `"all"`.
         use_rslora: scale by alpha / sqrt(r) instead, so that the update keeps its size as r grows.
         init: how A starts. `"kaiming"` is uniform within 1 / sqrt(in), as in Hugging Face peft. `"gaussian"` is normal
-            with standard deviation 1 / r. In both B is zero. `"orthogonal"` draws A and B from orthogonal spaces, so that
-            B A is zero and neither is, as in peft, and for odd r too.
+            with standard deviation 1 / r. In both B is zero. `"orthogonal"` draws A and B from orthogonal spaces, so
+            that B A is zero and neither is, as in peft, and for odd r too.
             `"pissa"` starts A and B from the largest singular values and vectors of the weight, `"pissa_niter_4"` does
             so by a fast SVD with 4 iterations (or another number), and `"olora"` from its QR factors. The base stays as
             it is, and what A and B started from is subtracted beside it (`methods/lora_starts.py`); a folder holds a
