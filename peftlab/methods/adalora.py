@@ -242,7 +242,7 @@ class AdaLoRAConfig(Targets):
             return
         scores = [part.importance() for part in parts]
         # keep what lies above the k-th smallest; equals go together
-        limit = torch.cat([score.cpu() for score in scores]).kthvalue(away).values.item()
+        limit = torch.cat([score.to(scores[0].device) for score in scores]).cpu().kthvalue(away).values.item()
         for part, score in zip(parts, scores, strict=True):
             part.kept = score > limit
 
