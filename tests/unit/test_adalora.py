@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from nets import Net
+from safetensors.torch import load_file, save_file
 
 import peftlab as pl
 from peftlab.adapters.key_table import placed
@@ -248,6 +249,29 @@ def test_a_second_run_does_not_bring_back_what_the_first_pruned():
     first = pl.adalora_ranks(one)
     train(one)
     assert pl.adalora_ranks(one) == first
+
+
+def test_each_run_chooses_its_own_schedule():
+    """A trial of two steps says nothing about the run that follows."""
+    one = model(tfinal=1)
+    train(one, steps=2)
+    train(one, steps=20)
+    config = pl.attached(one)["default"]
+    assert (config.total_step, config.tinit, config.tfinal) == (20, 2, 1)
+    pl.detach(one)
+    pl.attach(one, pl.AdaLoRAConfig(**SHORT, total_step=7))
+    train(one)
+    assert pl.attached(one)["default"].total_step == 7
+
+
+def test_a_schedule_with_half_a_step_loads(tmp_path):
+    pl.save_adapter(model(), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "total_step": 37.5, "tinit": 2.0}))
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(weights), weights, {"format": "pt"})
+    config = pl.attached(pl.load_adapter(tiny.llama(dtype=torch.float64), tmp_path))["default"]
+    assert (config.total_step, config.tinit) == (37, 2)
 
 
 def test_equal_ranks_at_start_and_end_prune_nothing():
