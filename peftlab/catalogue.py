@@ -143,8 +143,8 @@ BIAS = Option(
 INIT = Option(
     name="init",
     metavar="I",
-    help="where the adapter starts: for lora kaiming, gaussian, orthogonal, pissa, pissa_niter_4 or olora; for a "
-    "prompt or prefix vocabulary, text or random",
+    help="where the adapter starts: for lora kaiming, gaussian, orthogonal, pissa, pissa_niter_4, olora or eva; "
+    "for a prompt or prefix vocabulary, text or random",
     counted=True,
 )
 INIT_TEXT = Option(
@@ -177,6 +177,14 @@ DECOMPOSE_FACTOR = Option(
     help="sides of lokr's first factor where they divide the layer's; -1 makes both factors alike",
     counted=True,
 )
+OFT_BLOCK_SIZE = Option(
+    name="oft_block_size",
+    kind=int,
+    metavar="N",
+    help="side of oft's rotations, or the nearest number that divides a layer's input",
+    chosen="32",
+    counted=True,
+)
 LAST_LAYERS = Option(
     name="last_layers", kind=int, default=0, metavar="N", help="of selective: how many last blocks train"
 )
@@ -206,8 +214,8 @@ PFEIFFER = Method(
 
 # The methods by their names on the command line, in the order in which help lists them. The ranks are peft's defaults;
 # AdaLoRA's is the one it starts with (init_r), before it prunes. IA3's learning rate is that of Liu et al. 2022,
-# appendix D, and LoKr's that of peft's benchmark (MetaMathQA, 2026). Where another is given, the usual one would hardly
-# move what trains.
+# appendix D. LoKr's and OFT's are those of peft's benchmark (MetaMathQA, 2026), with which they came close to LoRA or
+# passed it. Where another is given, the usual one would hardly move what trains.
 METHODS: dict[str, Method] = {
     "full": Method(whole=True, learning_rate=2e-5, tensors="peftlab.memory.counting.methods:full"),
     "lora": LORA,
@@ -251,6 +259,14 @@ METHODS: dict[str, Method] = {
         learning_rate=3e-3,
         tensors="peftlab.memory.counting.methods:lokr",
         replay="peftlab.memory.replay.layers:lokr",
+        in_peft=True,
+    ),
+    "oft": Method(
+        config="peftlab.methods.oft:OFTConfig",
+        options=(OFT_BLOCK_SIZE, TARGETS),
+        learning_rate=1e-4,
+        tensors="peftlab.memory.counting.methods:oft",
+        replay="peftlab.memory.replay.layers:oft",
         in_peft=True,
     ),
     "ia3": Method(

@@ -53,6 +53,7 @@ from peftlab.core.tensor_files import read_shapes, read_tensors, serialised
 from peftlab.errors import PeftLabError, did_you_mean, warn
 from peftlab.files import read_settled, settled, write_together
 from peftlab.foreign import read_fields
+from peftlab.methods.lora_starts import STARTED, from_weight, unfolded
 from peftlab.patterns import bounded
 
 WEIGHTS = "adapter_model.safetensors"
@@ -215,6 +216,9 @@ def adapter_state(model: nn.Module, name: str, portable: bool = False) -> State:
         metadata["peftlab_vocabulary"] = str(rows)
     if encoder:
         metadata["peftlab_encoder"] = digest(encoder)
+    init = getattr(config, "init", "")
+    if from_weight(init) and not portable:
+        metadata[STARTED] = init
     parameters = sum(parameter.numel() for placement in placements for parameter in placement.part.parameters())
     tied = tied_paths(root, placements)
     return State(root, method_name(config), fields, tensors, encoder, metadata, parameters, tied)
@@ -257,7 +261,9 @@ def load_adapter(
     Args:
         folder: the folder, or its parent if the adapter lies in a subfolder of its name.
         trainable: whether the adapter trains further; by default a loaded adapter is frozen. If a network made a prompt
-            and this package saved it, a trainable prompt has that network again; otherwise it is the prompt alone.
+            and this package saved it, a trainable prompt has that network again; otherwise it is the prompt alone. And
+            a LoRA that this package saved with its start from the weight (PiSSA, OLoRA) trains on beside that start;
+            otherwise it is a plain LoRA of twice the rank.
         adapter_dtype: as for `attach`.
 
     Raises:
@@ -278,7 +284,8 @@ def load_adapter(
         saved = read_folder(Path(folder), name)
         fields, tensors = fused(root, saved.fields, saved.tensors)
         saved = saved._replace(fields=fields, tensors=tensors)
-        config = from_fields(root, saved.fields)
+        started = saved.metadata.get(STARTED) if trainable else None
+        config = from_fields(root, unfolded(saved.fields, started))
         warn_of_unknown(saved.folder, saved.fields, classes_of(saved.fields), TARGET_FIELDS)
         if not (trainable and saved.encoder):
             config = config.as_stored()

@@ -41,6 +41,7 @@ IDLE = {
         "megatron_core", "qalora_group_size",
     ),
     "IA3": ("init_ia3_weights",),
+    "OFT": ("fan_in_fan_out",),  # peft sets it to false on every layer that OFT can stand on
     "PROMPT_TUNING": ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
     "PREFIX_TUNING": ("init_weights",),
 }  # fmt: skip

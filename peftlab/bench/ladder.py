@@ -71,7 +71,7 @@ def beside_peft(results: Results) -> list[Row]:
         if not (theirs.get("seconds") and ours.get("seconds")):
             continue
         ratio = results.ratio(theirs, ours)
-        compiled = rows["compiled layers"]
+        compiled, smallest = rows["compiled layers"], rows.get("fast, 8-bit")
         found.append({
             "section": section, "shape": ours["shape"], "method": ours["method"],
             "step": f"{ours['batch']} x {ours['sequence']}", "again": "yes" if ours["checkpointing"] else "no",
@@ -80,7 +80,6 @@ def beside_peft(results: Results) -> list[Row]:
             "range": f"{ratio.least:.1f} to {ratio.most:.1f}",
             "share": rows["ceiling"]["seconds"] / ours["seconds"],
             "memory": ours["working_bytes"] / theirs["working_bytes"],
-            "pinned": (rows.get("fast, pinned") or {}).get("working_bytes"),
-            "theirs": theirs["working_bytes"],
+            "least_memory": smallest and smallest["working_bytes"] / theirs["working_bytes"],
         })  # fmt: skip
     return found

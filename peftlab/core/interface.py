@@ -179,6 +179,14 @@ class Config(Protocol):
         """Yield what the method places on a model, and changes nothing yet."""
         ...
 
+    def start_from(self, model: nn.Module, data: Any) -> tuple[Self, Mapping[str, Mapping[str, Tensor]]]:
+        """Return what the data make of this config, and {path: {parameter of the part there: its start}}.
+
+        Args:
+            data: what `attach` was given; None if nothing. Most methods start from no data, and refuse some.
+        """
+        ...
+
     def as_stored(self) -> Self:
         """Return the config of what Hugging Face's format keeps of the adapter: a prompt without its encoder, say."""
         ...

@@ -13,7 +13,7 @@ step. `rank_dropout` leaves rows of dW out, that is, outputs of the layer.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -127,12 +127,19 @@ def find_plain(model: nn.Module, config: Targets, name: str) -> dict[str, nn.Mod
     Args:
         name: the method's, for errors.
     """
+    return find_by_default(model, config, functools.partial(check_plain, name))
+
+
+def find_by_default(
+    model: nn.Module, config: Targets, check: Callable[[nn.Module, str, nn.Module], None]
+) -> dict[str, nn.Module]:
+    """Return the modules that a config names; by default the query and value projections that are no Conv1D."""
 
     def default(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
         names = default_targets(modules)
         return {path: host for path, host in modules.items() if names_match(names, path) and not is_conv1d(host)}
 
-    return find(model, config, default, functools.partial(check_plain, name))
+    return find(model, config, default, check)
 
 
 def check_plain(name: str, model: nn.Module, path: str, host: nn.Module) -> None:

@@ -45,6 +45,7 @@ from peftlab.methods.parts import cast, first_input, widened
 from peftlab.quantization.weights import dense, is_quantized
 
 FAST = re.compile(r"pissa_niter_([1-9]\d{0,3})")  # PiSSA by a randomised SVD with so many iterations
+STARTED = "peftlab_start"  # says in a folder's metadata with which `init` A' and B' began
 SEED = 42  # of the randomised SVD: a run that goes on later finds the same start
 
 
@@ -75,18 +76,8 @@ class LoRAStarted(Part):
     def __init__(self, host: nn.Module, r: int, scaling: float, config: Any) -> None:
         super().__init__()
         self.init = config.init
-        if isinstance(host, (nn.Embedding, *CONVOLUTIONS)):
-            raise PeftLabError(
-                f"init={self.init!r} starts linear layers from their weights, and {type(host).__name__} "
-                f"{sizes_of(host)} is none. Leave it out of target_modules, or use init='kaiming'."
-            )
+        check_linear(host, r, config.init)
         inside, outside = shape_of(host)
-        if r > min(inside, outside):
-            raise PeftLabError(
-                f"r is {r}, and a weight of {outside} x {inside} has no more than {min(inside, outside)} directions "
-                f"for init={self.init!r}. Choose a smaller r (rank_pattern: for this layer alone), or "
-                "init='kaiming'."
-            )
         self.scaling, self.dropout = scaling, config.dropout
         self.transposed = is_conv1d(host) or (config.fan_in_fan_out and not isinstance(host, nn.Linear))
         self.lora_A, self.lora_B = nn.Parameter(torch.zeros(r, inside)), nn.Parameter(torch.zeros(outside, r))
@@ -163,6 +154,21 @@ class LoRAStarted(Part):
         return super().values_from(own, tensor)
 
 
+def check_linear(host: nn.Module, r: int, init: str) -> None:
+    """Refuse a host that is no linear layer, or has fewer singular values than r."""
+    if isinstance(host, (nn.Embedding, *CONVOLUTIONS)):
+        raise PeftLabError(
+            f"init={init!r} starts linear layers from their weights, and {type(host).__name__} {sizes_of(host)} is "
+            "none. Leave it out of target_modules, or use init='kaiming'."
+        )
+    inside, outside = shape_of(host)
+    if r > min(inside, outside):
+        raise PeftLabError(
+            f"r is {r}, and a weight of {outside} x {inside} has no more than {min(inside, outside)} directions for "
+            f"init={init!r}. Choose a smaller r (rank_pattern: for this layer alone), or init='kaiming'."
+        )
+
+
 def weight_of(host: nn.Module, init: str) -> Tensor:
     """Return a host's weight as it is stored, in float32; for 4-bit codes the numbers that they stand for.
 
@@ -228,6 +234,22 @@ def folded(fields: Mapping[str, Any]) -> dict[str, Any]:
         "lora_alpha": factor * fields["lora_alpha"],
         "rank_pattern": {key: 2 * r for key, r in fields["rank_pattern"].items()},
         "alpha_pattern": {key: factor * alpha for key, alpha in fields["alpha_pattern"].items()},
+    }
+
+
+def unfolded(fields: Mapping[str, Any], init: str | None) -> dict[str, Any]:
+    """Return the fields of the LoRA of rank r that `folded` was given, for a folder that says how it started."""
+    ranks = [fields.get("r", 1), *(fields.get("rank_pattern") or {}).values()]
+    if not from_weight(init) or any(not isinstance(r, int) or r % 2 for r in ranks):
+        return dict(fields)
+    factor = math.sqrt(2) if fields.get("use_rslora") else 2
+    return {
+        **fields,
+        STARTED: init,
+        "r": fields["r"] // 2,
+        "lora_alpha": round(fields["lora_alpha"] / factor, 12),
+        "rank_pattern": {key: r // 2 for key, r in (fields.get("rank_pattern") or {}).items()},
+        "alpha_pattern": {k: round(alpha / factor, 12) for k, alpha in (fields.get("alpha_pattern") or {}).items()},
     }
 
 

@@ -26,7 +26,7 @@ from peftlab.core.interface import Part, Placement
 from peftlab.core.records import own_tensor
 from peftlab.core.targets import CONVOLUTIONS, Targets, check_carrier, find, is_conv1d, shape_of
 from peftlab.errors import PeftLabError
-from peftlab.methods.parts import cast, first_input, trained_biases, trained_copies, widened
+from peftlab.methods.parts import BIAS_MODES, cast, first_input, trained_biases, trained_copies, widened
 
 
 class Projections(Part):
@@ -112,9 +112,6 @@ class VeRALinear(Part):
         return {"weight": weight + (delta.T if self.transposed else delta)}
 
 
-BIAS_MODES = ("none", "vera_only", "lora_only", "all")
-
-
 @dataclass(frozen=True, kw_only=True)
 class VeRAConfig(Targets):
     """Say what VeRA adapts, how wide the random pair is, and where the vectors start.
@@ -127,8 +124,8 @@ class VeRAConfig(Targets):
             loads it draws the pair from the key again.
         dropout: the probability of dropping an entry of the adapter's input in training; in [0, 1).
         d_initial: where each entry of d starts. b starts at zero.
-        bias: which biases of the base train too: `"none"`, `"vera_only"` (those of the adapted modules; `"lora_only"`
-            means the same) or `"all"`.
+        bias: which biases of the base train too: `"none"`, `"lora_only"` (those of the adapted modules; `"vera_only"`,
+            peft's word, means the same) or `"all"`.
         fan_in_fan_out: detected automatically for Linear and Conv1D (the flag is ignored there). Set it only for custom
             layers that store their weight as (in, out).
         init: `"zero"`, as above; or `"random"`, where b is one and d is normal, so that the model's output changes
@@ -160,11 +157,11 @@ class VeRAConfig(Targets):
         check_fields(self, whole, "projection_prng_key", least=-(2**63), ceiling=2**64 - 1)
         check_fields(self, number, "dropout", least=0, below=1)
         check_fields(self, number, "d_initial")
-        check_fields(self, one_of, "bias", known=BIAS_MODES)
+        check_fields(self, one_of, "bias", known=(*BIAS_MODES, "vera_only"))
         check_fields(self, one_of, "init", known=("zero", "random"))
         check_fields(self, one_of, "save_projection", "fan_in_fan_out", known=(True, False))
-        if self.bias == "lora_only":
-            object.__setattr__(self, "bias", "vera_only")
+        if self.bias == "vera_only":
+            object.__setattr__(self, "bias", "lora_only")
 
     def parts(self, model: nn.Module) -> Iterator[Placement]:
         """Yield the two vectors of each target around one pair, trained biases and trained copies."""
@@ -188,7 +185,7 @@ class VeRAConfig(Targets):
             "save_projection": self.save_projection,
             "vera_dropout": self.dropout,
             "d_initial": self.d_initial,
-            "bias": self.bias,
+            "bias": {"lora_only": "vera_only"}.get(self.bias, self.bias),
             "fan_in_fan_out": self.fan_in_fan_out or any(is_conv1d(host) for host in hosts.values()),
             "init_weights": self.init != "random",
         }

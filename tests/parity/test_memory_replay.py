@@ -47,6 +47,7 @@ def adapter(method, shape, r, tokens):
         "adalora": lambda: peft.AdaLoraConfig(init_r=r, target_modules=ALL, task_type=task, total_step=10),
         "loha": lambda: peft.LoHaConfig(**low_rank),
         "lokr": lambda: peft.LoKrConfig(**low_rank),
+        "oft": lambda: peft.OFTConfig(target_modules=ALL, task_type=task),
         "ia3": lambda: peft.IA3Config(task_type=task),
         "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=tokens, task_type=task),
         "p-tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=tokens, task_type=task),
@@ -56,7 +57,8 @@ def adapter(method, shape, r, tokens):
 def replayed(shape, method, *, batch, sequence, bytes, checkpointing=False, autocast=False, fused=True, r=8, tokens=20,
              contiguous_bias=True, targets=ALL, library="peft", init=None):
     """Bytes above the parameters, at the most, of forward and of backward, in the second of two steps."""
-    targets = targets if METHODS[method].takes("r") else None  # the others stand in places of their own
+    # some methods stand in places of their own
+    targets = targets if METHODS[method].takes("r") or METHODS[method].takes("oft_block_size") else None
     trained = trained_by(method, shape, Options(r=r, targets=targets, virtual_tokens=tokens, init=init))
     run = Run(shape, method, trained, Recipe(
         batch=batch, sequence=sequence, weight_bytes=bytes, adapter_bytes=4, autocast=autocast,
@@ -91,7 +93,7 @@ CASES = [
     if (family, method) != ("bert", "adalora")  # 2.8% too high: AdaLoRA's orthogonality loss is not replayed
 ] + [
     ("t5", "prompt", 2, False), ("t5", "vera", 2, False), ("gemma", "prompt", 2, True), ("llama", "vera", 2, True),
-    ("llama", "loha", 2, False), ("bert", "loha", 4, False), ("llama", "lokr", 2, False),
+    ("llama", "loha", 2, False), ("bert", "loha", 4, False), ("llama", "lokr", 2, False), ("llama", "oft", 2, False),
 ]  # fmt: skip
 
 
@@ -208,8 +210,13 @@ def test_the_peak_under_autocast(method, checkpointing, monkeypatch):
     assert max(found) == pytest.approx(max(expected), rel=0.02)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["vera"])
+# With checkpointing, this small model's peak lies within a block. There the replay is 15% too low for adalora, and 5%
+# too high for loha and lokr.
+@pytest.mark.parametrize(
+    ("method", "checkpointing"),
+    [("lora", True), ("dora", True), ("vera", True)]
+    + [(method, False) for method in ("lora", "dora", "adalora", "vera", "loha", "lokr")],
+)
 def test_the_peak_of_our_own_layers_under_autocast(method, checkpointing, monkeypatch):
     """Where they keep less than peft's: no copies of inputs in float32."""
     told = {"batch": 3, "sequence": 96, "checkpointing": checkpointing, "autocast": True}
@@ -261,8 +268,8 @@ def test_the_peak_with_a_start_from_the_weight(bytes, checkpointing, monkeypatch
     """PiSSA's start is two more products, and two buffers beside A and B."""
     config = {**CONFIGS["llama"], "vocab_size": 32, "num_hidden_layers": 1}  # nothing else is as large for a moment
     shape, size = load_shape(config), {"batch": 3, "sequence": 160}
-    found = replayed(shape, "lora", bytes=bytes, checkpointing=checkpointing, init="pissa", **size)
-    plain = replayed(shape, "lora", bytes=bytes, checkpointing=checkpointing, **size)
+    found = replayed(shape, "lora", bytes=bytes, checkpointing=checkpointing, init="pissa", library="peftlab", **size)
+    plain = replayed(shape, "lora", bytes=bytes, checkpointing=checkpointing, library="peftlab", **size)
     expected = memory_oracle.measure(
         config, shape.kind, pl.LoRAConfig(r=8, init="pissa", target_modules=ALL),
         dtype={2: torch.bfloat16, 4: torch.float32}[bytes], checkpointing=checkpointing, monkeypatch=monkeypatch,

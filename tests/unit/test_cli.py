@@ -305,6 +305,22 @@ def test_a_4_bit_base_from_the_shell(place, capsys):
     assert metrics["settings"]["optimizer"] == "adamw8bit" and (place / "run" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("init, method", [("pissa", "lora"), ("eva", "lora"), ("olora", "qlora")])
+def test_starts_from_the_shell(place, capsys, init, method):
+    import peftlab as pl
+    from peftlab.assets.models import load_model
+
+    command = [*train_command("ask.jsonl", "run", "--steps", 4, "--init", init, "--r", 2, "--method", method), "--json"]
+    status, out, err = run(capsys, *command)
+    assert status == 0, err
+    before = tensors(place / "run")
+    status, again, err = run(capsys, *command, "--resume")
+    assert status == 0 and tensors(place / "run") == before, err
+    model, _ = load_model("./tiny")
+    pl.load_adapter(model, place / "run", trainable=True)
+    assert pl.count_parameters(model).trainable == json.loads(out)["trainable"]
+
+
 def test_new_tokens_train_and_the_tokenizer_that_has_them_is_saved(place, capsys):
     from transformers import AutoTokenizer
 

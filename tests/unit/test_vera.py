@@ -239,7 +239,7 @@ def test_what_is_refused(settings, message):
 
 
 def test_the_words_for_biases_of_the_adapted_modules():
-    assert pl.VeRAConfig(bias="lora_only").bias == "vera_only"
+    assert pl.VeRAConfig(bias="vera_only").bias == "lora_only"
 
 
 def test_a_run_is_resumed_to_the_bit_with_the_pair_it_began_with(tmp_path, monkeypatch):

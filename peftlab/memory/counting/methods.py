@@ -159,6 +159,22 @@ def _two_factors(size: int, most: int) -> tuple[int, int]:
     return first, size // first
 
 
+def oft(shape: Shape, options: Options) -> Trained:
+    """List OFT's (Qiu et al. 2023, section 3): d_in / n rotations per module, each of n (n - 1) / 2 numbers.
+
+    n is the divisor of d_in that is nearest to `oft_block_size`. A rotation of an embedding turns its width.
+    """
+    adapted, wanted = shape.match(options.targets), options.oft_block_size or 32
+    refuse_conv1d(shape, options.targets, "oft", adapted)
+    added = []
+    for m in adapted:
+        width = m.outputs if m.kind == "embedding" else m.inputs
+        n = min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: (abs(n - wanted), n))
+        name = "oft_embedding_R" if m.kind == "embedding" else "oft_R"
+        added.append(Added(m.path, name, (width // n, n * (n - 1) // 2)))
+    return Trained(tuple(added), adapted=adapted)
+
+
 def ia3(shape: Shape, options: Options) -> Trained:
     """List IA3's (Liu et al. 2022, section 3.3): a scale per output of a module, or per input of a feed-forward layer.
 
@@ -292,10 +308,16 @@ def _low_rank(
         raise PeftLabError(
             f"{method} adapts whole modules, so it takes no target_parameters. Name modules in targets, or use lora."
         )
-    if method == "lora":
+    if method in ("lora", "dora"):
         adapted = shape.match(targets, parameters=options.target_parameters)
     else:
-        adapted = shape.match(targets) if method == "dora" else linear_targets(shape, targets, method)
+        adapted = linear_targets(shape, targets, method)
+    fused = [module.path for module in adapted if module.kind in ("experts", "router")]
+    if fused and method == "dora":
+        raise PeftLabError(
+            f"The targets of {shape.name} mean parameters such as {fused[0]} (experts, routers), as in peft, "
+            "and dora adapts modules alone. Name others in targets, or use lora."
+        )
     unfrozen = {"none": (), "lora_only": adapted, "all": _body(shape)}
     added = tuple(tensor for module in adapted for tensor in tensors(module, rank_of(options)))
     return Trained(added, _biases(unfrozen[options.bias]), adapted)
@@ -334,6 +356,12 @@ def linear_targets(
 def plain_targets(shape: Shape, targets: str | Iterable[str] | None, method: str) -> tuple[Module, ...]:
     """Return the targets of a method that has no form for GPT-2's Conv1D either."""
     adapted = linear_targets(shape, targets, method)
+    refuse_conv1d(shape, targets, method, adapted)
+    return adapted
+
+
+def refuse_conv1d(shape: Shape, targets: str | Iterable[str] | None, method: str, adapted: tuple[Module, ...]) -> None:
+    """Refuse targets that are Conv1D layers, for a method that has no form for them."""
     if targets is None and all(module.kind == "conv1d" for module in adapted):
         raise PeftLabError(
             f"{shape.name} has none of the modules that the method adapts by default: its query and value projections "
@@ -345,7 +373,6 @@ def plain_targets(shape: Shape, targets: str | Iterable[str] | None, method: str
                 f"{method} has no form for Conv1D layers, such as {module.path} of {shape.name}. Name other layers in "
                 "targets, or use lora."
             )
-    return adapted
 
 
 def _can_have(shape: Shape, what: str, tasks: tuple[str, ...] | None, why: str) -> None:

@@ -27,13 +27,13 @@ class Options:
     encoder_hidden: int | None = None  # its inner width, also of the prefix MLP; None: the width of its output
     encoder_layers: int = 2  # layers of P-tuning's LSTM; the MLP always has three linear layers
     decompose_factor: int = -1  # for LoKr: the sides of its first factor, where they divide the layer's; -1: alike
-    oft_block_size: int = 32  # for OFT: the side of a rotation
+    oft_block_size: int | None = None  # for OFT: the side of a rotation; None is 32
     target_parameters: tuple[str, ...] = ()  # for LoRA: parameters to adapt as such, such as "experts.gate_up_proj"
     init: str | None = None  # where the adapter starts; None takes the method's own start
 
     def __post_init__(self) -> None:
-        check_fields(self, whole, "r", "encoder_hidden", least=1, ceiling=MOST_SIZE, optional=True)
-        check_fields(self, whole, "virtual_tokens", "reduction_factor", "oft_block_size", least=1, ceiling=MOST_SIZE)
+        check_fields(self, whole, "r", "encoder_hidden", "oft_block_size", least=1, ceiling=MOST_SIZE, optional=True)
+        check_fields(self, whole, "virtual_tokens", "reduction_factor", least=1, ceiling=MOST_SIZE)
         check_fields(self, whole, "decompose_factor", least=-1, ceiling=MOST_SIZE)
         check_fields(self, whole, "encoder_layers", least=1, ceiling=MOST_LAYERS)
         check_fields(self, one_of, "bias", known=("none", "all", "lora_only"))

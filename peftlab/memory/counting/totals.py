@@ -59,7 +59,7 @@ def count(
     virtual_tokens: int = 20,
     reduction_factor: int = 16,
     decompose_factor: int = -1,
-    oft_block_size: int = 32,
+    oft_block_size: int | None = None,
     projection: bool = False,
     encoder: str = "mlp",
     encoder_hidden: int | None = None,
@@ -83,7 +83,7 @@ def count(
         reduction_factor: hidden width / width of a bottleneck adapter.
         decompose_factor: for LoKr, the sides of the first factor, where they divide those of the layer. -1 makes both
             factors as alike as can be.
-        oft_block_size: for OFT, the side of a rotation, or the nearest number that divides the layer's input.
+        oft_block_size: for OFT, the side of a rotation, or the nearest number that divides the layer's input. None: 32.
         projection: whether prefix tuning computes the prefix with an MLP during training.
         encoder: the network that makes P-tuning's prompt, `"mlp"` or `"lstm"`.
         encoder_hidden: the inner width of that network, or of the prefix MLP. None takes the width of its output.

@@ -100,6 +100,13 @@ def dora(net: Net, path: str, own: Own) -> None:
     """
     if net.modules[path].kind == "embedding":
         raise PeftLabError(f"DoRA on the embedding {path} is not replayed; name linear layers, or use lora.")
+    if net.recipe.library == "peftlab":
+        _our_dora(net, path, own)
+        return
+    if path in net.quantised:
+        raise PeftLabError(
+            "peft's DoRA on a base in four bits is not replayed. peftlab's is: library='peftlab' (--library peftlab)."
+        )
     weight = net.weights[path]
     outputs, inputs = own["lora_B"].shape[0], own["lora_A"].shape[1]
 
@@ -131,6 +138,39 @@ def dora(net: Net, path: str, own: Own) -> None:
         second = ops.scale(ops.mul(update, ratio))
         total = ops.add(first, second)
         del first, second, update, base, held
+        result = ops.add(result, total)
+        del total
+        return ops.cast(result, bytes)
+
+    net.layers[path] = call
+
+
+def _our_dora(net: Net, path: str, own: Own) -> None:
+    """Replay peftlab's layer, which needs no identity and no copies of inputs under autocast.
+
+    Its norms take three tensors of the size of W in the dtype of the adapter, for a moment: W (decoded or cast, if it
+    is not in that dtype already), s B A, and their sum.
+    """
+    size = net.weight_size(path)
+    wide = own["lora_A"].bytes
+
+    def norms(x: Tensor) -> Tensor:
+        with net.memory.graph(False):
+            whole = x.new(size, wide) if path in net.quantised else ops.cast(net.weights[path].detach(), wide)
+            scaled = ops.scale(ops.cast(net.outer(own["lora_B"], own["lora_A"]), wide))
+            return ops.add(whole.view(*size), scaled).new((size[0],))
+
+    def call(x: Tensor) -> Tensor:
+        result = net.plain(path, x)
+        bytes = result.bytes
+        if not net.autocast:
+            x = ops.cast(x, wide)
+        base = ops.copy(result, max(result.bytes, net.biases[path].bytes)) if path in net.biases else result
+        ratio = ops.divide(own["lora_magnitude_vector"], norms(x))
+        update = ops.scale(ops.mul(net.product(net.product(x, own["lora_A"]), own["lora_B"]), ratio))
+        first = ops.mul(base, ops.shift(ratio))
+        total = ops.add(first, update)
+        del first, update, base
         result = ops.add(result, total)
         del total
         return ops.cast(result, bytes)
@@ -242,6 +282,27 @@ def _whole_update(net: Net, path: str, delta: Callable[[], Tensor]) -> None:
         result = ops.add(result, update)
         del update
         return ops.cast(result, bytes)
+
+    net.layers[path] = call
+
+
+def oft(net: Net, path: str, own: Own) -> None:
+    """Replay W (R x): rotations from Q, Q^2, Q^3 and Q^4, a product of each block with its piece of x, and a copy."""
+    if net.modules[path].kind == "embedding":
+        raise PeftLabError(f"OFT on the embedding {path} is not replayed; name linear layers, or use lora.")
+    weight = own["oft_R"]
+    count, elements = weight.shape
+    n = round((1 + (1 + 8 * elements) ** 0.5) / 2)
+
+    def call(x: Tensor) -> Tensor:
+        bytes = x.bytes
+        rotations = products.rotations(weight, (count, n, n), net.autocast)
+        wide = ops.cast(x, weight.bytes)
+        if net.autocast:
+            wide, rotations = net.half(wide), net.half(rotations)
+        rotated = ops.cast(ops.copy(products.turned(wide, rotations)), bytes)
+        del wide, rotations
+        return net.plain(path, rotated)
 
     net.layers[path] = call
 

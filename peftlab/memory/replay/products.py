@@ -137,6 +137,35 @@ def outer(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
     return record(a.new(shape), [a, b], apply, [])
 
 
+def rotations(weight: Tensor, shape: tuple[int, ...], autocast: bool) -> Tensor:
+    """Replay OFT's I + 2 Q + 2 Q^2 + 2 Q^3 + Q^4 of skew-symmetric Q. Each power is kept for the next one."""
+    size, upper = weight.shape, weight.new(shape)
+    q = weight.new(shape)
+    del upper
+    kept = [q.new(bytes=2) if autocast else q] + [q.new(bytes=2 if autocast else None) for _ in range(2)]
+    last = q.new()
+
+    def apply(g: Tensor, kept: list = kept) -> Gradients:
+        held = [g.new() for _ in range(3)]
+        whole = g.new()
+        del held
+        return (whole.new(size),)
+
+    output = record(last.new(), [weight], apply, kept)
+    del last
+    return output
+
+
+def turned(x: Tensor, rotations: Tensor) -> Tensor:
+    """Replay the product of each piece of x with its rotation. Both are kept."""
+    size = rotations.shape
+
+    def apply(g: Tensor, kept: tuple = (x, rotations)) -> Gradients:
+        return g.new() if kept[0].needs_grad else None, g.new(size)
+
+    return record(x.new(), [x, rotations], apply, [x, rotations])
+
+
 def kronecker(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Replay torch.kron: one product of views, which are kept. The gradient of each is summed from the whole size."""
 

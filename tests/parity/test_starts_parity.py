@@ -13,6 +13,7 @@ import peftlab as pl
 from peftlab.adapters.key_table import entries, placed
 from peftlab.adapters.trainer_callback import restore_adapter
 from peftlab.core.records import unwrap
+from peftlab.methods.lora_conv import start
 
 CASES = {
     "llama pissa": ("llama", "pissa", dict(target_modules="all-linear")),
@@ -126,6 +127,18 @@ def test_a_folder_without_its_start_trains_on(tmp_path):
     three_steps(loaded, theirs, batch("llama"), lambda: (factors(loaded), live(theirs)))
 
 
+@pytest.mark.parametrize("case", ["llama pissa", "llama pissa rslora and patterns", "bert olora"])
+def test_our_folder_trains_on_beside_its_start(case, tmp_path):
+    kind, init, settings = CASES[case]
+    ours, theirs = started(kind, init, **settings)
+    scramble(ours, theirs)
+    pl.save_adapter(ours, tmp_path)
+    loaded = pl.load_adapter(published(kind), tmp_path, trainable=True)
+    assert pl.attached(loaded)["default"].r == 4 and pl.attached(loaded)["default"].init == init
+    same(factors(loaded), factors(ours), 1e-15)
+    three_steps(loaded, theirs, batch(kind), lambda: (factors(loaded), live(theirs)))
+
+
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_3", "olora"])
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"alpha_pattern": {"v_proj": 3}}])
 def test_what_peft_converts_loads(init, settings, tmp_path):
@@ -172,10 +185,13 @@ def test_a_start_that_cannot_be_found_again_is_refused(tmp_path):
     peft_save(theirs, tmp_path)
     with pytest.raises(pl.PeftLabError, match="q_proj is held in four bits"):
         pl.load_adapter(pl.quantize_model(base("llama", torch.float32), block_size=64), tmp_path)
-    for init in ("pissa_niter_4", "loftq", "corda", "lora_ga", "PISSA_new"):
+    for init in ("pissa_niter_4", "corda", "lora_ga", "PISSA_new"):
         rewritten(tmp_path, init_lora_weights=init)
         with pytest.raises(pl.PeftLabError, match=f"'{init}'.*{convert}"):
             pl.load_adapter(base("llama", torch.float32), tmp_path)
+    rewritten(tmp_path, init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 5})
+    with pytest.raises(pl.PeftLabError, match="'loftq'.*4 bits hold, 5 times.*quantize_model"):
+        pl.load_adapter(base("llama", torch.float32), tmp_path)
     rewritten(tmp_path, init_lora_weights="pissa")
     with pytest.raises(pl.PeftLabError, match="its start.*is not in the folder"):
         pl.export_adapter(tmp_path, tmp_path / "out")
@@ -190,3 +206,14 @@ def test_a_start_that_cannot_be_found_again_is_refused(tmp_path):
     peft_save(theirs, tmp_path / "conv1d")
     with pytest.raises(pl.PeftLabError, match=f"Conv1D.*{convert}"):
         pl.load_adapter(base("gpt2", torch.float32), tmp_path / "conv1d")
+
+
+def test_orthogonal_draws_what_peft_draws():
+    theirs = peft_model(base("llama", torch.float32), r=4, target_modules=["q_proj"], init_lora_weights=True)
+    layer = theirs.base_model.model.model.layers[0].self_attn.q_proj
+    torch.manual_seed(3)
+    layer.orthogonal_init("default")
+    a, b = torch.empty(4, 20), torch.zeros(24, 4)
+    torch.manual_seed(3)
+    start(a, b, "orthogonal")
+    assert torch.equal(a, layer.lora_A["default"].weight) and torch.equal(b, layer.lora_B["default"].weight)
