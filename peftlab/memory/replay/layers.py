@@ -205,11 +205,14 @@ def adalora(net: Net, path: str, own: Own) -> None:
     """Replay y += x (A * E)^T B^T s / rank, where the sum is in place.
 
     In peft the rank numbers get a gradient once they have been moved to another device or dtype than CPU and float32.
-    In peftlab they never do, so the update need not be kept; and the sum is a new tensor.
+    In peftlab they never do, so the update need not be kept; the sum is a new tensor. Its training keeps two averages
+    of each parameter. (peft keeps three, from the first call of `update_and_allocate` on, which are not counted.)
     """
     ours = net.recipe.library == "peftlab"
+    trained = [own[name] for name in ("lora_A", "lora_B", "lora_E")] * 2 if ours else []
+    averages = [Tensor(net.memory, one.shape, one.bytes, "optimizer") for one in trained]
 
-    def call(x: Tensor) -> Tensor:
+    def call(x: Tensor, averages: list[Tensor] = averages) -> Tensor:
         result = net.plain(path, x)
         bytes = result.bytes
         if not (net.autocast and ours):
