@@ -83,10 +83,10 @@ def intruders(model: nn.Module) -> Row:
     """
     count, of = 0, 0
     for _, _, path in looked_at(every=3):
-        after = weight_of(model.get_submodule(path))
-        if not after.isfinite().all():
+        try:
+            first = torch.linalg.svd(weight_of(model.get_submodule(path)), full_matrices=False)[0][:, :FIRST]
+        except torch.linalg.LinAlgError:  # the run diverged
             return {"intruders": None, "looked_at": None}
-        first = torch.linalg.svd(after, full_matrices=False)[0][:, :FIRST]
         # max_i |u_i . u'_j| over all singular vectors u_i of W
         nearest = (before(path)[0].T @ first).abs().amax(0)
         count, of = count + int((nearest < THRESHOLD).sum()), of + first.shape[1]

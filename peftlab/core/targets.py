@@ -136,7 +136,7 @@ def refuse_data(config: Any, data: Any) -> None:
         init = getattr(config, "init", None)
         raise PeftLabError(
             f"data was given, and {type(config).__name__}{'' if init is None else f'(init={init!r})'} starts from no "
-            "data. Leave data out, or use LoRAConfig(init='eva')."
+            "data. Leave data out, or use LoRAConfig(init='eva') or init='loftq'."
         )
 
 
