@@ -161,7 +161,7 @@ def estimate(
         library: `"peft"` or `"peftlab"`: whose layers are replayed. peftlab's LoRA, also in four bits, keeps less under
             autocast. On experts it keeps no changed weights until the backward pass, and its 4-bit base holds experts
             in four bits. It makes the updates of LoHa and LoKr again in the backward pass, and its DoRA needs no
-            matrix of ones. Methods that are no relatives of LoRA are replayed as in peft.
+            identity matrix. Methods that are no relatives of LoRA are replayed as in peft.
         four_bit: whether the base is held in four bits, whatever the method. None: only for `qlora`.
         transformers: the version whose forward pass is replayed. None takes the installed one, or else the newest. It
             matters only for T5, whose self-attention is not fused before 5.20.
