@@ -73,7 +73,7 @@ PANELS: dict[str, tuple[tuple[Shape, ...], str]] = {
               Shape("A", 30, 15, True, True)), r"$W + s\,(B_1A_1)\odot(B_2A_2)$"),
     "LoKr": ((weight(), PLUS, Shape("C", 20, 20, True, True), Shape("⊗", new=True), Shape("D", 28, 28, True, True)),
              r"$W + s\,C\otimes D$"),
-    "OFT": ((Shape("R", 36, 36, True, True, "blocks"), weight()), r"$R\,W$, $R^{T} R = I$"),
+    "OFT": ((weight(), Shape("R", 36, 36, True, True, "blocks")), r"$W R$, $R^{T} R = I$"),
 }  # fmt: skip
 
 
