@@ -26,7 +26,7 @@ class Option:
         kind: `int`, `float`, `str`, or `bool` for a pair such as `--projection` and `--no-projection`.
         default: the value where the option is not given. None leaves the choice to the config.
         chosen: for a default of None, what the config then chooses, in the words of `--help`. Rows may differ in
-            `default` and `chosen` (`replace(TARGETS, chosen="...")`), and in nothing else.
+            `default`, `chosen` and `fills` (`replace(TARGETS, chosen="...")`), and in nothing else.
         metavar: what stands for the value in `--help`.
         choices: the values allowed, where they are few.
         counted: whether `peftlab count` and `peftlab memory` take it too, beside `peftlab train`. It is then one of
@@ -115,6 +115,14 @@ def resolve(path: str) -> Any:
 
 R = Option(name="r", kind=int, default=8, metavar="N", help="rank of a low-rank update", counted=True)
 ALPHA = Option(name="alpha", kind=float, default=16.0, metavar="A", help="the update is scaled by alpha / r")
+TARGET_R = Option(
+    name="target_r", kind=int, metavar="N", help="mean rank after pruning", chosen="two thirds of r"
+)
+TINIT = Option(name="tinit", kind=int, metavar="N", help="steps before ranks are pruned", chosen="a tenth of the run")
+TFINAL = Option(name="tfinal", kind=int, metavar="N", help="steps after ranks were pruned", chosen="half of the run")
+DELTA_T = Option(
+    name="delta_t", fills="deltaT", kind=int, default=1, metavar="N", help="steps from one pruning to the next"
+)
 DROPOUT = Option(name="dropout", kind=float, default=0.0, metavar="P", help="within the adapter")
 TARGETS = Option(
     name="targets",
@@ -133,7 +141,11 @@ BIAS = Option(
     name="bias", default="none", choices=("none", "all", "lora_only"), help="biases to train as well", counted=True
 )
 INIT = Option(
-    name="init", metavar="I", help="where the adapter starts; for a prompt or prefix vocabulary, text or random"
+    name="init",
+    metavar="I",
+    help="where the adapter starts: for lora kaiming, gaussian, orthogonal, pissa, pissa_niter_4, olora or eva; "
+    "for a prompt or prefix vocabulary, text or random",
+    counted=True,
 )
 INIT_TEXT = Option(
     name="init_text", metavar="TEXT", help="the words that a prompt or prefix starts from, for --init text"
@@ -157,8 +169,32 @@ REDUCTION_FACTOR = Option(
     help="hidden width / bottleneck of an adapter: houlsby, pfeiffer, parallel",
     counted=True,
 )
+DECOMPOSE_FACTOR = Option(
+    name="decompose_factor",
+    kind=int,
+    default=-1,
+    metavar="N",
+    help="sides of lokr's first factor where they divide the layer's; -1 makes both factors alike",
+    counted=True,
+)
+OFT_BLOCK_SIZE = Option(
+    name="oft_block_size",
+    kind=int,
+    metavar="N",
+    help="side of oft's rotations, or the nearest number that divides a layer's input",
+    chosen="32",
+    counted=True,
+)
 LAST_LAYERS = Option(
     name="last_layers", kind=int, default=0, metavar="N", help="of selective: how many last blocks train"
+)
+
+D_INITIAL = Option(name="d_initial", kind=float, default=0.1, metavar="D", help="where the vector d of vera starts")
+PROJECTION_PRNG_KEY = Option(
+    name="projection_prng_key", kind=int, default=0, metavar="KEY", help="the seed of vera's random matrices"
+)
+SAVE_PROJECTION = Option(
+    name="save_projection", kind=bool, default=True, help="the adapter's file holds vera's random matrices"
 )
 
 LORA = Method(
@@ -178,27 +214,59 @@ PFEIFFER = Method(
 
 # The methods by their names on the command line, in the order in which help lists them. The ranks are peft's defaults;
 # AdaLoRA's is the one it starts with (init_r), before it prunes. IA3's learning rate is that of Liu et al. 2022,
-# appendix D; where another is given, the usual one would hardly move what trains.
+# appendix D. LoKr's and OFT's are those of peft's benchmark (MetaMathQA, 2026), with which they came close to LoRA or
+# passed it. Where another is given, the usual one would hardly move what trains.
 METHODS: dict[str, Method] = {
     "full": Method(whole=True, learning_rate=2e-5, tensors="peftlab.memory.counting.methods:full"),
     "lora": LORA,
     "qlora": replace(LORA, four_bit=True),  # what LoRA trains, on a base in four bits
     "dora": Method(
-        options=(R, TARGETS, BIAS),
+        config="peftlab.methods.dora:DoRAConfig",
+        options=(R, ALPHA, DROPOUT, TARGETS, BIAS, INIT),
         tensors="peftlab.memory.counting.methods:dora",
         replay="peftlab.memory.replay.layers:dora",
         in_peft=True,
     ),
     "adalora": Method(
-        options=(replace(R, default=12), TARGETS, BIAS),
+        config="peftlab.methods.adalora:AdaLoRAConfig",
+        options=(
+            replace(R, default=12, fills="init_r"), TARGET_R, replace(ALPHA, default=8.0), DROPOUT, TARGETS, BIAS,
+            TINIT, TFINAL, DELTA_T,
+        ),
+        learning_rate=1e-3,
         tensors="peftlab.memory.counting.methods:adalora",
         replay="peftlab.memory.replay.layers:adalora",
         in_peft=True,
     ),
     "vera": Method(
-        options=(replace(R, default=256), TARGETS, BIAS),
+        config="peftlab.methods.vera:VeRAConfig",
+        options=(replace(R, default=256), DROPOUT, TARGETS, BIAS, D_INITIAL, PROJECTION_PRNG_KEY, SAVE_PROJECTION),
+        learning_rate=4e-3,
         tensors="peftlab.memory.counting.methods:vera",
         replay="peftlab.memory.replay.layers:vera",
+        in_peft=True,
+    ),
+    "loha": Method(
+        config="peftlab.methods.loha:LoHaConfig",
+        options=(R, replace(ALPHA, default=8.0), TARGETS),
+        tensors="peftlab.memory.counting.methods:loha",
+        replay="peftlab.memory.replay.layers:loha",
+        in_peft=True,
+    ),
+    "lokr": Method(
+        config="peftlab.methods.lokr:LoKrConfig",
+        options=(R, replace(ALPHA, default=8.0), TARGETS, DECOMPOSE_FACTOR),
+        learning_rate=3e-3,
+        tensors="peftlab.memory.counting.methods:lokr",
+        replay="peftlab.memory.replay.layers:lokr",
+        in_peft=True,
+    ),
+    "oft": Method(
+        config="peftlab.methods.oft:OFTConfig",
+        options=(OFT_BLOCK_SIZE, TARGETS),
+        learning_rate=1e-4,
+        tensors="peftlab.memory.counting.methods:oft",
+        replay="peftlab.memory.replay.layers:oft",
         in_peft=True,
     ),
     "ia3": Method(

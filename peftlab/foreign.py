@@ -15,7 +15,7 @@ from peftlab.errors import PeftLabError, did_you_mean, warn
 
 MOST_BYTES = 8_000_000  # the largest real configs name some thousand modules, in less than one megabyte
 MOST_DEPTH = 64
-LARGEST = 2**63
+INTEGERS = range(-(2**63), 2**64)  # a seed may need all 64 bits
 # Fields by which transformers picks what computes a layer; "owner/name" there is code that it would fetch and run
 KERNELS = ("attn_implementation", "experts_implementation", "use_kernels", "kernel_config")
 
@@ -128,6 +128,6 @@ def _float(text: str) -> float:
 
 
 def _integer(text: str) -> int:
-    if len(text) > 20 or abs(int(text)) >= LARGEST:
+    if len(text) > 20 or int(text) not in INTEGERS:
         raise ValueError(f"it holds the number {text[:40]}, which is too large")
     return int(text)

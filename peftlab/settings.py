@@ -77,6 +77,14 @@ class Settings:
     learning_rate: float = setting(2e-4, "peak learning rate", number, above=0, most=1000, option="lr")
     weight_decay: float = setting(
         0.0, "decay of matrices; biases, norms and other vectors do not decay", number, least=0)
+    loraplus_lr_ratio: float | None = setting(
+        None, "LoRA+: the learning rate of LoRA's B, divided by that of A, which is learning_rate; 16, say",
+        number, above=0, most=1e6, optional=True, option="loraplus-lr-ratio",
+        more="The groups and their weight decay are then those of Hugging Face peft's `create_loraplus_optimizer` "
+        "(`peftlab.training.loraplus`): vectors other than biases and `nn.LayerNorm`'s scales decay, too.")
+    loraplus_lr_embedding: float | None = setting(
+        None, "LoRA+: the learning rate of the A and B of embeddings; 1e-6 if not given",
+        number, above=0, most=1000, optional=True, option="loraplus-lr-embedding")
     warmup: float = setting(
         0.0, "length of the warm-up: below 1 a share of the steps, from 1 on a number of steps",
         number, least=0, option="warmup")
@@ -168,6 +176,10 @@ class Settings:
         check_kinds(self, "monitor", "folder", "loss", "metrics", "collate", "callback")
         if self.steps is not None and self.epochs is not None:
             raise PeftLabError(f"Give steps ({self.steps}) or epochs ({self.epochs}), not both.")
+        if self.loraplus_lr_embedding is not None and self.loraplus_lr_ratio is None:
+            raise PeftLabError(
+                "loraplus_lr_embedding is a part of LoRA+; give loraplus_lr_ratio, too (16, say), or leave it out."
+            )
         if self.packing and self.batch_size == 1:
             raise PeftLabError(
                 "packing puts the examples of a batch into few rows, and batch_size=1 leaves nothing to share a row. "

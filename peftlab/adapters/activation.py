@@ -115,6 +115,9 @@ def refresh_requires_grad(root: nn.Module, record: Record) -> None:
     for _, host in hosts(root):
         for name, parts in adapters_on(host).items():
             parts.requires_grad_(name in active and record.trainable[name] and not activity.merged)
+            for part in adapters_on(host).parts_of(name).values():
+                for own in part.frozen:
+                    part.get_parameter(own).requires_grad_(False)
 
 
 @checked()

@@ -93,7 +93,7 @@ def card(
         lines.append(f"- Licence of the base model: {origin['licence']}")
     lines += ["", "## Settings", "", "| setting | value |", "| --- | --- |"]
     lines += [
-        f"| {name} | {_cell(value)} |"
+        f"| {name} | {_cell(_ranks(value) if name == 'rank_pattern' else value)} |"
         for name, value in sorted(fields.items())
         if name not in NOT_SETTINGS and value not in (None, [], {}, "")
     ]
@@ -153,6 +153,11 @@ def _text(value: object) -> str:
 def _plain(value: object) -> str:
     """One line of text, without what Markdown would take for a table or for HTML."""
     return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")[:300]
+
+
+def _ranks(pattern: Any) -> Any:
+    """Return a rank pattern with a number for each module; AdaLoRA's has a mask for each."""
+    return {key: sum(value) if isinstance(value, list) else value for key, value in pattern.items()}
 
 
 def _cell(value: object) -> str:

@@ -29,10 +29,12 @@ from peftlab.adapters.integrity import base_sample, check_base
 from peftlab.adapters.judging import Allowance, check_sizes, warn_of_unknown
 from peftlab.adapters.key_forms import check_foreign, read_as
 from peftlab.adapters.key_table import (
+    as_saved,
     base_name,
     check_keys,
     embedding_copies,
     encoder_table,
+    entries,
     key_table,
     placed,
     sampled,
@@ -51,6 +53,7 @@ from peftlab.core.tensor_files import read_shapes, read_tensors, serialised
 from peftlab.errors import PeftLabError, did_you_mean, warn
 from peftlab.files import read_settled, settled, write_together
 from peftlab.foreign import read_fields
+from peftlab.methods.lora_starts import STARTED, from_weight, unfolded
 from peftlab.patterns import bounded
 
 WEIGHTS = "adapter_model.safetensors"
@@ -213,6 +216,9 @@ def adapter_state(model: nn.Module, name: str, portable: bool = False) -> State:
         metadata["peftlab_vocabulary"] = str(rows)
     if encoder:
         metadata["peftlab_encoder"] = digest(encoder)
+    init = getattr(config, "init", "")
+    if from_weight(init) and not portable:
+        metadata[STARTED] = init
     parameters = sum(parameter.numel() for placement in placements for parameter in placement.part.parameters())
     tied = tied_paths(root, placements)
     return State(root, method_name(config), fields, tensors, encoder, metadata, parameters, tied)
@@ -255,7 +261,9 @@ def load_adapter(
     Args:
         folder: the folder, or its parent if the adapter lies in a subfolder of its name.
         trainable: whether the adapter trains further; by default a loaded adapter is frozen. If a network made a prompt
-            and this package saved it, a trainable prompt has that network again; otherwise it is the prompt alone.
+            and this package saved it, a trainable prompt has that network again; otherwise it is the prompt alone. And
+            a LoRA that this package saved with its start from the weight (PiSSA, OLoRA) trains on beside that start;
+            otherwise it is a plain LoRA of twice the rank.
         adapter_dtype: as for `attach`.
 
     Raises:
@@ -276,7 +284,8 @@ def load_adapter(
         saved = read_folder(Path(folder), name)
         fields, tensors = fused(root, saved.fields, saved.tensors)
         saved = saved._replace(fields=fields, tensors=tensors)
-        config = from_fields(root, saved.fields)
+        started = saved.metadata.get(STARTED) if trainable else None
+        config = from_fields(root, unfolded(saved.fields, started))
         warn_of_unknown(saved.folder, saved.fields, classes_of(saved.fields), TARGET_FIELDS)
         if not (trainable and saved.encoder):
             config = config.as_stored()
@@ -286,8 +295,9 @@ def load_adapter(
         with lengthened(root, saved.folder, tokens, saved.tensors, recorded):
             placements, unseen = prepare(root, name, config, adapter_dtype, allowance)
             saved = saved._replace(tensors=read_as(key_table(placements), saved.tensors, saved.folder))
-            check_fit(root, placements, saved)
             settle(root, placements)
+            saved = saved._replace(tensors=as_saved(root, placements, saved.tensors))
+            check_fit(root, placements, saved)
             fill(placements, saved)
     add(root, name, config, placements, unseen, trainable=trainable)
     return model
@@ -341,7 +351,7 @@ def read_folder(folder: Path, name: str) -> Saved:
 def check_fit(root: nn.Module, placements: Iterable[Placement], saved: Saved) -> None:
     """Require that a folder's base, keys and shapes are those of this model and these parts."""
     check_base(root, saved.folder, saved.metadata, base_name(root) or type(root).__name__)
-    check_keys(root, saved.folder, saved.fields, key_table(placements), saved.tensors)
+    check_keys(root, saved.folder, saved.fields, placements, saved.tensors)
     encoder = encoder_table(placements)
     if encoder and {key: tensor.shape for key, tensor in saved.encoder.items()} != {
         key: parameter.shape for key, parameter in encoder.items()
@@ -357,8 +367,9 @@ def check_fit(root: nn.Module, placements: Iterable[Placement], saved: Saved) ->
 def fill(placements: Iterable[Placement], saved: Saved) -> None:
     """Copy saved tensors into an adapter's parts, in place of the values that the parts started with."""
     # An encoder's output is not copied; its weights (next loop) reproduce it.
-    for key, parameter in key_table(p for p in placements if not p.part.encoder_keys).items():
-        parameter.copy_(piece_of(saved.tensors[key], parameter))
+    for key, placement, own, _ in entries(p for p in placements if not p.part.encoder_keys):
+        for tensor, value in placement.part.values_from(own, saved.tensors[key]):
+            tensor.copy_(piece_of(value, tensor))
     for key, parameter in encoder_table(placements).items():
         parameter.copy_(piece_of(saved.encoder[key], parameter))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import fields as fields_of
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from peftlab.adapters.task_type import task_type_of
 from peftlab.catalogue import METHODS, resolve
 from peftlab.core.experts import parameters_of
 from peftlab.core.hooks import base_modules
-from peftlab.core.interface import BESIDE, Config, Placement
+from peftlab.core.interface import BESIDE, Config, InTraining, Placement
 from peftlab.core.targets import ALL_LINEAR, Targets, by_pattern, names_match
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.patterns import bounded
@@ -31,6 +31,8 @@ def to_fields(root: nn.Module, config: Config, placements: list[Placement]) -> d
     """Return a config as the contents of `adapter_config.json`."""
     modules = [placement for placement in placements if placement.part.parameter is None]
     hosts_by_path = {path: root.get_submodule(path) for path, _, _ in modules}
+    if isinstance(config, InTraining):
+        config = cast(Config, config.as_it_stands(placements))
     if isinstance(config, Targets):
         config = config.for_model(root)
     fields = {name: getattr(config, name, None) for name in TARGET_FIELDS}
@@ -48,15 +50,16 @@ def to_fields(root: nn.Module, config: Config, placements: list[Placement]) -> d
         fields["target_modules"] = sorted(adapted)
     elif not modules:
         fields["target_modules"] = []  # it adapts parameters alone; None would mean the default modules in peft
-    # Hugging Face's IA3 has no fields for layers, and warns about each one in a file.
-    unset = [name for name in ("layers_to_transform", "layers_pattern") if fields.get(name) is None]
+    fields |= config.to_peft(root, hosts_by_path)
+    # Some of Hugging Face's configs lack these fields (IA3's those for layers, VeRA's the exclusion), and it warns of
+    # each one in a file.
+    unset = [name for name in ("layers_to_transform", "layers_pattern", "exclude_modules") if fields.get(name) is None]
     fields = {name: value for name, value in fields.items() if name not in unset}
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
     return fields | {
         "peft_type": config.peft_type,
         "base_model_name_or_path": base_name(root),
         "inference_mode": True,
-        **config.to_peft(root, hosts_by_path),
     }
 
 

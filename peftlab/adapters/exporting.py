@@ -21,6 +21,7 @@ from peftlab.adapters.serving import portable
 from peftlab.checks import checked
 from peftlab.errors import PeftLabError
 from peftlab.methods.lora import LoRAConfig
+from peftlab.methods.lora_starts import from_weight
 from peftlab.patterns import bounded
 
 
@@ -59,7 +60,13 @@ def export_adapter(folder: str | os.PathLike, out: str | os.PathLike, name: str 
         given = {"r": 8, "lora_alpha": 8, **saved.fields}  # peft's defaults
         config_class(given)  # refuses options that this package does not have
         if given["peft_type"] == LoRAConfig.peft_type:
-            LoRAConfig(**LoRAConfig.from_peft(given))  # refuses wrong values, and a run that changed its base
+            config = LoRAConfig(**LoRAConfig.from_peft(given))  # refuses wrong values, and a run that changed its base
+            if from_weight(config.init):
+                raise PeftLabError(
+                    f"The adapter was trained with init_lora_weights={config.init!r}, and its start, which only the "
+                    "base's weights give again, is not in the folder. Load it onto its base with pl.load_adapter, and "
+                    "save it with pl.save_adapter(model, folder, portable=True)."
+                )
         warn_of_unknown(saved.folder, saved.fields, classes_of(given), TARGET_FIELDS)
         fields, tensors = portable(given, in_file_form(saved.tensors, saved.folder))
         metadata = {key: text for key, text in saved.metadata.items() if key in ("peftlab_base", "peftlab_vocabulary")}

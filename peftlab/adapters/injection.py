@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from peftlab.adapters.activation import activate, refresh_requires_grad
+from peftlab.adapters.activation import activate, disabled, refresh_requires_grad
 from peftlab.adapters.vocabulary import shorten, with_new_tokens
 from peftlab.catalogue import METHODS
 from peftlab.checks import checked, one_of, shown
@@ -66,6 +66,7 @@ def attach(
     name: str = "default",
     *,
     adapter_dtype: torch.dtype | str | None = None,
+    data: Any = None,
 ) -> nn.Module:
     """Attach an adapter, freeze the base, and make the new adapter the active one.
 
@@ -77,6 +78,8 @@ def attach(
             half-precision or quantised layer, as in Hugging Face peft: an optimiser's small steps vanish in 16 bits.
             With `"bf16"` (or `torch.bfloat16`) nothing has to be cast between a bfloat16 base and the adapter, and
             `train` keeps float32 masters of it; in a loop of your own, `peftlab.training.masters` has them.
+        data: what an adapter starts from that starts from data: for `LoRAConfig(init="eva")` batches, as the model is
+            called with (`[{"input_ids": ..., "attention_mask": ..., "labels": ...}, ...]`).
 
     Returns:
         The same model.
@@ -91,8 +94,16 @@ def attach(
     """
     root = unwrap(model)
     config = with_new_tokens(root, config)
+    check_config(config)
+    check_new(root, name)
+    with disabled(root):
+        config, starts = config.start_from(root, data)
     placements, unseen = prepare(root, name, config, adapter_dtype)
     settle(root, placements)
+    with torch.no_grad():
+        for path, _, part in placements:
+            for own, value in starts.get(path, {}).items():
+                part.get_parameter(own).copy_(value)
     add(root, name, config, placements, unseen, trainable=True)
     return model
 
@@ -109,27 +120,12 @@ def prepare(
     `check` gets each part before the next one is built, and may refuse it. Returns the placements, and the hosts of
     which it is not known that the model calls them.
     """
-    if not isinstance(config, Config) or isinstance(config, type):
-        known = ", ".join(dict.fromkeys(row.config_name for row in METHODS.values() if row.config_name))
-        raise PeftLabError(f"The config is {config!r}; make one of {known}.")
+    check_config(config)
     if isinstance(adapter_dtype, str):
         adapter_dtype = ADAPTER_DTYPES[one_of("adapter_dtype", adapter_dtype, ADAPTER_DTYPES)]
     if adapter_dtype is not None and not (isinstance(adapter_dtype, torch.dtype) and adapter_dtype.is_floating_point):
         raise PeftLabError(f"adapter_dtype is {adapter_dtype!r}; give a floating dtype such as torch.float32.")
-    record = record_of(root)
-    check_hosts(root)
-    check_name(name)
-    refuse_sharded(root, "attach cannot divide a new adapter with it", "Attach first, then call fully_shard.")
-    if record and name in record.configs:
-        raise PeftLabError(f"An adapter named {name!r} is attached already; detach it first, or use another name.")
-    if record and record.activity.merged:
-        raise PeftLabError("The model is merged; call unmerge(model) before attaching another adapter.")
-    for path, host in hosts(root):
-        if record is None or adapters_on(host).activity is not record.activity:
-            raise PeftLabError(
-                f"{path or 'The model'} carries adapters that were attached through another module. "
-                "Attach and detach through the same model."
-            )
+    check_new(root, name)
     placements = []
     try:
         with bounded():
@@ -151,6 +147,31 @@ def prepare(
         part.to(device=device, dtype=adapter_dtype or dtype)
         part.train(host.training)
     return placements, unseen
+
+
+def check_config(config: Any) -> None:
+    """Refuse what is no config."""
+    if not isinstance(config, Config) or isinstance(config, type):
+        known = ", ".join(dict.fromkeys(row.config_name for row in METHODS.values() if row.config_name))
+        raise PeftLabError(f"The config is {config!r}; make one of {known}.")
+
+
+def check_new(root: nn.Module, name: str) -> None:
+    """Refuse a name that is in use, and a model that can take no adapter now."""
+    record = record_of(root)
+    check_hosts(root)
+    check_name(name)
+    refuse_sharded(root, "attach cannot divide a new adapter with it", "Attach first, then call fully_shard.")
+    if record and name in record.configs:
+        raise PeftLabError(f"An adapter named {name!r} is attached already; detach it first, or use another name.")
+    if record and record.activity.merged:
+        raise PeftLabError("The model is merged; call unmerge(model) before attaching another adapter.")
+    for path, host in hosts(root):
+        if record is None or adapters_on(host).activity is not record.activity:
+            raise PeftLabError(
+                f"{path or 'The model'} carries adapters that were attached through another module. "
+                "Attach and detach through the same model."
+            )
 
 
 def check_copies(root: nn.Module, config: Config, placements: list[Placement]) -> None:

@@ -20,6 +20,7 @@ from peftlab.errors import PeftLabError
 
 # Fields that become a dimension of the adapter's tensors, and of those of the encoder that is saved beside
 SIZES = ("r", "num_virtual_tokens", "width")
+UNBOUND = ("LOKR", "OFT")  # here a large r makes small tensors: it leaves factors whole, or makes many blocks of few
 ENCODER_SIZES = ("encoder_hidden_size",)
 ROWS = "trainable_token_indices"
 # Fields that may hold a regular expression, which has limits of its own; any other text is a name
@@ -33,7 +34,14 @@ IDLE = {
         "corda_config", "eva_config", "loftq_config", "lora_ga_config", "runtime_config", "ensure_weight_tying",
         "megatron_config", "megatron_core", "qalora_group_size", "enable_lora", "merge_weights",  # the last two: 2023
     ),
+    # AdaLoRA takes over LoRA's fields, and computes nothing by these
+    "ADALORA": (
+        "r", "use_rslora", "lora_bias", "alpha_pattern", "init_lora_weights", "fan_in_fan_out", "corda_config",
+        "eva_config", "loftq_config", "lora_ga_config", "runtime_config", "ensure_weight_tying", "megatron_config",
+        "megatron_core", "qalora_group_size",
+    ),
     "IA3": ("init_ia3_weights",),
+    "OFT": ("fan_in_fan_out",),  # peft sets it to false on every layer that OFT can stand on
     "PROMPT_TUNING": ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
     "PREFIX_TUNING": ("init_weights",),
 }  # fmt: skip
@@ -49,9 +57,12 @@ def check_sizes(folder: Path, fields: Mapping[str, Any], shapes: Shapes, encoder
     Args:
         shapes: of the adapter's tensors. encoder: of those of the encoder beside it.
     """
-    asked = [(name, fields.get(name)) for name in SIZES]
+    bound = fields.get("peft_type") not in UNBOUND
+    asked = [(name, fields.get(name)) for name in SIZES if bound or name != "r"]
     table = fields.get("rank_pattern")
-    if isinstance(table, dict):
+    if fields.get("peft_type") == "ADALORA":  # its r means nothing, and its init_r is the tensors' only before pruning
+        asked = [] if table else [("init_r", fields.get("init_r"))]
+    if isinstance(table, dict) and bound:
         asked += [(f"rank_pattern[{key[:60]!r}]", rank) for key, rank in table.items()]
     rows = fields.get(ROWS)
     tables = rows.values() if isinstance(rows, dict) else [rows]

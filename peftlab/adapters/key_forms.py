@@ -31,8 +31,8 @@ WRAPPERS = {
     "_forward_module": "'_forward_module.', as Lightning adds",
 }
 # Parameters that peft keeps under the adapter's name inside a model, and without it in a file
-NAMED = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "ia3_l",
-         "trainable_tokens_delta")  # fmt: skip
+NAMED = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "ia3_l",
+         "vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B", "trainable_tokens_delta")  # fmt: skip
 LINEAR = ("lora_A", "lora_B")
 # Modules in front of all others, by which the same layers are called with and without a head, or inside a pipeline
 OUTER = ("model", "base_model", "transformer", "bert", "roberta", "distilbert", "deberta", "electra", "encoder", "unet",
@@ -112,11 +112,14 @@ def read_as(expected: Collection[str], tensors: Mapping[str, Tensor], folder: Pa
     found, forms = by_plain_name(tensors, folder)
     if any(key.startswith(PREFIX) for key in expected) and not any(PREFIX in key for key in tensors):
         forms.append(f"{PREFIX!r} missing in front")
-    fronts = outer_names(wanted, found)
+    # what belongs to no module of the model has no module's name in front
+    inner = [name for name, key in wanted.items() if key.startswith(PREFIX)] or list(wanted)
+    fronts = outer_names(inner, found)
     ways = [
         (front, back)
         for front, back in fronts
-        if all(name.startswith(front) and back + name.removeprefix(front) in found for name in wanted)
+        if all(name.startswith(front) and back + name.removeprefix(front) in found for name in inner)
+        and all(name in found for name in wanted.keys() - {*inner})
     ]
     if len(wanted) < len(expected) or len(ways) != 1:
         if not wanted.keys() & found.keys():  # not one key fits as it is
@@ -139,7 +142,9 @@ def read_as(expected: Collection[str], tensors: Mapping[str, Tensor], folder: Pa
             "fit this model without that, so they are read. Hugging Face peft would not read them; to mend the folder, "
             "save the adapter again with pl.save_adapter.",
         )
-    renamed = {key: found.pop(back + name.removeprefix(front)) for name, key in wanted.items()}
+    renamed = {
+        key: found.pop(back + name.removeprefix(front) if name in inner else name) for name, key in wanted.items()
+    }
     return renamed | {PREFIX + front + name.removeprefix(back): tensor for name, tensor in found.items()}
 
 

@@ -6,7 +6,7 @@ backwards, so the two cannot disagree.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,15 @@ from torch import Tensor, nn
 
 from peftlab.adapters.integrity import base_tensor
 from peftlab.core.embeddings import word_embeddings
-from peftlab.core.hooks import adapters_on, base_modules, hosts
+from peftlab.core.hooks import base_modules
 from peftlab.core.interface import BESIDE, Placement
 from peftlab.core.records import as_transformer
+from peftlab.core.records import placed as placed
 from peftlab.core.sharding import whole
 from peftlab.core.targets import names_match
 from peftlab.errors import PeftLabError
 
 PREFIX = "base_model.model."
-
-
-def placed(root: nn.Module, name: str) -> list[Placement]:
-    """Return the parts of an attached adapter and where they stand, in the model's order."""
-    return [
-        Placement(path, part_name, part)
-        for path, host in hosts(root)
-        if name in adapters_on(host)
-        for part_name, part in adapters_on(host).parts_of(name).items()
-    ]
 
 
 def sampled(placements: Iterable[Placement]) -> tuple[list[str], list[str]]:
@@ -43,15 +34,34 @@ def sampled(placements: Iterable[Placement]) -> tuple[list[str], list[str]]:
 
 def key_table(placements: Iterable[Placement]) -> dict[str, Tensor]:
     """Return the one table: {key in Hugging Face's file: our parameter, or the output of an encoder}."""
-    table: dict[str, Tensor] = {}
-    for path, _, part in placements:
-        for own, keys in part.keys.items():
+    return {key: parameter for key, _, _, parameter in entries(placements)}
+
+
+def drawn_table(placements: Iterable[Placement]) -> dict[str, Tensor]:
+    """Return {key: tensor} for what the parts have drawn by themselves, so that their file leaves it out."""
+    return {key: tensor for key, _, _, tensor in entries(placements, drawn=True)}
+
+
+def entries(placements: Iterable[Placement], drawn: bool = False) -> Iterator[tuple[str, Placement, str, Tensor]]:
+    """Yield (key, placement, own name, parameter) for all that an adapter file holds, or leaves out as drawn."""
+    for placement in placements:
+        path, _, part = placement
+        for own, keys in (part.drawn_keys if drawn else part.keys).items():
             owner, _, parameter_name = own.rpartition(".")
             parameter = getattr(part.get_submodule(owner), parameter_name)
             for key in (keys,) if isinstance(keys, str) else keys:
                 if parameter is not None:
-                    table[key.format(path=PREFIX + path, root=PREFIX, module=path)] = parameter
-    return table
+                    yield key.format(path=PREFIX + path, root=PREFIX, module=path), placement, own, parameter
+
+
+def as_saved(root: nn.Module, placements: Iterable[Placement], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a file's tensors in the form in which settled parts save them."""
+    given = {
+        key: placement.part.as_saved(root, placement.path, own, tensors[key])
+        for key, placement, own, _ in entries(placements)
+        if key in tensors
+    }
+    return {**tensors, **given}
 
 
 def encoder_table(placements: Iterable[Placement]) -> dict[str, nn.Parameter]:
@@ -60,15 +70,24 @@ def encoder_table(placements: Iterable[Placement]) -> dict[str, nn.Parameter]:
 
 
 def check_keys(
-    root: nn.Module, folder: Path, fields: Mapping, table: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+    root: nn.Module, folder: Path, fields: Mapping, placements: Iterable[Placement], tensors: Mapping[str, Tensor]
 ) -> None:
     """Require exactly the keys that the config implies for this model, in the right shapes."""
+    placements = list(placements)
+    table, drawn = key_table(placements), drawn_table(placements)
     trained_on = fields.get("base_model_name_or_path") or "an unnamed base"
     origin = f" The adapter was trained on {trained_on!r}; this model is {base_name(root) or type(root).__name__!r}."
     missing = [key for key in table if key not in tensors]
     if missing:
         raise PeftLabError(f"{folder} lacks {len(missing)} of {len(table)} keys, the first {missing[0]!r}." + origin)
-    extra = [key for key in tensors if key not in table and not redundant(root, key, tensors)]
+    for key in drawn.keys() & tensors.keys():
+        if not alike(drawn[key], tensors[key]):
+            raise PeftLabError(
+                f"{folder} holds {key!r}, while its config says that these numbers are not saved but drawn from a seed "
+                "(VeRA's save_projection), which gives others here. To read the file's, set it to true there."
+            )
+    known = table.keys() | drawn.keys()
+    extra = [key for key in tensors if key not in known and not redundant(root, key, tensors)]
     if extra:
         raise PeftLabError(f"{folder} has {len(extra)} keys without a place here, the first {extra[0]!r}." + origin)
     for key, parameter in table.items():
@@ -84,6 +103,9 @@ def redundant(root: nn.Module, key: str, tensors: Mapping[str, Tensor]) -> bool:
     Hugging Face peft saves the base's own weight beside an adapted embedding, and beside any adapter whose vocabulary
     was lengthened. With bias="all" it also saves the inside of its wrapper around a module trained in full.
     """
+    twin = PREFIX.removesuffix("model.") + key.rpartition(".")[2]  # a matrix that all layers share, once more for one
+    if twin != key and twin in tensors:
+        return torch.equal(tensors[twin], tensors[key])
     twin = key.replace(".modules_to_save.", ".")
     if twin != key:
         return twin in tensors and torch.equal(tensors[twin], tensors[key])
@@ -96,11 +118,15 @@ def redundant(root: nn.Module, key: str, tensors: Mapping[str, Tensor]) -> bool:
         path = path.replace(wrapper, ".")
     module, _, name = path.rpartition(".")
     own = base_tensor(root, module, name) if module in base_modules(root) else None
-    if own is None or own.shape != tensors[key].shape:
+    return own is not None and alike(own, tensors[key])
+
+
+def alike(own: Tensor, saved: Tensor) -> bool:
+    """Say whether a saved tensor is one of ours, which may have another dtype: compare them in the coarser one."""
+    if own.shape != saved.shape:
         return False
-    # The base may have been loaded in another dtype, so the two are compared in the coarser dtype.
-    dtype = min(own.dtype, tensors[key].dtype, key=lambda dtype: dtype.itemsize)
-    return torch.equal(tensors[key].to(dtype), whole(own).detach().cpu().to(dtype))
+    dtype = min(own.dtype, saved.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(saved.to(dtype), whole(own).detach().cpu().to(dtype))
 
 
 def embedding_copies(root: nn.Module, fields: Mapping[str, Any], placements: list[Placement]) -> dict[str, Tensor]:

@@ -8,6 +8,10 @@ A topic is a module here with `points()` (dicts that say what to measure, in ord
 3. points with `timed`, in several fresh processes (see `timing`). The timed points of a section are one comparison: in
    each process they take turns, in every second one from the last to the first.
 
+A topic may also have `follow_up(rows) -> list[dict]`: the points that follow from the rows found so far, for example
+more seeds at the rate that was best. It is asked again after each point, and what follows is measured next. It is only
+asked about points that may share the machine.
+
 Finished points are kept in FILE.partial, so a killed run continues where it stopped, also on another host with the same
 GPU and the same versions. Each row names its run: the host and the day. A comparison is always of one run.
 """
@@ -24,7 +28,7 @@ import secrets
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,7 +41,8 @@ from peftlab.kit import measurements
 from peftlab.progress import Bar
 
 TOPICS = (
-    "memory", "lora", "qlora", "prompts", "adapters", "experts", "parallel", "circulating", "recipes", "speed",
+    "memory", "lora", "family", "qlora", "prompts", "adapters", "experts", "parallel", "circulating", "recipes",
+    "speed",
 )  # fmt: skip
 BEGINNING = b'{"gpu": '  # of FILE.partial
 FORM = 2  # of FILE.partial
@@ -80,11 +85,17 @@ def run(topic: str, out: str | os.PathLike, *, only: Iterable[str] | None = None
     points = [point for point in points if not only or point["section"] in only]
 
     partial = Partial(out.with_name(out.name + ".partial"), provenance())
-    every = units(points)
+    every = units(followed(module, points, partial))
     todo = [unit for unit in every if not partial.has(unit, every)]
     failed: dict[str, str] = {}
+
+    def more() -> list[Unit]:
+        """Return what follows from what is done now, and is not done itself."""
+        new = followed(module, points, partial)[len(points) :]
+        return [unit for unit in units(new) if not partial.has(unit, [])]
+
     with Bar(len(every), f"bench {topic}", unit="part", initial=len(every) - len(todo)) as bar:
-        for unit, found in measured(module, todo, jobs):
+        for unit, found in measured(module, todo, jobs, more):
             errors = {key(p): e for p, e in zip(unit.points, found, strict=True) if isinstance(e, Exception)}
             failed |= {name: f"{name}: {type(error).__name__}: {error}" for name, error in errors.items()}
             if not errors:
@@ -93,7 +104,8 @@ def run(topic: str, out: str | os.PathLike, *, only: Iterable[str] | None = None
     if failed:
         told = "\n".join(failed.values())
         raise PeftLabError(f"{len(failed)} of {len(points)} points failed; {partial.file} keeps the others.\n{told}")
-    rows = list(partial.rows(points, every))
+    points = followed(module, points, partial)
+    rows = list(partial.rows(points, units(points)))
     measurements.write(out, topic, partial.provenance(rows), rows)
     partial.file.unlink(missing_ok=True)
     return out
@@ -128,9 +140,25 @@ def units(points: list[Point]) -> list[Unit]:
     ]
 
 
-def measured(module: Any, todo: list[Unit], jobs: int) -> Iterator[tuple[Unit, list[Rows | Exception]]]:
+def followed(module: Any, points: list[Point], partial: Partial) -> list[Point]:
+    """Return the points, and behind them those that follow from the rows that are there now."""
+    follow_up = getattr(module, "follow_up", None)
+    every, known = list(points), {key(point) for point in points}
+    while follow_up is not None:
+        new = [point for point in follow_up(partial.found(every)) if key(point) not in known]
+        if not new:
+            break
+        every += new
+        known |= {key(point) for point in new}
+    return every
+
+
+def measured(
+    module: Any, todo: list[Unit], jobs: int, more: Callable[[], list[Unit]]
+) -> Iterator[tuple[Unit, list[Rows | Exception]]]:
     """Yield (unit, what came of each of its points): first what may share the machine, then each other point alone.
 
+    `more()` is asked after each unit that may share the machine; what it returns is measured before the others.
     A point that fails yields its exception, so that one out-of-memory error does not waste the hour that the others
     took. A comparison in which a point failed is not measured in further processes.
     """
@@ -141,7 +169,10 @@ def measured(module: Any, todo: list[Unit], jobs: int) -> Iterator[tuple[Unit, l
         if waiting:
             begun = context.Value("i", 0)
             with ProcessPoolExecutor(workers, context, initializer=take_share, initargs=(begun, workers)) as pool:
-                yield from (one_by_one if workers == 1 else side_by_side)(pool, module, waiting)
+                if alone:
+                    yield from one_by_one(pool, module, waiting)
+                else:
+                    yield from side_by_side(pool, module, waiting, workers, more)
     broken: set[str] = set()
     for process in range(1, KERNELS + 1):
         waiting = [unit for unit in todo if unit.process == process and unit.section not in broken]
@@ -163,11 +194,23 @@ def one_by_one(pool: Executor, module: Any, waiting: list[Unit]) -> Iterator[tup
         yield unit, found[::turn]
 
 
-def side_by_side(pool: Executor, module: Any, waiting: list[Unit]) -> Iterator[tuple[Unit, list[Rows | Exception]]]:
-    """Measure units of one point each in several processes at once."""
-    futures = {pool.submit(module.measure, unit.points[0]): unit for unit in waiting}
-    for future in as_completed(futures):
-        yield futures[future], [outcome(lambda future: future, future)]
+def side_by_side(
+    pool: Executor, module: Any, waiting: list[Unit], workers: int, more: Callable[[], list[Unit]]
+) -> Iterator[tuple[Unit, list[Rows | Exception]]]:
+    """Measure units of one point each, so many at once. What `more()` adds comes next."""
+    waiting, running, known = list(waiting), dict[Future, Unit](), {unit.name for unit in waiting}
+    while waiting or running:
+        while waiting and len(running) < workers:
+            unit = waiting.pop(0)
+            try:
+                running[pool.submit(module.measure, unit.points[0])] = unit
+            except BrokenExecutor as error:  # a process was killed, for example for its memory
+                yield unit, [error]
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            yield running.pop(future), [outcome(lambda future: future, future)]
+            new = [unit for unit in more() if unit.name not in known]
+            waiting[:0] = new
+            known |= {unit.name for unit in new}
 
 
 def outcome(submit: Callable[..., Future], *arguments: Any) -> Rows | Exception:
@@ -267,6 +310,11 @@ class Partial:
                 found = [self.done[same.name][run] for same in every if same.points == unit.points]
                 rows = timing.together([each[place] for each in found])
             yield from ({**row, "run": run} for row in rows)
+
+    def found(self, points: list[Point]) -> Rows:
+        """Return the rows of those points that are done and not timed, in the order of the points."""
+        kept = [self.done[key(point)] for point in points if not point.get("timed") and key(point) in self.done]
+        return [row for runs in kept for row in next(iter(runs.values()))[0]]
 
     def provenance(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Return where rows come from: the GPU, the versions, the command, and each run with its host and its day."""

@@ -1,8 +1,9 @@
-"""The section `families` of `peftlab bench memory`: runs of many decoders, with fewer layers than they have.
+"""Two sections of `peftlab bench memory`: many families of models, and the members of LoRA's family.
 
-Widths, heads, vocabularies and experts are those of the published configurations. The number of layers is reduced, so
-that each run is built in seconds and fits. `config_of` gives the configuration of a run; readers of the results file
-call it too.
+The section `families` runs many decoders, with fewer layers than they have, so that each run is built in seconds and
+fits. Widths, heads, vocabularies and experts are those of the published configurations. `config_of` gives the
+configuration of a run; readers of the results file call it too. The section `methods` runs two whole Llamas under each
+method of LoRA's family, with peftlab's own layers.
 """
 
 from __future__ import annotations
@@ -57,13 +58,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def config_of(point: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration of a run of this section: a published one with as many layers as the run says.
+    """Return the configuration of a run: a published one, with as many layers as the run says, or all of them.
 
     >>> from peftlab.bench import family_runs
     >>> family_runs.config_of({"shape": "phi-2", "layers": 4})["num_hidden_layers"]
     4
     """
     values = {**BUILT_IN, **SHAPES}[point["shape"]]
+    if "layers" not in point:
+        return {**values, "_name_or_path": point["shape"]}
     kept = {key: value for key, value in values.items() if key != "layer_types"}
     return {**kept, LAYERS.get(values["model_type"], "num_hidden_layers"): point["layers"],
             "_name_or_path": point["shape"]}  # fmt: skip
@@ -77,7 +80,7 @@ def arguments_of(row: dict[str, Any]) -> dict[str, Any]:
     'full'
     """
     kept = ("method", "r", "targets", "target_parameters", "batch", "sequence", "precision", "optimizer",
-            "checkpointing", "attention")  # fmt: skip
+            "checkpointing", "attention", "library", "four_bit", "autocast")  # fmt: skip
     found = {name: row[name] for name in kept if row.get(name) is not None}
     for name in ("targets", "target_parameters"):  # lists are joined in the file
         if isinstance(found.get(name), str) and found[name] != "all-linear":
@@ -136,3 +139,23 @@ def points() -> Iterator[tuple[str, str, dict[str, Any]]]:
     yield "qwen1.5-moe-a2.7b", "lora", {"layers": 4, "batch": 4}
     yield "gpt-oss-20b", "lora", {"layers": 4, "batch": 4, "attention": "eager"}
     yield "gpt-oss-20b", "lora", {"layers": 4, "batch": 4, "attention": "eager", "checkpointing": True}
+
+
+RANKS = {"lora": 16, "dora": 16, "adalora": 16, "vera": 256, "loha": 16, "lokr": 16}  # of LoRA's family
+
+
+def method_points() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield (shape, method, what differs from the usual run) of each run of the section `methods`.
+
+    They are whole models under peftlab's own layers: 16 bits under autocast as `peftlab train` computes on a GPU, the
+    same with checkpointing, and four bits.
+    """
+    ours = {"library": "peftlab", "autocast": True}
+    for method, r in RANKS.items():
+        one = {**ours, "r": r, "batch": 4}
+        yield "llama-3.2-1b", method, one
+        yield "llama-3.2-1b", method, {**one, "checkpointing": True, "optimizer": "adamw-fused"}
+        yield "llama-3.2-1b", method, {**one, "autocast": False, "batch": 2, "sequence": 384}
+        yield "llama-3.2-1b", method, {**one, "four_bit": True}
+        yield "llama-2-7b", method, {**one, "batch": 2, "checkpointing": True}
+        yield "llama-2-7b", method, {**one, "batch": 2, "checkpointing": True, "four_bit": True}

@@ -18,7 +18,7 @@ HOW = {
         ("compiled layers", "chunked loss", "flat AdamW", "triton", "cuda graph", "train compiled"),
         ("compiled", "bf16", "peftlab"),
     ),
-    **dict.fromkeys(("fast, no graph", "fast", "fast, pinned"), ("by hand", "bf16", "peftlab")),
+    **dict.fromkeys(("fast, no graph", "fast", "fast, pinned", "fast, 8-bit"), ("by hand", "bf16", "peftlab")),
 }
 
 
@@ -65,11 +65,13 @@ def beside_peft(results: Results) -> list[Row]:
     found = []
     for section in dict.fromkeys(results.column("section")):
         rows = {row["rung"]: row for row in results.where(section=section)}
+        if "peft" not in rows:
+            continue  # the comparison of loops
         theirs, ours = rows["peft"], rows["fast"]
         if not (theirs.get("seconds") and ours.get("seconds")):
             continue
         ratio = results.ratio(theirs, ours)
-        compiled = rows["compiled layers"]
+        compiled, smallest = rows["compiled layers"], rows.get("fast, 8-bit")
         found.append({
             "section": section, "shape": ours["shape"], "method": ours["method"],
             "step": f"{ours['batch']} x {ours['sequence']}", "again": "yes" if ours["checkpointing"] else "no",
@@ -78,7 +80,6 @@ def beside_peft(results: Results) -> list[Row]:
             "range": f"{ratio.least:.1f} to {ratio.most:.1f}",
             "share": rows["ceiling"]["seconds"] / ours["seconds"],
             "memory": ours["working_bytes"] / theirs["working_bytes"],
-            "pinned": (rows.get("fast, pinned") or {}).get("working_bytes"),
-            "theirs": theirs["working_bytes"],
+            "least_memory": smallest and smallest["working_bytes"] / theirs["working_bytes"],
         })  # fmt: skip
     return found

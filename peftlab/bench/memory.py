@@ -10,9 +10,10 @@ Sections:
     context    what the GPU holds outside torch's allocator: the CUDA context and the kernels' code
     optimizers the forms of torch's AdamW: what torch takes if nothing is said (foreach), and the fused one
     families   22 families of decoders, with experts among them (see `family_runs`)
+    methods    LoRA's family under peftlab's own layers, in 16 and in 4 bits (see `family_runs`)
 
-The last two came later than the others. Their rows are in files of their own, `results/memory_optimizers.json` and
-`results/memory_families.json`.
+The last three came later than the others. Their rows are in files of their own, `results/memory_optimizers.json`,
+`results/memory_families.json` and `results/memory_methods.json`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from peftlab.core.checkpointing import switch_checkpointing
 from peftlab.errors import PeftLabError
 from peftlab.memory import estimate
 from peftlab.memory.counting.shapes import Shape, load_shape
+from peftlab.memory.estimate import on_four_bits, uses_autocast
 from peftlab.memory.replay.step import TORCH_ADAMW
 from peftlab.optional import require
 
@@ -54,7 +56,7 @@ def points() -> list[dict[str, Any]]:
     """Yield every run of the grid, the small shapes first."""
     return [
         {"section": "context"}, *_small(), *_decoders(), *_methods(), *_large(), *_unseen(), *_timelines(),
-        *_optimizers(), *_families(),
+        *_optimizers(), *_families(), *_variants(),
     ]  # fmt: skip
 
 
@@ -152,6 +154,11 @@ def _families() -> Iterator[dict[str, Any]]:
         yield {**run(shape, method, **changes), "section": "families"}
 
 
+def _variants() -> Iterator[dict[str, Any]]:
+    for shape, method, changes in family_runs.method_points():
+        yield {**run(shape, method, **changes), "section": "methods"}
+
+
 def shape_of(point: dict[str, Any]) -> Shape:
     """Return the shape of a run: a built-in one, or of the section `families` one with fewer layers."""
     return load_shape(family_runs.config_of(point) if point["section"] == "families" else point["shape"])
@@ -182,8 +189,9 @@ def measure(point: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def autocast(point: dict[str, Any]) -> bool:
-    """Say whether a run uses autocast, as `estimate` decides it: with mixed precision and with a 4-bit base."""
-    return point["precision"] == "mixed" or METHODS[point["method"]].four_bit
+    """Say whether a run uses autocast: what it says, or as `estimate` decides it."""
+    told = point.get("autocast")
+    return uses_autocast(point["method"], point["precision"], point.get("four_bit")) if told is None else told
 
 
 def build(point: dict[str, Any], device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
@@ -201,9 +209,10 @@ def build(point: dict[str, Any], device: torch.device) -> tuple[nn.Module, dict[
     config.use_cache = False
     dtype = torch.bfloat16 if point["precision"] == "bf16" else torch.float32
     torch.manual_seed(0)
-    with torch.device("meta" if METHODS[point["method"]].four_bit else device):
+    codes = on_four_bits(point["method"], point.get("four_bit"))
+    with torch.device("meta" if codes else device):
         model = kinds[shape.kind].from_config(config, dtype=dtype)
-    if METHODS[point["method"]].four_bit:
+    if codes:
         four_bit(model, shape, device, torch.bfloat16 if autocast(point) else dtype)
     if point["checkpointing"]:
         switch_checkpointing(model, "enable", {"use_reentrant": False})
@@ -254,7 +263,14 @@ def four_bit(model: nn.Module, shape: Any, device: torch.device, compute: torch.
 
 
 def with_method(model: nn.Module, point: dict[str, Any], kind: str) -> nn.Module:
-    """Return the model as Hugging Face peft prepares it. peft lacks bottleneck adapters, so those are ours."""
+    """Return the model as Hugging Face peft prepares it, or with our own layers where the point says so.
+
+    peft lacks bottleneck adapters, so those are ours, too.
+    """
+    if point.get("library") == "peftlab":
+        row = METHODS[point["method"]]
+        rank = next(option.config_field for option in row.options if option.name == "r")
+        return pl.attach(model, row.config_class()(**{rank: point["r"]}, target_modules=point["targets"]))
     peft = require("peft")
 
     method, task = point["method"], {"decoder": "CAUSAL_LM", "encoder": "SEQ_CLS", "encoder-decoder": "SEQ_2_SEQ_LM"}

@@ -17,9 +17,12 @@ Its rows are the ladder's rungs, from an eager loop to the dense products alone,
     fast, no graph   `pl.train(fast=True)`, its kernels launched one by one
     fast             the same as it is: one CUDA graph
     fast, pinned     the same with the blocks' inputs in main memory (where blocks are recomputed)
+    fast, 8-bit      the same, and AdamW's states in 8 bits: the least memory
     ceiling          the dense products of the step alone, in one CUDA graph
 
 Each rung keeps what the rungs before it changed. A rung that cannot run here is left out, and `skipped` says why.
+A section that ends in `loop` has one row: `pl.train` on its plain path beside a plain loop, in pairs and in changing
+order (`peftlab/bench/loop.py`).
 `host_seconds` is the same step on a model of the same depth but very narrow layers: what the host needs to launch it.
 """
 
@@ -41,6 +44,7 @@ import peftlab as pl
 from peftlab import fast
 from peftlab.bench import fourbit, rungs, timing
 from peftlab.bench.fullsize import peak
+from peftlab.bench.loop import loop_pairs
 from peftlab.bench.models import ALL_LINEAR, Row, gpu_for, held, random_model, release, vocabulary_of
 from peftlab.bench.timing import clock, named
 from peftlab.core.checkpointing import set_input_gradients, switch_checkpointing
@@ -69,27 +73,37 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "fast, no graph": ("fast, no graph",),
     "fast": ("fast",),
     "fast, pinned": ("fast, pinned",),
+    "fast, 8-bit": ("fast, 8-bit",),
     "ceiling": ("ceiling",),
 }
 MAIN = ("7b-lora-4x512-c",)  # the section with every rung
-FEW = ("peft", "compiled", "fast", "fast, pinned", "ceiling")  # what the others have
+FEW = ("peft", "compiled", "fast", "fast, pinned", "fast, 8-bit", "ceiling")  # what the others have
+RECOMPUTING = ("fast, pinned", "fast, 8-bit")  # only where blocks are recomputed
+LOOPS = ("135m", "1b", "7b")  # the shapes at which `pl.train` stands beside a plain loop
+PAIRS = 60
 
 
 def points() -> list[Row]:
     """Yield every group of rungs of every section; sections of one model stand together."""
-    return [
-        {
+
+    def point(section: str, group: str, shape: str, method: str, batch: int, sequence: int, checkpointing: bool) -> Row:
+        return {
             "section": section, "timed": True, "group": group, "shape": shape, "method": method, "batch": batch,
             "sequence": sequence, "checkpointing": checkpointing, "r": R,
-        }
+        }  # fmt: skip
+
+    steps = [
+        point(section, group, shape, method, batch, sequence, checkpointing)
         for name, shape in SHAPES.items()
         for method in ("lora", "qlora")
         for batch, sequence in BATCHES
         for checkpointing in (True, False)
         for section in [f"{name}-{method}-{batch}x{sequence}{'-c' if checkpointing else ''}"]
         for group in (GROUPS if section in MAIN else FEW)
-        if checkpointing or group != "fast, pinned"
-    ]  # fmt: skip
+        if checkpointing or group not in RECOMPUTING
+    ]
+    loops = [point(f"{name}-loop", "loop", SHAPES[name], "lora", *BATCHES[0], checkpointing=False) for name in LOOPS]
+    return steps + loops
 
 
 def measure(point: Row) -> list[Row]:
@@ -297,6 +311,22 @@ def steps_of_train(model: nn.Module, point: Row, repeats: int = 5, warm_up: int 
     return {**timing.row_of(spent, [], repeats), "peak_bytes": peak()}
 
 
+def loop(model: nn.Module, point: Row, rung: str) -> Iterator[Row]:
+    """Measure `pl.train` beside a plain loop around the same model; in a process that reads kernels, nothing."""
+
+    def measured() -> Row:
+        pl.attach(model, pl.LoRAConfig(r=R, alpha=ALPHA, target_modules=ALL_LINEAR))
+        try:
+            return loop_pairs(model, point["batch"], point["sequence"], pairs=PAIRS)
+        finally:
+            pl.detach(model)
+            model.requires_grad_(False)
+            release()
+
+    if not timing.profiling():
+        yield from tried(rung, measured)
+
+
 # ------------------------------------------------------------------------------------------------------ the ceiling
 
 
@@ -400,5 +430,7 @@ GROUP_OF: dict[str, Callable[[nn.Module, Row], Iterator[Row]]] = {
     "fast, no graph": group_of(training, "fast, no graph", fast=True),
     "fast": group_of(training, "fast", fast=True),
     "fast, pinned": group_of(training, "fast, pinned", fast=True, checkpointing="pinned"),
+    "fast, 8-bit": group_of(training, "fast, 8-bit", fast=True, checkpointing="pinned", optimizer="adamw8bit"),
+    "loop": group_of(loop, "loop"),
     "ceiling": group_of(ceiling, "ceiling"),
 }

@@ -35,7 +35,7 @@ NO_AUTOCAST = dict.fromkeys(PRECISIONS, "none") | {"bf16": "none; for Trainer(bf
 OF_A_RUN = (
     "batch", "sequence", "precision", "optimizer", "checkpointing", "chunked_loss", "autocast", "adapter_precision",
     "masters",
-    "attention", "gpus", "parallel", "library",
+    "attention", "gpus", "parallel", "library", "four_bit",
 )  # fmt: skip
 
 
@@ -73,6 +73,7 @@ def add_memory_options(command: argparse.ArgumentParser) -> None:
     add("--gpus", type=int, default=1, metavar="N", help="GPUs that train together, each on a batch (default: 1)")
     add("--parallel", default="ddp", metavar="P", help=f"how: {', '.join(PARALLEL)} (full shards) (default: ddp)")
     add("--library", default="peft", metavar="L", help=f"whose layers: {', '.join(LIBRARIES)} (default: peft)")
+    add("--four-bit", **switch, help="the base in four bits, whatever the method (default: only for qlora)")
     add("--card", metavar="C", help=f"the largest batch and sequence on one of {', '.join(cards.CARDS)}")
 
 
@@ -80,7 +81,8 @@ def described(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the keyword arguments that `count` and `estimate` share."""
     method_name(arguments.method)  # an unknown one is told before its options
     settle(arguments, counted())
-    names = ("shape", "method", "r", "bias", "virtual_tokens", "reduction_factor", "labels")
+    names = ("shape", "method", "r", "bias", "virtual_tokens", "reduction_factor", "decompose_factor",
+             "oft_block_size", "init", "labels")  # fmt: skip
     parameters = arguments.target_parameters
     return {name: getattr(arguments, name) for name in names} | {
         "targets": parse_targets(arguments.targets),
@@ -131,7 +133,10 @@ def memory(arguments: argparse.Namespace) -> int:
     if run["checkpointing"] == "fit":
         run["checkpointing"] = _blocks(arguments.card, run)
     result = estimate(**run)
-    autocast = uses_autocast(result.method, arguments.precision) if arguments.autocast is None else arguments.autocast
+    autocast = arguments.autocast
+    if autocast is None:
+        autocast = uses_autocast(result.method, arguments.precision, arguments.four_bit)
+    on_codes = " on a base in four bits" if arguments.four_bit else ""
     more = {}
     if arguments.card:
         more = {f"largest_{what}": cards.largest(what, arguments.card, **run) for what in ("batch", "sequence")}
@@ -139,7 +144,7 @@ def memory(arguments: argparse.Namespace) -> int:
         return print_json(result.as_dict() | more)
     rows = [
         ("shape", result.shape),
-        ("method", f"{result.method}, {format_count(result.trainable)} trainable"),
+        ("method", f"{result.method}{on_codes}, {format_count(result.trainable)} trainable"),
         ("step", f"{arguments.batch:,} x {arguments.sequence:,} tokens, {arguments.precision}, {arguments.optimizer}"),
         *([("blocks recomputed", _recomputed(run["checkpointing"]))] if arguments.checkpointing == "fit" else []),
         ("autocast", "bf16" if autocast else NO_AUTOCAST[arguments.precision]),

@@ -37,6 +37,7 @@ INCIDENTAL = (
 # The training settings that have an option, by the name of the option
 OPTIONS = {one.metadata["option"]: one for one in fields(Settings) if one.metadata["option"]}
 LOG_SECONDS = 30.0
+EVA_BATCHES, EVA_BATCH = 64, 16  # what --init eva reads of the training data, at the most
 # What to do when the memory does not suffice
 SMALLER_MODEL = "Take a smaller model; peftlab memory says what it needs, and what --method qlora needs after loading."
 SMALLER_STEP = (
@@ -201,7 +202,9 @@ def _train(arguments: argparse.Namespace, targets: Any, begin: Callable[[], Plac
 
     from peftlab.adapters.injection import attach, count_parameters
     from peftlab.assets.models import load_model
+    from peftlab.core.steps import schedules
     from peftlab.training import train
+    from peftlab.training.encoding import Collator
 
     started, row = time.monotonic(), METHODS[arguments.method]
     if row.config:
@@ -224,19 +227,25 @@ def _train(arguments: argparse.Namespace, targets: Any, begin: Callable[[], Plac
 
         with memory_for(f"quantising {arguments.model}", SMALLER_MODEL):
             quantize_model(model)
-    if row.config:
-        task_type = "SEQ_CLS" if task.kind == "classification" else None
-        config = _config(arguments, targets, tokenizer=tokenizer, task_type=task_type)
-        attach(model, config, adapter_dtype=arguments.adapter_dtype)
-    counted = count_parameters(model)
     max_length = _max_length(arguments, model)
     say(task.told)
     examples = tasks.encode(task, tokenizer, task.train, max_length, say)
+    if row.config:
+        task_type = "SEQ_CLS" if task.kind == "classification" else None
+        config = _config(arguments, targets, tokenizer=tokenizer, task_type=task_type)
+        batches = None
+        if getattr(config, "init", None) == "eva":
+            firsts = range(0, min(len(examples), EVA_BATCHES * EVA_BATCH), EVA_BATCH)
+            batches = [Collator(tokenizer)(examples[first : first + EVA_BATCH]) for first in firsts]
+        attach(model, config, adapter_dtype=arguments.adapter_dtype, data=batches)
+    counted = count_parameters(model)
     watched = tasks.encode(task, tokenizer, task.validation or task.test, max_length) if arguments.eval_every else None
     places: list[Place] = []
 
     def state_folder() -> Path:
         places.append(begin())
+        if schedules(model):
+            say(schedules(model))
         return places[0].folder / STATE
 
     say(f"{arguments.model} on {device}, {len(examples):,} examples, {counted}")
@@ -275,6 +284,7 @@ def _train(arguments: argparse.Namespace, targets: Any, begin: Callable[[], Plac
         "saved_bytes": size,
         "device": device,
         "path": history.path,
+        **({"schedule": history.schedule} if history.schedule else {}),
         **({"compiled": history.compiled} if history.compiled else {}),
         "training_seconds": history.seconds,
         "seconds": time.monotonic() - started,

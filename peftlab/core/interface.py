@@ -5,7 +5,7 @@ Read this file to add a method. `Part` and `Config` list everything that the res
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field
 from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
@@ -28,6 +28,8 @@ class Part(nn.Module):
             `base_model.model.` alone. A parameter that several modules share has a tuple of keys.
         encoder_keys: {own parameter: its key in the file beside}. For parameters that Hugging Face's file leaves out
             because it holds only the tensor that they compute, such as the encoder of a prompt.
+        drawn_keys: {own tensor: its key}, as in `keys`, for tensors that a file of this adapter leaves out because the
+            part has the same numbers by itself, drawn from a seed. A file that holds one must hold these numbers.
         replaces_base_parameters: whether the part's parameters take the place of the base's own, as a trained copy of a
             bias does. They then count once among all parameters, not twice.
         compatibility_key: None for a part whose results can be mixed. A part that makes the input longer has a text
@@ -38,14 +40,17 @@ class Part(nn.Module):
             stands on a whole model has it; modules inside a model are called.
         parameter: the name of the host's own parameter that has another value while the host runs, as `value` computes
             it; None for a part that leaves the host's parameters alone.
+        frozen: names of own parameters that never train.
     """
 
     keys: Mapping[str, str | tuple[str, ...]] = {}
     encoder_keys: Mapping[str, str] = {}
+    drawn_keys: Mapping[str, str] = {}
     replaces_base_parameters: ClassVar[bool] = False
     compatibility_key: str | None = None
     on_forward: ClassVar[bool] = False
     parameter: str | None = None
+    frozen: ClassVar[tuple[str, ...]] = ()
 
     def settle(self, host: nn.Module) -> None:
         """Compute the values that depend on the base's weights.
@@ -87,9 +92,38 @@ class Part(nn.Module):
         """
         raise NotImplementedError
 
+    def as_saved(self, root: nn.Module, path: str, own: str, tensor: Tensor) -> Tensor:
+        """Return a tensor of an adapter file in the form in which this part saves it; most parts have only one form.
+
+        This runs after `settle`, and may refuse the file.
+
+        Args:
+            root, path: the model, and where on it the part will stand.
+            own: the name in `keys` of what the tensor stands for.
+        """
+        return tensor
+
+    def values_from(self, own: str, tensor: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """Yield (a tensor of this part, its value) for a tensor of an adapter file.
+
+        A part overrides this where a name in `keys` is computed from several of its tensors.
+
+        Args:
+            own: as in `as_saved`.
+        """
+        owner, _, name = own.rpartition(".")
+        yield getattr(self.get_submodule(owner), name), tensor
+
     def make_prompt(self, host: nn.Module) -> Tensor:
         """Return this part's own prompt, (n, width); it does not depend on the input."""
         raise NotImplementedError
+
+    def gathered(self) -> dict[str, Tensor]:
+        """Return what the part has gathered in training beside its parameters: a killed run needs it to go on."""
+        return {}
+
+    def take(self, gathered: Mapping[str, Tensor]) -> None:
+        """Take what `gathered` returned. The tensors may lie on another device."""
 
     def overrides(self, method: str) -> bool:
         """Say whether this kind of part has a `before`, an `after` or a `merged` of its own."""
@@ -145,6 +179,14 @@ class Config(Protocol):
         """Yield what the method places on a model, and changes nothing yet."""
         ...
 
+    def start_from(self, model: nn.Module, data: Any) -> tuple[Self, Mapping[str, Mapping[str, Tensor]]]:
+        """Return what the data make of this config, and {path: {parameter of the part there: its start}}.
+
+        Args:
+            data: what `attach` was given; None if nothing. Most methods start from no data, and refuse some.
+        """
+        ...
+
     def as_stored(self) -> Self:
         """Return the config of what Hugging Face's format keeps of the adapter: a prompt without its encoder, say."""
         ...
@@ -160,4 +202,40 @@ class Config(Protocol):
     @staticmethod
     def from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
         """Return keyword arguments for the config: the reverse of `to_peft`."""
+        ...
+
+
+@runtime_checkable
+class InTraining(Protocol):
+    """Say what a config has as well if its method takes part in training steps, as AdaLoRA does.
+
+    `core/steps.py` asks for it, of the adapters that run and train.
+    """
+
+    def for_run(self, steps: int) -> Self:
+        """Return the config of a run of so many steps: what depends on this number is chosen."""
+        ...
+
+    def schedule(self) -> str:
+        """Return what happens in a run, and when, in one line."""
+        ...
+
+    def added_loss(self, placements: Sequence[Placement]) -> Tensor | None:
+        """Return what is added to the loss of a step, a scalar with gradients, or None.
+
+        It does not depend on the batch, so a step has it once, however many parts its batch has.
+        """
+        ...
+
+    def after_step(self, placements: Sequence[Placement], step: int, usable: bool = True) -> Sequence[nn.Parameter]:
+        """Work after an optimiser step, while the gradients are still there. Return the parameters that it changed.
+
+        Args:
+            step: the step's number, from 1.
+            usable: whether the gradients can be used; those of a step that was skipped, since they overflowed, cannot.
+        """
+        ...
+
+    def as_it_stands(self, placements: Sequence[Placement]) -> Self:
+        """Return the config with what training has changed in the parts, for the adapter's file."""
         ...

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peftlab.core.hooks import CHILD, Activity, adapters_on, base_modules, hook_keys, hosts
-from peftlab.core.interface import Config
+from peftlab.core.interface import Config, Placement
 from peftlab.core.parameters import running_in
 from peftlab.core.sharding import give_up_gathered
 from peftlab.errors import PeftLabError, did_you_mean
@@ -107,6 +107,16 @@ def require_adapter(root: nn.Module, name: str) -> Record:
         raise PeftLabError(f"There is no adapter {name!r}.{did_you_mean(str(name), record.configs)} Attached: {there}.")
     check_hosts(root)
     return record
+
+
+def placed(root: nn.Module, name: str) -> list[Placement]:
+    """Return the parts of an attached adapter and where they stand, in the model's order."""
+    return [
+        Placement(path, part_name, part)
+        for path, host in hosts(root)
+        if name in adapters_on(host)
+        for part_name, part in adapters_on(host).parts_of(name).items()
+    ]
 
 
 SIZES = ("num_embeddings", "embedding_dim", "in_features", "out_features", "nx", "nf", "in_channels", "out_channels")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftlab import patterns
 from peftlab.checks import one_of, whole
@@ -100,6 +100,11 @@ class Targets:
             object.__setattr__(self, "layers_pattern", pattern or None)
         check_task(self)
 
+    def start_from(self, model: nn.Module, data: Any) -> tuple[Self, Mapping[str, Mapping[str, Tensor]]]:
+        """Return this config and nothing: it starts from no data."""
+        refuse_data(self, data)
+        return self, {}
+
     def as_stored(self) -> Self:
         """Return this config: an adapter folder holds all that it describes."""
         return self
@@ -123,6 +128,16 @@ def check_names(config: Any, name: str) -> None:
     if name == "target_modules" and not entries:
         raise PeftLabError("target_modules is empty; leave it out for the method's default, or name modules.")
     object.__setattr__(config, name, entries)
+
+
+def refuse_data(config: Any, data: Any) -> None:
+    """Refuse data for a start that reads none."""
+    if data is not None:
+        init = getattr(config, "init", None)
+        raise PeftLabError(
+            f"data was given, and {type(config).__name__}{'' if init is None else f'(init={init!r})'} starts from no "
+            "data. Leave data out, or use LoRAConfig(init='eva') or init='loftq'."
+        )
 
 
 def check_task(config: Any) -> None:

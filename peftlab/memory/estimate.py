@@ -95,7 +95,10 @@ class Estimate:
         return {name: value for name, value in vars(self).items() if name != "history"}
 
 
-@checked("r", "virtual_tokens", "reduction_factor", "labels", "batch", "sequence", "gpus")
+@checked(
+    "r", "virtual_tokens", "reduction_factor", "decompose_factor", "oft_block_size", "labels", "batch", "sequence",
+    "gpus",
+)  # fmt: skip
 def estimate(
     shape: str | os.PathLike[str] | dict | Shape,
     method: str = "lora",
@@ -106,7 +109,10 @@ def estimate(
     bias: str = "none",
     virtual_tokens: int = 20,
     reduction_factor: int = 16,
+    decompose_factor: int = -1,
+    oft_block_size: int | None = None,
     projection: bool = False,
+    init: str | None = None,
     batch: int = 1,
     sequence: int = 512,
     precision: str = "bf16",
@@ -119,6 +125,7 @@ def estimate(
     attention: str = "sdpa",
     labels: int | None = None,
     library: str = "peft",
+    four_bit: bool | None = None,
     transformers: str | None = None,
     gpus: int = 1,
     parallel: str = "ddp",
@@ -130,7 +137,8 @@ def estimate(
 
     Args:
         shape: a built-in name, the path of a `config.json` or of its folder, its dict, or a `Shape`.
-        method: a method's name, such as `"lora"`. The arguments `r` to `projection` are those of `count`.
+        method: a method's name, such as `"lora"`. The arguments `r` to `init` are those of `count`. peftlab's LoRA
+            keeps a start from the weight (`init="pissa"` or `"olora"`) beside A and B.
         batch: examples at once.
         sequence: tokens per example, padding included.
         precision: `"bf16"` (weights, gradients and optimiser states), `"fp32"`, or `"mixed"` (float32 weights and bf16
@@ -144,7 +152,7 @@ def estimate(
         chunked_loss: whether a decoder's loss is computed in chunks, without its whole logits, as `peftlab.train` does
             (`peftlab.training.chunked`).
         autocast: whether the forward pass runs under bf16 autocast, as in `Trainer(bf16=True)`. None switches it on
-            for mixed precision and for `qlora`, and for nothing else.
+            for mixed precision and for a base in four bits, and for nothing else.
         adapter_precision: the precision of the tensors that the method adds, `"fp32"` as in peft or `"bf16"`.
         masters: whether the optimiser keeps float32 copies of what the method adds in bf16, as `train` does. Its states
             are float32 then.
@@ -152,7 +160,9 @@ def estimate(
         labels: classes of an encoder's head. A decoder then has a classification head in the place of words.
         library: `"peft"` or `"peftlab"`: whose layers are replayed. peftlab's LoRA, also in four bits, keeps less under
             autocast. On experts it keeps no changed weights until the backward pass, and its 4-bit base holds experts
-            in four bits. All other methods are replayed as in peft.
+            in four bits. It makes the updates of LoHa and LoKr again in the backward pass. All other methods are
+            replayed as in peft.
+        four_bit: whether the base is held in four bits, whatever the method. None: only for `qlora`.
         transformers: the version whose forward pass is replayed. None takes the installed one, or else the newest. It
             matters only for T5, whose self-attention is not fused before 5.20.
         gpus: the number of GPUs that train together. `batch` is the batch of each.
@@ -167,7 +177,7 @@ def estimate(
     llama-2-7b, lora: peak 13.98 GB in backward (weights 13.48, ...)
     """
     shape, method = load_shape(shape, labels), method_name(method)
-    row = METHODS[method]
+    four_bit = on_four_bits(method, four_bit)
     batch, sequence = whole("batch", batch, least=1, most=MOST), whole("sequence", sequence, least=1, most=MOST)
     gpus = whole("gpus", gpus, least=1, ceiling=MOST)
     one_of("parallel", parallel, PARALLEL)
@@ -180,8 +190,9 @@ def estimate(
     if targets is not None and not isinstance(targets, str):
         targets = tuple(targets)
     options = Options(
-        r, targets, bias, virtual_tokens, reduction_factor, projection, target_parameters=names_of(target_parameters)
-    )
+        r, targets, bias, virtual_tokens, reduction_factor, projection, decompose_factor=decompose_factor,
+        oft_block_size=oft_block_size, target_parameters=names_of(target_parameters), init=init,
+    )  # fmt: skip
     refuse_idle(method, options)
     _refuse_what_cannot_run(shape, method, sequence, virtual_tokens)
     trained = trained_by(method, shape, options)
@@ -191,11 +202,11 @@ def estimate(
         weight_bytes=PRECISIONS[precision],
         adapter_bytes=ADAPTER_PRECISIONS[adapter_precision],
         masters=masters,
-        autocast=uses_autocast(method, precision) if autocast is None else autocast,
+        autocast=uses_autocast(method, precision, four_bit) if autocast is None else autocast,
         checkpointing=checked_blocks(checkpointing, shape),
         chunked_loss=_is_decoder(one_of("chunked_loss", chunked_loss, (True, False)), shape),
         optimizer=optimizer,
-        four_bit=row.four_bit,
+        four_bit=four_bit,
         fused_attention=attention == "sdpa",
         contiguous_bias=shape.kind != "encoder-decoder" or _contiguous_bias(transformers),
         library=library,
@@ -213,7 +224,8 @@ def estimate(
     parts = {**memory.at_peak, "workspace": memory.at_peak["workspace"] + CUBLAS_WORKSPACE}
     counted = count(shape, method, r=r, targets=targets, target_parameters=target_parameters, bias=bias,
                     virtual_tokens=virtual_tokens, reduction_factor=reduction_factor,
-                    projection=projection)  # fmt: skip
+                    decompose_factor=decompose_factor, oft_block_size=oft_block_size, projection=projection,
+                    init=init)  # fmt: skip
     return Estimate(
         shape.name, method, memory.peak + CUBLAS_WORKSPACE, **parts,
         moment=memory.peak_moment, flops=memory.flops - before, written=memory.written - written,
@@ -259,9 +271,24 @@ def _contiguous_bias(transformers: str | None) -> bool:
         raise PeftLabError(f"transformers must be a version such as '5.20.0'; found {transformers!r}.") from None
 
 
-def uses_autocast(method: str, precision: str) -> bool:
+def on_four_bits(method: str, four_bit: bool | None = None) -> bool:
+    """Return whether the base is held in four bits.
+
+    Raises:
+        PeftLabError: the method says otherwise, or trains weights that would be codes.
+    """
+    row = METHODS[method]
+    one_of("four_bit", four_bit, (None, True, False))
+    if four_bit is False and row.four_bit:
+        raise PeftLabError(f"four_bit=False, and {method} is a method on a base in four bits. Use lora.")
+    if four_bit and row.whole:
+        raise PeftLabError(f"four_bit=True, and {method} trains the weights themselves; codes do not train. Use qlora.")
+    return row.four_bit if four_bit is None else four_bit
+
+
+def uses_autocast(method: str, precision: str, four_bit: bool | None = None) -> bool:
     """Say whether a run is estimated under bf16 autocast if nothing is said: with mixed precision or a 4-bit base."""
-    return precision == "mixed" or METHODS[method].four_bit
+    return precision == "mixed" or on_four_bits(method, four_bit)
 
 
 def _refuse_what_cannot_run(shape: Shape, method: str, sequence: int, virtual_tokens: int) -> None:

@@ -42,7 +42,10 @@ from peftlab.core.targets import (
 )
 from peftlab.errors import PeftLabError
 from peftlab.methods.lora_conv import LoRAConv, biased, start
+from peftlab.methods.lora_eva import checked_options, started
+from peftlab.methods.lora_loftq import started as loftq
 from peftlab.methods.lora_parameter import LoRAParameter
+from peftlab.methods.lora_starts import CONVERT, FAST, STARTED, LoRAStarted, folded, from_weight
 from peftlab.methods.parts import BIAS_MODES, cast, first_input, trained_biases, trained_copies, widened
 from peftlab.methods.tokens import check_tokens, trained_rows
 
@@ -132,14 +135,17 @@ class LoRAEmbedding(Part):
 
     def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
         """Add the update. tokens: (...), output: (..., width)."""
+        return (output + self.update(host, first_input(args, kwargs))).to(output.dtype)
+
+    def update(self, host: nn.Module, tokens: Tensor) -> Tensor:
+        """Return what is added for each token, (..., width)."""
         assert isinstance(host, nn.Embedding)
         rows = F.embedding(
-            first_input(args, kwargs), self.lora_A.T, host.padding_idx, host.max_norm, host.norm_type,
-            host.scale_grad_by_freq, host.sparse,
+            tokens, self.lora_A.T, host.padding_idx, host.max_norm, host.norm_type, host.scale_grad_by_freq,
+            host.sparse,
         )  # fmt: skip
         # y = W[token] + s B A[:, token]. Gemma scales what it looks up, so the update is scaled too.
-        scaling = self.scaling * getattr(host, "embed_scale", 1.0)
-        return (output + F.linear(rows, self.lora_B) * scaling).to(output.dtype)
+        return F.linear(rows, self.lora_B) * (self.scaling * getattr(host, "embed_scale", 1.0))
 
     def delta(self) -> Tensor:
         """Return the update of the weight, (vocabulary, width), in the adapter's dtype and with gradients."""
@@ -151,7 +157,7 @@ class LoRAEmbedding(Part):
         return {"weight": widened(own_tensor(host, "weight")) + delta}
 
 
-INITS = ("kaiming", "gaussian", "orthogonal", "random")
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva", "loftq", "random")
 # Values of peft's `init_lora_weights` (in lower case) that leave the base's weights alone.
 BASE_KEPT = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 
@@ -166,9 +172,22 @@ class LoRAConfig(Targets):
         dropout: the probability of dropping an entry of the adapter's input in training; in [0, 1).
         bias: which biases of the base train too: `"none"`, `"lora_only"` (those of the adapted modules) or `"all"`.
         use_rslora: scale by alpha / sqrt(r) instead, so that the update keeps its size as r grows.
-        init: how A starts. `"kaiming"` is uniform within 1 / sqrt(in), as in Hugging Face peft. `"gaussian"` is normal
-            with standard deviation 1 / r. `"orthogonal"` makes the rows of A orthonormal. In all three B is zero.
+        init: how A and B start. `"kaiming"` draws A uniformly within 1 / sqrt(in), as in Hugging Face peft, and
+            `"gaussian"` from a normal of standard deviation 1 / r; B is zero. `"orthogonal"` draws both from spaces
+            that are orthogonal, so that B A is zero and neither is, as in peft, and for odd r too.
+            `"pissa"` starts from the largest singular values and vectors of the weight, `"pissa_niter_4"` does so by a
+            fast SVD with 4 iterations (or another number), and `"olora"` from its QR factors. The base stays as it is,
+            and what A and B started from is subtracted beside it (`methods/lora_starts.py`); a folder holds a plain
+            LoRA of rank 2 r. On a 4-bit base they start from what its codes stand for.
+            `"eva"` starts A from the directions in which a layer's inputs vary most, and moves ranks between layers
+            (`methods/lora_eva.py`). It needs `attach(..., data=batches)`.
+            `"loftq"` starts from what four bits have lost of the weights (`methods/lora_loftq.py`). It needs
+            `attach(..., data=whole)` with the model before it was quantised, or `quantize_and_attach`.
             `"random"` draws B too, so the model's output changes before the first step; it is for tests.
+        init_options: settings of the start. For `"eva"` these, with peft's defaults: `rho` (2.0; a layer gets at most
+            rho r directions, and with 1.0 no rank moves), `tau` (0.99), `use_label_mask` (True: tokens without a label
+            do not count), `label_mask_value` (-100), `whiten` (False) and `adjust_scaling_factors` (True: alpha grows
+            with a layer's rank).
         lora_bias: give B a bias of its own, zero at the start.
         fan_in_fan_out: detected automatically for Linear and Conv1D (the flag is ignored there). Set it only for custom
             layers that store their weight as (in, out).
@@ -197,6 +216,7 @@ class LoRAConfig(Targets):
     bias: str = "none"
     use_rslora: bool = False
     init: str = "kaiming"
+    init_options: Mapping[str, Any] = field(default_factory=dict)
     lora_bias: bool = False
     fan_in_fan_out: bool = False
     rank_pattern: Mapping[str, Any] = field(default_factory=dict)
@@ -220,15 +240,17 @@ class LoRAConfig(Targets):
             object.__setattr__(self, "target_modules", None)  # peft's way to say that no module is adapted
         super().__post_init__()
         check_tokens(self)
-        check_kinds(self, "rank_pattern", "alpha_pattern")
+        check_kinds(self, "rank_pattern", "alpha_pattern", "init_options")
         for key in (*self.rank_pattern, *self.alpha_pattern):
             check_regex(key)
         check_fields(self, whole, "r", least=1, usual="4 to 64")
         check_fields(self, number, "alpha", above=0, usual="r to 4 r")
         check_fields(self, number, "dropout", least=0, below=1)
         check_fields(self, one_of, "bias", known=BIAS_MODES)
-        check_fields(self, one_of, "init", known=INITS)
+        if not (isinstance(self.init, str) and FAST.fullmatch(self.init)):
+            check_fields(self, one_of, "init", known=INITS)
         check_fields(self, one_of, "use_rslora", "lora_bias", "fan_in_fan_out", known=(True, False))
+        object.__setattr__(self, "init_options", checked_options(self.init, self.init_options))
         ranks = {key: whole(f"rank_pattern[{key!r}]", r, least=1) for key, r in self.rank_pattern.items()}
         alphas = {key: number(f"alpha_pattern[{key!r}]", a, above=0) for key, a in self.alpha_pattern.items()}
         object.__setattr__(self, "rank_pattern", ranks)
@@ -255,10 +277,8 @@ class LoRAConfig(Targets):
                         f"{next(iter((*targets, *parameters)))}."
                     )
         for path, host in targets.items():
-            other: type[Part] = LoRAConv if isinstance(host, CONVOLUTIONS) else LoRALinear
-            kind: type[Part] = LoRAEmbedding if isinstance(host, nn.Embedding) else other
-            part = kind(host, by_pattern(config.rank_pattern, path, self.r), config.scaling(path), self)
-            yield Placement(path, "lora", part)
+            part = self.part_for(host, by_pattern(config.rank_pattern, path, self.r), config.scaling(path))
+            yield Placement(path, self.method, part)
         for path, (host_path, host, name) in parameters.items():
             r = by_pattern(config.rank_pattern, path, self.r)
             # Hugging Face peft wraps the parameters of one module around each other, the last one outermost.
@@ -272,6 +292,30 @@ class LoRAConfig(Targets):
         copies = list(trained_copies(model, self))
         yield from trained_biases(model, self.bias, targets, copied=[copy.path for copy in copies])
         yield from copies
+
+    def start_from(self, model: nn.Module, data: Any) -> tuple[Self, Mapping[str, Mapping[str, Tensor]]]:
+        """Return the config with the ranks that EVA finds, and what A and B of EVA and LoftQ start from."""
+        if self.init == "loftq":
+            if type(self) is not LoRAConfig:
+                raise PeftLabError(f"init='loftq' starts a plain LoRA, and this is a {type(self).__name__}.")
+            return self, loftq(self.for_model(model), model, data)
+        if self.init != "eva":
+            return super().start_from(model, data)
+        if data is None:
+            raise PeftLabError(
+                "init='eva' starts from the inputs of the layers: pl.attach(model, config, data=batches), with batches "
+                "as the model is called with."
+            )
+        return started(self.for_model(model), model, data)
+
+    def part_for(self, host: nn.Module, r: int, scaling: float) -> Part:
+        """Return the part that stands on a target. A variant of LoRA returns another one."""
+        if from_weight(self.init):
+            return LoRAStarted(host, r, scaling, self)
+        if isinstance(host, nn.Embedding):
+            return LoRAEmbedding(host, r, scaling, self)
+        kind = LoRAConv if isinstance(host, CONVOLUTIONS) else LoRALinear
+        return kind(host, r, scaling, self)
 
     def for_model(self, model: nn.Module) -> Self:
         """Return the config with the names of this model, where they mean experts that are fused now.
@@ -368,29 +412,39 @@ class LoRAConfig(Targets):
         fields["alpha_pattern"] = in_any_order(config.alpha_pattern, paths)
         if config.target_parameters:
             fields["target_parameters"] = sorted(config.target_parameters)
-        return fields
+        return folded(fields) if from_weight(self.init) else fields
 
     @staticmethod
     def from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
         """Return the keyword arguments for this class: the reverse of `to_peft`.
 
         `init_lora_weights` says how a training run began. If it only chose A and B, it is ignored, because the weights
-        are about to be loaded. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA also subtracted s B A from the base's weights, so
-        their adapters are refused.
+        are about to be loaded. PiSSA and OLoRA also subtracted s B A from the base's weights, and the published base
+        gives the same A and B again. The fast PiSSA drew random numbers for them, CorDA and LoRA-GA took them from
+        data, and LoftQ rounded the base, so their adapters are refused.
 
         Raises:
-            PeftLabError: the run changed the base's weights, so on the published base the adapter would compute
-                something else.
+            PeftLabError: the run changed the base's weights in a way that cannot be found again, so on the published
+                base the adapter would compute something else.
         """
         init = fields.get("init_lora_weights", True)
-        if str(init).lower() not in BASE_KEPT:
+        again = fields.get(STARTED) or {"pissa": "pissa", "olora": "olora"}.get(str(init).lower())
+        if init == "loftq":
+            options = fields.get("loftq_config") or {}
+            raise PeftLabError(
+                "The adapter was trained with init_lora_weights='loftq', which rounds the base's weights to what "
+                f"{options.get('loftq_bits', 4)} bits hold, {options.get('loftq_iter', 1)} times. One time with 4 bits "
+                "is the base of quantize_model(model, double_quant=False): load the adapter there, with "
+                "init_lora_weights set to true in adapter_config.json. For others, merge it where it was trained."
+            )
+        if again is None and str(init).lower() not in BASE_KEPT:
             raise PeftLabError(
                 f"The adapter was trained with init_lora_weights={init!r}, which may change the base's weights at the "
-                "start, so it does not fit the base as published. Where it was trained, convert it with Hugging Face "
-                "peft: model.save_pretrained(folder, path_initial_model_for_weight_conversion=...). If this model "
-                "already holds the changed weights, set init_lora_weights to true in adapter_config.json."
+                f"start, so it does not fit the base as published. {CONVERT} If this model already holds the changed "
+                "weights, set init_lora_weights to true in adapter_config.json."
             )
         return {
+            **({} if again is None else {"init": again}),
             "r": fields.get("r", 8),
             "alpha": fields.get("lora_alpha", 8),
             "dropout": fields.get("lora_dropout", 0.0),

@@ -8,6 +8,7 @@ A convolution is a linear layer on the patches of its input, so the update is on
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class LoRAConv(Part):
 
     def after(self, host: Any, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
         """Add the update. x: (batch, in, ...), output: (batch, out, ...)."""
-        convolve = next(function for kind, function in CONVOLVE.items() if isinstance(host, kind))
+        convolve = convolution(host)
         x = cast(first_input(args, kwargs), self.lora_A.dtype)
         x = F.dropout(x, self.dropout, self.training)
         low = convolve(x, self.lora_A, stride=host.stride, padding=host.padding)  # (batch, r, ...)
@@ -84,6 +85,11 @@ class LoRAConv(Part):
         return parameters
 
 
+def convolution(host: Any) -> Callable[..., Tensor]:
+    """Return torch's function for a convolution of this layer's dimensions."""
+    return next(function for kind, function in CONVOLVE.items() if isinstance(host, kind))
+
+
 def dilated(host: Any) -> bool:
     """Say whether a convolution leaves out places between those it reads."""
     return any(size > 1 and step > 1 for size, step in zip(host.kernel_size, host.dilation, strict=True))
@@ -101,16 +107,28 @@ def biased(host: nn.Module, bias: Tensor, scaling: float) -> Tensor:
 
 
 def start(lora_A: Tensor, lora_B: Tensor, init: str) -> None:
-    """Draw A, (r, in, ...), and for `"random"` also B, (out, r, ...).
+    """Draw A, (r, in, ...), and for `"random"` and `"orthogonal"` also B, (out, r, ...).
 
-    A must not be zero, or B gets no gradient. B must be zero, or the model starts from another function.
+    A must not be zero, or B gets no gradient. B A must be zero, or the model starts from another function.
     """
     r = lora_A.shape[0]
     if init == "orthogonal":
-        # A A^T = I: the r directions that the adapter reads do not overlap
-        nn.init.orthogonal_(lora_A)
+        if lora_B.shape[1] != r:
+            raise PeftLabError("init='orthogonal' is for layers without groups. Use init='kaiming'.")
+        # the rows of Q are orthonormal: A has the odd ones' span and B the even ones', so B A = 0 with neither zero
+        q = torch.linalg.qr(torch.randn(r, r)).Q
+        odd, even = q[0::2], q[1::2]
+        a = torch.randn(lora_A[0].numel(), len(odd)) @ odd / 10
+        b = torch.randn(len(even), len(lora_B)).T @ even / 10
+        lora_A.data.copy_(a.T.reshape(lora_A.shape))
+        lora_B.data.copy_(b.reshape(lora_B.shape))
     elif init == "gaussian":
         nn.init.normal_(lora_A, std=1 / r)
+    elif init not in ("kaiming", "random", "eva", "loftq"):  # EVA's and LoftQ's follow
+        raise PeftLabError(
+            f"init={init!r} starts a plain LoRA on linear layers, and this adapter stands on parameters, or is a "
+            "variant of LoRA. Use init='kaiming'."
+        )
     else:
         # U(-1/sqrt(in), 1/sqrt(in)): Kaiming's bound sqrt(6 / ((1 + a^2) in)) at a = sqrt(5)
         nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))

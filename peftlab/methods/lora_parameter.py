@@ -70,7 +70,7 @@ class LoRAParameter(Part):
         for e in range(count):
             start(
                 self.lora_A.data[e * r : (e + 1) * r],
-                self.lora_B.data,
+                self.lora_B.data[:, e::count],
                 "kaiming" if config.init == "random" else config.init,
             )
         if config.init == "random":

@@ -9,7 +9,7 @@ Face peft.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any, ClassVar, Self
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from peftlab.checks import check_fields, one_of, shown, whole
 from peftlab.core.interface import Placement
 from peftlab.core.records import as_transformer
-from peftlab.core.targets import check_names, check_task
+from peftlab.core.targets import check_names, check_task, refuse_data
 from peftlab.errors import PeftLabError
 from peftlab.methods.parts import trained_copies
 
@@ -53,6 +53,11 @@ class VirtualTokens:
         check_fields(self, whole, "num_virtual_tokens", least=1)
         check_names(self, "modules_to_save")
         check_task(self)
+
+    def start_from(self, model: nn.Module, data: Any) -> tuple[Self, Mapping[str, Mapping[str, Tensor]]]:
+        """Return this config and nothing: it starts from no data."""
+        refuse_data(self, data)
+        return self, {}
 
     def as_stored(self) -> Self:
         """Return this config: an adapter folder holds all that it describes."""

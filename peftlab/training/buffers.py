@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-SMALL_BUFFER = 65_536  # elements; a larger buffer is stored only if torch has seen a write to it
+from peftlab.core.interface import Part
+
+SMALL_BUFFER = 65_536  # elements; a larger buffer of the base is stored only if torch has seen a write to it
 
 
 class Buffers:
@@ -13,10 +15,14 @@ class Buffers:
 
     def __init__(self, model: nn.Module):
         self._all: dict[str, Tensor] = {}
+        self._adapters: set[str] = set()  # names of buffers that belong to parts of adapters
         for prefix, module in model.named_modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set:
-                    self._all[f"{prefix}.{name}" if prefix else name] = buffer
+                    full = f"{prefix}.{name}" if prefix else name
+                    self._all[full] = buffer
+                    if isinstance(module, Part):
+                        self._adapters.add(full)
         self._versions = {name: _version(buffer) for name, buffer in self._all.items()}
 
     def hold(self) -> dict[str, Tensor]:
@@ -30,14 +36,15 @@ class Buffers:
                 self._all[name].copy_(value)
 
     def to_store(self) -> dict[str, Tensor]:
-        """Return the buffers that a checkpoint must hold: all small ones, and the large ones that were written to.
+        """Return the buffers that a checkpoint must hold: all small ones, adapters', and those that were written to.
 
-        The large buffers of a 4-bit base, for example, never change.
+        The large buffers of a 4-bit base, for example, never change. An adapter's are made when it is attached, from
+        random numbers perhaps.
         """
         return {
             name: buffer
             for name, buffer in self._all.items()
-            if buffer.numel() <= SMALL_BUFFER or _version(buffer) != self._versions[name]
+            if buffer.numel() <= SMALL_BUFFER or name in self._adapters or _version(buffer) != self._versions[name]
         }
 
 

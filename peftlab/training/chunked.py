@@ -42,7 +42,7 @@ from peftlab.training.losses import (
 from peftlab.training.model_facts import text_config
 from peftlab.training.model_task import inner_model
 
-LOGITS = 1 << 25  # of a chunk; at least LEAST rows, because a product of fewer mostly waits for W
+LOGITS = 1 << 26  # of a chunk; at least LEAST rows, because a product of fewer mostly waits for W
 LEAST = 256
 SMALL = 64_000_000
 # Names in configs of what multiplies the logits, and of what divides them
@@ -80,7 +80,7 @@ def chunked_cross_entropy(
         weight: (V, d), and `bias` (V,); frozen or trained.
         labels: (n,), from 0 to V - 1.
         form: a scaling or a cap of the logits.
-        rows: positions in a chunk; by default as many as give 33 million logits.
+        rows: positions in a chunk; by default as many as give 67 million logits.
 
     >>> h, W, labels = torch.randn(6, 4), torch.randn(10, 4), torch.tensor([1, 2, 3, 4, 5, 9])
     >>> whole = torch.nn.functional.cross_entropy(h @ W.T, labels, reduction="sum")

@@ -86,6 +86,7 @@ def described(model: nn.Module, settings: Settings, sequence: int, chunked: bool
     return options | {
         "shape": shape,
         "method": method,
+        "four_bit": in_four_bits(model),
         "batch": settings.batch_size,
         "sequence": sequence,
         "precision": ("mixed" if autocast else "fp32") if wide else "bf16",
@@ -102,7 +103,7 @@ def described(model: nn.Module, settings: Settings, sequence: int, chunked: bool
 def _method(model: nn.Module) -> tuple[str, dict[str, Any]]:
     """Return the name of a model's method, and its options for the estimator."""
     record = record_of(model)
-    four_bit = any(isinstance(module, Linear4bit) for module in model.modules())
+    four_bit = in_four_bits(model)
     if record is None or not record.configs:
         if four_bit or not all(p.requires_grad for p in model.parameters()):
             raise PeftLabError("no adapter is attached, and not everything trains")
@@ -110,10 +111,16 @@ def _method(model: nn.Module) -> tuple[str, dict[str, Any]]:
     if len(record.configs) > 1:
         raise PeftLabError("several adapters are attached")
     (config,) = record.configs.values()
-    for name, row in METHODS.items():
-        if _is_of(config, row) and row.four_bit == four_bit:
-            return name, _options(config, row)
-    raise PeftLabError(f"what a {type(config).__name__} keeps is not known{' in four bits' if four_bit else ''}")
+    rows = {name: row for name, row in METHODS.items() if _is_of(config, row)}
+    if not rows:
+        raise PeftLabError(f"what a {type(config).__name__} keeps is not known")
+    name = next((name for name, row in rows.items() if row.four_bit == four_bit), next(iter(rows)))
+    return name, _options(config, rows[name])
+
+
+def in_four_bits(model: nn.Module) -> bool:
+    """Say whether layers of the model are held in four bits."""
+    return any(isinstance(module, Linear4bit) for module in model.modules())
 
 
 def _is_of(config: Any, row: Method) -> bool:

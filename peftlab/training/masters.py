@@ -13,8 +13,8 @@ bytes, as in float32. Nothing has to be cast for a product with the 16-bit base 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,14 @@ class WithMasters(torch.optim.Optimizer):
         for master in wide:
             master.grad = None
         self._show()
+
+    @torch.no_grad()
+    def follow(self, changed: Sequence[Tensor]) -> None:
+        """Take over what was changed in parameters since the step: where a master does not round to it any more."""
+        for p in changed:
+            master = self.masters.get(cast(nn.Parameter, p))
+            if master is not None:
+                master.copy_(torch.where(master.to(p.dtype) == p, master, p.float()))
 
     def _give_gradients(self, narrow: list[Tensor], wide: list[Tensor]) -> None:
         """Let the masters have the parameters' gradients in float32, all in one piece of memory."""

@@ -76,13 +76,22 @@ OPTIMIZERS: dict[str, Callable[[Groups, float, torch.device], torch.optim.Optimi
 
 
 def make_optimizer(
-    name: str, parameters: Mapping[str, nn.Parameter], lr: float, weight_decay: float, device: torch.device
+    name: str,
+    parameters: Mapping[str, nn.Parameter],
+    lr: float,
+    weight_decay: float,
+    device: torch.device,
+    groups: Groups | None = None,
 ) -> torch.optim.Optimizer:
     """Make the optimiser of that name over two groups of parameters: those with weight decay and those without.
 
     An adapter in bfloat16 gets float32 masters (`peftlab.training.masters`).
+
+    Args:
+        groups: other groups of the same parameters, with learning rates of their own (`peftlab.training.loraplus`).
     """
-    kind, groups = OPTIMIZERS[one_of("optimizer", name, OPTIMIZERS)], decay_groups(parameters, weight_decay)
+    kind = OPTIMIZERS[one_of("optimizer", name, OPTIMIZERS)]
+    groups = decay_groups(parameters, weight_decay) if groups is None else groups
     if need_masters(parameters):
         return WithMasters(groups, lambda masters: kind(masters, lr, device))
     return kind(groups, lr, device)

@@ -16,6 +16,7 @@ from peftlab.core.checkpointing import memory_settings
 from peftlab.core.modes import mode
 from peftlab.core.records import check_hosts, unwrap
 from peftlab.core.sharding import refuse_sharded
+from peftlab.core.steps import add_gradients, begin_run, schedules, taking_part
 from peftlab.errors import PeftLabError, warn
 from peftlab.fast import FastPath, find_path
 from peftlab.fast.step import Batch
@@ -27,7 +28,9 @@ from peftlab.training.encoding import Collator
 from peftlab.training.fitting import choose_blocks
 from peftlab.training.inputs import Inputs, example_lengths
 from peftlab.training.labels import moved
+from peftlab.training.loraplus import loraplus_groups
 from peftlab.training.losses import Loss
+from peftlab.training.masters import WithMasters
 from peftlab.training.metrics import mean_loss
 from peftlab.training.optimizers import make_optimizer, skips_when_told, step_unless
 from peftlab.training.precision import autocast, check_trainable_dtypes
@@ -60,7 +63,8 @@ class History:
     Attributes:
         steps: dicts with `step` (from 1), `loss` (mean over the batch's labels, before the update), `lr`,
             `tokens` (labels in the batch) and `grad_norm` (before clipping). If the gradient overflowed in fp16, the
-            update was skipped and `grad_norm` is None.
+            update was skipped and `grad_norm` is None. `added_loss` is what the adapter's method adds to the loss, if
+            it does; `loss` is without it.
         evaluations: dicts with `step`, `loss` and one entry per metric.
         best: the evaluation with the lowest loss, or the highest value of the monitored metric.
         stopped_early: whether patience ran out before the last step.
@@ -70,6 +74,7 @@ class History:
         path: which path computed the steps, "fast" (`peftlab.fast`) or "plain", and why. `==` ignores it, too.
         logits: how the loss was computed, "in chunks" (`peftlab.training.chunked`) or "whole", and why, likewise.
         checkpointing: under `checkpointing="fit"`, how many blocks are computed again, or why all are, likewise.
+        schedule: what the methods of the adapters chose for this run, such as AdaLoRA's steps, likewise.
 
     >>> pl.History(steps=[{"loss": 3.0}, {"loss": 1.5}])
     <History: 2 steps, loss 3.000 to 1.500>
@@ -84,6 +89,7 @@ class History:
     path: str = dataclasses.field(default="", compare=False)
     logits: str = dataclasses.field(default="", compare=False)
     checkpointing: str = dataclasses.field(default="", compare=False)
+    schedule: str = dataclasses.field(default="", compare=False)
 
     def __repr__(self) -> str:
         """Return one line, because a notebook shows the value of a cell's last expression."""
@@ -172,8 +178,10 @@ class Run:
         self.order = DataOrder(examples, settings.batch, settings.total_examples(examples), settings.seed, lengths)
         self.warmup = warmup_steps(settings.warmup, len(self.order))
         self.optimizer = make_optimizer(
-            settings.optimizer, self.trainable, settings.learning_rate, settings.weight_decay, device
-        )
+            settings.optimizer, self.trainable, settings.learning_rate, settings.weight_decay, device,
+            loraplus_groups(self.core, self.trainable, settings),
+        )  # fmt: skip
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]  # under LoRA+ each group has its own
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self.step = 0
         self.history = History()
@@ -191,6 +199,8 @@ class Run:
         if self.checkpointing == "fit":
             self.checkpointing, self.history.checkpointing = self._fit()
         self.path = find_path(model, self.core, dataclasses.replace(settings, checkpointing=self.checkpointing), device)
+        begin_run(self.core, len(self.order))
+        self.history.schedule, self.adapters = schedules(self.core), taking_part(self.core)
         self.pending: Measured | None = None
         self.wrong = torch.zeros((), device=device)  # 1 once a step was not finite
 
@@ -255,9 +265,12 @@ class Run:
         """
         settings, chosen = self.settings, self.order.at(self.step)
         parts = [chosen[at : at + settings.batch_size] for at in range(0, len(chosen), settings.batch_size)]
-        lr = learning_rate_at(self.step, len(self.order), settings.learning_rate, self.warmup, settings.schedule)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        lr, *rates = (
+            learning_rate_at(self.step, len(self.order), peak, self.warmup, settings.schedule)
+            for peak in (settings.learning_rate, *self.peaks)
+        )
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         seed = derived_seed(settings.seed, "step", self.step, self.ranks.rank)
         seed_everything(seed)
         if self.fast is not None:
@@ -273,6 +286,7 @@ class Run:
                 self.buffers.restore(held)
                 seed_everything(seed)
                 totals, labels = self._gradients(parts)
+            added = add_gradients(self.adapters, self.scaler.get_scale()) if labels else 0.0
             norm = self._clip()
         except PeftLabError:
             self.buffers.restore(held)  # the forward pass has already changed running statistics
@@ -280,12 +294,15 @@ class Run:
             raise
         row = {"step": self.step + 1, "loss": math.nan, "lr": lr, "tokens": labels, "grad_norm": None}
         measured = Measured(torch.stack([*totals, norm.to(totals[0])]), row, parts, held)
-        # Under fp16 the scaler has to see the gradients before the step, and to change its scale after it.
-        if not labels or self.scaler.is_enabled() or not skips_when_told(self.optimizer, self.device):
+        # Under fp16 the scaler has to see the gradients before the step, and to change its scale after it. Adapters
+        # that work after a step have to know that it was made.
+        skips = skips_when_told(self.optimizer, self.device) and not self.adapters
+        if not labels or self.scaler.is_enabled() or not skips:
             self._read(measured)
             self.scaler.step(self.optimizer)  # the same as optimizer.step(), except under fp16
             self.scaler.update()
             self.step += 1
+            self._after_step(row, added)
             return row
         # The CPU goes on while the GPU computes, and reads one step later. Were this step wrong, the GPU itself leaves
         # the parameters as they are, now and in the step that follows.
@@ -297,6 +314,14 @@ class Run:
         self.settle()
         self.pending = measured
         return row
+
+    def _after_step(self, row: dict[str, Any], added: float) -> None:
+        """Let the adapters work that take part in a step, and the optimiser follow what they changed."""
+        for _, config, placements in self.adapters:
+            row["added_loss"] = added
+            changed = config.after_step(placements, self.step, usable=row["grad_norm"] is not None)
+            if isinstance(self.optimizer, WithMasters):
+                self.optimizer.follow(changed)
 
     def settle(self) -> None:
         """Read what the last step measured, if that is still to be done: add its row to the history.

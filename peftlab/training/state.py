@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftlab.core.steps import gathered, take
 from peftlab.errors import PeftLabError
 from peftlab.training import files
 from peftlab.training.identity import differences, run_identity
@@ -67,6 +68,7 @@ def save(run: Run, folder: Path) -> None:
         tensors |= {f"trainable/{name}": p for name, p in run.trainable.items()}
         tensors |= {f"best/{name}": value for name, value in run.best_values.items()}
         tensors |= {f"buffer/{name}": buffer for name, buffer in run.buffers.to_store().items()}
+        tensors |= {f"method/{name}": tensor for name, tensor in gathered(run.adapters).items()}
         record = {
             "finished": run.finished,
             "history": dataclasses.asdict(run.history),
@@ -90,6 +92,8 @@ def resume_or_start(run: Run, folder: Path, resume: bool) -> None:
     if run.loss is not None:
         settings["loss"] = getattr(run.loss, "__qualname__", type(run.loss).__name__)
     settings |= {"metrics": sorted(run.metrics), "processes": run.ranks.world}
+    if run.history.schedule:
+        settings["schedule of the adapter"] = run.history.schedule
     run.identity = run_identity(settings, run.core, run.train_data, run.evaluation_data)
     if run.ranks.first:
         files.clean(folder)
@@ -116,6 +120,7 @@ def resume_or_start(run: Run, folder: Path, resume: bool) -> None:
             parameter.copy_(tensors[f"trainable/{name}"])
     load_optimizer_state(run.optimizer, names, tensors, record["optimizer"])
     run.buffers.restore(_part(tensors, "buffer"))
+    take(run.adapters, _part(tensors, "method"))
     run.best_values = {name: value.to(run.device) for name, value in _part(tensors, "best").items()}
     if run.scaler.is_enabled():
         run.scaler.load_state_dict(record["scaler"])

@@ -58,13 +58,17 @@ def inputs(case, dtype=torch.float64):
     return {"x": torch.randn(2, 6, *sides, dtype=dtype)}
 
 
-def lora(case, dtype=torch.float64, r=6, **settings):
+def lora(case, dtype=torch.float64, r=6, config=pl.LoRAConfig, **settings):
     model = net(case, dtype)
     settings = dict(r=r, alpha=4, target_modules=["conv", "out"], **settings)
-    theirs = peft_model(copy.deepcopy(model), **settings)
-    pl.attach(model, pl.LoRAConfig(init="random", **settings))
+    theirs = peft_model(copy.deepcopy(model), use_dora=config is pl.DoRAConfig, **settings)
+    pl.attach(model, config(init="random", **settings))
     give(theirs, model)
     return model, theirs
+
+
+def dora(case, dtype=torch.float64, **settings):
+    return lora(case, dtype, config=pl.DoRAConfig, **settings)
 
 
 def ia3(case, inner, dtype=torch.float64):
@@ -81,6 +85,13 @@ def ia3(case, inner, dtype=torch.float64):
 @pytest.mark.parametrize("case", CASES)
 def test_lora_has_the_same_numbers(case):
     ours, theirs = lora(case)
+    assert pl.count_parameters(ours)[:2] == theirs.get_nb_trainable_parameters()
+    three_steps(ours, theirs, inputs(case), lambda: (our_state(ours), live(theirs)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_dora_has_the_same_numbers(case):
+    ours, theirs = dora(case, bias="lora_only" if case in ("3 x 3", "1d, 1") else "none")
     assert pl.count_parameters(ours)[:2] == theirs.get_nb_trainable_parameters()
     three_steps(ours, theirs, inputs(case), lambda: (our_state(ours), live(theirs)))
 
@@ -102,7 +113,7 @@ def test_ia3_has_the_same_numbers(case, inner):
 
 @pytest.mark.parametrize("case", ["1 x 1", "3 x 3", "groups", "1d, stride, padding"])
 def test_same_bits_on_a_base_of_16_bits(case):
-    pairs = [lora(case, torch.bfloat16)]
+    pairs = [lora(case, torch.bfloat16), dora(case, torch.bfloat16)]
     pairs += [ia3(case, inner, torch.bfloat16) for inner in (0, 1) if case in IA3]
     for ours, theirs in pairs:
         found, expected = ours(**inputs(case, torch.bfloat16)), theirs(**inputs(case, torch.bfloat16))
@@ -114,11 +125,12 @@ def test_same_bits_on_a_base_of_16_bits(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_merged_and_unmerged(case):
-    pairs = {"lora": lora(case)} | ({f"ia3 {i}": ia3(case, i) for i in (0, 1)} if case in IA3 else {})
+    pairs = {"lora": lora(case), "dora": dora(case)}
+    pairs |= {f"ia3 {i}": ia3(case, i) for i in (0, 1)} if case in IA3 else {}
     for method, (ours, theirs) in pairs.items():
         start = {name: value.clone() for name, value in ours.state_dict().items()}
         expected = ours(**inputs(case)).logits
-        if method == "lora" and case in LONE:
+        if method in ("lora", "dora") and case in LONE:
             with pytest.raises(pl.PeftLabError, match="cannot be merged"):
                 pl.merge(ours)
         else:
@@ -132,7 +144,8 @@ def test_merged_and_unmerged(case):
 
 @pytest.mark.parametrize("case", ["1 x 1", "3 x 5, stride, padding", "groups", "1d, stride, padding", "3d"])
 def test_folders_go_both_ways(case, tmp_path):
-    pairs = {"lora": lora(case)} | ({"in": ia3(case, True), "out": ia3(case, False)} if case in IA3 else {})
+    pairs = {"lora": lora(case), "dora": dora(case, use_rslora=True)}
+    pairs |= {"in": ia3(case, True), "out": ia3(case, False)} if case in IA3 else {}
     for method, (ours, theirs) in pairs.items():
         pl.save_adapter(ours, tmp_path / method / "ours")
         theirs.save_pretrained(tmp_path / method / "theirs")
@@ -152,13 +165,16 @@ def test_an_adapter_for_each_row():
         assert torch.allclose(found[row], ours(**inputs("3 x 3")).logits[row], atol=1e-12)
 
 
-def test_dropout_draws_the_same_mask():
-    ours, theirs = lora("3 x 3", dropout=0.4)
+@pytest.mark.parametrize(("kind", "case"), [
+    (lora, "3 x 3"), (dora, "3 x 3"), (dora, "same, dilation"), (dora, "groups"), (dora, "reflected"),
+])  # fmt: skip
+def test_dropout_draws_the_same_mask(kind, case):
+    ours, theirs = kind(case, dropout=0.4)
     ours.train(), theirs.train()
     torch.manual_seed(3)
-    found = ours(**inputs("3 x 3")).logits
+    found = ours(**inputs(case)).logits
     torch.manual_seed(3)
-    assert relative(found, theirs(**inputs("3 x 3")).logits) < 1e-12
+    assert relative(found, theirs(**inputs(case)).logits) < 1e-12
 
 
 def test_what_cannot_be_adapted_is_refused_and_the_model_stays():

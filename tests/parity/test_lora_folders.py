@@ -181,15 +181,9 @@ def test_what_we_do_not_have_is_named(field, value, tmp_path):
         pl.load_adapter(base("llama"), tmp_path)
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+@pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "lora_ga"])
 def test_a_start_that_changes_the_base_is_refused(init, tmp_path):
-    if init in ("pissa", "olora"):
-        model = base("llama", torch.float32)
-        theirs = peft_model(model, r=3, alpha=5, target_modules=["q_proj"], init_lora_weights=init)
-        changed = theirs.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
-        assert not torch.equal(changed, base("llama", torch.float32).model.layers[0].self_attn.q_proj.weight)
-    else:
-        theirs = peft_model(base("llama"), r=3, alpha=5, target_modules=["q_proj"])
+    theirs = peft_model(base("llama"), r=3, alpha=5, target_modules=["q_proj"])
     peft_save(theirs, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": init}))

@@ -10,6 +10,7 @@ from places import has_place
 from releases import skip_before
 from toy_rows import TOY
 
+import peftlab as pl
 from peftlab.catalogue import METHODS
 from peftlab.core.targets import Targets
 from peftlab.errors import PeftLabError
@@ -44,6 +45,9 @@ def adapter(method, shape, r, tokens):
         "dora": lambda: peft.LoraConfig(use_dora=True, **low_rank),
         "vera": lambda: peft.VeraConfig(**low_rank),
         "adalora": lambda: peft.AdaLoraConfig(init_r=r, target_modules=ALL, task_type=task, total_step=10),
+        "loha": lambda: peft.LoHaConfig(**low_rank),
+        "lokr": lambda: peft.LoKrConfig(**low_rank),
+        "oft": lambda: peft.OFTConfig(target_modules=ALL, task_type=task),
         "ia3": lambda: peft.IA3Config(task_type=task),
         "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=tokens, task_type=task),
         "p-tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=tokens, task_type=task),
@@ -51,14 +55,15 @@ def adapter(method, shape, r, tokens):
 
 
 def replayed(shape, method, *, batch, sequence, bytes, checkpointing=False, autocast=False, fused=True, r=8, tokens=20,
-             contiguous_bias=True, targets=ALL):
+             contiguous_bias=True, targets=ALL, library="peft", init=None):
     """Bytes above the parameters, at the most, of forward and of backward, in the second of two steps."""
-    targets = targets if METHODS[method].takes("r") else None  # the others stand in places of their own
-    trained = trained_by(method, shape, Options(r=r, targets=targets, virtual_tokens=tokens))
+    # some methods stand in places of their own
+    targets = targets if METHODS[method].takes("r") or METHODS[method].takes("oft_block_size") else None
+    trained = trained_by(method, shape, Options(r=r, targets=targets, virtual_tokens=tokens, init=init))
     run = Run(shape, method, trained, Recipe(
         batch=batch, sequence=sequence, weight_bytes=bytes, adapter_bytes=4, autocast=autocast,
         checkpointing=checkpointing, optimizer="sgd", four_bit=False, fused_attention=fused,
-        contiguous_bias=contiguous_bias,
+        contiguous_bias=contiguous_bias, library=library if init is None else "peftlab",
     ))  # fmt: skip
     start = run.memory.total
     run.step()
@@ -88,6 +93,7 @@ CASES = [
     if (family, method) != ("bert", "adalora")  # 2.8% too high: AdaLoRA's orthogonality loss is not replayed
 ] + [
     ("t5", "prompt", 2, False), ("t5", "vera", 2, False), ("gemma", "prompt", 2, True), ("llama", "vera", 2, True),
+    ("llama", "loha", 2, False), ("bert", "loha", 4, False), ("llama", "lokr", 2, False), ("llama", "oft", 2, False),
 ]  # fmt: skip
 
 
@@ -131,7 +137,9 @@ def test_the_peak_with_our_own_layers(method, bytes, checkpointing, monkeypatch)
     monkeypatch.setitem(METHODS, method, row)
     family = next(name for name in CONFIGS if has_place(method, load_shape(CONFIGS[name])))
     shape, size = load_shape(CONFIGS[family]), {"batch": 3, "sequence": 160}
-    found = replayed(shape, method, bytes=bytes, checkpointing=checkpointing, targets=None, r=None, **size)
+    found = replayed(
+        shape, method, bytes=bytes, checkpointing=checkpointing, targets=None, r=None, library="peftlab", **size
+    )
     expected = memory_oracle.measure(
         CONFIGS[family], shape.kind, row.config_class()(**row.fixed), checkpointing=checkpointing,
         dtype={2: torch.bfloat16, 4: torch.float32}[bytes], monkeypatch=monkeypatch, **size,
@@ -202,6 +210,24 @@ def test_the_peak_under_autocast(method, checkpointing, monkeypatch):
     assert max(found) == pytest.approx(max(expected), rel=0.02)
 
 
+# With checkpointing, this small model's peak lies within a block. There the replay is 15% too low for adalora, and 5%
+# too high for loha and lokr.
+@pytest.mark.parametrize(
+    ("method", "checkpointing"),
+    [("lora", True), ("dora", True), ("vera", True)]
+    + [(method, False) for method in ("lora", "dora", "adalora", "vera", "loha", "lokr")],
+)
+def test_the_peak_of_our_own_layers_under_autocast(method, checkpointing, monkeypatch):
+    """Where they keep less than peft's: no copies of inputs in float32."""
+    told = {"batch": 3, "sequence": 96, "checkpointing": checkpointing, "autocast": True}
+    found = replayed(load_shape(CONFIGS["llama"]), method, bytes=4, r=None, library="peftlab", **told)
+    config = METHODS[method].config_class()(target_modules=ALL)
+    expected = memory_oracle.measure(
+        CONFIGS["llama"], "decoder", config, dtype=torch.float32, monkeypatch=monkeypatch, **told
+    )
+    assert max(found) == pytest.approx(max(expected), rel=0.005)
+
+
 @pytest.mark.parametrize(
     ("name", "form"),
     [("adamw", {"foreach": False}), ("adamw-foreach", {"foreach": True}), ("adamw-fused", {"fused": True})],
@@ -235,3 +261,30 @@ def test_an_update_allocates_what_torch_does(name, form, dtypes):
     few = 20 * memory_oracle.BLOCK  # torch's numbers of steps and scalars
     assert memory.peak - before == pytest.approx(tracker.peak - start, abs=few)
     assert (tracker.peak - start > few) == (name != "adamw-fused")
+
+
+@pytest.mark.parametrize(("bytes", "checkpointing"), [(2, False), (4, False), (4, True)])
+def test_the_peak_with_a_start_from_the_weight(bytes, checkpointing, monkeypatch):
+    """PiSSA's start is two more products, and two buffers beside A and B."""
+    config = {**CONFIGS["llama"], "vocab_size": 32, "num_hidden_layers": 1}  # nothing else is as large for a moment
+    shape, size = load_shape(config), {"batch": 3, "sequence": 160}
+    found = replayed(shape, "lora", bytes=bytes, checkpointing=checkpointing, init="pissa", library="peftlab", **size)
+    plain = replayed(shape, "lora", bytes=bytes, checkpointing=checkpointing, library="peftlab", **size)
+    expected = memory_oracle.measure(
+        config, shape.kind, pl.LoRAConfig(r=8, init="pissa", target_modules=ALL),
+        dtype={2: torch.bfloat16, 4: torch.float32}[bytes], checkpointing=checkpointing, monkeypatch=monkeypatch,
+        **size,
+    )  # fmt: skip
+    assert max(found) == pytest.approx(max(expected), rel=0.02)
+    assert max(found) > max(plain)
+
+
+def test_a_start_from_the_weight_is_held_and_saved():
+    more = {name: pl.memory.estimate("llama-2-7b", r=16, library="peftlab", init=name) for name in (None, "olora")}
+    added = 4 * pl.memory.count("llama-2-7b", r=16).added
+    assert more["olora"].adapter - more[None].adapter == added
+    assert more["olora"].file_bytes == 2 * more[None].file_bytes
+    assert more["olora"].trainable == more[None].trainable
+    assert pl.memory.estimate("llama-2-7b", init="olora").peak_bytes == pl.memory.estimate("llama-2-7b").peak_bytes
+    with pytest.raises(PeftLabError, match="starts linear layers, and model.embed_tokens"):
+        pl.memory.estimate("llama-2-7b", init="pissa", targets=["embed_tokens"])

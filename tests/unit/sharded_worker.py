@@ -53,6 +53,8 @@ CASES = {
     "copies": (tiny.llama, lambda: pl.LoRAConfig(**LORA, modules_to_save=["lm_head", "layers.1.mlp"])),
     "half": (lambda: tiny.llama(dtype=torch.bfloat16), lambda: pl.LoRAConfig(**LORA)),
     "ia3": (tiny.llama, lambda: pl.IA3Config()),
+    "adalora": (tiny.llama, lambda: pl.AdaLoRAConfig(init_r=3, target_r=2, total_step=5, init="random")),
+    "vera": (tiny.llama, lambda: pl.VeRAConfig(r=5, init="random")),
     "bottleneck": (tiny.llama, lambda: pl.AdapterConfig(reduction_factor=4)),
     "bitfit": (lambda: tiny.llama(attention_bias=True), lambda: pl.BitFitConfig()),
     "prompt": (tiny.llama, lambda: pl.PromptTuningConfig(num_virtual_tokens=3)),

@@ -42,7 +42,7 @@ def test_each_group_of_rungs_is_measured_and_gives_the_model_back(group, method,
     names = speed.GROUPS[group] if method == "qlora" else tuple(n for n in speed.GROUPS[group] if n != "triton")
     assert tuple(row["rung"] for row in rows if row["rung"] != "copy") == names
     left_out = {row["rung"] for row in rows if row.get("skipped")}
-    assert left_out <= {"unsloth", "triton", "cuda graph", "train compiled", "fast, pinned"}, [
+    assert left_out <= {"unsloth", "triton", "cuda graph", "train compiled", "fast, pinned", "fast, 8-bit"}, [
         row.get("skipped") for row in rows
     ]
     for row in rows:
@@ -52,6 +52,14 @@ def test_each_group_of_rungs_is_measured_and_gives_the_model_back(group, method,
     assert not any("forward" in block.__dict__ for block in model.model.layers)
     assert {m.backend for m in model.modules() if hasattr(m, "backend")} <= {"auto"}
     assert not model.is_gradient_checkpointing
+
+
+def test_train_stands_beside_a_plain_loop(on_the_cpu, monkeypatch):
+    monkeypatch.setattr(speed, "PAIRS", 2)
+    (row,) = speed.measure(point_of("loop", checkpointing=False))
+    assert row["rung"] == "loop" and row["pairs"] == 2 and row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+    monkeypatch.setattr(timing, "_profiles", True)
+    assert speed.measure(point_of("loop", checkpointing=False)) == []
 
 
 def test_a_rung_that_fails_says_why_and_costs_no_other(on_the_cpu, monkeypatch):
@@ -140,12 +148,15 @@ def test_sections_are_whole_and_every_point_is_its_own():
     assert len({bench.key(point) for point in points}) == len(points)
     sections = {}
     for point in points:
+        if point["group"] == "loop":
+            assert point["section"] in [f"{name}-loop" for name in speed.LOOPS]
+            continue
         sections.setdefault(point["section"], []).append(point["group"])
         assert point["section"].endswith("-c") == point["checkpointing"]
     assert set(speed.MAIN) <= set(sections) and len(sections) == 4 * 2 * 2 * 2
     for section, groups in sections.items():
         expected = list(speed.GROUPS if section in speed.MAIN else speed.FEW)
-        assert groups == [name for name in expected if name != "fast, pinned" or section.endswith("-c")]
+        assert groups == [name for name in expected if name not in speed.RECOMPUTING or section.endswith("-c")]
     if not torch.cuda.is_available():
         with pytest.raises(pl.PeftLabError, match="needs a CUDA GPU"):
             speed.measure(points[0])

@@ -76,8 +76,8 @@ def test_an_option_is_the_same_in_all_rows_but_for_its_default():
     for name, row in METHODS.items():
         for option in row.options:
             first = next(o for other in METHODS.values() for o in other.options if o.name == option.name)
-            alike = dataclasses.replace(option, default=first.default, chosen=first.chosen)
-            assert alike == first, f"the row of {name} changes more of --{option.name} than default and chosen"
+            alike = dataclasses.replace(option, default=first.default, chosen=first.chosen, fills=first.fills)
+            assert alike == first, f"the row of {name} changes more of --{option.name} than default, chosen and fills"
 
 
 @ROWS

@@ -10,6 +10,7 @@ from torch import nn
 import peftlab as pl
 from peftlab.core.checkpointing import blocks_of, memory_settings
 from peftlab.errors import PeftLabError
+from peftlab.memory import estimate
 from peftlab.settings import Settings
 from peftlab.training import fitting
 
@@ -136,6 +137,7 @@ def test_a_model_that_is_not_known_says_why(make, told, on_a_gpu):
         (pl.IA3Config(), "ia3", {}),
         (pl.PromptTuningConfig(num_virtual_tokens=5), "prompt", {"virtual_tokens": 5}),
         (pl.BitFitConfig(), "bitfit", {}),
+        (pl.VeRAConfig(r=6, bias="vera_only"), "vera", {"r": 6, "bias": "lora_only"}),
     ],
 )
 def test_methods_are_told_from_their_configs(config, method, options):
@@ -151,3 +153,7 @@ def test_full_training_and_four_bits():
     model = pl.quantize_model(tiny.llama(hidden_size=64, intermediate_size=128))
     pl.attach(model, pl.LoRAConfig(r=4, target_modules="all-linear"))
     assert fitting.described(model, Settings(precision="bf16"), 64, True)["method"] == "qlora"
+    pl.attach(pl.detach(model), pl.VeRAConfig(r=4))  # which has no row of its own for four bits
+    run = fitting.described(model, Settings(precision="bf16"), 64, True)
+    assert (run["method"], run["four_bit"]) == ("vera", True)
+    assert estimate(**run).weights < estimate(**{**run, "four_bit": False}).weights

@@ -305,6 +305,22 @@ def test_a_4_bit_base_from_the_shell(place, capsys):
     assert metrics["settings"]["optimizer"] == "adamw8bit" and (place / "run" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("init, method", [("pissa", "lora"), ("eva", "lora"), ("olora", "qlora")])
+def test_starts_from_the_shell(place, capsys, init, method):
+    import peftlab as pl
+    from peftlab.assets.models import load_model
+
+    command = [*train_command("ask.jsonl", "run", "--steps", 4, "--init", init, "--r", 2, "--method", method), "--json"]
+    status, out, err = run(capsys, *command)
+    assert status == 0, err
+    before = tensors(place / "run")
+    status, again, err = run(capsys, *command, "--resume")
+    assert status == 0 and tensors(place / "run") == before, err
+    model, _ = load_model("./tiny")
+    pl.load_adapter(model, place / "run", trainable=True)
+    assert pl.count_parameters(model).trainable == json.loads(out)["trainable"]
+
+
 def test_new_tokens_train_and_the_tokenizer_that_has_them_is_saved(place, capsys):
     from transformers import AutoTokenizer
 
@@ -538,10 +554,11 @@ def test_a_method_is_given_the_options_that_it_has_fields_for(monkeypatch):
     monkeypatch.setitem(METHODS, "narrow", Method(config="test_cli:Narrow", options=options))
     given = cli.argparse.Namespace(method="narrow", r=8, alpha=16.0, dropout=0.5, bias="none", targets="q", lr=1.0)
     assert train._config(given, ["q"], task_type="SEQ_CLS") == config(0.5, ["q"], 3)
+    monkeypatch.setitem(METHODS, "counted", Method())  # a row without a config is counted only
     known = ", ".join(name for name, row in METHODS.items() if row.trains)
-    assert known.startswith("full, lora, qlora, ia3, ") and known.endswith(", narrow")
-    with pytest.raises(PeftLabError, match=f"train knows the methods {known}, not 'dora'"):
-        train.check(cli.argparse.Namespace(method="dora"))
+    assert known.startswith("full, lora, qlora, ") and known.endswith(", narrow")
+    with pytest.raises(PeftLabError, match=f"train knows the methods {known}, not 'counted'"):
+        train.check(cli.argparse.Namespace(method="counted"))
 
 
 def test_a_killed_run_and_an_interrupted_one_go_on_to_the_same_adapter(place, capsys, monkeypatch):

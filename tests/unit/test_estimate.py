@@ -5,6 +5,7 @@ import json
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from places import has_place
@@ -579,3 +580,21 @@ def test_the_temporaries_of_each_adamw():
     there = 16 * load_shape("llama-3.2-1b").parameters + CUBLAS_WORKSPACE
     assert tied == near(there + 2 * 4 * largest_weight, 6 * tensors)  # the embedding's gradient, and the sum of the two
     assert len({found.optimizer for found in peaks.values()}) == 1
+
+
+def test_any_method_on_a_base_in_four_bits(capsys):
+    """The base takes what QLoRA's does. Full fine-tuning has no codes to train, and qlora no other base."""
+    assert estimate("llama-3.2-1b", "lora", four_bit=True) == replace(estimate("llama-3.2-1b", "qlora"), method="lora")
+    for method in ("dora", "adalora", "vera", "loha", "ia3", "prompt"):
+        told = {"library": "peftlab", "autocast": True}
+        codes, plain = (estimate("llama-3.2-1b", method, four_bit=bits, **told) for bits in (True, False))
+        assert codes.weights == estimate("llama-3.2-1b", "qlora").weights < plain.weights
+        assert codes.peak_bytes < plain.peak_bytes
+    with pytest.raises(PeftLabError, match="full trains the weights themselves; codes do not train. Use qlora"):
+        estimate("llama-3.2-1b", "full", four_bit=True)
+    with pytest.raises(PeftLabError, match="four_bit=False, and qlora is a method on a base in four bits. Use lora"):
+        estimate("llama-3.2-1b", "qlora", four_bit=False)
+    with pytest.raises(PeftLabError, match="peft's DoRA on a base in four bits is not replayed"):
+        estimate("llama-3.2-1b", "dora", four_bit=True)
+    assert cli.main(["memory", "llama-3.2-1b", "--method", "vera", "--four-bit"]) == 0
+    assert "vera on a base in four bits, " in capsys.readouterr().out

@@ -54,14 +54,19 @@ def base(kind="llama", dtype=torch.float64, seed=0):
 
 
 def config(method, model, **settings):
-    """The method's config with its defaults; on all linear layers where the model has none of its default targets."""
+    """The method's config with its defaults.
+
+    Where the model has none of its default targets, it stands on all linear layers, or on the head if it has no form
+    for Conv1D layers.
+    """
     row = ROWS[method]
     made = row.config_class()(**{**row.fixed, **NEEDED.get(method, {}), **settings})
     if method in ON_TARGETS and made.target_modules is None and "last_layers" not in NEEDED.get(method, {}):
-        with contextlib.suppress(pl.PeftLabError):
-            list(made.parts(model))
-            return made
-        made = dataclasses.replace(made, target_modules="all-linear")
+        for targets in (None, "all-linear", ["lm_head"]):
+            made = dataclasses.replace(made, target_modules=targets)
+            with contextlib.suppress(pl.PeftLabError):
+                list(made.parts(model))
+                break
     return made
 
 

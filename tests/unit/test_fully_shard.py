@@ -81,7 +81,7 @@ def test_what_goes_wrong_is_told_in_every_process(tmp_path):
         assert pl.load_adapter(tiny.llama(), tmp_path / folder)
 
 
-@pytest.mark.parametrize("case", ["lora", "p-tuning", "copies"])
+@pytest.mark.parametrize("case", ["lora", "p-tuning", "copies", "adalora"])
 def test_in_one_process_a_sharded_model_is_saved_as_a_plain_one(case, one_process, tmp_path):
     pl.save_adapter(built(case), tmp_path / "plain")
     model = sharded(built(case))
@@ -103,6 +103,12 @@ def test_only_the_outermost_module_is_sharded(change, message, one_process):
     logits(model)
     with pytest.raises(pl.PeftLabError, match=message):
         change(model)
+
+
+@pytest.mark.parametrize("call", [pl.added_loss, lambda model: pl.after_step(model, 1)])
+def test_adalora_does_not_train_in_pieces(call, one_process):
+    with pytest.raises(pl.PeftLabError, match="AdaLoRA cannot train where .* Use DistributedDataParallel"):
+        call(torch.distributed.fsdp.fully_shard(built("adalora")))
 
 
 @pytest.mark.parametrize("original", [True, False])

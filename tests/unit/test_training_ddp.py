@@ -16,6 +16,9 @@ from peftlab.training import train
 def test_two_processes_train_as_one(tmp_path):
     results = together(*((ddp_run.run, rank, tmp_path / "meet", tmp_path / "run") for rank in range(2)))
     first, second = ({name: torch.from_numpy(value) for name, value in result.items()} for result in results)
+    for name, value in ddp_run.adalora().items():  # in these steps ranks are pruned
+        one, other = (result.pop(f"adalora {name}") for result in (first, second))
+        assert torch.equal(one, other) and torch.allclose(one, torch.from_numpy(value), rtol=1e-5, atol=1e-7), name
     alone = tiny.llama().requires_grad_(False)
     alone.model.layers.requires_grad_(True)
     history = train(alone, tiny.examples(ddp_run.EXAMPLES), **ddp_run.SETTINGS)

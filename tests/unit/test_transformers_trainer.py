@@ -142,3 +142,29 @@ def test_an_adapter_of_another_config_is_not_put_back(tmp_path, change):
     same = pl.attach(llama(), pl.LoRAConfig(**{**settings, "target_modules": ["v_proj", "q_proj"]}))
     restore_adapter(same, tmp_path, "default")
     assert all(torch.equal(value, weights(saved)[name]) for name, value in weights(same).items())
+
+
+def adalora():
+    torch.manual_seed(1)
+    return pl.attach(llama(), pl.AdaLoRAConfig(init_r=4, target_r=2, tinit=1, tfinal=1))
+
+
+class Interrupt(TrainerCallback):
+    """Ends the run after the checkpoint of step 4."""
+
+    def on_save(self, args, state, control, **rest):
+        control.should_training_stop = state.global_step == 4
+
+
+def test_adalora_prunes_and_a_resumed_run_goes_on_in_the_middle_of_it(tmp_path):
+    whole = adalora()
+    trainer(whole, tmp_path / "whole").train()
+    assert sum(pl.adalora_ranks(whole).values()) == 8
+    trainer(adalora(), tmp_path / "killed", [Interrupt()]).train()
+    resumed = adalora()
+    trainer(resumed, tmp_path / "killed").train(resume_from_checkpoint=True)
+    assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
+    assert pl.adalora_ranks(whole) == pl.adalora_ranks(resumed)
+    other = pl.attach(llama(), pl.AdaLoRAConfig(init_r=4, target_r=1, tinit=1, tfinal=1))
+    with pytest.raises(pl.PeftLabError, match="that of another run"):
+        trainer(other, tmp_path / "killed").train(resume_from_checkpoint=True)

@@ -947,7 +947,8 @@ def test_what_the_benches_call_of_peft(ours):
     peft = pytest.importorskip("peft")
     missing = lacks(
         peft, "get_peft_model", "LoraConfig", "AdaLoraConfig", "VeraConfig", "IA3Config", "PromptTuningConfig",
-        "PromptEncoderConfig", "PrefixTuningConfig", "prepare_model_for_kbit_training",
+        "PromptEncoderConfig", "PrefixTuningConfig", "LoHaConfig", "LoKrConfig", "OFTConfig",
+        "prepare_model_for_kbit_training",
     )  # fmt: skip
     assert not missing, f"peft no longer has {missing}: {ours}"
     arguments = list(inspect.signature(peft.prepare_model_for_kbit_training).parameters)

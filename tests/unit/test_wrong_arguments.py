@@ -23,8 +23,8 @@ MODULES = ("exercises", "figures", "measurements", "memory", "notebook", "quanti
            "training", "widgets")  # fmt: skip
 # What the package makes and hands out, and what `isinstance` and `except` are for
 RESULTS = {
-    "Count", "Draw", "Estimate", "Exercise", "Grade", "History", "Item", "MergeReport", "Module", "ParameterCount",
-    "PeftLabError", "QuantState", "Quantized", "Ratio", "Results", "Shape", "TrainingError",
+    "Count", "Draw", "Estimate", "Exercise", "Grade", "History", "IntruderReport", "Item", "MergeReport", "Module",
+    "ParameterCount", "PeftLabError", "QuantState", "Quantized", "Ratio", "Results", "Shape", "TrainingError",
 }  # fmt: skip
 
 
@@ -91,10 +91,14 @@ RIGHT = {
     ), dict),
     **{name: lambda: TWO for name in ("accuracy", "macro_f1")},
     **{name: lambda: TEXTS for name in ("exact_match", "token_f1")},
-    **{name: lambda: {"model": adapted()} for name in ("attached", "count_parameters", "detach", "disabled", "merge")},
+    **{name: lambda: {"model": adapted()} for name in (
+        "attached", "count_parameters", "detach", "disabled", "find_intruders", "merge", "reduce_intruders")},
     "SelectiveConfig": lambda: {"target_modules": ["q_proj"]},
     "Collator": lambda: {"tokenizer": tiny.tokenizer()},
     "activate": lambda: {"model": adapted(), "which": "default"},
+    "adalora_ranks": lambda: {"model": pl.attach(tiny.llama(layers=1), pl.AdaLoRAConfig())},
+    "added_loss": lambda: {"model": adapted()},
+    "after_step": lambda: {"model": adapted(), "step": 1},
     "add_tokens": lambda: {"model": tiny.llama(layers=1), "tokenizer": tiny.tokenizer(), "tokens": ["<new>"]},
     "attach": lambda: {"model": tiny.llama(layers=1), "config": LORA},
     "check": lambda: {"name": "lora.count", "answer": 1},
@@ -167,6 +171,8 @@ RIGHT = {
                                                 strict=True)),
     "quantize": lambda: {"weight": torch.ones(8, 8)},
     "quantize_model": lambda: {"model": tiny.llama(layers=1)},
+    "quantize_and_attach": lambda: {
+        "model": tiny.llama(layers=1), "config": pl.LoRAConfig(r=2, init="loftq", target_modules=["q_proj"])},
     "quantize_nf4": lambda: {"weight": torch.ones(8, 8)},
     "results": lambda: {"topic": "lora"},
     "save_adapter": lambda: {"model": adapted(), "folder": "out"},

@@ -8,6 +8,7 @@ because it trains beside every adapter.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
@@ -73,8 +74,18 @@ def full(shape: Shape, options: Options) -> Trained:
 
 
 def lora(shape: Shape, options: Options) -> Trained:
-    """List LoRA's (Hu et al. 2021, section 4.1): r (d_in + d_out) per module. QLoRA has the same on a 4-bit base."""
-    return _low_rank(shape, options, "lora", _pair)
+    """List LoRA's (Hu et al. 2021, section 4.1): r (d_in + d_out) per module. QLoRA has the same on a 4-bit base.
+
+    A start from the weight (PiSSA, OLoRA) is kept beside A and B, and saved with them; peft takes it out of the weight.
+    """
+    found = _low_rank(shape, options, "lora", _pair)
+    if not options.from_weight:
+        return found
+    other = next((module.path for module in found.adapted if module.kind not in ("linear", "conv1d")), None)
+    if other is not None:
+        raise PeftLabError(f"init={options.init!r} starts linear layers, and {other} of {shape.name} is none.")
+    starts = tuple(Added(a.path, a.name.replace("lora", "start"), a.size, buffer=True) for a in found.added)
+    return replace(found, added=(*found.added, *starts), saved=2 * sum(a.elements for a in found.added))
 
 
 def dora(shape: Shape, options: Options) -> Trained:
@@ -109,6 +120,59 @@ def vera(shape: Shape, options: Options) -> Trained:
     a = Added("", "vera_A", (rank_of(options), max(m.inputs for m in found.adapted)), buffer=True)
     b = Added("", "vera_B", (max(m.outputs for m in found.adapted), rank_of(options)), buffer=True)
     return replace(found, added=(a, b, *found.added))
+
+
+def loha(shape: Shape, options: Options) -> Trained:
+    """List LoHa's (Hyeon-Woo et al. 2021, section 2.2): two pairs of thin matrices, 2 r (d_in + d_out) per module."""
+
+    def pairs(m: Module, r: int) -> list[Added]:
+        sizes = {"a": (m.outputs, r), "b": (r, m.inputs)}
+        return [Added(m.path, f"hada_w{i}_{side}", size) for i in (1, 2) for side, size in sizes.items()]
+
+    adapted = plain_targets(shape, options.targets, "loha")
+    return Trained(tuple(tensor for m in adapted for tensor in pairs(m, rank_of(options))), adapted=adapted)
+
+
+def lokr(shape: Shape, options: Options) -> Trained:
+    """List LoKr's (Yeh et al. 2023, section 3.3): C, (a, c), and D, (b, d), with out = a b and in = c d.
+
+    D has two thin factors, r (b + d), unless r is at least half of its larger side. (`decompose_both` splits C, too,
+    and is not counted here.)
+    """
+
+    def factors(m: Module, r: int) -> list[Added]:
+        a, b = _two_factors(m.outputs, options.decompose_factor)
+        c, d = _two_factors(m.inputs, options.decompose_factor)
+        second = {"lokr_w2": (b, d)} if r >= max(b, d) / 2 else {"lokr_w2_a": (b, r), "lokr_w2_b": (r, d)}
+        return [Added(m.path, name, size) for name, size in {"lokr_w1": (a, c), **second}.items()]
+
+    adapted = plain_targets(shape, options.targets, "lokr")
+    return Trained(tuple(tensor for m in adapted for tensor in factors(m, rank_of(options))), adapted=adapted)
+
+
+def _two_factors(size: int, most: int) -> tuple[int, int]:
+    """Return the two numbers into which LoKr splits a side: `factors` of `peftlab/methods/lokr.py`, without torch."""
+    if most > 0 and size % most == 0:
+        return most, size // most
+    limit = math.isqrt(size) if most == -1 else min(most, math.isqrt(size))
+    first = next((n for n in range(limit, 0, -1) if size % n == 0), 1)
+    return first, size // first
+
+
+def oft(shape: Shape, options: Options) -> Trained:
+    """List OFT's (Qiu et al. 2023, section 3): d_in / n rotations per module, each of n (n - 1) / 2 numbers.
+
+    n is the divisor of d_in that is nearest to `oft_block_size`. A rotation of an embedding turns its width.
+    """
+    adapted, wanted = shape.match(options.targets), options.oft_block_size or 32
+    refuse_conv1d(shape, options.targets, "oft", adapted)
+    added = []
+    for m in adapted:
+        width = m.outputs if m.kind == "embedding" else m.inputs
+        n = min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: (abs(n - wanted), n))
+        name = "oft_embedding_R" if m.kind == "embedding" else "oft_R"
+        added.append(Added(m.path, name, (width // n, n * (n - 1) // 2)))
+    return Trained(tuple(added), adapted=adapted)
 
 
 def ia3(shape: Shape, options: Options) -> Trained:
@@ -244,10 +308,16 @@ def _low_rank(
         raise PeftLabError(
             f"{method} adapts whole modules, so it takes no target_parameters. Name modules in targets, or use lora."
         )
-    if method == "lora":
+    if method in ("lora", "dora"):
         adapted = shape.match(targets, parameters=options.target_parameters)
     else:
-        adapted = shape.match(targets) if method == "dora" else linear_targets(shape, targets, method)
+        adapted = linear_targets(shape, targets, method)
+    fused = [module.path for module in adapted if module.kind in ("experts", "router")]
+    if fused and method == "dora":
+        raise PeftLabError(
+            f"The targets of {shape.name} mean parameters such as {fused[0]} (experts, routers), as in peft, "
+            "and dora adapts modules alone. Name others in targets, or use lora."
+        )
     unfrozen = {"none": (), "lora_only": adapted, "all": _body(shape)}
     added = tuple(tensor for module in adapted for tensor in tensors(module, rank_of(options)))
     return Trained(added, _biases(unfrozen[options.bias]), adapted)
@@ -281,6 +351,28 @@ def linear_targets(
                 "Name linear layers, or use lora or dora."
             )
     return adapted
+
+
+def plain_targets(shape: Shape, targets: str | Iterable[str] | None, method: str) -> tuple[Module, ...]:
+    """Return the targets of a method that has no form for GPT-2's Conv1D either."""
+    adapted = linear_targets(shape, targets, method)
+    refuse_conv1d(shape, targets, method, adapted)
+    return adapted
+
+
+def refuse_conv1d(shape: Shape, targets: str | Iterable[str] | None, method: str, adapted: tuple[Module, ...]) -> None:
+    """Refuse targets that are Conv1D layers, for a method that has no form for them."""
+    if targets is None and all(module.kind == "conv1d" for module in adapted):
+        raise PeftLabError(
+            f"{shape.name} has none of the modules that the method adapts by default: its query and value projections "
+            f"are Conv1D layers, for which {method} has no form. Use lora, or name other layers in targets (--targets)."
+        )
+    for module in adapted:
+        if module.kind == "conv1d":
+            raise PeftLabError(
+                f"{method} has no form for Conv1D layers, such as {module.path} of {shape.name}. Name other layers in "
+                "targets, or use lora."
+            )
 
 
 def _can_have(shape: Shape, what: str, tasks: tuple[str, ...] | None, why: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -25,14 +26,25 @@ class Options:
     encoder: str = "mlp"  # for P-tuning: the network that makes the prompt, "mlp" or "lstm"
     encoder_hidden: int | None = None  # its inner width, also of the prefix MLP; None: the width of its output
     encoder_layers: int = 2  # layers of P-tuning's LSTM; the MLP always has three linear layers
+    decompose_factor: int = -1  # for LoKr: the sides of its first factor, where they divide the layer's; -1: alike
+    oft_block_size: int | None = None  # for OFT: the side of a rotation; None is 32
     target_parameters: tuple[str, ...] = ()  # for LoRA: parameters to adapt as such, such as "experts.gate_up_proj"
+    init: str | None = None  # where the adapter starts; None takes the method's own start
 
     def __post_init__(self) -> None:
-        check_fields(self, whole, "r", "encoder_hidden", least=1, ceiling=MOST_SIZE, optional=True)
+        check_fields(self, whole, "r", "encoder_hidden", "oft_block_size", least=1, ceiling=MOST_SIZE, optional=True)
         check_fields(self, whole, "virtual_tokens", "reduction_factor", least=1, ceiling=MOST_SIZE)
+        check_fields(self, whole, "decompose_factor", least=-1, ceiling=MOST_SIZE)
         check_fields(self, whole, "encoder_layers", least=1, ceiling=MOST_LAYERS)
         check_fields(self, one_of, "bias", known=("none", "all", "lora_only"))
         check_fields(self, one_of, "encoder", known=("mlp", "lstm"))
+        if self.init is not None and not isinstance(self.init, str):
+            raise PeftLabError(f"init is {self.init!r}; give a name, such as 'pissa'.")
+
+    @property
+    def from_weight(self) -> bool:
+        """Whether a LoRA starts from a part of the weight, as PiSSA and OLoRA do."""
+        return self.init == "olora" or bool(re.fullmatch(r"pissa(_niter_[1-9]\d{0,3})?", self.init or ""))
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,10 @@ class Count:
         return {"trainable": self.trainable, "total": self.total, "percent": self.percent}
 
 
-@checked("r", "virtual_tokens", "reduction_factor", "encoder_hidden", "encoder_layers", "labels")
+@checked(
+    "r", "virtual_tokens", "reduction_factor", "decompose_factor", "oft_block_size", "encoder_hidden", "encoder_layers",
+    "labels",
+)  # fmt: skip
 def count(
     shape: str | os.PathLike[str] | dict[str, Any] | Shape,
     method: str = "lora",
@@ -55,10 +58,13 @@ def count(
     bias: str = "none",
     virtual_tokens: int = 20,
     reduction_factor: int = 16,
+    decompose_factor: int = -1,
+    oft_block_size: int | None = None,
     projection: bool = False,
     encoder: str = "mlp",
     encoder_hidden: int | None = None,
     encoder_layers: int = 2,
+    init: str | None = None,
     labels: int | None = None,
 ) -> Count:
     """Count the parameters that `method` trains on `shape`.
@@ -75,10 +81,14 @@ def count(
         bias: `"none"`, `"all"` or `"lora_only"`, for the LoRA family.
         virtual_tokens: the length of a prompt or prefix.
         reduction_factor: hidden width / width of a bottleneck adapter.
+        decompose_factor: for LoKr, the sides of the first factor, where they divide those of the layer. -1 makes both
+            factors as alike as can be.
+        oft_block_size: for OFT, the side of a rotation, or the nearest number that divides the layer's input. None: 32.
         projection: whether prefix tuning computes the prefix with an MLP during training.
         encoder: the network that makes P-tuning's prompt, `"mlp"` or `"lstm"`.
         encoder_hidden: the inner width of that network, or of the prefix MLP. None takes the width of its output.
         encoder_layers: layers of the LSTM.
+        init: where the adapter starts; it changes no count.
         labels: classes of an encoder's head. None takes the configuration's number, or two.
 
     Raises:
@@ -94,7 +104,8 @@ def count(
         targets = tuple(targets)
     options = Options(
         r, targets, bias, virtual_tokens, reduction_factor, projection, encoder, encoder_hidden, encoder_layers,
-        names_of(target_parameters),
+        decompose_factor=decompose_factor, oft_block_size=oft_block_size, target_parameters=names_of(target_parameters),
+        init=init,
     )  # fmt: skip
     refuse_idle(name, options)
     trained = trained_by(name, shape, options)

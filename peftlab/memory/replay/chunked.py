@@ -7,7 +7,7 @@ from peftlab.memory.replay import ops
 from peftlab.memory.replay.nets import Net
 from peftlab.memory.replay.tape import Gradients, Tensor, record
 
-LOGITS, LEAST = 1 << 25, 256  # of a chunk, and its fewest rows; a test holds them to those of the loss
+LOGITS, LEAST = 1 << 26, 256  # of a chunk, and its fewest rows; a test holds them to those of the loss
 
 
 def chunked_loss(net: Net, hidden: Tensor) -> Tensor:

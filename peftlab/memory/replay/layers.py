@@ -9,22 +9,23 @@ casts its input, and at the end casts its output back.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from peftlab.errors import PeftLabError
 from peftlab.memory.counting.shapes import Shape
 from peftlab.memory.replay import ops, products, views
 from peftlab.memory.replay.nets import Net
-from peftlab.memory.replay.tape import Parameter, Tensor
+from peftlab.memory.replay.tape import Tensor, checkpoint
 
 Call = Callable[[Tensor], Tensor]
-Own = dict[str, Parameter]
+Own = dict[str, Any]  # parameters; and tensors that do not train
 
 
 def lora(net: Net, path: str, own: Own) -> None:
     """Replay y + B(A x) s: peft's `lora.Linear`, or its 4-bit layer, which clones y and casts the update.
 
     peftlab's layer does neither. And under autocast peft first makes a float32 copy of the input, which peftlab does
-    not.
+    not. A start from the weight is a second pair of products, (B(A x) - B0(A0 x)) s, which keep nothing.
     """
     if net.modules[path].kind == "embedding":
         _embedding_lora(net, path, own)
@@ -42,7 +43,12 @@ def lora(net: Net, path: str, own: Own) -> None:
             result = ops.copy(result)
         if not (net.autocast and (quantised or ours)):
             x = ops.cast(x, own["lora_A"].bytes)
-        update = ops.scale(net.product(net.product(x, own["lora_A"]), own["lora_B"]))
+        update = net.product(net.product(x, own["lora_A"]), own["lora_B"])
+        if "start_A" in own:
+            start = net.frozen_product(net.frozen_product(x, own["start_A"].shape[0]), own["start_B"].shape[0])
+            update = ops.subtract_in_place(update, start)
+            del start
+        update = ops.scale(update)
         if quantised and not net.autocast:
             update = ops.cast(update, bytes)
         result = ops.add(result, update)
@@ -94,6 +100,13 @@ def dora(net: Net, path: str, own: Own) -> None:
     """
     if net.modules[path].kind == "embedding":
         raise PeftLabError(f"DoRA on the embedding {path} is not replayed; name linear layers, or use lora.")
+    if net.recipe.library == "peftlab":
+        _our_dora(net, path, own)
+        return
+    if path in net.quantised:
+        raise PeftLabError(
+            "peft's DoRA on a base in four bits is not replayed. peftlab's is: library='peftlab' (--library peftlab)."
+        )
     weight = net.weights[path]
     outputs, inputs = own["lora_B"].shape[0], own["lora_A"].shape[1]
 
@@ -132,16 +145,60 @@ def dora(net: Net, path: str, own: Own) -> None:
     net.layers[path] = call
 
 
+def _our_dora(net: Net, path: str, own: Own) -> None:
+    """Replay peftlab's layer, which needs no identity and no copies of inputs under autocast.
+
+    Its norms take three tensors of the size of W in the dtype of the adapter, for a moment: W (decoded or cast, if it
+    is not in that dtype already), s B A, and their sum.
+    """
+    size = net.weight_size(path)
+    wide = own["lora_A"].bytes
+
+    def norms(x: Tensor) -> Tensor:
+        with net.memory.graph(False):
+            whole = x.new(size, wide) if path in net.quantised else ops.cast(net.weights[path].detach(), wide)
+            scaled = ops.scale(ops.cast(net.outer(own["lora_B"], own["lora_A"]), wide))
+            return ops.add(whole.view(*size), scaled).new((size[0],))
+
+    def call(x: Tensor) -> Tensor:
+        result = net.plain(path, x)
+        bytes = result.bytes
+        if not net.autocast:
+            x = ops.cast(x, wide)
+        base = ops.copy(result, max(result.bytes, net.biases[path].bytes)) if path in net.biases else result
+        ratio = ops.divide(own["lora_magnitude_vector"], norms(x))
+        update = ops.scale(ops.mul(net.product(net.product(x, own["lora_A"]), own["lora_B"]), ratio))
+        first = ops.mul(base, ops.shift(ratio))
+        total = ops.add(first, update)
+        del first, update, base
+        result = ops.add(result, total)
+        del total
+        return ops.cast(result, bytes)
+
+    net.layers[path] = call
+
+
 def adalora(net: Net, path: str, own: Own) -> None:
     """Replay y += x (A * E)^T B^T s / rank, where the sum is in place.
 
     In peft the rank numbers get a gradient once they have been moved to another device or dtype than CPU and float32.
+    In peftlab they never do, so the update need not be kept; and the sum is a new tensor.
     """
+    ours = net.recipe.library == "peftlab"
 
     def call(x: Tensor) -> Tensor:
         result = net.plain(path, x)
-        x = ops.cast(x, own["lora_A"].bytes)
+        bytes = result.bytes
+        if not (net.autocast and ours):
+            x = ops.cast(x, own["lora_A"].bytes)
         scaled = ops.mul_rows(own["lora_A"], own["lora_E"])
+        if ours:
+            update = ops.scale(net.product(net.product(x, scaled), own["lora_B"]))
+            del scaled
+            update = ops.scale(update)  # divided by the rank
+            result = ops.add(result, update)
+            del update
+            return ops.cast(result, bytes)
         rank = ops.shift(own["ranknum"])
         return ops.add_in_place(
             result, ops.divide_by_trained(ops.scale(net.product(net.product(x, scaled), own["lora_B"])), rank)
@@ -151,20 +208,98 @@ def adalora(net: Net, path: str, own: Own) -> None:
 
 
 def vera(net: Net, path: str, own: Own) -> None:
-    """Replay y + b * B(d * A x). A and B are frozen and shared, so only the scalings by d and b keep a tensor."""
+    """Replay y + b * B(d * A x). A and B are frozen and shared, so only the scalings by d and b keep a tensor.
+
+    Under autocast peft makes a float32 copy of the input first, and its result has that dtype; peftlab does neither.
+    """
+    ours = net.recipe.library == "peftlab"
 
     def call(x: Tensor) -> Tensor:
         before = x.bytes
         result = net.plain(path, x)
         bytes = result.bytes
-        x = ops.cast(x, own["vera_lambda_d"].bytes)
+        if not (net.autocast and ours):
+            x = ops.cast(x, own["vera_lambda_d"].bytes)
         outputs, r = own["vera_lambda_b"].shape[0], own["vera_lambda_d"].shape[0]
         inner = ops.mul(net.frozen_product(x, r), own["vera_lambda_d"])
         update = ops.mul(net.frozen_product(inner, outputs), own["vera_lambda_b"])
         del inner
         result = ops.add(result, update)
         del update
-        return ops.cast(ops.cast(result, bytes), before)  # the result has the dtype of the input
+        result = ops.cast(result, bytes)
+        return result if ours else ops.cast(result, before)
+
+    net.layers[path] = call
+
+
+def loha(net: Net, path: str, own: Own) -> None:
+    """Replay y + dW x, where dW is the product, entry by entry, of two products of thin matrices."""
+    factors = [own[f"hada_w{i}_{side}"] for i in (1, 2) for side in "ab"]
+
+    def delta() -> Tensor:
+        a1, b1, a2, b2 = factors
+        if net.recipe.library != "peftlab":
+            return products.hadamard(*(map(net.half, factors) if net.autocast else factors))
+        return ops.scale(ops.mul(net.outer(a1, b1), net.outer(a2, b2)))
+
+    _whole_update(net, path, delta)
+
+
+def lokr(net: Net, path: str, own: Own) -> None:
+    """Replay y + dW x, where dW is the Kronecker product of a small matrix and another one, or its two thin factors."""
+    first = own["lokr_w1"]
+
+    def delta() -> Tensor:
+        if "lokr_w2" in own:
+            second: Tensor = own["lokr_w2"]
+        else:
+            a, b = own["lokr_w2_a"], own["lokr_w2_b"]
+            second = net.outer(a, b)
+        size = first.shape[0] * second.shape[0], first.shape[1] * second.shape[1]
+        return ops.scale(products.kronecker(first, second, size))
+
+    _whole_update(net, path, delta)
+
+
+def _whole_update(net: Net, path: str, delta: Callable[[], Tensor]) -> None:
+    """Replay y + dW x. peft keeps dW for the backward pass; peftlab keeps the input and makes dW again."""
+    ours = net.recipe.library == "peftlab"
+
+    def product(x: Tensor) -> Tensor:
+        with net.under_autocast():
+            made = delta()
+            if not ours:
+                made.storage.mark("activations")
+            return net.product(x if ours and net.autocast else ops.cast(x, made.bytes), made)
+
+    def call(x: Tensor) -> Tensor:
+        result = net.plain(path, x)
+        bytes = result.bytes
+        update = checkpoint(product, [x], trains=True) if ours else product(x)
+        result = ops.add(result, update)
+        del update
+        return ops.cast(result, bytes)
+
+    net.layers[path] = call
+
+
+def oft(net: Net, path: str, own: Own) -> None:
+    """Replay W (R x): rotations from Q, Q^2, Q^3 and Q^4, a product of each block with its piece of x, and a copy."""
+    if net.modules[path].kind == "embedding":
+        raise PeftLabError(f"OFT on the embedding {path} is not replayed; name linear layers, or use lora.")
+    weight = own["oft_R"]
+    count, elements = weight.shape
+    n = round((1 + (1 + 8 * elements) ** 0.5) / 2)
+
+    def call(x: Tensor) -> Tensor:
+        bytes = x.bytes
+        rotations = products.rotations(weight, (count, n, n), net.autocast)
+        wide = ops.cast(x, weight.bytes)
+        if net.autocast:
+            wide, rotations = net.half(wide), net.half(rotations)
+        rotated = ops.cast(ops.copy(products.turned(wide, rotations)), bytes)
+        del wide, rotations
+        return net.plain(path, rotated)
 
     net.layers[path] = call
 

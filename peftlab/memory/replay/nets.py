@@ -167,6 +167,12 @@ class Net:
             bias = None if bias is None else self.half(bias)
         return products.linear(x, weight, bias)
 
+    def outer(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the product of two trained matrices, (n, r) and (r, m), in 16 bits under autocast."""
+        if self.autocast:
+            a, b = self.half(a), self.half(b)
+        return products.outer(a, b, (a.shape[0], b.shape[1]))
+
     def half(self, x: Tensor) -> Tensor:
         """Cast to 16 bits as autocast does. A trained leaf is cast once; the copy is kept until autocast is left."""
         if x.bytes != ops.FLOAT32:

@@ -42,6 +42,14 @@ def add(a: Tensor, b: Tensor) -> Tensor:
     return record(output, [a, b], lambda g: tuple(fit(g, n) if m else None for n, m in pairs))
 
 
+def subtract_in_place(a: Tensor, b: Tensor) -> Tensor:
+    """Replay a -= b, of one dtype. The gradient of b is a tensor of its own, -g."""
+    output = a.view(*a.shape)
+    output.node = None
+    needs = a.needs_grad, b.needs_grad
+    return record(output, [a, b], lambda g: (g if needs[0] else None, g.new() if needs[1] else None))
+
+
 def add_broadcast(x: Tensor, b: Tensor) -> Tensor:
     """Replay x + b where b has a batch of one: the gradient of b is summed over the batch."""
     shape = b.shape

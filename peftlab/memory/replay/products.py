@@ -9,22 +9,23 @@ from peftlab.memory.replay.tape import Gradients, Parameter, Tensor, record
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Replay x W^T + b. It keeps x only for the gradient of W."""
-    kept = x if weight.needs_grad else None
+    """Replay x W^T + b. It keeps x only for the gradient of W, and W only for that of x."""
+    trains, size, width = weight.needs_grad, weight.shape, weight.bytes
+    held = x if trains else None, weight if x.needs_grad else None
     needs, shape, bytes = x.needs_grad, x.shape, x.bytes
-    output = x.new((*shape[:-1], weight.shape[0]))
-    flops = 2 * x.elements * weight.shape[0]
+    output = x.new((*shape[:-1], size[0]))
+    flops = 2 * x.elements * size[0]
     x.memory.flops += flops
 
-    def apply(g: Tensor, kept: Tensor | None = kept) -> Gradients:
-        g.memory.flops += flops * (needs + weight.needs_grad)
+    def apply(g: Tensor, kept: tuple[Tensor | None, ...] = held) -> Gradients:
+        g.memory.flops += flops * (needs + trains)
         of_bias = g.new(bias.shape) if bias is not None and bias.needs_grad else None
         of_x = g.new(shape, bytes).viewed() if needs else None  # the product flattens (b, s, h)
-        of_weight = g.new(weight.shape, weight.bytes).viewed() if weight.needs_grad else None  # it is transposed
+        of_weight = g.new(size, width).viewed() if trains else None  # it is transposed
         return of_x, of_weight, of_bias
 
     edges = [x, weight, x.detach() if bias is None else bias]  # a detached tensor has no gradient
-    return record(output, edges, apply, [x] if weight.needs_grad else [])
+    return record(output, edges, apply, [x] if trains else [])
 
 
 def frozen_linear(x: Tensor, outputs: int) -> Tensor:
@@ -134,3 +135,63 @@ def outer(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
         return g.new(sizes[0]), g.new(sizes[1])
 
     return record(a.new(shape), [a, b], apply, [])
+
+
+def rotations(weight: Tensor, shape: tuple[int, ...], autocast: bool) -> Tensor:
+    """Replay OFT's I + 2 Q + 2 Q^2 + 2 Q^3 + Q^4 of skew-symmetric Q. Each power is kept for the next one."""
+    size, upper = weight.shape, weight.new(shape)
+    q = weight.new(shape)
+    del upper
+    kept = [q.new(bytes=2) if autocast else q] + [q.new(bytes=2 if autocast else None) for _ in range(2)]
+    last = q.new()
+
+    def apply(g: Tensor, kept: list = kept) -> Gradients:
+        held = [g.new() for _ in range(3)]
+        whole = g.new()
+        del held
+        return (whole.new(size),)
+
+    output = record(last.new(), [weight], apply, kept)
+    del last
+    return output
+
+
+def turned(x: Tensor, rotations: Tensor) -> Tensor:
+    """Replay the product of each piece of x with its rotation. Both are kept."""
+    size = rotations.shape
+
+    def apply(g: Tensor, kept: tuple = (x, rotations)) -> Gradients:
+        return g.new() if kept[0].needs_grad else None, g.new(size)
+
+    return record(x.new(), [x, rotations], apply, [x, rotations])
+
+
+def kronecker(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Replay torch.kron: one product of views, which are kept. The gradient of each is summed from the whole size."""
+
+    def apply(g: Tensor, kept: tuple = (a, b)) -> Gradients:
+        return g.new(), g.new()
+
+    return record(a.new(shape), [a, b], apply, [a, b], fits=False)
+
+
+def hadamard(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
+    """Replay peft's own function of (A1 B1) * (A2 B2) s: it keeps the four factors, and multiplies them out again."""
+    size, factors = (a1.shape[0], b1.shape[1]), (a1, b1, a2, b2)
+
+    def apply(g: Tensor, kept: tuple = factors) -> Gradients:
+        scaled = g.new()
+        product = g.new()
+        one = g.new()
+        del product
+        grads = [one.new(factor.shape) for factor in kept[:2]]
+        product = g.new()
+        other = g.new()
+        del product, one, scaled
+        return *grads, *(other.new(factor.shape) for factor in kept[2:])
+
+    held = [a1.new(size), a1.new(size)]
+    held = [a1.new(size)]
+    output = a1.new(size)
+    del held
+    return record(output, factors, apply, factors)

@@ -66,10 +66,14 @@ class Run:
         if not trained.whole:  # peft trains a copy of the classification head and keeps the original too
             for module in shape.head:
                 self.held.append(Tensor(self.memory, (module.parameters,), recipe.weight_bytes, "weights"))
-        grouped: dict[str, dict[str, Parameter]] = {}
+        grouped: dict[str, dict[str, Tensor]] = {}
         for added in trained.added:
             if added.buffer:
+                if added.path and recipe.library != "peftlab":  # peft has taken the start out of the weight itself
+                    continue
                 self.held.append(Tensor(self.memory, added.size, recipe.adapter_bytes, "adapter"))
+                if added.path:
+                    grouped.setdefault(added.path, {})[added.name] = self.held[-1]
                 continue
             tensor = Parameter(self.memory, added.size, recipe.adapter_bytes, "adapter", True, recipe.shards)
             net.added.append((added.path, tensor))

@@ -68,11 +68,11 @@ class Memory:
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
         """Count nothing that is allocated inside the block."""
-        flops, self.counting = self.flops, False
+        before, self.counting = (self.flops, self.counting), False
         try:
             yield
         finally:
-            self.flops, self.counting = flops, True
+            self.flops, self.counting = before
 
     @contextmanager
     def until(self, serial: int) -> Iterator[None]:
@@ -356,6 +356,7 @@ def checkpoint(function: Callable[..., Tensor], inputs: Sequence[Tensor], trains
     memory = inputs[0].memory
     if not memory.recording or not (trains or any(x.needs_grad for x in inputs)):
         return function(*inputs)
+    memory.needed = memory.serial  # the inputs are saved first
     with memory.graph(False):
         output = function(*(x.detach() for x in inputs))
 

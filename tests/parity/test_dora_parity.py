@@ -1,134 +1,31 @@
-"""DoRA, written against the declared interface alone and held to Hugging Face peft: a test of the interface.
+"""DoRA held to Hugging Face peft: numbers, gradients, steps, dropout, four bits, folders both ways.
 
-It asks for everything that LoRA does not: a value computed from the base's weights (so the part has to settle), the
-host's own output, a `peft_type` that another method has too, and a weight that may lie in four bits.
-
-    y = (m / c - 1) W x + (m / c) s B A x + b,    c = |W + s B A| row by row, without a gradient
+It also tests the interface of a part: DoRA has a value computed from the base's weights (so the part has to settle), it
+reads the host's own output, its `peft_type` is LoRA's, too, and its weight may lie in four bits.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+import json
+import warnings
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
 
 import pytest
 import torch
-import torch.nn.functional as F
 from pairs import base, batch, give, gradients, live, our_state, peft_model, relative, same, three_steps
 from releases import skip_lost_biases
 from test_lora_folders import output, peft_open, peft_save, shapes
 from test_qlora_parity import bitsandbytes_layers
-from torch import Tensor, nn
+from torch import nn
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import peftlab as pl
 from peftlab.adapters.key_table import placed
 from peftlab.catalogue import METHODS
-from peftlab.core.interface import Config, Part, Placement
-from peftlab.core.targets import Targets, find, is_conv1d, linear_shape
-from peftlab.methods.parts import cast, first_input, trained_biases, trained_copies, widened
+from peftlab.core.interface import Config
+from peftlab.methods.dora import DoRALinear
 from peftlab.quantization.weights import REPACKS, dense, is_quantized, is_repacked
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoRAConfig(Targets):
-    r: int = 8
-    alpha: float = 16
-    dropout: float = 0.0
-    bias: str = "none"
-
-    method: ClassVar[str] = "dora"
-    peft_type: ClassVar[str] = "LORA"
-    requires: ClassVar[tuple[str, ...]] = ("use_dora",)
-    unsupported: ClassVar[tuple[str, ...]] = (
-        *(name for name in pl.LoRAConfig.unsupported if name != "use_dora"),
-        *("use_rslora", "lora_bias", "rank_pattern", "alpha_pattern"),
-    )
-
-    def parts(self, model: nn.Module) -> Iterator[Placement]:
-        targets = find(model, self)
-        for path, host in targets.items():
-            yield Placement(path, "dora", (Embedding if isinstance(host, nn.Embedding) else Linear)(host, self))
-        copies = list(trained_copies(model, self))
-        yield from trained_biases(model, self.bias, targets, copied=[copy.path for copy in copies])
-        yield from copies
-
-    def to_peft(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:
-        return {
-            "r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "bias": self.bias, "use_dora": True,
-            "fan_in_fan_out": any(is_conv1d(host) for host in hosts.values()),
-        }  # fmt: skip
-
-    @staticmethod
-    def from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
-        names = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "bias": "bias"}
-        return {ours: fields[theirs] for ours, theirs in names.items()}
-
-
-class Linear(Part):
-    keys: ClassVar[dict[str, str]] = {
-        "lora_A": "{path}.lora_A.weight",
-        "lora_B": "{path}.lora_B.weight",
-        "magnitude": "{path}.lora_magnitude_vector",
-    }
-
-    def __init__(self, host: nn.Module, config: DoRAConfig) -> None:
-        super().__init__()
-        inside, outside = linear_shape(host)
-        self.scaling, self.dropout, self.transposed = config.alpha / config.r, config.dropout, is_conv1d(host)
-        self.lora_A = nn.Parameter(torch.randn(config.r, inside) * inside**-0.5)
-        self.lora_B = nn.Parameter(torch.zeros(outside, config.r))
-        self.magnitude = nn.Parameter(torch.full((outside,), torch.nan))  # until the part settles
-
-    def settle(self, host: nn.Module) -> None:
-        self.magnitude.copy_(self.norms(host))
-
-    def weight(self, host: nn.Module) -> Tensor:
-        dtype = self.lora_A.dtype
-        weight = dense(host.weight, dtype) if is_quantized(host.weight) else host.weight.detach().to(dtype)
-        return weight.T if self.transposed else weight
-
-    def norms(self, host: nn.Module) -> Tensor:
-        return torch.linalg.norm(self.weight(host) + self.scaling * (self.lora_B @ self.lora_A), dim=1).detach()
-
-    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
-        x = cast(first_input(args, kwargs), self.lora_A.dtype)
-        if self.dropout and self.training:  # then W x is that of the dropped input, as in peft
-            x = F.dropout(x, self.dropout)
-            base = F.linear(x, self.weight(host))
-        elif host.bias is not None:
-            base = base - host.bias
-        scale = self.magnitude / self.norms(host)
-        update = F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling
-        return (output + (scale - 1) * base + scale * update).to(output.dtype)
-
-    def merged(self, host: nn.Module) -> dict[str, Tensor]:
-        weight = widened(host.weight)
-        weight = weight.T if self.transposed else weight
-        weight = weight + self.scaling * widened(self.lora_B) @ widened(self.lora_A)
-        weight = weight * (widened(self.magnitude) / torch.linalg.norm(weight, dim=1))[:, None]
-        return {"weight": weight.T if self.transposed else weight}
-
-
-class Embedding(Linear):
-    keys: ClassVar[dict[str, str]] = {
-        "lora_A": "{path}.lora_embedding_A",
-        "lora_B": "{path}.lora_embedding_B",
-        "magnitude": "{path}.lora_magnitude_vector",
-    }
-
-    def __init__(self, host: nn.Embedding, config: DoRAConfig) -> None:
-        super().__init__(host, config)
-        self.transposed = True  # (vocabulary, width): the matrix of one-hot vectors
-
-    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
-        scale = self.magnitude / self.norms(host)
-        rows = F.embedding(first_input(args, kwargs), self.lora_A.T, host.padding_idx)
-        update = F.linear(rows, self.lora_B) * self.scaling
-        return (output + (scale - 1) * base + scale * update).to(output.dtype)
-
-
 CASES = {
     "llama default targets": ("llama", {}),
     "llama all layers": ("llama", dict(target_modules=ALL)),
@@ -141,13 +38,24 @@ CASES = {
     "bert, biases outside": ("bert", dict(target_modules=["query", "key", "value", "dense"])),
     "bert, biases trained": ("bert", dict(bias="lora_only", target_modules=["query", "dense"])),
     "bert classifier": ("bert", dict(task_type="SEQ_CLS")),
+    "llama rslora": ("llama", dict(target_modules=["k_proj", "down_proj"], use_rslora=True)),
+    "llama embedding rslora": ("llama", dict(target_modules=["embed_tokens"], use_rslora=True)),
+    "llama patterns": ("llama", dict(target_modules=ALL, rank_pattern={r"layers\.1\.self_attn.*": 2, "down_proj": 9},
+                                     alpha_pattern={"q_proj": 7, r"layers\.2.*v_proj": 1.5})),
+    "llama rslora and patterns": ("llama", dict(use_rslora=True, rank_pattern={"v_proj": 3},
+                                                alpha_pattern={"v_proj": 4})),
+    "llama exclude": ("llama", dict(target_modules="all-linear", exclude_modules=r".*layers\.1\..*")),
+    "llama regex": ("llama", dict(target_modules=r".*layers\.[02]\..*(q|down)_proj")),
+    "llama head in full": ("llama", dict(modules_to_save=["lm_head"])),
+    "llama head": ("llama", dict(target_modules=["lm_head", "v_proj"])),
+    "llama tied, head adapted": ("llama-tied", dict(target_modules=["lm_head"])),
+    "llama tokens": ("llama", dict(target_modules=["q_proj"], trainable_tokens=[4, 9])),
+    "llama tied tokens": ("llama-tied", dict(target_modules=["v_proj"], trainable_tokens=[4, 9])),
+    "gpt2 bias all": ("gpt2", dict(target_modules=["c_attn"], bias="all", use_rslora=True)),
+    "gpt2 Conv1D patterns": ("gpt2", dict(target_modules=["c_attn", "c_fc", "wte"], rank_pattern={"c_fc": 2, "wte": 3},
+                                          alpha_pattern={"h.1.mlp.c_fc": 5}, use_rslora=True)),
+    "bert bias all, classifier": ("bert", dict(bias="all", task_type="SEQ_CLS")),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch):
-    """The package knows DoRA for the time of a test."""
-    monkeypatch.setitem(METHODS, "dora", replace(METHODS["dora"], config=f"{__name__}:DoRAConfig"))
 
 
 def pair(kind, model=None, twin=None, adapter_dtype=None, **settings):
@@ -155,8 +63,7 @@ def pair(kind, model=None, twin=None, adapter_dtype=None, **settings):
     settings = {"r": 5, "alpha": 12, **settings}
     model = base(kind) if model is None else model
     twin = copy.deepcopy(model) if twin is None else twin
-    ours = {name: value for name, value in settings.items() if name != "fan_in_fan_out"}
-    pl.attach(model, DoRAConfig(**ours), adapter_dtype=adapter_dtype)
+    pl.attach(model, pl.DoRAConfig(init="random", **settings), adapter_dtype=adapter_dtype)
     theirs = peft_model(twin, use_dora=True, **settings)
     give(theirs, model)
     return model, theirs
@@ -167,7 +74,7 @@ def part_of(host, name="default"):
 
 
 def test_it_is_what_the_interface_says():
-    assert isinstance(DoRAConfig(), Config)
+    assert isinstance(pl.DoRAConfig(), Config)
     assert all(isinstance(config(), Config) for config in pl.METHODS.values())
 
 
@@ -198,6 +105,44 @@ def test_dropout_also_drops_what_the_base_reads(kind):
     same(gradients(our_state(ours)), gradients(live(theirs)))
     ours.eval(), theirs.eval()
     assert relative(ours(**inputs).logits, theirs(**inputs).logits) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_half_precision_base_has_float32_adapters(kind, dtype):
+    ours, theirs = pair(kind, base(kind, dtype), target_modules="all-linear")
+    assert {parameter.dtype for parameter in our_state(ours).values()} == {torch.float32}
+    inputs = batch(kind)
+    found, expected = ours(**inputs), theirs(**inputs)
+    assert found.logits.dtype == dtype
+    assert torch.equal(found.logits, expected.logits)
+    found.loss.backward(), expected.loss.backward()
+    same(gradients(our_state(ours)), gradients(live(theirs)), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(dtype):
+    ours, theirs = pair("llama", base("llama", dtype), target_modules="all-linear")
+    inputs = batch("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = ours(**inputs), theirs(**inputs)
+    assert relative(found.logits, expected.logits) < 1e-6
+    found.loss.backward(), expected.loss.backward()
+    same(gradients(our_state(ours)), gradients(live(theirs)), 1e-2)
+
+
+def test_scaled_embeddings():
+    """Gemma multiplies what it looks up, after the norms."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=53, hidden_size=20, intermediate_size=37, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=6, max_position_embeddings=32, pad_token_id=0, tie_word_embeddings=False,
+    )  # fmt: skip
+    ours, theirs = pair("llama", Gemma3ForCausalLM(config).double().eval(), target_modules=["embed_tokens"])
+    expected = output(theirs, "llama")
+    assert relative(output(ours, "llama"), expected) < 1e-9
+    pl.merge(ours)
+    assert relative(output(ours, "llama"), expected) < 1e-9
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
@@ -244,7 +189,7 @@ def test_a_base_of_bitsandbytes():
 def test_a_part_settles_in_its_own_dtype_and_the_model_starts_as_it_was(adapter_dtype):
     model, inputs = base("llama"), batch("llama")
     before = model(**inputs).logits
-    pl.attach(model, DoRAConfig(target_modules=ALL), adapter_dtype=adapter_dtype)
+    pl.attach(model, pl.DoRAConfig(target_modules=ALL), adapter_dtype=adapter_dtype)
     host = model.model.layers[0].self_attn.k_proj
     found = part_of(host).magnitude
     assert found.dtype == (adapter_dtype or torch.float64) and found.requires_grad and found.is_leaf
@@ -259,8 +204,7 @@ def test_a_part_settles_on_what_peft_starts_from(case):
     kind, settings = CASES[case]
     skip_lost_biases(settings)
     theirs = peft_model(base(kind), use_dora=True, **{"r": 5, "alpha": 12, **settings})  # with a random B
-    settings = {name: value for name, value in settings.items() if name != "fan_in_fan_out"}
-    ours = pl.attach(base(kind), DoRAConfig(**{"r": 5, "alpha": 12, **settings}))
+    ours = pl.attach(base(kind), pl.DoRAConfig(**{"r": 5, "alpha": 12, **settings}))
     expected = live(theirs)
     with torch.no_grad():
         for key, parameter in our_state(ours).items():
@@ -273,9 +217,9 @@ def test_a_part_settles_on_what_peft_starts_from(case):
 
 def test_a_part_settles_once_without_gradients_and_with_its_host(monkeypatch):
     seen = []
-    monkeypatch.setattr(Linear, "settle", lambda part, host: seen.append((part, host, torch.is_grad_enabled())))
+    monkeypatch.setattr(DoRALinear, "settle", lambda part, host: seen.append((part, host, torch.is_grad_enabled())))
     model = base("llama")
-    pl.attach(model, DoRAConfig(target_modules=["q_proj"]))
+    pl.attach(model, pl.DoRAConfig(target_modules=["q_proj"]))
     hosts = [block.self_attn.q_proj for block in model.model.layers]
     assert seen == [(part_of(host), host, False) for host in hosts]
 
@@ -302,7 +246,7 @@ def test_a_part_settles_on_weights_that_bitsandbytes_had_repacked():
         layer.eval()(torch.ones(1, 64))
     assert is_repacked(layer.weight)
     with pytest.warns(UserWarning, match="repacked 1 4-bit"):
-        pl.attach(nn.Sequential(layer), DoRAConfig(target_modules=["0"]))
+        pl.attach(nn.Sequential(layer), pl.DoRAConfig(target_modules=["0"]))
     assert relative(part_of(layer).magnitude, expected) < 0.004  # its scales were rounded to bf16
 
 
@@ -317,7 +261,7 @@ def test_folders_both_ways(case, tmp_path):
     expected = output(theirs, kind)
     peft_save(theirs, tmp_path / "theirs")
     loaded = pl.load_adapter(base(kind), tmp_path / "theirs")
-    assert type(pl.attached(loaded)["default"]) is DoRAConfig
+    assert type(pl.attached(loaded)["default"]) is pl.DoRAConfig
     assert relative(output(loaded, kind), expected) < 1e-12
 
     pl.save_adapter(ours, tmp_path / "ours")
@@ -338,7 +282,7 @@ def test_a_folder_of_lora_beside_one_of_dora(tmp_path):
     pl.load_adapter(model, tmp_path / "dora", name="dora")
     assert relative(output(model, "llama"), output(ours, "llama")) < 1e-12
     assert {name: type(config) for name, config in pl.attached(model).items()} == {
-        "lora": pl.LoRAConfig, "dora": DoRAConfig,
+        "lora": pl.LoRAConfig, "dora": pl.DoRAConfig,
     }  # fmt: skip
     for name in ("lora", "dora"):  # and once more through our own hands
         pl.save_adapter(model, tmp_path / "ours", name=name)
@@ -349,7 +293,7 @@ def test_a_folder_of_lora_beside_one_of_dora(tmp_path):
 
 def test_a_folder_that_no_method_or_more_than_one_fits_is_refused(tmp_path, monkeypatch):
     @dataclass(frozen=True, kw_only=True)
-    class Other(DoRAConfig):
+    class Other(pl.DoRAConfig):
         pass
 
     ours, _ = pair("llama")
@@ -364,11 +308,35 @@ def test_a_folder_that_no_method_or_more_than_one_fits_is_refused(tmp_path, monk
         pl.load_adapter(base("llama"), tmp_path)
 
 
-def test_what_both_methods_lack_is_named(tmp_path):
-    theirs = peft_model(base("llama"), use_dora=True, use_rslora=True, r=4)
-    peft_save(theirs, tmp_path)
-    with pytest.raises(pl.PeftLabError, match="use_rslora=True, which"):
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [("use_qalora", True, "use_qalora=True, which this package does not have"), ("lora_bias", True, "lora_bias cannot"),
+     ("target_parameters", ["experts.down_proj"], "DoRA adapts modules alone.*LoRAConfig"),
+     ("init_lora_weights", "pissa", "init_lora_weights='pissa'")],
+)  # fmt: skip
+def test_what_dora_lacks_is_named(field, value, told, tmp_path):
+    peft_save(pair("llama")[1], tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    with pytest.raises(pl.PeftLabError, match=told):
         pl.load_adapter(base("llama"), tmp_path)
+
+
+PROJECTION = {"llama": "v_proj", "gpt2": "c_attn"}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_where_and_how_it_was_trained_changes_nothing(kind, tmp_path):
+    """peft writes a few fields that are for training alone: where DoRA was initialised, and from what start."""
+    _, theirs = pair(kind, use_rslora=True, rank_pattern={PROJECTION[kind]: 2})
+    peft_save(theirs, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    fields = json.loads(file.read_text()) | {"init_lora_weights": "gaussian", "megatron_core": "megatron.core"}
+    file.write_text(json.dumps(fields | {"runtime_config": {"ephemeral_gpu_offload": True}}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = pl.load_adapter(base(kind), tmp_path)
+    assert relative(output(loaded, kind), output(theirs, kind)) < 1e-12
 
 
 # ------------------------------------------------------------------------------------------- the rest comes of itself

@@ -1,0 +1,242 @@
+"""The measurements of the chapter on the LoRA family: does a variant help when each has its own best learning rate?
+
+smollm2-135m learns two tasks: the support desk (tickets in JSON, by the recipe of `bench lora`), and film reviews,
+which it answers with one token, "negative" or "positive". All variants change the same weights, the queries and values
+of all layers, and take the plain path of `pl.train` in float32. By the same protocol:
+
+1. Each variant, in two sizes, tries its learning rates with one seed. If the rate with the lowest loss on the
+   validation examples is the lowest or the highest that was tried, the next one is tried as well.
+2. At this rate three other seeds run. They alone are scored on all test examples (`scored` is true in their rows).
+
+Each run is a point of its own, and what comes next follows from the rows that are there (`follow_up`). So a run that is
+cut keeps every run that ended.
+
+Sections:
+    base        the model before training, on both tasks
+    desk        every variant on the support desk
+    reviews     every variant on the reviews
+    ratio       LoRA+: ratios of B's rate to A's, against the rate
+    scale       ranks from 1 to 256 under three rules for the scale, on the reviews (the desk: `bench lora`, "rank")
+    direction   how far magnitude and direction of each weight move during a run (see `family_why` for this and below)
+    principal   how much of an update lies along the first singular vectors of the weight before it
+    allocation  the ranks that AdaLoRA leaves in each layer
+    vectors     the two vectors that VeRA trains in each layer
+    fullsize    one training step of the shape of a 1B model (random weights), ours beside peft's (see `family_sizes`)
+    start       seconds to make each start at that shape
+
+`PREDICTIONS` of `family_variants` holds what each paper leads one to expect. It was written before the first run.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+import peftlab as pl
+from peftlab.bench import family_sizes, family_why, lora
+from peftlab.bench.family_variants import ALPHA, LOWEST, RATES, SEEDS, TASKS, TUNING, VARIANTS, grids, run
+from peftlab.core.modes import device_of
+
+Row = dict[str, Any]
+
+AT_ONCE = 32  # examples of a batch that is only read
+EVA = {"use_label_mask": False}  # all tokens count: of a review only one is learned
+EVA_BATCH = 32  # examples of a batch that EVA reads; it takes as many as its directions need to come to rest
+WORDS = ("negative", "positive")  # one token each; the place in the tuple is the label
+SIZES = {"train": 4000, "validation": 640, "test": 1280}  # reviews
+QUESTION = "Is this film review negative or positive? Answer with one word."
+
+
+# --------------------------------------------------------------------------------------------------------- points
+
+
+def points() -> list[Row]:
+    """Yield every point to measure: what matters most comes first, because a run may be cut."""
+    small = [*grids("desk", 0), *grids("reviews", 0)]
+    large = [*grids("desk", 1), *grids("reviews", 1)]
+    bases = [{"section": "base", "task": task} for task in TASKS]
+    learned = [*bases, *small, *family_why.points(), *ratios(), *large, *scales()]
+    return [point for point in learned if there(point)] + list(family_sizes.points())
+
+
+def there(point: Row) -> bool:
+    """Whether this installation has what a point needs."""
+    config = pl.METHODS.get(point.get("method", "lora"))
+    return config is not None or point.get("method") == "full"
+
+
+def ratios() -> Iterator[Row]:
+    """Vary the ratio of B's rate to A's; the learning rate is A's."""
+    for ratio in (1.0, 4.0, 16.0, 64.0):
+        for rate in LOWEST:
+            for seed in (TUNING, TUNING + 1):
+                settings = {**ALPHA, "r": 8, "loraplus_lr_ratio": ratio}
+                yield run("ratio", "desk", "LoRA+", settings, rate, seed)
+
+
+def scales() -> Iterator[Row]:
+    """Vary r: alpha = 16 with alpha / r and with alpha / sqrt(r), and alpha = 2 r."""
+    for r in (256, 64, 16, 4, 1):
+        rules = {"alpha / r": {**ALPHA}, "alpha = 2 r": {"alpha": 2 * r},
+                 "alpha / sqrt(r)": {**ALPHA, "use_rslora": True}}  # fmt: skip
+        for rule, settings in rules.items():
+            for rate in RATES[:5]:
+                yield run("scale", "reviews", "LoRA", {"r": r, **settings}, rate, TUNING, rule=rule)
+
+
+def follow_up(rows: Iterable[Row]) -> Iterator[Row]:
+    """Yield the next rates of a setting while its best one is at an edge, then three seeds at the best one."""
+    tried: dict[str, dict[float, Row]] = {}
+    for row in rows:
+        if row["section"] in TASKS and not row["scored"]:
+            tried.setdefault(setting_of(row), {})[row["learning_rate"]] = row
+    for found in tried.values():
+        first = next(iter(found.values()))
+        if not set(VARIANTS[first["variant"]].rates) <= set(found):
+            continue  # some of its runs are still to come
+        losses = {rate: math.inf if row["validation_loss"] is None else row["validation_loss"]
+                  for rate, row in found.items()}  # fmt: skip
+        best = min(losses, key=lambda rate: losses[rate])
+        told = {name: value for name, value in first.items() if name in described(first)}
+        further = lora.beyond(best, losses)
+        yield from ({**told, "learning_rate": rate} for rate in further)
+        if not further:
+            yield from ({**told, "learning_rate": best, "seed": seed, "scored": True} for seed in SEEDS)
+
+
+def described(row: Row) -> list[str]:
+    """Return the columns of a row that say what was run; the others say what came of it."""
+    return list(row)[: list(row).index("scored") + 1]
+
+
+def setting_of(row: Row) -> str:
+    """Return a text that is the same for all runs of one variant in one size on one task."""
+    return repr([(name, row[name]) for name in described(row) if name not in ("learning_rate", "seed", "scored")])
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def measure(point: Row) -> list[Row]:
+    """Measure one point, and return its rows."""
+    section = point["section"]
+    if section in family_sizes.SECTIONS:
+        return family_sizes.measure(point)
+    try:
+        if section == "base":
+            model, _ = lora.base()
+            return [{**point, **judged(point, model), **tested(point, model)}]
+        if section in family_why.SECTIONS:
+            return list(family_why.measure(point, trained))
+        model, losses = trained(point)
+        row = {**point, **losses, **judged(point, model)}
+        return [{**row, **tested(point, model)} if point["scored"] else row]
+    finally:
+        torch.cuda.empty_cache()  # other processes share the GPU
+
+
+def trained(point: Row, **settings: Any) -> tuple[nn.Module, Row]:
+    """Train once, as a point says; `settings` are more of `pl.train`. Return the model, and its losses on the way."""
+    torch.manual_seed(point["seed"])
+    model, tokenizer = copy.deepcopy(lora.base()[0]), lora.base()[1]
+    examples = encoded(point["task"], "train")
+    if point.get("init") == "eva":
+        pl.attach(model, config_of(point), data=batches(point))
+    elif point["method"] != "full":
+        pl.attach(model, config_of(point))
+    if "loraplus_lr_ratio" in point:
+        settings["loraplus_lr_ratio"] = point["loraplus_lr_ratio"]
+    losses: list[float] = []
+    try:
+        history = pl.train(
+            model, examples, tokenizer=tokenizer, steps=point["steps"], batch_size=point["batch_size"],
+            learning_rate=point["learning_rate"], seed=point["seed"], precision="fp32", warmup=0.1, schedule="linear",
+            group_by_length=True, fast=False, progress=False, **settings,
+        )  # fmt: skip
+        losses = [step["loss"] for step in history.steps]
+    except pl.TrainingError:
+        pass  # divergence is a result too; the model keeps its last finite state
+    # the mean of five steps that end here, and of the last ten
+    ends = {"loss_10": losses[5:10], "loss_20": losses[15:20], "loss_40": losses[35:40], "train_loss": losses[-10:]}
+    row = {name: statistics.fmean(those) if those else None for name, those in ends.items()}
+    return model, {"trainable": pl.count_parameters(model).trainable, **row}
+
+
+def config_of(point: Row) -> Any:
+    """Return the config that a point describes: its columns that are fields of the method's config."""
+    kind = pl.METHODS[point["method"]]
+    known = {one.name for one in fields(kind)}
+    given = {name: value for name, value in point.items() if name in known}
+    if point.get("init") == "eva":
+        given["init_options"] = EVA
+    return kind(**given, target_modules=point["targets"].split(","))
+
+
+def batches(point: Row) -> list[dict[str, Any]]:
+    """Return the batches whose inputs EVA starts from: training examples."""
+    examples, collate = encoded(point["task"], "train"), pl.Collator(lora.base()[1])
+    return [collate(examples[start : start + EVA_BATCH]) for start in range(0, min(len(examples), 1024), EVA_BATCH)]
+
+
+# --------------------------------------------------------------------------------------------------------- scores
+
+
+def asked(text: str) -> list[Row]:
+    """Return what the model reads: the question as the system's turn and the review as the user's."""
+    return [{"role": "system", "content": QUESTION}, {"role": "user", "content": text}]
+
+
+@cache
+def encoded(task: str, split: str) -> list[Any]:
+    """Return the examples of a split. Of a review only the one token of the answer is learned."""
+    if task == "desk":
+        return lora.encoded(split)
+    tokenizer = lora.base()[1]
+    made = []
+    for row in pl.load_data("reviews")[split].select(range(SIZES[split])):
+        whole = pl.encode_completion(tokenizer, asked(row["text"]), WORDS[row["label"]])
+        made.append({name: values[:-1] for name, values in whole.items()})  # without the end token
+    return made
+
+
+def judged(point: Row, model: nn.Module) -> Row:
+    """Return the loss on the validation examples, the perplexity on news, and how many directions are intruders."""
+    loss = pl.mean_loss(model, encoded(point["task"], "validation"), pl.Collator(lora.base()[1]), batch_size=AT_ONCE)
+    perplexity = pl.perplexity(model, lora.news(), lora.base()[1])
+    found = {"validation_loss": lora.finite(loss), "news_perplexity": lora.finite(perplexity)}
+    return {**found, **family_why.intruders(model)}
+
+
+def tested(point: Row, model: nn.Module) -> Row:
+    """Return the loss on the test examples, their number, and how many answers are right."""
+    tokenizer, examples = lora.base()[1], encoded(point["task"], "test")
+    loss = pl.mean_loss(model, examples, pl.Collator(tokenizer), batch_size=AT_ONCE)
+    if point["task"] == "reviews":
+        return {"test_loss": lora.finite(loss), "tested": len(examples), "right": chosen(model, tokenizer, examples)}
+    prompts = [row["prompt"] for row in lora.messages("test")]
+    found = lora.answered(model, tokenizer, prompts, max_new_tokens=24, batch_size=125)
+    return {"test_loss": lora.finite(loss), "tested": found["messages"], "right": found["right"]}
+
+
+@torch.no_grad()
+def chosen(model: nn.Module, tokenizer: Any, examples: list[Any]) -> int:
+    """Return in how many reviews the right one of the two words is the more likely next token."""
+    words = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in WORDS]
+    collate, right = pl.Collator(tokenizer), 0
+    model.eval()
+    for start in range(0, len(examples), AT_ONCE):
+        batch = collate(examples[start : start + AT_ONCE])
+        batch = {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
+        answers = batch.pop("labels")
+        rows, places = (answers >= 0).nonzero(as_tuple=True)
+        logits = model(**batch).logits[rows, places - 1]  # of the token before the answer
+        right += int((logits[:, words].argmax(-1) == (answers[rows, places] == words[1])).sum())
+    return right

@@ -1,0 +1,199 @@
+"""Hold what methods share that compute a whole update of a weight: y = W x + b + dW x.
+
+    dW: the shape of W, (out, in), or of a convolution (out, in / groups, k, ...)
+
+LoRA multiplies the input by two thin matrices. An update that is no product of thin matrices (LoHa, LoKr) is made in
+full and multiplied by the input. It is as large as the weight, so it is not kept for the backward pass: autograd keeps
+the parameters and the input, and makes dW again. In memory such a layer costs what LoRA's does, and for a moment dW.
+
+In training two dropouts may act, as in Hugging Face peft. `module_dropout` leaves the whole update of a layer out of a
+step. `rank_dropout` leaves rows of dW out, that is, outputs of the layer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from peftlab.checks import check_fields, check_kinds, number, one_of, whole
+from peftlab.core.interface import Part
+from peftlab.core.records import own_tensor
+from peftlab.core.targets import (
+    Targets,
+    by_pattern,
+    check_carrier,
+    check_regex,
+    default_targets,
+    find,
+    in_any_order,
+    is_conv1d,
+    names_match,
+    shape_of,
+)
+from peftlab.errors import PeftLabError
+from peftlab.methods.parts import cast, first_input, widened
+
+CONVOLVE = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d}
+
+
+class DeltaWeight(Part):
+    """Add dW x to what a layer returns. A subclass has the parameters and computes dW from them, in `update`.
+
+    Attributes:
+        shape: of the layer's weight as a linear layer stores it, (out, in), or (out, in / groups, k, ...).
+        rank_dropout, module_dropout: the probabilities of dropping a row of dW, and the whole update.
+        rescales: whether the rows that stay are divided by their share, so that the update keeps its size.
+    """
+
+    rescales: bool = True
+
+    def __init__(self, host: nn.Module, config: Any) -> None:
+        super().__init__()
+        self.shape = weight_shape(host)
+        self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
+
+    def update(self, own: Mapping[str, Tensor]) -> Tensor:
+        """Return dW from the part's parameters, by name. The layer's shape is given to it afterwards."""
+        raise NotImplementedError
+
+    def delta(self) -> Tensor:
+        """Return dW in the shape of the weight, in the adapter's dtype and with gradients."""
+        return self.update(dict(self.named_parameters())).reshape(self.shape)
+
+    def after(self, host: Any, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
+        """Add the update. x: (..., in), output: (..., out); of a convolution (batch, channels, ...)."""
+        rows = None
+        if self.training and (self.module_dropout or self.rank_dropout):
+            # peft draws one number for the module, and then one for each row; equal seeds give equal masks
+            if not torch.rand(1) > self.module_dropout:
+                return output
+            rows = self.kept_rows(next(self.parameters()).dtype) if self.rank_dropout else None
+
+        def product(x: Tensor, *_: Tensor) -> Tensor:
+            delta = self.delta()
+            if rows is not None:
+                delta = delta * rows.to(delta.device)
+            # y = W x + b + dW x
+            x = cast(x, delta.dtype)
+            if len(self.shape) == 2:
+                return F.linear(x, delta)
+            convolve = next(function for kind, function in CONVOLVE.items() if isinstance(host, kind))
+            return convolve(x, delta, None, host.stride, host.padding, host.dilation, host.groups)
+
+        x = first_input(args, kwargs)
+        if torch.is_grad_enabled():
+            update = checkpoint(product, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            update = product(x)
+        return (output + update).to(output.dtype)
+
+    def kept_rows(self, dtype: torch.dtype) -> Tensor:
+        """Draw which rows of dW stay: (out, 1, ...), ones and zeros, divided by the share of ones if `rescales`."""
+        rows = (torch.rand(self.shape[0]) > self.rank_dropout).to(dtype)
+        if self.rescales:
+            rows = rows / rows.mean().clamp_min(1 / len(rows))  # with no row left, peft would divide by zero
+        return rows.view(-1, *[1] * (len(self.shape) - 1))
+
+    def merged(self, host: nn.Module) -> dict[str, Tensor]:
+        """Return the host's weight with the update folded in, not yet rounded to the host's dtype."""
+        if getattr(host, "padding_mode", "zeros") != "zeros":
+            raise PeftLabError(
+                f"The update of a {type(host).__name__} with padding_mode={host.padding_mode!r} cannot be merged: it "
+                "pads its input with zeros, as in Hugging Face peft, and so does not compute what a changed weight "
+                "would. Keep the adapter attached."
+            )
+        # W' = W + dW
+        delta = self.update({name: widened(parameter) for name, parameter in self.named_parameters()})
+        return {"weight": widened(own_tensor(host, "weight")) + delta.reshape(self.shape)}
+
+
+def weight_shape(host: Any) -> tuple[int, ...]:
+    """Return the shape of a layer's weight: (out, in), also of a 4-bit one, or that of a convolution."""
+    if isinstance(host, (nn.Conv1d, nn.Conv2d)):
+        return (host.out_channels, host.in_channels // host.groups, *host.kernel_size)
+    inside, outside = shape_of(host)
+    return outside, inside
+
+
+def find_plain(model: nn.Module, config: Targets, name: str) -> dict[str, nn.Module]:
+    """Return the modules that a config names, all of them layers that such a method has a form for.
+
+    Args:
+        name: the method's, for errors.
+    """
+    return find_by_default(model, config, functools.partial(check_plain, name))
+
+
+def find_by_default(
+    model: nn.Module, config: Targets, check: Callable[[nn.Module, str, nn.Module], None]
+) -> dict[str, nn.Module]:
+    """Return the modules that a config names; by default the query and value projections that are no Conv1D."""
+
+    def default(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        names = default_targets(modules)
+        return {path: host for path, host in modules.items() if names_match(names, path) and not is_conv1d(host)}
+
+    return find(model, config, default, check)
+
+
+def check_plain(name: str, model: nn.Module, path: str, host: nn.Module) -> None:
+    """Refuse a layer for which Hugging Face peft's form of the method does not exist."""
+    check_carrier(model, path, host)
+    if is_conv1d(host) or isinstance(host, (nn.Embedding, nn.Conv3d)):
+        kind = "an embedding" if isinstance(host, nn.Embedding) else f"a {type(host).__name__}"
+        raise PeftLabError(
+            f"{path} is {kind}, for which {name} has no form, in Hugging Face peft as here; it stands on Linear, "
+            "Conv1d and Conv2d layers. Name other layers in target_modules, or use LoRAConfig."
+        )
+
+
+def check_settings(config: Any) -> None:
+    """Check the fields that these methods share, and bring the tables of patterns to plain numbers."""
+    check_kinds(config, "rank_pattern", "alpha_pattern")
+    for key in (*config.rank_pattern, *config.alpha_pattern):
+        check_regex(key)
+    check_fields(config, whole, "r", least=1, usual="4 to 32")
+    check_fields(config, number, "alpha", above=0, usual="r to 2 r")
+    check_fields(config, number, "rank_dropout", "module_dropout", least=0, below=1)
+    check_fields(config, one_of, "use_effective_conv2d", known=(True, False))
+    ranks = {key: whole(f"rank_pattern[{key!r}]", r, least=1) for key, r in config.rank_pattern.items()}
+    alphas = {key: number(f"alpha_pattern[{key!r}]", a, above=0) for key, a in config.alpha_pattern.items()}
+    object.__setattr__(config, "rank_pattern", ranks)
+    object.__setattr__(config, "alpha_pattern", alphas)
+
+
+def check_patterns(config: Any, targets: Mapping[str, nn.Module]) -> None:
+    """Refuse a key of `rank_pattern` or `alpha_pattern` that matches no target."""
+    for key in (*config.rank_pattern, *config.alpha_pattern):
+        if not any(by_pattern({key: True}, path, False) for path in targets):
+            raise PeftLabError(
+                f"The pattern {key!r} matches none of the {len(targets)} target modules, the first of which is "
+                f"{next(iter(targets))}."
+            )
+
+
+def shared_fields(config: Any, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Return the fields of Hugging Face's `adapter_config.json` that these methods share."""
+    names = ("r", "alpha", "rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights")
+    patterns = ("rank_pattern", "alpha_pattern")
+    tables = {name: in_any_order(getattr(config, name), hosts) for name in patterns}
+    return {name: getattr(config, name) for name in names} | tables
+
+
+def shared_arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keyword arguments for the fields that these methods share: the reverse of `shared_fields`."""
+    return {
+        "r": fields.get("r", 8),
+        "alpha": fields.get("alpha", 8),
+        "rank_dropout": fields.get("rank_dropout", 0.0),
+        "module_dropout": fields.get("module_dropout", 0.0),
+        "use_effective_conv2d": bool(fields.get("use_effective_conv2d", False)),
+        "rank_pattern": fields.get("rank_pattern") or {},
+        "alpha_pattern": fields.get("alpha_pattern") or {},
+    }
