@@ -109,24 +109,50 @@ def _place(axes: Axes, shapes: tuple[Shape, ...]) -> None:
 
 def _draw(axes: Axes, shape: Shape, left: float) -> None:
     bottom = MIDDLE - shape.height / 2
-    frame = {"edgecolor": BLACK, "linewidth": 2.6 if shape.new else 1.0, "zorder": 4}
     fill = TRAINED if shape.trained else FROZEN
-    axes.add_patch(Rectangle((left, bottom), shape.width, shape.height, **frame,
-                             facecolor=fill if shape.part == "whole" else "white"))  # fmt: skip
+    axes.add_patch(Rectangle((left, bottom), shape.width, shape.height, zorder=4, edgecolor=BLACK,
+                             facecolor=fill if shape.part == "whole" else "white",
+                             linewidth=2.6 if shape.new else 1.0))  # fmt: skip
     pieces = {"whole": 0, "diagonal": 5, "blocks": 3}[shape.part]
     for i in range(pieces):
         wide_, high = shape.width / pieces, shape.height / pieces
         axes.add_patch(Rectangle((left + i * wide_, bottom + shape.height - (i + 1) * high), wide_, high,
                                  facecolor=fill, edgecolor="none", zorder=5))  # fmt: skip
     if shape.part == "whole":
-        axes.text(left + shape.width / 2, MIDDLE, shape.name, ha="center", va="center", fontsize=SMALLEST, zorder=6,
-                  color="white" if shape.trained else BLACK, fontweight="bold" if shape.trained else "normal")
+        axes.text(
+            left + shape.width / 2,
+            MIDDLE,
+            shape.name,
+            ha="center",
+            va="center",
+            fontsize=SMALLEST,
+            zorder=6,
+            color="white" if shape.trained else BLACK,
+            fontweight="bold" if shape.trained else "normal",
+        )
     else:
         at = (0.8, 0.76 * shape.height) if shape.part == "blocks" else (0.5, -8)
-        axes.text(left + at[0] * shape.width, bottom + at[1], shape.name, ha="center", va="center", fontsize=SMALLEST,
-                  color=TRAINED, fontweight="bold", zorder=6)
+        axes.text(
+            left + at[0] * shape.width,
+            bottom + at[1],
+            shape.name,
+            ha="center",
+            va="center",
+            fontsize=SMALLEST,
+            color=TRAINED,
+            fontweight="bold",
+            zorder=6,
+        )
 
 
 def _sign(axes: Axes, shape: Shape, x: float) -> None:
-    axes.text(x, MIDDLE, shape.name, ha="center", va="center", fontsize=SMALLEST, color=INK,
-              fontweight="bold" if shape.new else "normal")
+    axes.text(
+        x,
+        MIDDLE,
+        shape.name,
+        ha="center",
+        va="center",
+        fontsize=SMALLEST,
+        color=INK,
+        fontweight="bold" if shape.new else "normal",
+    )
