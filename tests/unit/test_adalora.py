@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import peftlab as pl
 from peftlab.adapters.key_table import placed
 from peftlab.settings import Settings
+from peftlab.training import run as run_of_training
 from peftlab.training.masters import WithMasters
 from peftlab.training.ranks import Ranks
 from peftlab.training.run import Run
@@ -76,6 +77,7 @@ def test_a_run_chooses_its_schedule_and_says_so():
     assert pl.attached(one)["default"].total_step == 20
     ranks = pl.adalora_ranks(one)
     assert sum(ranks.values()) == 2 * len(ranks)
+    assert not any(part.averages for part in parts(one))  # they are of no use after the last allocation
     assert all("added_loss" in row for row in history.steps)
     assert "schedule" not in train(pl.attach(tiny.llama(), pl.LoRAConfig(r=2))).schedule
 
@@ -249,6 +251,13 @@ def test_a_second_run_does_not_bring_back_what_the_first_pruned():
     first = pl.adalora_ranks(one)
     train(one)
     assert pl.adalora_ranks(one) == first
+
+
+def test_ranks_are_pruned_where_a_gpu_could_skip_a_step_by_itself(monkeypatch):
+    monkeypatch.setattr(run_of_training, "skips_when_told", lambda optimizer, device: True)
+    one = model()
+    train(one)
+    assert sum(pl.adalora_ranks(one).values()) == 8
 
 
 def test_each_run_chooses_its_own_schedule():
