@@ -283,6 +283,13 @@ def test_a_schedule_with_half_a_step_loads(tmp_path):
     assert (config.total_step, config.tinit) == (37, 2)
 
 
+def test_fewer_ranks_than_the_target_stay():
+    left = {f"layers.{block}.self_attn.q_proj": [False] * 3 + [block == 1] for block in range(2)}
+    one = pl.attach(tiny.llama(), pl.AdaLoRAConfig(init_r=4, target_r=2, target_modules=["q_proj"], rank_pattern=left))
+    train(one)
+    assert list(pl.adalora_ranks(one).values()) == [0, 1]
+
+
 def test_equal_ranks_at_start_and_end_prune_nothing():
     one = model(target_r=4)
     train(one)
