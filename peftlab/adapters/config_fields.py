@@ -71,6 +71,9 @@ def from_fields(root: nn.Module, fields: Mapping[str, Any]) -> Config:
     takes = {field.name for field in fields_of(kind)}
     given = {name: fields.get(name) for name in TARGET_FIELDS if name in takes}
     shared = {name: None if value in ([], "") else value for name, value in given.items()}
+    targets = shared.get("target_modules")
+    if "layers_to_transform" in takes and isinstance(targets, str) and targets.lower() != ALL_LINEAR:
+        shared["layers_to_transform"] = None  # peft applies an expression to all layers
     if "layers_to_transform" in takes and shared["layers_to_transform"] is None:
         shared["layers_pattern"] = None  # without layers it has no meaning
     try:

@@ -359,7 +359,9 @@ def in_layers(matched: dict[str, nn.Module], config: Targets) -> dict[str, nn.Mo
     found = {path: patterns.match(rf"{before}\.(?P<index>\d+)\.", path + ".") for path in matched}
     index = {path: int(match.group("index")) for path, match in found.items() if match}
     spec = config.target_modules
-    whole_paths = set() if spec is None or isinstance(spec, str) else set(spec) & set(matched)
+    # names that were not given are the last ones of paths, which are whole for modules of the model itself
+    named = [path for path in matched if "." not in path] if spec is None or isinstance(spec, str) else spec
+    whole_paths = set(named) & set(matched)
     missing = sorted(set(wanted) - set(index.values()))
     if missing:
         there = sorted(set(index.values()))

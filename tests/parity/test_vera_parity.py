@@ -156,6 +156,21 @@ def test_config_says_the_same(tmp_path):
     assert other.keys() - mine.keys() == {"auto_mapping", "peft_version", "revision"}
 
 
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [("llama", ["q_proj", "lm_head"]), ("bert", "all-linear"), ("llama", r".*mlp\.(up|down)_proj")],
+)
+def test_layers_to_transform_and_what_they_do_not_reach(kind, targets, tmp_path):
+    """peft takes a module that is named by its whole path whatever the layers, and passes over them for a pattern."""
+    theirs = theirs_of(base(kind), **ODD, target_modules=targets, layers_to_transform=[1], init_weights=False)
+    expected = output(theirs, kind)
+    peft_save(theirs, tmp_path / "theirs")
+    loaded = pl.load_adapter(base(kind), tmp_path / "theirs")
+    assert relative(output(loaded, kind), expected) < 1e-12
+    pl.save_adapter(loaded, tmp_path / "ours")
+    assert relative(output(peft_open(base(kind), tmp_path / "ours")[0], kind), expected) < 1e-12
+
+
 def test_what_is_excluded_is_saved_as_paths_that_peft_finds(tmp_path):
     """peft's VeRA has no exclude_modules, and would adapt more."""
     model = base("llama")
