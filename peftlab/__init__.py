@@ -19,6 +19,7 @@ _PLACES = {
     "assets.fetch": "fetch",
     "assets.models": "load_model",
     "assets.data": "load_data",
+    "adapters.quantized_starts": "quantize_and_attach",
     "adapters.injection": "attach detach attached count_parameters ParameterCount",
     "adapters.activation": "activate disabled",
     "adapters.new_tokens": "add_tokens",

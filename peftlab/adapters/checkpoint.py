@@ -216,7 +216,7 @@ def adapter_state(model: nn.Module, name: str, portable: bool = False) -> State:
         metadata["peftlab_vocabulary"] = str(rows)
     if encoder:
         metadata["peftlab_encoder"] = digest(encoder)
-    init = getattr(config, "init", None)
+    init = getattr(config, "init", "")
     if from_weight(init) and not portable:
         metadata[STARTED] = init
     parameters = sum(parameter.numel() for placement in placements for parameter in placement.part.parameters())

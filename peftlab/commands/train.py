@@ -233,11 +233,11 @@ def _train(arguments: argparse.Namespace, targets: Any, begin: Callable[[], Plac
     if row.config:
         task_type = "SEQ_CLS" if task.kind == "classification" else None
         config = _config(arguments, targets, tokenizer=tokenizer, task_type=task_type)
-        data = None
+        batches = None
         if getattr(config, "init", None) == "eva":
             firsts = range(0, min(len(examples), EVA_BATCHES * EVA_BATCH), EVA_BATCH)
-            data = [Collator(tokenizer)(examples[first : first + EVA_BATCH]) for first in firsts]
-        attach(model, config, adapter_dtype=arguments.adapter_dtype, data=data)
+            batches = [Collator(tokenizer)(examples[first : first + EVA_BATCH]) for first in firsts]
+        attach(model, config, adapter_dtype=arguments.adapter_dtype, data=batches)
     counted = count_parameters(model)
     watched = tasks.encode(task, tokenizer, task.validation or task.test, max_length) if arguments.eval_every else None
     places: list[Place] = []

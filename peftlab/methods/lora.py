@@ -43,6 +43,7 @@ from peftlab.core.targets import (
 from peftlab.errors import PeftLabError
 from peftlab.methods.lora_conv import LoRAConv, biased, start
 from peftlab.methods.lora_eva import checked_options, started
+from peftlab.methods.lora_loftq import started as loftq
 from peftlab.methods.lora_parameter import LoRAParameter
 from peftlab.methods.lora_starts import CONVERT, FAST, STARTED, LoRAStarted, folded, from_weight
 from peftlab.methods.parts import BIAS_MODES, cast, first_input, trained_biases, trained_copies, widened
@@ -156,7 +157,7 @@ class LoRAEmbedding(Part):
         return {"weight": widened(own_tensor(host, "weight")) + delta}
 
 
-INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva", "random")
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva", "loftq", "random")
 # Values of peft's `init_lora_weights` (in lower case) that leave the base's weights alone.
 BASE_KEPT = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 
@@ -171,16 +172,18 @@ class LoRAConfig(Targets):
         dropout: the probability of dropping an entry of the adapter's input in training; in [0, 1).
         bias: which biases of the base train too: `"none"`, `"lora_only"` (those of the adapted modules) or `"all"`.
         use_rslora: scale by alpha / sqrt(r) instead, so that the update keeps its size as r grows.
-        init: how A starts. `"kaiming"` is uniform within 1 / sqrt(in), as in Hugging Face peft. `"gaussian"` is normal
-            with standard deviation 1 / r. In both B is zero. `"orthogonal"` draws A and B from orthogonal spaces, so
-            that B A is zero and neither is, as in peft, and for odd r too.
-            `"pissa"` starts A and B from the largest singular values and vectors of the weight, `"pissa_niter_4"` does
-            so by a fast SVD with 4 iterations (or another number), and `"olora"` from its QR factors. The base stays as
-            it is, and what A and B started from is subtracted beside it (`methods/lora_starts.py`); a folder holds a
-            plain LoRA of rank 2 r. On a 4-bit base they start from what its codes stand for. `"eva"` starts A from the
-            directions in which a layer's inputs vary most, and moves ranks between layers (`methods/lora_eva.py`); it
-            needs `attach(..., data=batches)`. `"random"` draws B too, so the model's output changes before the first
-            step; it is for tests.
+        init: how A and B start. `"kaiming"` draws A uniformly within 1 / sqrt(in), as in Hugging Face peft, and
+            `"gaussian"` from a normal of standard deviation 1 / r; B is zero. `"orthogonal"` draws both from spaces
+            that are orthogonal, so that B A is zero and neither is, as in peft, and for odd r too.
+            `"pissa"` starts from the largest singular values and vectors of the weight, `"pissa_niter_4"` does so by a
+            fast SVD with 4 iterations (or another number), and `"olora"` from its QR factors. The base stays as it is,
+            and what A and B started from is subtracted beside it (`methods/lora_starts.py`); a folder holds a plain
+            LoRA of rank 2 r. On a 4-bit base they start from what its codes stand for.
+            `"eva"` starts A from the directions in which a layer's inputs vary most, and moves ranks between layers
+            (`methods/lora_eva.py`). It needs `attach(..., data=batches)`.
+            `"loftq"` starts from what four bits have lost of the weights (`methods/lora_loftq.py`). It needs
+            `attach(..., data=whole)` with the model before it was quantised, or `quantize_and_attach`.
+            `"random"` draws B too, so the model's output changes before the first step; it is for tests.
         init_options: settings of the start. For `"eva"` these, with peft's defaults: `rho` (2.0; a layer gets at most
             rho r directions, and with 1.0 no rank moves), `tau` (0.99), `use_label_mask` (True: tokens without a label
             do not count), `label_mask_value` (-100), `whiten` (False) and `adjust_scaling_factors` (True: alpha grows
@@ -291,7 +294,11 @@ class LoRAConfig(Targets):
         yield from copies
 
     def start_from(self, model: nn.Module, data: Any) -> tuple[Self, Mapping[str, Mapping[str, Tensor]]]:
-        """Return the config with the ranks that EVA finds, and each A; for other starts this config and nothing."""
+        """Return the config with the ranks that EVA finds, and what A and B of EVA and LoftQ start from."""
+        if self.init == "loftq":
+            if type(self) is not LoRAConfig:
+                raise PeftLabError(f"init='loftq' starts a plain LoRA, and this is a {type(self).__name__}.")
+            return self, loftq(self.for_model(model), model, data)
         if self.init != "eva":
             return super().start_from(model, data)
         if data is None:
@@ -422,6 +429,14 @@ class LoRAConfig(Targets):
         """
         init = fields.get("init_lora_weights", True)
         again = fields.get(STARTED) or {"pissa": "pissa", "olora": "olora"}.get(str(init).lower())
+        if init == "loftq":
+            options = fields.get("loftq_config") or {}
+            raise PeftLabError(
+                "The adapter was trained with init_lora_weights='loftq', which rounds the base's weights to what "
+                f"{options.get('loftq_bits', 4)} bits hold, {options.get('loftq_iter', 1)} times. One time with 4 bits "
+                "is the base of quantize_model(model, double_quant=False): load the adapter there, with "
+                "init_lora_weights set to true in adapter_config.json. For others, merge it where it was trained."
+            )
         if again is None and str(init).lower() not in BASE_KEPT:
             raise PeftLabError(
                 f"The adapter was trained with init_lora_weights={init!r}, which may change the base's weights at the "

@@ -124,7 +124,7 @@ def start(lora_A: Tensor, lora_B: Tensor, init: str) -> None:
         lora_B.data.copy_(b.reshape(lora_B.shape))
     elif init == "gaussian":
         nn.init.normal_(lora_A, std=1 / r)
-    elif init not in ("kaiming", "random", "eva"):  # EVA's directions follow
+    elif init not in ("kaiming", "random", "eva", "loftq"):  # EVA's and LoftQ's follow
         raise PeftLabError(
             f"init={init!r} starts a plain LoRA on linear layers, and this adapter stands on parameters, or is a "
             "variant of LoRA. Use init='kaiming'."

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftlab.checks import number, one_of, whole
+from peftlab.checks import number, one_of, shown, whole
 from peftlab.core.modes import device_of, mode, to_device
 from peftlab.core.targets import CONVOLUTIONS, by_pattern, find
 from peftlab.errors import PeftLabError
@@ -156,7 +156,11 @@ def directions(
         PeftLabError: there is no batch, a layer is never called, a batch has too few tokens, or the directions do not
             come to rest.
     """
-    batches = list(data)
+    if isinstance(data, (str, bytes, Mapping, Tensor)) or not isinstance(data, Iterable):
+        raise PeftLabError(f"data is {shown(data)}; give a list of batches, each as the model is called with.")
+    batches = list(itertools.islice(data, STEPS))
+    if wrong := [one for one in batches if not isinstance(one, (Mapping, tuple, list, Tensor))]:
+        raise PeftLabError(f"data holds {shown(wrong[0])}; its entries are batches, as the model is called with.")
     if not batches:
         raise PeftLabError("data holds no batch, and init='eva' starts from the inputs of the layers. Give some.")
     inputs = Inputs(model, layers, options)

@@ -76,18 +76,8 @@ class LoRAStarted(Part):
     def __init__(self, host: nn.Module, r: int, scaling: float, config: Any) -> None:
         super().__init__()
         self.init = config.init
-        if isinstance(host, (nn.Embedding, *CONVOLUTIONS)):
-            raise PeftLabError(
-                f"init={self.init!r} starts linear layers from their weights, and {type(host).__name__} "
-                f"{sizes_of(host)} is none. Leave it out of target_modules, or use init='kaiming'."
-            )
+        check_linear(host, r, config.init)
         inside, outside = shape_of(host)
-        if r > min(inside, outside):
-            raise PeftLabError(
-                f"r is {r}, and a weight of {outside} x {inside} has no more than {min(inside, outside)} directions "
-                f"for init={self.init!r}. Choose a smaller r (rank_pattern: for this layer alone), or "
-                "init='kaiming'."
-            )
         self.scaling, self.dropout = scaling, config.dropout
         self.transposed = is_conv1d(host) or (config.fan_in_fan_out and not isinstance(host, nn.Linear))
         self.lora_A, self.lora_B = nn.Parameter(torch.zeros(r, inside)), nn.Parameter(torch.zeros(outside, r))
@@ -162,6 +152,21 @@ class LoRAStarted(Part):
         if own == "folded_B":
             return [(self.lora_B, tensor[:, :r]), (self.start_B, -tensor[:, r:])]
         return super().values_from(own, tensor)
+
+
+def check_linear(host: nn.Module, r: int, init: str) -> None:
+    """Refuse a host that is no linear layer, or has fewer singular values than r."""
+    if isinstance(host, (nn.Embedding, *CONVOLUTIONS)):
+        raise PeftLabError(
+            f"init={init!r} starts linear layers from their weights, and {type(host).__name__} {sizes_of(host)} is "
+            "none. Leave it out of target_modules, or use init='kaiming'."
+        )
+    inside, outside = shape_of(host)
+    if r > min(inside, outside):
+        raise PeftLabError(
+            f"r is {r}, and a weight of {outside} x {inside} has no more than {min(inside, outside)} directions for "
+            f"init={init!r}. Choose a smaller r (rank_pattern: for this layer alone), or init='kaiming'."
+        )
 
 
 def weight_of(host: nn.Module, init: str) -> Tensor:

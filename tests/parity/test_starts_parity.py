@@ -185,10 +185,13 @@ def test_a_start_that_cannot_be_found_again_is_refused(tmp_path):
     peft_save(theirs, tmp_path)
     with pytest.raises(pl.PeftLabError, match="q_proj is held in four bits"):
         pl.load_adapter(pl.quantize_model(base("llama", torch.float32), block_size=64), tmp_path)
-    for init in ("pissa_niter_4", "loftq", "corda", "lora_ga", "PISSA_new"):
+    for init in ("pissa_niter_4", "corda", "lora_ga", "PISSA_new"):
         rewritten(tmp_path, init_lora_weights=init)
         with pytest.raises(pl.PeftLabError, match=f"'{init}'.*{convert}"):
             pl.load_adapter(base("llama", torch.float32), tmp_path)
+    rewritten(tmp_path, init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 5})
+    with pytest.raises(pl.PeftLabError, match="'loftq'.*4 bits hold, 5 times.*quantize_model"):
+        pl.load_adapter(base("llama", torch.float32), tmp_path)
     rewritten(tmp_path, init_lora_weights="pissa")
     with pytest.raises(pl.PeftLabError, match="its start.*is not in the folder"):
         pl.export_adapter(tmp_path, tmp_path / "out")

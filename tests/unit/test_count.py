@@ -1,7 +1,6 @@
 """Parameter counts by arithmetic: published totals, the LoRA formula, and what a mistake gets to hear."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,8 +114,8 @@ def test_count_takes_the_methods_options_on_the_command_line(capsys):
     with pytest.raises(SystemExit):
         cli.main(["count", "--help"])
     out = " ".join(capsys.readouterr().out.split())
-    assert ", ".join(METHODS) in out
-    assert re.search(r"8 for lora/qlora/dora[a-z/]*, 12 for adalora, 256 for vera", out)
+    assert ", ".join(METHODS) in out and "8 for lora/qlora/dora/" in out
+    assert ", 12 for adalora, 256 for vera" in out
 
 
 @settings(max_examples=40, deadline=None)

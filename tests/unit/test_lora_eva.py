@@ -114,6 +114,9 @@ def test_a_rank_above_the_width_takes_all_directions():
     [
         ({}, None, r"init='eva' starts from the inputs of the layers: pl.attach\(model, config, data=batches\)"),
         ({}, [], "data holds no batch"),
+        ({}, 3, "data is 3; give a list of batches"),
+        ({}, "texts", "data is 'texts'; give a list of batches"),
+        ({}, [None], "data holds None; its entries are batches"),
         ({}, texts(1, rows=1, length=4), "have fewer tokens that count .the first has 4"),
         ({"target_modules": ["embed_tokens"]}, texts(), "embed_tokens is a Embedding. Leave it out"),
         ({"init": "kaiming"}, texts(), r"LoRAConfig\(init='kaiming'\) starts from no data"),

@@ -171,6 +171,8 @@ RIGHT = {
                                                 strict=True)),
     "quantize": lambda: {"weight": torch.ones(8, 8)},
     "quantize_model": lambda: {"model": tiny.llama(layers=1)},
+    "quantize_and_attach": lambda: {
+        "model": tiny.llama(layers=1), "config": pl.LoRAConfig(r=2, init="loftq", target_modules=["q_proj"])},
     "quantize_nf4": lambda: {"weight": torch.ones(8, 8)},
     "results": lambda: {"topic": "lora"},
     "save_adapter": lambda: {"model": adapted(), "folder": "out"},
