@@ -7,10 +7,10 @@ lengths of a layer's inputs and the angles between them. Each block is Cayley's 
 Q, of which only the n (n - 1) / 2 numbers above the diagonal are kept:
 
     exact:           R = (I - Q)(I + Q)^-1
-    Cayley-Neumann:  R = I + 2 Q + 2 Q^2 + 2 Q^3 + Q^4,    nearly (I + Q)(I - Q)^-1
+    Cayley-Neumann:  R = I + 2 Q + 2 Q^2 + 2 Q^3 + Q^4 = (I + Q)(I - Q)^-1 (I - Q^4)
 
-The second needs no inverse. It is not quite orthogonal, and its Q has the other sign, so an adapter of one form means
-something else in the other.
+The second needs no inverse. It is orthogonal but for the factor I - Q^4, and its Q has the other sign, so an adapter of
+one form means something else in the other.
 
 Paper: Qiu et al., *Controlling Text-to-Image Diffusion by Orthogonal Finetuning*, 2023, arXiv:2306.07280, section 3;
 acting on the input, and with the series: Qiu et al., *Orthogonal Finetuning Made Scalable*, 2025, arXiv:2506.19847.

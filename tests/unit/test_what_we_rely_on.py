@@ -883,7 +883,8 @@ def test_variables_of_the_environment(module, ours):
 PEFT = {
     "LoraConfig": pl.LoRAConfig, "IA3Config": pl.IA3Config, "PromptTuningConfig": pl.PromptTuningConfig,
     "PromptEncoderConfig": pl.PTuningConfig, "PrefixTuningConfig": pl.PrefixTuningConfig,
-    "AdaLoraConfig": pl.AdaLoRAConfig,
+    "AdaLoraConfig": pl.AdaLoRAConfig, "LoHaConfig": pl.LoHaConfig, "LoKrConfig": pl.LoKrConfig, "OFTConfig": pl.OFTConfig,
+    "VeraConfig": pl.VeRAConfig,
 }  # fmt: skip
 
 
@@ -910,8 +911,8 @@ def test_fields_of_pefts_configs(name, ours):
         f"peft's {name} has new fields, {sorted(new)}. An adapter that uses one is to be refused (`unsupported`) or "
         f"read, or the field may be ignored (IDLE in adapters/judging.py): {ours}"
     )
-    needed = {"LoraConfig": {}, "IA3Config": {}, "AdaLoraConfig": {"total_step": 10}}
-    fields = getattr(peft, name)(**needed.get(name, {"num_virtual_tokens": 4}))
+    needed = {"num_virtual_tokens": 4} if "num_virtual_tokens" in theirs else {}
+    fields = getattr(peft, name)(**{**needed, **({"total_step": 10} if name == "AdaLoraConfig" else {})})
     assert PEFT[name].peft_type == fields.peft_type.value, f"peft calls {name} {fields.peft_type.value!r}: {ours}"
 
 
