@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import fields as fields_of
 from dataclasses import replace
@@ -14,10 +15,10 @@ from peftlab.adapters.key_forms import simpler_names
 from peftlab.adapters.key_table import base_name, sampled
 from peftlab.adapters.task_type import task_type_of
 from peftlab.catalogue import METHODS, resolve
-from peftlab.core.experts import parameters_of
+from peftlab.core.experts import find_parameters, parameters_of
 from peftlab.core.hooks import base_modules
 from peftlab.core.interface import BESIDE, Config, InTraining, Placement
-from peftlab.core.targets import ALL_LINEAR, Targets, by_pattern, names_match
+from peftlab.core.targets import ALL_LINEAR, Targets, by_pattern, find, names_match
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.patterns import bounded
 
@@ -138,7 +139,7 @@ def method_name(config: Config) -> str:
 
 
 def only_present(root: nn.Module, config: Config) -> Config:
-    """Return the config without the names and patterns that this model does not have.
+    """Return the config without the names that this model does not have, and the patterns that mean no target.
 
     Hugging Face peft saves such names. The keys of the file say what was really trained.
     """
@@ -159,7 +160,8 @@ def only_present(root: nn.Module, config: Config) -> Config:
         elif names is not None and not isinstance(names, str):
             kept = tuple(dict.fromkeys(filter(None, (here(name, matches) for name in names))))
             changes[field] = kept or (None if field == "modules_to_save" else names)
-    paths = modules + parameters
+    config = replace(config, **changes)
+    paths, changes = adapted_paths(root, config) or modules + parameters, {}
     for field in ("rank_pattern", "alpha_pattern"):
         table = getattr(config, field, None) or {}
         there = {here(key, pattern_matches): value for key, value in table.items()}
@@ -170,6 +172,17 @@ def only_present(root: nn.Module, config: Config) -> Config:
     if isinstance(tokens, Mapping):
         changes["trainable_tokens"] = {here(name, ends_with) or name: rows for name, rows in tokens.items()}
     return replace(config, **changes)
+
+
+def adapted_paths(root: nn.Module, config: Config) -> list[str]:
+    """Return the modules and parameters that a config names; an empty list where it names none, or cannot be read."""
+    if not isinstance(config, Targets) or config.target_modules in (None, ALL_LINEAR):
+        return []
+    with contextlib.suppress(PeftLabError):  # said when the parts are built
+        meant = config.for_model(root)
+        parameters = find_parameters(root, getattr(meant, "target_parameters", None) or ())
+        return [*(() if meant.target_modules is None else find(root, meant)), *parameters]
+    return []
 
 
 def by_ending(name: str, path: str) -> bool:

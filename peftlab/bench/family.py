@@ -21,6 +21,7 @@ Sections:
     principal   how much of an update lies along the first singular vectors of the weight before it
     allocation  the ranks that AdaLoRA leaves in each layer
     vectors     the two vectors that VeRA trains in each layer
+    trim        LoRA whose intruders are scaled down
     fullsize    one training step of the shape of a 1B model (random weights), ours beside peft's (see `family_sizes`)
     start       seconds to make each start at that shape
 
@@ -34,7 +35,7 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -133,9 +134,9 @@ def measure(point: Row) -> list[Row]:
     try:
         if section == "base":
             model, _ = lora.base()
-            return [{**point, **judged(point, model), **tested(point, model)}]
+            return [{**point, **scored(point, model)}]
         if section in family_why.SECTIONS:
-            return list(family_why.measure(point, trained))
+            return list(family_why.measure(point, trained, partial(scored, point)))
         model, losses = trained(point)
         row = {**point, **losses, **judged(point, model)}
         return [{**row, **tested(point, model)} if point["scored"] else row]
@@ -213,6 +214,11 @@ def judged(point: Row, model: nn.Module) -> Row:
     perplexity = pl.perplexity(model, lora.news(), lora.base()[1])
     found = {"validation_loss": lora.finite(loss), "news_perplexity": lora.finite(perplexity)}
     return {**found, **family_why.intruders(model)}
+
+
+def scored(point: Row, model: nn.Module) -> Row:
+    """Return what the validation and the test examples say."""
+    return {**judged(point, model), **tested(point, model)}
 
 
 def tested(point: Row, model: nn.Module) -> Row:

@@ -141,7 +141,8 @@ def points() -> Iterator[tuple[str, str, dict[str, Any]]]:
     yield "gpt-oss-20b", "lora", {"layers": 4, "batch": 4, "attention": "eager", "checkpointing": True}
 
 
-RANKS = {"lora": 16, "dora": 16, "adalora": 16, "vera": 256, "loha": 16, "lokr": 16}  # of LoRA's family
+# LoRA's family with the ranks of the runs; OFT has blocks of its own size instead of a rank
+RANKS = {"lora": 16, "dora": 16, "adalora": 16, "vera": 256, "loha": 16, "lokr": 16, "oft": None}
 
 
 def method_points() -> Iterator[tuple[str, str, dict[str, Any]]]:

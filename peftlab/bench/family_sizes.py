@@ -1,8 +1,8 @@
 """Memory and time of a training step with each method of the LoRA family, ours beside Hugging Face peft's.
 
 The models have random weights: neither memory nor time depends on what the weights are. A start such as PiSSA's takes
-its time once, before the first step; `start` measures it on two layers. The steps after it are LoRA's. An AdaLoRA step
-is measured without the re-allocation of ranks, which belongs to the loop.
+its time once, before the first step; `start` measures it on two layers. EVA's is left out, because it reads as many
+batches as its data need. An AdaLoRA step is measured without the loop's part: the importances and the new ranks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ METHODS: dict[str, tuple[Row, str, Row]] = {
     "lokr": ({"r": 16, "alpha": 32}, "LoKrConfig", {"r": 16, "alpha": 32}),
     "oft": ({"oft_block_size": 32}, "OFTConfig", {"oft_block_size": 32}),
 }  # fmt: skip
-STARTS = ("kaiming", "pissa", "pissa_niter_4", "olora", "orthogonal", "eva")
+STARTS = ("kaiming", "pissa", "pissa_niter_4", "olora", "orthogonal")
 STARTED_LAYERS = 2
 
 

@@ -13,21 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import peftlab as pl
 from peftlab.bench import lora
 from peftlab.bench.family_variants import ALPHA, SEEDS, TASKS, run
 from peftlab.bench.models import ALL_LINEAR
+from peftlab.core.modes import device_of
 from peftlab.core.records import own_tensor, placed
 
 Row = dict[str, Any]
 Train = Callable[..., tuple[nn.Module, Row]]
 
-SECTIONS = ("direction", "principal", "allocation", "vectors")
+SECTIONS = ("direction", "principal", "allocation", "vectors", "trim")
 MODULES = ("self_attn.q_proj", "self_attn.v_proj")
 LOOKED_AT = (15, 30, 45, 60)  # steps of a run
 TOP = 8  # first singular vectors
 # Intruders (Shuttleworth et al. 2024, arXiv:2410.21228): of the first so many singular vectors of W + dW, those whose
 # cosine with every singular vector of W is below the threshold
 FIRST, THRESHOLD = 10, 0.5
+LEFT = (1.0, 0.5, 0.0)  # what is left of an intruder; the first is the adapter as it was trained
 
 
 def points() -> Iterator[Row]:
@@ -44,11 +47,17 @@ def points() -> Iterator[Row]:
         yield run("allocation", "desk", "AdaLoRA", ranks, 3e-2, seed, targets=",".join(ALL_LINEAR))
     for seed in SEEDS[:2]:
         yield run("vectors", "desk", "VeRA", {"r": 256}, 3e-2, seed)
+    for task in TASKS:
+        for rate in (3e-3, 1e-2):
+            yield run("trim", task, "LoRA", {**ALPHA, "r": 8}, rate, SEEDS[0])
 
 
-def measure(point: Row, train: Train) -> Iterator[Row]:
-    """Train as a point says, and yield a row for each matrix that is looked at."""
+def measure(point: Row, train: Train, score: Callable[[nn.Module], Row]) -> Iterator[Row]:
+    """Train as a point says, and yield a row for each matrix that is looked at, or for each trimming."""
     told = {name: point[name] for name in ("section", "task", "variant", "learning_rate", "seed")}
+    if point["section"] == "trim":
+        yield from ({**told, **row} for row in trimmed(point, train, score))
+        return
     found = {"direction": directions, "principal": principal, "allocation": allocation, "vectors": vectors}
     yield from ({**told, **row} for row in found[point["section"]](point, train))
 
@@ -83,10 +92,10 @@ def intruders(model: nn.Module) -> Row:
     """
     count, of = 0, 0
     for _, _, path in looked_at(every=3):
-        after = weight_of(model.get_submodule(path))
-        if not after.isfinite().all():
+        try:
+            first = torch.linalg.svd(weight_of(model.get_submodule(path)), full_matrices=False)[0][:, :FIRST]
+        except torch.linalg.LinAlgError:  # the run diverged
             return {"intruders": None, "looked_at": None}
-        first = torch.linalg.svd(after, full_matrices=False)[0][:, :FIRST]
         # max_i |u_i . u'_j| over all singular vectors u_i of W
         nearest = (before(path)[0].T @ first).abs().amax(0)
         count, of = count + int((nearest < THRESHOLD).sum()), of + first.shape[1]
@@ -148,6 +157,21 @@ def vectors(point: Row, train: Train) -> Iterator[Row]:
         yield {**told, "d_least": float(d.min()), "d_median": float(d.median()), "d_most": float(d.max()),
                "d_spread": float(d.std()), "b_size": float(b.square().mean().sqrt()),
                "b_most": float(b.abs().max())}  # fmt: skip
+
+
+def trimmed(point: Row, train: Train, score: Callable[[nn.Module], Row]) -> Iterator[Row]:
+    """Yield the scores of an adapter whose intruders are scaled down."""
+    model, _ = train(point)
+    device = device_of(model)
+    for left in LEFT:
+        name = "default" if left == LEFT[0] else f"left_{round(100 * left)}"
+        if name != "default":
+            # on the CPU, because other processes share the GPU, which is slow at such a decomposition
+            report = pl.reduce_intruders(model.cpu(), new_name=name, top_k=FIRST, threshold=THRESHOLD, scale=left)
+        else:
+            report = pl.find_intruders(model.cpu(), top_k=FIRST, threshold=THRESHOLD)
+        pl.activate(model.to(device), name)
+        yield {"left": left, "found": report.count, **score(model)}
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[Row, Any]]:

@@ -156,7 +156,7 @@ def _families() -> Iterator[dict[str, Any]]:
 
 def _variants() -> Iterator[dict[str, Any]]:
     for shape, method, changes in family_runs.method_points():
-        yield {**run(shape, method, **changes), "section": "methods"}
+        yield {**run(shape, method, **changes), "section": "methods", "targets": ALL}
 
 
 def shape_of(point: dict[str, Any]) -> Shape:
@@ -269,8 +269,8 @@ def with_method(model: nn.Module, point: dict[str, Any], kind: str) -> nn.Module
     """
     if point.get("library") == "peftlab":
         row = METHODS[point["method"]]
-        rank = next(option.config_field for option in row.options if option.name == "r")
-        return pl.attach(model, row.config_class()(**{rank: point["r"]}, target_modules=point["targets"]))
+        rank = {option.config_field: point["r"] for option in row.options if option.name == "r"}
+        return pl.attach(model, row.config_class()(**rank, target_modules=point["targets"]))
     peft = require("peft")
 
     method, task = point["method"], {"decoder": "CAUSAL_LM", "encoder": "SEQ_CLS", "encoder-decoder": "SEQ_2_SEQ_LM"}

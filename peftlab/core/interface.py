@@ -212,7 +212,7 @@ class InTraining(Protocol):
     `core/steps.py` asks for it, of the adapters that run and train.
     """
 
-    def for_run(self, steps: int) -> Self:
+    def for_run(self, placements: Sequence[Placement], steps: int) -> Self:
         """Return the config of a run of so many steps: what depends on this number is chosen."""
         ...
 

@@ -55,6 +55,7 @@ class Record:
         placed: {adapter: {path: its host}}, by which `check_hosts` sees that the base has changed since.
         marks: what `marks_of` returned, by which a call of the model sees in microseconds that nothing has changed.
         unseen: hosts of which no pass has shown yet that the model calls them where it reads their weight.
+        chosen: {adapter: (its config as it was given, the config that was chosen for the last run)}.
         past: modules whose weight the model's own first pass read without calling them.
     """
 
@@ -68,6 +69,7 @@ class Record:
     placed: dict[str, dict[str, Host]] = field(default_factory=dict)
     marks: list[tuple[dict, Any, Any]] = field(default_factory=list, repr=False, compare=False)
     unseen: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+    chosen: dict[str, tuple[Any, Any]] = field(default_factory=dict, repr=False)
     past: set[str] = field(default_factory=set, repr=False, compare=False)
 
 

@@ -36,11 +36,17 @@ def taking_part(root: nn.Module) -> list[Taking]:
 
 
 def begin_run(root: nn.Module, steps: int) -> None:
-    """Give each adapter that takes part the config of a run of so many steps."""
+    """Give each adapter that takes part the config of a run of so many steps.
+
+    What was chosen for an earlier run is chosen anew.
+    """
     record = record_of(root)
-    for name, config, _ in taking_part(root):
+    for name, config, placements in taking_part(root):
         assert record is not None
-        record.configs[name] = cast(Config, config.for_run(steps))
+        given, chosen = record.chosen.get(name, (config, config))
+        given = given if config is chosen else config
+        record.configs[name] = cast(Config, given.for_run(placements, steps))
+        record.chosen[name] = given, record.configs[name]
 
 
 def schedules(root: nn.Module) -> str:

@@ -347,7 +347,10 @@ def all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, 
 
 
 def in_layers(matched: dict[str, nn.Module], config: Targets) -> dict[str, nn.Module]:
-    """Return the modules whose block index is in `layers_to_transform`."""
+    """Return the modules whose block index is in `layers_to_transform`, and those that are named by their whole path.
+
+    Hugging Face peft counts no blocks for a whole path such as "lm_head".
+    """
     wanted: Any = config.layers_to_transform  # `Targets` has made a tuple of a single number
     if wanted is None:
         return matched
@@ -355,12 +358,14 @@ def in_layers(matched: dict[str, nn.Module], config: Targets) -> dict[str, nn.Mo
     # so a block itself counts too
     found = {path: patterns.match(rf"{before}\.(?P<index>\d+)\.", path + ".") for path in matched}
     index = {path: int(match.group("index")) for path, match in found.items() if match}
+    spec = config.target_modules
+    whole_paths = set() if spec is None or isinstance(spec, str) else set(spec) & set(matched)
     missing = sorted(set(wanted) - set(index.values()))
     if missing:
         there = sorted(set(index.values()))
         span = f"blocks {there[0]} to {there[-1]}" if there else "no numbered blocks"
         raise PeftLabError(f"layers_to_transform names block {missing[0]}; the target modules lie in {span}.")
-    return {path: module for path, module in matched.items() if index.get(path) in wanted}
+    return {path: module for path, module in matched.items() if path in whole_paths or index.get(path) in wanted}
 
 
 def check_carrier(model: nn.Module, path: str, module: nn.Module) -> None:

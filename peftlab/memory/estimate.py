@@ -160,8 +160,8 @@ def estimate(
         labels: classes of an encoder's head. A decoder then has a classification head in the place of words.
         library: `"peft"` or `"peftlab"`: whose layers are replayed. peftlab's LoRA, also in four bits, keeps less under
             autocast. On experts it keeps no changed weights until the backward pass, and its 4-bit base holds experts
-            in four bits. It makes the updates of LoHa and LoKr again in the backward pass. All other methods are
-            replayed as in peft.
+            in four bits. It makes the updates of LoHa and LoKr again in the backward pass, and its DoRA needs no
+            identity matrix. Methods that are no relatives of LoRA are replayed as in peft.
         four_bit: whether the base is held in four bits, whatever the method. None: only for `qlora`.
         transformers: the version whose forward pass is replayed. None takes the installed one, or else the newest. It
             matters only for T5, whose self-attention is not fused before 5.20.

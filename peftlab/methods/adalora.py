@@ -145,18 +145,13 @@ class AdaLoRAConfig(Targets):
 
     # -- what training asks for ------------------------------------------------------------------------------------
 
-    def for_run(self, steps: int) -> Self:
+    def for_run(self, placements: Sequence[Placement], steps: int) -> Self:
         """Return the config of a run of so many steps.
 
         Raises:
             PeftLabError: there is no rank to prune, or no step to do it in.
         """
-        assert self.target_r is not None
-        if self.target_r > self.init_r:
-            raise PeftLabError(
-                f"target_r is {self.target_r} and init_r is {self.init_r}: AdaLoRA prunes from init_r down to "
-                "target_r, so it cannot be larger. Lower target_r, or raise init_r."
-            )
+        self.check_target()
         if self.total_step is None:
             tinit = steps // 10 if self.tinit is None else self.tinit
             tfinal = steps // 2 if self.tfinal is None else self.tfinal
@@ -166,13 +161,23 @@ class AdaLoRAConfig(Targets):
                     "could be pruned. Lower them, or train for longer."
                 )
             return replace(self, total_step=steps, tinit=tinit, tfinal=tfinal)
-        if self.total_step - (self.tfinal or 0) > steps:
+        parts = own_parts(placements)
+        left = sum(int(part.kept.sum()) for part in parts)
+        if self.total_step - (self.tfinal or 0) > steps and left > (self.target_r or 0) * len(parts):
             warn(
                 f"The run has {steps} steps, and AdaLoRA would prune until step {self.total_step - (self.tfinal or 0)} "
                 f"(total_step={self.total_step}, tfinal={self.tfinal}), so it ends with more than target_r="
                 f"{self.target_r}. Set total_step={steps}, or leave it out.",
             )
         return self
+
+    def check_target(self) -> None:
+        """Refuse a rank at the end that is larger than the one at the start. (A folder may have both.)"""
+        if self.target_r is not None and self.target_r > self.init_r:
+            raise PeftLabError(
+                f"target_r is {self.target_r} and init_r is {self.init_r}: AdaLoRA prunes from init_r down to "
+                "target_r, so it cannot be larger. Lower target_r, or raise init_r."
+            )
 
     def schedule(self) -> str:
         """Return the schedule in one line."""
@@ -215,7 +220,7 @@ class AdaLoRAConfig(Targets):
                 "AdaLoRA's schedule needs total_step, the number of steps of your loop: AdaLoRAConfig(total_step=...). "
                 "pl.train knows it by itself."
             )
-        self.for_run(self.total_step)  # says if target_r is larger than init_r
+        self.check_target()
         refuse_pieces([p for part in parts for p in part.parameters()])
         if usable and all(p.grad is None for part in parts for p in part.parameters()):
             raise PeftLabError("There are no gradients; call after_step after optimizer.step() and before zero_grad().")
@@ -242,7 +247,7 @@ class AdaLoRAConfig(Targets):
             return
         scores = [part.importance() for part in parts]
         # keep what lies above the k-th smallest; equals go together
-        limit = torch.cat([score.cpu() for score in scores]).kthvalue(away).values.item()
+        limit = torch.cat([score.to(scores[0].device) for score in scores]).cpu().kthvalue(away).values.item()
         for part, score in zip(parts, scores, strict=True):
             part.kept = score > limit
 
@@ -283,6 +288,8 @@ class AdaLoRAConfig(Targets):
     def from_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
         """Return the keyword arguments for this class: the reverse of `to_peft`."""
         counts = {name: fields.get(name) for name in ("total_step", "tinit", "tfinal")}
+        # peft takes half a step, too, which somebody's division gave
+        counts = {name: int(value) if isinstance(value, float) else value for name, value in counts.items()}
         return {
             "init_r": fields.get("init_r", 12),
             "target_r": fields.get("target_r", 8),

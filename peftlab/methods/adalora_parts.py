@@ -129,6 +129,8 @@ class AdaLoRALinear(Part):
     @torch.no_grad()
     def prune(self) -> None:
         """Set e to zero where a triplet is not kept."""
+        if self.kept.device.type == "cpu" and self.kept.all():  # as it was made: nothing was pruned yet
+            return
         self.lora_E.masked_fill_(~self.kept.to(self.lora_E.device)[:, None], 0.0)
 
 

@@ -61,13 +61,14 @@ class WithMagnitude(Part):
         return dense(stored, dtype) if is_quantized(stored) else stored.to(dtype)
 
     def product(self) -> Tensor:
-        """Return B A in the shape of the stored weight, without a gradient."""
+        """Return B A in the shape of the stored weight, as a tensor of its own and without a gradient."""
         raise NotImplementedError
 
     def norms(self, host: nn.Module) -> Tensor:
         """Return c = |W + s B A| for each output, in the shape of the magnitude and without a gradient."""
         weight = self.weight(host).detach()
-        direction = weight + self.scaling * self.product().to(weight.dtype)  # under autocast B A has 16 bits
+        # V = s B A + W, in place, since it is as large as the weight; under autocast B A has 16 bits
+        direction = self.product().to(weight.dtype).mul_(self.scaling).add_(weight)
         return torch.linalg.vector_norm(direction, dim=self.inner).view_as(self.magnitude)
 
     def ratio(self, host: nn.Module) -> Tensor:
@@ -105,8 +106,8 @@ class DoRALinear(WithMagnitude, LoRALinear):
 
     def product(self) -> Tensor:
         """Return B A, (out, in), or (in, out) for a layer that stores its weight so."""
-        product = self.lora_B.detach() @ self.lora_A.detach()
-        return product.T if self.transposed else product
+        a, b = self.lora_A.detach(), self.lora_B.detach()
+        return a.T @ b.T if self.transposed else b @ a
 
     def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
         """Add the change. x: (..., in), output: (..., out)."""
@@ -145,7 +146,7 @@ class DoRAEmbedding(WithMagnitude, LoRAEmbedding):
 
     def product(self) -> Tensor:
         """Return the transpose of B A, (vocabulary, width)."""
-        return (self.lora_B.detach() @ self.lora_A.detach()).T
+        return self.lora_A.detach().T @ self.lora_B.detach().T
 
     def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
         """Add the change. tokens: (...), output: (..., width)."""

@@ -256,3 +256,28 @@ def test_mixtures_rows_and_merging_of_adapters_with_other_ranks():
     assert relative(output(ours, "gpt2"), torch.stack([other[0], expected[1]])) < 1e-12
     pl.activate(ours, {"default": 0.5, "other": 0.5})
     assert 1e-3 < relative(output(ours, "gpt2"), expected) < relative(other, expected)
+
+
+def test_a_pruned_adapter_trains_on_as_in_peft(tmp_path):
+    """peft's own allocation is left out there: it counts what was pruned before as still there, and prunes it twice."""
+    ours, theirs = pair("llama", target_modules=["q_proj", "up_proj"])
+    train(ours, theirs, batch("llama"), 10)
+    pl.save_adapter(ours, tmp_path)
+    loaded = pl.load_adapter(base("llama"), tmp_path, trainable=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        opened = peft.PeftModel.from_pretrained(base("llama"), tmp_path, is_trainable=True)
+    for name, parameter in opened.named_parameters():
+        if "ranknum" in name:
+            parameter.requires_grad_(False)
+    mine, other = optimiser(loaded), optimiser(opened)
+    theirs = {name.replace(".default", ""): p for name, p in opened.named_parameters() if ".lora_" in name}
+    states = [{key: p for key, p in state.items() if p.numel()} for state in (our_state(loaded), theirs)]
+    for _ in range(3):
+        found, expected = loaded(**batch("llama")), opened(**batch("llama"))
+        (found.loss + pl.added_loss(loaded)).backward()
+        expected.loss.backward()
+        same(*map(gradients, states))
+        mine.step(), other.step()
+        mine.zero_grad(), other.zero_grad()
+        same(*states)

@@ -332,10 +332,13 @@ def test_where_and_how_it_was_trained_changes_nothing(kind, tmp_path):
     peft_save(theirs, tmp_path)
     file = tmp_path / "adapter_config.json"
     fields = json.loads(file.read_text()) | {"init_lora_weights": "gaussian", "megatron_core": "megatron.core"}
-    file.write_text(json.dumps(fields | {"runtime_config": {"ephemeral_gpu_offload": True}}))
+    fields |= {"runtime_config": {"ephemeral_gpu_offload": True}}
+    fields["alpha_pattern"] = {"mlp": 3, "embed_tokens": 5, "wte": 7}  # patterns that mean no target count for nothing
+    file.write_text(json.dumps(fields))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded = pl.load_adapter(base(kind), tmp_path)
+    assert pl.attached(loaded)["default"].alpha_pattern == {}
     assert relative(output(loaded, kind), output(theirs, kind)) < 1e-12
 
 

@@ -20,6 +20,7 @@ CASES = {
     "llama rslora and patterns": ("llama", dict(use_rslora=True, rank_pattern={"v_proj": 3},
                                                 alpha_pattern={"v_proj": 4})),
     "llama some layers": ("llama", dict(layers_to_transform=[0, 2])),
+    "llama some layers and the head": ("llama", dict(target_modules=["lm_head", "q_proj"], layers_to_transform=[1])),
     "llama one layer": ("llama", dict(target_modules=["q_proj"], layers_to_transform=1, layers_pattern="layers")),
     "llama exclude list": ("llama", dict(target_modules="all-linear",
                                              exclude_modules=["down_proj", "layers.1.mlp.up_proj"])),

@@ -147,6 +147,21 @@ def test_the_peak_with_our_own_layers(method, bytes, checkpointing, monkeypatch)
     assert max(found) == pytest.approx(max(expected), rel=0.02)
 
 
+@pytest.mark.parametrize(("family", "bytes", "checkpointing"), [
+    ("llama", 2, False), ("llama", 2, True), ("llama", 4, True), ("gpt2", 2, False), ("bert", 2, True),
+])  # fmt: skip
+def test_the_norms_of_our_own_dora(family, bytes, checkpointing, monkeypatch):
+    """On all layers and a short text, where the norms need more than the activations."""
+    shape, size = load_shape(CONFIGS[family]), {"batch": 1, "sequence": 32}
+    task = "SEQ_CLS" if shape.kind == "encoder" else None
+    found = replayed(shape, "dora", bytes=bytes, checkpointing=checkpointing, library="peftlab", **size)
+    expected = memory_oracle.measure(
+        CONFIGS[family], shape.kind, pl.DoRAConfig(target_modules=ALL, task_type=task), checkpointing=checkpointing,
+        dtype={2: torch.bfloat16, 4: torch.float32}[bytes], monkeypatch=monkeypatch, **size,
+    )  # fmt: skip
+    assert found == pytest.approx(expected, rel=0.01)
+
+
 @pytest.mark.parametrize("bytes", [2, 4])
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("family", ["llama", "gemma", "gpt2", "bert"])

@@ -8,11 +8,17 @@ import pytest
 import tiny
 import torch
 from nets import Net
+from safetensors.torch import load_file, save_file
 
 import peftlab as pl
 from peftlab.adapters.key_table import placed
+from peftlab.settings import Settings
+from peftlab.training.masters import WithMasters
+from peftlab.training.ranks import Ranks
+from peftlab.training.run import Run
 
 SHORT = dict(init_r=4, target_r=2, target_modules=["q_proj", "up_proj"])
+SCALED = dict(batch_size=4, learning_rate=1e-2, max_grad_norm=None)
 RUN = dict(steps=10, batch_size=4, learning_rate=1e-2, progress=False)
 
 
@@ -145,6 +151,48 @@ def test_masters_of_an_adapter_in_sixteen_bits_are_pruned_too():
     assert sum(pl.adalora_ranks(one).values()) == 8
 
 
+def test_a_master_follows_only_where_its_parameter_was_changed():
+    p = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16))
+    optimizer = WithMasters([{"params": [p]}], lambda groups: torch.optim.SGD(groups, lr=0.25))
+    p.grad = torch.tensor([0.001, 0.001, 0.001], dtype=torch.bfloat16)
+    optimizer.step()
+    before = optimizer.masters[p].clone()
+    with torch.no_grad():
+        p[1] = 0
+    optimizer.follow([p])
+    assert optimizer.masters[p][1] == 0 and torch.equal(optimizer.masters[p][::2], before[::2])
+    assert not torch.equal(before.bfloat16().float(), before)
+
+
+def test_an_estimate_of_our_own_training_has_the_averages():
+    peft, ours = (
+        pl.memory.estimate("smollm2-135m", "adalora", batch=1, sequence=64, precision="fp32", library=library)
+        for library in ("peft", "peftlab")
+    )
+    trained = pl.memory.count("smollm2-135m", "adalora").trainable
+    assert ours.optimizer - peft.optimizer == pytest.approx(8 * trained, rel=0.03)
+
+
+def test_under_a_loss_scale_the_term_is_scaled_too_and_an_overflow_does_not_stop_pruning():
+    exact, run = (
+        Run(model(torch.float32, total_step=4), tiny.examples(), Settings(steps=4, precision=precision, **SCALED),
+            device=torch.device("cpu"), ranks=Ranks(torch.nn.Module()))
+        for precision in ("fp32", "fp16")
+    )  # fmt: skip
+    run.scaler._lazy_init_scale_growth_tracker(run.device)
+    expected = exact.update()
+    for scale in (2.0**10, 2.0**30, 2.0**10, 2.0**30):
+        run.scaler._scale.fill_(scale)
+        found = run.update()
+        assert (found["grad_norm"] is None) == (scale == 2.0**30)
+        if run.step == 1:
+            assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+            assert found["added_loss"] == pytest.approx(expected["added_loss"], rel=1e-6)
+        assert all(one.isfinite().all() for part in parts(run.model) for two in part.averages.values() for one in two)
+        run.clear()
+    assert sum(pl.adalora_ranks(run.model).values()) == 8
+
+
 def test_an_overflow_does_not_lose_the_last_allocation():
     one = model(total_step=4)
     for step in (1, 2, 3):
@@ -201,6 +249,29 @@ def test_a_second_run_does_not_bring_back_what_the_first_pruned():
     first = pl.adalora_ranks(one)
     train(one)
     assert pl.adalora_ranks(one) == first
+
+
+def test_each_run_chooses_its_own_schedule():
+    """A trial of two steps says nothing about the run that follows."""
+    one = model(tfinal=1)
+    train(one, steps=2)
+    train(one, steps=20)
+    config = pl.attached(one)["default"]
+    assert (config.total_step, config.tinit, config.tfinal) == (20, 2, 1)
+    pl.detach(one)
+    pl.attach(one, pl.AdaLoRAConfig(**SHORT, total_step=7))
+    train(one)
+    assert pl.attached(one)["default"].total_step == 7
+
+
+def test_a_schedule_with_half_a_step_loads(tmp_path):
+    pl.save_adapter(model(), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "total_step": 37.5, "tinit": 2.0}))
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(weights), weights, {"format": "pt"})
+    config = pl.attached(pl.load_adapter(tiny.llama(dtype=torch.float64), tmp_path))["default"]
+    assert (config.total_step, config.tinit) == (37, 2)
 
 
 def test_equal_ranks_at_start_and_end_prune_nothing():

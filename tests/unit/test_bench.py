@@ -20,6 +20,7 @@ import peftlab as pl
 from peftlab import bench
 from peftlab.bench import adapters, circulating, fullsize, models, timing, virtual_tokens
 from peftlab.bench import memory as memory_grid
+from peftlab.bench.family_runs import RANKS
 from peftlab.errors import PeftLabError
 from peftlab.kit import measurements
 from peftlab.memory import estimate
@@ -356,22 +357,28 @@ def write_shape(folder, **changes):
     (folder / "config.json").write_text(json.dumps(values | changes))
 
 
+IN_PEFT = ("full", "lora", "qlora", "dora", "adalora", "vera", "ia3", "prompt", "p-tuning", "prefix")
+
+
 @pytest.mark.parametrize(
-    "method", ["full", "lora", "qlora", "dora", "adalora", "vera", "ia3", "prompt", "p-tuning", "prefix"]
+    ("method", "more"),
+    [(method, {}) for method in IN_PEFT]
+    + [(method, {"library": "peftlab", "four_bit": method != "lora", "autocast": True}) for method in RANKS],
 )
-def test_a_run_of_the_memory_grid_takes_its_two_steps(method, tmp_path):
+def test_a_run_of_the_memory_grid_takes_its_two_steps(method, more, tmp_path):
     """All but reading the GPU's counter, on a small shape: what trains is what the estimator counts, and it moves."""
     write_shape(tmp_path)
     optimizer = "adamw8bit" if method == "lora" else "adamw"
-    point = memory_grid.run(str(tmp_path), method, sequence=16, precision="fp32", optimizer=optimizer)
+    point = memory_grid.run(str(tmp_path), method, sequence=16, precision="fp32", optimizer=optimizer, **more)
     model, batch = memory_grid.build(point, torch.device("cpu"))
     trained = memory_grid.trained(model)
     optimizer = memory_grid.optimizer_of(point["optimizer"], trained)
     found = estimate(**{name: value for name, value in point.items() if name != "section"})
     assert sum(parameter.numel() for parameter in trained) == found.trainable
     before = [parameter.detach().clone() for parameter in trained]
-    memory_grid.steps(memory_grid.phases(model, optimizer, batch, autocasts=False), 2)
+    memory_grid.steps(memory_grid.phases(model, optimizer, batch, more.get("autocast", False)), 2)
     assert any(not torch.equal(a, b) for a, b in zip(before, trained, strict=True))
+    assert method == "qlora" or memory_grid.autocast(point) == bool(more)
     assert all(torch.isfinite(parameter).all() for parameter in trained)
 
 

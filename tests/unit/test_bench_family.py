@@ -212,8 +212,9 @@ def test_intruders_are_those_that_the_package_finds(small):
 def test_a_row_for_each_matrix_says_how_it_changed(small, section):
     point = next(point for point in family_why.points() if point["section"] == section and point["variant"] != "full")
     rows = family.measure({**point, "steps": 4, **({"r": 2} if section == "principal" else {})})
-    assert len(rows) == {"direction": 4, "principal": 2, "allocation": 14, "vectors": 4}[section]
-    assert all(row["task"] == point["task"] and {"layer", "module"} <= row.keys() for row in rows)
+    assert len(rows) == {"direction": 4, "principal": 2, "allocation": 14, "vectors": 4, "trim": 3}[section]
+    assert all(row["task"] == point["task"] for row in rows)
+    assert section == "trim" or all({"layer", "module"} <= row.keys() for row in rows)
     for row in rows:
         if section == "direction":
             assert row["direction"] > -1e-12 and row["magnitude"] >= 0 and row["step"] in (1, 2)
@@ -221,6 +222,8 @@ def test_a_row_for_each_matrix_says_how_it_changed(small, section):
             assert 0 <= row["of_update_left"] <= 1.0001 and row["update_norm"] > 0
         elif section == "vectors":
             assert row["d_least"] < 0.1 < row["d_most"] and 0 < row["b_size"] <= row["b_most"]
+    if section == "trim":
+        assert [row["left"] for row in rows] == [1.0, 0.5, 0.0] and all(row["tested"] == 4 for row in rows)
     if section == "allocation":
         assert {row["r_start"] for row in rows} == {6} and sum(row["r"] for row in rows) == 4 * len(rows)
 
@@ -244,8 +247,9 @@ def test_a_step_of_each_method_is_measured_here_and_in_peft():
     assert all(len(each) == 1 and min(each) > 0 for each in counts.values()), counts
 
 
-def test_a_start_is_timed_on_few_layers():
-    point = next(point for point in family_sizes.points() if point.get("init") == "pissa")
-    (row,) = family_sizes.measure({**point, "shape": SHAPE}, torch.device("cpu"))
+@pytest.mark.parametrize("init", family_sizes.STARTS)
+def test_a_start_is_timed_on_few_layers(init):
+    point = next(point for point in family_sizes.points() if point.get("init") == init)
+    (row,) = family_sizes.measure({**point, "shape": SHAPE, "r": 4}, torch.device("cpu"))
     models.let_go()
     assert row["start_seconds"] > 0 and row["layers"] == 2

@@ -365,6 +365,34 @@ def test_every_method_matches_named_targets_as_peft_does(family, method, targets
     same_count(small(family, 2 if family == "t5" else 1), method, targets=targets)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2", "bert", "t5", "mixtral", "qwen3_moe"])
+def test_the_whole_updates_are_counted_as_in_peft(family):
+    """LoHa's and LoKr's factors, on attention and on all linear layers; fused experts are none, for any of these."""
+    peft = pytest.importorskip("peft")
+    values = small(family, 1)
+    shape = load_shape(values)
+    kinds = {"loha": peft.LoHaConfig, "lokr": peft.LoKrConfig, "adalora": peft.AdaLoraConfig}
+    if family == "gpt2":  # the two have no form for its Conv1D
+        kinds = {"adalora": peft.AdaLoraConfig}
+    for method, kind in kinds.items():
+        for targets in (None, "all-linear"):
+            named = targets or list(shape.query_value)
+            more = {"init_r": 3, "total_step": 9} if method == "adalora" else {"r": 3}
+            theirs = wrap(live(values), kind(target_modules=named, task_type=TASK[shape.kind], **more))
+            ours = count(shape, method, r=3, targets=targets)
+            assert (ours.trainable, ours.total) == theirs.get_nb_trainable_parameters(), (method, targets)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_dora_on_fused_experts_is_refused_as_peft_refuses_it(family):
+    values = small(family, 1)
+    with pytest.raises(ValueError, match="ParamWrapper does not work with use_dora"):
+        wrap(live(values), peft_config("dora", load_shape(values), r=3, targets="all-linear"))
+    with pytest.raises(PeftLabError, match="experts, routers.* dora adapts modules alone"):
+        count(values, "dora", targets="all-linear")
+    same_count(values, "dora", r=3, targets=["q_proj", "k_proj"])
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
 def test_veras_random_pair_is_as_large_as_peft_makes_it(family):
     values = small(family, 1)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from nets import assert_same, snapshot
-from tiny import llama
+from tiny import examples, llama, tokenizer
 from torch import nn
 
 import peftlab as pl
@@ -197,3 +197,30 @@ def test_detached_bit_for_bit():
     before = snapshot(model)
     pl.detach(adapted(model))
     assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_killed_run_resumes_to_the_bit(tmp_path, dtype):
+    """With dropout, and with masters for an adapter of 16 bits."""
+
+    def model():
+        torch.manual_seed(3)
+        return pl.attach(
+            llama(), pl.DoRAConfig(r=2, target_modules=["q_proj", "embed_tokens"], dropout=0.2), adapter_dtype=dtype
+        )
+
+    def stop(model, row):
+        if row["step"] == 3:
+            raise KeyboardInterrupt
+
+    settings = dict(tokenizer=tokenizer(), steps=5, batch_size=4, learning_rate=0.02, progress=False)
+    expected = model()
+    history = pl.train(expected, examples(), **settings)
+    assert "DoRA" in history.path and history.path.startswith("plain")
+    with pytest.raises(KeyboardInterrupt):
+        pl.train(model(), examples(), **settings, folder=tmp_path, save_every=2, callback=stop)
+    resumed = model()
+    pl.train(resumed, examples(), **settings, folder=tmp_path, save_every=2)
+    trained = {name: p for name, p in resumed.named_parameters() if p.requires_grad}
+    assert sum(name.endswith("magnitude") for name in trained) == 3
+    assert all(torch.equal(p, expected.get_parameter(name)) for name, p in trained.items())

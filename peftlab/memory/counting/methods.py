@@ -308,10 +308,16 @@ def _low_rank(
         raise PeftLabError(
             f"{method} adapts whole modules, so it takes no target_parameters. Name modules in targets, or use lora."
         )
-    if method == "lora":
+    if method in ("lora", "dora"):
         adapted = shape.match(targets, parameters=options.target_parameters)
     else:
-        adapted = shape.match(targets) if method == "dora" else linear_targets(shape, targets, method)
+        adapted = linear_targets(shape, targets, method)
+    fused = [module.path for module in adapted if module.kind in ("experts", "router")]
+    if fused and method == "dora":
+        raise PeftLabError(
+            f"The targets of {shape.name} mean parameters such as {fused[0]} (experts, routers), as in peft, "
+            "and dora adapts modules alone. Name others in targets, or use lora."
+        )
     unfrozen = {"none": (), "lora_only": adapted, "all": _body(shape)}
     added = tuple(tensor for module in adapted for tensor in tensors(module, rank_of(options)))
     return Trained(added, _biases(unfrozen[options.bias]), adapted)

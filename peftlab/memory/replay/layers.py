@@ -96,8 +96,9 @@ def dora(net: Net, path: str, own: Own) -> None:
     """Replay (m/n - 1) W x + (m/n) B(A x) s. Each forward pass computes n, the norms of W + s B A.
 
     For n, peft multiplies B A by an identity matrix of d_in x d_in and casts W to the adapter's dtype. The backward
-    pass keeps none of this.
+    pass keeps none of this. peftlab needs no identity, and lets the copies go before the update is computed.
     """
+    ours = net.recipe.library == "peftlab"
     if net.modules[path].kind == "embedding":
         raise PeftLabError(f"DoRA on the embedding {path} is not replayed; name linear layers, or use lora.")
     if net.recipe.library == "peftlab":
@@ -124,6 +125,28 @@ def dora(net: Net, path: str, own: Own) -> None:
             del scaled
             return whole, product, summed.new((outputs,)), kept
 
+    def own_norms() -> Tensor:
+        a, b = own["lora_A"], own["lora_B"].detach()
+        with net.memory.graph(False):
+            whole = ops.cast(weight.detach().view(outputs, inputs), a.bytes)
+            product = ops.cast(products.frozen_linear(net.half(b) if net.autocast else b, inputs), a.bytes)
+            del whole  # it is added in place
+            return product.new((outputs,))
+
+    def own_call(x: Tensor) -> Tensor:
+        result = net.plain(path, x)
+        bytes = result.bytes
+        x = x if net.autocast else ops.cast(x, own["lora_A"].bytes)
+        base = result
+        if path in net.biases:
+            base = ops.copy(result, max(result.bytes, net.biases[path].bytes))
+        ratio = ops.divide(own["lora_magnitude_vector"], own_norms())
+        update = ops.scale(ops.mul(net.product(net.product(x, own["lora_A"]), own["lora_B"]), ratio))
+        total = ops.add(ops.mul(base, ops.shift(ratio)), update)
+        result = ops.add(result, total)
+        del total
+        return ops.cast(result, bytes)  # until now our function holds the update and W x
+
     def call(x: Tensor) -> Tensor:
         result = net.plain(path, x)
         bytes = result.bytes
@@ -142,7 +165,7 @@ def dora(net: Net, path: str, own: Own) -> None:
         del total
         return ops.cast(result, bytes)
 
-    net.layers[path] = call
+    net.layers[path] = own_call if ours else call
 
 
 def _our_dora(net: Net, path: str, own: Own) -> None:
@@ -182,11 +205,14 @@ def adalora(net: Net, path: str, own: Own) -> None:
     """Replay y += x (A * E)^T B^T s / rank, where the sum is in place.
 
     In peft the rank numbers get a gradient once they have been moved to another device or dtype than CPU and float32.
-    In peftlab they never do, so the update need not be kept; and the sum is a new tensor.
+    In peftlab they never do, so the update need not be kept; the sum is a new tensor. Its training keeps two averages
+    of each parameter. (peft keeps three, from the first call of `update_and_allocate` on, which are not counted.)
     """
     ours = net.recipe.library == "peftlab"
+    trained = [own[name] for name in ("lora_A", "lora_B", "lora_E")] * 2 if ours else []
+    averages = [Tensor(net.memory, one.shape, one.bytes, "optimizer") for one in trained]
 
-    def call(x: Tensor) -> Tensor:
+    def call(x: Tensor, averages: list[Tensor] = averages) -> Tensor:
         result = net.plain(path, x)
         bytes = result.bytes
         if not (net.autocast and ours):
