@@ -148,6 +148,11 @@ class LoRAStarted(Part):
             return torch.cat([tensor.to(self.start_B), -self.start_B], dim=1)
         return tensor
 
+    def weight_in_peft(self, host: nn.Module) -> Tensor:
+        """Return W - s B0 A0, as it is stored."""
+        start = widened(self.start_B) @ widened(self.start_A) * self.scaling
+        return widened(own_tensor(host, "weight")) - (start.T if self.transposed else start)
+
     def values_from(self, own: str, tensor: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """Yield A and A0 from A', or B and B0 from B'."""
         r = len(self.start_A)

@@ -23,6 +23,7 @@ CASES = {
                                                     alpha_pattern={"v_proj": 4})),
     "llama pissa rslora and patterns": ("llama", "pissa", dict(use_rslora=True, rank_pattern={"q_proj": 2, "v_proj": 5},
                                                                alpha_pattern={"v_proj": 1.5})),
+    "llama pissa head": ("llama", "pissa", dict(target_modules=["lm_head", "q_proj"])),
     "gpt2 pissa": ("gpt2", "pissa", dict(target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)),
     "bert pissa": ("bert", "pissa", dict(bias="lora_only")),
     "bert olora": ("bert", "olora", dict(target_modules="all-linear", task_type="SEQ_CLS")),
