@@ -65,12 +65,12 @@ def as_saved(root: nn.Module, placements: list[Placement], tensors: Mapping[str,
     for path, _, part in placements:
         key = f"{PREFIX}{path}.base_layer.weight"
         changed = part.weight_in_peft(root.get_submodule(path)) if key in tensors else None
-        if changed is not None and alike(tensors[key], changed):
+        if changed is not None and near(tensors[key], changed):
             taken.add(key)
     return {key: tensor for key, tensor in {**tensors, **given}.items() if key not in taken}
 
 
-def alike(found: Tensor, expected: Tensor) -> bool:
+def near(found: Tensor, expected: Tensor) -> bool:
     """Say whether two weights are one up to the rounding of 16-bit dtypes."""
     found, expected = found.cpu().float(), expected.cpu().float()
     return found.shape == expected.shape and bool((found - expected).norm() <= 0.01 * expected.norm())

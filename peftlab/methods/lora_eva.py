@@ -241,7 +241,7 @@ class Seen(NamedTuple):
 
 def seen(x: Tensor) -> Seen:
     """Return what is kept of a layer's first input, (rows, in) in float32."""
-    return Seen(*x.shape, hashlib.sha256(x.cpu().contiguous().numpy().tobytes()).hexdigest())
+    return Seen(len(x), x.shape[1], hashlib.sha256(x.cpu().contiguous().numpy().tobytes()).hexdigest())
 
 
 def leaders(first: Mapping[str, Seen]) -> dict[str, str]:

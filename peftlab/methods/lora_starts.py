@@ -260,8 +260,7 @@ def folded(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def unfolded(fields: Mapping[str, Any], init: str | None) -> dict[str, Any]:
     """Return the fields of the LoRA of rank r that `folded` was given, for a folder that says how it started."""
-    ranks = [fields.get("r", 1), *(fields.get("rank_pattern") or {}).values()]
-    if not from_weight(init) or any(not isinstance(r, int) or r % 2 for r in ranks):
+    if not from_weight(init):
         return dict(fields)
     factor = math.sqrt(2) if fields.get("use_rslora") else 2
     return {

@@ -120,6 +120,18 @@ def test_both_ways(case, tmp_path):
         assert pl.attached(again)["default"].r == 8
 
 
+def test_a_head_that_peft_rounded_loads(tmp_path):
+    settings = dict(r=3, target_modules=["lm_head"])
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        theirs = peft_model(base("llama", dtype), init_lora_weights="olora", **settings)
+        peft_save(theirs, tmp_path)
+        assert any("base_layer" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+        loaded = pl.load_adapter(base("llama", dtype), tmp_path)
+        assert relative(output(loaded, "llama"), output(theirs, "llama")) < tolerance
+    with pytest.raises(pl.PeftLabError, match="base_layer.weight"):  # another base would start elsewhere
+        pl.load_adapter(base("llama", dtype, seed=1), tmp_path)
+
+
 def test_a_folder_without_its_start_trains_on(tmp_path):
     ours, theirs = started("llama", "pissa", use_rslora=True, rank_pattern={"q_proj": 2})
     scramble(ours, theirs)
