@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from pairs import base, batch, peft_model, peft_state, relative, same, three_steps
+from safetensors.torch import load_file
 from test_lora_folders import output, peft_open, peft_save
 
 import peftlab as pl
