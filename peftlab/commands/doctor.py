@@ -6,6 +6,7 @@ what each chapter needs; a new chapter adds its line.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -197,14 +198,14 @@ def _is_cuda(device: dict[str, Any]) -> bool:
 
 def _sizes(room: int) -> dict[str, list[str]]:
     """Return, by model, the methods whose step fits: 1 x 512 tokens, bf16, r = 16 on all linear layers."""
-    lora: dict[str, Any] = {"r": 16, "targets": "all-linear"}
     most = largest_estimate(room)
+    return {shape: [method for method in WAYS if _peak(shape, method) <= most] for shape in SIZES}
 
-    def fits(shape: str, method: str) -> bool:
-        own = lora if METHODS[method].takes("r") else {}
-        return estimate(shape, method, checkpointing=True, **own).peak_bytes <= most
 
-    return {shape: [method for method in WAYS if fits(shape, method)] for shape in SIZES}
+@functools.cache  # the same on every device
+def _peak(shape: str, method: str) -> int:
+    lora: dict[str, Any] = {"r": 16, "targets": "all-linear"} if METHODS[method].takes("r") else {}
+    return estimate(shape, method, checkpointing=True, **lora).peak_bytes
 
 
 def _four_bit(packages: dict[str, str | None], devices: list[dict[str, Any]]) -> dict[str, Any]:

@@ -267,9 +267,7 @@ def distribute(
     return counts
 
 
-def stuck(
-    kept: Mapping[str, Directions], done: Mapping[str, bool], first: Mapping[str, Seen], n: int
-) -> PeftLabError:
+def stuck(kept: Mapping[str, Directions], done: Mapping[str, bool], first: Mapping[str, Seen], n: int) -> PeftLabError:
     """Return the error for directions that do not come to rest."""
     path = next(path for path, rested in done.items() if not rested)
     if kept[path].v is None:

@@ -260,7 +260,10 @@ def folded(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def unfolded(fields: Mapping[str, Any], init: str | None) -> dict[str, Any]:
     """Return the fields of the LoRA of rank r that `folded` was given, for a folder that says how it started."""
-    if not from_weight(init):
+    tables = [fields.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
+    if not from_weight(init) or not all(isinstance(table, Mapping) for table in tables):
+        return dict(fields)  # a wrong field is for the config itself to refuse
+    if any(not isinstance(r, int) or r % 2 for r in (fields.get("r", 1), *tables[0].values())):
         return dict(fields)
     factor = math.sqrt(2) if fields.get("use_rslora") else 2
     return {

@@ -1,6 +1,7 @@
 """The same small model twice: one carries our adapter, the other Hugging Face peft's, with equal numbers."""
 
 import copy
+import functools
 import re
 import warnings
 
@@ -58,6 +59,14 @@ RENAMED = {"alpha": "lora_alpha", "dropout": "lora_dropout", "trainable_tokens":
 
 def base(kind, dtype=torch.float64, seed=0):
     """A model with weights of ordinary size, biases among them (transformers starts those at zero)."""
+    model, drawn = _base(kind, dtype, seed)
+    torch.set_rng_state(drawn)
+    return copy.deepcopy(model)
+
+
+@functools.cache
+def _base(kind, dtype, seed):
+    """The model that `base` copies, and where the random numbers stand after it was made."""
     torch.manual_seed(seed)
     model = KINDS[kind]()
     with torch.no_grad():
@@ -66,7 +75,7 @@ def base(kind, dtype=torch.float64, seed=0):
                 parameter.normal_(std=0.1)
             elif parameter.dim() == 2:
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
-    return model.to(dtype).eval()
+    return model.to(dtype).eval(), torch.get_rng_state()
 
 
 def batch(kind, seed=1, rows=2, length=7):

@@ -109,14 +109,18 @@ def test_what_follows_is_measured_first_and_kept(monkeypatch, tmp_path):
     monkeypatch.setitem(bench.sys.modules, "peftlab.bench.fake", topic)
     monkeypatch.setattr(bench, "TOPICS", ("fake",))
     monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda workers, *_, **__: ThreadPoolExecutor(workers))
+    bench.run("fake", tmp_path / "whole.json")
+    assert done == [1, 10, 100, 2, 3, 30]
+    done.clear()
     stop.append(100)
     with pytest.raises(KeyboardInterrupt):
         bench.run("fake", tmp_path / "out.json")
     assert done == [1, 10]
     stop.clear()
     bench.run("fake", tmp_path / "out.json", jobs=2)
-    assert sorted(done) == [1, 2, 3, 10, 30, 100] and done.index(100) < 5
-    assert pl.results(tmp_path / "out.json").column("n") == [1, 2, 3, 10, 30, 100]
+    assert sorted(done) == [1, 2, 3, 10, 30, 100]
+    for out in ("whole", "out"):
+        assert pl.results(tmp_path / f"{out}.json").column("n") == [1, 2, 3, 10, 30, 100]
 
 
 @pytest.fixture

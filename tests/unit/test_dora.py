@@ -55,11 +55,13 @@ def test_the_norm_is_a_constant_in_the_backward_pass():
     """Then the gradient of B is that of LoRA, each row times m / c; the magnitude's is along the direction."""
     model = adapted()
     part, layer = part_of(model), model.layer
+    layer.weight.requires_grad_(True)  # trained beside it, W gets the same gradient as without the norms
     dy = torch.randn(5, 4, dtype=torch.float64)
     (model(X) * dy).sum().backward()
     direction = (layer.weight + 1.5 * part.lora_B @ part.lora_A).detach()
     ratio = part.magnitude.detach() / direction.norm(dim=1)
     assert torch.allclose(part.lora_B.grad, 1.5 * (dy * ratio).T @ (X @ part.lora_A.detach().T))
+    assert torch.allclose(layer.weight.grad, (dy * ratio).T @ X)
     along = (dy * (X @ direction.T)).sum(0) / direction.norm(dim=1)
     assert torch.allclose(part.magnitude.grad, along)
 

@@ -171,7 +171,7 @@ def places(pattern):
 @pytest.mark.parametrize("pattern", RUNAWAY)
 def test_a_pattern_that_runs_away_is_stopped(folder, field, pattern, monkeypatch):
     """Stopped, or found out in time to match nothing: then an exclusion or a table of it may say nothing here."""
-    monkeypatch.setattr(patterns, "SECONDS", 0.05)
+    monkeypatch.setattr(patterns, "SECONDS", 0.01)
     config = {"target_modules": ["q_proj"], **places(pattern)[field]}
     edit(folder, rank_pattern={})
     edit(folder, **config)

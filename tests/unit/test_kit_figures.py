@@ -89,7 +89,8 @@ def test_figure(name):
     data = style.png(figure)
     assert data.startswith(b"\x89PNG")
     assert b"tEXt" not in data and b"matplotlib" not in data.lower(), "no version of matplotlib in the file"
-    assert data == style.png(FIGURES[name]()) or name in ("spectrum", "histogram"), "drawn the same each time"
+    if name not in ("spectrum", "histogram") and not name.endswith(", post"):  # random numbers; as with "pre"
+        assert data == style.png(FIGURES[name]()), "drawn the same each time"
 
     assert figure.get_figwidth() <= style.WIDTH
     pixels_an_inch = PHONE / figure.get_figwidth()

@@ -96,9 +96,8 @@ def dora(net: Net, path: str, own: Own) -> None:
     """Replay (m/n - 1) W x + (m/n) B(A x) s. Each forward pass computes n, the norms of W + s B A.
 
     For n, peft multiplies B A by an identity matrix of d_in x d_in and casts W to the adapter's dtype. The backward
-    pass keeps none of this. peftlab needs no identity, and lets the copies go before the update is computed.
+    pass keeps none of this.
     """
-    ours = net.recipe.library == "peftlab"
     if net.modules[path].kind == "embedding":
         raise PeftLabError(f"DoRA on the embedding {path} is not replayed; name linear layers, or use lora.")
     if net.recipe.library == "peftlab":
@@ -125,28 +124,6 @@ def dora(net: Net, path: str, own: Own) -> None:
             del scaled
             return whole, product, summed.new((outputs,)), kept
 
-    def own_norms() -> Tensor:
-        a, b = own["lora_A"], own["lora_B"].detach()
-        with net.memory.graph(False):
-            whole = ops.cast(weight.detach().view(outputs, inputs), a.bytes)
-            product = ops.cast(products.frozen_linear(net.half(b) if net.autocast else b, inputs), a.bytes)
-            del whole  # it is added in place
-            return product.new((outputs,))
-
-    def own_call(x: Tensor) -> Tensor:
-        result = net.plain(path, x)
-        bytes = result.bytes
-        x = x if net.autocast else ops.cast(x, own["lora_A"].bytes)
-        base = result
-        if path in net.biases:
-            base = ops.copy(result, max(result.bytes, net.biases[path].bytes))
-        ratio = ops.divide(own["lora_magnitude_vector"], own_norms())
-        update = ops.scale(ops.mul(net.product(net.product(x, own["lora_A"]), own["lora_B"]), ratio))
-        total = ops.add(ops.mul(base, ops.shift(ratio)), update)
-        result = ops.add(result, total)
-        del total
-        return ops.cast(result, bytes)  # until now our function holds the update and W x
-
     def call(x: Tensor) -> Tensor:
         result = net.plain(path, x)
         bytes = result.bytes
@@ -165,14 +142,14 @@ def dora(net: Net, path: str, own: Own) -> None:
         del total
         return ops.cast(result, bytes)
 
-    net.layers[path] = own_call if ours else call
+    net.layers[path] = call
 
 
 def _our_dora(net: Net, path: str, own: Own) -> None:
     """Replay peftlab's layer, which needs no identity and no copies of inputs under autocast.
 
-    Its norms take three tensors of the size of W in the dtype of the adapter, for a moment: W (decoded or cast, if it
-    is not in that dtype already), s B A, and their sum.
+    Its norms take two tensors of the size of W in the dtype of the adapter, for a moment: W (decoded or cast, if it is
+    not in that dtype already), and B A, which is scaled and added to in place.
     """
     size = net.weight_size(path)
     wide = own["lora_A"].bytes
@@ -180,8 +157,9 @@ def _our_dora(net: Net, path: str, own: Own) -> None:
     def norms(x: Tensor) -> Tensor:
         with net.memory.graph(False):
             whole = x.new(size, wide) if path in net.quantised else ops.cast(net.weights[path].detach(), wide)
-            scaled = ops.scale(ops.cast(net.outer(own["lora_B"], own["lora_A"]), wide))
-            return ops.add(whole.view(*size), scaled).new((size[0],))
+            product = ops.cast(net.outer(own["lora_B"], own["lora_A"]), wide)
+            del whole
+            return product.new((size[0],))
 
     def call(x: Tensor) -> Tensor:
         result = net.plain(path, x)
@@ -191,12 +169,10 @@ def _our_dora(net: Net, path: str, own: Own) -> None:
         base = ops.copy(result, max(result.bytes, net.biases[path].bytes)) if path in net.biases else result
         ratio = ops.divide(own["lora_magnitude_vector"], norms(x))
         update = ops.scale(ops.mul(net.product(net.product(x, own["lora_A"]), own["lora_B"]), ratio))
-        first = ops.mul(base, ops.shift(ratio))
-        total = ops.add(first, update)
-        del first, update, base
+        total = ops.add(ops.mul(base, ops.shift(ratio)), update)
         result = ops.add(result, total)
         del total
-        return ops.cast(result, bytes)
+        return ops.cast(result, bytes)  # until now our function holds the update and W x
 
     net.layers[path] = call
 
