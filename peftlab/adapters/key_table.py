@@ -54,14 +54,26 @@ def entries(placements: Iterable[Placement], drawn: bool = False) -> Iterator[tu
                     yield key.format(path=PREFIX + path, root=PREFIX, module=path), placement, own, parameter
 
 
-def as_saved(root: nn.Module, placements: Iterable[Placement], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def as_saved(root: nn.Module, placements: list[Placement], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a file's tensors in the form in which settled parts save them."""
     given = {
         key: placement.part.as_saved(root, placement.path, own, tensors[key])
         for key, placement, own, _ in entries(placements)
         if key in tensors
     }
-    return {**tensors, **given}
+    taken = set()
+    for path, _, part in placements:
+        key = f"{PREFIX}{path}.base_layer.weight"
+        changed = part.weight_in_peft(root.get_submodule(path)) if key in tensors else None
+        if changed is not None and near(tensors[key], changed):
+            taken.add(key)
+    return {key: tensor for key, tensor in {**tensors, **given}.items() if key not in taken}
+
+
+def near(found: Tensor, expected: Tensor) -> bool:
+    """Say whether two weights are one up to the rounding of 16-bit dtypes."""
+    found, expected = found.cpu().float(), expected.cpu().float()
+    return found.shape == expected.shape and bool((found - expected).norm() <= 0.01 * expected.norm())
 
 
 def encoder_table(placements: Iterable[Placement]) -> dict[str, nn.Parameter]:
