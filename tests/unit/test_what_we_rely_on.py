@@ -883,8 +883,8 @@ def test_variables_of_the_environment(module, ours):
 PEFT = {
     "LoraConfig": pl.LoRAConfig, "IA3Config": pl.IA3Config, "PromptTuningConfig": pl.PromptTuningConfig,
     "PromptEncoderConfig": pl.PTuningConfig, "PrefixTuningConfig": pl.PrefixTuningConfig,
-    "AdaLoraConfig": pl.AdaLoRAConfig, "LoHaConfig": pl.LoHaConfig, "LoKrConfig": pl.LoKrConfig, "OFTConfig": pl.OFTConfig,
-    "VeraConfig": pl.VeRAConfig,
+    "AdaLoraConfig": pl.AdaLoRAConfig, "VeraConfig": pl.VeRAConfig, "LoHaConfig": pl.LoHaConfig,
+    "LoKrConfig": pl.LoKrConfig, "OFTConfig": pl.OFTConfig,
 }  # fmt: skip
 
 
