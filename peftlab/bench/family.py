@@ -25,6 +25,10 @@ Sections:
     fullsize    one training step of the shape of a 1B model (random weights), ours beside peft's (see `family_sizes`)
     start       seconds to make each start at that shape
 
+The parts that learn are about 650 runs of 60 to 100 steps of small kernels, so several processes share each GPU: with
+four GPUs `--jobs 32`, and NVIDIA's MPS running (`nvidia-cuda-mps-control -d`). Without it processes take turns on a
+GPU: 56 of them on four H200 ended no run within the first 70 seconds.
+
 `PREDICTIONS` of `family_variants` holds what each paper leads one to expect. It was written before the first run.
 """
 
@@ -39,6 +43,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import peftlab as pl
@@ -224,19 +229,20 @@ def scored(point: Row, model: nn.Module) -> Row:
 def tested(point: Row, model: nn.Module) -> Row:
     """Return the loss on the test examples, their number, and how many answers are right."""
     tokenizer, examples = lora.base()[1], encoded(point["task"], "test")
-    loss = pl.mean_loss(model, examples, pl.Collator(tokenizer), batch_size=AT_ONCE)
     if point["task"] == "reviews":
-        return {"test_loss": lora.finite(loss), "tested": len(examples), "right": chosen(model, tokenizer, examples)}
+        loss, right = chosen(model, tokenizer, examples)
+        return {"test_loss": lora.finite(loss), "tested": len(examples), "right": right}
+    loss = pl.mean_loss(model, examples, pl.Collator(tokenizer), batch_size=AT_ONCE)
     prompts = [row["prompt"] for row in lora.messages("test")]
     found = lora.answered(model, tokenizer, prompts, max_new_tokens=24, batch_size=125)
     return {"test_loss": lora.finite(loss), "tested": found["messages"], "right": found["right"]}
 
 
 @torch.no_grad()
-def chosen(model: nn.Module, tokenizer: Any, examples: list[Any]) -> int:
-    """Return in how many reviews the right one of the two words is the more likely next token."""
+def chosen(model: nn.Module, tokenizer: Any, examples: list[Any]) -> tuple[float, int]:
+    """Return the mean loss of the answers, and how often the right one of the two words is the more likely one."""
     words = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in WORDS]
-    collate, right = pl.Collator(tokenizer), 0
+    collate, total, right = pl.Collator(tokenizer), 0.0, 0
     model.eval()
     for start in range(0, len(examples), AT_ONCE):
         batch = collate(examples[start : start + AT_ONCE])
@@ -244,5 +250,6 @@ def chosen(model: nn.Module, tokenizer: Any, examples: list[Any]) -> int:
         answers = batch.pop("labels")
         rows, places = (answers >= 0).nonzero(as_tuple=True)
         logits = model(**batch).logits[rows, places - 1]  # of the token before the answer
+        total += float(F.cross_entropy(logits.float(), answers[rows, places], reduction="sum"))
         right += int((logits[:, words].argmax(-1) == (answers[rows, places] == words[1])).sum())
-    return right
+    return total / len(examples), right
