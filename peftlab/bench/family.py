@@ -2,7 +2,7 @@
 
 smollm2-135m learns two tasks: the support desk (tickets in JSON, by the recipe of `bench lora`), and film reviews,
 which it answers with one token, "negative" or "positive". All variants change the same weights, the queries and values
-of all layers, and take the plain path of `pl.train` in float32. By the same protocol:
+of all layers, in float32. `path` says which path of `pl.train` a run took; both give the same steps. By one protocol:
 
 1. Each variant, in two sizes, tries its learning rates with one seed. If the rate with the lowest loss on the
    validation examples is the lowest or the highest that was tried, the next one is tried as well.
@@ -25,9 +25,9 @@ Sections:
     fullsize    one training step of the shape of a 1B model (random weights), ours beside peft's (see `family_sizes`)
     start       seconds to make each start at that shape
 
-The parts that learn are about 650 runs of 60 to 100 steps of small kernels, so several processes share each GPU: with
-four GPUs `--jobs 32`, and NVIDIA's MPS running (`nvidia-cuda-mps-control -d`). Without it processes take turns on a
-GPU: 56 of them on four H200 ended no run within the first 70 seconds.
+The parts that learn are about 650 runs of 60 steps. Starting their many small kernels takes longer than the kernels, so
+several processes share each GPU: with four GPUs `--jobs 48`, and NVIDIA's MPS running (`nvidia-cuda-mps-control -d`).
+Without it processes take turns on a GPU: 56 of them on four H200 ended no run within the first 70 seconds.
 
 `PREDICTIONS` of `family_variants` holds what each paper leads one to expect. It was written before the first run.
 """
@@ -53,7 +53,7 @@ from peftlab.core.modes import device_of
 
 Row = dict[str, Any]
 
-AT_ONCE = 32  # examples of a batch that is only read
+AT_ONCE = 64  # examples of a batch that is only read
 EVA = {"use_label_mask": False}  # all tokens count: of a review only one is learned
 EVA_BATCH = 32  # examples of a batch that EVA reads; it takes as many as its directions need to come to rest
 WORDS = ("negative", "positive")  # one token each; the place in the tuple is the label
@@ -161,19 +161,21 @@ def trained(point: Row, **settings: Any) -> tuple[nn.Module, Row]:
     if "loraplus_lr_ratio" in point:
         settings["loraplus_lr_ratio"] = point["loraplus_lr_ratio"]
     losses: list[float] = []
+    path = None
     try:
         history = pl.train(
             model, examples, tokenizer=tokenizer, steps=point["steps"], batch_size=point["batch_size"],
             learning_rate=point["learning_rate"], seed=point["seed"], precision="fp32", warmup=0.1, schedule="linear",
-            group_by_length=True, fast=False, progress=False, **settings,
+            group_by_length=True, fast=False if "callback" in settings else "auto", progress=False, **settings,
         )  # fmt: skip
         losses = [step["loss"] for step in history.steps]
+        path = history.path.partition(":")[0]
     except pl.TrainingError:
         pass  # divergence is a result too; the model keeps its last finite state
     # the mean of five steps that end here, and of the last ten
     ends = {"loss_10": losses[5:10], "loss_20": losses[15:20], "loss_40": losses[35:40], "train_loss": losses[-10:]}
     row = {name: statistics.fmean(those) if those else None for name, those in ends.items()}
-    return model, {"trainable": pl.count_parameters(model).trainable, **row}
+    return model, {"trainable": pl.count_parameters(model).trainable, "path": path, **row}
 
 
 def config_of(point: Row) -> Any:
@@ -234,7 +236,7 @@ def tested(point: Row, model: nn.Module) -> Row:
         return {"test_loss": lora.finite(loss), "tested": len(examples), "right": right}
     loss = pl.mean_loss(model, examples, pl.Collator(tokenizer), batch_size=AT_ONCE)
     prompts = [row["prompt"] for row in lora.messages("test")]
-    found = lora.answered(model, tokenizer, prompts, max_new_tokens=24, batch_size=125)
+    found = lora.answered(model, tokenizer, prompts, max_new_tokens=24, batch_size=250)
     return {"test_loss": lora.finite(loss), "tested": found["messages"], "right": found["right"]}
 
 
