@@ -211,3 +211,23 @@ def test_a_folder_of_peft_is_put_back_only_into_the_same_adapter(tmp_path):
     other = pl.attach(base("llama"), pl.LoRAConfig(**{**settings, "alpha_pattern": {}}))
     with pytest.raises(pl.PeftLabError, match="alpha_pattern"):
         restore_adapter(other, tmp_path, "default")
+
+
+@pytest.mark.parametrize("settings", [
+    dict(target_modules=["lm_head"], layers_to_transform=1),
+    dict(target_modules=["lm_head"], layers_to_transform=[0, 7], layers_pattern=["layers", "h"]),
+    dict(target_modules=["lm_head", "q_proj"], layers_to_transform=[7, 1]),
+    dict(target_modules=["v_proj"], layers_to_transform=[2, 9], layers_pattern="layers"),
+    dict(target_modules=["lm_head", "q_proj"], layers_to_transform=[8]),
+], ids=str)  # fmt: skip
+def test_blocks_that_hold_no_target_are_passed_over_as_in_peft(settings, tmp_path):
+    """In `attach` they are an error, but in a folder the keys say what was trained."""
+    theirs = peft_model(base("llama"), r=3, **settings)
+    peft_save(theirs, tmp_path)
+    loaded = pl.load_adapter(base("llama"), tmp_path)
+    assert relative(output(loaded, "llama"), output(theirs, "llama")) < 1e-12
+    pl.save_adapter(loaded, tmp_path / "ours")
+    opened, _ = peft_open(base("llama"), tmp_path / "ours")
+    assert relative(output(opened, "llama"), output(theirs, "llama")) < 1e-12
+    with pytest.raises(pl.PeftLabError, match="layers_to_transform names block"):
+        pl.attach(base("llama"), pl.LoRAConfig(**settings))

@@ -128,7 +128,7 @@ def test_a_development_release_of_peft_and_the_exact_form_of_an_old_one(tmp_path
     _, theirs = whole_updates.pair(KINDS, "llama", oft_block_size=4, use_cayley_neumann=False)
     peft_save(theirs, tmp_path)
     file = tmp_path / "adapter_config.json"
-    for more in ({"peft_version": "0.17.0"}, {"peft_version": "0.21.1.dev0@abc"}):
+    for more in ({"peft_version": "0.17.0"}, {"peft_version": "0.21.1.dev0@abc"}, {"num_cayley_neumann_terms": 1}):
         file.write_text(json.dumps(json.loads(file.read_text()) | more))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
