@@ -168,7 +168,7 @@ def estimate(
         four_bit: whether the base is held in four bits, whatever the method. None: only for `qlora`.
         transformers: the version whose forward pass is replayed. None takes the installed one, or else the newest. It
             matters for T5, whose self-attention is not fused before 5.20, and for GPT-J, whose attention is not before
-            5.24. (Gemma 2's was fused before 5.21, without its soft cap; its estimate is always that of 5.21 and later.)
+            5.24. (Gemma 2's was fused before 5.21, without its soft cap; its estimate is that of 5.21 and later.)
         gpus: the number of GPUs that train together. `batch` is the batch of each.
         parallel: `"ddp"` (each GPU holds everything) or `"fsdp"` (each block, and the rest, is divided into shards).
 
