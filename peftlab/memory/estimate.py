@@ -35,7 +35,7 @@ from peftlab.memory.counting.options import Options, Trained, names_of
 from peftlab.memory.counting.shapes import Shape, load_shape
 from peftlab.memory.counting.totals import count
 from peftlab.memory.replay.step import FORWARD, Recipe, Run
-from peftlab.memory.replay.tape import KINDS
+from peftlab.memory.replay.tape import KINDS, without_collector
 
 PRECISIONS = {"bf16": 2, "fp32": 4, "mixed": 4}  # bytes of a weight, and so of its gradient and states
 OPTIMIZERS = ("adamw", "adamw-foreach", "adamw-fused", "adamw32bit", "adamw8bit", "paged-adamw8bit", "sgd")
@@ -217,13 +217,14 @@ def estimate(
         gpus=gpus,
         sharded=parallel == "fsdp",
     )
-    run = Run(shape, method, trained, recipe)
-    run.step()
-    before, written = run.memory.flops, run.memory.written
-    history: list[tuple[str, int]] = []
-    run.memory.history = history
-    run.step()
-    run.close()
+    with without_collector():
+        run = Run(shape, method, trained, recipe)
+        run.step()
+        before, written = run.memory.flops, run.memory.written
+        history: list[tuple[str, int]] = []
+        run.memory.history = history
+        run.step()
+        run.close()
     memory = run.memory
     parts = {**memory.at_peak, "workspace": memory.at_peak["workspace"] + CUBLAS_WORKSPACE}
     counted = count(shape, method, r=r, targets=targets, target_parameters=target_parameters, bias=bias,
