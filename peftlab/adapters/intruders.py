@@ -17,6 +17,7 @@ Book: section *Intruders* of the chapter on the LoRA family.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +54,8 @@ class Spectrum(NamedTuple):
     intruders: tuple[int, ...]
 
 
-class IntruderReport(NamedTuple):
+@dataclass(frozen=True)
+class IntruderReport:
     """Say which intruder dimensions an adapter has.
 
     Attributes:

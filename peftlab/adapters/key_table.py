@@ -24,6 +24,10 @@ from peftlab.core.targets import names_match
 from peftlab.errors import PeftLabError
 
 PREFIX = "base_model.model."
+LOST_BIASES = (
+    " These are all of its trained biases, which Hugging Face peft before 0.21 left out of its files. If the trained "
+    'model is at hand, save it again with a newer peft. To read the rest, set "bias" to "none" in adapter_config.json.'
+)
 
 
 def sampled(placements: Iterable[Placement]) -> tuple[list[str], list[str]]:
@@ -54,14 +58,26 @@ def entries(placements: Iterable[Placement], drawn: bool = False) -> Iterator[tu
                     yield key.format(path=PREFIX + path, root=PREFIX, module=path), placement, own, parameter
 
 
-def as_saved(root: nn.Module, placements: Iterable[Placement], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def as_saved(root: nn.Module, placements: list[Placement], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a file's tensors in the form in which settled parts save them."""
     given = {
         key: placement.part.as_saved(root, placement.path, own, tensors[key])
         for key, placement, own, _ in entries(placements)
         if key in tensors
     }
-    return {**tensors, **given}
+    taken = set()
+    for path, _, part in placements:
+        key = f"{PREFIX}{path}.base_layer.weight"
+        changed = part.weight_in_peft(root.get_submodule(path)) if key in tensors else None
+        if changed is not None and near(tensors[key], changed):
+            taken.add(key)
+    return {key: tensor for key, tensor in {**tensors, **given}.items() if key not in taken}
+
+
+def near(found: Tensor, expected: Tensor) -> bool:
+    """Say whether two weights are one up to the rounding of 16-bit dtypes."""
+    found, expected = found.cpu().float(), expected.cpu().float()
+    return found.shape == expected.shape and bool((found - expected).norm() <= 0.01 * expected.norm())
 
 
 def encoder_table(placements: Iterable[Placement]) -> dict[str, nn.Parameter]:
@@ -79,7 +95,9 @@ def check_keys(
     origin = f" The adapter was trained on {trained_on!r}; this model is {base_name(root) or type(root).__name__!r}."
     missing = [key for key in table if key not in tensors]
     if missing:
-        raise PeftLabError(f"{folder} lacks {len(missing)} of {len(table)} keys, the first {missing[0]!r}." + origin)
+        biases = {key for key, placement, _, _ in entries(placements) if placement.name == "bias"}
+        why = LOST_BIASES if biases == set(missing) else origin
+        raise PeftLabError(f"{folder} lacks {len(missing)} of {len(table)} keys, the first {missing[0]!r}." + why)
     for key in drawn.keys() & tensors.keys():
         if not alike(drawn[key], tensors[key]):
             raise PeftLabError(

@@ -263,6 +263,7 @@ def _train(arguments: argparse.Namespace, targets: Any, begin: Callable[[], Plac
     about = {
         "data": arguments.data, "training examples": len(examples), "steps": len(history.steps),
         "learning rate": arguments.lr, "seed": arguments.seed,
+        **({"learning rate of B / of A (LoRA+)": ratio} if (ratio := arguments.loraplus_lr_ratio) else {}),
     }  # fmt: skip
     size = save(model, tokenizer, place, row.config is not None, about, bool(arguments.add_tokens))
     rows = task.test[: arguments.test_limit or TEST_LIMIT[task.kind]]

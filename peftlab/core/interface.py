@@ -103,6 +103,13 @@ class Part(nn.Module):
         """
         return tensor
 
+    def weight_in_peft(self, host: nn.Module) -> Tensor | None:
+        """Return the host's weight as Hugging Face peft has changed it for this adapter; None where it leaves it alone.
+
+        peft saves it beside an adapted output head.
+        """
+        return None
+
     def values_from(self, own: str, tensor: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """Yield (a tensor of this part, its value) for a tensor of an adapter file.
 

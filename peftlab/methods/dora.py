@@ -226,7 +226,8 @@ class DoRAConfig(LoRAConfig):
 
     The fields are those of `LoRAConfig`. `lora_bias` and `target_parameters` (experts) stay unset, as in Hugging Face
     peft. Several adapters are mixed as everywhere here, y0 + sum of weight * (y_adapter - y0), whatever their order.
-    peft lets each DoRA scale what the ones before it made, so there the order of several active ones counts.
+    peft lets each DoRA scale what the ones before it made, so there the order of several active ones counts. And it
+    refuses one adapter per row with DoRA, which works here.
 
     Raises:
         PeftLabError: a value is out of range, or DoRA has no such option; the message says what was found.

@@ -17,12 +17,13 @@ Book: section *Other starts* of the chapter on the LoRA family.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from peftlab.checks import number, one_of, shown, whole
 from peftlab.core.modes import device_of, mode, to_device
 from peftlab.core.targets import CONVOLUTIONS, by_pattern, find
 from peftlab.errors import PeftLabError
+from peftlab.methods.lora_starts import seeded
 from peftlab.methods.parts import first_input
 
 DEFAULTS: dict[str, Any] = {
@@ -77,8 +79,7 @@ class Directions:
             # [S V^T; X - mean; sqrt(n m / (n + m)) (mean of before - mean)]
             weight = (torch.tensor(self.rows / total, dtype=torch.float64) * n).sqrt().to(shift)
             x = torch.vstack([self.s[:, None] * before, centred, (weight * shift)[None]])
-        with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
-            torch.manual_seed(SEED)
+        with seeded(x.device, SEED):
             _, s, v = torch.svd_lowrank(x, q=min(2 * self.count, *x.shape), niter=4)
         v = v.mH
         # the sign of a direction is free: its largest entry is positive
@@ -99,23 +100,22 @@ class Inputs:
         self.model, self.layers, self.options = model, layers, options
         self.device = device_of(model)
 
-    def of(self, batch: Any, paths: Iterable[str]) -> dict[str, Tensor]:
-        """Return {path: its rows, (rows, in) in float32} for one batch."""
-        found: dict[str, Tensor] = {}
+    def run(self, batch: Any, paths: Iterable[str], take: Callable[[str, Tensor], None]) -> None:
+        """Run the model on a batch, and hand over each layer's rows, (rows, in) in float32, while it is called."""
         mask = None
         if isinstance(batch, Mapping):
             batch = to_device(dict(batch), self.device)
             mask = self.mask(batch)
 
-        def keep(path: str) -> Any:
+        def hook_of(path: str) -> Any:
             def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
                 x = first_input(args, kwargs).detach()
                 x = x[mask] if mask is not None and x.shape[:-1] == mask.shape else x.flatten(0, -2)
-                found[path] = torch.cat([found[path], x.float()]) if path in found else x.float()
+                take(path, x.float())
 
             return hook
 
-        hooks = [self.layers[path].register_forward_pre_hook(keep(path), with_kwargs=True) for path in paths]
+        hooks = [self.layers[path].register_forward_pre_hook(hook_of(path), with_kwargs=True) for path in paths]
         try:
             with torch.no_grad(), mode(self.model, training=False):
                 if isinstance(batch, Mapping):
@@ -127,7 +127,6 @@ class Inputs:
         finally:
             for hook in hooks:
                 hook.remove()
-        return found
 
     def mask(self, batch: Mapping[str, Any]) -> Tensor | None:
         """Return which tokens count, (batch, tokens); None for a batch that is no text."""
@@ -164,13 +163,14 @@ def directions(
     if not batches:
         raise PeftLabError("data holds no batch, and init='eva' starts from the inputs of the layers. Give some.")
     inputs = Inputs(model, layers, options)
-    called = inputs.of(batches[0], layers)
+    called: dict[str, Seen] = {}
+    inputs.run(batches[0], layers, lambda path, x: called.update({path: called.get(path) or seen(x)}))
     for path in layers:
         if path not in called:
             raise PeftLabError(f"{path} is not called in the first batch of data, so init='eva' cannot start it.")
     first = {path: called[path] for path in layers}  # in the model's order, by which equal shares are told apart
     leader = leaders(first)
-    most = {path: min(round(ranks[path] * options["rho"]), first[path].shape[1]) for path in layers}
+    most = {path: min(round(ranks[path] * options["rho"]), first[path].width) for path in layers}
     for path, same in leader.items():
         most[same] = max(most[same], most[path])
     most = {path: most[same] for path, same in leader.items()}
@@ -183,8 +183,7 @@ def directions(
             break
         if step == limit:
             raise stuck(kept, done, first, len(batches))
-        for path, x in inputs.of(batch, [path for path in kept if not done[path]]).items():
-            kept[path].add(x)
+        inputs.run(batch, [path for path in kept if not done[path]], lambda path, x: kept[path].add(x))
         if all(one.v is not None for one in kept.values()):
             chosen = distribute(kept, leader, most, sum(ranks.values()))
     result = {}
@@ -232,20 +231,26 @@ def started(config: Any, model: nn.Module, data: Iterable[Any]) -> tuple[Any, di
     return config, {path: {"lora_A": found[path]} for path in left}
 
 
-def leaders(first: Mapping[str, Tensor]) -> dict[str, str]:
+class Seen(NamedTuple):
+    """Say what a layer was called with: how many rows, how wide, and a hash of the numbers, which may be many."""
+
+    rows: int
+    width: int
+    hash: str
+
+
+def seen(x: Tensor) -> Seen:
+    """Return what is kept of a layer's first input, (rows, in) in float32."""
+    return Seen(len(x), x.shape[1], hashlib.sha256(x.cpu().contiguous().numpy().tobytes()).hexdigest())
+
+
+def leaders(first: Mapping[str, Seen]) -> dict[str, str]:
     """Return {path: the first path with the same inputs}, those that are first before the others."""
-    groups: list[list[str]] = []
-    by_sum: dict[tuple, list[list[str]]] = {}
-    for path, x in first.items():
-        alike = by_sum.setdefault((x.shape, float(x.double().sum())), [])
-        group = next((group for group in alike if torch.equal(first[group[0]], x)), None)
-        if group is None:
-            group = []
-            groups.append(group)
-            alike.append(group)
-        group.append(path)
-    followers = {path: group[0] for group in groups for path in group[1:]}
-    return {group[0]: group[0] for group in groups} | followers
+    groups: dict[Seen, list[str]] = {}
+    for path, input in first.items():
+        groups.setdefault(input, []).append(path)
+    followers = {path: group[0] for group in groups.values() for path in group[1:]}
+    return {group[0]: group[0] for group in groups.values()} | followers
 
 
 def distribute(
@@ -262,15 +267,13 @@ def distribute(
     return counts
 
 
-def stuck(
-    kept: Mapping[str, Directions], done: Mapping[str, bool], first: Mapping[str, Tensor], n: int
-) -> PeftLabError:
+def stuck(kept: Mapping[str, Directions], done: Mapping[str, bool], first: Mapping[str, Seen], n: int) -> PeftLabError:
     """Return the error for directions that do not come to rest."""
     path = next(path for path, rested in done.items() if not rested)
     if kept[path].v is None:
         return PeftLabError(
             f"init='eva' keeps {kept[path].count} directions of {path}'s inputs, and the batches of data have fewer "
-            f"tokens that count (the first has {len(first[path])}). Give larger batches, a smaller r or rho, or "
+            f"tokens that count (the first has {first[path].rows}). Give larger batches, a smaller r or rho, or "
             "init_options={'use_label_mask': False}."
         )
     return PeftLabError(

@@ -28,7 +28,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from torch import Tensor, nn
 from peftlab.core.hooks import base_modules
 from peftlab.core.interface import Part
 from peftlab.core.records import own_tensor, sizes_of
+from peftlab.core.sharding import whole
 from peftlab.core.targets import CONVOLUTIONS, is_conv1d, shape_of
 from peftlab.errors import PeftLabError, warn
 from peftlab.methods.lora_conv import biased
@@ -128,12 +130,14 @@ class LoRAStarted(Part):
     @property
     def folded_A(self) -> Tensor:
         """A' = [A; A0], (2 r, in): what a folder holds."""
-        return torch.cat([self.lora_A, self.start_A.to(self.lora_A.device)])
+        a = whole(self.lora_A)
+        return torch.cat([a, self.start_A.to(a.device)])
 
     @property
     def folded_B(self) -> Tensor:
         """B' = [B, -B0], (out, 2 r)."""
-        return torch.cat([self.lora_B, -self.start_B.to(self.lora_B.device)], dim=1)
+        b = whole(self.lora_B)
+        return torch.cat([b, -self.start_B.to(b.device)], dim=1)
 
     def as_saved(self, root: nn.Module, path: str, own: str, tensor: Tensor) -> Tensor:
         """Return A' or B' for an A or B that peft saved without its start, which this base's weight gives again."""
@@ -144,13 +148,18 @@ class LoRAStarted(Part):
             return torch.cat([tensor.to(self.start_B), -self.start_B], dim=1)
         return tensor
 
+    def weight_in_peft(self, host: nn.Module) -> Tensor:
+        """Return W - s B0 A0, as it is stored."""
+        start = widened(self.start_B) @ widened(self.start_A) * self.scaling
+        return widened(own_tensor(host, "weight")) - (start.T if self.transposed else start)
+
     def values_from(self, own: str, tensor: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """Yield A and A0 from A', or B and B0 from B'."""
         r = len(self.start_A)
         if own == "folded_A":
             return [(self.lora_A, tensor[:r]), (self.start_A, tensor[r:])]
         if own == "folded_B":
-            return [(self.lora_B, tensor[:, :r]), (self.start_B, -tensor[:, r:])]
+            return [(self.lora_B, tensor[:, :r].contiguous()), (self.start_B, -tensor[:, r:])]
         return super().values_from(own, tensor)
 
 
@@ -210,9 +219,7 @@ def factors(weight: Tensor, r: int, scaling: float, init: str) -> tuple[Tensor, 
         return right[:r], q[:, :r]
     fast = FAST.fullmatch(init)
     if fast:
-        cuda = [weight.device] if weight.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(SEED)
+        with seeded(weight.device, SEED):
             u, s, v = torch.svd_lowrank(weight, r, niter=int(fast[1]))
         vt = v.T
     else:
@@ -220,6 +227,20 @@ def factors(weight: Tensor, r: int, scaling: float, init: str) -> tuple[Tensor, 
     # s B0 A0 = U_r S_r V_r^T, with the square root of S_r / s on both sides
     root = (s[:r] / scaling).sqrt()
     return root[:, None] * vt[:r], u[:, :r] * root
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Let a device draw from this seed inside the block, and go on after it as if it had drawn nothing there."""
+    generator = torch.default_generator
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[device.index or 0]
+    before = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(before)
 
 
 def folded(fields: Mapping[str, Any]) -> dict[str, Any]:

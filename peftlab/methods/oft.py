@@ -7,10 +7,10 @@ lengths of a layer's inputs and the angles between them. Each block is Cayley's 
 Q, of which only the n (n - 1) / 2 numbers above the diagonal are kept:
 
     exact:           R = (I - Q)(I + Q)^-1
-    Cayley-Neumann:  R = I + 2 Q + 2 Q^2 + 2 Q^3 + Q^4,    nearly (I + Q)(I - Q)^-1
+    Cayley-Neumann:  R = I + 2 Q + 2 Q^2 + 2 Q^3 + Q^4 = (I + Q)(I - Q)^-1 (I - Q^4)
 
-The second needs no inverse. It is not quite orthogonal, and its Q has the other sign, so an adapter of one form means
-something else in the other.
+The second needs no inverse. It is orthogonal but for the factor I - Q^4, and its Q has the other sign, so an adapter of
+one form means something else in the other.
 
 Paper: Qiu et al., *Controlling Text-to-Image Diffusion by Orthogonal Finetuning*, 2023, arXiv:2306.07280, section 3;
 acting on the input, and with the series: Qiu et al., *Orthogonal Finetuning Made Scalable*, 2025, arXiv:2506.19847.
@@ -262,6 +262,7 @@ class OFTConfig(Targets):
             PeftLabError: an older release of peft wrote the folder, whose series was another one.
         """
         series = bool(fields.get("use_cayley_neumann", True))
+        terms = fields.get("num_cayley_neumann_terms", 5)
         found = re.match(r"(\d+)\.(\d+)", str(fields.get("peft_version")))
         if series and (found is None or tuple(map(int, found.groups())) < (0, 18)):
             raise PeftLabError(
@@ -277,7 +278,7 @@ class OFTConfig(Targets):
             "eps": fields.get("eps", 6e-5),
             "block_share": bool(fields.get("block_share", False)),
             "use_cayley_neumann": series,
-            "num_cayley_neumann_terms": fields.get("num_cayley_neumann_terms", 5),
+            "num_cayley_neumann_terms": terms if series else max(terms, 2),  # without the series it means nothing
             "module_dropout": fields.get("module_dropout", 0.0),
             "init_weights": bool(fields.get("init_weights", True)),
         }

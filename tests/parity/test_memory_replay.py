@@ -212,7 +212,7 @@ def test_an_activation_that_is_not_known():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["full", "lora", "dora", "vera"])
+@pytest.mark.parametrize("method", ["full", "lora", "dora", "vera", "loha", "lokr", "oft"])
 def test_the_peak_under_autocast(method, checkpointing, monkeypatch):
     """float32 weights, computed in bf16: autocast keeps its copies of trained weights until the forward pass ends."""
     size = {"batch": 3, "sequence": 96}

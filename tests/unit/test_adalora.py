@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import peftlab as pl
 from peftlab.adapters.key_table import placed
 from peftlab.settings import Settings
+from peftlab.training import run as run_of_training
 from peftlab.training.masters import WithMasters
 from peftlab.training.ranks import Ranks
 from peftlab.training.run import Run
@@ -76,6 +77,7 @@ def test_a_run_chooses_its_schedule_and_says_so():
     assert pl.attached(one)["default"].total_step == 20
     ranks = pl.adalora_ranks(one)
     assert sum(ranks.values()) == 2 * len(ranks)
+    assert not any(part.averages for part in parts(one))  # they are of no use after the last allocation
     assert all("added_loss" in row for row in history.steps)
     assert "schedule" not in train(pl.attach(tiny.llama(), pl.LoRAConfig(r=2))).schedule
 
@@ -251,6 +253,13 @@ def test_a_second_run_does_not_bring_back_what_the_first_pruned():
     assert pl.adalora_ranks(one) == first
 
 
+def test_ranks_are_pruned_where_a_gpu_could_skip_a_step_by_itself(monkeypatch):
+    monkeypatch.setattr(run_of_training, "skips_when_told", lambda optimizer, device: True)
+    one = model()
+    train(one)
+    assert sum(pl.adalora_ranks(one).values()) == 8
+
+
 def test_each_run_chooses_its_own_schedule():
     """A trial of two steps says nothing about the run that follows."""
     one = model(tfinal=1)
@@ -272,6 +281,13 @@ def test_a_schedule_with_half_a_step_loads(tmp_path):
     save_file(load_file(weights), weights, {"format": "pt"})
     config = pl.attached(pl.load_adapter(tiny.llama(dtype=torch.float64), tmp_path))["default"]
     assert (config.total_step, config.tinit) == (37, 2)
+
+
+def test_fewer_ranks_than_the_target_stay():
+    left = {f"layers.{block}.self_attn.q_proj": [False] * 3 + [block == 1] for block in range(2)}
+    one = pl.attach(tiny.llama(), pl.AdaLoRAConfig(init_r=4, target_r=2, target_modules=["q_proj"], rank_pattern=left))
+    train(one)
+    assert list(pl.adalora_ranks(one).values()) == [0, 1]
 
 
 def test_equal_ranks_at_start_and_end_prune_nothing():

@@ -1,6 +1,6 @@
 """LoRA+ in whole runs: the schedule of each group, both paths, masters, resuming to the bit, and what is refused.
 
-`tests/parity/test_loraplus.py` holds the groups to Hugging Face peft.
+`tests/parity/test_loraplus_parity.py` holds the groups to Hugging Face peft.
 """
 
 import pytest

@@ -883,6 +883,8 @@ def test_variables_of_the_environment(module, ours):
 PEFT = {
     "LoraConfig": pl.LoRAConfig, "IA3Config": pl.IA3Config, "PromptTuningConfig": pl.PromptTuningConfig,
     "PromptEncoderConfig": pl.PTuningConfig, "PrefixTuningConfig": pl.PrefixTuningConfig,
+    "AdaLoraConfig": pl.AdaLoRAConfig, "VeraConfig": pl.VeRAConfig, "LoHaConfig": pl.LoHaConfig,
+    "LoKrConfig": pl.LoKrConfig, "OFTConfig": pl.OFTConfig,
 }  # fmt: skip
 
 
@@ -902,14 +904,15 @@ def test_fields_of_pefts_configs(name, ours):
     assert not strange, f"peft's {name} no longer has {sorted(strange)}: {ours}"
     idle = {*IDLE[""], *IDLE.get(PEFT[name].peft_type, ())}
     # written only where an adapter has some
-    used = {"target_parameters", "trainable_token_indices"} if name == "LoraConfig" else set()
+    used = {"target_parameters", "trainable_token_indices"} if "Lora" in name else set()
     known = written | used | set(PEFT[name].unsupported) | idle | set(TARGET_FIELDS)
     new = theirs - known
     assert not new, (
         f"peft's {name} has new fields, {sorted(new)}. An adapter that uses one is to be refused (`unsupported`) or "
         f"read, or the field may be ignored (IDLE in adapters/judging.py): {ours}"
     )
-    fields = getattr(peft, name)(**({} if name in ("LoraConfig", "IA3Config") else {"num_virtual_tokens": 4}))
+    needed = {"num_virtual_tokens": 4} if "num_virtual_tokens" in theirs else {}
+    fields = getattr(peft, name)(**{**needed, **({"total_step": 10} if name == "AdaLoraConfig" else {})})
     assert PEFT[name].peft_type == fields.peft_type.value, f"peft calls {name} {fields.peft_type.value!r}: {ours}"
 
 

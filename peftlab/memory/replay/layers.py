@@ -241,7 +241,8 @@ def loha(net: Net, path: str, own: Own) -> None:
     def delta() -> Tensor:
         a1, b1, a2, b2 = factors
         if net.recipe.library != "peftlab":
-            return products.hadamard(*(map(net.half, factors) if net.autocast else factors))
+            halves = [net.half(factor) for factor in factors] if net.autocast else factors
+            return products.hadamard(a1, b1, a2, b2, halves[0].bytes)
         return ops.scale(ops.mul(net.outer(a1, b1), net.outer(a2, b2)))
 
     _whole_update(net, path, delta)
@@ -264,7 +265,10 @@ def lokr(net: Net, path: str, own: Own) -> None:
 
 
 def _whole_update(net: Net, path: str, delta: Callable[[], Tensor]) -> None:
-    """Replay y + dW x. peft keeps dW for the backward pass; peftlab keeps the input and makes dW again."""
+    """Replay y + dW x. peft keeps dW for the backward pass; peftlab keeps the input and makes dW again.
+
+    In peft the result has the dtype of the input, also under autocast.
+    """
     ours = net.recipe.library == "peftlab"
 
     def product(x: Tensor) -> Tensor:
@@ -276,7 +280,7 @@ def _whole_update(net: Net, path: str, delta: Callable[[], Tensor]) -> None:
 
     def call(x: Tensor) -> Tensor:
         result = net.plain(path, x)
-        bytes = result.bytes
+        bytes = result.bytes if ours else x.bytes
         update = checkpoint(product, [x], trains=True) if ours else product(x)
         result = ops.add(result, update)
         del update
@@ -301,7 +305,8 @@ def oft(net: Net, path: str, own: Own) -> None:
             wide, rotations = net.half(wide), net.half(rotations)
         rotated = ops.cast(ops.copy(products.turned(wide, rotations)), bytes)
         del wide, rotations
-        return net.plain(path, rotated)
+        result = net.plain(path, rotated)
+        return result if net.recipe.library == "peftlab" else ops.cast(result, bytes)
 
     net.layers[path] = call
 

@@ -142,7 +142,10 @@ def rotations(weight: Tensor, shape: tuple[int, ...], autocast: bool) -> Tensor:
     size, upper = weight.shape, weight.new(shape)
     q = weight.new(shape)
     del upper
-    kept = [q.new(bytes=2) if autocast else q] + [q.new(bytes=2 if autocast else None) for _ in range(2)]
+    if autocast:  # each product casts both of its factors anew
+        kept = [q.new(bytes=2) for _ in range(6)]
+    else:
+        kept = [q, q.new(), q.new()]
     last = q.new()
 
     def apply(g: Tensor, kept: list = kept) -> Gradients:
@@ -175,23 +178,26 @@ def kronecker(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
     return record(a.new(shape), [a, b], apply, [a, b], fits=False)
 
 
-def hadamard(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
-    """Replay peft's own function of (A1 B1) * (A2 B2) s: it keeps the four factors, and multiplies them out again."""
+def hadamard(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, bytes: int) -> Tensor:
+    """Replay peft's own function of (A1 B1) * (A2 B2) s: it keeps the four factors, and multiplies them out again.
+
+    Its backward pass does so in the dtype of the factors, also where autocast made the product of `bytes`.
+    """
     size, factors = (a1.shape[0], b1.shape[1]), (a1, b1, a2, b2)
 
     def apply(g: Tensor, kept: tuple = factors) -> Gradients:
         scaled = g.new()
-        product = g.new()
-        one = g.new()
+        product = kept[0].new(size)
+        one = kept[0].new(size)
         del product
         grads = [one.new(factor.shape) for factor in kept[:2]]
-        product = g.new()
-        other = g.new()
+        product = kept[0].new(size)
+        other = kept[0].new(size)
         del product, one, scaled
         return *grads, *(other.new(factor.shape) for factor in kept[2:])
 
-    held = [a1.new(size), a1.new(size)]
-    held = [a1.new(size)]
-    output = a1.new(size)
+    held = [a1.new(size, bytes), a1.new(size, bytes)]
+    held = [a1.new(size, bytes)]
+    output = a1.new(size, bytes)
     del held
     return record(output, factors, apply, factors)
