@@ -7,7 +7,7 @@ import warnings
 import peft
 import pytest
 import torch
-from pairs import LLAMA, base, batch, give, gradients, our_state, peft_state, relative, same, three_steps
+from pairs import LLAMA, base, batch, give, gradients, our_state, peft_state, relative, same, three_steps, twin_of
 from test_lora_folders import output, peft_open, peft_save, shapes
 from test_qlora_parity import bitsandbytes_layers, curve
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -46,7 +46,7 @@ def pair(kind, dtype=torch.float64, **settings):
     """(ours, theirs): equal bases, and vectors moved off their start; the random matrices are each library's own."""
     settings = {**ODD, **settings}
     model = base(kind, dtype)
-    twin = copy.deepcopy(model)
+    twin = twin_of(model)
     pl.attach(model, pl.VeRAConfig(**settings))
     theirs = theirs_of(twin, **settings)
     same(our_pair(model), their_pair(theirs), 1e-15)
