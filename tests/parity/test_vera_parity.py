@@ -121,7 +121,10 @@ def test_folders_both_ways(case, tmp_path):
     assert torch.equal(output(pl.load_adapter(base(kind), tmp_path / "again"), kind), output(loaded, kind))
 
 
-@pytest.mark.parametrize("case", CASES)
+# each kind of host, with and without biases, a head and a start of d; how hosts are chosen says nothing of the merge
+@pytest.mark.parametrize("case", ["llama all-linear", "llama start of d", "llama head in full", "llama on the head",
+                                  "gpt2 all-linear, adapted biases", "bert classifier and biases",
+                                  "bert wide and narrow"])  # fmt: skip
 def test_merged_weights(case):
     kind, settings = CASES[case]
     ours, theirs = pair(kind, **settings)
