@@ -364,7 +364,7 @@ def in_layers(matched: dict[str, nn.Module], config: Targets) -> dict[str, nn.Mo
 
 
 def blocks_of(matched: Iterable[str], config: Targets) -> tuple[dict[str, int], set[str]]:
-    """Return the index of the block in which each path lies, if it lies in one, and the paths that are named whole."""
+    """Return the index of the block in which each path lies, where it lies in one, and the paths named whole."""
     before = rf"(?:^|.*?\.)(?:{'|'.join(config.layers_pattern)})" if config.layers_pattern else r".*?\.[^.]*"
     # so a block itself counts too
     found = {path: patterns.match(rf"{before}\.(?P<index>\d+)\.", path + ".") for path in matched}

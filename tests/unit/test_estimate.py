@@ -1,6 +1,7 @@
 """The estimator: parts that can be computed otherwise, measured peaks, mistakes, and that it is arithmetic alone."""
 
 import functools
+import gc
 import json
 import statistics
 import subprocess
@@ -18,6 +19,7 @@ from peftlab.kit import measurements
 from peftlab.memory import BUILT_IN, CARDS, METHODS, cards, count, estimate, fits, largest, load_shape, what_fits
 from peftlab.memory.estimate import CUBLAS_WORKSPACE
 from peftlab.memory.replay import ops, views
+from peftlab.memory.replay.step import Run
 from peftlab.memory.replay.tape import Memory, Parameter, backward
 
 BLOCK = 512  # the allocator's rounding, once a tensor
@@ -441,6 +443,17 @@ def test_it_needs_no_torch():
     subprocess.run([sys.executable, "-c", "\n".join(line.strip() for line in code.splitlines())], check=True)
 
 
+def test_gptj_has_no_fused_attention_before_transformers_5_24():
+    config = {"model_type": "gptj", "n_embd": 256, "n_head": 4, "n_layer": 2, "rotary_dim": 16, "vocab_size": 1000}
+
+    def peak(**settings):
+        return estimate(config, "lora", batch=2, sequence=1024, **settings).peak_bytes
+
+    separate = peak(attention="eager", transformers="5.24.0")
+    assert separate == peak(transformers="5.23.4") == peak(transformers="5.15") > 1.1 * peak(transformers="5.24.0")
+    assert peak() in (separate, peak(transformers="5.24.0"))  # of the installed one
+
+
 def test_an_estimate_reads_as_a_line():
     text = str(estimate("llama-2-7b", "lora", checkpointing=True))
     assert text.startswith("llama-2-7b, lora: peak 13.9") and "GB in backward (weights 13.48, " in text
@@ -598,3 +611,20 @@ def test_any_method_on_a_base_in_four_bits(capsys):
         estimate("llama-3.2-1b", "dora", four_bit=True)
     assert cli.main(["memory", "llama-3.2-1b", "--method", "vera", "--four-bit"]) == 0
     assert "vera on a base in four bits, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_an_estimate_runs_without_the_cycle_collector_and_leaves_it_as_it_was(on, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Run, "step", lambda run, step=Run.step: (seen.append(gc.isenabled()), step(run)))
+    was = gc.isenabled()
+    (gc.enable if on else gc.disable)()
+    try:
+        estimate("gpt2", "lora", batch=1, sequence=8)
+        assert (seen, gc.isenabled()) == ([False, False], on)
+        monkeypatch.setattr(Run, "step", lambda run: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            estimate("gpt2", "lora", batch=1, sequence=8)
+        assert gc.isenabled() is on
+    finally:
+        (gc.enable if was else gc.disable)()

@@ -253,10 +253,13 @@ def test_a_changed_base_is_not_merged_into():
         pl.merge(model)
 
 
+UP = dict(target_modules=["up_proj"])
+
+
 @pytest.mark.parametrize("first, second", [
-    (pl.OFTConfig(oft_block_size=4, init_weights=False, target_modules=["up_proj"]), pl.LoRAConfig(init="random", target_modules=["up_proj"])),
-    (pl.DoRAConfig(init="random", target_modules=["up_proj"]), pl.OFTConfig(oft_block_size=4, init_weights=False, target_modules=["up_proj"])),
-    (pl.IA3Config(init="random", target_modules=["up_proj"], feedforward_modules=["up_proj"]), pl.LoHaConfig(init_weights=False, target_modules=["up_proj"])),
+    (pl.OFTConfig(oft_block_size=4, init_weights=False, **UP), pl.LoRAConfig(init="random", **UP)),
+    (pl.DoRAConfig(init="random", **UP), pl.OFTConfig(oft_block_size=4, init_weights=False, **UP)),
+    (pl.IA3Config(init="random", feedforward_modules=["up_proj"], **UP), pl.LoHaConfig(init_weights=False, **UP)),
 ], ids=["oft-lora", "dora-oft", "ia3-loha"])  # fmt: skip
 def test_a_mixture_in_which_one_reads_what_another_changed_is_not_merged(first, second):
     """One adapter alone is, and so is a mixture on different layers."""

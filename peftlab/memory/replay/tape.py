@@ -15,6 +15,7 @@ The rules are those of PyTorch's autograd engine:
 
 from __future__ import annotations
 
+import gc
 import heapq
 import itertools
 import math
@@ -24,6 +25,23 @@ from contextlib import contextmanager
 
 KINDS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace")
 BLOCK = 512  # the caching allocator hands out multiples of this many bytes
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Switch Python's cycle collector off for a while. References are counted as before.
+
+    A replay makes many thousand objects, and nearly all of them live to its end. The collector would look through them
+    and the rest of the process again and again, which takes half of the time once torch is imported.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 class Memory:
