@@ -72,7 +72,8 @@ def test_prints_what_is_stored(path, reader_environment, kernel, tmp_path, recor
     environment = {**reader_environment, "PEFTLAB_HIDDEN": ",".join(hidden_from(path)), **variables}
     own = [environment["PYTHONPATH"], str(Path(__file__).parent), str(BOOK / "_ext")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, own))  # for the plugin
-    command = [sys.executable, "-m", "pytest", "-p", "bound_numbers", "--nbval", *options]
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # the others of this environment take a second to import
+    command = [sys.executable, "-m", "pytest", "-p", "nbval.plugin", "-p", "bound_numbers", "--nbval", *options]
     command += [f"--nbval-cell-timeout={HUNG_SECONDS}"]
     command += ["--nbval-sanitize-with", str(Path(__file__).with_name("sanitise.cfg"))]
     command += ["-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", str(tmp_path), "-q", "--color=no", path.name]

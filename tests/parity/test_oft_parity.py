@@ -52,7 +52,8 @@ def test_same_numbers(case):
     whole_updates.same_numbers(KINDS, kind, **settings)
 
 
-@pytest.mark.parametrize("case", CASES)
+# the number of terms is one field of a folder: 7 stands for 2, 3 and 4
+@pytest.mark.parametrize("case", [case for case in CASES if case not in [f"llama {n} terms" for n in (2, 3, 4)]])
 def test_folders_both_ways(case, tmp_path):
     kind, settings = CASES[case]
     skip_lost_biases(settings, kept=())

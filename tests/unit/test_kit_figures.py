@@ -64,8 +64,10 @@ FIGURES = {
                                                         "b": [("pad", "padding")]}),
     "budget": lambda: figures.budget(ROWS, "r", "score", "layers", x_label="parameters", y_label="score",
                                      reference={"before": 0.1}),
+    # each method in one of the two forms of a block, and one in both
     **{f"block, {method}, {norm}": functools.partial(figures.block, method, norm)
-       for method in transformer.METHODS for norm in transformer.NORMS},
+       for method, norm in zip(transformer.METHODS, itertools.cycle(transformer.NORMS), strict=False)},
+    "block, full, post": functools.partial(figures.block, "full", "post"),
     "lora_dataflow": figures.lora_dataflow,
     "lora_dataflow, step 4": lambda: figures.lora_dataflow(4),
 }
