@@ -55,6 +55,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
+    gc.set_threshold(20_000, 20, 20)  # a model of a test is thousands of objects, and most of them are gone with it
     gc.enable()
 
 

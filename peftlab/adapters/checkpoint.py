@@ -26,7 +26,7 @@ from peftlab.adapters.config_fields import CONFIG, TARGET_FIELDS, classes_of, fr
 from peftlab.adapters.fusing import fused
 from peftlab.adapters.injection import add, check_name, prepare, settle
 from peftlab.adapters.integrity import base_sample, check_base
-from peftlab.adapters.judging import Allowance, check_sizes, warn_of_unknown
+from peftlab.adapters.judging import Allowance, check_ranks, check_sizes, warn_of_unknown
 from peftlab.adapters.key_forms import check_foreign, read_as
 from peftlab.adapters.key_table import (
     as_saved,
@@ -286,6 +286,7 @@ def load_adapter(
         saved = saved._replace(fields=fields, tensors=tensors)
         started = saved.metadata.get(STARTED) if trainable else None
         config = from_fields(root, unfolded(saved.fields, started))
+        check_ranks(saved.folder, config, {key: tuple(tensor.shape) for key, tensor in saved.tensors.items()})
         warn_of_unknown(saved.folder, saved.fields, classes_of(saved.fields), TARGET_FIELDS)
         if not (trainable and saved.encoder):
             config = config.as_stored()

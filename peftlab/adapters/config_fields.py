@@ -18,7 +18,7 @@ from peftlab.catalogue import METHODS, resolve
 from peftlab.core.experts import find_parameters, parameters_of
 from peftlab.core.hooks import base_modules
 from peftlab.core.interface import BESIDE, Config, InTraining, Placement
-from peftlab.core.targets import ALL_LINEAR, Targets, by_pattern, find, names_match
+from peftlab.core.targets import ALL_LINEAR, Targets, by_pattern, find, names_match, present_layers
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.patterns import bounded
 
@@ -164,6 +164,8 @@ def only_present(root: nn.Module, config: Config) -> Config:
             kept = tuple(dict.fromkeys(filter(None, (here(name, matches) for name in names))))
             changes[field] = kept or (None if field == "modules_to_save" else names)
     config = replace(config, **changes)
+    if isinstance(config, Targets):
+        config = replace(config, **present_layers(modules, config))
     paths, changes = adapted_paths(root, config) or modules + parameters, {}
     for field in ("rank_pattern", "alpha_pattern"):
         table = getattr(config, field, None) or {}

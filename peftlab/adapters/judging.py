@@ -59,11 +59,8 @@ def check_sizes(folder: Path, fields: Mapping[str, Any], shapes: Shapes, encoder
     """
     bound = fields.get("peft_type") not in UNBOUND
     asked = [(name, fields.get(name)) for name in SIZES if bound or name != "r"]
-    table = fields.get("rank_pattern")
     if fields.get("peft_type") == "ADALORA":  # its r means nothing, and its init_r is the tensors' only before pruning
-        asked = [] if table else [("init_r", fields.get("init_r"))]
-    if isinstance(table, dict) and bound:
-        asked += [(f"rank_pattern[{key[:60]!r}]", rank) for key, rank in table.items()]
+        asked = [] if fields.get("rank_pattern") else [("init_r", fields.get("init_r"))]
     rows = fields.get(ROWS)
     tables = rows.values() if isinstance(rows, dict) else [rows]
     asked += [(f"{ROWS} of length", len(tokens)) for tokens in tables if isinstance(tokens, list)]
@@ -76,6 +73,17 @@ def check_sizes(folder: Path, fields: Mapping[str, Any], shapes: Shapes, encoder
                 f"The config in {folder} has encoder_num_layers {layers}, but its encoder has {len(encoder)} tensors. "
                 "Save the adapter again."
             )
+
+
+def check_ranks(folder: Path, config: Config, shapes: Shapes) -> None:
+    """Refuse a rank of `rank_pattern` that no tensor in the folder can have as a dimension.
+
+    Args:
+        config: for this model, so without the patterns that mean none of its targets. Those may say any rank.
+    """
+    if config.peft_type not in (*UNBOUND, "ADALORA"):  # AdaLoRA's table holds masks
+        table = getattr(config, "rank_pattern", None) or {}
+        _check_dimensions(folder, [(f"rank_pattern[{key[:60]!r}]", rank) for key, rank in table.items()], shapes)
 
 
 def _check_dimensions(folder: Path, asked: list[tuple[str, Any]], shapes: Shapes) -> None:

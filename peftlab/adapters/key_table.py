@@ -24,6 +24,10 @@ from peftlab.core.targets import names_match
 from peftlab.errors import PeftLabError
 
 PREFIX = "base_model.model."
+LOST_BIASES = (
+    " These are all of its trained biases, which Hugging Face peft before 0.21 left out of its files. If the trained "
+    'model is at hand, save it again with a newer peft. To read the rest, set "bias" to "none" in adapter_config.json.'
+)
 
 
 def sampled(placements: Iterable[Placement]) -> tuple[list[str], list[str]]:
@@ -91,7 +95,9 @@ def check_keys(
     origin = f" The adapter was trained on {trained_on!r}; this model is {base_name(root) or type(root).__name__!r}."
     missing = [key for key in table if key not in tensors]
     if missing:
-        raise PeftLabError(f"{folder} lacks {len(missing)} of {len(table)} keys, the first {missing[0]!r}." + origin)
+        biases = {key for key, placement, _, _ in entries(placements) if placement.name == "bias"}
+        why = LOST_BIASES if biases == set(missing) else origin
+        raise PeftLabError(f"{folder} lacks {len(missing)} of {len(table)} keys, the first {missing[0]!r}." + why)
     for key in drawn.keys() & tensors.keys():
         if not alike(drawn[key], tensors[key]):
             raise PeftLabError(

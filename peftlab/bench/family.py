@@ -2,7 +2,7 @@
 
 smollm2-135m learns two tasks: the support desk (tickets in JSON, by the recipe of `bench lora`), and film reviews,
 which it answers with one token, "negative" or "positive". All variants change the same weights, the queries and values
-of all layers, and take the plain path of `pl.train` in float32. By the same protocol:
+of all layers, in float32. `path` says which path of `pl.train` a run took; both give the same steps. By one protocol:
 
 1. Each variant, in two sizes, tries its learning rates with one seed. If the rate with the lowest loss on the
    validation examples is the lowest or the highest that was tried, the next one is tried as well.
@@ -25,6 +25,10 @@ Sections:
     fullsize    one training step of the shape of a 1B model (random weights), ours beside peft's (see `family_sizes`)
     start       seconds to make each start at that shape
 
+The parts that learn are about 650 runs of 60 steps. Starting their many small kernels takes longer than the kernels, so
+several processes share each GPU: with four GPUs `--jobs 48`, and NVIDIA's MPS running (`nvidia-cuda-mps-control -d`).
+Without it processes take turns on a GPU: 56 of them on four H200 ended no run within the first 70 seconds.
+
 `PREDICTIONS` of `family_variants` holds what each paper leads one to expect. It was written before the first run.
 """
 
@@ -39,6 +43,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import peftlab as pl
@@ -48,7 +53,7 @@ from peftlab.core.modes import device_of
 
 Row = dict[str, Any]
 
-AT_ONCE = 32  # examples of a batch that is only read
+AT_ONCE = 64  # examples of a batch that is only read
 EVA = {"use_label_mask": False}  # all tokens count: of a review only one is learned
 EVA_BATCH = 32  # examples of a batch that EVA reads; it takes as many as its directions need to come to rest
 WORDS = ("negative", "positive")  # one token each; the place in the tuple is the label
@@ -156,19 +161,21 @@ def trained(point: Row, **settings: Any) -> tuple[nn.Module, Row]:
     if "loraplus_lr_ratio" in point:
         settings["loraplus_lr_ratio"] = point["loraplus_lr_ratio"]
     losses: list[float] = []
+    path = None
     try:
         history = pl.train(
             model, examples, tokenizer=tokenizer, steps=point["steps"], batch_size=point["batch_size"],
             learning_rate=point["learning_rate"], seed=point["seed"], precision="fp32", warmup=0.1, schedule="linear",
-            group_by_length=True, fast=False, progress=False, **settings,
+            group_by_length=True, fast=False if "callback" in settings else "auto", progress=False, **settings,
         )  # fmt: skip
         losses = [step["loss"] for step in history.steps]
+        path = history.path.partition(":")[0]
     except pl.TrainingError:
         pass  # divergence is a result too; the model keeps its last finite state
     # the mean of five steps that end here, and of the last ten
     ends = {"loss_10": losses[5:10], "loss_20": losses[15:20], "loss_40": losses[35:40], "train_loss": losses[-10:]}
     row = {name: statistics.fmean(those) if those else None for name, those in ends.items()}
-    return model, {"trainable": pl.count_parameters(model).trainable, **row}
+    return model, {"trainable": pl.count_parameters(model).trainable, "path": path, **row}
 
 
 def config_of(point: Row) -> Any:
@@ -224,19 +231,20 @@ def scored(point: Row, model: nn.Module) -> Row:
 def tested(point: Row, model: nn.Module) -> Row:
     """Return the loss on the test examples, their number, and how many answers are right."""
     tokenizer, examples = lora.base()[1], encoded(point["task"], "test")
-    loss = pl.mean_loss(model, examples, pl.Collator(tokenizer), batch_size=AT_ONCE)
     if point["task"] == "reviews":
-        return {"test_loss": lora.finite(loss), "tested": len(examples), "right": chosen(model, tokenizer, examples)}
+        loss, right = chosen(model, tokenizer, examples)
+        return {"test_loss": lora.finite(loss), "tested": len(examples), "right": right}
+    loss = pl.mean_loss(model, examples, pl.Collator(tokenizer), batch_size=AT_ONCE)
     prompts = [row["prompt"] for row in lora.messages("test")]
-    found = lora.answered(model, tokenizer, prompts, max_new_tokens=24, batch_size=125)
+    found = lora.answered(model, tokenizer, prompts, max_new_tokens=24, batch_size=250)
     return {"test_loss": lora.finite(loss), "tested": found["messages"], "right": found["right"]}
 
 
 @torch.no_grad()
-def chosen(model: nn.Module, tokenizer: Any, examples: list[Any]) -> int:
-    """Return in how many reviews the right one of the two words is the more likely next token."""
+def chosen(model: nn.Module, tokenizer: Any, examples: list[Any]) -> tuple[float, int]:
+    """Return the mean loss of the answers, and how often the right one of the two words is the more likely one."""
     words = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in WORDS]
-    collate, right = pl.Collator(tokenizer), 0
+    collate, total, right = pl.Collator(tokenizer), 0.0, 0
     model.eval()
     for start in range(0, len(examples), AT_ONCE):
         batch = collate(examples[start : start + AT_ONCE])
@@ -244,5 +252,6 @@ def chosen(model: nn.Module, tokenizer: Any, examples: list[Any]) -> int:
         answers = batch.pop("labels")
         rows, places = (answers >= 0).nonzero(as_tuple=True)
         logits = model(**batch).logits[rows, places - 1]  # of the token before the answer
+        total += float(F.cross_entropy(logits.float(), answers[rows, places], reduction="sum"))
         right += int((logits[:, words].argmax(-1) == (answers[rows, places] == words[1])).sum())
-    return right
+    return total / len(examples), right

@@ -10,7 +10,7 @@ Row = dict[str, Any]
 TUNING, SEEDS = 10, (0, 1, 2)  # the seed of the runs that choose a rate, and those of the runs that are scored
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # LoRA's; each variant has its own range of the same ladder
 LOWER, LOWEST, HIGHER = (1e-4, *RATES[:5]), (3e-5, 1e-4, *RATES[:4]), (*RATES[1:], 3e-1)
-TASKS: dict[str, Row] = {"desk": {"steps": 60, "batch_size": 8}, "reviews": {"steps": 100, "batch_size": 16}}
+TASKS: dict[str, Row] = {"desk": {"steps": 60, "batch_size": 8}, "reviews": {"steps": 60, "batch_size": 24}}
 TARGETS = "q_proj,v_proj"
 
 

@@ -126,6 +126,9 @@ def meta_copy(root: nn.Module) -> nn.Module:
                 state = parameter.quant_state
                 empty = torch.empty(tuple(state.shape), dtype=state.dtype, device="meta")
                 known[id(parameter)] = nn.Parameter(empty, False)
+        for name, table in vars(module).items():
+            if "_hooks" in name and isinstance(table, dict):  # copied one by one, they would take most of the time
+                known[id(table)] = type(table)()
         own = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
         for tensor in own:
             if isinstance(tensor, Tensor) and id(tensor) not in known:
@@ -135,9 +138,6 @@ def meta_copy(root: nn.Module) -> nn.Module:
     for module in other.modules():
         for child in [name for name, child in module._modules.items() if name == CHILD]:
             del module._modules[child]
-        for name, table in vars(module).items():
-            if "_hooks" in name and isinstance(table, dict):
-                table.clear()
         give_back(module)
         step_aside(module)
     if "flash" in str(getattr(getattr(other, "config", None), "_attn_implementation", "")):

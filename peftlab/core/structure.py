@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, Enum)
+EXACTLY = frozenset({type(None), bool, int, float, str})  # the commonest of these, found without asking for subclasses
 SEQUENCES, TABLES, SETS = (list, tuple), (dict, OrderedDict), (set, frozenset)
 
 
@@ -60,6 +61,10 @@ class _Reading:
 
     def value(self, value: Any) -> Hashable:
         kind = type(value)
+        if kind in EXACTLY:
+            return kind, value
+        if kind in TABLES and not value:  # as most are: eight of each module are for hooks
+            return kind, ()
         if isinstance(value, PLAIN) or isinstance(value, type):
             return kind, value
         if isinstance(value, Tensor):

@@ -354,20 +354,39 @@ def in_layers(matched: dict[str, nn.Module], config: Targets) -> dict[str, nn.Mo
     wanted: Any = config.layers_to_transform  # `Targets` has made a tuple of a single number
     if wanted is None:
         return matched
-    before = rf"(?:^|.*?\.)(?:{'|'.join(config.layers_pattern)})" if config.layers_pattern else r".*?\.[^.]*"
-    # so a block itself counts too
-    found = {path: patterns.match(rf"{before}\.(?P<index>\d+)\.", path + ".") for path in matched}
-    index = {path: int(match.group("index")) for path, match in found.items() if match}
-    spec = config.target_modules
-    # names that were not given are the last ones of paths, which are whole for modules of the model itself
-    named = [path for path in matched if "." not in path] if spec is None or isinstance(spec, str) else spec
-    whole_paths = set(named) & set(matched)
+    index, whole_paths = blocks_of(matched, config)
     missing = sorted(set(wanted) - set(index.values()))
     if missing:
         there = sorted(set(index.values()))
         span = f"blocks {there[0]} to {there[-1]}" if there else "no numbered blocks"
         raise PeftLabError(f"layers_to_transform names block {missing[0]}; the target modules lie in {span}.")
     return {path: module for path, module in matched.items() if path in whole_paths or index.get(path) in wanted}
+
+
+def blocks_of(matched: Iterable[str], config: Targets) -> tuple[dict[str, int], set[str]]:
+    """Return the index of the block in which each path lies, where it lies in one, and the paths named whole."""
+    before = rf"(?:^|.*?\.)(?:{'|'.join(config.layers_pattern)})" if config.layers_pattern else r".*?\.[^.]*"
+    # so a block itself counts too
+    found = {path: patterns.match(rf"{before}\.(?P<index>\d+)\.", path + ".") for path in matched}
+    spec = config.target_modules
+    # names that were not given are the last ones of paths, which are whole for modules of the model itself
+    named = [path for path in matched if "." not in path] if spec is None or isinstance(spec, str) else spec
+    return {path: int(match.group("index")) for path, match in found.items() if match}, set(named) & set(matched)
+
+
+def present_layers(paths: Iterable[str], config: Targets) -> dict[str, Any]:
+    """Return the changes to a folder's config that leave out blocks without a target, which Hugging Face peft ignores.
+
+    Where no block is left, only the modules that are named by their whole path are meant.
+    """
+    spec, wanted = config.target_modules, config.layers_to_transform
+    if wanted is None or spec is None or isinstance(spec, str):
+        return {}
+    index, whole_paths = blocks_of([path for path in paths if names_match(spec, path)], config)
+    there = tuple(block for block in cast(tuple[int, ...], wanted) if block in index.values())
+    if there or not whole_paths:
+        return {"layers_to_transform": there or wanted}
+    return {"layers_to_transform": None, "layers_pattern": None, "target_modules": tuple(sorted(whole_paths))}
 
 
 def check_carrier(model: nn.Module, path: str, module: nn.Module) -> None:

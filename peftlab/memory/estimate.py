@@ -45,6 +45,7 @@ ATTENTIONS = ("sdpa", "eager")
 ADAPTER_PRECISIONS = {"fp32": 4, "bf16": 2}
 MOST = 2**24  # the most tokens, and the most examples
 CONTIGUOUS_BIAS = (5, 20)  # the version of transformers that changed T5's bias
+FUSED_GPTJ = (5, 24)  # the version of transformers that let GPT-J take fused attention
 DECODER_HEADS = ("language model", "classifier", "token classifier")  # the heads of decoders that are replayed
 UNUSED_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")
 POINTS = 2000  # the most points of a step's history that are kept
@@ -166,7 +167,8 @@ def estimate(
             identity matrix. Methods that are no relatives of LoRA are replayed as in peft.
         four_bit: whether the base is held in four bits, whatever the method. None: only for `qlora`.
         transformers: the version whose forward pass is replayed. None takes the installed one, or else the newest. It
-            matters only for T5, whose self-attention is not fused before 5.20.
+            matters for T5, whose self-attention is not fused before 5.20, and for GPT-J, whose attention is not before
+            5.24. (Gemma 2's was fused before 5.21, without its soft cap; its estimate is that of 5.21 and later.)
         gpus: the number of GPUs that train together. `batch` is the batch of each.
         parallel: `"ddp"` (each GPU holds everything) or `"fsdp"` (each block, and the rest, is divided into shards).
 
@@ -209,8 +211,8 @@ def estimate(
         chunked_loss=_is_decoder(one_of("chunked_loss", chunked_loss, (True, False)), shape),
         optimizer=optimizer,
         four_bit=four_bit,
-        fused_attention=attention == "sdpa",
-        contiguous_bias=shape.kind != "encoder-decoder" or _contiguous_bias(transformers),
+        fused_attention=attention == "sdpa" and (shape.family != "gptj" or _since(FUSED_GPTJ, transformers)),
+        contiguous_bias=shape.kind != "encoder-decoder" or _since(CONTIGUOUS_BIAS, transformers),
         library=library,
         gpus=gpus,
         sharded=parallel == "fsdp",
@@ -261,15 +263,15 @@ def _is_decoder(chunked_loss: bool, shape: Shape) -> bool:
     return chunked_loss
 
 
-def _contiguous_bias(transformers: str | None) -> bool:
-    """Say whether T5's position bias is contiguous, as a fused kernel needs it. It is since transformers 5.20."""
+def _since(release: tuple[int, int], transformers: str | None) -> bool:
+    """Say whether a version of transformers, or else the installed one, is this release or a newer one."""
     if transformers is None:
         try:
             transformers = version("transformers")
         except PackageNotFoundError:
             return True
     try:
-        return tuple(int(part) for part in transformers.split(".")[:2]) >= CONTIGUOUS_BIAS
+        return tuple(int(part) for part in transformers.split(".")[:2]) >= release
     except ValueError:
         raise PeftLabError(f"transformers must be a version such as '5.20.0'; found {transformers!r}.") from None
 

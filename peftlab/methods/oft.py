@@ -262,6 +262,7 @@ class OFTConfig(Targets):
             PeftLabError: an older release of peft wrote the folder, whose series was another one.
         """
         series = bool(fields.get("use_cayley_neumann", True))
+        terms = fields.get("num_cayley_neumann_terms", 5)
         found = re.match(r"(\d+)\.(\d+)", str(fields.get("peft_version")))
         if series and (found is None or tuple(map(int, found.groups())) < (0, 18)):
             raise PeftLabError(
@@ -277,7 +278,7 @@ class OFTConfig(Targets):
             "eps": fields.get("eps", 6e-5),
             "block_share": bool(fields.get("block_share", False)),
             "use_cayley_neumann": series,
-            "num_cayley_neumann_terms": fields.get("num_cayley_neumann_terms", 5),
+            "num_cayley_neumann_terms": terms if series else max(terms, 2),  # without the series it means nothing
             "module_dropout": fields.get("module_dropout", 0.0),
             "init_weights": bool(fields.get("init_weights", True)),
         }

@@ -1,6 +1,5 @@
 """The same small model twice: one carries our adapter, the other Hugging Face peft's, with equal numbers."""
 
-import copy
 import functools
 import re
 import warnings
@@ -8,6 +7,7 @@ import warnings
 import peft
 import torch
 from peft.utils import get_peft_model_state_dict
+from tiny import twin_of
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -61,7 +61,7 @@ def base(kind, dtype=torch.float64, seed=0):
     """A model with weights of ordinary size, biases among them (transformers starts those at zero)."""
     model, drawn = _base(kind, dtype, seed)
     torch.set_rng_state(drawn)
-    return copy.deepcopy(model)
+    return twin_of(model)
 
 
 @functools.cache
@@ -119,7 +119,7 @@ def peft_state(model, name="default"):
 def pair(kind, dtype=torch.float64, seed=0, adapter_dtype=None, **settings):
     """(ours, theirs): equal bases and equal adapters; the key sets and shapes are compared on the way."""
     model = base(kind, dtype, seed)
-    twin = copy.deepcopy(model)
+    twin = twin_of(model)
     pl.attach(model, pl.LoRAConfig(init="random", **settings), adapter_dtype=adapter_dtype)
     theirs = peft_model(twin, **settings)
     give(theirs, model)
@@ -177,8 +177,9 @@ def gradients(parameters):
 def three_steps(ours, theirs, inputs, states):
     """Both train for three AdamW steps: equal outputs and gradients in each, and parameters after it.
 
-    `states()` gives the trained parameters of both, by the same keys.
+    `states()` gives the trained parameters of both, by the same keys: the live ones, so that it is asked once.
     """
+    both = states()
     ours.train(), theirs.train()
     mine, other = optimiser(ours), optimiser(theirs)
     for _ in range(3):
@@ -186,8 +187,8 @@ def three_steps(ours, theirs, inputs, states):
         assert relative(found.logits, expected.logits) < 1e-9
         found.loss.backward()
         expected.loss.backward()
-        same(*map(gradients, states()))
+        same(*map(gradients, both))
         for one in (mine, other):
             one.step()
             one.zero_grad()
-        same(*states())
+        same(*both)

@@ -1,12 +1,12 @@
 """The same small model twice with virtual tokens: ours and Hugging Face peft's, with equal numbers, T5 among them."""
 
-import copy
+import functools
 import inspect
 import warnings
 
 import peft
 import torch
-from pairs import base, batch
+from pairs import base, batch, twin_of
 from transformers import T5Config, T5ForConditionalGeneration
 
 import peftlab as pl
@@ -35,8 +35,11 @@ NAMES = {"rows": "embedding.weight", "embedding": "embedding.weight", "inner": "
 
 
 def model_of(kind, seed=0, dtype=torch.float64):
-    if kind != "t5":
-        return base(kind, dtype, seed)
+    return twin_of(t5(seed, dtype)) if kind == "t5" else base(kind, dtype, seed)
+
+
+@functools.cache
+def t5(seed, dtype):
     torch.manual_seed(seed)
     model = T5ForConditionalGeneration(T5Config(**T5)).to(dtype).eval()
     with torch.no_grad():
@@ -64,7 +67,7 @@ def configs(kind, method, n=5, **more):
 def pair(kind, method, n=5, seed=0, dtype=torch.float64):
     """(ours, theirs): equal bases and equal adapters."""
     model = model_of(kind, seed, dtype)
-    twin = as_peft_expects(copy.deepcopy(model))
+    twin = as_peft_expects(twin_of(model))
     mine, other = configs(kind, method, n)
     torch.manual_seed(3)
     pl.attach(model, mine)

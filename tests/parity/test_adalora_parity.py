@@ -1,6 +1,5 @@
 """AdaLoRA held to Hugging Face peft in float64: steps through pruning with equal masks, and folders both ways."""
 
-import copy
 import json
 import warnings
 from types import SimpleNamespace
@@ -8,7 +7,8 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
-from pairs import RENAMED, base, batch, give, gradients, live, optimiser, our_state, relative, same
+from pairs import RENAMED, base, batch, give, gradients, live, optimiser, our_state, relative, same, twin_of
+from releases import skip_lost_biases
 from safetensors.torch import load_file
 from test_lora_folders import output, peft_open, peft_save, shapes
 from test_qlora_parity import bitsandbytes_layers
@@ -34,7 +34,7 @@ def pair(kind, model=None, **settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = peft.get_peft_model(
-            copy.deepcopy(model), peft.AdaLoraConfig(init_lora_weights=False, **theirs), low_cpu_mem_usage=False
+            twin_of(model), peft.AdaLoraConfig(init_lora_weights=False, **theirs), low_cpu_mem_usage=False
         )
     mine = {name: value for name, value in settings.items() if name not in IGNORED}
     pl.attach(model, pl.AdaLoRAConfig(init="random", **mine))
@@ -83,6 +83,7 @@ def train(ours, theirs, inputs, steps, first=1):
 @pytest.mark.parametrize("case", CASES)
 def test_twelve_steps_through_pruning(case):
     kind, settings = CASES[case]
+    skip_lost_biases(settings)
     ours, theirs = pair(kind, **settings)
     assert pl.count_parameters(ours)[:2] == theirs.get_nb_trainable_parameters()
     train(ours, theirs, batch(kind), 12)

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from pairs import give, gradients, live, our_state, peft_model, relative, same, three_steps
+from releases import older, skip_lost_biases
 from torch import nn
 
 import peftlab as pl
@@ -91,7 +92,9 @@ def test_lora_has_the_same_numbers(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_dora_has_the_same_numbers(case):
-    ours, theirs = dora(case, bias="lora_only" if case in ("3 x 3", "1d, 1") else "none")
+    settings = {"bias": "lora_only" if case in ("3 x 3", "1d, 1") else "none"}
+    skip_lost_biases(settings)
+    ours, theirs = dora(case, **settings)
     assert pl.count_parameters(ours)[:2] == theirs.get_nb_trainable_parameters()
     three_steps(ours, theirs, inputs(case), lambda: (our_state(ours), live(theirs)))
 
@@ -99,6 +102,7 @@ def test_dora_has_the_same_numbers(case):
 @pytest.mark.parametrize("settings", [{"lora_bias": True}, {"bias": "lora_only"}, {"use_rslora": True}], ids=str)
 @pytest.mark.parametrize("case", ["3 x 3", "groups"])
 def test_options_of_lora(case, settings):
+    skip_lost_biases(settings)
     ours, theirs = lora(case, r=4, **settings)
     three_steps(ours, theirs, inputs(case), lambda: (our_state(ours), live(theirs)))
 
@@ -136,7 +140,9 @@ def test_merged_and_unmerged(case):
         else:
             pl.merge(ours)
             assert relative(ours(**inputs(case)).logits, expected) < 1e-12
-            same({"weight": ours.conv.weight}, {"weight": theirs.merge_and_unload().conv.weight}, 1e-12)
+            # before 0.21, peft does not give the scales of inputs to groups: an error, or a weight of another shape
+            if not (older("peft", "0.21") and method == "ia3 1" and ours.conv.groups > 1):
+                same({"weight": ours.conv.weight}, {"weight": theirs.merge_and_unload().conv.weight}, 1e-12)
             pl.unmerge(ours)
         assert all(torch.equal(value, start[name]) for name, value in ours.state_dict().items())
         assert torch.equal(ours(**inputs(case)).logits, expected)

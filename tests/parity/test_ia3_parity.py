@@ -1,13 +1,12 @@
 """IA3 held to Hugging Face peft: counts, outputs, gradients, three AdamW steps, folders both ways, merged weights."""
 
-import copy
 import json
 import warnings
 
 import peft
 import pytest
 import torch
-from pairs import base, batch, give, gradients, live, our_state, peft_state, relative, same, three_steps
+from pairs import base, batch, give, gradients, live, our_state, peft_state, relative, same, three_steps, twin_of
 from safetensors.torch import load_file
 from test_lora_folders import output, peft_open, peft_save, shapes
 
@@ -45,7 +44,7 @@ def theirs_of(model, **settings):
 def pair(kind, dtype=torch.float64, **settings):
     """(ours, theirs): equal bases and equal scales, all away from one."""
     model = base(kind, dtype)
-    twin = copy.deepcopy(model)
+    twin = twin_of(model)
     pl.attach(model, pl.IA3Config(init="random", **settings))
     theirs = theirs_of(twin, **settings)
     give(theirs, model)

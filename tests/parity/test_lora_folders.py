@@ -8,7 +8,7 @@ import pytest
 import torch
 from pairs import WRAPPER, base, batch, our_state, pair, peft_model, relative
 from releases import skip_lost_biases
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_lora_parity import CASES
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
@@ -211,3 +211,48 @@ def test_a_folder_of_peft_is_put_back_only_into_the_same_adapter(tmp_path):
     other = pl.attach(base("llama"), pl.LoRAConfig(**{**settings, "alpha_pattern": {}}))
     with pytest.raises(pl.PeftLabError, match="alpha_pattern"):
         restore_adapter(other, tmp_path, "default")
+
+
+@pytest.mark.parametrize("settings", [
+    dict(target_modules=["lm_head"], layers_to_transform=1),
+    dict(target_modules=["lm_head"], layers_to_transform=[0, 7], layers_pattern=["layers", "h"]),
+    dict(target_modules=["lm_head", "q_proj"], layers_to_transform=[7, 1]),
+    dict(target_modules=["v_proj"], layers_to_transform=[2, 9], layers_pattern="layers"),
+    dict(target_modules=["lm_head", "q_proj"], layers_to_transform=[8]),
+], ids=str)  # fmt: skip
+def test_blocks_that_hold_no_target_are_passed_over_as_in_peft(settings, tmp_path):
+    """In `attach` they are an error, but in a folder the keys say what was trained."""
+    theirs = peft_model(base("llama"), r=3, **settings)
+    peft_save(theirs, tmp_path)
+    loaded = pl.load_adapter(base("llama"), tmp_path)
+    assert relative(output(loaded, "llama"), output(theirs, "llama")) < 1e-12
+    pl.save_adapter(loaded, tmp_path / "ours")
+    opened, _ = peft_open(base("llama"), tmp_path / "ours")
+    assert relative(output(opened, "llama"), output(theirs, "llama")) < 1e-12
+    with pytest.raises(pl.PeftLabError, match="layers_to_transform names block"):
+        pl.attach(base("llama"), pl.LoRAConfig(**settings))
+
+
+@pytest.mark.parametrize("settings, config", [
+    (dict(bias="lora_only", init_lora_weights=False), peft.LoraConfig),
+    (dict(bias="vera_only", r=3, init_weights=False), peft.VeraConfig),
+    (dict(bias="all", r=0, oft_block_size=6, init_weights=False), peft.OFTConfig),
+])  # fmt: skip
+def test_a_folder_whose_biases_were_lost_is_refused_and_says_what_to_do(settings, config, tmp_path):
+    """peft 0.20 writes such folders. A newer one gives the biases, which are taken out here."""
+    theirs = peft.get_peft_model(base("bert"), config(target_modules=["query", "value"], **settings))
+    peft_save(theirs, tmp_path)
+    weights, fields = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    whole = load_file(weights)
+    save_file({key: value for key, value in whole.items() if not key.endswith("bias")}, weights)
+    with pytest.raises(pl.PeftLabError, match='all of its trained biases.* before 0.21 .* "bias" to "none"'):
+        pl.load_adapter(base("bert"), tmp_path)
+    fields.write_text(json.dumps(json.loads(fields.read_text()) | {"bias": "none"}))
+    found, expected = output(pl.load_adapter(base("bert"), tmp_path), "bert"), output(theirs, "bert")
+    assert relative(found, expected) < 1e-12 < relative(output(base("bert"), "bert"), expected)
+    biases = [key for key in whole if key.endswith("bias")]
+    if len(biases) > 1:  # one that is missing is another fault
+        save_file({key: value for key, value in whole.items() if key != biases[0]}, weights)
+        fields.write_text(json.dumps(json.loads(fields.read_text()) | {"bias": settings["bias"]}))
+        with pytest.raises(pl.PeftLabError, match="lacks 1 of .* this model is"):
+            pl.load_adapter(base("bert"), tmp_path)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pairs import base, batch, give, gradients, live, our_state, peft_config, relative, same
 from peft.optimizers import create_loraplus_optimizer
+from releases import skip_before
 
 import peftlab as pl
 from peftlab.settings import Settings
@@ -26,6 +27,7 @@ CASES = {
     "bert, layer norms and heads in full": ("bert", pl.LoRAConfig, dict(
         target_modules=["query"], modules_to_save=["output.LayerNorm", "classifier"])),
 }  # fmt: skip
+EMBEDDINGS = {"embed_tokens", "wte"}
 
 
 def pair(case):
@@ -50,6 +52,8 @@ def ours_of(model, **settings):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("slow", [None, 0.002])
 def test_three_steps_are_those_of_pefts_optimizer(case, slow):
+    if EMBEDDINGS & set(CASES[case][2]["target_modules"]):
+        skip_before("peft", "0.21", "create_loraplus_optimizer takes an embedding's A and B for a linear layer's")
     kind, ours, theirs = pair(case)
     more = {} if slow is None else {"loraplus_lr_embedding": slow}
     mine = ours_of(ours, **more)

@@ -6,6 +6,7 @@ import memory_oracle
 import peft
 import pytest
 import torch
+from releases import skip_before
 from test_memory_replay import replayed
 
 import peftlab as pl
@@ -56,6 +57,11 @@ EAGER = ("gemma2", "gpt_oss", "bloom")  # transformers has no fused attention fo
 SIZE = {"batch": 2, "sequence": 128}
 
 
+def skip_fixed_attention(name, fused):
+    if name == "gptj" and fused:
+        skip_before("transformers", "5.24", "GPT-J has its own attention only, and takes no function from elsewhere")
+
+
 def config_of(name):
     return {"model_type": name.partition(",")[0], **CONFIGS[name]}
 
@@ -75,6 +81,7 @@ def test_the_peak_is_that_of_the_real_step(name, method, checkpointing, monkeypa
     found = replayed(
         shape, method, bytes=2, checkpointing=checkpointing, targets=tuple(names), fused=not eager, **SIZE
     )  # fmt: skip
+    skip_fixed_attention(name, fused=not eager)
     expected = memory_oracle.measure(
         config, "decoder", adapter, dtype=torch.bfloat16, checkpointing=checkpointing, monkeypatch=monkeypatch,
         attention="eager" if eager else "fused_stand_in", **SIZE,
@@ -89,6 +96,7 @@ def test_the_peak_is_that_of_the_real_step(name, method, checkpointing, monkeypa
 )  # fmt: skip
 def test_full_fine_tuning_with_checkpointing(name, bytes, fused, monkeypatch):
     """In float32, where no fused kernel takes grouped heads, and in separate operations: within 1%."""
+    skip_fixed_attention(name, fused)
     config = config_of(name) | ({"num_key_value_heads": 1} if name in ("qwen2_moe", "glm4") else {})
     for size in (SIZE, {"batch": 1, "sequence": 72}):
         found = replayed(load_shape(config), "full", bytes=bytes, checkpointing=True, fused=fused, **size)
@@ -167,6 +175,8 @@ def same_peak_on_experts(family, library, checkpointing, monkeypatch, parameters
 )  # fmt: skip
 def test_the_peak_of_lora_on_experts(family, library, checkpointing, monkeypatch):
     """The sum of all experts and their update is a tensor as large as the experts. peftlab makes it twice."""
+    if library == "peft":
+        skip_before("peft", "0.21", "it makes the update of all experts, too, before it adds the update to them")
     same_peak_on_experts(family, library, checkpointing, monkeypatch)
 
 

@@ -66,10 +66,15 @@ def test_a_decoder_that_classifies(kind, method):
             assert relative(theirs(**inputs).logits[0], together[0]) > 0.01
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("pads", ["left", "right", "none"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("kind", "method", "pads", "attention"),
+    [  # every method with every padding on every model; each of these three meets both kinds of attention
+        (kind, method, pads, ("sdpa", "eager")[(one + two + three) % 2])
+        for one, kind in enumerate(("llama", "gpt2"))
+        for two, method in enumerate(METHODS)
+        for three, pads in enumerate(("left", "right", "none"))
+    ],
+)
 def test_padding_and_attention(kind, method, pads, attention):
     ours, theirs = pair(kind, method)
     ours.set_attn_implementation(attention), theirs.base_model.set_attn_implementation(attention)
@@ -97,9 +102,14 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("kind", "method", "way"),
+    [  # every method in every way, on models in turn: each model meets each method and each way
+        (("llama", "gpt2", "t5")[(one + two) % 3], method, way)
+        for one, method in enumerate(METHODS)
+        for two, way in enumerate(WAYS)
+    ],
+)
 def test_generation(kind, method, way):
     ours, theirs = pair(kind, method)
     inputs = {**padded(kind, "left"), **WAYS[way], "max_new_tokens": 7, "pad_token_id": 0}

@@ -1,11 +1,10 @@
 """What LoHa, LoKr and OFT are held to alike, against Hugging Face peft in float64: each test file calls these."""
 
-import copy
 import json
 import warnings
 
 import torch
-from pairs import base, batch, give, live, our_state, relative, same, three_steps
+from pairs import base, batch, give, live, our_state, relative, same, three_steps, twin_of
 from test_convolutions import Net
 from test_lora_folders import output, peft_open, peft_save, shapes
 
@@ -27,7 +26,7 @@ def pair(kinds, kind, dtype=torch.float64, model=None, scramble=True, **settings
         kinds: our config class, and peft's.
     """
     model = base(kind, dtype) if model is None else model
-    twin = copy.deepcopy(model)
+    twin = twin_of(model)
     pl.attach(model, kinds[0](**{"init_weights": False, **settings}))
     theirs = theirs_of(twin, kinds[1](**{"init_weights": False, **settings}))
     give(theirs, model, scramble=scramble)

@@ -443,6 +443,17 @@ def test_it_needs_no_torch():
     subprocess.run([sys.executable, "-c", "\n".join(line.strip() for line in code.splitlines())], check=True)
 
 
+def test_gptj_has_no_fused_attention_before_transformers_5_24():
+    config = {"model_type": "gptj", "n_embd": 256, "n_head": 4, "n_layer": 2, "rotary_dim": 16, "vocab_size": 1000}
+
+    def peak(**settings):
+        return estimate(config, "lora", batch=2, sequence=1024, **settings).peak_bytes
+
+    separate = peak(attention="eager", transformers="5.24.0")
+    assert separate == peak(transformers="5.23.4") == peak(transformers="5.15") > 1.1 * peak(transformers="5.24.0")
+    assert peak() in (separate, peak(transformers="5.24.0"))  # of the installed one
+
+
 def test_an_estimate_reads_as_a_line():
     text = str(estimate("llama-2-7b", "lora", checkpointing=True))
     assert text.startswith("llama-2-7b, lora: peak 13.9") and "GB in backward (weights 13.48, " in text

@@ -41,7 +41,45 @@ def same_example_mask(positions):
     return torch.tensor([[start[i] <= j <= i for j in places] for i in places])
 
 
+def direction_by_autograd(v, m, g):
+    v = v.clone().requires_grad_()
+    (m * v / v.norm()).backward(g)
+    return v.grad
+
+
+def by_pieces(P, L, Q, of_P, of_L, of_Q):
+    """Piece by piece: its number, and the means over its column of P and its row of Q."""
+    return torch.stack([abs(L[i] * of_L[i]) + (P[:, i] * of_P[:, i]).abs().mean() + (Q[i] * of_Q[i]).abs().mean()
+                        for i in range(len(L))])
+
+
 ANSWERS = {
+    "family.dora_count": (483_840, 460_800, 7),
+    "family.vera_count": (38_400, 30_720, 7),
+    "family.dora": (
+        lambda W, A, B, m, s: torch.diag(m) @ torch.nn.functional.normalize(W + s * B @ A, dim=1),
+        lambda W, A, B, m, s: torch.diag(m) @ torch.nn.functional.normalize(W + B @ A, dim=1),
+        lambda W, A, B, m, s: W,
+    ),
+    "family.direction": (direction_by_autograd, lambda v, m, g: m * g / v.norm(), lambda v, m, g: g),
+    "family.budget": (
+        lambda step, first, last, steps, start, end: end + (start - end)
+        * (1 - max(0, min(step, steps - last) - first) / (steps - first - last)) ** 3,
+        lambda step, first, last, steps, start, end: end + (start - end)
+        * (1 - max(0, min(step, steps - last) - first) / (steps - first - last)),
+        lambda step, first, last, steps, start, end: start,
+    ),
+    "family.score": (by_pieces, lambda P, L, Q, of_P, of_L, of_Q: (L * of_L).abs(), lambda P, L, Q, *gradients: L),
+    "family.rate": (0.00125, 0.08, 1.0),
+    "family.window": (0.00390625, 0.0078125, 0.5),
+    "family.loha": (16, 8, 7),
+    "family.convert": (lambda A, B, A0, B0: (torch.vstack([A0, A]), torch.hstack([-B0, B])),
+                       lambda A, B, A0, B0: (torch.vstack([A0, A]), torch.hstack([B0, B])),
+                       lambda A, B, A0, B0: (A, 3 * B)),
+    "family.cayley": (lambda S: torch.linalg.solve((torch.eye(len(S)) - S).T, (torch.eye(len(S)) + S).T).T,
+                      lambda S: torch.linalg.inv(torch.eye(len(S)) + S) @ (torch.eye(len(S)) - S), lambda S: S),
+    "family.errors": (1.7936, 2.5346, 7),
+    "family.serve": ("rslora", None, "oft"),
     "recipes.steps": (375, 3000, 11),
     "recipes.labels": (lambda prompt, answer, end: [-100 for _ in prompt] + answer + [end],
                        lambda prompt, answer, end: [-100] * len(prompt) + answer, lambda prompt, answer, end: []),

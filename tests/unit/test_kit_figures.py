@@ -54,6 +54,9 @@ FIGURES = {
     "agreement": lambda: figures.agreement({"grid": [(1e9, 1.01e9), (5e10, 5e10)], "by chance": [(2e9, 1.9e9)]}),
     "adapter_places": figures.adapter_places,
     "places of families": figures.families,
+    "intervals": lambda: figures.intervals({"LoRA": (0.5, 0.45, 0.55), "DoRA": (0.6, 0.5, 0.7)}, x_label="score",
+                                           reference="LoRA", repeats={"DoRA": [0.5, 0.7]}, percent=True),
+    "places of lora_family": figures.lora_family,
     "places of virtual_tokens": figures.virtual_tokens,
     "block_steps": lambda: figures.block_steps([0.5, -2.0, 0.0, 1.0], [i / 7 - 1 for i in range(16)]),
     "adapter_places, post": lambda: figures.adapter_places("post"),
@@ -61,8 +64,10 @@ FIGURES = {
                                                         "b": [("pad", "padding")]}),
     "budget": lambda: figures.budget(ROWS, "r", "score", "layers", x_label="parameters", y_label="score",
                                      reference={"before": 0.1}),
+    # each method in one of the two forms of a block, and one in both
     **{f"block, {method}, {norm}": functools.partial(figures.block, method, norm)
-       for method in transformer.METHODS for norm in transformer.NORMS},
+       for method, norm in zip(transformer.METHODS, itertools.cycle(transformer.NORMS), strict=False)},
+    "block, full, post": functools.partial(figures.block, "full", "post"),
     "lora_dataflow": figures.lora_dataflow,
     "lora_dataflow, step 4": lambda: figures.lora_dataflow(4),
 }
@@ -314,6 +319,15 @@ COLOURED = {
 def test_a_block_colours_what_the_method_trains(method):
     found = tuple(len(trained(figures.block(method, norm))) for norm in ("pre", "post"))
     assert found == COLOURED[method]
+
+
+def test_the_family_colours_what_each_method_trains():
+    """A vector on a diagonal is five pieces, a rotation three blocks; VeRA's own matrices are frozen."""
+    found = {axes.get_title(): len([patch for patch in axes.patches
+                                    if to_hex(patch.get_facecolor()) == style.ROLES["adapter"]])
+             for axes in figures.lora_family().axes}
+    assert found == {"full": 1, "LoRA": 2, "rsLoRA": 2, "LoRA+": 2, "DoRA": 7, "AdaLoRA": 7, "VeRA": 10, "PiSSA": 2,
+                     "EVA": 2, "LoHa": 4, "LoKr": 2, "OFT": 3}
 
 
 @pytest.mark.parametrize("norm", transformer.NORMS)

@@ -452,8 +452,7 @@ def test_the_saved_base_is_the_base_and_detached_it_is_as_before(name, kind, tmp
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("kind", "checkpointing"), [(kind, i % 2 == 0) for i, kind in enumerate(CONFIGS)])
 def test_a_run_goes_on_to_the_bit(kind, checkpointing, tmp_path):
     data = tiny.examples()
     settings = dict(tokenizer=tiny.tokenizer(), batch_size=3, learning_rate=0.05, checkpointing=checkpointing,
@@ -477,8 +476,9 @@ def test_a_run_goes_on_to_the_bit(kind, checkpointing, tmp_path):
     assert all(torch.equal(value, start[name]) != ("peftlab" in name) for name, value in whole.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", ["prompt", "deep", "p-tuning", "prefix"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"), [("prompt", True), ("deep", False), ("p-tuning", False), ("prefix", True)]
+)
 def test_an_encoder_decoder_learns(kind, checkpointing):
     torch.manual_seed(8)
     model = pl.attach(t5(), CONFIGS[kind])
@@ -650,9 +650,13 @@ def test_a_prompt_cannot_be_merged():
 
 
 @pytest.mark.parametrize(
-    "shape", ["gpt2", "bert-base", "minilm", "smollm2-135m", "llama-3.1-8b", "qwen2.5-0.5b", "t5-base"]
-)
-@pytest.mark.parametrize("method", ["prompt", "p-tuning", "prefix"])
+    ("shape", "method"),
+    [  # every shape, and every method on a decoder, on one with grouped heads, on an encoder and on both in one
+        ("gpt2", "prompt"), ("gpt2", "p-tuning"), ("gpt2", "prefix"), ("bert-base", "prompt"),
+        ("bert-base", "p-tuning"), ("minilm", "prefix"), ("smollm2-135m", "p-tuning"), ("llama-3.1-8b", "prefix"),
+        ("qwen2.5-0.5b", "prompt"), ("t5-base", "prompt"), ("t5-base", "p-tuning"), ("t5-base", "prefix"),
+    ],
+)  # fmt: skip
 def test_counts_are_those_of_the_arithmetic(shape, method):
     """Attached to the real shape, without numbers."""
     from transformers import (

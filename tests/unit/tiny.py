@@ -1,7 +1,9 @@
 """Models and tokenizers small enough to train in a test, built from nothing: no download, fixed by a seed."""
 
+import copy
 import dataclasses
 import random
+from collections import OrderedDict
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -9,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 torch.set_num_threads(1)  # at this size a second thread only waits for the first
 
+BUILT = {}  # models by what they were built from, and where the random numbers stood then
 WORDS = ["yes", "no", "red", "green", "blue", "cat", "dog", "runs", "sleeps", "the", "a", "?", "."]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }} {{ message['content'] }}<|end|>{% endfor %}"
@@ -35,7 +38,30 @@ def tokenizer(chat: bool = False, pad: bool = True) -> PreTrainedTokenizerFast:
 
 
 def llama(seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float32, **settings) -> LlamaForCausalLM:
-    """A Llama with grouped-query attention (4 heads, 2 key-value heads), hidden size 16 and 32 words."""
+    """A Llama with grouped-query attention (4 heads, 2 key-value heads), hidden size 16 and 32 words.
+
+    A copy of one that was built before, where there is one: that takes a third of the time. Where the random numbers
+    stand afterwards is the same either way.
+    """
+    key = (seed, layers, dtype, torch.get_default_dtype(), torch.get_default_device(), repr(sorted(settings.items())))
+    if key not in BUILT:
+        model = built(seed, layers, dtype, settings)
+        if model.device.type != "cpu" or model.num_parameters() > 100_000:  # inside `with torch.device("meta")`, say
+            return model
+        BUILT[key] = model, torch.get_rng_state()
+    model, drawn = BUILT[key]
+    torch.set_rng_state(drawn)
+    return twin_of(model)
+
+
+def twin_of(model):
+    """A deep copy. What is empty (the tables of hooks: eight in each module) is made, not copied: that is faster."""
+    tables = (one for module in model.modules() for one in vars(module).values())
+    empty = {id(one): type(one)() for one in tables if type(one) in (dict, OrderedDict, set) and not one}
+    return copy.deepcopy(model, empty)
+
+
+def built(seed, layers, dtype, settings):
     torch.manual_seed(seed)
     values = {
         "vocab_size": 32,

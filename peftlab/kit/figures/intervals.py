@@ -1,0 +1,60 @@
+"""A chart of measured values with their errors: one line for each thing that is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from peftlab.checks import checked
+from peftlab.kit.figures.style import COLOURS, GREY, drawn, new
+
+
+@checked()
+@drawn()
+def intervals(
+    values: Mapping[str, tuple[float, float, float]],
+    *,
+    x_label: str,
+    reference: str | None = None,
+    repeats: Mapping[str, Sequence[float]] | None = None,
+    percent: bool = False,
+    log_x: bool = False,
+) -> Figure:
+    """Draw each value as a point with a bar from its lower to its upper end, one below the other.
+
+    Args:
+        values: {name: (value, lower end, upper end)}, drawn from top to bottom.
+        x_label: what is measured and what a bar is, with units in brackets.
+        reference: the name of the row to compare with. Dotted lines go through its two ends.
+        repeats: {name: values} of single runs, drawn as strokes on the bar.
+        percent: write the x axis as percentages of 1.
+        log_x: a logarithmic axis.
+
+    Raises:
+        PeftLabError: the reference is not among the names.
+
+    >>> pl.figures.intervals({"LoRA": (0.48, 0.46, 0.5), "DoRA": (0.47, 0.45, 0.49)}, x_label="right", percent=True)
+    <Figure size 896x243.6 with 1 Axes>
+    """
+    figure, axes = new(height=1.1 + 0.32 * len(values))
+    for place, (name, (middle, low, high)) in enumerate(values.items()):
+        colour, marker = (COLOURS[1], "s") if name == reference else (COLOURS[0], "o")
+        axes.plot([low, high], [place, place], color=colour, linewidth=1.8, zorder=3)
+        axes.plot([middle], [place], color=colour, marker=marker, markersize=6, zorder=4)
+        for value in (repeats or {}).get(name, ()):
+            axes.plot([value], [place], color=colour, marker="|", markersize=11, zorder=4)
+    if reference is not None:
+        for end in values[reference][1:]:
+            axes.axvline(end, color=GREY, linestyle=":", linewidth=1.2, zorder=1)
+    axes.set_yticks(range(len(values)), list(values))
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    if log_x:
+        axes.set_xscale("log")
+    if percent:
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.set_xlabel(x_label)
+    return figure
