@@ -25,7 +25,7 @@ from peftlab.adapters.card import CARD, card, may_write
 from peftlab.adapters.config_fields import CONFIG, TARGET_FIELDS, classes_of, from_fields, method_name, to_fields
 from peftlab.adapters.fusing import fused
 from peftlab.adapters.injection import add, check_name, prepare, settle
-from peftlab.adapters.integrity import base_sample, check_base
+from peftlab.adapters.integrity import REST, base_sample, check_base, check_rest, rest_sample
 from peftlab.adapters.judging import Allowance, check_ranks, check_sizes, warn_of_unknown
 from peftlab.adapters.key_forms import check_foreign, read_as
 from peftlab.adapters.key_table import (
@@ -217,6 +217,8 @@ def adapter_state(model: nn.Module, name: str, portable: bool = False) -> State:
     if encoder:
         metadata["peftlab_encoder"] = digest(encoder)
     init = getattr(config, "init", "")
+    if rest := rest_sample(root, (path for path, _, part in placements if getattr(part, "on_rest", False))):
+        metadata[REST] = json.dumps(rest)
     if from_weight(init) and not portable:
         metadata[STARTED] = init
     parameters = sum(parameter.numel() for placement in placements for parameter in placement.part.parameters())
@@ -300,6 +302,10 @@ def load_adapter(
             saved = saved._replace(tensors=as_saved(root, placements, saved.tensors))
             check_fit(root, placements, saved)
             fill(placements, saved)
+            together = check_rest(root, saved.folder, saved.metadata)
+            made: list[Any] = [part for path, name_of, part in placements if path in together and name_of == "lora"]
+            for part in made:
+                part.on_rest = True  # so that it is saved with that note again
     add(root, name, config, placements, unseen, trainable=trainable)
     return model
 

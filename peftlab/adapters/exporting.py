@@ -15,6 +15,7 @@ from peftlab.adapters.checkpoint import (
 )
 from peftlab.adapters.config_fields import TARGET_FIELDS, classes_of, config_class
 from peftlab.adapters.injection import check_name
+from peftlab.adapters.integrity import REST
 from peftlab.adapters.judging import warn_of_unknown
 from peftlab.adapters.key_forms import in_file_form
 from peftlab.adapters.serving import portable
@@ -23,6 +24,8 @@ from peftlab.errors import PeftLabError
 from peftlab.methods.lora import LoRAConfig
 from peftlab.methods.lora_starts import from_weight
 from peftlab.patterns import bounded
+
+KEPT = ("peftlab_base", "peftlab_vocabulary", REST)  # of the metadata: what says which base is meant
 
 
 @checked()
@@ -69,7 +72,7 @@ def export_adapter(folder: str | os.PathLike, out: str | os.PathLike, name: str 
                 )
         warn_of_unknown(saved.folder, saved.fields, classes_of(given), TARGET_FIELDS)
         fields, tensors = portable(given, in_file_form(saved.tensors, saved.folder))
-        metadata = {key: text for key, text in saved.metadata.items() if key in ("peftlab_base", "peftlab_vocabulary")}
+        metadata = {key: text for key, text in saved.metadata.items() if key in KEPT}
         parameters = sum(tensor.numel() for tensor in tensors.values())
         state = State(None, LoRAConfig.method, fields, tensors, {}, {"format": "pt", **metadata}, parameters)
         contents = files_of(state, training=training_of(saved.folder))

@@ -13,6 +13,9 @@ from peftlab.core.records import record_of
 from peftlab.core.sharding import whole
 from peftlab.errors import PeftLabError
 from peftlab.foreign import parse
+from peftlab.quantization.weights import dense, is_quantized
+
+REST = "peftlab_rest"  # names in a folder's metadata the numbers of a base that was quantised together with the adapter
 
 
 def base_sample(root: nn.Module, paths: Iterable[str], copied: Iterable[str] = ()) -> dict[str, list[float]]:
@@ -77,3 +80,38 @@ def check_base(root: nn.Module, folder: Path, metadata: Mapping[str, str], model
                 f"The adapter in {folder} was trained on another base: the weights of {path} differ. "
                 f"This model is {model_name!r}; load the base that the adapter was trained on."
             )
+
+
+def rest_sample(root: nn.Module, paths: Iterable[str]) -> dict[str, list[float]]:
+    """Return the first 8 numbers of the first 8 of these modules' weights; codes are read as the numbers they mean."""
+    sample = {}
+    for path in sorted(paths)[:8]:
+        weight = base_tensor(root, path, "weight")
+        if weight is not None and weight.device.type != "meta":
+            plain = dense(weight, torch.float32) if is_quantized(weight) else whole(weight.detach())
+            sample[path] = plain.flatten()[:8].float().tolist()
+    return sample
+
+
+def check_rest(root: nn.Module, folder: Path, metadata: Mapping[str, str]) -> list[str]:
+    """Require the base that was quantised together with a LoftQ or QPiSSA adapter, and return the modules compared.
+
+    An adapter that was not made so fits the base in any precision, and is not looked at.
+    """
+    try:
+        sample = parse(metadata.get(REST, "{}"), "the sample")
+        saved = {path: torch.tensor(values, dtype=torch.float32) for path, values in sample.items()}
+    except (PeftLabError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError):
+        raise PeftLabError(
+            f"The sample of the quantised base in {folder} is damaged; save the adapter again."
+        ) from None
+    modules = base_modules(root)
+    found = {path: torch.tensor(values) for path, values in rest_sample(root, saved.keys() & modules.keys()).items()}
+    for path, values in found.items():
+        if saved[path].shape == values.shape and not torch.allclose(saved[path], values, rtol=0.01, atol=1e-6):
+            raise PeftLabError(
+                f"The adapter in {folder} and its base in four bits were made together (LoftQ, QPiSSA), and the "
+                f"weights of {path} are others here. Load the base that save_quantized wrote beside it, "
+                "with load_quantized."
+            )
+    return list(found)

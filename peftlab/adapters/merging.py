@@ -184,6 +184,7 @@ def check(root: nn.Module, record: Record, requantize: bool) -> None:
     calls = observed(root)
     past = record.past | (calls.past if calls is not None else frozenset())
     for path, host in hosts(root):
+        check_mixture(path, host, activity)
         for name, _, part in active_parts(host, activity):
             if path in past:
                 raise PeftLabError(
@@ -209,6 +210,23 @@ def check(root: nn.Module, record: Record, requantize: bool) -> None:
                         f"{path}.{parameter_name} is quantised to {parameter.dtype}, and nothing can be merged into "
                         "such weights here. Load the base in 16 or 32 bits."
                     )
+
+
+def check_mixture(path: str, host: nn.Module, activity: Activity) -> None:
+    """Refuse a mixture in which one adapter changes what a host reads, and another one works on that.
+
+    There W' x is not what the mixture computes: the second adapter works on what the first has changed.
+    """
+    here = [(name, own, part) for name in activity.weights if name in adapters_on(host)
+            for own, part in adapters_on(host).parts_of(name).items()]  # fmt: skip
+    first = next((name for name, _, part in here if part.overrides("before")), None)
+    others = (name for name, own, part in here if name != first and own != "bias" and part.overrides("after"))
+    second = next(others, None)
+    if first is not None and second is not None:
+        raise PeftLabError(
+            f"In this mixture adapter {first!r} changes the input of {path}, and {second!r} works on the changed "
+            "input, which no merged weight does. Keep the mixture attached, or merge one of the adapters alone."
+        )
 
 
 def check_target(path: str, name: str, host: nn.Module) -> Tensor:

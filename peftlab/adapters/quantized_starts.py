@@ -43,8 +43,8 @@ def quantize_and_attach(
 
     A layer's four bits hold W - s B A, and the adapter starts at A and B, so that Q + s B A is near W. Adapter and base
     belong together: without the adapter the base computes something else than the model did. Save the base with
-    `save_quantized` and the adapter with `save_adapter`; it is a plain LoRA of rank r. To keep a base that is quantised
-    already, use `attach(model, LoRAConfig(init="loftq"), data=whole)`.
+    `save_quantized` and the adapter with `save_adapter`; it is a plain LoRA of rank r, and `load_adapter` refuses
+    another base. To keep a base that is quantised already, use `attach(model, LoRAConfig(init="loftq"), data=whole)`.
 
     Args:
         model: the model in full precision.
@@ -114,7 +114,8 @@ def quantize_and_attach(
         raise
     attach(model, plain, name, adapter_dtype=adapter_dtype)
     for path, factors in starts.items():
-        part = root.get_submodule(path).get_submodule(f"peftlab.{name}.lora")
+        part: Any = root.get_submodule(path).get_submodule(f"peftlab.{name}.lora")
+        part.on_rest = True
         for own, value in zip(("lora_A", "lora_B"), factors, strict=True):
             part.get_parameter(own).copy_(value)
     return model

@@ -41,6 +41,7 @@ class Part(nn.Module):
         parameter: the name of the host's own parameter that has another value while the host runs, as `value` computes
             it; None for a part that leaves the host's parameters alone.
         frozen: names of own parameters that never train.
+        skips: whether a step of training may leave the part out by chance, so that it gets no gradient in it.
     """
 
     keys: Mapping[str, str | tuple[str, ...]] = {}
@@ -51,6 +52,7 @@ class Part(nn.Module):
     on_forward: ClassVar[bool] = False
     parameter: str | None = None
     frozen: ClassVar[tuple[str, ...]] = ()
+    skips: bool = False
 
     def settle(self, host: nn.Module) -> None:
         """Compute the values that depend on the base's weights.

@@ -57,6 +57,7 @@ class DeltaWeight(Part):
         super().__init__()
         self.shape = weight_shape(host)
         self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
+        self.skips = self.module_dropout > 0
 
     def update(self, own: Mapping[str, Tensor]) -> Tensor:
         """Return dW from the part's parameters, by name. The layer's shape is given to it afterwards."""

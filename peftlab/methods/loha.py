@@ -55,7 +55,7 @@ class LoHa(DeltaWeight):
 
     def __init__(self, host: nn.Module, r: int, alpha: float, config: LoHaConfig) -> None:
         super().__init__(host, config)
-        self.scaling = torch.tensor(alpha / r, dtype=torch.float32).item()
+        self.scaling = torch.tensor(alpha / r, dtype=torch.float32, device="cpu").item()
         outside, inside, *kernel = self.shape
         self.hada_t1 = self.hada_t2 = None
         if config.use_effective_conv2d and math.prod(kernel) > 1:

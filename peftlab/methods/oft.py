@@ -98,7 +98,7 @@ class Rotation(nn.Module):
         """Return the numbers of the nearest Q whose norm is at most eps / sqrt(blocks)."""
         assert self.most is not None
         # peft holds this bound as a float32 number
-        most = (self.most / torch.tensor(float(len(weight))).sqrt()).item()
+        most = (self.most / torch.tensor(float(len(weight)), device="cpu").sqrt()).item()
         size = math.sqrt(2) * weight.norm(dim=1, keepdim=True)  # each number is in Q twice
         return torch.where(size <= most, weight, most * weight / size)
 

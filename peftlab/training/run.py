@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.core.checkpointing import memory_settings
+from peftlab.core.interface import Part
 from peftlab.core.modes import mode
 from peftlab.core.records import check_hosts, unwrap
 from peftlab.core.sharding import refuse_sharded
@@ -173,6 +174,8 @@ class Run:
                 "train: pl.load_adapter(..., trainable=True) or pl.activate(model, name, trainable=True)."
             )
         check_trainable_dtypes(self.trainable.items())
+        parts = (module for module in self.core.modules() if isinstance(module, Part) and module.skips)
+        self.skipping = {id(parameter) for part in parts for parameter in part.parameters()}
         lengths = example_lengths(self.train_data) if settings.group_by_length else None
         examples = len(self.train_data)
         self.order = DataOrder(examples, settings.batch, settings.total_examples(examples), settings.seed, lengths)
@@ -398,6 +401,8 @@ class Run:
         whole = len(part) == self.settings.batch_size
         with self.layers.batch(batch, whole), autocast(self.device, self.settings.precision):
             total, count = self.loss(self.model, batch)
+        if not total.requires_grad and self.skipping:
+            total = total + torch.zeros_like(total, requires_grad=True)  # all parts were left out of this step
         if not total.requires_grad:
             raise TrainingError(
                 "The loss does not depend on any parameter that requires gradients. Is the adapter disabled, or is "
@@ -420,7 +425,7 @@ class Run:
         if self._looked_for_gradients:
             return
         self._looked_for_gradients = True
-        without = [name for name, p in self.trainable.items() if p.grad is None]
+        without = [name for name, p in self.trainable.items() if p.grad is None and id(p) not in self.skipping]
         if without:
             warn(
                 f"{len(without)} of {len(self.trainable)} trainable parameters got no gradient in the first step and "

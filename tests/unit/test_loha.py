@@ -1,5 +1,7 @@
 """LoHa's own mathematics, what it keeps for the backward pass, and what it refuses; LoKr shares the part under it."""
 
+import warnings
+
 import pytest
 import tiny
 import torch
@@ -109,3 +111,25 @@ def test_what_it_refuses(config, named):
 def test_a_value_out_of_range(field, value):
     with pytest.raises(pl.PeftLabError, match=field):
         pl.LoHaConfig(**{field: value})
+
+
+@pytest.mark.parametrize("config", [
+    pl.LoHaConfig(r=2, module_dropout=0.6, target_modules=["o_proj"], layers_to_transform=[0]),
+    pl.LoKrConfig(r=2, module_dropout=0.6, target_modules=["o_proj"], layers_to_transform=[0]),
+], ids=["loha", "lokr"])  # fmt: skip
+def test_a_step_that_leaves_every_update_out_is_no_error(config):
+    """Of twelve steps with one adapted layer, some have no gradient at all; the others train."""
+    model = pl.attach(tiny.llama(), config)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        history = pl.train(model, tiny.examples(), steps=12, batch_size=4, learning_rate=1e-2, progress=False)
+    norms = [row["grad_norm"] for row in history.steps]
+    assert 0 in norms and any(norms)
+
+
+@pytest.mark.parametrize("config", [pl.LoHaConfig(), pl.LoKrConfig(), pl.OFTConfig(coft=True)], ids=str)
+def test_a_model_without_numbers_may_have_it(config):
+    with torch.device("meta"):
+        model = pl.attach(tiny.llama(), config)
+        assert model(torch.zeros(1, 3, dtype=torch.long)).logits.is_meta

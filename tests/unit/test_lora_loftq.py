@@ -132,3 +132,24 @@ def test_a_failure_half_way_leaves_the_weights(monkeypatch):
 def test_data_that_do_not_fit(model, data, message):
     with pytest.raises(pl.PeftLabError, match=message):
         pl.attach(model(), pl.LoRAConfig(r=4, init="loftq", target_modules=["q_proj"]), data=data())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_was_made_with_its_base_is_not_loaded_onto_another(init, tmp_path):
+    wide = dict(hidden_size=64, intermediate_size=128)
+    model = pl.quantize_and_attach(tiny.llama(**wide), pl.LoRAConfig(r=2, init=init)).eval()
+    ids = torch.tensor([[3, 4, 5]])
+    expected = model(ids).logits
+    pl.save_adapter(model, tmp_path / "one")
+    for base in (tiny.llama(**wide), pl.quantize_model(tiny.llama(**wide))):
+        with pytest.raises(pl.PeftLabError, match="were made together"):
+            pl.load_adapter(base, tmp_path / "one")
+        assert not pl.attached(base)
+    base = pl.detach(model)
+    for folder in ("one", "two"):  # the second was saved from a loaded one
+        loaded = pl.load_adapter(base, tmp_path / folder)
+        assert torch.equal(loaded.eval()(ids).logits, expected)
+        pl.save_adapter(loaded, tmp_path / "two")
+        pl.detach(loaded)
+    with pytest.raises(pl.PeftLabError, match="were made together"):
+        pl.load_adapter(tiny.llama(**wide), tmp_path / "two")

@@ -251,3 +251,33 @@ def test_a_changed_base_is_not_merged_into():
     model.head.weight = model.embed.weight
     with pytest.raises(pl.PeftLabError, match="the weight of embed was tied to that of head"):
         pl.merge(model)
+
+
+UP = dict(target_modules=["up_proj"])
+
+
+@pytest.mark.parametrize("first, second", [
+    (pl.OFTConfig(oft_block_size=4, init_weights=False, **UP), pl.LoRAConfig(init="random", **UP)),
+    (pl.DoRAConfig(init="random", **UP), pl.OFTConfig(oft_block_size=4, init_weights=False, **UP)),
+    (pl.IA3Config(init="random", feedforward_modules=["up_proj"], **UP), pl.LoHaConfig(init_weights=False, **UP)),
+], ids=["oft-lora", "dora-oft", "ia3-loha"])  # fmt: skip
+def test_a_mixture_in_which_one_reads_what_another_changed_is_not_merged(first, second):
+    """One adapter alone is, and so is a mixture on different layers."""
+    model = llama().eval()
+    pl.attach(model, first, name="one")
+    pl.attach(model, second, name="two")
+    pl.activate(model, {"one": 0.5, "two": 0.25})
+    with pytest.raises(pl.PeftLabError, match="works on the changed input"):
+        pl.merge(model)
+    ids = torch.tensor([[3, 4, 5]])
+    for name in ("one", "two"):
+        pl.activate(model, name)
+        expected = model(ids).logits
+        pl.merge(model)
+        torch.testing.assert_close(model(ids).logits, expected)
+        pl.unmerge(model)
+    pl.attach(model, pl.LoRAConfig(init="random", target_modules=["q_proj"]), name="elsewhere")
+    pl.activate(model, {"one": 0.5, "elsewhere": 0.25})
+    expected = model(ids).logits
+    pl.merge(model)
+    torch.testing.assert_close(model(ids).logits, expected)
