@@ -163,6 +163,9 @@ def only_present(root: nn.Module, config: Config) -> Config:
         elif names is not None and not isinstance(names, str):
             kept = tuple(dict.fromkeys(filter(None, (here(name, matches) for name in names))))
             changes[field] = kept or (None if field == "modules_to_save" else names)
+    tokens, paths = getattr(config, "trainable_tokens", None), modules
+    if isinstance(tokens, Mapping):
+        changes["trainable_tokens"] = {here(name, ends_with) or name: rows for name, rows in tokens.items()}
     config = replace(config, **changes)
     if isinstance(config, Targets):
         config = replace(config, **present_layers(modules, config))
@@ -173,9 +176,6 @@ def only_present(root: nn.Module, config: Config) -> Config:
         there.pop("", None)
         if there != table:
             changes[field] = there
-    tokens = getattr(config, "trainable_tokens", None)
-    if isinstance(tokens, Mapping):
-        changes["trainable_tokens"] = {here(name, ends_with) or name: rows for name, rows in tokens.items()}
     return replace(config, **changes)
 
 
