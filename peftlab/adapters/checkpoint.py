@@ -217,7 +217,7 @@ def adapter_state(model: nn.Module, name: str, portable: bool = False) -> State:
     if encoder:
         metadata["peftlab_encoder"] = digest(encoder)
     init = getattr(config, "init", "")
-    if rest := rest_sample(root, (path for path, _, part in placements if getattr(part, "on_rest", False))):
+    if rest := rest_sample(root, (path for path, _, part in placements if part.on_rest)):
         metadata[REST] = json.dumps(rest)
     if from_weight(init) and not portable:
         metadata[STARTED] = init

@@ -38,6 +38,7 @@ class Part(nn.Module):
             with the mixture that `hooks.active_prompt` makes of what each of them returns from `make_prompt`.
         on_forward: whether the part also runs when somebody calls its host's `forward` and not the host. A part that
             stands on a whole model has it; modules inside a model are called.
+        on_rest: whether the base was quantised together with this part (QPiSSA, LoftQ), so that it fits no other base.
         parameter: the name of the host's own parameter that has another value while the host runs, as `value` computes
             it; None for a part that leaves the host's parameters alone.
         frozen: names of own parameters that never train.
@@ -51,6 +52,7 @@ class Part(nn.Module):
     compatibility_key: str | None = None
     on_forward: ClassVar[bool] = False
     parameter: str | None = None
+    on_rest: bool = False
     frozen: ClassVar[tuple[str, ...]] = ()
     skips: bool = False
 

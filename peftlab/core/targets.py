@@ -369,8 +369,7 @@ def blocks_of(matched: Iterable[str], config: Targets) -> tuple[dict[str, int], 
     # so a block itself counts too
     found = {path: patterns.match(rf"{before}\.(?P<index>\d+)\.", path + ".") for path in matched}
     spec = config.target_modules
-    # names that were not given are the last ones of paths, which are whole for modules of the model itself
-    named = [path for path in matched if "." not in path] if spec is None or isinstance(spec, str) else spec
+    named = () if spec is None or isinstance(spec, str) else spec
     return {path: int(match.group("index")) for path, match in found.items() if match}, set(named) & set(matched)
 
 

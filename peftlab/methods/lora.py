@@ -68,8 +68,6 @@ class LoRALinear(Part):
         "lora_B_bias": "{path}.lora_B.bias",
     }
 
-    on_rest: bool = False  # whether the base was quantised together with this adapter, which then fits no other
-
     def __init__(self, host: nn.Module, r: int, scaling: float, config: LoRAConfig) -> None:
         super().__init__()
         inside, outside = shape_of(host)

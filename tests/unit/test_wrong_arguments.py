@@ -119,6 +119,8 @@ RIGHT = {
     "figures.agreement": lambda: {"groups": {"a": [(1e9, 2e9)]}},
     "figures.bars": lambda: {"values": {"a": 1.0}, "x_label": "x"},
     "figures.block": lambda: {"method": "lora"},
+    "figures.intervals": lambda: {"values": {"a": (1.0, 0.5, 1.5)}, "x_label": "x"},
+    "figures.lora_family": lambda: {},
     "figures.block_steps": lambda: {"weights": [0.5, -1.0], "book": [i / 8 - 1 for i in range(16)]},
     "figures.budget": lambda: {"rows": ROWS, "x": "a", "y": "b", "by": "c", **SIZE},
     "figures.by_layer": lambda: {"samples": {"a": [[1.0, 2.0]]}, "y_label": "y"},
