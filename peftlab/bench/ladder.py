@@ -61,7 +61,7 @@ def ladder(results: Results, section: str) -> list[Row]:
 
 
 def beside_peft(results: Results) -> list[Row]:
-    """Return a row for each section: Hugging Face peft, compiled blocks and the fast path, and their ratios."""
+    """Return a row for each section: Hugging Face peft and the fast path, and their ratios."""
     found = []
     for section in dict.fromkeys(results.column("section")):
         rows = {row["rung"]: row for row in results.where(section=section)}
@@ -71,12 +71,12 @@ def beside_peft(results: Results) -> list[Row]:
         if not (theirs.get("seconds") and ours.get("seconds")):
             continue
         ratio = results.ratio(theirs, ours)
-        compiled, smallest = rows["compiled layers"], rows.get("fast, 8-bit")
+        smallest = rows.get("fast, 8-bit")
         found.append({
             "section": section, "shape": ours["shape"], "method": ours["method"],
             "step": f"{ours['batch']} x {ours['sequence']}", "again": "yes" if ours["checkpointing"] else "no",
-            "peft": theirs["tokens_per_second"], "compiled": compiled["tokens_per_second"],
-            "fast": ours["tokens_per_second"], "times": ratio.middle, "least": ratio.least,
+            "peft": theirs["tokens_per_second"], "fast": ours["tokens_per_second"],
+            "times": ratio.middle, "least": ratio.least,
             "range": f"{ratio.least:.1f} to {ratio.most:.1f}",
             "share": rows["ceiling"]["seconds"] / ours["seconds"],
             "memory": ours["working_bytes"] / theirs["working_bytes"],
