@@ -449,6 +449,18 @@ def by_pattern(table: Mapping[str, Any], path: str, default: Any) -> Any:
     return default
 
 
+def check_patterns(config: Any, targets: Iterable[str], parameters: Iterable[str] = ()) -> None:
+    """Refuse a key of `rank_pattern` or `alpha_pattern` that matches no target module and no target parameter."""
+    beside = list(parameters)
+    paths = [*targets, *beside]
+    for key in (*config.rank_pattern, *config.alpha_pattern):
+        if not any(by_pattern({key: True}, path, False) for path in paths):
+            raise PeftLabError(
+                f"The pattern {key!r} matches none of the {len(paths)} target modules"
+                f"{' and parameters' if beside else ''}, the first of which is {paths[0]}."
+            )
+
+
 def in_any_order(table: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
     """Return a pattern table that means the same after its keys are sorted, as they are in a file.
 

@@ -26,7 +26,6 @@ from peftlab.core.interface import Part
 from peftlab.core.records import own_tensor
 from peftlab.core.targets import (
     Targets,
-    by_pattern,
     check_carrier,
     check_regex,
     default_targets,
@@ -167,16 +166,6 @@ def check_settings(config: Any) -> None:
     alphas = {key: number(f"alpha_pattern[{key!r}]", a, above=0) for key, a in config.alpha_pattern.items()}
     object.__setattr__(config, "rank_pattern", ranks)
     object.__setattr__(config, "alpha_pattern", alphas)
-
-
-def check_patterns(config: Any, targets: Mapping[str, nn.Module]) -> None:
-    """Refuse a key of `rank_pattern` or `alpha_pattern` that matches no target."""
-    for key in (*config.rank_pattern, *config.alpha_pattern):
-        if not any(by_pattern({key: True}, path, False) for path in targets):
-            raise PeftLabError(
-                f"The pattern {key!r} matches none of the {len(targets)} target modules, the first of which is "
-                f"{next(iter(targets))}."
-            )
 
 
 def shared_fields(config: Any, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from peftlab.errors import PeftLabError
 from peftlab.methods.lora import LoRAConfig, LoRAEmbedding, LoRALinear
 from peftlab.methods.lora_conv import LoRAConv, convolution
 from peftlab.methods.lora_starts import CONVERT, from_weight
-from peftlab.methods.parts import cast, first_input, widened
+from peftlab.methods.parts import cast, first_input, is_offloaded, is_readable, widened
 from peftlab.quantization.weights import dense, is_quantized
 
 MAGNITUDE = "{path}.lora_magnitude_vector"
@@ -208,12 +208,12 @@ def nonzero(norms: Tensor) -> Tensor:
 def check_weight(host: nn.Module) -> None:
     """Refuse a layer whose weight cannot be read after each call, for the norms."""
     stored, kind = own_tensor(host, "weight"), type(host).__name__
-    if stored.is_meta and hasattr(host, "_hf_hook"):
+    if is_offloaded(host, stored):
         raise PeftLabError(
             f"The weight of a {kind} is offloaded (accelerate brings it in for each call), and DoRA reads it after the "
             "call. Load the model without offloading, quantise it, or use LoRAConfig."
         )
-    if not is_quantized(stored) and not (stored.is_floating_point() and stored.dtype.itemsize > 1):
+    if not is_readable(stored):
         raise PeftLabError(
             f"The weight of a {kind} is held in {stored.dtype}, of which DoRA can compute no norms. Load the base in "
             "16 or 32 bits, quantise it with quantize_model, or use LoRAConfig."

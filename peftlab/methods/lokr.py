@@ -27,10 +27,9 @@ from torch import Tensor, nn
 
 from peftlab.checks import check_fields, one_of, whole
 from peftlab.core.interface import Placement
-from peftlab.core.targets import Targets, by_pattern
+from peftlab.core.targets import Targets, by_pattern, check_patterns
 from peftlab.methods.delta_weight import (
     DeltaWeight,
-    check_patterns,
     check_settings,
     find_plain,
     shared_arguments,

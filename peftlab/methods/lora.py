@@ -32,6 +32,7 @@ from peftlab.core.targets import (
     all_linear,
     by_pattern,
     check_names,
+    check_patterns,
     check_regex,
     find,
     heads,
@@ -267,15 +268,7 @@ class LoRAConfig(Targets):
         parameters = find_parameters(model, config.target_parameters or ())
         targets = {} if parameters and config.target_modules is None else find(model, config)
         config.check_parameters(model, parameters, targets)
-        for table in (config.rank_pattern, config.alpha_pattern):
-            for key in table:
-                if not any(by_pattern({key: True}, path, False) for path in (*targets, *parameters)):
-                    count = len(targets) + len(parameters)
-                    raise PeftLabError(
-                        f"The pattern {key!r} matches none of the {count} target modules"
-                        f"{' and parameters' if parameters else ''}, the first of which is "
-                        f"{next(iter((*targets, *parameters)))}."
-                    )
+        check_patterns(config, targets, parameters)
         for path, host in targets.items():
             part = self.part_for(host, by_pattern(config.rank_pattern, path, self.r), config.scaling(path))
             yield Placement(path, self.method, part)

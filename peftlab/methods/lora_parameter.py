@@ -23,7 +23,7 @@ from peftlab.core.parameters import Coded
 from peftlab.core.records import own_tensor
 from peftlab.errors import PeftLabError
 from peftlab.methods.lora_conv import start
-from peftlab.methods.parts import widened
+from peftlab.methods.parts import is_offloaded, is_readable, widened
 from peftlab.quantization.weights import is_quantized
 
 
@@ -50,12 +50,12 @@ class LoRAParameter(Part):
             )
         if is_quantized(stored) and not isinstance(stored, Coded):
             raise PeftLabError(f"{path} is the 4-bit weight of a layer; name the layer in target_modules instead.")
-        if not is_quantized(stored) and not (stored.is_floating_point() and stored.dtype.itemsize > 1):
+        if not is_readable(stored):
             raise PeftLabError(
                 f"{path} is held in {stored.dtype}, and an update cannot be added to that. Load the base in 16 or 32 "
                 "bits, or quantise it with quantize_model."
             )
-        if stored.is_meta and hasattr(host, "_hf_hook"):
+        if is_offloaded(host, stored):
             raise PeftLabError(
                 f"{path} is offloaded (accelerate brings it in for each call), and an adapter on a parameter needs it "
                 "in memory. Load the model without offloading, or quantise it."

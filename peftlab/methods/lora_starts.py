@@ -43,7 +43,7 @@ from peftlab.core.sharding import whole
 from peftlab.core.targets import CONVOLUTIONS, is_conv1d, shape_of
 from peftlab.errors import PeftLabError, warn
 from peftlab.methods.lora_conv import biased
-from peftlab.methods.parts import cast, first_input, widened
+from peftlab.methods.parts import cast, first_input, is_offloaded, is_readable, widened
 from peftlab.quantization.weights import dense, is_quantized
 
 FAST = re.compile(r"pissa_niter_([1-9]\d{0,3})")  # PiSSA by a randomised SVD with so many iterations
@@ -185,12 +185,12 @@ def weight_of(host: nn.Module, init: str) -> Tensor:
         PeftLabError: the weight is not in memory, or not finite.
     """
     stored = own_tensor(host, "weight")
-    if stored.is_meta and hasattr(host, "_hf_hook"):
+    if is_offloaded(host, stored):
         raise PeftLabError(
             f"init={init!r} reads the weights, and some are offloaded (accelerate brings them in for each call). Load "
             "the model without offloading, or use init='kaiming'."
         )
-    if not is_quantized(stored) and not (stored.is_floating_point() and stored.dtype.itemsize > 1):
+    if not is_readable(stored):
         raise PeftLabError(
             f"init={init!r} reads the weights, and some are held in {stored.dtype}. Load the base in 16 or 32 bits, or "
             "quantise it with quantize_model."

@@ -189,6 +189,16 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if kind != "meta" and torch.is_autocast_enabled(kind) else x.to(dtype)
 
 
+def is_offloaded(host: nn.Module, stored: Tensor) -> bool:
+    """Say whether accelerate keeps a weight elsewhere and brings it in for each call alone."""
+    return stored.is_meta and hasattr(host, "_hf_hook")
+
+
+def is_readable(stored: Tensor) -> bool:
+    """Say whether a stored weight can be read as numbers: 4-bit codes that we know, or at least 16 bits each."""
+    return is_quantized(stored) or (stored.is_floating_point() and stored.dtype.itemsize > 1)
+
+
 def widened(weight: Tensor) -> Tensor:
     """Return a stored weight in float64, so that a merged sum is rounded once (float32 on devices without float64).
 
