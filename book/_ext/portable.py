@@ -176,7 +176,8 @@ class Book:
         address = f"#{target}" if there == page else f"{SITE}/{there}.html#{target}"
         if kind == "eq":
             return f"[({number})]({address})"
-        return f"[Section {number}{': ' + self.titles[target] if kind == 'title' else ''}]({address})"
+        what = "Figure" if target.startswith("fig-") else "Section"
+        return f"[{what} {number}{': ' + self.titles[target] if kind == 'title' else ''}]({address})"
 
     def fill(self, page: str, source: str, values: Mapping[str, str]) -> str:
         """A prose cell with all that is bound in it filled in; a ValueError names what is missing."""

@@ -80,6 +80,7 @@ def test_numbers_of_sections_equations_and_figures():
         ("<!--@cite hu2021lora-->", "[Hu et al., 2021](https://arxiv.org/abs/2106.09685)<!--@cite hu2021lora-->"),
         ("<!--@cite-t allal2025-->", "[Ben Allal et al. (2025)](https://example.org)<!--@cite-t allal2025-->"),
         ("<!--@cite liu2021a-->", "[Liu and Zheng, 2021](https://doi.org/10.1/a%28b%29)<!--@cite liu2021a-->"),
+        ("<!--@see fig-loss-->", "[Figure 2.1](#fig-loss)<!--@see fig-loss-->"),
         ("<!--@see sec-part-->", "[Section 2.2.1](#sec-part)<!--@see sec-part-->"),
         ("[old](#old)<!--@see sec-nf4-->", f"[Section 3.1]({portable.SITE}/03_qlora.html#sec-nf4)<!--@see sec-nf4-->"),
         ("<!--@eq eq-two-->", "[(2.2)](#eq-two)<!--@eq eq-two-->"),
