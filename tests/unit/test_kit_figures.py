@@ -57,6 +57,7 @@ FIGURES = {
     "intervals": lambda: figures.intervals({"LoRA": (0.5, 0.45, 0.55), "DoRA": (0.6, 0.5, 0.7)}, x_label="score",
                                            reference="LoRA", repeats={"DoRA": [0.5, 0.7]}, percent=True),
     "places of lora_family": figures.lora_family,
+    "places of choice": figures.choice,
     "places of virtual_tokens": figures.virtual_tokens,
     "block_steps": lambda: figures.block_steps([0.5, -2.0, 0.0, 1.0], [i / 7 - 1 for i in range(16)]),
     "adapter_places, post": lambda: figures.adapter_places("post"),
