@@ -43,6 +43,7 @@ _PLACES = {
     "evaluation.intervals": "binomial_interval mean_interval",
     "evaluation.comparisons": "mcnemar two_proportion_test paired_bootstrap adjust_p_values items_needed",
     "evaluation.judges": "win_rate position_bias",
+    "memory.costs": "run_cost",
     "kit.measurements": "results",
     "kit.notebook": "show_source glue table expect provenance",
     "kit.exercises": "check",

@@ -19,7 +19,7 @@ from peftlab.evaluation.intervals import normal_quantile
 from peftlab.evaluation.scores import bleu_metric, by_column, chrf_metric
 from peftlab.evaluation.values import numbers, pairs, rights, share
 
-METRICS = {"bleu": bleu_metric, "chrf": chrf_metric}
+METRICS: dict[str, Callable[[], Any]] = {"bleu": bleu_metric, "chrf": chrf_metric}
 CORRECTIONS = ("holm", "bonferroni", "benjamini-hochberg")
 
 

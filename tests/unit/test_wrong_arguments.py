@@ -186,6 +186,7 @@ RIGHT = {
         "model": tiny.llama(layers=1), "config": pl.LoRAConfig(r=2, init="loftq", target_modules=["q_proj"])},
     "quantize_nf4": lambda: {"weight": torch.ones(8, 8)},
     "results": lambda: {"topic": "lora"},
+    "run_cost": lambda: {"tokens": 1e6, "tokens_per_second": 1000.0},
     "save_adapter": lambda: {"model": adapted(), "folder": "out"},
     "save_quantized": lambda: {"model": four_bits(), "folder": "out4"},
     "support_desk.generate": lambda: {"split": "train", "size": 1},
@@ -202,6 +203,7 @@ RIGHT = {
     "tables.lay_out": lambda: {"rows": [{"a": 1}]},
     "train": lambda: {"model": adapted(), "train_data": EXAMPLES, "steps": 1, "batch_size": 2, "progress": False},
     "unmerge": lambda: {"model": merged()},
+    "widgets.cost_calculator": lambda: {"rates": {"LoRA": 1000.0}},
 }  # fmt: skip
 
 
