@@ -44,6 +44,7 @@ _PLACES = {
     "evaluation.comparisons": "mcnemar two_proportion_test paired_bootstrap adjust_p_values items_needed",
     "evaluation.judges": "win_rate position_bias",
     "memory.costs": "run_cost",
+    "guide.recommend": "recommend",
     "kit.measurements": "results",
     "kit.notebook": "show_source glue table expect provenance",
     "kit.exercises": "check",

@@ -239,13 +239,14 @@ WINGS = {
     "fast": ("core", "quantization", "methods"),
     "training": ("memory", "core", "quantization", "fast"),
     "kit": ("memory", "evaluation", "quantization"),
+    "guide": ("assets", "memory", "kit"),
     "bench": (
         "peftlab", "assets", "memory", "evaluation", "core", "quantization", "methods", "adapters", "fast", "training",
         "kit",
     ),
     "commands": (
         "peftlab", "assets", "memory", "evaluation", "core", "quantization", "methods", "adapters", "fast", "training",
-        "kit", "bench",
+        "kit", "guide", "bench",
     ),
 }  # fmt: skip
 TOP = 9  # files in the top folder, beside __init__ and __main__

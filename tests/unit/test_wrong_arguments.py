@@ -185,6 +185,7 @@ RIGHT = {
     "quantize_and_attach": lambda: {
         "model": tiny.llama(layers=1), "config": pl.LoRAConfig(r=2, init="loftq", target_modules=["q_proj"])},
     "quantize_nf4": lambda: {"weight": torch.ones(8, 8)},
+    "recommend": lambda: {"task": "style", "model": "smollm2-135m"},
     "results": lambda: {"topic": "lora"},
     "run_cost": lambda: {"tokens": 1e6, "tokens_per_second": 1000.0},
     "save_adapter": lambda: {"model": adapted(), "folder": "out"},
