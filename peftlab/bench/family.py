@@ -47,7 +47,7 @@ from torch import nn
 
 import peftlab as pl
 from peftlab.bench import family_sizes, family_why, lora, search
-from peftlab.bench.family_variants import ALPHA, LOWEST, RATES, SEEDS, TASKS, TUNING, VARIANTS, grids, run
+from peftlab.bench.family_variants import ALPHA, LOWEST, RATES, TASKS, TUNING, VARIANTS, grids, run
 from peftlab.core.modes import device_of
 
 Row = dict[str, Any]

@@ -10,8 +10,8 @@ Sections:
     rank      the best rate against the rank, with alpha = 16 and with alpha = 2 r
     full      LoRA's best rate beside that of full fine-tuning, in runs of 15, 60 and 240 steps. LoRA's runs over 60
               steps are those of "rank" with r = 16 and alpha = 2 r
-    where     the same number of parameters in different layers, on two tasks. On the desk, q and v together are the runs of
-              "rank" with r = 16 and alpha = 2 r
+    where     the same number of parameters in different layers, on two tasks. On the desk, q and v together are the
+              runs of "rank" with r = 16 and alpha = 2 r
     batch     the same 2,048 messages once, in batches of 8 to 512
     capacity  bits of random strings that are stored per parameter (`regret_hard` for this and below)
     alphabet  news in Greek letters: LoRA of ranks 1 to 256 and full fine-tuning, on much and on little data

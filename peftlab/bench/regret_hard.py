@@ -53,7 +53,8 @@ def strings(number: int, length: int, choices: int, seed: int) -> list[Row]:
     drawn = torch.Generator().manual_seed(seed)
     keys = torch.randperm(choices, generator=drawn)[:number].tolist()
     tokens = torch.randint(choices, (number, length), generator=drawn).tolist()
-    return [{"input_ids": [key, *those], "labels": [UNLEARNED, *those]} for key, those in zip(keys, tokens, strict=True)]
+    pairs = zip(keys, tokens, strict=True)
+    return [{"input_ids": [key, *those], "labels": [UNLEARNED, *those]} for key, those in pairs]
 
 
 @cache
@@ -75,7 +76,7 @@ def own_rows(weight: torch.Tensor, choices: int) -> torch.Tensor:
 
 
 def stored(point: Row, model: nn.Module, rows: list[Row]) -> Row:
-    """Return the loss on the strings, in nats per token, and the bits that are stored: all, less what the loss leaves."""
+    """Return the loss on the strings, in nats per token, and the stored bits: all bits, less what the loss leaves."""
     loss = pl.mean_loss(model, rows, pl.Collator(lora.base()[1]), batch_size=512)
     tokens = point["strings"] * point["length"]
     bits = tokens * math.log2(point["choices"])

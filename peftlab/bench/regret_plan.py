@@ -37,10 +37,10 @@ AMOUNTS = ((1600, 100), (200, 25))  # (articles, steps): one pass, and two
 PREDICTIONS: dict[str, tuple[tuple[str, str], ...]] = {
     "first": (
         ("derived in `regret_first`",
-         "after one step the RMS of an entry of dW is s lr sqrt((r + 2 r (r - 1) / (pi d_in)) / (3 d_in)) for any loss: "
-         "from r = 1 to 256 it falls 14 times with alpha = 16 and grows 18 times with alpha = 2 r. The part of dW along "
-         "the gradient, and with it the fall of the loss, does not depend on r with alpha = 16, and grows 256 times "
-         "with alpha = 2 r"),
+         "for any loss, the RMS of an entry of dW after one step is s lr sqrt((r + 2 r (r - 1) / (pi d_in)) / "
+         "(3 d_in)): from r = 1 to 256 it falls 14 times with alpha = 16, and grows 18 times with alpha = 2 r. The "
+         "part of dW along the gradient, and with it the fall of the loss, does not depend on r with alpha = 16, and "
+         "grows 256 times with alpha = 2 r"),
     ),
     "rank": (
         ("Schulman and Thinking Machines Lab 2025, doi:10.64434/tml.20250929",
@@ -56,7 +56,8 @@ PREDICTIONS: dict[str, tuple[tuple[str, str], ...]] = {
         ("Schulman and Thinking Machines Lab 2025, doi:10.64434/tml.20250929",
          "LoRA's best rate is 10 times that of full fine-tuning, and 15 times in runs of up to 100 steps"),
         ("derived in `regret_first`, from the fall of the loss in the first step",
-         "the ratio is of the size sqrt(3) d_in / alpha, which is 31 here; gradients with few large entries lower it"),
+         "the ratio is of the size sqrt(3) d_in / alpha, which is 31 here. Gradients with few large entries lower it: "
+         "with those of the first step, on the queries and values, it is 14"),
     ),
     "where": (
         ("Schulman and Thinking Machines Lab 2025, doi:10.64434/tml.20250929",
@@ -121,7 +122,7 @@ def rank() -> Iterator[Setting]:
 
 
 def full(steps: int) -> Iterator[Setting]:
-    """Compare LoRA and full fine-tuning at one length. LoRA over 60 steps is a setting of `rank`: r = 16, alpha = 2 r."""
+    """Compare LoRA and full fine-tuning at one length. LoRA over 60 steps is r = 16, alpha = 2 r of `rank`."""
     low_rank, every = {15: (3.2e-3, 5.6e-5), 60: (1.8e-3, 3.2e-5), 240: (1e-3, 1e-4)}[steps]
     number = 5 if steps == max(STEPS) else 6  # a long run costs as much as four of the usual ones
     if steps != TASKS["desk"]["steps"]:

@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 
 class Search(NamedTuple):
-    """The rates to try first, the ladder that holds them and the next ones, and the seeds for trying and for scoring."""
+    """The rates to try first, the ladder of the next ones, and the seeds for trying and for scoring."""
 
     rates: tuple[float, ...]
     ladder: tuple[float, ...] = lora.LADDER
