@@ -108,7 +108,8 @@ def articles(split: str, tokens: int, number: int | None = None) -> list[Article
 def article(text: str, tokens: int) -> Article:
     """Encode one article in both alphabets."""
     tokenizer = lora.base()[1]
-    greek = pl.encode_text(tokenizer, written(text, GREEK), tokens, end=False)
+    beginning = text[: 4 * tokens]  # a Greek token is seldom longer than a character
+    greek = pl.encode_text(tokenizer, written(beginning, GREEK), tokens, end=False)
     shown = tokenizer.decode(greek["input_ids"]).rstrip("\ufffd")  # the cut may go through a letter
     latin = pl.encode_text(tokenizer, written(shown, LATIN), end=False)
     first = len(tokenizer.decode(latin["input_ids"][:1]))
