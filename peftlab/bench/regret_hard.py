@@ -118,7 +118,7 @@ def article(text: str, tokens: int) -> Article:
 
 def written(text: str, letters: dict[str, str]) -> str:
     """Return a text in other letters."""
-    return text.translate(str.maketrans(letters))
+    return "".join(letters.get(letter, letter) for letter in text)
 
 
 def read(model: nn.Module, split: str, tokens: int) -> Row:
