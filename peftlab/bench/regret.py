@@ -31,6 +31,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 
 import peftlab as pl
 from peftlab.bench import family, lora, regret_first, regret_hard, search
@@ -39,6 +40,7 @@ from peftlab.bench.regret_plan import ARTICLES, PASS, SEARCHES, Setting, long, s
 Row = dict[str, Any]
 
 AT_ONCE = 32  # messages that go through the model at once; a larger batch is the sum of several
+FEW = 64  # validation examples on which a reader's own run is compared with these
 
 
 def points() -> list[Row]:
@@ -75,11 +77,27 @@ def measure(point: Row) -> list[Row]:
 
 def learned(point: Row) -> Row:
     """Train on the desk or on the reviews as a point says, and return its row."""
+    model, row = trained(point)
+    row |= family.on_validation(point, model)
+    return {**row, **family.on_news(model), **family.tested(point, model)} if point["scored"] else row
+
+
+def trained(point: Row) -> tuple[nn.Module, Row]:
+    """Train as a point says. Return the model, and a row with its loss on the first validation examples."""
     parts = max(1, point["batch_size"] // AT_ONCE)
     examples = passed() if point["section"] == "batch" else None
     model, losses = family.trained(point, examples, batch_size=point["batch_size"] // parts, accumulation=parts)
-    row = {**point, **losses, **family.on_validation(point, model)}
-    return {**row, **family.on_news(model), **family.tested(point, model)} if point["scored"] else row
+    few = family.encoded(point["task"], "validation")[:FEW]
+    loss = pl.mean_loss(model, few, pl.Collator(lora.base()[1]), batch_size=AT_ONCE)
+    return model, {**point, **losses, "few_loss": lora.finite(loss)}
+
+
+def again(row: Row, **changes: Any) -> Row:
+    """Run a row of "rank", "full", "where" or "batch" again, with some of its settings changed, and return the new row.
+
+    It has `few_loss`, the loss on the first validation examples, and no other score. So it takes a minute, and not ten.
+    """
+    return trained({**{name: row[name] for name in search.described(row)}, **changes})[1]
 
 
 @cache

@@ -165,15 +165,15 @@ def alphabet(articles: int, steps: int) -> Iterator[Setting]:
 
 def long() -> list[Setting]:
     """Return the settings whose runs take longest. They begin first, because other seeds follow at their best rates."""
-    return [*full(max(STEPS)), *batch(min(BATCHES)), *capacity()]
+    return [*full(max(STEPS)), *batch(min(BATCHES))]
 
 
 def short() -> list[Setting]:
     """Return the other settings. What matters most comes first, because a run may be cut."""
     return [
-        *rank(), *(one for steps in STEPS[:-1] for one in full(steps)), *where("desk"),
-        *(one for size in BATCHES[1:] for one in batch(size)),
-        *(one for amount in AMOUNTS for one in alphabet(*amount)), *where("reviews"),
+        *rank(), *(one for steps in STEPS[:-1] for one in full(steps)), *where("desk"), *capacity(),
+        *alphabet(*AMOUNTS[0]), *(one for size in BATCHES[:0:-1] for one in batch(size)), *alphabet(*AMOUNTS[1]),
+        *where("reviews"),
     ]  # fmt: skip
 
 

@@ -150,6 +150,13 @@ def test_a_run_of_each_section_is_scored(small, section):
                 assert row["tested"] == 4 and row["news_perplexity"] > 1
 
 
+def test_a_row_can_be_run_again_with_changes(small):
+    (row,) = regret.measure(shrunk(next(point for point in POINTS if point["section"] == "rank")))
+    same, other = regret.again({**row, "run": "a"}), regret.again(row, learning_rate=1e-2, steps=2)
+    assert same["few_loss"] == row["few_loss"] == pytest.approx(row["validation_loss"], rel=1e-5)
+    assert other["learning_rate"] == 1e-2 and other["few_loss"] != row["few_loss"] and "validation_loss" not in other
+
+
 def test_a_large_batch_is_the_sum_of_small_ones(small, monkeypatch):
     point = shrunk(next(point for point in POINTS if point["section"] == "batch" and point["variant"] == "LoRA"))
     losses = []
