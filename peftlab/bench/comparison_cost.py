@@ -25,7 +25,7 @@ SHAPE = "llama-3.2-1b"
 SECTIONS = ("cost", "latency", "batch")
 ON_A_DECODER = [name for name, compared in COMPARED.items() if "desk" in compared.tasks]
 READ, WRITTEN = 32, 16  # tokens of a prompt, and tokens that are written after it
-IN_A_BATCH = ("LoRA", "Pfeiffer", "IA3", "prefix", "DoRA")
+IN_A_BATCH = ("LoRA", "Pfeiffer", "IA3", "prefix")
 
 
 def points() -> Iterator[Row]:

@@ -29,7 +29,7 @@ from peftlab.core.modes import device_of, mode
 
 Row = dict[str, Any]
 
-AT_ONCE = 64  # examples of a batch that is only read
+AT_ONCE = 16  # examples of a batch that is only read; twelve processes may share a GPU
 MOST = 1600  # examples of a split that are encoded
 REVIEW, ARTICLE = 64, 192  # tokens of a review and of an article
 SIZES = {"reviews": {"validation": 640}, "desk": {"validation": 256}, "news": {"validation": 128}}

@@ -143,8 +143,11 @@ def test_a_run_of_each_method_is_judged_and_scored(small, task, name):
         assert len(row["answers"]) == 4 and row["answers"].count("1") == row["right"]
     assert task != "desk" or row["news_perplexity"] > 1
     assert task != "reviews" or 0 <= row["news_topics_right"] <= row["news_topics_tested"] == 8
-    (row,) = comparison.measure({**point, "scored": False})
-    assert "test_loss" not in row and row["validation_loss"] > 0
+
+
+def test_a_run_that_chooses_a_rate_is_not_tested(small):
+    (row,) = comparison.measure(run("desk", "LoRA"))
+    assert "test_loss" not in row and "right" not in row and row["validation_loss"] > 0
 
 
 @pytest.mark.parametrize("task", comparison_methods.TASKS)
