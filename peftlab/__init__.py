@@ -39,6 +39,7 @@ _PLACES = {
     "training": "train History TrainingError",
     "training.generation": "generate_text",
     "training.metrics": "accuracy macro_f1 exact_match token_f1 perplexity mean_loss predict_labels",
+    "guide.recommend": "recommend",
     "kit.measurements": "results",
     "kit.notebook": "show_source glue table expect provenance",
     "kit.exercises": "check",

@@ -238,10 +238,11 @@ WINGS = {
     "fast": ("core", "quantization", "methods"),
     "training": ("memory", "core", "quantization", "fast"),
     "kit": ("memory", "quantization"),
+    "guide": ("assets", "memory", "kit"),
     "bench": ("peftlab", "assets", "memory", "core", "quantization", "methods", "adapters", "fast", "training", "kit"),
     "commands": (
         "peftlab", "assets", "memory", "core", "quantization", "methods", "adapters", "fast", "training", "kit",
-        "bench",
+        "guide", "bench",
     ),
 }  # fmt: skip
 TOP = 9  # files in the top folder, beside __init__ and __main__

@@ -176,6 +176,7 @@ RIGHT = {
     "quantize_and_attach": lambda: {
         "model": tiny.llama(layers=1), "config": pl.LoRAConfig(r=2, init="loftq", target_modules=["q_proj"])},
     "quantize_nf4": lambda: {"weight": torch.ones(8, 8)},
+    "recommend": lambda: {"task": "style", "model": "smollm2-135m"},
     "results": lambda: {"topic": "lora"},
     "save_adapter": lambda: {"model": adapted(), "folder": "out"},
     "save_quantized": lambda: {"model": four_bits(), "folder": "out4"},
