@@ -37,7 +37,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from functools import cache, partial
 from typing import Any
@@ -99,14 +99,24 @@ def scales() -> Iterator[Row]:
 
 
 def follow_up(rows: Iterable[Row]) -> Iterator[Row]:
-    """Yield the next rates of a setting while its best one is at an edge, then three seeds at the best one."""
+    """Yield what follows from the rows of the two tasks."""
+    yield from next_runs((row for row in rows if row["section"] in TASKS), lambda row: VARIANTS[row["variant"]].rates)
+
+
+def next_runs(rows: Iterable[Row], rates_of: Callable[[Row], tuple[float, ...]]) -> Iterator[Row]:
+    """Yield the next rates of a setting while its best one is at an edge, then three seeds at the best one.
+
+    Args:
+        rows: one for each run that ended. What was run stands in the columns up to `scored`.
+        rates_of: the rates that are tried first, from a row of their setting.
+    """
     tried: dict[str, dict[float, Row]] = {}
     for row in rows:
-        if row["section"] in TASKS and not row["scored"]:
+        if not row["scored"]:
             tried.setdefault(setting_of(row), {})[row["learning_rate"]] = row
     for found in tried.values():
         first = next(iter(found.values()))
-        if not set(VARIANTS[first["variant"]].rates) <= set(found):
+        if not set(rates_of(first)) <= set(found):
             continue  # some of its runs are still to come
         losses = {rate: math.inf if row["validation_loss"] is None else row["validation_loss"]
                   for rate, row in found.items()}  # fmt: skip
@@ -160,6 +170,12 @@ def trained(point: Row, **settings: Any) -> tuple[nn.Module, Row]:
         pl.attach(model, config_of(point))
     if "loraplus_lr_ratio" in point:
         settings["loraplus_lr_ratio"] = point["loraplus_lr_ratio"]
+    losses = fit(model, tokenizer, examples, point, **settings)
+    return model, {"trainable": pl.count_parameters(model).trainable, **losses}
+
+
+def fit(model: nn.Module, tokenizer: Any, examples: list[Any], point: Row, **settings: Any) -> Row:
+    """Train a model as a point says, by the recipe of all runs. Return its losses on the way, and the loop's path."""
     losses: list[float] = []
     path = None
     try:
@@ -174,8 +190,7 @@ def trained(point: Row, **settings: Any) -> tuple[nn.Module, Row]:
         pass  # divergence is a result too; the model keeps its last finite state
     # the mean of five steps that end here, and of the last ten
     ends = {"loss_10": losses[5:10], "loss_20": losses[15:20], "loss_40": losses[35:40], "train_loss": losses[-10:]}
-    row = {name: statistics.fmean(those) if those else None for name, those in ends.items()}
-    return model, {"trainable": pl.count_parameters(model).trainable, "path": path, **row}
+    return {"path": path, **{name: statistics.fmean(those) if those else None for name, those in ends.items()}}
 
 
 def config_of(point: Row) -> Any:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from peftlab import __version__, bench
 from peftlab.assets.cache import cache_folder
 from peftlab.assets.catalogue import catalogue
-from peftlab.commands import count_and_memory, doctor, preflight, train
+from peftlab.commands import count_and_memory, doctor, preflight, recommend, train
 from peftlab.commands.method_options import add_method_options, trainable
 from peftlab.commands.terminal import memory_for, parse_targets, print_json, print_table
 from peftlab.errors import PeftLabError, did_you_mean
@@ -158,6 +158,14 @@ def _memory(arguments: argparse.Namespace) -> int:
     return count_and_memory.memory(arguments)
 
 
+def _recommend_options(command: Parser) -> None:
+    recommend.add_options(command)
+
+
+def _recommend(arguments: argparse.Namespace) -> int:
+    return recommend.run(arguments)
+
+
 def _train_options(command: Parser) -> None:
     train.add_options(command)
     add_method_options(command, trainable())
@@ -250,6 +258,17 @@ COMMANDS = (
         ),
         _memory_options,
         _memory,
+    ),
+    (
+        "recommend",
+        "recommend a method and its settings for a task, a model and a card, by measurements",
+        (
+            "recommend instruction llama-3.1-8b --card L4 --examples 5000",
+            "recommend classification minilm --card 8 --serving file",
+            "recommend knowledge llama-3.2-3b --card H100 --gpus 4 --no-four-bit --json",
+        ),
+        _recommend_options,
+        _recommend,
     ),
     (
         "train",

@@ -74,7 +74,9 @@ def test_the_module_and_the_version(capsys):
 
 
 def test_every_command_has_help_with_examples_that_parse(capsys):
-    assert [row[0] for row in cli.COMMANDS] == ["fetch", "doctor", "count", "memory", "train", "export", "bench"]
+    assert [row[0] for row in cli.COMMANDS] == [
+        "fetch", "doctor", "count", "memory", "recommend", "train", "export", "bench",
+    ]  # fmt: skip
     status, out, _ = run(capsys, "--help")
     assert status == 0 and all(name in out for name, *_ in cli.COMMANDS)
     for name, _, examples, _, _ in cli.COMMANDS:

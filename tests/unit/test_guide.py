@@ -1,0 +1,306 @@
+"""The guide: its rules rest on measurements, its answers are whole, and mistakes are one clear line."""
+
+import copy
+import itertools
+import json
+import math
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import portable
+import pytest
+import tiny
+
+import peftlab as pl
+from peftlab.commands import cli, train
+from peftlab.commands.method_options import settle, trainable
+from peftlab.commands.terminal import parse_targets
+from peftlab.guide import evidence, plan, rules, times
+from peftlab.guide import recommend as recommending
+from peftlab.kit import measurements
+from peftlab.memory import BUILT_IN, CARDS
+
+BOOK = Path(__file__).resolve().parents[2] / "book"
+EVIDENCE = list(rules.every_evidence())
+TASKS, NEEDS = ([word.name for word in rules.words(kind)] for kind in ("task", "serving"))
+
+
+# ------------------------------------------------------------------------------------------------- what carries it
+
+
+def unproven(rule) -> list[str]:
+    """What is wrong with a rule: its form, or what its evidence says."""
+    if fault := rules.fault(rule):
+        return [fault]
+    found = [evidence.look_up(entry) for entry in rule["evidence"]]
+    return [f"the measurements do not say so: {one.text} [{one.source}]" for one in found if not one.holds]
+
+
+def named(name):
+    return copy.deepcopy(next(rule for rule in rules.rules() if rule["name"] == name))
+
+
+@pytest.mark.parametrize("rule", rules.rules(), ids=lambda rule: rule["name"])
+def test_the_measurements_carry_a_rule(rule):
+    assert unproven(rule) == []
+
+
+def test_a_rule_has_a_name_of_its_own():
+    names = [rule["name"] for rule in rules.rules()]
+    assert len(names) == len(set(names)) > 30
+
+
+@pytest.mark.parametrize(("name", "entry", "change"), [
+    ("small-full", 0, {"claim": "same"}),  # full fine-tuning was better, so "same" is false
+    ("small-full", 0, {"claim": "fewer"}),
+    ("lora-writes", 0, {"claim": "not more"}),
+    ("rank", 0, {"claim": "more"}),  # that rank 64 is better is not seen
+    ("rank", 0, {"b": {"scored": True, "r": 1}, "claim": "fewer"}),
+    ("everywhere", 1, {"a": {"targets": "q_proj,v_proj"}}),  # equal rows are not apart
+    ("four-bits", 1, {"most": 0.3}),
+    ("ship-model", 0, {"least": 5}),
+    ("half-precision", 0, {"claim": "slower"}),
+    ("batches", 1, {"per": []}),  # four examples take longer than one
+    ("rate-of-small-lora", 0, {"least": 1e-2, "most": 1e-2}),
+    ("encoder-size", 1, {"highest": False}),  # the lowest accuracy is not the best
+    ("not-a-variant", 0, {"b": {"variant": "AdaLoRA"}}),  # against the weakest, one of the others has more
+])  # fmt: skip
+def test_a_rule_that_the_measurements_do_not_carry_fails(name, entry, change):
+    rule = named(name)
+    rule["evidence"][entry] |= change
+    assert len(unproven(rule)) == 1 and unproven(rule)[0].startswith("the measurements do not say so")
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    ({"evidence": []}, "it has no evidence"), ({"because": None}, "says why"), ({"iff": {}}, "iff, which no rule has"),
+    ({"if": {"tsk": "style"}}, "tsk, which is no fact"), ({"choose": {"rank": 8}}, "rank, which is no setting"),
+])  # fmt: skip
+def test_a_rule_without_evidence_or_form_fails(change, told):
+    rule = named("rank") | change
+    rule = {name: value for name, value in rule.items() if value is not None}
+    assert told in unproven(rule)[0]
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    ({"check": "share"}, "no check 'share'. Did you mean 'shares'"), ({"claim": "better"}, "claim is 'better'"),
+    ({"most": 3}, "takes no most"), ({"shown": ""}, "lacks shown"), ({"results": "lora_learnd"}, "lora_learned"),
+    ({"rows": {"sektion": "rank"}}, "no column 'sektion'"), ({"a": {"r": 7}}, "no row has"),
+])  # fmt: skip
+def test_evidence_that_is_none_is_refused(change, told):
+    entry = named("rank")["evidence"][0] | change
+    with pytest.raises(pl.PeftLabError, match=".") as error:
+        evidence.look_up(entry)
+    assert told in str(error.value)
+
+
+def test_the_interval_of_two_shares_by_hand(tmp_path):
+    """p = 0.9 and 0.8 of 100 questions; two seeds of the first, 0.88 and 0.92."""
+    rows = [{"method": "a", "right": 88, "of": 100}, {"method": "a", "right": 92, "of": 100},
+            {"method": "b", "right": 80, "of": 100}]  # fmt: skip
+    given = {name: value for name, value in measurements.results("lora").provenance.items() if name != "runs"}
+    measurements.write(tmp_path / "made.json", "made", given, rows)
+    entry = {"results": str(tmp_path / "made.json"), "check": "shares", "of": "of", "claim": "same", "shown": "x#y",
+             "a": {"method": "a"}, "b": {"method": "b"}}  # fmt: skip
+    error = 2 * math.sqrt(0.9 * 0.1 / 100 + 0.0008 / 2 + 0.8 * 0.2 / 100)
+    found = evidence.look_up(entry)
+    assert found.holds and found.text.endswith(f"({100 * (0.1 - error):+.1f} to {100 * (0.1 + error):+.1f})")
+
+
+def test_evidence_leads_to_places_in_the_book():
+    notebooks = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in BOOK.glob("*.ipynb")}
+    labels = {page: portable.targets(page, portable.prose(notebook)) for page, notebook in notebooks.items()}
+    places = {f"{page}#{label}" for page, found in labels.items() for label in found}
+    topics = {f"appendix_measurements#measurements-{topic.replace('_', '-')}" for topic in measurements.topics()}
+    assert {entry["shown"] for _, entry in EVIDENCE} <= places | topics
+    own = [entry for _, entry in EVIDENCE if entry["shown"].startswith("appendix_")]
+    assert all(entry["shown"].endswith(entry["results"].replace("_", "-")) for entry in own)
+
+
+def test_published_runs_are_called_so():
+    assert all("published" in entry["says"] for _, entry in EVIDENCE if entry["results"] == "metamathqa")
+
+
+# ---------------------------------------------------------------------------------------------------- what it answers
+
+
+@pytest.fixture
+def no_replay(monkeypatch):
+    """Memory by a rough rule, in no time: what is decided does not depend on the exact peak."""
+
+    def peaks(shape, method, chosen, sequence, gpus):
+        weight = {"full": 16, "qlora": 0.6}.get(method, 2)
+        return lambda rung: int(shape.parameters * weight + rung[0] * sequence * (2e5 if rung[1] else 2e6))
+
+    monkeypatch.setattr(recommending, "peaks", peaks)
+
+
+def test_every_combination_is_answered_whole_or_refused(no_replay):
+    shapes = [pl.memory.load_shape(name) for name in BUILT_IN]
+    cases = itertools.product(TASKS, shapes, NEEDS, ((None, True, "T4"), (100, False, "H100")))
+    methods = set()
+    for task, model, serving, (examples, four_bit, card) in cases:
+        options = {"serving": serving, "examples": examples, "four_bit": four_bit, "sequence": 256}
+        try:
+            found = pl.recommend(task, model, card, **options)
+        except pl.PeftLabError as error:
+            assert "decoder" in str(error) and model.kind != "decoder"
+            continue
+        methods.add(found.method)
+        assert found.method != "qlora" or four_bit
+        assert {"learning_rate", "rates", "precision", "epochs", "ship"} <= found.chosen.keys()
+        low, high = found.chosen["rates"]
+        assert low <= found.chosen["learning_rate"] <= high
+        assert found.method == "full" or {"r", "alpha", "targets"} <= found.chosen.keys()
+        decided = {name for reason in found.reasons for name in reason.settings} - {"ladder"}
+        assert decided == {"method", *found.chosen}  # each choice has its reason
+        assert found.chosen["precision"] == ("fp16" if card == "T4" else "bf16")
+    assert methods == {"full", "lora", "qlora", "lokr"}
+
+
+def test_a_rule_that_no_question_reaches_is_found(no_replay):
+    """Each rule decides or says something for some question."""
+    reached = set()
+    for task, model, serving in itertools.product(TASKS, ("smollm2-135m", "llama-2-7b", "minilm", "t5-base"), NEEDS):
+        for card, examples, gpus in ((6, None, 1), ("T4", 200, 1), ("H200", None, 2)):
+            try:
+                found = pl.recommend(task, model, card, serving=serving, examples=examples, gpus=gpus)
+            except pl.PeftLabError:
+                continue
+            reached |= {reason.because for reason in found.reasons} | set(found.more) | set(found.traps)
+    gives = {rule["name"]: {rule.get("because"), rule.get("more"), rule.get("trap")} for rule in rules.rules()}
+    told = {name for name, texts in gives.items() if texts & reached}
+    assert told == {rule["name"] for rule in rules.rules()}
+
+
+def test_the_first_that_fits_is_taken():
+    ladder = [[4, False], [4, True], [1, True]]
+    sizes = {(4, False, ""): 30, (4, True, ""): 20, (1, True, ""): 10}
+    tried = plan.rungs(ladder, 1)
+    taken = [plan.first_that_fits(tried, sizes.get, room) for room in (None, 30, 29, 10, 9)]
+    assert taken == [((4, False, ""), 30, None), ((4, False, ""), 30, True), ((4, True, ""), 20, True),
+                     ((1, True, ""), 10, True), ((1, True, ""), 10, False)]  # fmt: skip
+    assert plan.rungs(ladder[:1], 2) == [(4, False, "ddp"), (4, False, "fsdp")]
+
+
+def test_memory_is_that_of_fits():
+    found = pl.recommend("style", "llama-3.2-1b", 12, serving="many")
+    run = {"r": 16, "targets": "all-linear", "batch": 4, "checkpointing": found.checkpointing, "chunked_loss": True,
+           "autocast": True, "optimizer": "adamw-fused", "library": "peftlab"}  # fmt: skip
+    assert found.peak_bytes == pl.memory.estimate("llama-3.2-1b", "lora", **run).peak_bytes
+    assert found.fits and pl.memory.fits("RTX 3060", "llama-3.2-1b", "lora", **run)
+
+
+def test_what_is_too_large_is_said():
+    found = pl.recommend("knowledge", "llama-3.2-1b", "T4", four_bit=False)
+    assert (found.method, list(found.too_large), found.fits) == ("lora", ["full"], True)
+    found = pl.recommend("instruction", "llama-2-7b", 4)
+    assert found.method == "qlora" and found.fits is False and "it does not fit" in str(found)
+    assert found.to_dict()["cards"][0] in CARDS
+
+
+def test_time_is_given_only_where_this_step_was_measured():
+    found = pl.recommend("instruction", "llama-2-7b", "H200", examples=800)
+    row = pl.results("speed").one(section="7b-lora-4x512", rung="fast")
+    assert found.time.seconds == row["seconds"] and found.steps == 100
+    assert found.seconds == row["seconds"] * 2 * 100  # two batches in an update
+    for other in ({"sequence": 600}, {"card": "A100 80GB"}, {"gpus": 2}, {"model": "mistral-7b"}):
+        given = {"task": "instruction", "model": "llama-2-7b", "card": "H200", "examples": 800} | other
+        assert pl.recommend(**given).time is None and "not measured" in str(pl.recommend(**given))
+    assert pl.recommend("instruction", "llama-2-7b", "h100").time.source == "lora_fullsize, fullsize"
+
+
+def test_measured_steps_are_of_all_linear_layers():
+    """The rows that times come from count as many trained numbers as our settings."""
+    for one in times.timed():
+        wanted = pl.memory.count(one.shape, one.method, r=one.r, targets="all-linear").trainable
+        file = one.source.partition(",")[0]
+        rows = pl.results(file).where(seconds=one.seconds).rows
+        assert all(row.get("trainable", wanted) == wanted for row in rows), one
+
+
+@pytest.mark.parametrize(("task", "model", "more"), [
+    ("style", "smollm2-135m", {}), ("style", "smollm2-135m", {"serving": "many"}),
+    ("format", "llama-3.2-1b", {"serving": "file"}), ("classification", "minilm", {}),
+    ("classification", "minilm", {"serving": "file"}), ("sft", "llama-3.1-8b", {"card": "T4"}),
+])  # fmt: skip
+def test_the_command_is_one_that_train_takes(no_replay, task, model, more):
+    found = pl.recommend(task, model, **more)
+    arguments = cli.parse(shlex.split(found.command("reviews", "out"))[1:])
+    settle(arguments, trainable())
+    train.check(arguments)
+    assert (arguments.method, arguments.lr) == (found.method, found.chosen["learning_rate"])
+    assert (arguments.batch_size, arguments.checkpointing) == (found.batch, found.checkpointing)
+    if found.method == "full":
+        with pytest.raises(pl.PeftLabError, match="attaches nothing"):
+            found.config()
+    else:
+        made = train._config(arguments, parse_targets(arguments.targets))
+        mine = found.config()
+        assert all(getattr(made, name) == getattr(mine, name) for name in ("r", "alpha", "target_modules"))
+
+
+def test_the_config_attaches():
+    for serving in ("many", "file"):
+        model = tiny.llama(layers=1)
+        pl.attach(model, pl.recommend("style", model.config.to_dict(), serving=serving).config())
+        assert pl.count_parameters(model).trainable
+
+
+def test_what_train_cannot_do_is_said(no_replay):
+    for given, told in (({"task": "dpo"}, "reads no preferences"), ({"task": "rl"}, "knows no rewards"),
+                        ({"task": "style", "gpus": 2}, "runs on one GPU")):  # fmt: skip
+        found = pl.recommend(model="smollm2-135m", **given)
+        with pytest.raises(pl.PeftLabError, match=told):
+            found.command()
+        assert found.to_dict()["command"] is None and told in found.to_dict()["no_command"]
+
+
+def test_a_folder_stays_in_the_command(tmp_path, no_replay):
+    (tmp_path / "config.json").write_text(json.dumps(BUILT_IN["smollm2-135m"]), encoding="utf-8")
+    for given in (tmp_path, str(tmp_path / "config.json")):
+        assert f"--model {tmp_path} " in pl.recommend("style", given).command()
+
+
+@pytest.mark.parametrize(("given", "told"), [
+    ({"task": "clasification"}, "no task 'clasification'. Did you mean 'classification'"),
+    ({"task": "dp"}, "preference"), ({"model": "llama2-7b"}, "Did you mean 'llama-2-7b'"),
+    ({"card": "H10"}, "Unknown card 'H10'. Did you mean 'H100'"), ({"card": 0}, "between 1 and"),
+    ({"serving": "manny"}, "Did you mean 'many'"), ({"gpus": 0}, "gpus must be a positive whole number"),
+    ({"examples": 5, "tokens": 5}, "not both"), ({"model": "minilm"}, "minilm is an encoder and writes no text"),
+    ({"task": "dpo", "model": "t5-base"}, "No measurement is about 'preference'"),
+    ({"model": "gpt2", "sequence": 4096}, "positions"),
+])  # fmt: skip
+def test_a_mistake_is_one_clear_line(given, told):
+    with pytest.raises(pl.PeftLabError) as error:
+        pl.recommend(**({"task": "style", "model": "smollm2-135m"} | given))
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_tokens_stand_for_examples(no_replay):
+    by_tokens = pl.recommend("style", "llama-3.2-1b", tokens=512 * 100 - 5)
+    assert by_tokens.examples == 100 and by_tokens.chosen["epochs"] == 8
+
+
+def test_the_command_line_prints_what_the_function_gives(capsys):
+    line = ["recommend", "classify", "minilm", "--card", "T4", "--serving", "small", "--examples", "3000"]
+    assert cli.main(line) == 0
+    found = pl.recommend("classification", "minilm", "T4", serving="file", examples=3000)
+    assert capsys.readouterr().out == f"{found}\n"
+    assert cli.main([*line, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found.to_dict()
+    assert max(map(len, str(found).splitlines())) <= 100
+    assert cli.main(["recommend", "clasify", "minilm"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_recommending_loads_no_torch():
+    code = """
+import sys
+from peftlab.commands.cli import main
+main(["recommend", "style", "smollm2-135m", "--card", "T4"])
+print([name for name in ("torch", "numpy", "transformers") if name in sys.modules], file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=BOOK.parent)
+    assert done.stderr == "[]\n"
