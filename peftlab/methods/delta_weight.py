@@ -3,8 +3,9 @@
     dW: the shape of W, (out, in), or of a convolution (out, in / groups, k, ...)
 
 LoRA multiplies the input by two thin matrices. An update that is no product of thin matrices (LoHa, LoKr) is made in
-full and multiplied by the input. It is as large as the weight, so it is not kept for the backward pass: autograd keeps
-the parameters and the input, and makes dW again. In memory such a layer costs what LoRA's does, and for a moment dW.
+full and multiplied by the input. It is as large as the weight, so it is not kept for the backward pass: `Remade` keeps
+the factors and the input, and makes dW again. In memory such a layer costs what LoRA's does, and for a moment dW.
+Around the product of a convolution torch's checkpointing does the same, which takes more time between operations.
 
 In training two dropouts may act, as in Hugging Face peft. `module_dropout` leaves the whole update of a layer out of a
 step. `rank_dropout` leaves rows of dW out, that is, outputs of the layer.

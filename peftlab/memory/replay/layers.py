@@ -261,9 +261,9 @@ def lokr(net: Net, path: str, own: Own) -> None:
             second = net.outer(a, b)
         size = first.shape[0] * second.shape[0], first.shape[1] * second.shape[1]
         if net.recipe.library != "peftlab":
-            return ops.scale(products.kronecker(first, second, size))
+            return ops.scale(products.kronecker(first, second, size, by_blocks=False))
         small = ops.cast(first, second.bytes) if net.autocast else first
-        return products.kronecker(small, ops.cast(second, small.bytes), size)
+        return products.kronecker(small, ops.cast(second, small.bytes), size, by_blocks=True)
 
     _whole_update(net, path, delta)
 
