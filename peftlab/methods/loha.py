@@ -76,8 +76,9 @@ class LoHa(DeltaWeight):
         """Return A1, B1, A2 and B2, and the kernels where there are any."""
         return tuple(own[name] for name in KEYS if name in own)
 
-    def product(self, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, *kernels: Tensor) -> Tensor:
+    def product(self, *factors: Tensor) -> Tensor:
         """Return dW / s, (out, in), or (out, in / groups, k, k) where there are kernels."""
+        a1, b1, a2, b2, *kernels = factors
         if kernels:
             first, second = (
                 torch.einsum("ijkl,ip,jq->pqkl", kernel, a, b)
@@ -88,8 +89,9 @@ class LoHa(DeltaWeight):
         # dW / s = (A1 B1) * (A2 B2)
         return first * second
 
-    def product_and_pull(self, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> tuple[Tensor, Pull]:
+    def product_and_pull(self, *factors: Tensor) -> tuple[Tensor, Pull]:
         """Return dW / s, (out, in), and what gives the gradients of the factors from its own."""
+        a1, b1, a2, b2 = factors
         first, second = a1 @ b1, a2 @ b2
 
         def pull(gradient: Tensor) -> tuple[Tensor, ...]:

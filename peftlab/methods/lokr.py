@@ -90,8 +90,9 @@ class LoKr(DeltaWeight):
             second = own["lokr_w2_a"] @ own["lokr_w2_b"]
         return first, second
 
-    def product(self, first: Tensor, second: Tensor) -> Tensor:
+    def product(self, *factors: Tensor) -> Tensor:
         """Return dW / s. Its entries lie as those of the weight do."""
+        first, second = factors
         # Where D is whole in a Conv1d, it is (b, d, k), and C is set against its last two sides, (d, k), instead of its
         # first two. Hugging Face peft does so (as torch.kron does with a matrix), and so its folders are read.
         if second.dim() > 2:
@@ -99,8 +100,9 @@ class LoKr(DeltaWeight):
         # dW / s = C ⊗ D
         return kronecker(first, second)
 
-    def product_and_pull(self, first: Tensor, second: Tensor) -> tuple[Tensor, Pull]:
+    def product_and_pull(self, *factors: Tensor) -> tuple[Tensor, Pull]:
         """Return dW / s, (out, in), and what gives the gradients of C and D from its own."""
+        first, second = factors
         (a, c), (b, d) = first.shape, second.shape
 
         def pull(gradient: Tensor) -> tuple[Tensor, ...]:
