@@ -8,7 +8,7 @@ from peftlab.kit.figures.adapters import adapter_places, budget
 from peftlab.kit.figures.charts import bars, by_layer, curves, heatmap, histogram, spectrum, stacked_bars, sweep
 from peftlab.kit.figures.choice import choice
 from peftlab.kit.figures.families import families
-from peftlab.kit.figures.intervals import intervals, trade_off
+from peftlab.kit.figures.intervals import intervals, ranking, trade_off
 from peftlab.kit.figures.lora import lora_dataflow
 from peftlab.kit.figures.lora_family import lora_family
 from peftlab.kit.figures.memory import agreement, memory_bars, timelines
@@ -37,7 +37,7 @@ __all__ = [
     "bars", "by_layer", "curves", "heatmap", "histogram", "spectrum", "stacked_bars", "sweep",
     "choice",
     "families",
-    "intervals", "trade_off",
+    "intervals", "ranking", "trade_off",
     "lora_dataflow", "lora_family",
     "agreement", "memory_bars", "timelines",
     "virtual_tokens",
