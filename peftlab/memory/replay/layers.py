@@ -239,10 +239,12 @@ def loha(net: Net, path: str, own: Own) -> None:
     factors = [own[f"hada_w{i}_{side}"] for i in (1, 2) for side in "ab"]
 
     def delta() -> Tensor:
+        a1, b1, a2, b2 = factors
         if net.recipe.library != "peftlab":
             halves = [net.half(factor) for factor in factors] if net.autocast else factors
-            return products.hadamard(*factors, halves[0].bytes)
-        a1, b1, a2, b2 = (ops.cast(factor, 2) for factor in factors) if net.autocast else factors
+            return products.hadamard(a1, b1, a2, b2, halves[0].bytes)
+        if net.autocast:
+            a1, b1, a2, b2 = (ops.cast(factor, 2) for factor in factors)
         size = a1.shape[0], b1.shape[1]
         return ops.mul(products.outer(a1, b1, size), products.outer(a2, b2, size))
 
