@@ -24,6 +24,7 @@ NO_COMMAND = {
     "reward": f"peftlab train knows no rewards: train with pl.train, as in {REWARDS}",
 }
 SEVERAL = "peftlab train runs on one GPU: with several, use FSDP2 or the Trainer, which take an attached model as it is"
+TARGETS = {"all-linear": "all linear layers", "query-value": "queries and values"}
 SPOKEN = {"r": "rank", "ladder": "batch", "ship": "afterwards", "rates": "range"}
 NOTHING_ATTACHED = "full fine-tuning attaches nothing: train the model as it is, with peftlab train --method full."
 PRECISIONS = {"bf16": "computed in bf16", "fp16": "computed in fp16 with a scaled loss"}
@@ -244,8 +245,7 @@ class Recommendation:
 
 def words_of_targets(chosen: Mapping[str, Any]) -> str:
     """Return the targets in words."""
-    names = {"all-linear": "all linear layers", "query-value": "queries and values"}
-    return names.get(chosen["targets"], str(chosen["targets"]))
+    return TARGETS[chosen["targets"]]
 
 
 def spoken(setting: str) -> str:

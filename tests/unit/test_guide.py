@@ -21,6 +21,7 @@ from peftlab.guide import evidence, plan, rules, times
 from peftlab.guide import recommend as recommending
 from peftlab.kit import measurements
 from peftlab.memory import BUILT_IN, CARDS
+from peftlab_book import guide
 
 BOOK = Path(__file__).resolve().parents[2] / "book"
 EVIDENCE = list(rules.every_evidence())
@@ -304,3 +305,36 @@ print([name for name in ("torch", "numpy", "transformers") if name in sys.module
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=BOOK.parent)
     assert done.stderr == "[]\n"
+
+
+# ------------------------------------------------------------------------------------------------------ the book's page
+
+
+def test_the_stored_peaks_are_those_of_the_estimator():
+    """All that an answer of the page may need is there, and some of it is estimated again."""
+    stored = guide.stored()
+    assert list(stored) == list(BUILT_IN), "run python tools/guide_peaks.py"
+    for name in ("minilm", "smollm2-135m", "llama-3.2-1b", "llama-2-7b"):
+        shape = pl.memory.load_shape(name)
+        needed = {(guide.variant(method, chosen), guide.rung_name(rung)) for method, chosen, rung in guide.steps_of(shape)}
+        for sequence, found in stored[name].items():
+            if isinstance(found, dict):
+                there = {(variant, rung) for variant, peaks in found.items() for rung in peaks}
+                assert there == needed, f"{name}, {sequence}: run python tools/guide_peaks.py --anew"
+    for name, sequence, variant, rung in (
+        ("llama-3.2-1b", 1024, "lora/16/all-linear", (4, True, "")), ("minilm", 512, "lora/8/query-value", (8, False, "")),
+        ("smollm2-135m", 512, "full", (8, False, "")), ("llama-3.2-3b", 512, "qlora/64/all-linear", (1, True, "")),
+    ):  # fmt: skip
+        method, *size = variant.split("/")
+        chosen = {"r": int(size[0]), "targets": size[1]} if size else {}
+        peak = plan.peaks(pl.memory.load_shape(name), method, chosen, sequence, 1)(rung)
+        told = f"{name}, {sequence}, {variant}: run python tools/guide_peaks.py --anew"
+        assert stored[name][str(sequence)][variant][guide.rung_name(rung)] == peak, told
+    assert stored["minilm"]["1024"] == "minilm has positions for 512 tokens, too few for 1,024."
+
+
+def test_no_border_of_a_rule_lies_between_the_numbers_of_examples():
+    """The page's peaks are made for these numbers, so each side of a border needs one."""
+    borders = [rule["if"]["examples"] for rule in rules.rules() if "examples" in rule.get("if", {})]
+    sides = {side for border in borders for side in (border.get("most"), border.get("least"))} - {None}
+    assert sides <= set(guide.EXAMPLES)
