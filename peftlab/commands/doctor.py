@@ -109,7 +109,8 @@ def examine(verify: bool = False, names: Sequence[str] = ()) -> dict[str, Any]:
             notes.append(f"{name} is not installed ({use}): pip install '{name}>={least}'.")
         elif older(version, least):
             notes.append(f"{name} {version} is older than {least} ({use}): pip install --upgrade '{name}'.")
-    tested = {name: sorted({row[name] for row in TESTED.values()}, key=_order) for name in packages}
+    # a package that is new here was not there in every set's last run
+    tested = {name: sorted({row[name] for row in TESTED.values() if name in row}, key=_order) for name in packages}
     for name, version in packages.items():
         if version is not None and _order(tested[name][-1]) < _order(version):
             notes.append(

@@ -19,6 +19,7 @@ from peftlab.assets.support_desk import score
 from peftlab.commands.formats import changed, form_of, unused
 from peftlab.commands.reading import Row, Rows, splits_of
 from peftlab.errors import PeftLabError
+from peftlab.evaluation import scores
 
 HELD_OUT = 10  # one row in this many is kept for the test if a data set has no test split
 HELD_OUT_MOST = 500
@@ -176,12 +177,12 @@ def test(
         wanted = [completion_text(row[task.answer]) for row in rows]
         if task.answer == "ticket":
             return score(answers, wanted)
-        return {"exact_match": metrics.exact_match(answers, wanted)}
+        return {"exact_match": scores.exact_match(answers, wanted)}
     examples = encode(task, tokenizer, rows, max_length)
     if task.kind == "classification":
         found = metrics.predict_labels(model, examples, tokenizer, batch_size=batch_size, progress=True)
         wanted = [example["labels"] for example in examples]
-        return {"accuracy": metrics.accuracy(found, wanted), "macro_f1": metrics.macro_f1(found, wanted)}
+        return {"accuracy": scores.accuracy(found, wanted), "macro_f1": scores.macro_f1(found, wanted)}
     return {"perplexity": metrics.perplexity(model, examples, tokenizer, batch_size=batch_size, progress=True)}
 
 

@@ -9,7 +9,7 @@ changes. Without ipywidgets there is only the figure.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
 
@@ -21,6 +21,7 @@ from peftlab.kit import figures
 from peftlab.kit.figures.lora import STEPS
 from peftlab.kit.figures.style import png
 from peftlab.kit.tables import as_html
+from peftlab.memory.costs import run_cost
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 TARGETS = {
@@ -130,6 +131,57 @@ def memory_calculator(shape: str = "llama-2-7b", r: int = 16) -> None:
     figure = figures.sweep(rows, "tokens", "GB", by="method", x_label="tokens in the sequence", y_label="peak (GB)")
     text = f"Predicted peak of a step of {shape} against the length of its sequence, for {', '.join(methods)}"
     _show(build, figure, text)
+
+
+@checked()
+def cost_calculator(
+    rates: Mapping[str, float], *, tokens: float = 10e6, watts: float = 700.0, price: float = 2.0, gpus: int = 1
+) -> None:
+    """Show a widget that computes what a run costs: GPU hours, energy and money. Without a kernel, show the GPU hours.
+
+    Args:
+        rates: {name: tokens per second that were measured}. Those that lack a measurement are left out by you.
+        tokens: of the whole run.
+        watts, price: where the sliders begin; these are examples, and the reader's own values belong there.
+        gpus: how many GPUs the rates are of.
+
+    Raises:
+        PeftLabError: there is no rate, or a number is not above zero.
+    """
+    if not rates:
+        raise PeftLabError("rates names nothing that was measured.")
+    hours = {name: run_cost(tokens, rate, gpus=gpus, watts=watts, price=price).gpu_hours for name, rate in rates.items()}
+
+    def build(widgets: Any) -> Any:
+        choices = {
+            "method": widgets.Dropdown(options=list(rates), description="run"),
+            "tokens": widgets.FloatText(value=tokens / 1e6, description="Mtokens"),
+            "watts": widgets.FloatText(value=watts, description="watts"),
+            "price": widgets.FloatText(value=price, description="price"),
+        }
+        answer = widgets.HTML()
+
+        def renew(change: Any = None) -> None:
+            chosen = {name: control.value for name, control in choices.items()}
+            answer.value = _cost_answer(rates[chosen.pop("method")], gpus, **chosen)
+
+        for control in choices.values():
+            control.observe(renew, names="value")
+        renew()
+        return widgets.VBox([*choices.values(), answer])
+
+    figure = figures.bars(hours, x_label=f"GPU hours for {memory.format_count(round(tokens))} tokens", fmt=".2f")
+    _show(build, figure, f"GPU hours for {memory.format_count(round(tokens))} tokens: {', '.join(rates)}")
+
+
+def _cost_answer(rate: float, gpus: int, tokens: float, watts: float, price: float) -> str:
+    try:
+        found = run_cost(tokens * 1e6, rate, gpus=gpus, watts=watts, price=price)
+    except PeftLabError as error:
+        return escape(str(error))
+    cells = [["GPU hours", f"{found.gpu_hours:,.2f}"], ["energy (kWh)", f"{found.kwh:,.2f}"],
+             ["money, in the price's currency", f"{found.money:,.2f}"]]  # fmt: skip
+    return as_html(["", "cost"], cells, numeric=[False, True])
 
 
 def _of_the_method(method: str, r: int | None) -> dict[str, Any]:

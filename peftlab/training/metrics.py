@@ -1,10 +1,8 @@
-"""Measures of a model's quality: accuracy, macro F1, exact match, words in common, and perplexity per token."""
+"""What a model gives on examples: its perplexity per token, its mean loss, its labels. Scores are in `evaluation`."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,75 +23,6 @@ from peftlab.training.model_task import PROBLEMS, call, inner_model, task_of
 from peftlab.training.rows import rows_of
 
 LANGUAGE = ("causal language modelling", "masked language modelling", "sequence to sequence")
-
-
-@checked()
-def accuracy(predictions: Sequence[Any], references: Sequence[Any]) -> float:
-    """Return the share of predictions that equal their reference, between 0 and 1.
-
-    It misleads when classes are unbalanced: if 95% of the examples have one class, always answering that class scores
-    0.95. Look at `macro_f1` as well.
-
-    >>> round(pl.accuracy([1, 0, 1], [1, 1, 1]), 3)
-    0.667
-    """
-    _same_length(predictions, references)
-    # accuracy = |{i : p_i = r_i}| / n
-    return sum(p == r for p, r in zip(_plain(predictions), _plain(references), strict=True)) / len(references)
-
-
-@checked()
-def macro_f1(predictions: Sequence[Any], references: Sequence[Any]) -> float:
-    """Return the mean of F1 over the classes, each of which counts alike.
-
-    F1 is the harmonic mean of precision and recall. The classes are those that occur in the references or the
-    predictions.
-
-    >>> pl.macro_f1([1, 0, 1], [1, 1, 1])
-    0.4
-    """
-    _same_length(predictions, references)
-    pairs = list(zip(_plain(predictions), _plain(references), strict=True))
-    scores = []
-    for label in {value for pair in pairs for value in pair}:
-        hits = sum(p == label and r == label for p, r in pairs)
-        predicted, actual = sum(p == label for p, _ in pairs), sum(r == label for _, r in pairs)
-        # F1 = 2 P R / (P + R), with P = hits/predicted and R = hits/actual, is 2 hits / (predicted + actual)
-        scores.append(2 * hits / (predicted + actual))
-    return sum(scores) / len(scores)
-
-
-@checked()
-def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Return the share of texts that equal their reference, between 0 and 1. White space at both ends is ignored.
-
-    >>> pl.exact_match(["yes ", "no"], ["yes", "maybe"])
-    0.5
-    """
-    _same_length(predictions, references)
-    return sum(p.strip() == r.strip() for p, r in zip(predictions, references, strict=True)) / len(references)
-
-
-@checked()
-def token_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Return the mean over texts of the F1 of their words, between 0 and 1: ROUGE-1 without stemming (Lin 2004).
-
-    A word is a run of letters and digits, in lower case. A word that occurs twice must be found twice. The score says
-    that the right words are there. It does not say that they make a sentence, or that the sentence is true.
-
-    >>> round(pl.token_f1(["the red cat"], ["a red cat"]), 3)
-    0.667
-    """
-    _same_length(predictions, references)
-    return sum(_words_f1(p, r) for p, r in zip(predictions, references, strict=True)) / len(references)
-
-
-def _words_f1(prediction: str, reference: str) -> float:
-    found, wanted = (Counter(re.findall(r"\w+", text.lower())) for text in (prediction, reference))
-    both = (found & wanted).total()
-    # F1 = 2 P R / (P + R), with P = both / found and R = both / wanted; two empty texts are equal
-    size = found.total() + wanted.total()
-    return 2 * both / size if size else 1.0
 
 
 @checked("examples")
@@ -270,15 +199,3 @@ def _answers(logits: torch.Tensor, problem: str | None) -> list[Any]:
 def _length(example: Mapping[str, Any]) -> int:
     ids = example.get("input_ids")
     return 0 if ids is None else len(ids)
-
-
-def _plain(values: Any) -> list[Any]:
-    """Return a list of plain values from a list, a tensor, an array or a column of a data set."""
-    return values.tolist() if hasattr(values, "tolist") else list(values)
-
-
-def _same_length(predictions: Sequence[Any], references: Sequence[Any]) -> None:
-    if len(predictions) != len(references):
-        raise PeftLabError(f"{len(predictions)} predictions do not go with {len(references)} references.")
-    if not len(references):
-        raise PeftLabError("There is nothing to compare: both lists are empty.")

@@ -231,18 +231,22 @@ WINGS = {
     "peftlab": (),
     "assets": (),
     "memory": (),
+    "evaluation": (),
     "core": (),
     "quantization": ("core",),
     "methods": ("core", "quantization"),
     "adapters": ("core", "quantization", "methods"),
     "fast": ("core", "quantization", "methods"),
     "training": ("memory", "core", "quantization", "fast"),
-    "kit": ("memory", "quantization"),
+    "kit": ("memory", "evaluation", "quantization"),
     "guide": ("assets", "memory", "kit"),
-    "bench": ("peftlab", "assets", "memory", "core", "quantization", "methods", "adapters", "fast", "training", "kit"),
+    "bench": (
+        "peftlab", "assets", "memory", "evaluation", "core", "quantization", "methods", "adapters", "fast", "training",
+        "kit",
+    ),
     "commands": (
-        "peftlab", "assets", "memory", "core", "quantization", "methods", "adapters", "fast", "training", "kit",
-        "guide", "bench",
+        "peftlab", "assets", "memory", "evaluation", "core", "quantization", "methods", "adapters", "fast", "training",
+        "kit", "guide", "bench",
     ),
 }  # fmt: skip
 TOP = 9  # files in the top folder, beside __init__ and __main__

@@ -4,6 +4,7 @@ import ipywidgets
 import pytest
 
 from peftlab import memory
+from peftlab.errors import PeftLabError
 from peftlab.kit import widgets
 
 
@@ -55,3 +56,16 @@ def test_the_calculator_gives_targets_to_the_low_rank_methods_alone(method):
     run = dict(shape="bert-base", method=method, sequence=128)
     usual = memory.estimate(**run, targets="all-linear" if method == "lora" else None)
     assert memory.format_bytes(usual.peak_bytes) in widgets._memory_answer(run)
+
+
+def test_what_a_run_costs(shown):
+    widget, figure, text = shown(widgets.cost_calculator, rates={"LoRA": 5000.0, "full": 2500.0}, tokens=9e6)
+    method, tokens, watts, price, answer = widget.children
+    assert "0.50" in answer.value and "1.00" in answer.value  # 9e6 / 5000 / 3600 hours, at 2 an hour
+    method.value, tokens.value, watts.value, price.value = "full", 90, 500, 3
+    assert all(wanted in answer.value for wanted in ("10.00", "5.00", "30.00"))
+    price.value = -1
+    assert "price must be" in answer.value
+    assert "LoRA, full" in text and [bar.get_width() for bar in figure.axes[0].patches][:2] == [0.5, 1.0]
+    with pytest.raises(PeftLabError, match="rates names nothing"):
+        widgets.cost_calculator({})

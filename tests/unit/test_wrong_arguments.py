@@ -90,7 +90,16 @@ RIGHT = {
         "widgets.memory_calculator", "AdapterCallback",
     ), dict),
     **{name: lambda: TWO for name in ("accuracy", "macro_f1")},
-    **{name: lambda: TEXTS for name in ("exact_match", "token_f1")},
+    **{name: lambda: TEXTS for name in ("exact_match", "token_f1", "bleu", "chrf")},
+    "adjust_p_values": lambda: {"p_values": [0.01, 0.5]},
+    "binomial_interval": lambda: {"right": 3, "total": 4},
+    "items_needed": lambda: {"share_1": 0.4, "share_2": 0.5},
+    "mcnemar": lambda: {"first": [1, 0], "second": [0, 0]},
+    "mean_interval": lambda: {"scores": [0.4, 0.5]},
+    "paired_bootstrap": lambda: {"first": [1.0, 2.0], "second": [1.0, 3.0]},
+    "position_bias": lambda: {"forward": ["first"], "swapped": ["tie"]},
+    "two_proportion_test": lambda: {"right_1": 3, "total_1": 4, "right_2": 1, "total_2": 4},
+    "win_rate": lambda: {"outcomes": ["win", "tie"]},
     **{name: lambda: {"model": adapted()} for name in (
         "attached", "count_parameters", "detach", "disabled", "find_intruders", "merge", "reduce_intruders")},
     "SelectiveConfig": lambda: {"target_modules": ["q_proj"]},
@@ -178,6 +187,7 @@ RIGHT = {
     "quantize_nf4": lambda: {"weight": torch.ones(8, 8)},
     "recommend": lambda: {"task": "style", "model": "smollm2-135m"},
     "results": lambda: {"topic": "lora"},
+    "run_cost": lambda: {"tokens": 1e6, "tokens_per_second": 1000.0},
     "save_adapter": lambda: {"model": adapted(), "folder": "out"},
     "save_quantized": lambda: {"model": four_bits(), "folder": "out4"},
     "support_desk.generate": lambda: {"split": "train", "size": 1},
@@ -194,6 +204,7 @@ RIGHT = {
     "tables.lay_out": lambda: {"rows": [{"a": 1}]},
     "train": lambda: {"model": adapted(), "train_data": EXAMPLES, "steps": 1, "batch_size": 2, "progress": False},
     "unmerge": lambda: {"model": merged()},
+    "widgets.cost_calculator": lambda: {"rates": {"LoRA": 1000.0}},
 }  # fmt: skip
 
 
