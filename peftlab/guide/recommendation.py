@@ -10,14 +10,15 @@ from typing import Any
 
 from peftlab.assets.catalogue import catalogue
 from peftlab.catalogue import METHODS
-from peftlab.errors import PeftLabError
+from peftlab.checks import shown
+from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.guide.evidence import address, look_up
 from peftlab.guide.plan import Card, targets_of
 from peftlab.guide.times import Timed
 from peftlab.memory.cards import CARDS, that_hold, with_margin
 from peftlab.memory.units import format_bytes, format_count
 
-WIDTH = 100  # columns of the table
+WIDTH = 88  # columns of what is printed
 PREFERENCES, REWARDS = (address(f"09_training_recipes#sec-recipes-{name}") for name in ("dpo", "reward"))
 NO_COMMAND = {
     "preference": f"peftlab train reads no preferences: train with pl.train, as in {PREFERENCES}",
@@ -41,8 +42,8 @@ class Reason:
     def to_dict(self) -> dict[str, Any]:
         """Return the reason with its evidence computed from the results files."""
         found = [look_up(entry) for entry in self.evidence]
-        shown = [{"text": one.text, "source": one.source, "page": one.page, "url": one.url} for one in found]
-        return {"settings": list(self.settings), "because": self.because, "evidence": shown}
+        told = [{"text": one.text, "source": one.source, "page": one.page, "url": one.url} for one in found]
+        return {"settings": list(self.settings), "because": self.because, "evidence": told}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,19 +229,41 @@ class Recommendation:
         whole = f", {duration(self.seconds)} in all" if self.seconds is not None else ""
         return f"{self.time.seconds * self.accumulation:.3g} s for an update{whole}; {self.time.source}"
 
-    def __str__(self) -> str:
+    def table(self) -> str:
+        """Return the recommendation as a table, with what to try next and what to look out for, without the reasons."""
         rows = self.rows()
         left = max(len(label) for label, _ in rows) + 2
         lines = [line for label, text in rows for line in _wrapped(f"{label:<{left}}{text}", left)]
         for title, texts in (("If it is not enough", self.more), ("Look out", self.traps)):
             if texts:
                 lines += ["", title, *(line for text in texts for line in _wrapped(f"  {text}", 2))]
-        lines += ["", "Why"]
-        for reason in self.reasons:
-            lines += _wrapped(f"  {', '.join(map(spoken, reason.settings))}: {reason.because}", 2)
+        return "\n".join(lines)
+
+    def why(self, setting: str | None = None) -> str:
+        """Return the reasons with the measurements that carry them: all, or those for one setting.
+
+        Each measurement ends with its file, the section of the file, the condition on its rows, and the place in the
+        book that shows it.
+
+        Args:
+            setting: such as `"method"`, `"r"` or `"learning_rate"`.
+
+        Raises:
+            PeftLabError: nothing was decided about such a setting (with near matches).
+        """
+        known = {name: reason for reason in self.reasons for name in reason.settings}
+        if setting is not None and setting not in known:
+            near = did_you_mean(str(setting), known)
+            raise PeftLabError(f"No reason is about {shown(setting)}.{near} There are: {', '.join(known)}.")
+        lines = []
+        for reason in self.reasons if setting is None else (known[setting],):
+            lines += _wrapped(f"{', '.join(map(spoken, reason.settings))}: {reason.because}", 0)
             for one in map(look_up, reason.evidence):
-                lines += _wrapped(f"    - {one.text} [{one.source}; {one.page}]", 6)
-        return "\n".join([*lines, f"The sections are at {address('PAGE#SECTION')}"])
+                lines += _wrapped(f"  - {one.text} [{one.source}; {one.page}]", 4)
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return f"{self.table()}\n\nWhy\n{self.why()}\nThe sections are at {address('PAGE#SECTION')}"
 
 
 def words_of_targets(chosen: Mapping[str, Any]) -> str:

@@ -4,12 +4,12 @@ import json
 import random
 
 import pytest
+from peftlab_book import guide
 
 import peftlab as pl
 from peftlab.guide import recommend as recommending
 from peftlab.guide import rules
 from peftlab.memory import BUILT_IN, CARDS
-from peftlab_book import guide
 
 PAGE = "book/appendix_guide.html"
 COMBINATIONS = 50
@@ -87,7 +87,9 @@ def test_an_answer_follows_the_form(page):
     assert page.until(f"{result}.innerText !== {json.dumps(before)}")
     task = page.evaluate(f"{ASK}.task.value")
     assert task != "instruction" and page.problems == []
-    assert pl.recommend(task, "llama-3.1-8b", "RTX 4090").method in page.evaluate(f"{result}.querySelector('td').innerText")
+    assert pl.recommend(task, "llama-3.1-8b", "RTX 4090").method in page.evaluate(
+        f"{result}.querySelector('td').innerText"
+    )
 
 
 def test_another_card_asks_for_its_memory(page):

@@ -1,6 +1,6 @@
 """The decision guide of the book: what `book/_static/guide.js` needs to answer as `pl.recommend` does.
 
-The rules go into the page as they are, each with its evidence computed. The script applies them to the reader's answers.
+The rules go into the page as they are, each with its evidence computed. The script applies them to a reader's answers.
 Memory needs the estimator, so `guide_peaks.json` holds the peaks of every step that an answer may need, for the
 built-in shapes. `python tools/guide_peaks.py` makes it; a test says when it has to be made again.
 """
@@ -26,9 +26,18 @@ def steps_of(shape):
     """Yield (method, settings, rung) of every step that an answer for a shape on one card may need."""
     seen = set()
     tasks, needs = ([word.name for word in rules.words(kind)] for kind in ("task", "serving"))
-    for task, serving, examples, card in itertools.product(tasks, needs, EXAMPLES, ("", *cards.CARDS)):
-        facts = {"task": task, "serving": serving, "kind": shape.kind, "size": shape.parameters, "four_bit": True,
-                 "examples": math.inf if examples is None else examples, "card": card, "gpus": 1}
+    named = [card for rule in rules.rules() for card in rule.get("if", {}).get("card", ())]
+    for task, serving, examples, card in itertools.product(tasks, needs, EXAMPLES, ("", *named)):
+        facts = {
+            "task": task,
+            "serving": serving,
+            "kind": shape.kind,
+            "size": shape.parameters,
+            "four_bit": True,
+            "examples": math.inf if examples is None else examples,
+            "card": card,
+            "gpus": 1,
+        }
         for method in rules.candidates(facts):
             chosen, _, _ = rules.choices({**facts, "method": method})
             for rung in plan.rungs(chosen["ladder"], 1):
@@ -47,20 +56,26 @@ def rung_name(rung):
     return f"{rung[0]}{'c' * rung[1]}"
 
 
-def peaks_of(name, sequence):
-    """{variant: {step: peak in bytes}} of a built-in shape, or what the estimator says against this length."""
-    shape, found = load_shape(name), {}
+def peaks_of(shape, steps, sequence, known):
+    """{variant: {step: peak in bytes}} of a shape, or what the estimator says against this length.
+
+    Args:
+        steps: those of `steps_of`.
+        known: what was found before. It is not estimated again.
+    """
+    found = {}
     try:
-        for method, chosen, rung in steps_of(shape):
-            peak = plan.peaks(shape, method, chosen, sequence, 1)(rung)
-            found.setdefault(variant(method, chosen), {})[rung_name(rung)] = peak
+        for method, chosen, rung in steps:
+            name, step = variant(method, chosen), rung_name(rung)
+            peak = known.get(name, {}).get(step) if isinstance(known, dict) else None
+            found.setdefault(name, {})[step] = peak or plan.peaks(shape, method, chosen, sequence, 1)(rung)
     except PeftLabError as error:
         return str(error)
     return found
 
 
 def stored():
-    """The peaks as they are stored: {shape: {sequence: peaks_of(shape, sequence)}}."""
+    """The peaks as they are stored: {shape: {sequence: peaks_of(...)}}."""
     return json.loads(PEAKS.read_text(encoding="utf-8"))
 
 
@@ -92,8 +107,11 @@ def embedded(place=lambda page: (page, page)):
 def refused(shape, tasks):
     """{task: why this shape cannot do it}"""
     facts = {"kind": shape.kind, "size": shape.parameters, "serving": "one", "examples": math.inf}
-    return {word.name: impossible(shape, word.name) for word in tasks
-            if not rules.candidates({**facts, "task": word.name, "four_bit": False})}
+    return {
+        word.name: impossible(shape, word.name)
+        for word in tasks
+        if not rules.candidates({**facts, "task": word.name, "four_bit": False})
+    }
 
 
 def with_findings(rule, place):
@@ -101,6 +119,14 @@ def with_findings(rule, place):
     found = []
     for finding in map(look_up, rule["evidence"]):
         words, address = place(finding.page)
-        found.append({"text": finding.text, "source": finding.source, "page": finding.page, "url": finding.url,
-                      "words": words, "address": address})
+        found.append(
+            {
+                "text": finding.text,
+                "source": finding.source,
+                "page": finding.page,
+                "url": finding.url,
+                "words": words,
+                "address": address,
+            }
+        )
     return {**rule, "evidence": found}

@@ -1,8 +1,8 @@
 """The directives of the guide's page: the form with its data, the table for readers without scripts, and the rules.
 
-    {guide}        the form, and the JSON that book/_static/guide.js reads
-    {guide-table}  the answers by task, kind of model and need
-    {guide-rules}  every rule with its evidence
+{guide}        the form, and the JSON that book/_static/guide.js reads
+{guide-table}  the answers by task, kind of model and need
+{guide-rules}  every rule with its evidence
 """
 
 import html
@@ -96,8 +96,13 @@ def select(name, label, options):
 class GuideTable(GuideDirective):
     def run(self):
         self.follow()
-        return [self.table(["Task", "Model", "What matters", "Method, and what comes next", "Settings"],
-                           [14, 14, 22, 20, 30], list(answers()))]
+        return [
+            self.table(
+                ["Task", "Model", "What matters", "Method, and what comes next", "Settings"],
+                [14, 14, 22, 20, 30],
+                list(answers()),
+            )
+        ]
 
 
 def answers():
@@ -105,8 +110,15 @@ def answers():
     for word, (model, facts) in itertools.product(rules.words("task"), MODELS.items()):
         found = {}
         for need in rules.words("serving"):
-            asked = {**facts, "task": word.name, "serving": need.name, "examples": math.inf, "four_bit": True,
-                     "card": "", "gpus": 1}
+            asked = {
+                **facts,
+                "task": word.name,
+                "serving": need.name,
+                "examples": math.inf,
+                "four_bit": True,
+                "card": "",
+                "gpus": 1,
+            }
             methods = list(rules.candidates(asked))
             if methods:
                 chosen, _, _ = rules.choices({**asked, "method": methods[0]})
@@ -138,13 +150,15 @@ def folded(rule):
     gives += [f"{name} = {value}" for name, value in rule.get("choose", {}).items()]
     when = ", ".join(f"{name}: {condition(wanted)}" for name, wanted in rule.get("if", {}).items()) or "always"
     lines = "".join(
-        f'<li>{html.escape(one["text"])} ({html.escape(one["source"])}). '
+        f"<li>{html.escape(one['text'])} ({html.escape(one['source'])}). "
         f'<a href="{one["address"]}">{html.escape(one["words"])}</a></li>'
         for one in rule["evidence"]
     )
     gives = f" Gives {html.escape(', '.join(gives))}." if gives else ""
-    return (f"<details><summary>{html.escape(rule['name'])}</summary><p>{html.escape(says)}</p>"
-            f"<p>When {html.escape(when)}.{gives}</p><ul>{lines}</ul></details>")
+    return (
+        f"<details><summary>{html.escape(rule['name'])}</summary><p>{html.escape(says)}</p>"
+        f"<p>When {html.escape(when)}.{gives}</p><ul>{lines}</ul></details>"
+    )
 
 
 def condition(wanted):
