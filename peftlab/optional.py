@@ -25,8 +25,8 @@ PACKAGES = {
     "accelerate": Optional("1.1", "transformers' Trainer", "notebooks"),
     "matplotlib": Optional("3.8", "figures", "notebooks"),
     "ipywidgets": Optional("7.7", "widgets", "notebooks"),
-    "sacrebleu": Optional("2.4", "BLEU and chrF", "notebooks"),
-    "scipy": Optional("1.11", "intervals over repeated runs", "notebooks"),
+    "sacrebleu": Optional("2.4", "BLEU and chrF", "evaluation"),
+    "scipy": Optional("1.11", "intervals over repeated runs", "evaluation"),
     "bitsandbytes": Optional("0.45", "4-bit bases, 8-bit optimisers", "gpu"),
 }
 

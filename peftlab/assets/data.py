@@ -3,6 +3,7 @@
 import bz2
 import contextlib
 import csv
+import gzip
 import hashlib
 import json
 import os
@@ -14,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+import numpy
+from datasets import Array2D, ClassLabel, Dataset, DatasetDict, Features, Value
 
 from peftlab.assets import support_desk
 from peftlab.assets.fetch import ensure
 from peftlab.checks import checked, whole
 from peftlab.errors import PeftLabError, did_you_mean
 
-NAMES = ("reviews", "news", "support-desk")
+NAMES = ("reviews", "news", "support-desk", "digits")
 SPLITS = ("train", "validation", "test")
 HELD_OUT = 0.1  # the share of each class that goes to validation, and the same again to test
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
@@ -59,6 +61,8 @@ def load_data(
             4 tech);
             `"support-desk"`: generated messages of customers; columns `message`, `ticket` (canonical JSON), `intent`,
             `product`, `urgency`, and `prompt` (the instruction with the message); see `support_desk`;
+            `"digits"`: 5,000 handwritten digits of MNIST, 500 of each; columns `image` (28 x 28 grey values from 0 to
+            255) and `label` (the digit);
             the path of a file (csv, tsv, json, jsonl, parquet, txt) or a folder of such files, or one that
             `save_to_disk` wrote; or a hub id such as `"org/data"`. Of csv and tsv files only an empty cell is a
             missing value, "NA" is a text; the columns text, prompt, completion, ticket, message, instruction, input and
@@ -68,7 +72,7 @@ def load_data(
         subset: the configuration of a hub data set that has several.
 
     Returns:
-        A `DatasetDict`. The three named sets have the splits `train`, `validation` and `test`, with 80, 10 and 10% of
+        A `DatasetDict`. The named sets have the splits `train`, `validation` and `test`, with 80, 10 and 10% of
         each class in a fixed random order. The splits are the same on every machine. Texts that differ only in case,
         spaces or punctuation are always in the same split, and so are news articles with the same headline.
 
@@ -88,6 +92,8 @@ def load_data(
         raise PeftLabError(f"difficulty is a dial of support-desk; {name!r} has none.")
     if name == "support-desk":
         return _desk(sizes, difficulty)
+    if name == "digits":
+        return _digits(sizes)
     if name in ("reviews", "news"):
         return _classified(*(_reviews() if name == "reviews" else _news()), sizes)
     if sizes is not None:
@@ -121,6 +127,33 @@ def _news() -> tuple[list[dict], list[str]]:
     rows = [json.loads(line) for line in lines]
     labels = [folder.replace("sports", "sport") for folder in folders]
     return [{"text": row["text"], "label": folders.index(row["label"])} for row in rows], labels
+
+
+def _digits(sizes: Sequence[int] | None) -> DatasetDict:
+    """Read the images, one a line: 784 grey values and the digit. Of each digit a tenth goes to each held-out split."""
+
+    def place(line: str, order: str = "") -> bytes:
+        return hashlib.sha256(f"{order}{line}".encode()).digest()
+
+    with gzip.open(ensure("digits") / "mnist_5k.csv.gz", "rt", encoding="ascii") as file:
+        lines = sorted(set(file.read().split()), key=place)  # no image is there twice
+    by_digit: defaultdict[str, list[str]] = defaultdict(list)
+    for line in lines:
+        by_digit[line.rpartition(",")[2]].append(line)
+    chosen: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for found in by_digit.values():
+        held = round(HELD_OUT * len(found))
+        for split, part in zip(SPLITS, (found[2 * held :], found[held : 2 * held], found[:held]), strict=True):
+            chosen[split] += part
+    names = [str(digit) for digit in range(10)]
+    features = Features({"image": Array2D((28, 28), "uint8"), "label": ClassLabel(names=names)})
+    result = {}
+    for split, limit in zip(SPLITS, sizes or (None, None, None), strict=True):
+        order = sorted(chosen[split], key=lambda line: place(line, split))[:limit]
+        rows = numpy.array([line.split(",") for line in order], dtype=int).reshape(-1, 785)
+        columns = {"image": rows[:, :-1].astype("uint8").reshape(-1, 28, 28), "label": rows[:, -1]}
+        result[split] = Dataset.from_dict(columns, features=features)
+    return DatasetDict(result)
 
 
 def _classified(rows: list[dict], labels: list[str], sizes: Sequence[int] | None) -> DatasetDict:

@@ -41,8 +41,8 @@ from peftlab.kit import measurements
 from peftlab.progress import Bar
 
 TOPICS = (
-    "memory", "lora", "family", "qlora", "prompts", "adapters", "experts", "parallel", "circulating", "recipes",
-    "speed",
+    "memory", "lora", "family", "regret", "comparison", "qlora", "prompts", "adapters", "experts", "parallel",
+    "circulating", "recipes", "speed",
 )  # fmt: skip
 BEGINNING = b'{"gpu": '  # of FILE.partial
 FORM = 2  # of FILE.partial

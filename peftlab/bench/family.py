@@ -35,7 +35,6 @@ Without it processes take turns on a GPU: 56 of them on four H200 ended no run w
 from __future__ import annotations
 
 import copy
-import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
@@ -47,8 +46,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import peftlab as pl
-from peftlab.bench import family_sizes, family_why, lora
-from peftlab.bench.family_variants import ALPHA, LOWEST, RATES, SEEDS, TASKS, TUNING, VARIANTS, grids, run
+from peftlab.bench import family_sizes, family_why, lora, search
+from peftlab.bench.family_variants import ALPHA, LOWEST, RATES, TASKS, TUNING, VARIANTS, grids, run
 from peftlab.core.modes import device_of
 
 Row = dict[str, Any]
@@ -110,32 +109,7 @@ def next_runs(rows: Iterable[Row], rates_of: Callable[[Row], tuple[float, ...]])
         rows: one for each run that ended. What was run stands in the columns up to `scored`.
         rates_of: the rates that are tried first, from a row of their setting.
     """
-    tried: dict[str, dict[float, Row]] = {}
-    for row in rows:
-        if not row["scored"]:
-            tried.setdefault(setting_of(row), {})[row["learning_rate"]] = row
-    for found in tried.values():
-        first = next(iter(found.values()))
-        if not set(rates_of(first)) <= set(found):
-            continue  # some of its runs are still to come
-        losses = {rate: math.inf if row["validation_loss"] is None else row["validation_loss"]
-                  for rate, row in found.items()}  # fmt: skip
-        best = min(losses, key=lambda rate: losses[rate])
-        told = {name: value for name, value in first.items() if name in described(first)}
-        further = lora.beyond(best, losses)
-        yield from ({**told, "learning_rate": rate} for rate in further)
-        if not further:
-            yield from ({**told, "learning_rate": best, "seed": seed, "scored": True} for seed in SEEDS)
-
-
-def described(row: Row) -> list[str]:
-    """Return the columns of a row that say what was run; the others say what came of it."""
-    return list(row)[: list(row).index("scored") + 1]
-
-
-def setting_of(row: Row) -> str:
-    """Return a text that is the same for all runs of one variant in one size on one task."""
-    return repr([(name, row[name]) for name in described(row) if name not in ("learning_rate", "seed", "scored")])
+    yield from search.follow_up(rows, lambda row: search.Search(rates_of(row)))
 
 
 # ------------------------------------------------------------------------------------------------------- training
@@ -159,11 +133,19 @@ def measure(point: Row) -> list[Row]:
         torch.cuda.empty_cache()  # other processes share the GPU
 
 
-def trained(point: Row, **settings: Any) -> tuple[nn.Module, Row]:
-    """Train once, as a point says; `settings` are more of `pl.train`. Return the model, and its losses on the way."""
+def trained(
+    point: Row, examples: list[Any] | None = None, base: nn.Module | None = None, **settings: Any
+) -> tuple[nn.Module, Row]:
+    """Train once, as a point says. Return the model, and its losses on the way.
+
+    Args:
+        examples: what to train on; by default the training examples of the point's task.
+        base: the model to copy, if it is not smollm2-135m as it is.
+        settings: other settings of `pl.train` than the usual ones.
+    """
     torch.manual_seed(point["seed"])
-    model, tokenizer = copy.deepcopy(lora.base()[0]), lora.base()[1]
-    examples = encoded(point["task"], "train")
+    model, tokenizer = copy.deepcopy(lora.base()[0] if base is None else base), lora.base()[1]
+    examples = encoded(point["task"], "train") if examples is None else examples
     if point.get("init") == "eva":
         pl.attach(model, config_of(point), data=batches(point))
     elif point["method"] != "full":
@@ -176,14 +158,15 @@ def trained(point: Row, **settings: Any) -> tuple[nn.Module, Row]:
 
 def fit(model: nn.Module, tokenizer: Any, examples: list[Any], point: Row, **settings: Any) -> Row:
     """Train a model as a point says, by the recipe of all runs. Return its losses on the way, and the loop's path."""
+    usual: Row = {
+        "steps": point["steps"], "batch_size": point["batch_size"], "learning_rate": point["learning_rate"],
+        "seed": point["seed"], "precision": "fp32", "warmup": 0.1, "schedule": "linear", "group_by_length": True,
+        "fast": False if "callback" in settings else "auto", "progress": False,
+    }  # fmt: skip
     losses: list[float] = []
     path = None
     try:
-        history = pl.train(
-            model, examples, tokenizer=tokenizer, steps=point["steps"], batch_size=point["batch_size"],
-            learning_rate=point["learning_rate"], seed=point["seed"], precision="fp32", warmup=0.1, schedule="linear",
-            group_by_length=True, fast=False if "callback" in settings else "auto", progress=False, **settings,
-        )  # fmt: skip
+        history = pl.train(model, examples, tokenizer=tokenizer, **{**usual, **settings})
         losses = [step["loss"] for step in history.steps]
         path = history.path.partition(":")[0]
     except pl.TrainingError:
@@ -232,10 +215,18 @@ def encoded(task: str, split: str) -> list[Any]:
 
 def judged(point: Row, model: nn.Module) -> Row:
     """Return the loss on the validation examples, the perplexity on news, and how many directions are intruders."""
+    return {**on_validation(point, model), **on_news(model), **family_why.intruders(model)}
+
+
+def on_validation(point: Row, model: nn.Module) -> Row:
+    """Return the loss on the validation examples."""
     loss = pl.mean_loss(model, encoded(point["task"], "validation"), pl.Collator(lora.base()[1]), batch_size=AT_ONCE)
-    perplexity = pl.perplexity(model, lora.news(), lora.base()[1])
-    found = {"validation_loss": lora.finite(loss), "news_perplexity": lora.finite(perplexity)}
-    return {**found, **family_why.intruders(model)}
+    return {"validation_loss": lora.finite(loss)}
+
+
+def on_news(model: nn.Module) -> Row:
+    """Return the perplexity on news."""
+    return {"news_perplexity": lora.finite(pl.perplexity(model, lora.news(), lora.base()[1]))}
 
 
 def scored(point: Row, model: nn.Module) -> Row:

@@ -85,5 +85,5 @@ def grids(task: str, size: int) -> Iterator[Row]:
 def run(section: str, task: str, name: str, settings: Row, rate: float, seed: int, **more: Any) -> Row:
     """Describe one run of training."""
     method = {"method": VARIANTS[name].method, **settings, "targets": TARGETS}
-    return {"section": section, "task": task, "variant": name, **method, **TASKS[task], **more, "learning_rate": rate,
-            "seed": seed, "scored": False}  # fmt: skip
+    return {"section": section, "task": task, "variant": name, **method, **TASKS.get(task, {}), **more,
+            "learning_rate": rate, "seed": seed, "scored": False}  # fmt: skip

@@ -177,10 +177,10 @@ def tuned(point: Row) -> Iterator[Row]:
         yield scored({**told, "learning_rate": best, "seed": seed})[1]
 
 
-def beyond(best: float, tried: Any) -> list[float]:
+def beyond(best: float, tried: Any, ladder: tuple[float, ...] = LADDER) -> list[float]:
     """Return the next rate of the ladder if the best one is the lowest or the highest that was tried."""
-    place = LADDER.index(best)
-    return [rate for rate in (*LADDER[:place][-1:], *LADDER[place + 1 :][:1])
+    place = ladder.index(best)
+    return [rate for rate in (*ladder[:place][-1:], *ladder[place + 1 :][:1])
             if not min(tried) <= rate <= max(tried)]  # fmt: skip
 
 

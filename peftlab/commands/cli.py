@@ -200,7 +200,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _bench_options(command: Parser) -> None:
-    command.add_argument("topic", metavar="TOPIC", help="what to measure, for example lora")
+    command.add_argument("topic", metavar="TOPIC", help=f"what to measure: {', '.join(bench.TOPICS)}")
     command.add_argument("--out", required=True, metavar="FILE", help="the results file to write")
     command.add_argument("--only", metavar="S", help="sections of the topic, comma-separated (default: all)")
     command.add_argument(

@@ -150,7 +150,7 @@ def cost_calculator(
     """
     if not rates:
         raise PeftLabError("rates names nothing that was measured.")
-    hours = {name: run_cost(tokens, rate, gpus=gpus, watts=watts, price=price).gpu_hours for name, rate in rates.items()}
+    costs = {name: run_cost(tokens, rate, gpus=gpus, watts=watts, price=price) for name, rate in rates.items()}
 
     def build(widgets: Any) -> Any:
         choices = {
@@ -170,6 +170,7 @@ def cost_calculator(
         renew()
         return widgets.VBox([*choices.values(), answer])
 
+    hours = {name: cost.gpu_hours for name, cost in costs.items()}
     figure = figures.bars(hours, x_label=f"GPU hours for {memory.format_count(round(tokens))} tokens", fmt=".2f")
     _show(build, figure, f"GPU hours for {memory.format_count(round(tokens))} tokens: {', '.join(rates)}")
 

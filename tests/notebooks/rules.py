@@ -18,7 +18,7 @@ from peftlab.optional import PACKAGES
 SETUP = """from importlib.util import find_spec
 
 # Set-up: brings what this chapter needs where it is missing, as on Colab.
-needed = [{names}]
+{needed}
 if not all(map(find_spec, needed)):
     %pip install -q "peftlab[{extras}] @ git+{repository}"
 import peftlab as pl"""
@@ -222,7 +222,7 @@ def folded_everywhere(notebook):
         colab = cell.metadata.get("cellView") == "form" and cell.source.startswith("# @title ")
         if {is_folded(cell), jupyter, colab} not in ({True}, {False}):
             yield (
-                f'{name(cell)} is folded in one place and not in another: give it a tag hide-input or hide-cell, '
+                f"{name(cell)} is folded in one place and not in another: give it a tag hide-input or hide-cell, "
                 'jupyter.source_hidden, cellView "form", and "# @title ..." as its first line'
             )
 
@@ -298,8 +298,10 @@ def times_of_one_run(notebook, timed=None):
             continue
         for choice in CHOICE.finditer(cell.source):
             for section in sorted(timed.intersection(re.findall(r"[\w-]+", choice.group(1)))):
-                yield (f"{name(cell)} reads times of section {section!r}, which may be of several runs: "
-                       "choose the rows with within_run, or divide the times with ratio")
+                yield (
+                    f"{name(cell)} reads times of section {section!r}, which may be of several runs: "
+                    "choose the rows with within_run, or divide the times with ratio"
+                )
 
 
 def no_typed_numbers(notebook):
@@ -389,9 +391,11 @@ def setup_cell(notebook, repository: str, packages: dict[str, tuple[str, ...]]):
     cells = code_cells(notebook)
     chosen = extras(notebook) if cells else ()
     names = ["peftlab", *(name for extra in chosen or ("notebooks",) for name in packages.get(extra, ()))]
-    expected = SETUP.format(
-        names=", ".join(f'"{name}"' for name in names), extras=",".join(chosen or ("notebooks",)), repository=repository
-    )
+    listed = ", ".join(f'"{name}"' for name in names)
+    needed = f"needed = [{listed}]"
+    if len(needed) > MAX_COLUMNS:
+        needed = f"needed = [\n    {listed}\n]"
+    expected = SETUP.format(needed=needed, extras=",".join(chosen or ("notebooks",)), repository=repository)
     if not cells or cells[0].source.strip() != expected:
         yield "the first code cell is not the set-up cell: " + expected
 

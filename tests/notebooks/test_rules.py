@@ -24,7 +24,9 @@ def shown(kind, value):
 
 
 PACKAGES = {"notebooks": ("peft", "matplotlib"), "gpu": ("bitsandbytes",)}
-SETUP = rules.SETUP.format(names='"peftlab", "peft", "matplotlib"', extras="notebooks", repository=REPOSITORY)
+SETUP = rules.SETUP.format(
+    needed='needed = ["peftlab", "peft", "matplotlib"]', extras="notebooks", repository=REPOSITORY
+)
 
 
 def chapter(*cells):

@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 
 import datasets
+import numpy
 import pytest
 
 import peftlab as pl
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.xdist_group("data")  # fetched, read and loaded by one 
 
 @pytest.fixture(scope="module", autouse=True)
 def brought():
-    pl.fetch(["reviews", "news"], progress=False)
+    pl.fetch(["reviews", "news", "digits"], progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,24 @@ def test_labels_mean_what_they_say(loaded):
     assert pound == []
 
 
+def test_digits_are_images_of_ten_kinds_in_splits_that_never_change():
+    splits = pl.load_data("digits")
+    assert {split: Counter(rows["label"]) for split, rows in splits.items()} == {
+        split: dict.fromkeys(range(10), count) for split, count in {"train": 400, "validation": 50, "test": 50}.items()
+    }
+    images = numpy.array(splits["test"]["image"])
+    assert images.shape == (500, 28, 28) and images.min() == 0 and images.max() == 255
+    assert [splits[split]["label"][:6] for split in splits] == [
+        [5, 0, 6, 3, 5, 2],
+        [9, 7, 6, 2, 3, 7],
+        [3, 7, 2, 6, 8, 6],
+    ]
+    # a nought is empty in its middle, and a one is not
+    middle = {digit: images[numpy.array(splits["test"]["label"]) == digit, 12:16, 13:15].mean() for digit in (0, 1)}
+    assert middle[0] < 30 and middle[1] > 180
+    assert pl.load_data("digits", sizes=(5, 0, 2))["test"].to_list() == splits["test"].select(range(2)).to_list()
+
+
 def test_fewer_rows_are_the_first_ones(loaded):
     small = pl.load_data("reviews", sizes=(50, 20, 10))
     assert [len(split) for split in small.values()] == [50, 20, 10]
@@ -129,13 +148,16 @@ def test_local_files_and_folders(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "review"}, "no data set 'review'. Did you mean 'reviews'.* Known: reviews, news, support-desk"),
+        (
+            {"name": "review"},
+            "no data set 'review'. Did you mean 'reviews'.* Known: reviews, news, support-desk, digits",
+        ),
         ({"name": "support_desk"}, "Did you mean 'support-desk'"),
         ({"name": "news", "difficulty": 0.5}, "difficulty is a dial of support-desk; 'news' has none"),
         ({"name": "news", "sizes": (1, 2)}, "sizes must be three whole numbers"),
         ({"name": "news", "sizes": (1, 2, -3)}, "each of the sizes must be a whole number of at least 0, found -3"),
         ({"name": "support-desk", "difficulty": 2}, "difficulty must be a number .* of at most 1, found 2"),
-        ({"name": "org/data", "sizes": (1, 1, 1)}, "sizes is for reviews, news, support-desk only"),
+        ({"name": "org/data", "sizes": (1, 1, 1)}, "sizes is for reviews, news, support-desk, digits only"),
     ],
 )
 def test_mistakes(arguments, message):

@@ -24,6 +24,9 @@ ROWS = [{"r": r, "score": 0.5 + r / 200 + seed / 100, "layers": layers} for r in
         for layers in ("q, v", "all")]
 HISTORY = [*[(f"forward, layer {i}", 1e9 + i * 1e8) for i in range(10)], ("loss", 2.2e9),
            *[("backward", 2e9 - i * 5e7) for i in range(18)], *[("optimiser", 1e9)] * 3]
+# Points so close together that their names do not all fit beside them
+NAMES = ("LoRA", "DoRA", "PiSSA", "OFT", "prefix tuning", "a Houlsby adapter")
+CROWD = {name: (4e5 + 1e3 * n, 0.9 + 0.01 * (n % 3), 0.88, 0.93) for n, name in enumerate(NAMES)}
 FIGURES = {
     "sweep": lambda: figures.sweep(ROWS, "r", "score", by="layers", reference={"before": 0.1}, percent=True),
     "curves": lambda: figures.curves({"LoRA": [3, 2, 1], "full": ([1, 5, 9], [3, 1, 0.5])}, y_label="loss"),
@@ -56,6 +59,7 @@ FIGURES = {
     "places of families": figures.families,
     "intervals": lambda: figures.intervals({"LoRA": (0.5, 0.45, 0.55), "DoRA": (0.6, 0.5, 0.7)}, x_label="score",
                                            reference="LoRA", repeats={"DoRA": [0.5, 0.7]}, percent=True),
+    "trade_off": lambda: figures.trade_off({"desk": CROWD, "news": CROWD}, x_label="parameters", reference="LoRA"),
     "places of lora_family": figures.lora_family,
     "places of virtual_tokens": figures.virtual_tokens,
     "block_steps": lambda: figures.block_steps([0.5, -2.0, 0.0, 1.0], [i / 7 - 1 for i in range(16)]),
@@ -113,6 +117,19 @@ def test_figure(name):
             shared = axes.get_shared_x_axes().get_siblings(axes)  # panels above one another share a name
             named = any(other.get_xlabel() for other in shared)
             assert axes.get_label() == "<colorbar>" or named, "the axes are named"
+
+
+def test_names_of_points_that_are_close_together_touch_neither_each_other_nor_a_point():
+    points = {**CROWD, "full": (1e8, 0.7, 0.6, 0.8)}
+    figure = figures.trade_off({"desk": points}, x_label="parameters", reference="LoRA")
+    (axes,) = figure.axes
+    figure.draw_without_rendering()
+    names = {text.get_text(): text.get_window_extent() for text in axes.texts if text.get_text()}
+    assert set(names) == set(points)
+    for one, other in itertools.combinations(names.values(), 2):
+        assert not one.overlaps(other)
+    for cost, value, *_ in CROWD.values():
+        assert not any(box.contains(*axes.transData.transform((cost, value))) for box in names.values())
 
 
 def test_lines_and_bars_can_be_told_apart_without_colour():

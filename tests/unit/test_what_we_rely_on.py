@@ -564,8 +564,8 @@ def test_logits_that_are_left_out(name, ours):
 
 def test_fields_of_an_output(ours):
     ids = torch.ones(1, 3, dtype=torch.long)
-    output = tiny.llama()(ids, labels=ids, use_cache=True)
-    missing = [name for name in ("loss", "logits") if name not in output.keys()]
+    output = tiny.llama()(ids, labels=ids, use_cache=True, output_hidden_states=True)
+    missing = [name for name in ("loss", "logits", "hidden_states") if name not in output.keys()]
     assert not missing, f"a model's output no longer has {missing}: {ours}"
     assert isinstance(output, dict) and output.logits.shape == (1, 3, 32), (
         f"an output is no dict with logits (b, t, words): {ours}"

@@ -1,4 +1,4 @@
-"""A chart of measured values with their errors: one line for each thing that is compared."""
+"""Charts of measured values with their errors: one below the other, or against what each of them costs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from peftlab.checks import checked
+from peftlab.kit.figures.labels import log_ticks, name_points
 from peftlab.kit.figures.style import COLOURS, GREY, drawn, new
 
 
@@ -57,4 +58,52 @@ def intervals(
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.set_xlabel(x_label)
+    return figure
+
+
+@checked()
+@drawn()
+def trade_off(
+    panels: Mapping[str, Mapping[str, tuple[float, float, float, float]]],
+    *,
+    x_label: str,
+    reference: str | None = None,
+    log_x: bool = True,
+    height: float = 3.4,
+) -> Figure:
+    """Draw what each of several things reaches against what it costs: one panel for each task, names on the points.
+
+    Args:
+        panels: {title: {name: (cost, value, lower end, upper end)}}. A title says what is reached, with its unit. The
+            panels stand one below the other and share the axis of the cost.
+        x_label: what the cost is, with its unit in brackets.
+        reference: the name of the thing to compare with. A grey band goes from the lower to the upper end of its value.
+        log_x: a logarithmic axis for the cost.
+        height: of one panel, in inches.
+
+    >>> tasks = {"reviews": {"LoRA": (460800, 0.82, 0.8, 0.84), "IA3": (16128, 0.79, 0.77, 0.81)}}
+    >>> pl.figures.trade_off(tasks, x_label="trained parameters", reference="LoRA")
+    <Figure size 896x476 with 1 Axes>
+    """
+    figure, found = new(height=height * len(panels), rows=len(panels), sharex=True)
+    placed = []
+    for axes, (title, points) in zip([found] if len(panels) == 1 else found, panels.items(), strict=True):
+        if log_x:
+            axes.set_xscale("log")
+        named = []
+        for name, (cost, value, low, high) in points.items():
+            colour, marker = (COLOURS[1], "s") if name == reference else (COLOURS[0], "o")
+            axes.vlines(cost, low, high, color=colour, linewidth=1.4, zorder=3)
+            axes.plot([cost], [value], color=colour, marker=marker, markersize=5.5, linestyle="none", zorder=4)
+            named.append((name, cost, value, colour))
+        if reference in points:
+            axes.axhspan(*points[reference][2:], color=GREY, alpha=0.18, linewidth=0, zorder=1)
+        axes.margins(x=0.14, y=0.12)
+        axes.set_title(title)
+        if log_x:
+            log_ticks(axes.xaxis)
+        placed.append((axes, named))
+    axes.set_xlabel(x_label)
+    for axes, named in placed:  # once all axes have their place
+        name_points(figure, axes, named)
     return figure

@@ -130,6 +130,39 @@ def name_lines(figure: Figure, axes: Axes, lines: Sequence[Line], obstacles: Seq
     return True
 
 
+def name_points(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float, str]]) -> None:
+    """Write the name of each point near it. A name that finds its place only farther away has a thin line to its point.
+
+    Args:
+        points: (name, x, y, colour) of each. Call this once the axes have their limits.
+    """
+    figure.draw_without_rendering()
+    scale, frame = figure.dpi / 72, axes.get_window_extent()
+    bars = [bar for found in axes.collections if isinstance(found, LineCollection) for bar in found.get_segments()]
+    drawn = [*(_on_screen(axes, [x], [y]) for _, x, y, _ in points),
+             *(_on_screen(axes, *numpy.transpose(bar)) for bar in bars)]  # fmt: skip
+    covered, taken = numpy.concatenate(drawn), list[Box]()
+    for name, x, y, colour in points:
+        text = axes.annotate(name, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=SMALLEST, color=colour,
+                             path_effects=[withStroke(linewidth=3, foreground="white")], zorder=5)
+        text.set_in_layout(False)
+        size, pixel = text.get_window_extent(), axes.transData.transform((x, y))
+        least = math.inf
+        for far, (across, up, dx, dy) in itertools.product((1.0, 2.0, 3.2, 4.6, 6.2, 8.0, 10.0), SIDES):
+            side = (across, up, far * dx, far * dy)
+            box = _box(pixel, side, size.width, size.height, scale)
+            outside = not (frame.x0 <= box[0] and box[2] <= frame.x1 and frame.y0 <= box[1] and box[3] <= frame.y1)
+            cost = 100 * outside + 20 * sum(_touch(box, other) for other in taken) + 3 * _inside(box, covered) + far
+            if cost < least:
+                least, placed, best = cost, box, side
+        across, up, dx, dy = best
+        text.set(ha=across, va=up, position=(dx * GAP, dy * GAP))
+        taken.append(placed)
+        if max(abs(dx), abs(dy)) > 1.5:
+            axes.annotate("", (x, y), xytext=(dx * GAP, dy * GAP), textcoords="offset points", zorder=2,
+                          arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3})
+
+
 def _place(
     axes: Axes,
     text: Annotation,

@@ -1,0 +1,107 @@
+"""The measurements of the chapter on choosing a method: the claims of "LoRA without regret", and where LoRA struggles.
+
+smollm2-135m learns, with adapters on the queries and values where nothing else is said. Each setting tries its rates,
+and the next ones while the best is at an edge; then other seeds run at the best rate, and they alone are scored
+(`scored` is true in their rows). `search` has this protocol, `regret_plan` the settings, their rates and `PREDICTIONS`,
+which was written before the first run.
+
+Sections:
+    first     one step: the size of LoRA's update and how far the loss falls by it, against the rank (`regret_first`)
+    rank      the best rate against the rank, with alpha = 16 and with alpha = 2 r
+    full      LoRA's best rate beside that of full fine-tuning, in runs of 15, 60 and 240 steps. LoRA's runs over 60
+              steps are those of "rank" with r = 16 and alpha = 2 r
+    where     the same number of parameters in different layers, on two tasks. On the desk, q and v together are the
+              runs of "rank" with r = 16 and alpha = 2 r
+    batch     the same 2,048 messages once, in batches of 8 to 512
+    capacity  bits of random strings that are stored per parameter (`regret_hard` for this and below)
+    alphabet  news in Greek letters: LoRA of ranks 1 to 256 and full fine-tuning, on much and on little data
+    base      the model before training, on the news in Greek letters
+
+Weights are float32. "capacity" and "alphabet" compute in bfloat16, because they are long. Rates of "capacity" are
+chosen by the loss on the strings themselves: nothing is to be learned but these.
+
+About 460 runs, as long as 60 steps of 8 messages on average. With four GPUs `--jobs 48`, and NVIDIA's MPS running (see
+`family`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+import peftlab as pl
+from peftlab.bench import family, lora, regret_first, regret_hard, search
+from peftlab.bench.regret_plan import ARTICLES, PASS, SEARCHES, Setting, long, short
+
+Row = dict[str, Any]
+
+AT_ONCE = 32  # messages that go through the model at once; a larger batch is the sum of several
+FEW = 64  # validation examples on which a reader's own run is compared with these
+
+
+def points() -> list[Row]:
+    """Return every point to measure: long runs first, then short ones in the order of what matters most."""
+    base = {"section": "base", "task": "greek", "tokens": ARTICLES["tokens"]}
+    return [*started(long()), base, *regret_first.points(), *started(short())]
+
+
+def started(settings: Iterable[Setting]) -> Iterator[Row]:
+    """Yield the runs with which the settings begin."""
+    yield from (point for one in settings for point in one.points())
+
+
+def follow_up(rows: Iterable[Row]) -> Iterator[Row]:
+    """Yield the next rates of a setting while its best one is at an edge, then other seeds at the best one."""
+    tuned = (row for row in rows if row["section"] not in ("base", "first"))
+    yield from search.follow_up(tuned, lambda row: SEARCHES[search.setting_of(row)])
+
+
+def measure(point: Row) -> list[Row]:
+    """Measure one point, and return its rows."""
+    section = point["section"]
+    try:
+        if section == "base":
+            model, tokens = lora.base()[0], point["tokens"]
+            found = regret_hard.read(model, "validation", tokens) | regret_hard.read(model, "test", tokens)
+            return [{**point, **found, **family.on_news(model)}]
+        if section == "first":
+            return list(regret_first.measure(point))
+        return [regret_hard.measure(point) if section in regret_hard.SECTIONS else learned(point)]
+    finally:
+        torch.cuda.empty_cache()  # other processes share the GPU
+
+
+def learned(point: Row) -> Row:
+    """Train on the desk or on the reviews as a point says, and return its row."""
+    model, row = trained(point)
+    row |= family.on_validation(point, model)
+    return {**row, **family.on_news(model), **family.tested(point, model)} if point["scored"] else row
+
+
+def trained(point: Row) -> tuple[nn.Module, Row]:
+    """Train as a point says. Return the model, and a row with its loss on the first validation examples."""
+    parts = max(1, point["batch_size"] // AT_ONCE)
+    examples = passed() if point["section"] == "batch" else None
+    model, losses = family.trained(point, examples, batch_size=point["batch_size"] // parts, accumulation=parts)
+    few = family.encoded(point["task"], "validation")[:FEW]
+    loss = pl.mean_loss(model, few, pl.Collator(lora.base()[1]), batch_size=AT_ONCE)
+    return model, {**point, **losses, "few_loss": lora.finite(loss)}
+
+
+def again(row: Row, **changes: Any) -> Row:
+    """Run a row of "rank", "full", "where" or "batch" again, with some of its settings changed, and return the new row.
+
+    It has `few_loss`, the loss on the first validation examples, and no other score. So it takes a minute, and not ten.
+    """
+    return trained({**{name: row[name] for name in search.described(row)}, **changes})[1]
+
+
+@cache
+def passed() -> list[Any]:
+    """Return the messages that are shown once."""
+    rows = pl.load_data("support-desk")["train"].select(range(PASS))
+    return [pl.encode_completion(lora.base()[1], row["prompt"], row["ticket"]) for row in rows]
