@@ -59,7 +59,8 @@ def recommend(
     >>> found.method, found.chosen["r"], found.batch, found.checkpointing
     ('lora', 16, 4, True)
     >>> print(found)
-    task           instruction, for one
+    task           instruction: write an answer to an input
+    serving        one: one model for one job
     model          llama-3.1-8b, 8,030,261,248 parameters
     card           RTX 4090 (24 GB)
     method         lora

@@ -14,6 +14,7 @@ from peftlab.checks import shown
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.guide.evidence import address, look_up
 from peftlab.guide.plan import Card, targets_of
+from peftlab.guide.rules import meaning
 from peftlab.guide.times import Timed
 from peftlab.memory.cards import CARDS, that_hold, with_margin
 from peftlab.memory.units import format_bytes, format_count
@@ -41,9 +42,8 @@ class Reason:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the reason with its evidence computed from the results files."""
-        found = [look_up(entry) for entry in self.evidence]
-        told = [{"text": one.text, "source": one.source, "page": one.page, "url": one.url} for one in found]
-        return {"settings": list(self.settings), "because": self.because, "evidence": told}
+        found = [look_up(entry).to_dict() for entry in self.evidence]
+        return {"settings": list(self.settings), "because": self.because, "evidence": found}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,19 +143,19 @@ class Recommendation:
             raise PeftLabError(reason)
         known = self.model in catalogue()
         model = self.source or (self.model if known else f"path/to/{self.model}")
-        words = ["peftlab", "train", "--model", model, "--data", data, "--out", out, "--method", self.method]
+        line = ["peftlab", "train", "--model", model, "--data", data, "--out", out, "--method", self.method]
         row = METHODS[self.method]
         for name in ("r", "alpha"):
             if row.takes(name) and name in self.chosen:
-                words += [f"--{name}", plain(self.chosen[name])]
+                line += [f"--{name}", plain(self.chosen[name])]
         if row.takes("targets") and targets_of(self.chosen):
-            words += ["--targets", str(targets_of(self.chosen))]
-        words += ["--lr", plain(self.chosen["learning_rate"]), "--batch-size", str(self.batch)]
+            line += ["--targets", str(targets_of(self.chosen))]
+        line += ["--lr", plain(self.chosen["learning_rate"]), "--batch-size", str(self.batch)]
         if self.accumulation > 1:
-            words += ["--accumulation", str(self.accumulation)]
+            line += ["--accumulation", str(self.accumulation)]
         if self.checkpointing:
-            words += ["--checkpointing"]
-        return shlex.join([*words, "--epochs", plain(self.chosen["epochs"]), "--max-length", str(self.sequence)])
+            line += ["--checkpointing"]
+        return shlex.join([*line, "--epochs", plain(self.chosen["epochs"]), "--max-length", str(self.sequence)])
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as `peftlab recommend --json` prints it: plain numbers, texts and lists.
@@ -187,7 +187,8 @@ class Recommendation:
         """Return the table's rows without the reasons: (label, text)."""
         chosen, rates = self.chosen, self.chosen["rates"]
         rows = [
-            ("task", f"{self.task}, for {self.serving}"),
+            ("task", meaning("task", self.task)),
+            ("serving", meaning("serving", self.serving)),
             ("model", f"{self.model}, {format_count(self.parameters)} parameters"),
             ("card", self._cards()),
             ("method", self.method),

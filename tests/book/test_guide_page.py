@@ -64,7 +64,7 @@ def stored_peaks(monkeypatch):
 def test_answers_are_those_of_the_package(page, stored_peaks):
     asked = questions()
     answers = page.evaluate(f"{json.dumps(asked)}.map(window.peftlabGuide.recommend)")
-    kept = ("text", "source", "page", "url")
+    kept = ("text", "source", "groups", "page", "url")
     for answer in answers:
         for reason in answer.get("reasons", []):
             reason["evidence"] = [{name: one[name] for name in kept} for one in reason["evidence"]]

@@ -119,14 +119,5 @@ def with_findings(rule, place):
     found = []
     for finding in map(look_up, rule["evidence"]):
         words, address = place(finding.page)
-        found.append(
-            {
-                "text": finding.text,
-                "source": finding.source,
-                "page": finding.page,
-                "url": finding.url,
-                "words": words,
-                "address": address,
-            }
-        )
+        found.append({**finding.to_dict(), "words": words, "address": address})
     return {**rule, "evidence": found}
