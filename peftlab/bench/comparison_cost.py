@@ -59,6 +59,22 @@ def measure(point: Row, device: torch.device | None = None) -> list[Row]:
         return named(point, [decoding(model, point)])
 
 
+def estimate_of(row: Row) -> int:
+    """Return the peak in bytes that `pl.memory.estimate` predicts for a row of `cost`.
+
+    >>> from peftlab.bench.comparison_cost import estimate_of
+    >>> row = {"shape": "gpt2", "method": "prefix", "num_virtual_tokens": 20, "batch": 4, "sequence": 64}
+    >>> estimate_of(row) > estimate_of({**row, "num_virtual_tokens": 1})
+    True
+    """
+    names = {name: name for name in ("r", "init", "targets", "reduction_factor", "oft_block_size")}
+    options = {of: row[name] for name, of in {**names, "num_virtual_tokens": "virtual_tokens"}.items() if name in row}
+    if "targets" in options:
+        options["targets"] = options["targets"].split(",")
+    return pl.memory.estimate(row["shape"], row["method"], batch=row["batch"], sequence=row["sequence"], autocast=True,
+                              optimizer="adamw-fused", library="peftlab", **options).peak_bytes  # fmt: skip
+
+
 def with_method(model: nn.Module, point: Row) -> nn.Module:
     """Return the model with what a point trains: float32 adapters on its weights, or all its weights."""
     config = config_of(point)

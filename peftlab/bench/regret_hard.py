@@ -35,7 +35,8 @@ def measure(point: Row) -> Row:
     """Train as a point says, and return its row."""
     if point["section"] == "capacity":
         rows = strings(point["strings"], point["length"], point["choices"], point["seed"])
-        model, losses = family.trained(point, rows, cut(point["choices"]), precision=point["precision"])
+        placed = {**point, "layers_to_transform": [int(layer) for layer in point["layers"].split(",")]}
+        model, losses = family.trained(placed, rows, cut(point["choices"]), precision=point["precision"])
         return {**point, **losses, **stored(point, model, rows)}
     examples = [one.greek for one in articles("train", point["tokens"], point["articles"])]
     model, losses = family.trained(point, examples, precision=point["precision"])

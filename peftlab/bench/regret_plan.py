@@ -28,7 +28,7 @@ PASS = 2048  # messages of the desk that the section "batch" shows once
 BATCHES = (8, 32, 128, 512)
 STEPS = (15, 60, 240)
 # Strings: 512 at once, in two layers. The larger numbers exceed what the smaller ranks can hold
-STRINGS: Row = {"layers_to_transform": [10, 20], "choices": 4096, "length": 8, "steps": 500, "precision": "bf16"}
+STRINGS: Row = {"layers": "10,20", "choices": 4096, "length": 8, "steps": 500, "precision": "bf16"}
 STORED = ((512, 1), (512, 2), (512, 4), (512, 8), (512, 16), (128, 4), (2048, 4))  # (strings, r)
 ARTICLES: Row = {"targets": ALL, "batch_size": 16, "tokens": 128, "precision": "bf16"}
 AMOUNTS = ((1600, 100), (200, 25))  # (articles, steps): one pass, and two

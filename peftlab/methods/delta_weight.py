@@ -3,8 +3,9 @@
     dW: the shape of W, (out, in), or of a convolution (out, in / groups, k, ...)
 
 LoRA multiplies the input by two thin matrices. An update that is no product of thin matrices (LoHa, LoKr) is made in
-full and multiplied by the input. It is as large as the weight, so it is not kept for the backward pass: autograd keeps
-the parameters and the input, and makes dW again. In memory such a layer costs what LoRA's does, and for a moment dW.
+full and multiplied by the input. It is as large as the weight, so it is not kept for the backward pass: `Remade` keeps
+the factors and the input, and makes dW again. In memory such a layer costs what LoRA's does, and for a moment dW.
+Around the product of a convolution torch's checkpointing does the same, which takes more time between operations.
 
 In training two dropouts may act, as in Hugging Face peft. `module_dropout` leaves the whole update of a layer out of a
 step. `rank_dropout` leaves rows of dW out, that is, outputs of the layer.
@@ -38,19 +39,58 @@ from peftlab.core.targets import (
 from peftlab.errors import PeftLabError
 from peftlab.methods.parts import cast, first_input, widened
 
+Pull = Callable[[Tensor], tuple[Tensor, ...]]
 CONVOLVE = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d}
 
 
+class Remade(torch.autograd.Function):
+    """Compute x dW^T / s. Only x and the factors of dW are kept; the backward pass makes dW again."""
+
+    @staticmethod
+    def forward(ctx: Any, part: DeltaWeight, x: Tensor, *factors: Tensor) -> Tensor:
+        """Return x dW^T / s, (..., out). x: (..., in)."""
+        ctx.part, ctx.dtype = part, dtype_of_product(x, factors[0])
+        ctx.save_for_backward(x, *factors)
+        return F.linear(x.to(ctx.dtype), part.product(*(factor.to(ctx.dtype) for factor in factors)))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x and of the factors. gradient: that of x dW^T / s, (..., out)."""
+        x, *factors = ctx.saved_tensors
+        of_x, of_factors = None, [None] * len(factors)
+        delta, pull = ctx.part.product_and_pull(*(factor.to(ctx.dtype) for factor in factors))
+        gradient = gradient.reshape(-1, len(delta))
+        if ctx.needs_input_grad[1]:
+            # dL/dx = dL/dy dW
+            of_x = (gradient @ delta).view(x.shape).to(x.dtype)
+        del delta
+        if any(ctx.needs_input_grad[2:]):
+            # dL/ddW = (dL/dy)^T x
+            pulled = pull(gradient.T @ x.reshape(-1, x.shape[-1]).to(ctx.dtype))
+            of_factors = [mine.to(factor.dtype) for mine, factor in zip(pulled, factors, strict=True)]
+        return None, of_x, *of_factors
+
+
+def dtype_of_product(x: Tensor, parameter: Tensor) -> torch.dtype:
+    """Return the dtype in which an adapter computes: that of autocast where it acts, or that of its parameters."""
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind) and parameter.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return parameter.dtype
+
+
 class DeltaWeight(Part):
-    """Add dW x to what a layer returns. A subclass has the parameters and computes dW from them, in `update`.
+    """Add dW x to what a layer returns. A subclass has the parameters and computes dW from them.
 
     Attributes:
         shape: of the layer's weight as a linear layer stores it, (out, in), or (out, in / groups, k, ...).
         rank_dropout, module_dropout: the probabilities of dropping a row of dW, and the whole update.
         rescales: whether the rows that stay are divided by their share, so that the update keeps its size.
+        scaling: s.
     """
 
     rescales: bool = True
+    scaling: float
 
     def __init__(self, host: nn.Module, config: Any) -> None:
         super().__init__()
@@ -58,40 +98,57 @@ class DeltaWeight(Part):
         self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
         self.skips = self.module_dropout > 0
 
-    def update(self, own: Mapping[str, Tensor]) -> Tensor:
-        """Return dW from the part's parameters, by name. The layer's shape is given to it afterwards."""
+    def factors(self, own: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Return the small tensors that dW is made from, given the part's parameters by name."""
         raise NotImplementedError
+
+    def product(self, *factors: Tensor) -> Tensor:
+        """Return dW / s. Where the layer is a convolution, its shape is given to it afterwards."""
+        raise NotImplementedError
+
+    def product_and_pull(self, *factors: Tensor) -> tuple[Tensor, Pull]:
+        """Return dW / s of a linear layer, and a function from its gradient to those of the factors."""
+        raise NotImplementedError
+
+    def own(self) -> dict[str, Tensor]:
+        """Return the part's parameters by name."""
+        return {name: parameter for name, parameter in self._parameters.items() if parameter is not None}
+
+    def update(self, own: Mapping[str, Tensor]) -> Tensor:
+        """Return dW from the part's parameters, or from tensors that stand for them, by name."""
+        return self.product(*self.factors(own)) * self.scaling
 
     def delta(self) -> Tensor:
         """Return dW in the shape of the weight, in the adapter's dtype and with gradients."""
-        return self.update(dict(self.named_parameters())).reshape(self.shape)
+        return self.update(self.own()).reshape(self.shape)
 
     def after(self, host: Any, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
         """Add the update. x: (..., in), output: (..., out); of a convolution (batch, channels, ...)."""
+        own = self.own()
         rows = None
         if self.training and (self.module_dropout or self.rank_dropout):
             # peft draws one number for the module, and then one for each row; equal seeds give equal masks
             if not torch.rand(1) > self.module_dropout:
                 return output
-            rows = self.kept_rows(next(self.parameters()).dtype) if self.rank_dropout else None
-
-        def product(x: Tensor, *_: Tensor) -> Tensor:
-            delta = self.delta()
-            if rows is not None:
-                delta = delta * rows.to(delta.device)
-            # y = W x + b + dW x
-            x = cast(x, delta.dtype)
-            if len(self.shape) == 2:
-                return F.linear(x, delta)
-            convolve = next(function for kind, function in CONVOLVE.items() if isinstance(host, kind))
-            return convolve(x, delta, None, host.stride, host.padding, host.dilation, host.groups)
+            rows = self.kept_rows(next(iter(own.values())).dtype) if self.rank_dropout else None
 
         x = first_input(args, kwargs)
-        if torch.is_grad_enabled():
-            update = checkpoint(product, x, use_reentrant=False, preserve_rng_state=False)
+        if len(self.shape) == 2:
+            update = Remade.apply(self, x, *self.factors(own))
+        elif torch.is_grad_enabled():
+            update = checkpoint(self.convolved, host, x, use_reentrant=False, preserve_rng_state=False)
         else:
-            update = product(x)
-        return (output + update).to(output.dtype)
+            update = self.convolved(host, x)
+        if rows is not None:  # a row of dW is an output of the layer
+            update = update * rows[..., 0].to(update.device)
+        # y = W x + b + s (dW / s) x
+        return torch.add(output, update, alpha=self.scaling).to(output.dtype)
+
+    def convolved(self, host: Any, x: Tensor) -> Tensor:
+        """Return what a convolution with dW / s gives. x: (batch, channels, ...)."""
+        delta = self.product(*self.factors(self.own())).reshape(self.shape)
+        convolve = next(function for kind, function in CONVOLVE.items() if isinstance(host, kind))
+        return convolve(cast(x, delta.dtype), delta, None, host.stride, host.padding, host.dilation, host.groups)
 
     def kept_rows(self, dtype: torch.dtype) -> Tensor:
         """Draw which rows of dW stay: (out, 1, ...), ones and zeros, divided by the share of ones if `rescales`."""

@@ -30,6 +30,7 @@ from peftlab.core.interface import Placement
 from peftlab.core.targets import Targets, by_pattern, check_patterns
 from peftlab.methods.delta_weight import (
     DeltaWeight,
+    Pull,
     check_settings,
     find_plain,
     shared_arguments,
@@ -71,17 +72,34 @@ class LoHa(DeltaWeight):
         if config.init_weights:
             nn.init.zeros_(self.hada_w2_b)  # one factor is zero, so the model starts as it was
 
-    def update(self, own: Mapping[str, Tensor]) -> Tensor:
-        """Return dW, (out, in), or (out, in / groups, k, k) where there are kernels."""
-        products = []
-        for i in (1, 2):
-            a, b = own[f"hada_w{i}_a"], own[f"hada_w{i}_b"]
-            if self.hada_t1 is None:
-                products.append(a @ b)
-            else:
-                products.append(torch.einsum("ijkl,ip,jq->pqkl", own[f"hada_t{i}"], a, b))
-        # dW = s (A1 B1) * (A2 B2)
-        return products[0] * products[1] * self.scaling
+    def factors(self, own: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Return A1, B1, A2 and B2, and the kernels where there are any."""
+        return tuple(own[name] for name in KEYS if name in own)
+
+    def product(self, *factors: Tensor) -> Tensor:
+        """Return dW / s, (out, in), or (out, in / groups, k, k) where there are kernels."""
+        a1, b1, a2, b2, *kernels = factors
+        if kernels:
+            first, second = (
+                torch.einsum("ijkl,ip,jq->pqkl", kernel, a, b)
+                for kernel, a, b in zip(kernels, (a1, a2), (b1, b2), strict=True)
+            )
+        else:
+            first, second = a1 @ b1, a2 @ b2
+        # dW / s = (A1 B1) * (A2 B2)
+        return first * second
+
+    def product_and_pull(self, *factors: Tensor) -> tuple[Tensor, Pull]:
+        """Return dW / s, (out, in), and what gives the gradients of the factors from its own."""
+        a1, b1, a2, b2 = factors
+        first, second = a1 @ b1, a2 @ b2
+
+        def pull(gradient: Tensor) -> tuple[Tensor, ...]:
+            # With P = A1 B1: dL/dP = dL/ddW * (A2 B2), dL/dA1 = dL/dP B1^T, dL/dB1 = A1^T dL/dP; A2 and B2 likewise
+            of_first, of_second = gradient * second, gradient * first
+            return of_first @ b1.T, a1.T @ of_first, of_second @ b2.T, a2.T @ of_second
+
+        return first * second, pull
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ from peftlab.core.interface import Placement
 from peftlab.core.targets import Targets, by_pattern, check_patterns
 from peftlab.methods.delta_weight import (
     DeltaWeight,
+    Pull,
     check_settings,
     find_plain,
     shared_arguments,
@@ -78,20 +79,38 @@ class LoKr(DeltaWeight):
         for name in sizes.keys() & set(zero):
             nn.init.zeros_(self.get_parameter(name))
 
-    def update(self, own: Mapping[str, Tensor]) -> Tensor:
-        """Return dW. Its entries lie as those of the weight do."""
-        first = own["lokr_w1"] if "lokr_w1" in own else own["lokr_w1_a"] @ own["lokr_w1_b"]
-        if "lokr_w2" in own:
-            second = own["lokr_w2"]
-        elif "lokr_t2" in own:
+    def factors(self, own: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Return C and D. Each is a parameter or is made from two or three."""
+        first, second = (own[name] if name in own else None for name in ("lokr_w1", "lokr_w2"))
+        if first is None:
+            first = own["lokr_w1_a"] @ own["lokr_w1_b"]
+        if "lokr_t2" in own:
             second = torch.einsum("ijkl,ip,jq->pqkl", own["lokr_t2"], own["lokr_w2_a"], own["lokr_w2_b"])
-        else:
+        elif second is None:
             second = own["lokr_w2_a"] @ own["lokr_w2_b"]
+        return first, second
+
+    def product(self, *factors: Tensor) -> Tensor:
+        """Return dW / s. Its entries lie as those of the weight do."""
+        first, second = factors
         # Where D is whole in a Conv1d, it is (b, d, k), and C is set against its last two sides, (d, k), instead of its
         # first two. Hugging Face peft does so (as torch.kron does with a matrix), and so its folders are read.
-        first = first[None] if second.dim() == 3 else first.reshape(*first.shape, *[1] * (second.dim() - 2))
-        # dW = s C ⊗ D
-        return kronecker(first, second) * self.scaling
+        if second.dim() > 2:
+            first = first[None] if second.dim() == 3 else first[..., None, None]
+        # dW / s = C ⊗ D
+        return kronecker(first, second)
+
+    def product_and_pull(self, *factors: Tensor) -> tuple[Tensor, Pull]:
+        """Return dW / s, (out, in), and what gives the gradients of C and D from its own."""
+        first, second = factors
+        (a, c), (b, d) = first.shape, second.shape
+
+        def pull(gradient: Tensor) -> tuple[Tensor, ...]:
+            # With the blocks of dL/ddW as rows, (a c, b d): dL/dC multiplies each with D; dL/dD adds them up by C
+            blocks = gradient.view(a, b, c, d).transpose(1, 2).reshape(a * c, b * d)
+            return torch.mv(blocks, second.reshape(-1)).view(a, c), torch.mv(blocks.T, first.reshape(-1)).view(b, d)
+
+        return kronecker(first, second), pull
 
     def kept_rows(self, dtype: torch.dtype) -> Tensor:
         """Draw which rows of dW stay. In peft's LoKr their numbers are float32, whatever the adapter's dtype is."""

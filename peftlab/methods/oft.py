@@ -78,7 +78,7 @@ class Rotation(nn.Module):
         """Return the rotations, (blocks, n, n), or (1, n, n) for all blocks."""
         if self.most is not None:
             weight = weight + (self.allowed(weight) - weight).detach()
-        upper = weight.new_zeros(len(weight), self.size, self.size)
+        upper = torch.zeros(len(weight), self.size, self.size, device=weight.device, dtype=weight.dtype)
         rows, columns = torch.triu_indices(self.size, self.size, 1, device=weight.device)
         upper[:, rows, columns] = weight
         q = upper - upper.mT
@@ -88,10 +88,10 @@ class Rotation(nn.Module):
             wide = q.float() if q.dtype.itemsize < 4 else q
             return torch.linalg.solve(eye + wide, eye - wide, left=False).to(q.dtype)
         # R = I + 2 Q + 2 Q^2 + ... + Q^last
-        power, rotations, last = q, eye + 2 * q, last_power(self.terms)
+        power, rotations, last = q, torch.add(eye, q, alpha=2), last_power(self.terms)
         for k in range(2, last + 1):
             power = power @ q
-            rotations = rotations + (2 if k < last else 1) * power
+            rotations = torch.add(rotations, power, alpha=2 if k < last else 1)
         return rotations
 
     def allowed(self, weight: Tensor) -> Tensor:

@@ -246,11 +246,11 @@ def test_the_peak_under_autocast(method, checkpointing, monkeypatch):
     assert max(found) == pytest.approx(max(expected), rel=0.02)
 
 
-# With checkpointing, this small model's peak lies within a block. There the replay is 15% too low for adalora, and 5%
-# too high for loha and lokr.
+# With checkpointing, this small model's peak lies within a block. There the replay is 15% too low for adalora, and 2%
+# too high for lokr.
 @pytest.mark.parametrize(
     ("method", "checkpointing"),
-    [("lora", True), ("dora", True), ("vera", True)]
+    [("lora", True), ("dora", True), ("vera", True), ("loha", True)]
     + [(method, False) for method in ("lora", "dora", "adalora", "vera", "loha", "lokr")],
 )
 def test_the_peak_of_our_own_layers_under_autocast(method, checkpointing, monkeypatch):

@@ -129,7 +129,7 @@ def small(monkeypatch):
 
 def shrunk(point):
     """The same point with fewer steps, tokens and layers."""
-    changes = {"steps": 3, "r": 2, "layers_to_transform": [0, 1], "choices": 16, "strings": 8, "articles": 4,
+    changes = {"steps": 3, "r": 2, "layers": "0,1", "choices": 16, "strings": 8, "articles": 4,
                "tokens": 6, "precision": "fp32"}  # fmt: skip
     changed = {name: value for name, value in changes.items() if name in point}
     return {**point, **changed, **({"batch_size": 8} if point.get("section") != "batch" else {})}
@@ -144,8 +144,11 @@ def test_a_run_of_each_section_is_scored(small, section):
             (row,) = regret.measure(point)
             assert {**row, **point} == row and row["validation_loss"] > 0 and row["trainable"] > 0
             assert row["path"] == ("fast" if name == "LoRA" else "plain")
+            assert all(value is None or isinstance(value, (str, int, float)) for value in row.values())  # a flat row
             (row,) = regret.measure({**point, "scored": True})
             assert search.described(row) == list(point)
+            if section == "capacity":
+                assert row["trainable"] == 2 * 2 * (16 + 16 + 16 + 8)  # rank 2, queries and values of two layers
             if section not in regret_hard.SECTIONS:
                 assert row["tested"] == 4 and row["news_perplexity"] > 1
 

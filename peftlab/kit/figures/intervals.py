@@ -96,7 +96,7 @@ def trade_off(
             axes.vlines(cost, low, high, color=colour, linewidth=1.4, zorder=3)
             axes.plot([cost], [value], color=colour, marker=marker, markersize=5.5, linestyle="none", zorder=4)
             named.append((name, cost, value, colour))
-        if reference in points:
+        if reference is not None and reference in points:
             axes.axhspan(*points[reference][2:], color=GREY, alpha=0.18, linewidth=0, zorder=1)
         axes.margins(x=0.14, y=0.12)
         axes.set_title(title)

@@ -243,7 +243,10 @@ def loha(net: Net, path: str, own: Own) -> None:
         if net.recipe.library != "peftlab":
             halves = [net.half(factor) for factor in factors] if net.autocast else factors
             return products.hadamard(a1, b1, a2, b2, halves[0].bytes)
-        return ops.scale(ops.mul(net.outer(a1, b1), net.outer(a2, b2)))
+        if net.autocast:
+            a1, b1, a2, b2 = (ops.cast(factor, 2) for factor in factors)
+        size = a1.shape[0], b1.shape[1]
+        return ops.mul(products.outer(a1, b1, size), products.outer(a2, b2, size))
 
     _whole_update(net, path, delta)
 
@@ -259,7 +262,10 @@ def lokr(net: Net, path: str, own: Own) -> None:
             a, b = own["lokr_w2_a"], own["lokr_w2_b"]
             second = net.outer(a, b)
         size = first.shape[0] * second.shape[0], first.shape[1] * second.shape[1]
-        return ops.scale(products.kronecker(first, second, size))
+        if net.recipe.library != "peftlab":
+            return ops.scale(products.kronecker(first, second, size, by_blocks=False))
+        small = ops.cast(first, second.bytes) if net.autocast else first
+        return products.kronecker(small, ops.cast(second, small.bytes), size, by_blocks=True)
 
     _whole_update(net, path, delta)
 
@@ -282,7 +288,7 @@ def _whole_update(net: Net, path: str, delta: Callable[[], Tensor]) -> None:
         result = net.plain(path, x)
         bytes = result.bytes if ours else x.bytes
         update = checkpoint(product, [x], trains=True) if ours else product(x)
-        result = ops.add(result, update)
+        result = ops.add_scaled(result, update) if ours else ops.add(result, update)
         del update
         return ops.cast(result, bytes)
 

@@ -42,6 +42,18 @@ def add(a: Tensor, b: Tensor) -> Tensor:
     return record(output, [a, b], lambda g: tuple(fit(g, n) if m else None for n, m in pairs))
 
 
+def add_scaled(a: Tensor, b: Tensor) -> Tensor:
+    """Replay a + s b, with a Python number s, in one operation. The gradient of b is a tensor of its own."""
+    pairs = (a.bytes, a.needs_grad), (b.bytes, b.needs_grad)
+    output = a.new(bytes=max(a.bytes, b.bytes))
+
+    def apply(g: Tensor) -> Gradients:
+        of_b = fit(g.new(), pairs[1][0]) if pairs[1][1] else None
+        return (fit(g, pairs[0][0]) if pairs[0][1] else None, of_b)
+
+    return record(output, [a, b], apply)
+
+
 def subtract_in_place(a: Tensor, b: Tensor) -> Tensor:
     """Replay a -= b, of one dtype. The gradient of b is a tensor of its own, -g."""
     output = a.view(*a.shape)

@@ -169,13 +169,23 @@ def turned(x: Tensor, rotations: Tensor) -> Tensor:
     return record(x.new(), [x, rotations], apply, [x, rotations])
 
 
-def kronecker(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Replay torch.kron: one product of views, which are kept. The gradient of each is summed from the whole size."""
+def kronecker(a: Tensor, b: Tensor, shape: tuple[int, ...], by_blocks: bool) -> Tensor:
+    """Replay torch.kron: one product of views, which are kept. The gradient of each is summed from the whole size.
+
+    Args:
+        by_blocks: whether the gradients are products with one copy of the whole, as in peftlab's LoKr.
+    """
+    sizes = a.shape, b.shape
 
     def apply(g: Tensor, kept: tuple = (a, b)) -> Gradients:
-        return g.new(), g.new()
+        if not by_blocks:
+            return g.new(), g.new()
+        blocks = g.new()
+        gradients = g.new(sizes[0]), g.new(sizes[1])
+        del blocks
+        return gradients
 
-    return record(a.new(shape), [a, b], apply, [a, b], fits=False)
+    return record(a.new(shape), [a, b], apply, [a, b], fits=by_blocks)
 
 
 def hadamard(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, bytes: int) -> Tensor:
