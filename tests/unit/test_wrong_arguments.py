@@ -129,6 +129,7 @@ RIGHT = {
     "figures.bars": lambda: {"values": {"a": 1.0}, "x_label": "x"},
     "figures.block": lambda: {"method": "lora"},
     "figures.intervals": lambda: {"values": {"a": (1.0, 0.5, 1.5)}, "x_label": "x"},
+    "figures.ranking": lambda: {"values": {"a": (1.0, 0.5, 1.5)}, "y_label": "y"},
     "figures.lora_family": lambda: {},
     "figures.block_steps": lambda: {"weights": [0.5, -1.0], "book": [i / 8 - 1 for i in range(16)]},
     "figures.budget": lambda: {"rows": ROWS, "x": "a", "y": "b", "by": "c", **SIZE},
