@@ -10,6 +10,7 @@ from peftlab.kit.exercises.grading import Exercise, choice, function, number
 RIGHT, ASKED = 84, 100
 SHARE, WITHIN = 0.8, 0.02  # of right answers, and the two errors that are wanted
 CHANCE, TRIED = 0.05, 20
+ALONE, WINS, SMALLEST = (4, 14), (66, 38), 0.004  # only one right; wins in each order; the smallest p-value
 NATS, LETTERS = 2.1, 4.2  # per token: the loss, and the letters that a token stands for
 KEYS, TOKENS, CHOICES, BITS = 10_000, 8, 64, 2
 PER_RANK = 30 * (2 * 576 + 576 + 192)  # numbers per rank of LoRA on the query and value of the book's model
@@ -153,6 +154,25 @@ EXERCISES = (
               STEPS * SECONDS * PRICE * RUNS: "The price is for an hour, not for a second."},
         hint="Steps times seconds, over 3,600, times the price, times the runs.",
         then="The search costs more than the run that you keep. Count it.")),
+    Exercise("choosing.mcnemar", "medium", 10, "a p-value", number(
+        2 * sum(math.comb(sum(ALONE), k) for k in range(min(ALONE) + 1)) / 2 ** sum(ALONE), tolerance=0.01,
+        near={sum(math.comb(sum(ALONE), k) for k in range(min(ALONE) + 1)) / 2 ** sum(ALONE):
+                  "The difference could be on either side. Double it.",
+              2 * math.comb(sum(ALONE), min(ALONE)) / 2 ** sum(ALONE):
+                  "As uneven or more: add the cases that are more uneven still."},
+        hint="Items on which both are right or both are wrong say nothing. What is left are tosses of a coin.",
+        then="The items on which they agree changed nothing.")),
+    Exercise("choosing.order", "easy", 5, "a share", number(
+        sum(WINS) / 200, tolerance=0.001,
+        near={WINS[0] / 100: "That is one order alone.", WINS[1] / 100: "That is one order alone."},
+        hint="Take the mean over both orders.",
+        then="The judge likes the first place. The two models are about equal.")),
+    Exercise("choosing.holm", "medium", 5, "a p-value", number(
+        TRIED * SMALLEST, tolerance=0.001,
+        near={SMALLEST: "That is the value for a single test. The best of twenty is no single test.",
+              SMALLEST / TRIED: "A correction makes a p-value larger, not smaller."},
+        hint="What is the smallest of m values multiplied by?",
+        then="So nothing is shown.")),
     Exercise("choosing.fair", "easy", 5, '"one rate", "own rates", "best test" or "more steps"', choice(
         "own rates", options=("one rate", "own rates", "best test", "more steps"),
         remarks={"one rate": "A rate that suits one method is far off for another. That compares rates.",
