@@ -12,6 +12,7 @@ from contextlib import nullcontext
 import peft
 import torch
 import transformers.masking_utils as masks
+from on_meta import on_meta
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -215,7 +216,7 @@ def measure(
     config.decoder_start_token_id = 0  # asked for by T5
     config._attn_implementation = attention
     device = "cpu" if autocast else "meta"
-    with torch.device(device):
+    with torch.device("cpu") if autocast else on_meta():
         model = AUTO[kind].from_config(config, dtype=dtype)
     if prepare is not None:
         model = prepare(model)
