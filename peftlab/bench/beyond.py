@@ -161,9 +161,10 @@ class Embedder(nn.Module):
         super().__init__()
         self.encoder, self.tokenizer = pl.load_model("minilm")
         width = self.encoder.config.hidden_size
-        self.head = nn.Linear(width, width, bias=False) if projected else nn.Identity()
+        self.head: nn.Module = nn.Identity()
         if projected:
-            nn.init.eye_(self.head.weight)
+            self.head = head = nn.Linear(width, width, bias=False)
+            nn.init.eye_(head.weight)
 
     def forward(self, texts: list[str], tokens: int) -> Tensor:
         """Return (texts, width)."""

@@ -26,9 +26,10 @@ Sections:
     fullsize    one training step of the shape of a 1B model (random weights), ours beside peft's (see `family_sizes`)
     start       seconds to make each start at that shape
 
-The parts that learn are about 720 runs of 60 steps or more. Starting their many small kernels takes longer than the kernels, so
-several processes share each GPU: with four GPUs `--jobs 48`, and NVIDIA's MPS running (`nvidia-cuda-mps-control -d`).
-Without it processes take turns on a GPU: 56 of them on four H200 ended no run within the first 70 seconds.
+The parts that learn are about 720 runs of 60 steps or more. Starting their many small kernels takes longer than the
+kernels, so several processes share each GPU: with four GPUs `--jobs 48`, and NVIDIA's MPS running (`nvidia-cuda-mps-
+control -d`). Without it processes take turns on a GPU: 56 of them on four H200 ended no run within the first 70
+seconds.
 
 `PREDICTIONS` of `family_variants` holds what each paper leads one to expect. It was written before the first run.
 """
