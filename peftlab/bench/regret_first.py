@@ -24,6 +24,11 @@ So if the fall of the loss decides, the best rate is the same for all ranks with
 with alpha = 2 r. If the size of dW decides, the best rate grows as sqrt(r) with a constant alpha, and falls as
 1 / sqrt(r) with alpha = 2 r. The section "rank" says which.
 
+Later A moves, too. Its entries begin at sigma, 0.024 here, and each step moves them by up to lr. When they are mostly
+what was learned, both factors of s B A grow with the rate, and the part of dW along the gradient grows as s r lr^2.
+With a constant alpha the rank still drops out. With alpha = 2 r the best rate then falls as 1 / sqrt(r). A run has both
+phases, so the power should lie between -1 and -1/2.
+
 Full fine-tuning moves each entry by the rate: RMS(dW) = lr, and the loss falls by lr sum_jk |G_jk|. If the entries of
 G are Gaussian, that is lr sqrt(2 / pi) sqrt(d_in) sum_j |g_j|. The two falls are equal if LoRA's rate is
 sqrt(d_in) / (alpha sigma) = sqrt(3) d_in / alpha times that of full fine-tuning.

@@ -47,6 +47,8 @@ PREDICTIONS: dict[str, tuple[tuple[str, str], ...]] = {
          "with alpha / r and a constant alpha the best rate is the same at every rank, within one step of the ladder"),
         ("derived in `regret_first`, from the fall of the loss in the first step",
          "with alpha = 2 r the best rate falls as 1 / r: at r = 256 it is 256 times lower than at r = 1"),
+        ("derived in `regret_first`, from later steps too",
+         "with alpha = 2 r the best rate falls as a power of r between -1 and -1/2; with a constant alpha it stays"),
         ("Kalajdzievski 2023, arXiv:2312.03732, if the size of dW decided",
          "with alpha = 2 r the best rate falls as 1 / sqrt(r): 16 times from r = 1 to 256; with a constant alpha it "
          "grows 16 times"),

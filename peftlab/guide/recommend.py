@@ -59,7 +59,8 @@ def recommend(
     >>> found.method, found.chosen["r"], found.batch, found.checkpointing
     ('lora', 16, 4, True)
     >>> print(found)
-    task           instruction, for one
+    task           instruction: write an answer to an input
+    serving        one: one model for one job
     model          llama-3.1-8b, 8,030,261,248 parameters
     card           RTX 4090 (24 GB)
     method         lora
@@ -84,7 +85,7 @@ def recommend(
     }  # fmt: skip
     known = candidates(facts)
     if not known:
-        raise PeftLabError(_impossible(shape, task))
+        raise PeftLabError(impossible(shape, task))
     tried: list[Attempt] = []
     for method, rule in known.items():
         tried.append(attempt({**facts, "method": method}, rule, shape, sequence, None if held is None else held.room))
@@ -146,7 +147,8 @@ def _path_of(model: Any) -> str | None:
     return str(path.parent if path.suffix == ".json" else path)
 
 
-def _impossible(shape: Shape, task: str) -> str:
+def impossible(shape: Shape, task: str) -> str:
+    """Return why no rule names a method for this kind of model."""
     if shape.kind == "encoder":
         return (
             f"{shape.name} is an encoder and writes no text, so it cannot be trained for {task!r}. "
