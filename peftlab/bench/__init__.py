@@ -42,7 +42,7 @@ from peftlab.progress import Bar
 
 TOPICS = (
     "memory", "lora", "family", "regret", "comparison", "qlora", "prompts", "adapters", "experts", "parallel",
-    "circulating", "recipes", "speed",
+    "circulating", "recipes", "speed", "beyond",
 )  # fmt: skip
 BEGINNING = b'{"gpu": '  # of FILE.partial
 FORM = 2  # of FILE.partial

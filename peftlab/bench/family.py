@@ -16,6 +16,7 @@ Sections:
     desk        every variant on the support desk
     reviews     every variant on the reviews
     ratio       LoRA+: ratios of B's rate to A's, against the rate
+    longer      LoRA over more steps, for the time that a slower method takes for its 60
     scale       ranks from 1 to 256 under three rules for the scale, on the reviews (the desk: `bench lora`, "rank")
     direction   how far magnitude and direction of each weight move during a run (see `family_why` for this and below)
     principal   how much of an update lies along the first singular vectors of the weight before it
@@ -25,9 +26,10 @@ Sections:
     fullsize    one training step of the shape of a 1B model (random weights), ours beside peft's (see `family_sizes`)
     start       seconds to make each start at that shape
 
-The parts that learn are about 650 runs of 60 steps. Starting their many small kernels takes longer than the kernels, so
-several processes share each GPU: with four GPUs `--jobs 48`, and NVIDIA's MPS running (`nvidia-cuda-mps-control -d`).
-Without it processes take turns on a GPU: 56 of them on four H200 ended no run within the first 70 seconds.
+The parts that learn are about 720 runs of 60 steps or more. Starting their many small kernels takes longer than the
+kernels, so several processes share each GPU: with four GPUs `--jobs 48`, and NVIDIA's MPS running (`nvidia-cuda-mps-
+control -d`). Without it processes take turns on a GPU: 56 of them on four H200 ended no run within the first 70
+seconds.
 
 `PREDICTIONS` of `family_variants` holds what each paper leads one to expect. It was written before the first run.
 """
@@ -57,6 +59,7 @@ EVA = {"use_label_mask": False}  # all tokens count: of a review only one is lea
 EVA_BATCH = 32  # examples of a batch that EVA reads; it takes as many as its directions need to come to rest
 WORDS = ("negative", "positive")  # one token each; the place in the tuple is the label
 SIZES = {"train": 4000, "validation": 640, "test": 1280}  # reviews
+LONGER = (80, 100, 120, 140)  # steps: DoRA's 60 last as long as 80 to 135 of LoRA's (sections small and fullsize)
 QUESTION = "Is this film review negative or positive? Answer with one word."
 
 
@@ -68,7 +71,7 @@ def points() -> list[Row]:
     small = [*grids("desk", 0), *grids("reviews", 0)]
     large = [*grids("desk", 1), *grids("reviews", 1)]
     bases = [{"section": "base", "task": task} for task in TASKS]
-    learned = [*bases, *small, *family_why.points(), *ratios(), *large, *scales()]
+    learned = [*bases, *small, *family_why.points(), *ratios(), *large, *longer(), *scales()]
     return [point for point in learned if there(point)] + list(family_sizes.points())
 
 
@@ -87,6 +90,14 @@ def ratios() -> Iterator[Row]:
                 yield run("ratio", "desk", "LoRA+", settings, rate, seed)
 
 
+def longer() -> Iterator[Row]:
+    """Train LoRA over more steps, on both tasks: a method that takes longer is compared with it at equal time."""
+    for task in TASKS:
+        for steps in LONGER:
+            for rate in RATES:
+                yield run("longer", task, "LoRA", {**ALPHA, "r": 8}, rate, TUNING, steps=steps)
+
+
 def scales() -> Iterator[Row]:
     """Vary r: alpha = 16 with alpha / r and with alpha / sqrt(r), and alpha = 2 r."""
     for r in (256, 64, 16, 4, 1):
@@ -98,8 +109,9 @@ def scales() -> Iterator[Row]:
 
 
 def follow_up(rows: Iterable[Row]) -> Iterator[Row]:
-    """Yield what follows from the rows of the two tasks."""
-    yield from next_runs((row for row in rows if row["section"] in TASKS), lambda row: VARIANTS[row["variant"]].rates)
+    """Yield what follows from the rows of the two tasks, and of longer runs."""
+    searched = (row for row in rows if row["section"] in (*TASKS, "longer"))
+    yield from next_runs(searched, lambda row: VARIANTS[row["variant"]].rates)
 
 
 def next_runs(rows: Iterable[Row], rates_of: Callable[[Row], tuple[float, ...]]) -> Iterator[Row]:

@@ -47,14 +47,21 @@ class Finding(NamedTuple):
     Attributes:
         holds: whether the claim came out.
         text: the computed numbers, in a sentence.
-        source: the results file, and the condition on its rows.
+        source: the results file, its section, and the condition on all rows.
+        groups: the further conditions on the rows that are compared: {"a": {...}, "b": {...}}.
         page: the section of the book that shows it, `"02_lora#sec-lora-sweep"`.
     """
 
     holds: bool
     text: str
     source: str
+    groups: dict[str, dict[str, Any]]
     page: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a reason shows of it."""
+        told = {"text": self.text, "source": self.source, "groups": self.groups}
+        return {**told, "page": self.page, "url": self.url}
 
     @property
     def url(self) -> str:
@@ -98,7 +105,8 @@ def look_up(entry: Mapping[str, Any]) -> Finding:
     told = [f"{name} {_said(value)}" for name, value in entry.get("rows", {}).items() if name != "section"]
     source = f"{entry['results']}, {entry.get('rows', {}).get('section', 'all sections')}"
     source += f": {', '.join(told)}" if told else ""
-    return Finding(holds, f"{words}: {numbers}" if words else numbers, source, entry["shown"])
+    text = f"{words}: {numbers}" if words else numbers
+    return Finding(holds, text, source, {name: _conditions(entry[name]) for name in groups}, entry["shown"])
 
 
 def _fault(entry: Mapping[str, Any], check: str) -> str | None:

@@ -59,7 +59,8 @@ def recommend(
     >>> found.method, found.chosen["r"], found.batch, found.checkpointing
     ('lora', 16, 4, True)
     >>> print(found)
-    task           instruction, for one
+    task           instruction: write an answer to an input
+    serving        one: one model for one job
     model          llama-3.1-8b, 8,030,261,248 parameters
     card           RTX 4090 (24 GB)
     method         lora
@@ -84,12 +85,19 @@ def recommend(
     }  # fmt: skip
     known = candidates(facts)
     if not known:
-        raise PeftLabError(_impossible(shape, task))
+        raise PeftLabError(impossible(shape, task))
     tried: list[Attempt] = []
+    refused: dict[str, PeftLabError] = {}
     for method, rule in known.items():
-        tried.append(attempt({**facts, "method": method}, rule, shape, sequence, None if held is None else held.room))
+        try:
+            tried.append(attempt({**facts, "method": method}, rule, shape, sequence, held.room if held else None))
+        except PeftLabError as error:  # GPT-2 cannot have LoKr, for example
+            refused[method] = error
+            continue
         if tried[-1].fits is not False:
             break
+    if not tried:
+        raise next(iter(refused.values()))
     best = tried[-1] if tried[-1].fits is not False else min(tried, key=lambda one: one.peak)
     method, (batch, again, way) = best.method, best.rung
     accumulation = max(1, content()["update"] // (batch * gpus))
@@ -104,7 +112,8 @@ def recommend(
         four_bit=bool(four_bit), method=method,
         chosen={name: value for name, value in best.chosen.items() if name != "ladder"},
         batch=batch, checkpointing=again, accumulation=accumulation, parallel=way, peak_bytes=best.peak,
-        fits=best.fits, too_large={one.method: one.peak for one in tried if one is not best}, time=measured,
+        fits=best.fits, too_large={one.method: one.peak for one in tried if one is not best},
+        refused={name: str(error) for name, error in refused.items()}, time=measured,
         more=tuple(rule["more"] for rule in applied if "more" in rule),
         traps=tuple(rule["trap"] for rule in applied if "trap" in rule),
         reasons=tuple(Reason(names, rule["because"], tuple(rule["evidence"])) for names, rule in decided),
@@ -146,7 +155,8 @@ def _path_of(model: Any) -> str | None:
     return str(path.parent if path.suffix == ".json" else path)
 
 
-def _impossible(shape: Shape, task: str) -> str:
+def impossible(shape: Shape, task: str) -> str:
+    """Return why no rule names a method for this kind of model."""
     if shape.kind == "encoder":
         return (
             f"{shape.name} is an encoder and writes no text, so it cannot be trained for {task!r}. "

@@ -10,20 +10,24 @@ from typing import Any
 
 from peftlab.assets.catalogue import catalogue
 from peftlab.catalogue import METHODS
-from peftlab.errors import PeftLabError
+from peftlab.checks import shown
+from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.guide.evidence import address, look_up
 from peftlab.guide.plan import Card, targets_of
+from peftlab.guide.rules import meaning
 from peftlab.guide.times import Timed
 from peftlab.memory.cards import CARDS, that_hold, with_margin
 from peftlab.memory.units import format_bytes, format_count
 
-WIDTH = 100  # columns of the table
+WIDTH = 88  # columns of what is printed
 PREFERENCES, REWARDS = (address(f"09_training_recipes#sec-recipes-{name}") for name in ("dpo", "reward"))
 NO_COMMAND = {
     "preference": f"peftlab train reads no preferences: train with pl.train, as in {PREFERENCES}",
     "reward": f"peftlab train knows no rewards: train with pl.train, as in {REWARDS}",
 }
 SEVERAL = "peftlab train runs on one GPU: with several, use FSDP2 or the Trainer, which take an attached model as it is"
+TARGETS = {"all-linear": "all linear layers", "query-value": "queries and values"}
+WAYS = {"ddp": "; each GPU holds a whole copy (DDP)", "fsdp": "; the GPUs share the weights (FSDP)"}
 SPOKEN = {"r": "rank", "ladder": "batch", "ship": "afterwards", "rates": "range"}
 NOTHING_ATTACHED = "full fine-tuning attaches nothing: train the model as it is, with peftlab train --method full."
 PRECISIONS = {"bf16": "computed in bf16", "fp16": "computed in fp16 with a scaled loss"}
@@ -39,9 +43,8 @@ class Reason:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the reason with its evidence computed from the results files."""
-        found = [look_up(entry) for entry in self.evidence]
-        shown = [{"text": one.text, "source": one.source, "page": one.page, "url": one.url} for one in found]
-        return {"settings": list(self.settings), "because": self.because, "evidence": shown}
+        found = [look_up(entry).to_dict() for entry in self.evidence]
+        return {"settings": list(self.settings), "because": self.because, "evidence": found}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,7 @@ class Recommendation:
         peak_bytes: the estimated peak of a step.
         fits: whether it fits the card, with the measured margin. None if no card was given.
         too_large: the methods that come before it, and do not fit: {name: estimated peak in bytes}.
+        refused: the methods that come before it, and that this model cannot have: {name: why}.
         time: the same step as it was measured on this card, or None.
         more: what to try if the result is not good enough.
         traps: what to look out for.
@@ -83,6 +87,7 @@ class Recommendation:
     peak_bytes: int
     fits: bool | None
     too_large: Mapping[str, int]
+    refused: Mapping[str, str]
     time: Timed | None
     more: tuple[str, ...]
     traps: tuple[str, ...]
@@ -141,19 +146,19 @@ class Recommendation:
             raise PeftLabError(reason)
         known = self.model in catalogue()
         model = self.source or (self.model if known else f"path/to/{self.model}")
-        words = ["peftlab", "train", "--model", model, "--data", data, "--out", out, "--method", self.method]
+        line = ["peftlab", "train", "--model", model, "--data", data, "--out", out, "--method", self.method]
         row = METHODS[self.method]
         for name in ("r", "alpha"):
             if row.takes(name) and name in self.chosen:
-                words += [f"--{name}", plain(self.chosen[name])]
+                line += [f"--{name}", plain(self.chosen[name])]
         if row.takes("targets") and targets_of(self.chosen):
-            words += ["--targets", str(targets_of(self.chosen))]
-        words += ["--lr", plain(self.chosen["learning_rate"]), "--batch-size", str(self.batch)]
+            line += ["--targets", str(targets_of(self.chosen))]
+        line += ["--lr", plain(self.chosen["learning_rate"]), "--batch-size", str(self.batch)]
         if self.accumulation > 1:
-            words += ["--accumulation", str(self.accumulation)]
+            line += ["--accumulation", str(self.accumulation)]
         if self.checkpointing:
-            words += ["--checkpointing"]
-        return shlex.join([*words, "--epochs", plain(self.chosen["epochs"]), "--max-length", str(self.sequence)])
+            line += ["--checkpointing"]
+        return shlex.join([*line, "--epochs", plain(self.chosen["epochs"]), "--max-length", str(self.sequence)])
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as `peftlab recommend --json` prints it: plain numbers, texts and lists.
@@ -174,6 +179,7 @@ class Recommendation:
             "parallel": self.parallel or None, "epochs": chosen["epochs"], "steps": self.steps, "ship": chosen["ship"],
             "fits": self.fits, "peak_bytes": self.peak_bytes, "with_margin_bytes": with_margin(self.peak_bytes),
             "cards": that_hold(self.peak_bytes), "too_large": dict(self.too_large),
+            "refused": dict(self.refused),
             "step_seconds": self.time.seconds * self.accumulation if self.time else None, "seconds": self.seconds,
             "time_source": self.time.source if self.time else None,
             "more": list(self.more), "traps": list(self.traps),
@@ -185,7 +191,8 @@ class Recommendation:
         """Return the table's rows without the reasons: (label, text)."""
         chosen, rates = self.chosen, self.chosen["rates"]
         rows = [
-            ("task", f"{self.task}, for {self.serving}"),
+            ("task", meaning("task", self.task)),
+            ("serving", meaning("serving", self.serving)),
             ("model", f"{self.model}, {format_count(self.parameters)} parameters"),
             ("card", self._cards()),
             ("method", self.method),
@@ -194,7 +201,7 @@ class Recommendation:
             rows += [("rank", f"{chosen['r']}, alpha {plain(chosen['alpha'])}"), ("targets", words_of_targets(chosen))]
         again = "activations computed again" if self.checkpointing else "activations kept"
         batches = f", {self.accumulation} batches in an update" if self.accumulation > 1 else ""
-        way = f", {self.parallel}" if self.parallel else ""
+        way = WAYS.get(self.parallel, "")
         rows += [
             ("learning rate", f"{plain(chosen['learning_rate'])}; try {plain(rates[0])} to {plain(rates[1])}"),
             ("precision", PRECISIONS[chosen["precision"]]),
@@ -202,6 +209,7 @@ class Recommendation:
             ("epochs", plain(chosen["epochs"]) + (f", {self.steps:,} updates" if self.steps else "")),
             ("expected peak", self._memory()),
             *[("too large", f"{name}: {format_bytes(with_margin(size))}") for name, size in self.too_large.items()],
+            *[("not possible", f"{name}: {reason}") for name, reason in self.refused.items()],
             ("expected time", self._time()),
             ("afterwards", chosen["ship"]),
         ]
@@ -227,25 +235,46 @@ class Recommendation:
         whole = f", {duration(self.seconds)} in all" if self.seconds is not None else ""
         return f"{self.time.seconds * self.accumulation:.3g} s for an update{whole}; {self.time.source}"
 
-    def __str__(self) -> str:
+    def table(self) -> str:
+        """Return the recommendation as a table, with what to try next and what to look out for, without the reasons."""
         rows = self.rows()
         left = max(len(label) for label, _ in rows) + 2
         lines = [line for label, text in rows for line in _wrapped(f"{label:<{left}}{text}", left)]
         for title, texts in (("If it is not enough", self.more), ("Look out", self.traps)):
             if texts:
                 lines += ["", title, *(line for text in texts for line in _wrapped(f"  {text}", 2))]
-        lines += ["", "Why"]
-        for reason in self.reasons:
-            lines += _wrapped(f"  {', '.join(map(spoken, reason.settings))}: {reason.because}", 2)
+        return "\n".join(lines)
+
+    def why(self, setting: str | None = None) -> str:
+        """Return the reasons with the measurements that carry them: all, or those for one setting.
+
+        Each measurement ends with its file, the section of the file, the condition on its rows, and the place in the
+        book that shows it.
+
+        Args:
+            setting: such as `"method"`, `"r"` or `"learning_rate"`.
+
+        Raises:
+            PeftLabError: nothing was decided about such a setting (with near matches).
+        """
+        known = {name: reason for reason in self.reasons for name in reason.settings}
+        if setting is not None and setting not in known:
+            near = did_you_mean(str(setting), known)
+            raise PeftLabError(f"No reason is about {shown(setting)}.{near} There are: {', '.join(known)}.")
+        lines = []
+        for reason in self.reasons if setting is None else (known[setting],):
+            lines += _wrapped(f"{', '.join(map(spoken, reason.settings))}: {reason.because}", 0)
             for one in map(look_up, reason.evidence):
-                lines += _wrapped(f"    - {one.text} [{one.source}; {one.page}]", 6)
-        return "\n".join([*lines, f"The sections are at {address('PAGE#SECTION')}"])
+                lines += _wrapped(f"  - {one.text} [{one.source}; {one.page}]", 4)
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return f"{self.table()}\n\nWhy\n{self.why()}\nThe sections are at {address('PAGE#SECTION')}"
 
 
 def words_of_targets(chosen: Mapping[str, Any]) -> str:
     """Return the targets in words."""
-    names = {"all-linear": "all linear layers", "query-value": "queries and values"}
-    return names.get(chosen["targets"], str(chosen["targets"]))
+    return TARGETS[chosen["targets"]]
 
 
 def spoken(setting: str) -> str:

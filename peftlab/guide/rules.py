@@ -45,6 +45,11 @@ def words(kind: str) -> list[Word]:
     return [Word(one["name"], tuple(one["also"]), one["text"]) for one in content()[kind]]
 
 
+def meaning(kind: str, name: str) -> str:
+    """Return the name of a task or need with what it means."""
+    return next(f"{word.name}: {word.text}" for word in words(kind) if word.name == name)
+
+
 def meant(kind: str, given: str) -> str:
     """Return the name of the task or need that a user means.
 

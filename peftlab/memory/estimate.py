@@ -16,8 +16,7 @@ Experts of a mixture are replayed as transformers computes them by default (`exp
 4-bit base keeps them in 16 bits, as bitsandbytes does; with `library="peftlab"` they are in 4 bits too. Of the 15 runs
 in `results/experts.json`, none is off by more than 0.1%. Of the 42 runs of LoRA's family in
 `results/memory_methods.json` (peftlab's layers, 16 and 4 bits) none is off by more than 1%, if AdaLoRA's running means
-are left out: that loop did not call `after_step`, which makes them (8 bytes for each trained number). Two are not
-counted: LoKr on the 7B model was measured when it still made its update in float32, and needs 0.3 GB less now.
+are left out: that loop did not call `after_step`, which makes them (8 bytes for each trained number).
 """
 
 from __future__ import annotations

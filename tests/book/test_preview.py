@@ -40,20 +40,34 @@ def seen(page: Page) -> str | None:
     return page.evaluate(f"({SHOWN})?.innerText")
 
 
-@pytest.fixture
-def opened(browser, address):
-    """Opens a page of the site, and closes it afterwards."""
-    pages = []
-
-    def open_page(name: str, **options) -> Page:
-        pages.append(browser.page(**options))
-        pages[-1].open(address + name)
-        pages[-1].evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-        return pages[-1]
-
-    yield open_page
-    for page in pages:
+@pytest.fixture(scope="module")
+def tabs(browser):
+    """The pages that `opened` has opened, by name. Opening a page of many formulas takes seconds."""
+    pages: dict[str, Page] = {}
+    yield pages
+    for page in pages.values():
         page.close()
+
+
+@pytest.fixture
+def opened(browser, address, tabs):
+    """Shows a page of the site in light or dark colours, with no preview on it: the mouse is elsewhere."""
+
+    def show(name: str, dark: bool = False) -> Page:
+        if name not in tabs:
+            tabs[name] = browser.page()
+            tabs[name].open(address + name)
+            tabs[name].evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        page = tabs[name]
+        page.browser.command("Target.activateTarget", targetId=page.target)
+        page.colours(dark)
+        assert page.until(f"document.documentElement.dataset.theme === '{'dark' if dark else 'light'}'")
+        page.evaluate("document.activeElement.blur()")
+        point(page, "article h1")
+        assert page.until(f"!({SHOWN})")
+        return page
+
+    return show
 
 
 @pytest.mark.parametrize("name, link, words, formula", KINDS.values(), ids=KINDS)
@@ -103,8 +117,9 @@ def test_the_keyboard_shows_it_and_escape_closes_it(opened):
     assert page.until(f"!({SHOWN})")
 
 
-def test_touch_shows_nothing_and_follows_the_link(opened):
-    page = opened(CHAPTER, width=390, height=844)
+def test_touch_shows_nothing_and_follows_the_link(browser, address):
+    page = browser.page(width=390, height=844)
+    page.open(address + CHAPTER)
     page.command("Emulation.setTouchEmulationEnabled", enabled=True)
     x, y = page.evaluate(POINT % SECTION)
     page.command("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
@@ -112,6 +127,7 @@ def test_touch_shows_nothing_and_follows_the_link(opened):
     assert page.until("location.hash === '#sec-memory-logits'")
     page.browser.pump(0.5)
     assert seen(page) is None
+    page.close()
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

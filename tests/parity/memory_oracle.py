@@ -5,12 +5,14 @@ things are put in the place of what a CPU has not: a fused attention that alloca
 dropout as one kernel with a mask of bytes.
 """
 
+import functools
 import weakref
 from contextlib import nullcontext
 
 import peft
 import torch
 import transformers.masking_utils as masks
+from on_meta import on_meta
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -36,16 +38,48 @@ AUTO = {
 }
 
 
-ELEMENTWISE = {torch.ops.aten.mul.Tensor, torch.ops.aten.add.Tensor}
+SHAPED = {}  # what an operation gave for tensors of these shapes: torch takes up to 2 ms to find it on the meta device
 
 
-def elementwise(function, args):
-    """What these give for tensors without gaps, as to size. On the meta device torch takes 0.2 ms to find it."""
-    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-    if all(tensor.is_meta and tensor.is_contiguous() for tensor in tensors):
-        shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
-        return tensors[0].new_empty(shape, dtype=torch.result_type(*args))
-    return None
+@functools.cache
+def gives_new(function):
+    """Whether what it returns is new, and is no view of an argument nor an argument itself."""
+    return all(result.alias_info is None for result in function._schema.returns)
+
+
+def form(value):
+    """What decides the size of a result: all of a number, but only the outside of a tensor. None for other values."""
+    if isinstance(value, torch.Tensor):
+        return (value.shape, value.stride(), value.dtype) if value.is_meta else None
+    if isinstance(value, (list, tuple)):
+        forms = tuple(map(form, value))
+        return None if None in forms else forms
+    return type(value), value
+
+
+def shaped(function, args, kwargs):
+    """Call an operation on the meta device, or make new tensors like those that it gave for such arguments before.
+
+    A result that lies in the storage of an argument, or in a larger one, is made by torch each time.
+    """
+    if not gives_new(function):
+        return function(*args, **kwargs)
+    key = (function, form(args), form(tuple(kwargs.items())))
+    if None in key:
+        return function(*args, **kwargs)
+    if (known := SHAPED.get(key)) is not None:
+        made = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in known[1]]
+        return made[0] if known[0] is torch.Tensor else known[0](made)
+    output = function(*args, **kwargs)
+    leaves = [output] if isinstance(output, torch.Tensor) else output
+    if type(output) in (torch.Tensor, tuple) and all(isinstance(x, torch.Tensor) and x.is_meta for x in leaves):
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        like = [(x.shape, x.stride(), x.dtype) for x in leaves]
+        sizes = [torch.empty_strided(*outside, dtype=dtype, device="meta").nbytes for *outside, dtype in like]
+        own = {x.untyped_storage()._cdata for x in leaves} - given
+        if len(own) == len(leaves) and sizes == [x.untyped_storage().nbytes() for x in leaves]:
+            SHAPED[key] = (type(output), like)
+    return output
 
 
 class Tracker(TorchDispatchMode):
@@ -77,9 +111,7 @@ class Tracker(TorchDispatchMode):
                 self.see(one)
         if function is torch.ops.aten.index_put.default:  # without a dispatch mode the sum is in place
             function = torch.ops.aten.index_put_.default
-        output = elementwise(function, args) if function in ELEMENTWISE else None
-        if output is None:
-            output = function(*args, **(kwargs or {}))
+        output = shaped(function, args, kwargs or {})
         for leaf in tree_leaves(output):
             if isinstance(leaf, torch.Tensor):
                 self.see(leaf)
@@ -184,7 +216,7 @@ def measure(
     config.decoder_start_token_id = 0  # asked for by T5
     config._attn_implementation = attention
     device = "cpu" if autocast else "meta"
-    with torch.device(device):
+    with torch.device("cpu") if autocast else on_meta():
         model = AUTO[kind].from_config(config, dtype=dtype)
     if prepare is not None:
         model = prepare(model)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import memory_oracle
 import pytest
 import torch
+from on_meta import on_meta
 from test_memory_replay import CONFIGS
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -48,7 +49,7 @@ def measured(config, method, dtype, blocks, in_chunks, monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # the meta device has none
     config = AutoConfig.for_model(**{**config, "use_cache": False})
     config._attn_implementation = "fused_stand_in"
-    with torch.device("meta"):
+    with on_meta():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if method == "lora":
         pl.attach(model, pl.LoRAConfig(r=8, target_modules="all-linear"))

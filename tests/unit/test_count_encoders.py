@@ -6,8 +6,8 @@ Every class that a configuration may name is compared parameter by parameter.
 import warnings
 
 import pytest
-import torch
 from encoder_configs import CLASSES, ENCODERS, usual, variant
+from on_meta import on_meta
 
 from peftlab.errors import PeftLabError
 from peftlab.memory import count, load_shape
@@ -26,7 +26,7 @@ TASKS = {
 def live(values, name):
     """The model of a class that transformers builds from a configuration, without weights."""
     config = transformers.AutoConfig.for_model(**values)
-    with torch.device("meta"):
+    with on_meta():
         model = getattr(transformers, name)(config)
     model.tie_weights()
     return model
@@ -95,7 +95,7 @@ def test_a_size_under_two_names_is_read_as_transformers_reads_it(family, both):
 def peft_count(values, name, method, task, **options):
     peft = pytest.importorskip("peft")
     config = getattr(peft, f"{method}Config")(task_type=task, **options)
-    with torch.device("meta"), warnings.catch_warnings():
+    with on_meta(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return peft.get_peft_model(live(values, name), config).get_nb_trainable_parameters()
 

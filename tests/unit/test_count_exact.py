@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from on_meta import on_meta
 from releases import older
 
 from peftlab.catalogue import METHODS
@@ -29,7 +30,7 @@ def live(config):
     """The model that transformers builds from a configuration, without weights."""
     shape = load_shape(config)
     config = transformers.AutoConfig.for_model(**config)
-    with torch.device("meta"):
+    with on_meta():
         model = AUTO[shape.kind].from_config(config)
     model.tie_weights()
     return model
@@ -147,7 +148,7 @@ def wrap(model, config):
     """The model with Hugging Face peft's adapter on it."""
     peft = pytest.importorskip("peft")
     # VeRA draws its random pair with a generator of the CPU, so that one is really made.
-    place = torch.device("cpu" if isinstance(config, peft.VeraConfig) else "meta")
+    place = torch.device("cpu") if isinstance(config, peft.VeraConfig) else on_meta()
     with place, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return peft.get_peft_model(model, config)
@@ -239,7 +240,7 @@ def test_this_package_counts_the_same_on_the_live_model(family):
     for case in ({}, {"targets": "all-linear", "bias": "all"}, {"bias": "lora_only"}):
         model = live(values)
         config = pl.LoRAConfig(r=3, target_modules=case.get("targets"), bias=case.get("bias", "none"), task_type=task)
-        with torch.device("meta"):
+        with on_meta():
             pl.attach(model, config)
         ours = count(shape, "lora", r=3, **case)
         assert pl.count_parameters(model) == (ours.trainable, ours.total, ours.percent)
@@ -457,7 +458,7 @@ def test_bottleneck_adapters_follow_the_last_projections_of_every_block(family):
     stacks = model.config.num_hidden_layers, model.config.num_decoder_layers if model.config.is_encoder_decoder else 0
     assert len(after) == len(last) == sum(stacks)
     d = model.get_input_embeddings().embedding_dim
-    with torch.device("meta"):
+    with on_meta():
         adapter = torch.nn.Sequential(torch.nn.Linear(d, d // 5), torch.nn.ReLU(), torch.nn.Linear(d // 5, d))
     one = sum(p.numel() for p in adapter.parameters())
     for method, places in (("houlsby", after + last), ("pfeiffer", last), ("parallel", last)):

@@ -3,8 +3,8 @@
 import warnings
 
 import pytest
-import torch
 from family_configs import DECODERS, variant
+from on_meta import on_meta
 from test_count import PUBLISHED
 from test_count_exact import live, peft_count, same_table
 
@@ -100,7 +100,7 @@ def test_architectures_decides_what_is_counted(family, name):
     values = variant(family, 2) if family in DECODERS else small(family, 2)
     values |= {"architectures": [name], "num_labels": 3}
     config = transformers.AutoConfig.for_model(**values)
-    with torch.device("meta"):
+    with on_meta():
         model = getattr(transformers, name)(config)
     model.tie_weights()
     shape = load_shape(values)
@@ -132,7 +132,7 @@ def test_of_a_model_with_images_the_text_part_is_counted():
     shape = load_shape({**both, "vision_config": {"hidden_size": 4}, "_name_or_path": "g"})
     assert shape.name == "g (its text part)" and shape.modules == load_shape(text).modules
     wide = transformers.AutoConfig.for_model("gemma3", text_config=text)
-    with torch.device("meta"):
+    with on_meta():
         model = transformers.AutoModelForCausalLM.from_config(wide.text_config)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
 

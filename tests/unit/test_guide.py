@@ -12,6 +12,7 @@ from pathlib import Path
 import portable
 import pytest
 import tiny
+from peftlab_book import guide
 
 import peftlab as pl
 from peftlab.commands import cli, train
@@ -200,6 +201,12 @@ def test_what_is_too_large_is_said():
     assert found.to_dict()["cards"][0] in CARDS
 
 
+def test_a_method_that_a_model_cannot_have_is_passed_over():
+    found = pl.recommend("style", "gpt2", "T4", serving="file")
+    assert found.method == "lora" and "lokr has no form" in found.refused["lokr"]
+    assert "not possible" in str(found)
+
+
 def test_time_is_given_only_where_this_step_was_measured():
     found = pl.recommend("instruction", "llama-2-7b", "H200", examples=800)
     row = pl.results("speed").one(section="7b-lora-4x512", rung="fast")
@@ -257,6 +264,16 @@ def test_what_train_cannot_do_is_said(no_replay):
         assert found.to_dict()["command"] is None and told in found.to_dict()["no_command"]
 
 
+def test_the_reasons_for_one_setting(no_replay):
+    found = pl.recommend("style", "smollm2-135m", serving="many")
+    assert found.why("alpha") == found.why("r") and found.why("r") in found.why() and found.why("r") in str(found)
+    assert "[lora_learned, rank: rule alpha / r, scored yes; 02_lora#sec-lora-sweep]" in found.why("r").replace(
+        "\n    ", " "
+    )
+    with pytest.raises(pl.PeftLabError, match="Did you mean 'learning_rate'"):
+        found.why("learning_rat")
+
+
 def test_a_folder_stays_in_the_command(tmp_path, no_replay):
     (tmp_path / "config.json").write_text(json.dumps(BUILT_IN["smollm2-135m"]), encoding="utf-8")
     for given in (tmp_path, str(tmp_path / "config.json")):
@@ -290,7 +307,7 @@ def test_the_command_line_prints_what_the_function_gives(capsys):
     assert capsys.readouterr().out == f"{found}\n"
     assert cli.main([*line, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == found.to_dict()
-    assert max(map(len, str(found).splitlines())) <= 100
+    assert max(map(len, str(found).splitlines())) <= 88
     assert cli.main(["recommend", "clasify", "minilm"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -304,3 +321,41 @@ print([name for name in ("torch", "numpy", "transformers") if name in sys.module
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=BOOK.parent)
     assert done.stderr == "[]\n"
+
+
+# ------------------------------------------------------------------------------------------------------ the book's page
+
+
+def test_the_stored_peaks_are_those_of_the_estimator():
+    """All that an answer of the page may need is there, and some of it is estimated again."""
+    stored = guide.stored()
+    assert list(stored) == list(BUILT_IN), "run python tools/guide_peaks.py"
+    for name in ("minilm", "smollm2-135m", "gpt2", "llama-2-7b"):
+        steps = guide.steps_of(pl.memory.load_shape(name))
+        needed = {(guide.variant(method, chosen), guide.rung_name(rung)) for method, chosen, rung in steps}
+        for sequence, found in stored[name].items():
+            assert found.keys() == {variant for variant, _ in needed}
+            there = {(variant, rung) for variant, peaks in found.items() if isinstance(peaks, dict) for rung in peaks}
+            wanted = {(variant, rung) for variant, rung in needed if isinstance(found[variant], dict)}
+            assert there == wanted, f"{name}, {sequence}: run python tools/guide_peaks.py"
+    for name, sequence, variant, rung in (
+        ("llama-3.2-1b", 1024, "lora/16/all-linear", (4, True, "")),
+        ("llama-3.2-3b", 512, "qlora/64/all-linear", (1, True, "")),
+        ("minilm", 512, "lora/8/query-value", (8, False, "")),
+        ("smollm2-135m", 512, "full", (8, False, "")),
+        ("smollm2-135m", 2048, "lokr/8/query-value", (4, True, "")),
+    ):
+        method, *size = variant.split("/")
+        chosen = {"r": int(size[0]), "targets": size[1]} if size else {}
+        peak = plan.peaks(pl.memory.load_shape(name), method, chosen, sequence, 1)(rung)
+        told = f"{name}, {sequence}, {variant}: run python tools/guide_peaks.py --anew"
+        assert stored[name][str(sequence)][variant][guide.rung_name(rung)] == peak, told
+    assert set(stored["minilm"]["1024"].values()) == {"minilm has positions for 512 tokens, too few for 1,024."}
+    assert "lokr has no form" in stored["gpt2"]["512"]["lokr/8/query-value"]
+
+
+def test_no_border_of_a_rule_lies_between_the_numbers_of_examples():
+    """The page's peaks are made for these numbers, so each side of a border needs one."""
+    borders = [rule["if"]["examples"] for rule in rules.rules() if "examples" in rule.get("if", {})]
+    sides = {side for border in borders for side in (border.get("most"), border.get("least"))} - {None}
+    assert sides <= set(guide.EXAMPLES)

@@ -59,6 +59,9 @@ FIGURES = {
     "places of families": figures.families,
     "intervals": lambda: figures.intervals({"LoRA": (0.5, 0.45, 0.55), "DoRA": (0.6, 0.5, 0.7)}, x_label="score",
                                            reference="LoRA", repeats={"DoRA": [0.5, 0.7]}, percent=True),
+    "ranking": lambda: figures.ranking({f"run {i}": (0.5 - i / 100, 0.46 - i / 100, 0.55 - i / 100) for i in range(40)},
+                                       y_label="right", marked={"LoRA": ["run 3", "run 9"]}, names=["run 20"],
+                                       percent=True),
     "trade_off": lambda: figures.trade_off({"desk": CROWD, "news": CROWD}, x_label="parameters", reference="LoRA"),
     "places of lora_family": figures.lora_family,
     "places of virtual_tokens": figures.virtual_tokens,
@@ -75,6 +78,13 @@ FIGURES = {
     "lora_dataflow": figures.lora_dataflow,
     "lora_dataflow, step 4": lambda: figures.lora_dataflow(4),
 }
+
+
+def test_a_ranking_refuses_names_that_it_lacks():
+    with pytest.raises(PeftLabError, match="it lacks b"):
+        figures.ranking({"a": (1.0, 0.5, 1.5)}, y_label="y", names=["b"])
+    with pytest.raises(PeftLabError, match="0 values"):
+        figures.ranking({}, y_label="y")
 
 
 def lightness(colour):

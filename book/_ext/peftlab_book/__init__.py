@@ -6,6 +6,7 @@ sees it raw. Only the first takes a body, which says after which section an exer
     {claims-table}    claims in circulation: verdict, what is so, the section that shows it
     {facts-glossary}  the terms of all chapters; {term}`LoRA` refers to one
     {questions}       interview questions with folded answers, and an index of them by theme
+    {guide}, {guide-table}, {guide-rules}   the decision guide (guide_page.py)
     {measurements}    every results file with its provenance and the command that repeats it
 
 A fault in a facts or results file is a warning with the file's name, so a build with -W fails. Links to sections are
@@ -19,12 +20,16 @@ from peftlab_book.directives import (
     Measurements,
     Questions,
 )
+from peftlab_book.guide_page import Guide, GuideRules, GuideTable
 
 
 def setup(app):
     app.add_directive("claims-table", ClaimsTable)
     app.add_directive("exercise-table", ExerciseTable)
     app.add_directive("facts-glossary", FactsGlossary)
+    app.add_directive("guide", Guide)
+    app.add_directive("guide-table", GuideTable)
+    app.add_directive("guide-rules", GuideRules)
     app.add_directive("questions", Questions)
     app.add_directive("measurements", Measurements)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

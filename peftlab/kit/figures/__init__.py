@@ -7,7 +7,7 @@ its alternative text are in the cell's metadata.
 from peftlab.kit.figures.adapters import adapter_places, budget
 from peftlab.kit.figures.charts import bars, by_layer, curves, heatmap, histogram, spectrum, stacked_bars, sweep
 from peftlab.kit.figures.families import families
-from peftlab.kit.figures.intervals import intervals, trade_off
+from peftlab.kit.figures.intervals import intervals, ranking, trade_off
 from peftlab.kit.figures.lora import lora_dataflow
 from peftlab.kit.figures.lora_family import lora_family
 from peftlab.kit.figures.memory import agreement, memory_bars, timelines
@@ -35,7 +35,7 @@ __all__ = [
     "adapter_places", "budget",
     "bars", "by_layer", "curves", "heatmap", "histogram", "spectrum", "stacked_bars", "sweep",
     "families",
-    "intervals", "trade_off",
+    "intervals", "ranking", "trade_off",
     "lora_dataflow", "lora_family",
     "agreement", "memory_bars", "timelines",
     "virtual_tokens",

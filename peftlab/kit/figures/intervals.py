@@ -1,4 +1,4 @@
-"""Charts of measured values with their errors: one below the other, or against what each of them costs."""
+"""Charts of measured values with their errors: one below the other, ranked, or against what each of them costs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from peftlab.checks import checked
+from peftlab.errors import PeftLabError
 from peftlab.kit.figures.labels import log_ticks, name_points
-from peftlab.kit.figures.style import COLOURS, GREY, drawn, new
+from peftlab.kit.figures.style import COLOURS, GREY, MARKERS, SMALLEST, drawn, new
 
 
 @checked()
@@ -106,4 +107,59 @@ def trade_off(
     axes.set_xlabel(x_label)
     for axes, named in placed:  # once all axes have their place
         name_points(figure, axes, named)
+    return figure
+
+
+@checked()
+@drawn()
+def ranking(
+    values: Mapping[str, tuple[float, float, float]],
+    *,
+    y_label: str,
+    marked: Mapping[str, Sequence[str]] | None = None,
+    names: Sequence[str] = (),
+    percent: bool = False,
+) -> Figure:
+    """Draw many values with their intervals from the highest to the lowest, side by side.
+
+    Args:
+        values: {name: (value, lower end, upper end)}, in any order.
+        y_label: what is measured and what a bar is, with units in brackets.
+        marked: {label: names} of at most three groups, each in a colour and with a marker of its own.
+        names: values to write a name at.
+        percent: write the y axis as percentages of 1.
+
+    Raises:
+        PeftLabError: there is no value, a name in `marked` or `names` is not among the values, or there are more than
+            three groups.
+
+    >>> pl.figures.ranking({"a": (0.5, 0.4, 0.6), "b": (0.7, 0.6, 0.8)}, y_label="right", names=["b"])
+    <Figure size 896x504 with 1 Axes>
+    """
+    groups = dict(marked or {})
+    unknown = {*names, *(name for group in groups.values() for name in group)} - set(values)
+    if not values or unknown or len(groups) > 3:
+        found = f"it lacks {', '.join(sorted(unknown))}" if unknown else f"{len(values)} values, {len(groups)} groups"
+        raise PeftLabError(f"values must hold all that is named, in at most three groups; found: {found}.")
+    order = sorted(values, key=lambda name: -values[name][0])
+    figure, axes = new(height=3.6)
+    of_group = {name: number for number, group in enumerate(groups.values(), start=1) for name in group}
+    for number, label in enumerate(("others", *groups)):
+        chosen = [place for place, name in enumerate(order) if of_group.get(name, 0) == number]
+        colour, marker = (GREY, "o") if not number else (COLOURS[number - 1], MARKERS[number])
+        for place in chosen:
+            axes.plot([place + 1] * 2, values[order[place]][1:], color=colour, linewidth=1.6, zorder=2 + bool(number))
+        heights = [values[order[place]][0] for place in chosen]
+        axes.plot([place + 1 for place in chosen], heights, linestyle="", color=colour, marker=marker, markersize=5,
+                  label=label, zorder=4)  # fmt: skip
+    for name in names:
+        place = order.index(name)
+        _, low, high = values[name]
+        axes.annotate(name, (place + 1, high), (0, 8), textcoords="offset points", rotation=60, fontsize=SMALLEST)
+    if groups:
+        axes.legend(loc="lower left")
+    if percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel("rank")
+    axes.set_ylabel(y_label)
     return figure
