@@ -58,9 +58,8 @@
     return sorted.filter(([, card]) => peak <= card.room).map(([name]) => name);
   }
 
-  function attempt(facts, rule, peaks, room) {
+  function attempt(facts, rule, known, room) {
     const { chosen, reasons, asides } = choices(facts);
-    const known = peaks[variant(facts.method, chosen)];
     let smallest = null;
     for (const [batch, again] of chosen.ladder) {
       const peak = known[`${batch}${again ? "c" : ""}`];
@@ -87,17 +86,22 @@
     const shape = data.shapes[model];
     if (shape.refused[task]) return { error: shape.refused[task] };
     const peaks = data.peaks[model][sequence];
-    if (typeof peaks === "string") return { error: peaks };
     const held = readCard(card);
     const facts = {
       task, serving, kind: shape.kind, size: shape.size, examples: examples === null ? Infinity : examples, four_bit,
       card: held.name, gpus: 1,
     };
-    const tried = [];
+    const tried = [], refused = {};
     for (const [method, rule] of candidates(facts)) {
-      tried.push(attempt({ ...facts, method }, rule, peaks, held.room));
+      const known = peaks[variant(method, choices({ ...facts, method }).chosen)];
+      if (typeof known === "string") {  // this model cannot have the method, or examples of this length
+        refused[method] = known;
+        continue;
+      }
+      tried.push(attempt({ ...facts, method }, rule, known, held.room));
       if (tried[tried.length - 1].fits) break;
     }
+    if (!tried.length) return { error: Object.values(refused)[0] };
     let best = tried[tried.length - 1];
     if (!best.fits) best = tried.reduce((a, b) => (b.peak < a.peak ? b : a));
     const { chosen } = best;
@@ -116,6 +120,7 @@
       parallel: null, epochs: chosen.epochs, steps, ship: chosen.ship, fits: best.fits, peak_bytes: best.peak,
       with_margin_bytes: withMargin(best.peak), cards: cardsThatHold(best.peak),
       too_large: Object.fromEntries(tried.filter((one) => one !== best).map((one) => [one.method, one.peak])),
+      refused,
       step_seconds: time ? time.seconds * accumulation : null,
       seconds: time && steps !== null ? time.seconds * accumulation * steps : null,
       time_source: time ? time.source : null,
@@ -166,6 +171,7 @@
       ["Expected peak", answer.fits ? memory : `${memory}; it does not fit this card`],
       ["Cards that hold it", answer.cards.join(", ") || "none of the list"],
       ...Object.entries(answer.too_large).map(([method, peak]) => ["Too large", `${method}: ${size(withMargin(peak))}`]),
+      ...Object.entries(answer.refused).map(([method, reason]) => ["Not possible", `${method}: ${reason}`]),
       ["Expected time", time],
       ["Afterwards", answer.ship],
       ["Command", answer.command === null ? answer.no_command : element("code", answer.command)],

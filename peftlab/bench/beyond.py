@@ -160,11 +160,11 @@ class Embedder(nn.Module):
     def __init__(self, projected: bool) -> None:
         super().__init__()
         self.encoder, self.tokenizer = pl.load_model("minilm")
+        width = self.encoder.config.hidden_size
         self.head: nn.Module = nn.Identity()
         if projected:
-            width = self.encoder.config.hidden_size
-            self.head = linear = nn.Linear(width, width, bias=False)
-            nn.init.eye_(linear.weight)
+            self.head = head = nn.Linear(width, width, bias=False)
+            nn.init.eye_(head.weight)
 
     def forward(self, texts: list[str], tokens: int) -> Tensor:
         """Return (texts, width)."""

@@ -87,10 +87,17 @@ def recommend(
     if not known:
         raise PeftLabError(impossible(shape, task))
     tried: list[Attempt] = []
+    refused: dict[str, PeftLabError] = {}
     for method, rule in known.items():
-        tried.append(attempt({**facts, "method": method}, rule, shape, sequence, None if held is None else held.room))
+        try:
+            tried.append(attempt({**facts, "method": method}, rule, shape, sequence, held.room if held else None))
+        except PeftLabError as error:  # GPT-2 cannot have LoKr, for example
+            refused[method] = error
+            continue
         if tried[-1].fits is not False:
             break
+    if not tried:
+        raise next(iter(refused.values()))
     best = tried[-1] if tried[-1].fits is not False else min(tried, key=lambda one: one.peak)
     method, (batch, again, way) = best.method, best.rung
     accumulation = max(1, content()["update"] // (batch * gpus))
@@ -105,7 +112,8 @@ def recommend(
         four_bit=bool(four_bit), method=method,
         chosen={name: value for name, value in best.chosen.items() if name != "ladder"},
         batch=batch, checkpointing=again, accumulation=accumulation, parallel=way, peak_bytes=best.peak,
-        fits=best.fits, too_large={one.method: one.peak for one in tried if one is not best}, time=measured,
+        fits=best.fits, too_large={one.method: one.peak for one in tried if one is not best},
+        refused={name: str(error) for name, error in refused.items()}, time=measured,
         more=tuple(rule["more"] for rule in applied if "more" in rule),
         traps=tuple(rule["trap"] for rule in applied if "trap" in rule),
         reasons=tuple(Reason(names, rule["because"], tuple(rule["evidence"])) for names, rule in decided),

@@ -27,6 +27,7 @@ NO_COMMAND = {
 }
 SEVERAL = "peftlab train runs on one GPU: with several, use FSDP2 or the Trainer, which take an attached model as it is"
 TARGETS = {"all-linear": "all linear layers", "query-value": "queries and values"}
+WAYS = {"ddp": "; each GPU holds a whole copy (DDP)", "fsdp": "; the GPUs share the weights (FSDP)"}
 SPOKEN = {"r": "rank", "ladder": "batch", "ship": "afterwards", "rates": "range"}
 NOTHING_ATTACHED = "full fine-tuning attaches nothing: train the model as it is, with peftlab train --method full."
 PRECISIONS = {"bf16": "computed in bf16", "fp16": "computed in fp16 with a scaled loss"}
@@ -59,6 +60,7 @@ class Recommendation:
         peak_bytes: the estimated peak of a step.
         fits: whether it fits the card, with the measured margin. None if no card was given.
         too_large: the methods that come before it, and do not fit: {name: estimated peak in bytes}.
+        refused: the methods that come before it, and that this model cannot have: {name: why}.
         time: the same step as it was measured on this card, or None.
         more: what to try if the result is not good enough.
         traps: what to look out for.
@@ -85,6 +87,7 @@ class Recommendation:
     peak_bytes: int
     fits: bool | None
     too_large: Mapping[str, int]
+    refused: Mapping[str, str]
     time: Timed | None
     more: tuple[str, ...]
     traps: tuple[str, ...]
@@ -176,6 +179,7 @@ class Recommendation:
             "parallel": self.parallel or None, "epochs": chosen["epochs"], "steps": self.steps, "ship": chosen["ship"],
             "fits": self.fits, "peak_bytes": self.peak_bytes, "with_margin_bytes": with_margin(self.peak_bytes),
             "cards": that_hold(self.peak_bytes), "too_large": dict(self.too_large),
+            "refused": dict(self.refused),
             "step_seconds": self.time.seconds * self.accumulation if self.time else None, "seconds": self.seconds,
             "time_source": self.time.source if self.time else None,
             "more": list(self.more), "traps": list(self.traps),
@@ -197,7 +201,7 @@ class Recommendation:
             rows += [("rank", f"{chosen['r']}, alpha {plain(chosen['alpha'])}"), ("targets", words_of_targets(chosen))]
         again = "activations computed again" if self.checkpointing else "activations kept"
         batches = f", {self.accumulation} batches in an update" if self.accumulation > 1 else ""
-        way = f", {self.parallel}" if self.parallel else ""
+        way = WAYS.get(self.parallel, "")
         rows += [
             ("learning rate", f"{plain(chosen['learning_rate'])}; try {plain(rates[0])} to {plain(rates[1])}"),
             ("precision", PRECISIONS[chosen["precision"]]),
@@ -205,6 +209,7 @@ class Recommendation:
             ("epochs", plain(chosen["epochs"]) + (f", {self.steps:,} updates" if self.steps else "")),
             ("expected peak", self._memory()),
             *[("too large", f"{name}: {format_bytes(with_margin(size))}") for name, size in self.too_large.items()],
+            *[("not possible", f"{name}: {reason}") for name, reason in self.refused.items()],
             ("expected time", self._time()),
             ("afterwards", chosen["ship"]),
         ]

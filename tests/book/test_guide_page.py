@@ -58,10 +58,10 @@ def stored_peaks(monkeypatch):
     stored = guide.stored()
 
     def peaks(shape, method, chosen, sequence, gpus):
-        found = stored[shape.name][str(sequence)]
+        found = stored[shape.name][str(sequence)][guide.variant(method, chosen)]
         if isinstance(found, str):
             raise pl.PeftLabError(found)
-        return lambda rung: found[guide.variant(method, chosen)][guide.rung_name(rung)]
+        return lambda rung: found[guide.rung_name(rung)]
 
     monkeypatch.setattr(recommending, "peaks", peaks)
 

@@ -142,7 +142,7 @@ MISTAKES = [
     ("count gpt2 --bias lora", "--bias 'lora' is none of none, all, lora_only. Did you mean 'lora_only'?"),
     ("count", "the following arguments are required: SHAPE."),
     ("count gpt2 extra", "unknown argument 'extra'"),
-    ("cuont gpt2", "'cuont' is none of fetch, doctor, count, memory, train, export, bench. Did you mean 'count'?"),
+    ("cuont gpt2", "'cuont' is none of fetch, doctor, count, memory, recommend, train, export, bench. Did you mean 'count'?"),
     ("", "COMMAND"),
     ("fetch minilmm", "Did you mean 'minilm'"),
     ("bench lorra --out x.json", "Did you mean 'lora'"),

@@ -201,6 +201,12 @@ def test_what_is_too_large_is_said():
     assert found.to_dict()["cards"][0] in CARDS
 
 
+def test_a_method_that_a_model_cannot_have_is_passed_over():
+    found = pl.recommend("style", "gpt2", "T4", serving="file")
+    assert found.method == "lora" and "lokr has no form" in found.refused["lokr"]
+    assert "not possible" in str(found)
+
+
 def test_time_is_given_only_where_this_step_was_measured():
     found = pl.recommend("instruction", "llama-2-7b", "H200", examples=800)
     row = pl.results("speed").one(section="7b-lora-4x512", rung="fast")
@@ -324,25 +330,28 @@ def test_the_stored_peaks_are_those_of_the_estimator():
     """All that an answer of the page may need is there, and some of it is estimated again."""
     stored = guide.stored()
     assert list(stored) == list(BUILT_IN), "run python tools/guide_peaks.py"
-    for name in ("minilm", "smollm2-135m", "llama-3.2-1b", "llama-2-7b"):
+    for name in ("minilm", "smollm2-135m", "gpt2", "llama-2-7b"):
         steps = guide.steps_of(pl.memory.load_shape(name))
         needed = {(guide.variant(method, chosen), guide.rung_name(rung)) for method, chosen, rung in steps}
         for sequence, found in stored[name].items():
-            if isinstance(found, dict):
-                there = {(variant, rung) for variant, peaks in found.items() for rung in peaks}
-                assert there == needed, f"{name}, {sequence}: run python tools/guide_peaks.py"
+            assert found.keys() == {variant for variant, _ in needed}
+            there = {(variant, rung) for variant, peaks in found.items() if isinstance(peaks, dict) for rung in peaks}
+            wanted = {(variant, rung) for variant, rung in needed if isinstance(found[variant], dict)}
+            assert there == wanted, f"{name}, {sequence}: run python tools/guide_peaks.py"
     for name, sequence, variant, rung in (
         ("llama-3.2-1b", 1024, "lora/16/all-linear", (4, True, "")),
         ("llama-3.2-3b", 512, "qlora/64/all-linear", (1, True, "")),
         ("minilm", 512, "lora/8/query-value", (8, False, "")),
         ("smollm2-135m", 512, "full", (8, False, "")),
+        ("smollm2-135m", 2048, "lokr/8/query-value", (4, True, "")),
     ):
         method, *size = variant.split("/")
         chosen = {"r": int(size[0]), "targets": size[1]} if size else {}
         peak = plan.peaks(pl.memory.load_shape(name), method, chosen, sequence, 1)(rung)
         told = f"{name}, {sequence}, {variant}: run python tools/guide_peaks.py --anew"
         assert stored[name][str(sequence)][variant][guide.rung_name(rung)] == peak, told
-    assert stored["minilm"]["1024"] == "minilm has positions for 512 tokens, too few for 1,024."
+    assert set(stored["minilm"]["1024"].values()) == {"minilm has positions for 512 tokens, too few for 1,024."}
+    assert "lokr has no form" in stored["gpt2"]["512"]["lokr/8/query-value"]
 
 
 def test_no_border_of_a_rule_lies_between_the_numbers_of_examples():

@@ -128,6 +128,7 @@ RIGHT = {
     "figures.agreement": lambda: {"groups": {"a": [(1e9, 2e9)]}},
     "figures.bars": lambda: {"values": {"a": 1.0}, "x_label": "x"},
     "figures.block": lambda: {"method": "lora"},
+    "figures.trade_off": lambda: {"panels": {"reviews": {"a": (1.0, 0.5, 0.4, 0.6)}}, "x_label": "x"},
     "figures.intervals": lambda: {"values": {"a": (1.0, 0.5, 1.5)}, "x_label": "x"},
     "figures.ranking": lambda: {"values": {"a": (1.0, 0.5, 1.5)}, "y_label": "y"},
     "figures.lora_family": lambda: {},

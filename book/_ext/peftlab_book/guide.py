@@ -57,20 +57,23 @@ def rung_name(rung):
 
 
 def peaks_of(shape, steps, sequence, known):
-    """{variant: {step: peak in bytes}} of a shape, or what the estimator says against this length.
+    """{variant: {step: peak in bytes}} of a shape, with what the estimator says in the place of the steps it refuses.
 
     Args:
         steps: those of `steps_of`.
         known: what was found before. It is not estimated again.
     """
     found = {}
-    try:
-        for method, chosen, rung in steps:
-            name, step = variant(method, chosen), rung_name(rung)
-            peak = known.get(name, {}).get(step) if isinstance(known, dict) else None
-            found.setdefault(name, {})[step] = peak or plan.peaks(shape, method, chosen, sequence, 1)(rung)
-    except PeftLabError as error:
-        return str(error)
+    for method, chosen, rung in steps:
+        name, step = variant(method, chosen), rung_name(rung)
+        before = known.get(name, {}) if isinstance(known, dict) else {}
+        try:
+            peak = before.get(step) if isinstance(before, dict) else None
+            peak = peak or plan.peaks(shape, method, chosen, sequence, 1)(rung)
+        except PeftLabError as error:
+            found[name] = str(error)
+        else:
+            found.setdefault(name, {})[step] = peak
     return found
 
 

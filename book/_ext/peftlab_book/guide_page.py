@@ -80,7 +80,8 @@ def form():
         "The base may be held in four bits</label>",
     ]
     result = '<div id="guide-result" role="region" aria-label="Recommendation" aria-live="polite" hidden></div>'
-    return f'<form id="guide-form" aria-label="Questions" hidden>{"".join(fields)}</form>{result}'
+    without = "<noscript><p>The form needs JavaScript. The table below has the answers, too.</p></noscript>"
+    return f'<form id="guide-form" aria-label="Questions" hidden>{"".join(fields)}</form>{result}{without}'
 
 
 def select(name, label, options):
