@@ -63,16 +63,6 @@ class Memory:
         self.needed = 0  # the serial number up to which allocations were made for the last tensor that was saved
         self.stop: int | None = None  # the serial number from which on nothing is counted
 
-    def take(self, kind: str, size: int) -> None:
-        """Add bytes of a kind."""
-        self.now[kind] += size
-        self.total += size
-        self.written += size
-        if self.total > self.peak:
-            self.peak, self.at_peak, self.peak_moment = self.total, self.now.copy(), self.moment
-        if self.history is not None:
-            self.history.append((self.moment, self.total))
-
     @contextmanager
     def kind(self, kind: str) -> Iterator[None]:
         """Give everything that is allocated inside the block this kind."""
@@ -119,8 +109,14 @@ class Storage:
         memory.serial += 1
         self.memory, self.kind, self.serial, self.size = memory, kind, memory.serial, 0
         if size and memory.counting and (memory.stop is None or memory.serial <= memory.stop):
-            self.size = -(-size // BLOCK) * BLOCK
-            memory.take(kind, self.size)
+            self.size = size = -(-size // BLOCK) * BLOCK
+            memory.now[kind] += size
+            memory.total += size
+            memory.written += size
+            if memory.total > memory.peak:
+                memory.peak, memory.at_peak, memory.peak_moment = memory.total, memory.now.copy(), memory.moment
+            if memory.history is not None:
+                memory.history.append((memory.moment, memory.total))
 
     def __del__(self) -> None:
         if self.size:
