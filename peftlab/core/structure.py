@@ -61,7 +61,7 @@ class _Reading:
     def __init__(self, model: nn.Module, before_copy: bool) -> None:
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.tensors: dict[int, int] = {}
-        self.objects: dict[int, tuple[int, Any]] = {}  # each has its number, and is kept alive so that its id is its own
+        self.objects: dict[int, tuple[int, Any]] = {}  # a number; kept, so that its id is its own
         self.open: set[int] = set()
         self.before_copy = before_copy
 
