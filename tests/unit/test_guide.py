@@ -301,7 +301,7 @@ def test_a_mistake_is_one_clear_line(given, told):
 @pytest.mark.parametrize(("given", "told"), [
     ({"card": "A100"}, "Did you mean 'A100 40GB' or 'A100 80GB'"), ({"card": "cpu"}, "Without a GPU leave the card out"),
     ({"card": torch.tensor(float("nan"))}, "Unknown card"), ({"card": True}, "Unknown card"),
-    ({"model": "x" * 5000}, "Unknown shape"), ({"model": "a\0b"}, "Unknown shape"),
+    ({"model": "x" * 5000}, "Unknown shape"), ({"model": "a\0b"}, "model must be"),
     ({"model": "llama-2-7b", "sequence": 32768}, "positions for 4,096 tokens, too few for 32,768"),
     ({"gpus": 100_000}, "at most 1,024"), ({"examples": torch.tensor(0.5)}, "positive whole number"),
     ({"examples": math.nan}, "positive whole number"), ({"gpus": True}, "positive whole number"),
@@ -362,7 +362,7 @@ def test_weights_that_are_stored_in_float32_take_their_room():
     narrow, wide = (pl.recommend("style", {**config, key: dtype}, 24, serving="many").peak_bytes
                     for key, dtype in (("dtype", "bfloat16"), ("torch_dtype", "float32")))  # fmt: skip
     parameters = pl.memory.load_shape("llama-3.2-1b").parameters
-    assert wide - narrow == pytest.approx(2 * parameters, rel=0.3)
+    assert wide - narrow >= 2 * parameters  # the weights, and what flows between the layers
 
 
 def test_tokens_stand_for_examples(no_replay):
