@@ -28,7 +28,7 @@ IMAGES: Row = {"section": "images", "examples": 100, "steps": 100, "batch": 32, 
 EMBEDDINGS: Row = {"section": "embeddings", "examples": 1024, "steps": 48, "batch": 32, "r": 8, "tokens": 16}
 RATES = {
     "images": {"head": (1e-2, 3e-2, 1e-1), "lora": (1e-3, 3e-3, 1e-2, 3e-2), "full": (3e-4, 1e-3, 3e-3, 1e-2)},
-    "embeddings": {"head": (1e-3, 1e-2, 1e-1), "lora": (3e-4, 1e-3, 3e-3, 1e-2), "full": (3e-5, 1e-4, 3e-4)},
+    "embeddings": {"head": (1e-4, 3e-4, 1e-3, 1e-2), "lora": (3e-4, 1e-3, 3e-3, 1e-2), "full": (3e-5, 1e-4, 3e-4)},
 }
 TEMPERATURE = 0.1
 HELD = 500  # articles at the end of the training split that no run trains on; they are tested beside the test split

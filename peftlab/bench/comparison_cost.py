@@ -18,6 +18,7 @@ from peftlab.bench import fullsize
 from peftlab.bench.comparison_methods import ALL_LAYERS, COMPARED, MERGED, config_of
 from peftlab.bench.models import gpu_for, held, vocabulary_of
 from peftlab.bench.timing import clock, named
+from peftlab.memory.estimate import Estimate
 
 Row = dict[str, Any]
 
@@ -59,12 +60,12 @@ def measure(point: Row, device: torch.device | None = None) -> list[Row]:
         return named(point, [decoding(model, point)])
 
 
-def estimate_of(row: Row) -> int:
-    """Return the peak in bytes that `pl.memory.estimate` predicts for a row of `cost`.
+def estimate_of(row: Row) -> Estimate:
+    """Return what `pl.memory.estimate` predicts for a row of `cost`: its peak, its operations, the size of the file.
 
     >>> from peftlab.bench.comparison_cost import estimate_of
     >>> row = {"shape": "gpt2", "method": "prefix", "num_virtual_tokens": 20, "batch": 4, "sequence": 64}
-    >>> estimate_of(row) > estimate_of({**row, "num_virtual_tokens": 1})
+    >>> estimate_of(row).peak_bytes > estimate_of({**row, "num_virtual_tokens": 1}).peak_bytes
     True
     """
     names = {name: name for name in ("r", "init", "targets", "reduction_factor", "oft_block_size")}
@@ -72,7 +73,7 @@ def estimate_of(row: Row) -> int:
     if "targets" in options:
         options["targets"] = options["targets"].split(",")
     return pl.memory.estimate(row["shape"], row["method"], batch=row["batch"], sequence=row["sequence"], autocast=True,
-                              optimizer="adamw-fused", library="peftlab", **options).peak_bytes  # fmt: skip
+                              optimizer="adamw-fused", library="peftlab", **options)  # fmt: skip
 
 
 def with_method(model: nn.Module, point: Row) -> nn.Module:

@@ -160,6 +160,13 @@ def test_a_row_can_be_run_again_with_changes(small):
     assert other["learning_rate"] == 1e-2 and other["few_loss"] != row["few_loss"] and "validation_loss" not in other
 
 
+def test_a_reader_adds_a_run_to_a_figure(small):
+    row = regret.own_run(r=2, alpha=4, learning_rate=1e-3, steps=2)
+    assert (row["r"], row["alpha"], row["steps"], row["learning_rate"]) == (2, 4, 2, 1e-3)
+    book = [{"learning_rate": 1e-2, "validation_loss": 1.0}]
+    assert pl.figures.sweep([*book, row], "learning_rate", "validation_loss").axes
+
+
 def test_a_large_batch_is_the_sum_of_small_ones(small, monkeypatch):
     point = shrunk(next(point for point in POINTS if point["section"] == "batch" and point["variant"] == "LoRA"))
     losses = []

@@ -142,7 +142,10 @@ MISTAKES = [
     ("count gpt2 --bias lora", "--bias 'lora' is none of none, all, lora_only. Did you mean 'lora_only'?"),
     ("count", "the following arguments are required: SHAPE."),
     ("count gpt2 extra", "unknown argument 'extra'"),
-    ("cuont gpt2", "'cuont' is none of fetch, doctor, count, memory, train, export, bench. Did you mean 'count'?"),
+    (
+        "cuont gpt2",
+        "'cuont' is none of fetch, doctor, count, memory, recommend, train, export, bench. Did you mean 'count'?",
+    ),
     ("", "COMMAND"),
     ("fetch minilmm", "Did you mean 'minilm'"),
     ("bench lorra --out x.json", "Did you mean 'lora'"),
@@ -195,7 +198,6 @@ def test_a_run_that_never_began_does_not_hold_its_folder(tmp_path):
     (tmp_path / run_folder.STATE / "step-00000002").mkdir(parents=True)
     with pytest.raises(PeftLabError, match="--limit was 8, now not given"):
         run_folder.claim(tmp_path, {"targets": "q_proj", "limit": None}, True)
-
 
 
 @pytest.mark.parametrize("command", ["count gpt2", "--help"])
@@ -485,7 +487,7 @@ def test_all_weights_train_on_plain_text_and_the_model_is_saved(place, capsys):
 
 
 def test_answers_that_pandas_takes_for_missing_are_learned(place, capsys):
-    """"NA" is the code of Namibia, and numbers are answers too."""
+    """ "NA" is the code of Namibia, and numbers are answers too."""
     lines = [f"the {a} {b} ?,{'NA' if a == 'red' else '007'}" for a in SUBJECTS for b in ENDS] * 4
     (place / "codes.csv").write_text("\n".join(["prompt,completion", *lines]))
     status, out, err = run(capsys, *train_command("codes.csv", "run", "--steps", 3, "--json"))
