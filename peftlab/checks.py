@@ -107,14 +107,14 @@ def _a(name: str) -> str:
 
 
 def scalar(value: Any) -> Any:
-    """Return the Python number of an array or a tensor without axes, such as `torch.tensor(3)`; else the value itself.
+    """Return the Python value in a tensor or an array without axes, such as `torch.tensor(3)`; else the value itself.
 
     >>> import numpy
     >>> from peftlab.checks import scalar
     >>> scalar(numpy.array(3)), scalar("3")
     (3, '3')
     """
-    if getattr(value, "shape", None) != () or isinstance(value, Real) or not hasattr(value, "item"):
+    if getattr(value, "shape", None) != () or not hasattr(value, "item"):
         return value
     try:
         return value.item()

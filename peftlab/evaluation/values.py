@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
-import numpy
-
 from peftlab.checks import number, scalar, shown
 from peftlab.errors import PeftLabError
 
@@ -32,8 +30,7 @@ class Interval(NamedTuple):
 def plain(values: Any) -> list[Any]:
     """Return a list of plain values from a list, a tensor, an array, a table or a column of a data set."""
     values = getattr(values, "values", values) if hasattr(values, "columns") else values  # a table iterates its names
-    found = values.tolist() if hasattr(values, "tolist") else map(scalar, values)
-    return [value.item() if isinstance(value, numpy.generic) else value for value in found]
+    return list(map(scalar, values.tolist() if hasattr(values, "tolist") else values))
 
 
 def same_length(predictions: Sequence[Any], references: Sequence[Any]) -> None:
