@@ -37,7 +37,7 @@ from peftlab.core.structure import structure_of
 PASSED = re.compile(r"(?<!isinstance)[(,=]\s*self\.(\w+)\.weight\b(?!\s*[.\[])")
 # No tensor has a multiple of ROWS in front by chance: the lengths that follow are none.
 ROWS, TOKENS, SOUND, FRAMES = 3, 5, 16_000, 3_001
-KEPT = 64  # passes whose outcome is kept: sets of names
+KEPT = 128  # passes whose outcome is kept: sets of names; most by two structures, the model's and its copy's
 
 
 class Calls(NamedTuple):
@@ -62,9 +62,15 @@ SHOWN: dict[Hashable, Calls] = {}  # what a pass of a structure showed
 def observed(root: nn.Module) -> Calls | None:
     """Run a copy of a transformers model on the meta device; None where no copy or no inputs can be made."""
     try:
+        plain_structure = structure_of(root, before_copy=True)
         for rows in (ROWS, 1):  # some models take one row only, a classifier without a padding token for one
             for inputs in made_inputs(root, rows):
-                calls = watched_once(meta_copy(root), inputs, rows)
+                key = (plain_structure, pass_of(inputs, rows))
+                calls = None if plain_structure is None else SHOWN.get(key)
+                if calls is None:
+                    calls = watched_once(meta_copy(root), inputs, rows)
+                    if plain_structure is not None:
+                        keep(key, calls)
                 if calls is not None:
                     return calls
     except Exception:  # whatever a foreign model raises when it is copied or asked for its sizes
@@ -74,17 +80,27 @@ def observed(root: nn.Module) -> Calls | None:
 
 def watched_once(model: nn.Module, inputs: dict[str, Tensor], rows: int) -> Calls | None:
     """Return what `watch` shows; for a model that runs as one of the last ones did, what was shown then."""
-    given = tuple((name, value.shape, value.dtype) for name, value in inputs.items())
     structure = structure_of(model)
-    key = (structure, given, rows)
+    key = (structure, pass_of(inputs, rows))
     calls = None if structure is None else SHOWN.get(key)
     if calls is None:
         calls = watch(model, inputs, rows)
-        if calls is not None and structure is not None:
-            while len(SHOWN) >= KEPT:
-                SHOWN.pop(next(iter(SHOWN)), None)
-            SHOWN[key] = calls
+        if structure is not None:
+            keep(key, calls)
     return calls
+
+
+def pass_of(inputs: dict[str, Tensor], rows: int) -> Hashable:
+    """Return what tells two passes of one model apart."""
+    return tuple((name, value.shape, value.dtype) for name, value in inputs.items()), rows
+
+
+def keep(key: Hashable, calls: Calls | None) -> None:
+    """Remember what a pass showed, if it came to its end, and forget the oldest one where there are too many."""
+    if calls is not None:
+        while len(SHOWN) >= KEPT:
+            SHOWN.pop(next(iter(SHOWN)), None)
+        SHOWN[key] = calls
 
 
 def passed_weights(root: nn.Module) -> set[str]:

@@ -408,9 +408,11 @@ def plain(path: str) -> str:
 
     `get_submodule` finds the same module by it.
     """
+    if "_orig_mod" not in path:
+        return path
     return ".".join(name for name in path.split(".") if name != "_orig_mod")
 
 
 def is_adapter_name(parameter_name: str) -> bool:
     """Say whether a parameter's name lies in an adapter's child."""
-    return CHILD in parameter_name.split(".")
+    return CHILD in parameter_name and CHILD in parameter_name.split(".")

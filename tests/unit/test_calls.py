@@ -253,6 +253,66 @@ def test_what_may_change_a_pass_is_told_apart(change, passes):
     assert len(passes) >= 2
 
 
+@pytest.fixture
+def copies(monkeypatch):
+    """The models that were copied; nothing is known from earlier tests."""
+    seen, copy = [], calls_module.meta_copy
+    monkeypatch.setattr(calls_module, "SHOWN", {})
+    monkeypatch.setattr(calls_module, "meta_copy", lambda root: seen.append(root) or copy(root))
+    return seen
+
+
+def test_a_model_whose_structure_is_known_is_not_copied(copies):
+    first = observed(tied())
+    hooked = tied()
+    hooked.model.register_forward_hook(lambda *_: hooked)  # a copy has no hooks
+    assert observed(tied()) == observed(hooked) == first and len(copies) == 1
+    pl.attach(hooked, pl.LoRAConfig())
+    observed(hooked)  # and no adapters, but here only the copy tells
+    assert len(copies) == 2
+
+
+ASIDE = {
+    **CHANGES,
+    "another device": lambda model: model.to("meta"),
+    "training": lambda model: model.train(),
+    "a class of one's own": lambda model: setattr(model.lm_head, "__class__", type("Other", (nn.Linear,), {})),
+    "a parameter of another kind": lambda model: setattr(model.lm_head, "weight", Strange(torch.ones(64, 32))),
+    "a module twice": lambda model: setattr(model.model.layers[0], "again", model.lm_head),
+    "codes": lambda model: setattr(model.lm_head.weight, "quant_state", None),
+    "offloaded": lambda model: setattr(model.lm_head, "_hf_hook", None),
+    "compiled": lambda model: setattr(model.lm_head, "_orig_mod", nn.Linear(1, 1)),
+    "adapters": lambda model: pl.attach(model, pl.LoRAConfig()),
+    "four bits": pl.quantize_model,
+}
+
+
+class Strange(nn.Parameter):
+    """A parameter that may hold anything."""
+
+
+@pytest.mark.parametrize("change", ASIDE)
+def test_a_model_that_may_give_another_copy_is_copied(change, copies):
+    plain, changed = tied(), tied()
+    observed(plain)
+    ASIDE[change](changed)
+    before = len(copies)
+    observed(changed)
+    assert len(copies) > before
+
+
+def test_two_models_that_differ_in_how_they_run_are_not_taken_for_one(copies):
+    class Other(Odd):
+        def forward(self, input_ids, **_):
+            return self.called(self.embed(input_ids)) @ self.unused.weight
+
+    torch.manual_seed(0)
+    others = [Other(tf.BertConfig(**SIZES)).eval() for _ in range(2)]
+    assert observed(odd()).past == observed(odd()).past == {"read", "turned", "hidden", "both", "embed"}
+    assert observed(others[0]).past == observed(others[1]).past == {"unused"}
+    assert len(copies) == 2
+
+
 def test_a_forward_put_on_the_class_is_told_apart(passes, monkeypatch):
     found = observed(odd())
     own = Odd.forward

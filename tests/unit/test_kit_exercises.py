@@ -53,7 +53,34 @@ def by_pieces(P, L, Q, of_P, of_L, of_Q):
                         for i in range(len(L))])
 
 
+def gain_item_by_item(first, second):
+    """The mean gain and two of its errors, from one number per item."""
+    gains = [float(b) - float(a) for a, b in zip(first, second, strict=True)]
+    return statistics.fmean(gains), 2 * statistics.pstdev(gains) / math.sqrt(len(gains))
+
+
 ANSWERS = {
+    "choosing.interval": (0.07332, 0.03666, 7),
+    "choosing.items": (1600, 400, 7),
+    "choosing.pick": (lambda validation, test: min(zip(validation, test, strict=True))[1],
+                      lambda validation, test: max(test), lambda validation, test: 7.0),
+    "choosing.edge": ("go on", None, "take it"),
+    "choosing.many": (0.6415, 1.0, 0.3),
+    "choosing.paired": (
+        gain_item_by_item,
+        lambda a, b: (b.double().mean() - a.double().mean(), 2 * math.sqrt(
+            (a.double().var(unbiased=False) + b.double().var(unbiased=False)) / len(a))),
+        lambda a, b: (0.0, 1.0),
+    ),
+    "choosing.f1": (lambda hits, alarms, missed: 2 / ((hits + alarms) / hits + (hits + missed) / hits),
+                    lambda hits, alarms, missed: hits / (hits + alarms), lambda hits, alarms, missed: 0.0),
+    "choosing.bits": (0.7213, 0.5, 7),
+    "choosing.capacity": (5, 4, 7),
+    "choosing.cost": (20, 2.5, 7),
+    "choosing.mcnemar": (0.030884, 0.015442, 7),
+    "choosing.order": (0.52, 0.66, 7),
+    "choosing.holm": (0.08, 0.004, 7),
+    "choosing.fair": ("own rates", None, "one rate"),
     "family.dora_count": (483_840, 460_800, 7),
     "family.vera_count": (38_400, 30_720, 7),
     "family.dora": (

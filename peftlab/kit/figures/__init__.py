@@ -6,6 +6,7 @@ its alternative text are in the cell's metadata.
 
 from peftlab.kit.figures.adapters import adapter_places, budget
 from peftlab.kit.figures.charts import bars, by_layer, curves, heatmap, histogram, spectrum, stacked_bars, sweep
+from peftlab.kit.figures.choice import choice
 from peftlab.kit.figures.families import families
 from peftlab.kit.figures.intervals import intervals, ranking, trade_off
 from peftlab.kit.figures.lora import lora_dataflow
@@ -34,6 +35,7 @@ __all__ = [
     "block",
     "adapter_places", "budget",
     "bars", "by_layer", "curves", "heatmap", "histogram", "spectrum", "stacked_bars", "sweep",
+    "choice",
     "families",
     "intervals", "ranking", "trade_off",
     "lora_dataflow", "lora_family",

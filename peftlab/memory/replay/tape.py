@@ -63,17 +63,6 @@ class Memory:
         self.needed = 0  # the serial number up to which allocations were made for the last tensor that was saved
         self.stop: int | None = None  # the serial number from which on nothing is counted
 
-    def change(self, kind: str, size: int) -> None:
-        """Add bytes of a kind; a negative size takes them away."""
-        self.now[kind] += size
-        self.total += size
-        if self.total > self.peak:
-            self.peak, self.at_peak, self.peak_moment = self.total, dict(self.now), self.moment
-        if size > 0:
-            self.written += size
-            if self.history is not None:
-                self.history.append((self.moment, self.total))
-
     @contextmanager
     def kind(self, kind: str) -> Iterator[None]:
         """Give everything that is allocated inside the block this kind."""
@@ -118,13 +107,21 @@ class Storage:
 
     def __init__(self, memory: Memory, size: int, kind: str):
         memory.serial += 1
-        counts = memory.counting and (memory.stop is None or memory.serial <= memory.stop)
-        self.memory, self.size, self.kind = memory, -(-size // BLOCK) * BLOCK * counts, kind
-        self.serial = memory.serial
-        memory.change(kind, self.size)
+        self.memory, self.kind, self.serial, self.size = memory, kind, memory.serial, 0
+        if size and memory.counting and (memory.stop is None or memory.serial <= memory.stop):
+            self.size = size = -(-size // BLOCK) * BLOCK
+            memory.now[kind] += size
+            memory.total += size
+            memory.written += size
+            if memory.total > memory.peak:
+                memory.peak, memory.at_peak, memory.peak_moment = memory.total, memory.now.copy(), memory.moment
+            if memory.history is not None:
+                memory.history.append((memory.moment, memory.total))
 
     def __del__(self) -> None:
-        self.memory.change(self.kind, -self.size)
+        if self.size:
+            self.memory.now[self.kind] -= self.size
+            self.memory.total -= self.size
 
     def mark(self, kind: str) -> None:
         """Change the kind of these bytes."""
@@ -143,7 +140,8 @@ class Tensor:
 
     def __init__(self, memory: Memory, shape: Sequence[int], bytes: int, kind: str | None = None, shards: int = 1):
         self.shape, self.bytes, self.node, self.base = tuple(shape), bytes, None, None
-        self.storage = Storage(memory, -(-math.prod(self.shape) // shards) * bytes, kind or memory.default)
+        elements = math.prod(shape) if shards == 1 else -(-math.prod(shape) // shards)
+        self.storage = Storage(memory, elements * bytes, kind or memory.default)
 
     @property
     def memory(self) -> Memory:
@@ -159,7 +157,7 @@ class Tensor:
 
     def new(self, shape: Sequence[int] | None = None, bytes: int | None = None) -> Tensor:
         """Allocate another tensor, by default with the shape and dtype of this one."""
-        return Tensor(self.memory, self.shape if shape is None else shape, bytes or self.bytes)
+        return Tensor(self.storage.memory, self.shape if shape is None else shape, bytes or self.bytes)
 
     def view(self, *shape: int) -> Tensor:
         """Return the same bytes under another shape. Gradients pass through unchanged."""
@@ -267,17 +265,20 @@ def record(
         fits: whether the gradients have the shapes and dtypes of the inputs. If not, the engine sums and casts them
             once all are computed.
     """
-    if output.memory.recording and any(one.node is not None for one in inputs):
-        output.node = Node(output.memory, [one.node for one in inputs], apply)
-        output.node.unpacks = saved is not None
-        output.node.sizes = None if fits else [(one.shape, one.bytes) for one in inputs]
+    memory = output.storage.memory
+    edges = [one.node for one in inputs]
+    if memory.recording and any(edges):
+        output.node = node = Node(memory, edges, apply)
+        node.unpacks = saved is not None
+        if not fits:
+            node.sizes = [(one.shape, one.bytes) for one in inputs]
         if saved is not None:  # inputs are saved before the output is allocated, results after it
-            first = output.storage.serial
-            result = any(one.storage.serial >= first for one in saved)
-            output.memory.needed = output.memory.serial if result else first - 1
-        for one in saved or ():
-            if one.storage.kind == "workspace":
-                one.storage.mark("activations")
+            memory.needed = output.storage.serial - 1
+            for one in saved:
+                if one.storage.serial >= output.storage.serial:
+                    memory.needed = memory.serial
+                if one.storage.kind == "workspace":
+                    one.storage.mark("activations")
     return output
 
 
