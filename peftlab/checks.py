@@ -332,5 +332,3 @@ def _listing(container: type, entries: list[Kind | None]) -> Kind:
 
 def _all(kind: Kind | None, values: Iterable[Any]) -> bool:
     return kind is None or all(map(kind.fits, values))
-
-

@@ -112,7 +112,7 @@ def paired_bootstrap(
     by as much as it is itself away from zero: (1 + how many) / (1 + samples).
 
     It needs some thirty items. Few items hold too little of what others would be: of eight, an interval of 95% held the
-    true difference in 88% of the simulated cases. For a few items that are right or wrong take `mcnemar`, which is exact.
+    true difference in 88% of the simulated cases. For a few items, right or wrong, take `mcnemar`, which is exact.
 
     Args:
         first, second: for `score="mean"` one number per item, such as a loss or 1 for right; else one text per item.
@@ -146,7 +146,7 @@ def paired_bootstrap(
         return final(one[chosen].sum(0)) - final(other[chosen].sum(0))
 
     if len(one) < 2:
-        raise PeftLabError("One item says nothing about others: the bootstrap needs two or more, and some thirty to be good.")
+        raise PeftLabError("One item says nothing about others: the bootstrap needs two or more, better thirty.")
     measured, draws = difference(numpy.arange(len(one))), numpy.random.default_rng(seed)
     drawn = numpy.array([difference(draws.integers(len(one), size=len(one))) for _ in range(samples)])
     low, high = numpy.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
@@ -233,7 +233,7 @@ def items_needed(
 
     Returns:
         The number of items, for each model. It is the usual normal approximation, good for 30 items and more. The exact
-        test of `mcnemar` is a little stricter: with so many items it found the difference in 77% to 79% of the simulated
+        test of `mcnemar` is a little stricter: with so many items it found the difference in 77% to 79% of simulated
         cases instead of 80%. 2 / |share_1 - share_2| more items make that good.
 
     Raises:

@@ -12,7 +12,6 @@ from peftlab.errors import PeftLabError
 from peftlab.evaluation.values import Interval, numbers, plain, share
 from peftlab.optional import require
 
-
 MOST_ITEMS = 10**15  # far beyond any test set; larger ones are no exact floats
 
 

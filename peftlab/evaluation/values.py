@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
 from peftlab.checks import number, scalar, shown
 from peftlab.errors import PeftLabError
-
 
 LARGEST = 1e100  # of a score; squares and sums of larger ones overflow
 
@@ -45,7 +43,7 @@ def numbers(name: str, values: Any) -> list[float]:
     """Require a list of finite numbers (True and False count as 1 and 0) and return them as floats."""
     found = items(name, values)
     for value in found:
-        if not isinstance(value, Real) or not -LARGEST <= value <= LARGEST:  # false for NaN, too
+        if not isinstance(value, Real) or not abs(value) <= LARGEST:  # false for NaN, too
             raise PeftLabError(f"{name} must hold finite numbers, none above {LARGEST:g}; found {shown(value)}.")
     return [float(value) for value in found]
 

@@ -148,7 +148,8 @@ class Recommendation:
             raise PeftLabError(reason)
         known = self.model in catalogue()
         model = self.source or (self.model if known else f"path/to/{self.model}")
-        line = ["peftlab", "train", "--model", model, "--data", os.fspath(data), "--out", os.fspath(out), "--method", self.method]
+        line = ["peftlab", "train", "--model", model, "--data", os.fspath(data), "--out", os.fspath(out)]
+        line += ["--method", self.method]
         row = METHODS[self.method]
         for name in ("r", "alpha"):
             if row.takes(name) and name in self.chosen:

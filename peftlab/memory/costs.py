@@ -74,5 +74,5 @@ def run_cost(
         hours, paid, None if watts is None else paid * watts / 1000, None if price is None else paid * price
     )
     if any(value is not None and math.isinf(value) for value in found):
-        raise PeftLabError(f"No run costs so much ({paid:g} GPU hours); look at tokens, tokens_per_second and the price.")
+        raise PeftLabError(f"No run costs so much ({paid:g} GPU hours); look at tokens, their rate and the price.")
     return found

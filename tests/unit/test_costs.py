@@ -21,7 +21,6 @@ def test_what_is_no_cost(wrong):
 
 
 def test_a_cost_that_is_no_number_any_more_is_refused():
-    for given in ({"tokens": 1e308, "tokens_per_second": 1e-300}, {"tokens": 1e300, "tokens_per_second": 1, "watts": 1e300},
-                  {"tokens": 1e300, "tokens_per_second": 1, "price": 1e300}):  # fmt: skip
+    for tokens, rate, more in ((1e308, 1e-300, {}), (1e300, 1, {"watts": 1e300}), (1e300, 1, {"price": 1e300})):
         with pytest.raises(PeftLabError, match="No run costs so much"):
-            pl.run_cost(**given)
+            pl.run_cost(tokens, rate, **more)

@@ -275,7 +275,7 @@ def test_every_interval_holds_its_value():
         assert 0 <= low <= value <= high <= 1
 
 
-# -------------------------------------------------------------------------------------------------- odd values of a kind
+# ------------------------------------------------------------------------------------------------- odd values of a kind
 
 
 def test_tables_tensors_and_columns_are_lists_of_their_values():
@@ -284,13 +284,14 @@ def test_tables_tensors_and_columns_are_lists_of_their_values():
     wanted = intervals.mean_interval(rows)
     tensors = [[torch.tensor(value) for value in row] for row in rows]
     for given in (numpy.array(rows), torch.tensor(rows), torch.tensor(rows, dtype=torch.bfloat16), tensors,
-                  pandas.DataFrame(rows, columns=["d", "c", "b", "a"]), [numpy.array(row) for row in rows]):  # fmt: skip
+                  pandas.DataFrame(rows, columns=list("dcba")), [numpy.array(row) for row in rows]):  # fmt: skip
         assert intervals.mean_interval(given) == wanted
     one = [1, 0, 1]
     for given in (pandas.Series(one, index=[7, 8, 9]), [torch.tensor(value) for value in one], tuple(one)):
         assert comparisons.mcnemar(given, [0, 0, 0]) == comparisons.mcnemar(one, [0, 0, 0])
-    told = comparisons.paired_bootstrap(TEXTS, RIGHT, RIGHT, score="chrf", samples=10)
-    assert comparisons.paired_bootstrap(numpy.array(TEXTS), RIGHT, pandas.Series(RIGHT), score="chrf", samples=10) == told
+    more = {"score": "chrf", "samples": 10}
+    told = comparisons.paired_bootstrap(TEXTS, RIGHT, RIGHT, **more)
+    assert comparisons.paired_bootstrap(numpy.array(TEXTS), RIGHT, pandas.Series(RIGHT), **more) == told
 
 
 @pytest.mark.parametrize("given", [

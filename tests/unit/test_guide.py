@@ -299,7 +299,7 @@ def test_a_mistake_is_one_clear_line(given, told):
 
 
 @pytest.mark.parametrize(("given", "told"), [
-    ({"card": "A100"}, "Did you mean 'A100 40GB' or 'A100 80GB'"), ({"card": "cpu"}, "Without a GPU leave the card out"),
+    ({"card": "A100"}, "Did you mean 'A100 40GB' or 'A100 80GB'"), ({"card": "cpu"}, "Without a GPU leave the card"),
     ({"card": torch.tensor(float("nan"))}, "Unknown card"), ({"card": True}, "Unknown card"),
     ({"model": "x" * 5000}, "Unknown shape"), ({"model": "a\0b"}, "model must be"),
     ({"model": "llama-2-7b", "sequence": 32768}, "positions for 4,096 tokens, too few for 32,768"),
@@ -341,9 +341,14 @@ def test_arguments_of_the_answer(no_replay):
 
 def test_rates_are_not_those_of_much_smaller_models(no_replay):
     """A rate that a model of 23 million parameters likes breaks one of 355 million, and DPO's are lower than others."""
-    for task, model, most in (("classification", "bert-base", 1e-3), ("classification", "roberta-large", 1e-3),
-                              ("instruction", "t5-base", 1e-3), ("dpo", "smollm2-135m", 1e-4), ("rl", "llama-2-7b", 1e-4),
-                              ("style", "qwen2.5-0.5b", 1e-3)):  # fmt: skip
+    for task, model, most in (
+        ("classification", "bert-base", 1e-3),
+        ("classification", "roberta-large", 1e-3),
+        ("instruction", "t5-base", 1e-3),
+        ("dpo", "smollm2-135m", 1e-4),
+        ("rl", "llama-2-7b", 1e-4),
+        ("style", "qwen2.5-0.5b", 1e-3),
+    ):
         for serving in NEEDS:
             found = pl.recommend(task, model, "T4", serving=serving, examples=3000)
             assert found.method == "lokr" or found.chosen["learning_rate"] <= most, (task, model, serving)
