@@ -43,7 +43,8 @@ def numbers(name: str, values: Any) -> list[float]:
     """Require a list of finite numbers (True and False count as 1 and 0) and return them as floats."""
     found = items(name, values)
     for value in found:
-        if not isinstance(value, Real) or not abs(value) <= LARGEST:  # false for NaN, too
+        size: Any = abs(value) if isinstance(value, Real) else math.inf
+        if not size <= LARGEST:  # false for NaN, too
             raise PeftLabError(f"{name} must hold finite numbers, none above {LARGEST:g}; found {shown(value)}.")
     return [float(value) for value in found]
 
