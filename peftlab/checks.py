@@ -106,11 +106,28 @@ def _a(name: str) -> str:
     return f"an {name}" if name[0].lower() in "aeiou" else f"a {name}"
 
 
+def scalar(value: Any) -> Any:
+    """Return the Python value in a tensor or an array without axes, such as `torch.tensor(3)`; else the value itself.
+
+    >>> import numpy
+    >>> from peftlab.checks import scalar
+    >>> scalar(numpy.array(3)), scalar("3")
+    (3, '3')
+    """
+    if getattr(value, "shape", None) != () or not hasattr(value, "item"):
+        return value
+    try:
+        return value.item()
+    except Exception:  # a tensor of the meta device has no value
+        return value
+
+
 def _check(
     name: str, value: Any, kind: Any, words: str, usual: str, optional: bool, limits: Mapping[str, float]
 ) -> Any:
     if value is None and optional:
         return None
+    given, value = value, scalar(value)
     # abs(value) < inf is false for NaN too
     fits = isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf
     if fits and all(LIMITS[limit][1](value, bound) for limit, bound in limits.items()):
@@ -121,7 +138,7 @@ def _check(
         limits = {limit: bound for limit, bound in limits.items() if limit != "ceiling"}
     told = [f"{LIMITS[limit][0]} {bound:,}" for limit, bound in limits.items() if not (positive and limit in lowest)]
     allowed = " ".join([*["positive"] * positive, words, " and ".join(told)]).rstrip()
-    raise PeftLabError(f"{name} must be a {allowed}{f' (usually {usual})' if usual else ''}, found {shown(value)}.")
+    raise PeftLabError(f"{name} must be a {allowed}{f' (usually {usual})' if usual else ''}, found {shown(given)}.")
 
 
 # ------------------------------------------------------------------------------------------------------- annotations
@@ -140,11 +157,19 @@ class Kind(NamedTuple):
     fits: Callable[[Any], bool]
     advice: str = ""
 
-    def require(self, name: str, value: Any) -> None:
-        """Refuse a value that is not allowed; the error calls it `name`."""
-        if not self.fits(value):
-            advice = f" {self.advice}." if self.advice else ""
-            raise PeftLabError(f"{name} must be {self.words}, found {shown(value)}.{advice}")
+    def require(self, name: str, value: Any) -> Any:
+        """Return the value, or the number that a tensor without axes holds. Refuse one that is not allowed.
+
+        Args:
+            name: what the error calls it.
+        """
+        if self.fits(value):
+            return value
+        found = scalar(value)
+        if found is not value and self.fits(found):
+            return found
+        advice = f" {self.advice}." if self.advice else ""
+        raise PeftLabError(f"{name} must be {self.words}, found {shown(value)}.{advice}")
 
 
 def checked(*unchecked: str) -> Callable[[Callable[Given, Result]], Callable[Given, Result]]:
@@ -170,11 +195,15 @@ def checked(*unchecked: str) -> Callable[[Callable[Given, Result]], Callable[Giv
         @functools.wraps(function)
         def run(*args: Given.args, **kwargs: Given.kwargs) -> Result:
             places, known = kinds()
-            for given in (zip(places, args, strict=False), kwargs.items()):  # wrong numbers are for Python to tell
-                for name, value in given:
-                    if name in known:
-                        known[name].require(name, value)
-            return function(*args, **kwargs)
+            first: Any = [*args]
+            named: Any = {**kwargs}
+            for place, (name, value) in enumerate(zip(places, args, strict=False)):  # how many is for Python to tell
+                if name in known:
+                    first[place] = known[name].require(name, value)
+            for name, value in kwargs.items():
+                if name in known:
+                    named[name] = known[name].require(name, value)
+            return function(*first, **named)
 
         return run
 
@@ -303,5 +332,3 @@ def _listing(container: type, entries: list[Kind | None]) -> Kind:
 
 def _all(kind: Kind | None, values: Iterable[Any]) -> bool:
     return kind is None or all(map(kind.fits, values))
-
-

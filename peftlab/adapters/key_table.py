@@ -28,6 +28,10 @@ LOST_BIASES = (
     " These are all of its trained biases, which Hugging Face peft before 0.21 left out of its files. If the trained "
     'model is at hand, save it again with a newer peft. To read the rest, set "bias" to "none" in adapter_config.json.'
 )
+TIED = (
+    " The adapter uses ensure_weight_tying=True: what it adds to a tied embedding it also adds to the head, which this "
+    "package does not do. Load it with Hugging Face peft."
+)
 
 
 def sampled(placements: Iterable[Placement]) -> tuple[list[str], list[str]]:
@@ -107,7 +111,8 @@ def check_keys(
     known = table.keys() | drawn.keys()
     extra = [key for key in tensors if key not in known and not redundant(root, key, tensors)]
     if extra:
-        raise PeftLabError(f"{folder} has {len(extra)} keys without a place here, the first {extra[0]!r}." + origin)
+        why = TIED if fields.get("ensure_weight_tying") else origin
+        raise PeftLabError(f"{folder} has {len(extra)} keys without a place here, the first {extra[0]!r}." + why)
     for key, parameter in table.items():
         if tensors[key].shape != parameter.shape:
             raise PeftLabError(

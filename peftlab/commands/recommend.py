@@ -21,7 +21,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--gpus", type=int, default=1, metavar="N", help="how many of this card (default: 1)")
     add("--examples", type=int, metavar="N", help="training examples")
     add("--tokens", type=int, metavar="N", help="instead: the tokens of all training examples")
-    add("--sequence", type=int, default=512, metavar="N", help="tokens of the longest example (default: 512)")
+    add(
+        "--sequence",
+        type=int,
+        metavar="N",
+        help="tokens of the longest example (default: 512, or what the model takes)",
+    )
     needs = "; ".join(f"{one.name}: {one.text}" for one in words("serving"))
     add("--serving", default="one", metavar="S", help=f"what matters when it is used. {needs} (default: one)")
     switch: dict[str, Any] = {"action": argparse.BooleanOptionalAction}

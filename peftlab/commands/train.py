@@ -214,7 +214,9 @@ def _train(arguments: argparse.Namespace, targets: Any, begin: Callable[[], Plac
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(arguments.seed)  # the seed decides the start of a new head and of the adapter
     with memory_for(f"loading {arguments.model}", SMALLER_MODEL):
-        model, tokenizer = load_model(arguments.model, num_labels=len(task.classes) or None, device=device)
+        # weights that train are held in float32: in 16 bits most updates are rounded away
+        dtype = "float32" if row.whole else None
+        model, tokenizer = load_model(arguments.model, num_labels=len(task.classes) or None, dtype=dtype, device=device)
     tasks.check_model(task, model, arguments.model)
     if model.config.pad_token_id is None:  # a decoder that classifies looks for the last token before the padding
         model.config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

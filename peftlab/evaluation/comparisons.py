@@ -15,9 +15,9 @@ import numpy
 
 from peftlab.checks import checked, number, one_of, whole
 from peftlab.errors import PeftLabError
-from peftlab.evaluation.intervals import normal_quantile
+from peftlab.evaluation.intervals import MOST_ITEMS, normal_quantile
 from peftlab.evaluation.scores import bleu_metric, by_column, chrf_metric
-from peftlab.evaluation.values import numbers, pairs, rights, share
+from peftlab.evaluation.values import items, numbers, pairs, rights, share, texts
 
 METRICS: dict[str, Callable[[], Any]] = {"bleu": bleu_metric, "chrf": chrf_metric}
 CORRECTIONS = ("holm", "bonferroni", "benjamini-hochberg")
@@ -82,7 +82,9 @@ def two_proportion_test(right_1: int, total_1: int, right_2: int, total_2: int) 
     >>> round(pl.two_proportion_test(60, 100, 45, 100), 3)
     0.034
     """
-    total_1, total_2 = whole("total_1", total_1, least=1), whole("total_2", total_2, least=1)
+    total_1, total_2 = (
+        whole(name, value, least=1, ceiling=MOST_ITEMS) for name, value in (("total_1", total_1), ("total_2", total_2))
+    )
     right_1 = whole("right_1", right_1, least=0, most=total_1)
     right_2 = whole("right_2", right_2, least=0, most=total_2)
     pooled = (right_1 + right_2) / (total_1 + total_2)
@@ -109,6 +111,9 @@ def paired_bootstrap(
     holds the middle share of the differences. The p-value counts the samples that stray from the measured difference
     by as much as it is itself away from zero: (1 + how many) / (1 + samples).
 
+    It needs some thirty items. Few items hold too little of what others would be: of eight, an interval of 95% held the
+    true difference in 88% of the simulated cases. For a few items, right or wrong, take `mcnemar`, which is exact.
+
     Args:
         first, second: for `score="mean"` one number per item, such as a loss or 1 for right; else one text per item.
         references: the right texts, for BLEU and chrF; as for `bleu`.
@@ -122,7 +127,8 @@ def paired_bootstrap(
         (value, low, high, p_value): first less second.
 
     Raises:
-        PeftLabError: the lists differ in length, are empty, or do not fit the score; or sacrebleu is missing.
+        PeftLabError: the lists differ in length, hold fewer than two items, or do not fit the score; or sacrebleu is
+            missing.
 
     >>> found = pl.paired_bootstrap([1.0, 1.2, 0.9, 1.4], [1.1, 1.4, 1.0, 1.7])
     >>> print(f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})")
@@ -139,6 +145,8 @@ def paired_bootstrap(
     def difference(chosen: Any) -> float:
         return final(one[chosen].sum(0)) - final(other[chosen].sum(0))
 
+    if len(one) < 2:
+        raise PeftLabError("One item says nothing about others: the bootstrap needs two or more, better thirty.")
     measured, draws = difference(numpy.arange(len(one))), numpy.random.default_rng(seed)
     drawn = numpy.array([difference(draws.integers(len(one), size=len(one))) for _ in range(samples)])
     low, high = numpy.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
@@ -160,16 +168,13 @@ def _counts(metric: Any, first: Any, second: Any, references: Any) -> tuple[Any,
     """Return both models' counts (items, counts), and the function from their sums to the score."""
     if references is None:
         raise PeftLabError("BLEU and chrF compare texts with references; give references.")
-    for name, texts in (("first", first), ("second", second), ("references", references)):
-        if isinstance(texts, str) or not isinstance(texts, Sequence):
-            raise PeftLabError(f"{name} must be a list of texts.")
-        if name != "references" and not all(isinstance(text, str) for text in texts):
-            raise PeftLabError(f"{name} must be a list of texts.")
-    pairs(first, second)
-    pairs(first, references)
-    columns = by_column(references)
-    one, other = (numpy.array(metric._extract_corpus_statistics(list(texts), columns), dtype=float)
-                  for texts in (first, second))  # fmt: skip
+    both = [texts("first", first), texts("second", second)]
+    right = items("references", references)
+    pairs(*both)
+    if len(right) != len(both[0]):
+        raise PeftLabError(f"{len(both[0])} texts do not go with {len(right)} references.")
+    columns = by_column(right)
+    one, other = (numpy.array(metric._extract_corpus_statistics(given, columns), dtype=float) for given in both)
     return one, other, lambda totals: metric._compute_score_from_stats(totals.tolist()).score
 
 
@@ -227,7 +232,9 @@ def items_needed(
         confidence: 1 less the chance to find one where there is none.
 
     Returns:
-        The number of items, for each model. It is the usual normal approximation, good for 30 items and more.
+        The number of items, for each model. It is the usual normal approximation, good for 30 items and more. The exact
+        test of `mcnemar` is a little stricter: with so many items it found the difference in 77% to 79% of simulated
+        cases instead of 80%. 2 / |share_1 - share_2| more items make that good.
 
     Raises:
         PeftLabError: the shares are equal, or differ by more than the disagreement.

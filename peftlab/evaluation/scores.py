@@ -42,8 +42,14 @@ def macro_f1(predictions: Sequence[Any], references: Sequence[Any]) -> float:
     """
     same_length(predictions, references)
     pairs = list(zip(plain(predictions), plain(references), strict=True))
+    try:
+        labels = {value for pair in pairs for value in pair}
+    except TypeError:
+        raise PeftLabError("Classes must be numbers or texts; found a list or a dict among them.") from None
+    if any(label != label for label in labels):
+        raise PeftLabError("NaN is no class: take the examples without a prediction or a reference out first.")
     scores = []
-    for label in {value for pair in pairs for value in pair}:
+    for label in labels:
         hits = sum(p == label and r == label for p, r in pairs)
         predicted, actual = sum(p == label for p, _ in pairs), sum(r == label for _, r in pairs)
         # F1 = 2 P R / (P + R), with P = hits/predicted and R = hits/actual, is 2 hits / (predicted + actual)
@@ -161,7 +167,7 @@ def corpus_score(metric: Any, predictions: Sequence[str], references: Sequence[s
 
 def by_column(references: Sequence[str | Sequence[str]]) -> list[list[str | None]]:
     """Turn the references of each text into sacrebleu's form: a list of first references, one of second ones, ..."""
-    each = [[one] if isinstance(one, str) else list(one) for one in references]
+    each = [[one] if isinstance(one, str) else list(one) if isinstance(one, Sequence) else [] for one in references]
     if not all(each) or not all(isinstance(text, str) for texts in each for text in texts):
         raise PeftLabError("each entry of references must be a text, or a list of at least one text.")
     most = max(len(texts) for texts in each)

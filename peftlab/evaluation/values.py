@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
-from peftlab.checks import number, shown
+from peftlab.checks import number, scalar, shown
 from peftlab.errors import PeftLabError
+
+LARGEST = 1e100  # of a score; squares and sums of larger ones overflow
 
 
 class Interval(NamedTuple):
@@ -25,8 +27,9 @@ class Interval(NamedTuple):
 
 
 def plain(values: Any) -> list[Any]:
-    """Return a list of plain values from a list, a tensor, an array or a column of a data set."""
-    return values.tolist() if hasattr(values, "tolist") else list(values)
+    """Return a list of plain values from a list, a tensor, an array, a table or a column of a data set."""
+    values = getattr(values, "values", values) if hasattr(values, "columns") else values  # a table iterates its names
+    return list(map(scalar, values.tolist() if hasattr(values, "tolist") else values))
 
 
 def same_length(predictions: Sequence[Any], references: Sequence[Any]) -> None:
@@ -39,25 +42,36 @@ def same_length(predictions: Sequence[Any], references: Sequence[Any]) -> None:
 
 def numbers(name: str, values: Any) -> list[float]:
     """Require a list of finite numbers (True and False count as 1 and 0) and return them as floats."""
-    found = _items(name, values)
+    found = items(name, values)
     for value in found:
-        real = isinstance(value, Real)
-        if not real or not abs(value) < math.inf:  # false for NaN, too
-            raise PeftLabError(f"{name} must hold finite numbers; found {shown(value)}.")
+        size: Any = abs(value) if isinstance(value, Real) else math.inf
+        if not size <= LARGEST:  # false for NaN, too
+            raise PeftLabError(f"{name} must hold finite numbers, none above {LARGEST:g}; found {shown(value)}.")
     return [float(value) for value in found]
+
+
+def texts(name: str, values: Any) -> list[str]:
+    """Require a list of texts, one for each item."""
+    found = items(name, values)
+    for value in found:
+        if not isinstance(value, str):
+            raise PeftLabError(f"{name} must be a list of texts; found {shown(value)} in it.")
+    return found
 
 
 def rights(name: str, values: Any) -> list[bool]:
     """Require a list of True and False (or 1 and 0), one for each item."""
-    found = _items(name, values)
+    found = items(name, values)
     for value in found:
         if not isinstance(value, Real) or value not in (0, 1):
             raise PeftLabError(f"{name} must say True or False for each item; found {shown(value)}.")
     return [bool(value) for value in found]
 
 
-def _items(name: str, values: Any) -> list[Any]:
-    if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__len__"):
+def items(name: str, values: Any) -> list[Any]:
+    """Require a list and return its plain values."""
+    listed = hasattr(values, "__len__") and hasattr(values, "__getitem__")  # a set has no order
+    if isinstance(values, (str, bytes, Mapping)) or not listed or getattr(values, "shape", None) == ():
         raise PeftLabError(f"{name} must be a list with a value for each item; found {shown(values)}.")
     return plain(values)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peftlab.checks import shown
+from peftlab.checks import scalar, shown
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.cards import CARDS, GB, card_bytes, largest_estimate
 from peftlab.memory.counting.shapes import Shape
@@ -40,19 +40,28 @@ def read_card(given: str | float) -> Card:
     Raises:
         PeftLabError: an unknown name (with near matches), or a memory that no card has.
     """
-    text = str(given).strip()
+    text = str(scalar(given)).strip()
+    written = _letters(text)
     for name, gigabytes in CARDS.items():
-        if name.lower() == text.lower():
+        if _letters(name) == written:
             return Card(name, gigabytes, card_bytes(name))
     number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gb)?", text.lower())
     if number is None:
-        near = did_you_mean(text[:60], CARDS)
         known = ", ".join(CARDS)
+        begins = [repr(name) for name in CARDS if written and _letters(name).startswith(written)]
+        near = f" Did you mean {' or '.join(begins)}?" if begins else did_you_mean(text[:60], CARDS)
+        if written in ("cpu", "mps", "none"):
+            near = " Without a GPU leave the card out."
         raise PeftLabError(f"Unknown card {shown(given)}.{near} Known: {known}. Or give its memory in GB, such as 24.")
     size = float(number[1])
     if not 1 <= size <= LARGEST_CARD:
         raise PeftLabError(f"A card has between 1 and {LARGEST_CARD:,} GB, found {shown(given)}.")
     return Card("", size, largest_estimate(int(size * GB)))
+
+
+def _letters(name: str) -> str:
+    """Return a card's name as people also write it: "rtx4090", "A100-80GB"."""
+    return re.sub(r"[\s_-]", "", name.lower())
 
 
 def rungs(ladder: Sequence[Sequence[Any]], gpus: int) -> list[Rung]:
@@ -81,16 +90,22 @@ def first_that_fits(
     return rung, size, False
 
 
-def run_of(method: str, kind: str, chosen: Mapping[str, Any], sequence: int, gpus: int, rung: Rung) -> dict[str, Any]:
-    """Return a step as arguments of `peftlab.memory.estimate`, as `pl.train` computes it."""
+def run_of(
+    method: str, shape: Shape, chosen: Mapping[str, Any], sequence: int, gpus: int, rung: Rung
+) -> dict[str, Any]:
+    """Return a step as arguments of `peftlab.memory.estimate`, as `pl.train` computes it.
+
+    A decoder's frozen weights are in 16 bits, unless its config says that they are stored, and so loaded, in float32.
+    """
     batch, again, way = rung
-    decoder = kind == "decoder"
+    decoder = shape.kind == "decoder"
+    wide = str(shape.config.get("dtype") or shape.config.get("torch_dtype")) in ("float32", "torch.float32")
     return {
         "r": chosen.get("r"),
         "targets": targets_of(chosen),
         "batch": batch,
         "sequence": sequence,
-        "precision": "bf16" if decoder and method != "full" else "mixed",
+        "precision": "bf16" if decoder and method != "full" and (not wide or method == "qlora") else "mixed",
         "autocast": True,
         "optimizer": "adamw-fused",
         "checkpointing": again,
@@ -110,6 +125,6 @@ def peaks(shape: Shape, method: str, chosen: Mapping[str, Any], sequence: int, g
     """Return a function that estimates the peak of a step, in bytes."""
 
     def peak(rung: Rung) -> int:
-        return estimate(shape, method, **run_of(method, shape.kind, chosen, sequence, gpus, rung)).peak_bytes
+        return estimate(shape, method, **run_of(method, shape, chosen, sequence, gpus, rung)).peak_bytes
 
     return peak

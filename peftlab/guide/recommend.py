@@ -18,6 +18,7 @@ from peftlab.memory.counting.shapes import Shape, load_shape
 
 MOST = 2**40  # examples and tokens
 MOST_GPUS = 1024
+USUAL = 512  # tokens of an example
 
 
 @checked("card", "gpus", "examples", "tokens", "sequence", "four_bit")
@@ -29,7 +30,7 @@ def recommend(
     gpus: int = 1,
     examples: int | None = None,
     tokens: int | None = None,
-    sequence: int = 512,
+    sequence: int | None = None,
     serving: str = "one",
     four_bit: bool = True,
 ) -> Recommendation:
@@ -46,14 +47,14 @@ def recommend(
         card: a card by its name, as `peftlab.memory.fits` takes it, or its memory in GB. None: memory is no matter.
         gpus: how many of this card.
         examples: training examples, or instead `tokens`, the tokens of all of them.
-        sequence: tokens of the longest example.
+        sequence: tokens of the longest example. None: 512, or as many as the model takes if these are fewer.
         serving: what matters when it is used: `"one"` model, `"many"` adapters on one base, the lowest `"latency"`, or
             the smallest `"file"`.
         four_bit: whether the base may be held in four bits.
 
     Raises:
         PeftLabError: an unknown task, model, card or need (with near matches); a number that is not positive; a task
-            that this kind of model cannot do, or that no measurement is about.
+            that this kind of model cannot do, or that no measurement is about; a sequence longer than the model takes.
 
     >>> found = pl.recommend("instruction", "llama-3.1-8b", "RTX 4090", examples=5000)
     >>> found.method, found.chosen["r"], found.batch, found.checkpointing
@@ -69,15 +70,24 @@ def recommend(
     task, serving = meant("task", task), meant("serving", serving)
     one_of("four_bit", four_bit, (True, False))
     gpus = whole("gpus", gpus, least=1, ceiling=MOST_GPUS)
-    sequence = whole("sequence", sequence, least=1, ceiling=MOST)
+    sequence = whole("sequence", sequence, least=1, ceiling=MOST, optional=True)
     examples = whole("examples", examples, least=1, ceiling=MOST, optional=True)
     tokens = whole("tokens", tokens, least=1, ceiling=MOST, optional=True)
     if examples is not None and tokens is not None:
         raise PeftLabError("Give examples or tokens, not both.")
-    if tokens is not None:
-        examples = math.ceil(tokens / sequence)
     held = None if card is None else read_card(card)
     shape = load_shape(model)
+    positions = shape.config.get("max_position_embeddings")
+    most = positions if isinstance(positions, int) and positions > 0 else MOST
+    if sequence is None:
+        sequence = min(USUAL, most)
+    if tokens is not None:
+        examples = math.ceil(tokens / sequence)
+    if sequence > most:
+        raise PeftLabError(
+            f"{shape.name} has positions for {most:,} tokens, too few for {sequence:,}. Shorten the examples, or "
+            "take a model for longer ones."
+        )
     facts: Facts = {
         "task": task, "serving": serving, "kind": shape.kind, "size": shape.parameters,
         "examples": math.inf if examples is None else examples, "four_bit": bool(four_bit),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import textwrap
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any
 
 from peftlab.assets.catalogue import catalogue
 from peftlab.catalogue import METHODS
-from peftlab.checks import shown
+from peftlab.checks import checked, shown
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.guide.evidence import address, look_up
 from peftlab.guide.plan import Card, targets_of
@@ -129,7 +130,8 @@ class Recommendation:
         """Return why `peftlab train` cannot do it, or None if it can."""
         return NO_COMMAND.get(self.task) or (SEVERAL if self.gpus > 1 else None)
 
-    def command(self, data: str = "my.jsonl", out: str = "run1") -> str:
+    @checked()
+    def command(self, data: str | os.PathLike[str] = "my.jsonl", out: str | os.PathLike[str] = "run1") -> str:
         """Return the `peftlab train` line.
 
         Args:
@@ -146,7 +148,8 @@ class Recommendation:
             raise PeftLabError(reason)
         known = self.model in catalogue()
         model = self.source or (self.model if known else f"path/to/{self.model}")
-        line = ["peftlab", "train", "--model", model, "--data", data, "--out", out, "--method", self.method]
+        line = ["peftlab", "train", "--model", model, "--data", os.fspath(data), "--out", os.fspath(out)]
+        line += ["--method", self.method]
         row = METHODS[self.method]
         for name in ("r", "alpha"):
             if row.takes(name) and name in self.chosen:
@@ -252,13 +255,15 @@ class Recommendation:
         book that shows it.
 
         Args:
-            setting: such as `"method"`, `"r"` or `"learning_rate"`.
+            setting: such as `"method"`, `"r"` or `"learning_rate"`, or as the table calls it: `"rank"`.
 
         Raises:
             PeftLabError: nothing was decided about such a setting (with near matches).
         """
         known = {name: reason for reason in self.reasons for name in reason.settings}
-        if setting is not None and setting not in known:
+        if isinstance(setting, str):
+            setting = {spoken(name): name for name in known}.get(setting, setting)
+        if setting is not None and (not isinstance(setting, str) or setting not in known):
             near = did_you_mean(str(setting), known)
             raise PeftLabError(f"No reason is about {shown(setting)}.{near} There are: {', '.join(known)}.")
         lines = []

@@ -6,9 +6,11 @@ price and the power are the reader's own.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from peftlab.checks import checked, number, whole
+from peftlab.errors import PeftLabError
 
 HOUR = 3600  # seconds
 
@@ -56,7 +58,7 @@ def run_cost(
         `hours`, `gpu_hours`, `kwh`, `money`; the last two are None without watts and without a price.
 
     Raises:
-        PeftLabError: an argument is not a number above zero (`price` may be zero).
+        PeftLabError: an argument is not a number above zero (`price` may be zero), or the cost is no number any more.
 
     >>> pl.run_cost(100e6, 5000, watts=700, price=2.0)
     RunCost(hours=5.55..., gpu_hours=5.55..., kwh=3.88..., money=11.11...)
@@ -68,4 +70,9 @@ def run_cost(
     price = number("price", price, least=0, optional=True)
     hours = tokens / rate / HOUR
     paid = hours * gpus
-    return RunCost(hours, paid, None if watts is None else paid * watts / 1000, None if price is None else paid * price)
+    found = RunCost(
+        hours, paid, None if watts is None else paid * watts / 1000, None if price is None else paid * price
+    )
+    if any(value is not None and math.isinf(value) for value in found):
+        raise PeftLabError(f"No run costs so much ({paid:g} GPU hours); look at tokens, their rate and the price.")
+    return found

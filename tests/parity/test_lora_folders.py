@@ -135,6 +135,18 @@ def test_a_resized_vocabulary_is_refused_with_a_reason(tmp_path):
         pl.load_adapter(base("llama"), tmp_path)
 
 
+@pytest.mark.parametrize("settings", [{"target_modules": ["embed_tokens"]},
+                                      {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}])  # fmt: skip
+def test_an_adapter_that_ties_the_head_is_refused_with_a_reason(settings, tmp_path):
+    config = peft.LoraConfig(r=3, ensure_weight_tying=True, **settings)
+    theirs = peft.get_peft_model(base("llama-tied"), config)
+    for parameter in theirs.parameters():
+        parameter.data += 0.1 * parameter.requires_grad  # as after training
+    peft_save(theirs, tmp_path)
+    with pytest.raises(pl.PeftLabError, match="ensure_weight_tying=True.*Load it with Hugging Face peft"):
+        pl.load_adapter(base("llama-tied"), tmp_path)
+
+
 def test_scaled_embeddings(tmp_path):
     """Gemma multiplies what it looks up; forward, peft and merging must agree on where the update stands."""
     torch.manual_seed(0)

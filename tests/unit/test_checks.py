@@ -6,8 +6,9 @@ from fractions import Fraction
 
 import numpy
 import pytest
+import torch
 
-from peftlab.checks import check_fields, number, one_of, whole
+from peftlab.checks import check_fields, checked, number, one_of, whole
 from peftlab.errors import PeftLabError
 
 
@@ -92,3 +93,26 @@ def test_a_field_keeps_the_plain_value():
 def test_no_number_is_infinite(value):
     with pytest.raises(PeftLabError, match="weight must be a finite number, found"):
         number("weight", value)
+
+
+def test_a_tensor_or_an_array_without_axes_is_its_number():
+    for three in (numpy.array(3), torch.tensor(3), torch.tensor(3, requires_grad=False), numpy.int64(3)):
+        found = whole("r", three, least=1)
+        assert found == 3 and type(found) is int
+    assert number("x", torch.tensor(0.5, dtype=torch.bfloat16)) == 0.5
+    for none in (torch.tensor(True), torch.tensor(float("nan")), torch.ones(1), numpy.array("3"), numpy.array(1j),
+                 torch.tensor(3, device="meta")):  # fmt: skip
+        with pytest.raises(PeftLabError, match="x must be a"):
+            number("x", none)
+
+
+def test_a_checked_function_gets_the_number_of_a_tensor():
+    assert taken(torch.tensor(4), rate=numpy.array(0.5)) == (4, 0.5, int, float)
+    for wrong in ({"count": torch.tensor(0.5)}, {"count": torch.ones(2)}, {"count": 1, "rate": torch.tensor(True)}):
+        with pytest.raises(PeftLabError, match="must be a"):
+            taken(**wrong)
+
+
+@checked()
+def taken(count: int, rate: float = 1.0):
+    return count, rate, type(count), type(rate)

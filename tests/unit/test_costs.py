@@ -18,3 +18,9 @@ def test_what_is_no_cost(wrong):
     (name,) = wrong
     with pytest.raises(PeftLabError, match=f"{name} must be"):
         pl.run_cost(**{"tokens": 1e6, "tokens_per_second": 1000, **wrong})
+
+
+def test_a_cost_that_is_no_number_any_more_is_refused():
+    for tokens, rate, more in ((1e308, 1e-300, {}), (1e300, 1, {"watts": 1e300}), (1e300, 1, {"price": 1e300})):
+        with pytest.raises(PeftLabError, match="No run costs so much"):
+            pl.run_cost(tokens, rate, **more)

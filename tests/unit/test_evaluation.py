@@ -273,3 +273,73 @@ def test_every_interval_holds_its_value():
     for right, total in itertools.product(range(0, 6), [6]):
         value, low, high = intervals.binomial_interval(right, total)
         assert 0 <= low <= value <= high <= 1
+
+
+# ------------------------------------------------------------------------------------------------- odd values of a kind
+
+
+def test_tables_tensors_and_columns_are_lists_of_their_values():
+    pandas = pytest.importorskip("pandas")
+    rows = [[1, 0, 1, 1], [1, 1, 0, 1], [0, 1, 1, 1]]
+    wanted = intervals.mean_interval(rows)
+    tensors = [[torch.tensor(value) for value in row] for row in rows]
+    for given in (numpy.array(rows), torch.tensor(rows), torch.tensor(rows, dtype=torch.bfloat16), tensors,
+                  pandas.DataFrame(rows, columns=list("dcba")), [numpy.array(row) for row in rows]):  # fmt: skip
+        assert intervals.mean_interval(given) == wanted
+    one = [1, 0, 1]
+    for given in (pandas.Series(one, index=[7, 8, 9]), [torch.tensor(value) for value in one], tuple(one)):
+        assert comparisons.mcnemar(given, [0, 0, 0]) == comparisons.mcnemar(one, [0, 0, 0])
+    more = {"score": "chrf", "samples": 10}
+    told = comparisons.paired_bootstrap(TEXTS, RIGHT, RIGHT, **more)
+    assert comparisons.paired_bootstrap(numpy.array(TEXTS), RIGHT, pandas.Series(RIGHT), **more) == told
+
+
+@pytest.mark.parametrize("given", [
+    numpy.array(3), torch.tensor(1.0), {1, 0}, {"a": 1}, "101", None, 3, [10**400, 1], [1e300, 0], [float("nan"), 1],
+    [None, 1], ["1", "0"], [1j, 0], [[1], [0]], numpy.array([1, "a"], dtype=object), [numpy.float32("inf"), 1], [],
+])  # fmt: skip
+def test_what_is_no_list_of_numbers_is_refused(given):
+    for ask in (comparisons.adjust_p_values, intervals.mean_interval, lambda x: comparisons.mcnemar(x, [1, 0]),
+                lambda x: comparisons.paired_bootstrap([1, 0], x, samples=10)):  # fmt: skip
+        with pytest.raises(PeftLabError) as error:
+            ask(given)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("references", [[1, 2], [None, "a"], [[], ["a"]], [["a"], [1]], [float("nan"), "a"], 3, "ab"])
+def test_references_that_are_no_texts_are_refused(references):
+    with pytest.raises(PeftLabError, match="references|texts"):
+        comparisons.paired_bootstrap(["a", "b"], ["a", "c"], references, score="bleu", samples=10)
+
+
+def test_one_item_is_no_sample():
+    """Drawn again, one item is always itself: the interval would have no width and p would be 1 / samples."""
+    with pytest.raises(PeftLabError, match="two or more"):
+        comparisons.paired_bootstrap([2.0], [1.0])
+
+
+def test_a_class_that_is_none_is_refused():
+    for wrong in ([float("nan"), 1], [[1], [0]]):
+        with pytest.raises(PeftLabError, match="NaN is no class|must be numbers or texts"):
+            scores.macro_f1(wrong, [1, 0])
+
+
+def test_ends_of_what_a_confidence_and_a_total_may_be():
+    wide = intervals.binomial_interval(2, 10, confidence=0.9999999999999999)
+    assert 0 <= wide.low < 0.01 and wide.high > 0.9
+    assert intervals.mean_interval([1.0, 2.0, 3.0], confidence=0.9999999999999999).half_width > 1e6
+    for right, total in ((1, 10**400), (10**300, 10**301)):
+        with pytest.raises(PeftLabError, match="total"):
+            intervals.binomial_interval(right, total)
+        with pytest.raises(PeftLabError, match="total_2"):
+            comparisons.two_proportion_test(1, 2, right, total)
+
+
+def test_intervals_over_three_seeds_hold_the_truth():
+    """Of 300 tables with known effects of seeds and items, about 95% of the intervals hold the true mean."""
+    draws, held = numpy.random.default_rng(0), 0
+    for _ in range(300):
+        seeds, items = 0.3 * draws.standard_normal((3, 1)), draws.standard_normal((1, 20))
+        found = intervals.mean_interval(seeds + items + draws.standard_normal((3, 20)))
+        held += found.low <= 0 <= found.high
+    assert 0.92 <= held / 300 <= 0.99

@@ -9,9 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import portable
 import pytest
 import tiny
+import torch
 from peftlab_book import guide
 
 import peftlab as pl
@@ -163,7 +165,8 @@ def test_every_combination_is_answered_whole_or_refused(no_replay):
 def test_a_rule_that_no_question_reaches_is_found(no_replay):
     """Each rule decides or says something for some question."""
     reached = set()
-    for task, model, serving in itertools.product(TASKS, ("smollm2-135m", "llama-2-7b", "minilm", "t5-base"), NEEDS):
+    models = ("smollm2-135m", "llama-2-7b", "minilm", "bert-base", "t5-base")
+    for task, model, serving in itertools.product(TASKS, models, NEEDS):
         for card, examples, gpus in ((6, None, 1), ("T4", 200, 1), ("H200", None, 2)):
             try:
                 found = pl.recommend(task, model, card, serving=serving, examples=examples, gpus=gpus)
@@ -293,6 +296,78 @@ def test_a_mistake_is_one_clear_line(given, told):
     with pytest.raises(pl.PeftLabError) as error:
         pl.recommend(**({"task": "style", "model": "smollm2-135m"} | given))
     assert told in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("given", "told"), [
+    ({"card": "A100"}, "Did you mean 'A100 40GB' or 'A100 80GB'"), ({"card": "cpu"}, "Without a GPU leave the card"),
+    ({"card": torch.tensor(float("nan"))}, "Unknown card"), ({"card": True}, "Unknown card"),
+    ({"model": "x" * 5000}, "Unknown shape"), ({"model": "a\0b"}, "model must be"),
+    ({"model": "llama-2-7b", "sequence": 32768}, "positions for 4,096 tokens, too few for 32,768"),
+    ({"gpus": 100_000}, "at most 1,024"), ({"examples": torch.tensor(0.5)}, "positive whole number"),
+    ({"examples": math.nan}, "positive whole number"), ({"gpus": True}, "positive whole number"),
+])  # fmt: skip
+def test_other_mistakes_are_one_clear_line_too(given, told):
+    with pytest.raises(pl.PeftLabError) as error:
+        pl.recommend(**({"task": "style", "model": "smollm2-135m"} | given))
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_model_for_short_texts_gets_short_ones():
+    short = {**BUILT_IN["smollm2-135m"], "max_position_embeddings": 64}
+    assert pl.recommend("style", short).sequence == 64
+    assert "--max-length 64" in pl.recommend("style", short).command()
+
+
+def test_a_card_as_people_write_it(no_replay):
+    wanted = pl.recommend("style", "llama-3.2-1b", "RTX 4090")
+    for name in ("rtx4090", "RTX-4090", " rtx_4090 "):
+        assert pl.recommend("style", "llama-3.2-1b", name) == wanted
+    for size in (24, 24.0, "24 GB", torch.tensor(24), numpy.array(24.0), numpy.float32(24)):
+        assert pl.recommend("style", "llama-3.2-1b", size).card.gigabytes == 24
+
+
+def test_arguments_of_the_answer(no_replay):
+    found = pl.recommend("style", "llama-3.2-1b")
+    assert found.why("rank") == found.why("r")  # as the table calls it
+    assert found.command(Path("my data.jsonl")) == found.command("my data.jsonl")
+    for wrong in ([], {}, 3, b"r", True, math.nan):
+        with pytest.raises(pl.PeftLabError):
+            found.why(wrong)
+        with pytest.raises(pl.PeftLabError, match="data must be"):
+            found.command(wrong)
+    with pytest.raises(pl.PeftLabError, match="data must be"):
+        found.command(None)
+
+
+def test_rates_are_not_those_of_much_smaller_models(no_replay):
+    """A rate that a model of 23 million parameters likes breaks one of 355 million, and DPO's are lower than others."""
+    for task, model, most in (
+        ("classification", "bert-base", 1e-3),
+        ("classification", "roberta-large", 1e-3),
+        ("instruction", "t5-base", 1e-3),
+        ("dpo", "smollm2-135m", 1e-4),
+        ("rl", "llama-2-7b", 1e-4),
+        ("style", "qwen2.5-0.5b", 1e-3),
+    ):
+        for serving in NEEDS:
+            found = pl.recommend(task, model, "T4", serving=serving, examples=3000)
+            assert found.method == "lokr" or found.chosen["learning_rate"] <= most, (task, model, serving)
+    assert pl.recommend("classification", "minilm").chosen["learning_rate"] == 3e-3
+
+
+def test_a_hundred_labels_are_seen_more_than_once(no_replay):
+    for model in ("minilm", "llama-3.2-1b", "t5-base"):
+        assert pl.recommend("classification", model, examples=100).chosen["epochs"] == 8
+        assert pl.recommend("classification", model, examples=5000).chosen["epochs"] == 1
+
+
+def test_weights_that_are_stored_in_float32_take_their_room():
+    """`peftlab train` loads weights as they are stored."""
+    config = {**BUILT_IN["llama-3.2-1b"]}
+    narrow, wide = (pl.recommend("style", {**config, key: dtype}, 24, serving="many").peak_bytes
+                    for key, dtype in (("dtype", "bfloat16"), ("torch_dtype", "float32")))  # fmt: skip
+    parameters = pl.memory.load_shape("llama-3.2-1b").parameters
+    assert wide - narrow >= 2 * parameters  # the weights, and what flows between the layers
 
 
 def test_tokens_stand_for_examples(no_replay):

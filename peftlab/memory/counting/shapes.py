@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peftlab import patterns
-from peftlab.checks import checked, whole
+from peftlab.checks import checked, shown, whole
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.counting.builtin import BUILT_IN
 from peftlab.memory.counting.config import MOST_SIZE, Config
@@ -231,6 +231,8 @@ def load_shape(shape: str | os.PathLike[str] | dict[str, Any] | Shape, labels: i
     if name.lower() in BUILT_IN:
         return _from_config(BUILT_IN[name.lower()], name.lower(), labels)
     path = Path(name).expanduser()
+    if len(name) > 1000 or "\0" in name:  # no path; asking the system about it fails
+        raise PeftLabError(f"Unknown shape {shown(name)}; it is neither a built-in name nor a config.json.")
     if path.is_dir() and name:
         path = path / "config.json"
         if not path.is_file():
