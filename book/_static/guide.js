@@ -84,6 +84,7 @@
   // The answer as Recommendation.to_dict() gives it, or {error: why there is none}
   function recommend({ task, model, card, examples, sequence, serving, four_bit }) {
     const shape = data.shapes[model];
+    if (shape.too_long[sequence]) return { error: shape.too_long[sequence] };
     if (shape.refused[task]) return { error: shape.refused[task] };
     const peaks = data.peaks[model][sequence];
     const held = readCard(card);

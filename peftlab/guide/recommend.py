@@ -77,17 +77,12 @@ def recommend(
         raise PeftLabError("Give examples or tokens, not both.")
     held = None if card is None else read_card(card)
     shape = load_shape(model)
-    positions = shape.config.get("max_position_embeddings")
-    most = positions if isinstance(positions, int) and positions > 0 else MOST
     if sequence is None:
-        sequence = min(USUAL, most)
+        sequence = min(USUAL, positions_of(shape))
     if tokens is not None:
         examples = math.ceil(tokens / sequence)
-    if sequence > most:
-        raise PeftLabError(
-            f"{shape.name} has positions for {most:,} tokens, too few for {sequence:,}. Shorten the examples, or "
-            "take a model for longer ones."
-        )
+    if longer := too_long(shape, sequence):
+        raise PeftLabError(longer)
     facts: Facts = {
         "task": task, "serving": serving, "kind": shape.kind, "size": shape.parameters,
         "examples": math.inf if examples is None else examples, "four_bit": bool(four_bit),
@@ -163,6 +158,23 @@ def _path_of(model: Any) -> str | None:
         return None
     path = Path(model)
     return str(path.parent if path.suffix == ".json" else path)
+
+
+def positions_of(shape: Shape) -> int:
+    """Return for how many tokens a model has positions; MOST where its config sets no limit."""
+    positions = shape.config.get("max_position_embeddings")
+    return positions if isinstance(positions, int) and positions > 0 else MOST
+
+
+def too_long(shape: Shape, sequence: int) -> str | None:
+    """Return why a model cannot read an example of so many tokens, or None."""
+    most = positions_of(shape)
+    if sequence <= most:
+        return None
+    return (
+        f"{shape.name} has positions for {most:,} tokens, too few for {sequence:,}. Shorten the examples, or "
+        "take a model for longer ones."
+    )
 
 
 def impossible(shape: Shape, task: str) -> str:

@@ -32,11 +32,12 @@ def test_it_starts_as_make_starts_it_without_the_paths_that_the_tests_have():
 
 def test_every_chapter_runs_with_its_own_extras_and_the_fewest_come_first():
     found = other_versions.by_extras()
-    assert list(found) == [("notebooks",), ("notebooks", "gpu")]
+    assert list(found) == [("notebooks",), ("notebooks", "gpu"), ("notebooks", "evaluation")]
     assert sorted(path for paths in found.values() for path in paths) == sorted(
         (other_versions.ROOT / "book").glob("*.ipynb")
     )
     assert [path.stem for path in found["notebooks", "gpu"]] == ["03_qlora_nf4"]
+    assert [path.stem for path in found["notebooks", "evaluation"]] == ["08_choosing"]
 
 
 def test_what_passed_is_written_down(tmp_path, monkeypatch):

@@ -85,9 +85,9 @@ TEXTS = {"predictions": ["a"], "references": ["a"]}
 RIGHT = {
     **{name: dict for name, value in PUBLIC.items() if hasattr(value, "peft_type")},
     **dict.fromkeys((
-        "figures.adapter_places", "figures.families", "figures.styled", "figures.use_style", "measurements.topics",
-        "notebook.quiet", "quantization.dynamic_map", "show_source", "widgets.lora_stepper", "widgets.lora_calculator",
-        "widgets.memory_calculator", "AdapterCallback",
+        "figures.adapter_places", "figures.choice", "figures.families", "figures.styled", "figures.use_style",
+        "measurements.topics", "notebook.quiet", "quantization.dynamic_map", "show_source", "widgets.lora_stepper",
+        "widgets.lora_calculator", "widgets.memory_calculator", "AdapterCallback",
     ), dict),
     **{name: lambda: TWO for name in ("accuracy", "macro_f1")},
     **{name: lambda: TEXTS for name in ("exact_match", "token_f1", "bleu", "chrf")},

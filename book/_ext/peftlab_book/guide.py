@@ -14,7 +14,7 @@ from peftlab.assets.catalogue import catalogue
 from peftlab.errors import PeftLabError
 from peftlab.guide import plan, recommendation, rules, times
 from peftlab.guide.evidence import look_up
-from peftlab.guide.recommend import impossible
+from peftlab.guide.recommend import impossible, too_long
 from peftlab.memory import BUILT_IN, cards, load_shape
 
 PEAKS = Path(__file__).with_name("guide_peaks.json")
@@ -93,7 +93,8 @@ def embedded(place=lambda page: (page, page)):
     return {
         "tasks": [word._asdict() for word in tasks],
         "serving": [word._asdict() for word in rules.words("serving")],
-        "shapes": {name: {"kind": shape.kind, "size": shape.parameters, "refused": refused(shape, tasks)}
+        "shapes": {name: {"kind": shape.kind, "size": shape.parameters, "refused": refused(shape, tasks),
+                          "too_long": {n: longer for n in SEQUENCES if (longer := too_long(shape, n))}}
                    for name, shape in shapes.items()},
         "fetched": [name for name in catalogue() if name in shapes],
         "cards": {name: {"gb": size, "room": cards.card_bytes(name)} for name, size in cards.CARDS.items()},
