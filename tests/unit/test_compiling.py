@@ -1,11 +1,14 @@
 """train(compile="layers"): one compilation for each length, the same result, and nothing left on the model."""
 
 import itertools
+import os
 import random
+from unittest import mock
 
 import pytest
 import tiny
 import torch
+from children import Child, one_worker
 from torch import nn
 from transformers import (
     BertConfig,
@@ -190,19 +193,34 @@ def test_no_more_shapes_than_there_is_room_for(compilations, monkeypatch):
     assert {shape[1] for graph in compilations for shape in graph if len(shape) == 3} == {4, 5}
 
 
-def test_a_compiler_that_fails_is_told_of_and_the_run_goes_on(compilations, monkeypatch):
+def with_a_failing_compiler():
+    """Train with a compiler that fails. Return what the history says, and whether the run is the uncompiled one."""
+
     def backend(graph, inputs):
         raise RuntimeError("no such kernel")
 
+    os.environ.pop("TORCHDYNAMO_DISABLE", None)
     expected, values = trained(net())
-    monkeypatch.setattr(compiling, "BACKEND", backend)
-    monkeypatch.setattr(compiling, "lengths_for", lambda *_, **__: ())  # padding changes what dropout draws
-    with pytest.warns(UserWarning, match="compile='layers' compiles nothing.*no such kernel"):
+    with (
+        mock.patch.object(compiling, "BACKEND", backend),
+        mock.patch.object(compiling, "lengths_for", lambda *_, **__: ()),  # padding changes what dropout draws
+        torch._dynamo.config.patch(disable=False),
+        pytest.warns(UserWarning, match="compile='layers' compiles nothing.*no such kernel"),
+    ):
         history, found = trained(model := net(), compile="layers")
-    assert "no such kernel" in history.compiled and history.compiled.startswith("nothing: BackendCompilerFailed")
-    assert history == expected
-    assert all(torch.equal(found[name], value) for name, value in values.items())
-    assert clean(model)
+    equal = all(torch.equal(found[name], value) for name, value in values.items())
+    return history.compiled, history == expected, equal, clean(model)
+
+
+@one_worker
+def test_a_compiler_that_fails_is_told_of_and_the_run_goes_on():
+    """In a process of its own: after a failure torch goes on running each Python function of the process its own way.
+
+    Arguments then live longer, by which the memory replay counts up to 0.8% more.
+    """
+    compiled, *same = Child(with_a_failing_compiler).result()
+    assert "no such kernel" in compiled and compiled.startswith("nothing: BackendCompilerFailed")
+    assert same == [True, True, True]
 
 
 def test_a_model_without_blocks_is_told_of():

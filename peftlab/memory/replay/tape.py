@@ -11,6 +11,10 @@ The rules are those of PyTorch's autograd engine:
 - A node releases what it kept as soon as it has run.
 - A second gradient for the same tensor is added in place if nothing else refers to the first.
 - A parameter takes over its gradient without a copy.
+
+So the count rests on CPython, which hands an argument over to the function that it calls. A debugger that evaluates
+frames itself, or a torch.compile that failed in the same process, makes the caller keep it until the call returns. Of
+309 estimates the largest was then 0.8% higher.
 """
 
 from __future__ import annotations
