@@ -24,8 +24,8 @@ from peftlab.kit.measurements import Results
 
 ERRORS = 2  # half the width of an interval, in errors
 SEEN = ERRORS + 0.84  # a difference of so many errors is seen in four of five repeats
-# What is read of a row: its number, the variance of the mean over its questions, and the number of each question
-Read = Callable[[Mapping[str, Any]], tuple[float, float, list[float]]]
+# What is read of a row: its number, how many questions it is a share of (0: it is no share), and that of each question
+Read = Callable[[Mapping[str, Any]], tuple[float, int, list[float]]]
 
 
 class Difference(NamedTuple):
@@ -55,12 +55,11 @@ def read_share(entry: Mapping[str, Any]) -> Read:
     """Return what reads the share of right answers of a row: the column `right`, of `of` or of `items` questions."""
     right, of, items = entry.get("right", "right"), entry.get("of"), entry.get("items", 0)
 
-    def read(row: Mapping[str, Any]) -> tuple[float, float, list[float]]:
-        share = row[right] / row[of] if of else row[right]
-        n = row[of or items] if of or isinstance(items, str) else items
+    def read(row: Mapping[str, Any]) -> tuple[float, int, list[float]]:
         answers = row.get("answers")  # "1101": what became of each question. In some files it is a number
         kept = [float(one) for one in answers] if isinstance(answers, str) else []
-        return share, max(share * (1 - share), 0.0) / n, kept
+        n = row[of or items] if of or isinstance(items, str) else items
+        return row[right] / row[of] if of else row[right], n, kept
 
     return read
 
@@ -68,11 +67,11 @@ def read_share(entry: Mapping[str, Any]) -> Read:
 def read_loss(column: str) -> Read:
     """Return what reads a loss of a row, and that of each text: its nats, per token of a text of mean length."""
 
-    def read(row: Mapping[str, Any]) -> tuple[float, float, list[float]]:
+    def read(row: Mapping[str, Any]) -> tuple[float, int, list[float]]:
         if "nats" not in row:
-            return row[column], 0.0, []
+            return row[column], 0, []
         length = statistics.fmean(map(float, row["tokens"].split()))
-        return row[column], 0.0, [float(nats) / length for nats in row["nats"].split()]
+        return row[column], 0, [float(nats) / length for nats in row["nats"].split()]
 
     return read
 
@@ -85,11 +84,16 @@ def difference(one: Results, other: Results, read: Read) -> Difference:
         gaps = [x - y for x, y in zip(_each(a), _each(b), strict=True)]
         questions = statistics.variance(gaps) / len(gaps)
     else:
-        questions = sum(statistics.fmean(variance for _, variance, _ in group) for group in (a, b))
+        questions = sum(_of_a_share(p, min(n for _, n, _ in group)) for p, group in ((a_mean, a), (b_mean, b)))
     return Difference(a_mean, b_mean, math.sqrt(questions + a_seeds + b_seeds))
 
 
-def _each(group: list[tuple[float, float, list[float]]]) -> list[float]:
+def _of_a_share(p: float, n: int) -> float:
+    """Return the variance of a share of n questions; 0 where there are none."""
+    return max(p * (1 - p), 0.0) / n if n else 0.0
+
+
+def _each(group: list[tuple[float, int, list[float]]]) -> list[float]:
     """Return the number of each question, the mean over the rows."""
     return [statistics.fmean(values) for values in zip(*(kept for _, _, kept in group), strict=True)]
 

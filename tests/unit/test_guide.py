@@ -65,7 +65,7 @@ def test_a_rule_has_a_name_of_its_own():
     ("lora-in-a-field", 1, {"a": {"variant": ["prefix", "IA3"]}}),  # a prefix learned more
     ("rank-for-much-that-is-new", 2, {"sees": 0.01}),
     ("rank-for-much-that-is-new", 1, {"claim": "not lower", "sees": 0.001}),
-    ("everywhere", 4, {"a": {"targets": "gate_proj,up_proj,down_proj"}}),  # equal rows are not apart
+    ("everywhere", 5, {"a": {"targets": "gate_proj,up_proj,down_proj"}}),  # equal rows are not apart
     ("four-bits", 1, {"most": 0.3}),
     ("ship-model", 0, {"least": 5}),
     ("half-precision", 0, {"claim": "slower"}),
@@ -123,10 +123,10 @@ def made(tmp_path, monkeypatch):
 
 
 def test_the_interval_of_two_shares_by_hand(made):
-    """p = 0.9 and 0.8 of 100 questions; two seeds of the first, 0.88 and 0.92, which have p (1 - p) of their own."""
+    """p = 0.9 and 0.8 of 100 questions; two seeds of the first, 0.88 and 0.92."""
     rows = [{"method": "a", "right": 88, "of": 100}, {"method": "a", "right": 92, "of": 100},
             {"method": "b", "right": 80, "of": 100}]  # fmt: skip
-    one = math.sqrt((0.88 * 0.12 + 0.92 * 0.08) / 2 / 100 + 0.0008 / 2 + 0.8 * 0.2 / 100)
+    one = math.sqrt(0.9 * 0.1 / 100 + 0.0008 / 2 + 0.8 * 0.2 / 100)
     found = made(rows, check="shares", of="of", claim="same", sees=100 * 2.85 * one)
     interval = f"({100 * (0.1 - 2 * one):+.1f} to {100 * (0.1 + 2 * one):+.1f})"
     assert found.holds and found.at == "made-1b"
