@@ -281,7 +281,8 @@ class Recommendation:
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        return f"{self.table()}\n\nWhy\n{self.why()}\nThe sections are at {address('PAGE#SECTION')}"
+        places = f"The sections are at {address('PAGE#SECTION')}\nThe words are explained at {address('appendix_glossary')}"
+        return f"{self.table()}\n\nWhy\n{self.why()}\n{places}"
 
 
 def words_of_targets(chosen: Mapping[str, Any]) -> str:

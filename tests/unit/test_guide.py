@@ -58,7 +58,7 @@ def test_a_rule_has_a_name_of_its_own():
 @pytest.mark.parametrize(("name", "entry", "change"), [
     ("small-full", 0, {"claim": "same", "sees": 50}),  # full fine-tuning was better, so "same" is false
     ("small-full", 0, {"claim": "fewer"}),
-    ("small-full", 1, {"sees": 3}),  # "same", but the rows could not have seen three points
+    ("small-full", 1, {"sees": 3}),  # "same", but a difference of three points could not have been seen
     ("lora-writes", 0, {"claim": "not more", "sees": 50}),
     ("lora-writes", 2, {"sees": 6}),  # one of the eight could not have been seen to be six points better
     ("lora-in-a-field", 0, {"claim": "higher"}),
@@ -228,7 +228,8 @@ def test_a_rule_that_no_question_reaches_is_found(no_replay):
     for task, model, serving in itertools.product(TASKS, models, NEEDS):
         for card, examples, gpus in ((6, None, 1), ("T4", 200, 1), ("H200", None, 2)):
             try:
-                found = pl.recommend(task, model, card, serving=serving, examples=examples, gpus=gpus)
+                more = {"serving": serving, "examples": examples, "gpus": gpus, "four_bit": gpus == 1}
+                found = pl.recommend(task, model, card, **more)
             except pl.PeftLabError:
                 continue
             reached |= {reason.because for reason in found.reasons} | set(found.more) | set(found.traps)
