@@ -45,7 +45,7 @@ VALUE = re.compile(r"(?P<text>[^ \n\t(\[*|<>\"]*)<!--=(?P<name>[\w-]+)-->")
 LINK = re.compile(
     r"(?:\[(?P<text>[^\]]*)\]\((?P<url>[^)\s]*)\))?<!--@(?P<kind>cite|cite-t|see|title|eq|page) (?P<target>[\w-]+)-->"
 )
-MADE = re.compile(r"\[(?P<text>[^\]]*)\]\([^)\s]*\)<!--@made (?P<name>[\w-]+)(?P<body>(?:\n(?!-->)(?:(?!-->).)*)*)\n?-->")
+MADE = re.compile(r"\[(?P<text>[^\]]*)\]\([^)\s]*\)<!--@made (?P<name>[\w-]+)(?P<body>(?:\n(?:(?!-->).)+)*)\n?-->")
 ANSWER = "<!--@answer-->"
 SENTENCE_END = re.compile(r"(?<=[.?!])(?:\*\*)?\s+")
 HEADING = re.compile(r"^(?P<level>#{1,3}) (?:\d+(?:\.\d+)* )?(?P<title>\S.*)$", re.MULTILINE)

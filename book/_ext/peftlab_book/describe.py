@@ -15,7 +15,7 @@ SHORTEST, LONGEST = 50, 160  # characters of a description: what a search shows 
 # pages that Sphinx makes, and the one for what is not found
 MADE = {
     "genindex": "The index of PEFT Lab: every term of its glossary, in alphabetical order, with a link to the entry.",
-    "search": "Search PEFT Lab, a book on parameter-efficient fine-tuning: its chapters, claims, questions and glossary.",
+    "search": "Search PEFT Lab, a book on parameter-efficient fine-tuning: chapters, claims, questions, glossary.",
     "404": "PEFT Lab has no page at this address. Search the book, or go on from one of its main pages.",
 }
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)

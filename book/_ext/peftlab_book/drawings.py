@@ -1,7 +1,7 @@
 """The drawings of the front page: what training costs, one small drawing for each card, and the picture for links.
 
-The docstring of a card's drawing is its description for readers who cannot see it. Grey is frozen and orange is trained, as in
-all drawings of the book.
+The docstring of a card's drawing is its description for readers who cannot see it. Grey is frozen and orange is
+trained, as in all drawings of the book.
 """
 
 from __future__ import annotations
@@ -48,8 +48,14 @@ class Cost:
     def parts(self) -> dict[str, float]:
         """The bytes of each role at the peak."""
         e = self.estimated
-        return {"weights": e.weights, "adapter": e.adapter, "gradients": e.gradients, "optimiser": e.optimizer,
-                "activations": e.activations, "workspace": e.logits + e.workspace}
+        return {
+            "weights": e.weights,
+            "adapter": e.adapter,
+            "gradients": e.gradients,
+            "optimiser": e.optimizer,
+            "activations": e.activations,
+            "workspace": e.logits + e.workspace,
+        }
 
 
 def costs() -> dict[str, Cost]:
@@ -85,8 +91,11 @@ def cost(found: Mapping[str, Cost]) -> list[Shape]:
         real = place(row.measured / GB)
         shapes.append(Line([(real, y - 5), (real, y + BAR + 5)], "#1a1a1a", 3))
         shapes.append(Words(RIGHT, y - 8, f"{row.measured / GB:.1f} GB", 19, bold=True, anchor="end"))
-    return shapes + names(found["full"], FIRST + BAR + 18) + [
-        Words(LEFT, COST[1] - 6, "bars: predicted; upright marks: measured on a GPU", 16, ink=INK)]
+    return (
+        shapes
+        + names(found["full"], FIRST + BAR + 18)
+        + [Words(LEFT, COST[1] - 6, "bars: predicted; upright marks: measured on a GPU", 16, ink=INK)]
+    )
 
 
 def names(row: Cost, y: float) -> list[Shape]:
@@ -116,10 +125,12 @@ def told(found: Mapping[str, Cost]) -> str:
     peaks = ", ".join(f"{row.name} {row.measured / GB:.1f} GB" for row in found.values())
     parts = found["full"].parts
     share = parts["optimiser"] / sum(parts.values())
-    return (f"Three bars of memory for one training step of Llama-2-7B, each with a mark where a GPU was measured: {peaks}. "
-            f"Of full fine-tuning {share:.0%} is the optimiser's. A dashed line at {HOLDS} GB shows a common card: "
-            f"{' and '.join(row.name for row in found.values() if row.measured < HOLDS * GB)} fit it. "
-            "Beside the bars stands the model, orange where it is trained and grey where it is frozen.")
+    return (
+        f"Three bars of memory for one training step of Llama-2-7B, each with a mark at what a GPU took: {peaks}. "
+        f"Of full fine-tuning {share:.0%} is the optimiser's. A dashed line at {HOLDS} GB shows a common card: "
+        f"{' and '.join(row.name for row in found.values() if row.measured < HOLDS * GB)} fit it. "
+        "Beside the bars stands the model, orange where it is trained and grey where it is frozen."
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the cards' drawings
@@ -133,8 +144,13 @@ def full() -> list[Shape]:
 
 def lora() -> list[Shape]:
     """A large grey square, and beside it a thin tall and a thin wide orange bar."""
-    return [Box(22, 14, 56, 56, FROZEN), Box(100, 14, 10, 56, TRAINED), Box(116, 14, 34, 10, TRAINED),
-            Line([(85, 42), (93, 42)], width=2), Line([(89, 38), (89, 46)], width=2)]
+    return [
+        Box(22, 14, 56, 56, FROZEN),
+        Box(100, 14, 10, 56, TRAINED),
+        Box(116, 14, 34, 10, TRAINED),
+        Line([(85, 42), (93, 42)], width=2),
+        Line([(89, 38), (89, 46)], width=2),
+    ]
 
 
 def qlora() -> list[Shape]:
@@ -142,8 +158,13 @@ def qlora() -> list[Shape]:
     greys = [f"#{v:02x}{v + 4:02x}{v + 9:02x}" for v in (238, 226, 214, 201, 188, 176, 164, 152)]
     order = (3, 0, 5, 2, 6, 1, 4, 7, 2, 4, 1, 6, 0, 3, 7, 5)
     cells = [Box(22 + 14 * (i % 4), 14 + 14 * (i // 4), 14, 14, greys[k], round=0) for i, k in enumerate(order)]
-    return [*cells, Box(100, 14, 10, 56, TRAINED), Box(116, 14, 34, 10, TRAINED),
-            Line([(85, 42), (93, 42)], width=2), Line([(89, 38), (89, 46)], width=2)]
+    return [
+        *cells,
+        Box(100, 14, 10, 56, TRAINED),
+        Box(116, 14, 34, 10, TRAINED),
+        Line([(85, 42), (93, 42)], width=2),
+        Line([(89, 38), (89, 46)], width=2),
+    ]
 
 
 def prompts() -> list[Shape]:
@@ -155,8 +176,12 @@ def prompts() -> list[Shape]:
 def adapters() -> list[Shape]:
     """An orange funnel, narrow in its middle, between two grey layers."""
     funnel = [(58, 32), (102, 32), (87, 42), (102, 52), (58, 52), (73, 42), (58, 32)]
-    return [Line([(80, 4), (80, 80)], width=2), Box(50, 10, 60, 16, FROZEN), Line(funnel, INK, 1.2, fill=TRAINED),
-            Box(50, 58, 60, 16, FROZEN)]
+    return [
+        Line([(80, 4), (80, 80)], width=2),
+        Box(50, 10, 60, 16, FROZEN),
+        Line(funnel, INK, 1.2, fill=TRAINED),
+        Box(50, 58, 60, 16, FROZEN),
+    ]
 
 
 def scales() -> list[Shape]:
@@ -168,14 +193,22 @@ def scales() -> list[Shape]:
 
 def family() -> list[Shape]:
     """A small drawing of LoRA, and below it two variants: one with a vector more, one with parts taken away."""
+
     def member(x: float, y: float) -> list[Shape]:
-        return [Box(x, y, 22, 22, FROZEN, round=2), Box(x + 26, y, 5, 22, TRAINED, round=1),
-                Box(x + 34, y, 12, 5, TRAINED, round=1)]
+        return [
+            Box(x, y, 22, 22, FROZEN, round=2),
+            Box(x + 26, y, 5, 22, TRAINED, round=1),
+            Box(x + 34, y, 12, 5, TRAINED, round=1),
+        ]
 
     vector = [Box(13, 52, 5, 22, TRAINED, round=1), *member(22, 52)]
-    pruned = [Box(100, 52, 22, 22, FROZEN, round=2), Box(126, 52, 5, 22, TRAINED, round=1),
-              Box(133, 52, 5, 22, "none", round=1), Box(143, 52, 12, 5, TRAINED, round=1),
-              Box(143, 59, 12, 5, "none", round=1)]
+    pruned = [
+        Box(100, 52, 22, 22, FROZEN, round=2),
+        Box(126, 52, 5, 22, TRAINED, round=1),
+        Box(133, 52, 5, 22, "none", round=1),
+        Box(143, 52, 12, 5, TRAINED, round=1),
+        Box(143, 59, 12, 5, "none", round=1),
+    ]
     forks = [Line([(80, 34), (80, 42), (44, 42), (44, 47)]), Line([(80, 42), (122, 42), (122, 47)])]
     return [*member(58, 8), *forks, *vector, *pruned]
 
@@ -185,8 +218,12 @@ def choosing() -> list[Shape]:
     rows = [(20, 52, 96, 76, TRAINED), (42, 40, 104, 66, FROZEN), (64, 72, 138, 112, FROZEN)]
     shapes: list[Shape] = [Line([(80, 8), (80, 78)], dashed=True)]
     for y, low, high, middle, fill in rows:
-        shapes += [Line([(low, y), (high, y)], width=2), Line([(low, y - 4), (low, y + 4)], width=2),
-                   Line([(high, y - 4), (high, y + 4)], width=2), Dot(middle, y, 5, fill)]
+        shapes += [
+            Line([(low, y), (high, y)], width=2),
+            Line([(low, y - 4), (low, y + 4)], width=2),
+            Line([(high, y - 4), (high, y + 4)], width=2),
+            Dot(middle, y, 5, fill),
+        ]
     return shapes
 
 
@@ -232,7 +269,8 @@ def fork() -> list[Shape]:
     ways = [Line([(44, 42), (66, 42), (66, y), (84, y)], width=2 if y == 42 else 1.4) for y in (16, 42, 68)]
     ends = [Box(112, y - 9, 36, 18, TRAINED if y == 42 else FROZEN) for y in (16, 42, 68)]
     more = [Line([(96, y), (112, y)], width=2 if y == 42 else 1.4) for y in (16, 42, 68)]
-    return [Box(12, 30, 32, 24, "#ffffff", INK, 5), *ways, *more, *[Dot(90, y, 6, "#ffffff") for y in (16, 42, 68)], *ends]
+    questions = [Dot(90, y, 6, "#ffffff") for y in (16, 42, 68)]
+    return [Box(12, 30, 32, 24, "#ffffff", INK, 5), *ways, *more, *questions, *ends]
 
 
 CARDS: dict[str, Callable[[], list[Shape]]] = {
@@ -253,8 +291,13 @@ def preview(title: str, lines: list[str]) -> bytes:
     figure = Figure(figsize=(PREVIEW[0] / dots, PREVIEW[1] / dots), dpi=dots, facecolor="white")
     left = figure.add_axes((0, 0, 1, 1), xlim=(0, PREVIEW[0]), ylim=(PREVIEW[1], 0))
     left.axis("off")
-    for shape in (Box(0, 0, 14, PREVIEW[1], TRAINED, "none", 0), Box(70, 96, 74, 74, FROZEN),
-                  Box(152, 96, 14, 74, TRAINED), Box(174, 96, 14, 74, TRAINED), Words(70, 262, title, 84, bold=True)):
+    for shape in (
+        Box(0, 0, 14, PREVIEW[1], TRAINED, "none", 0),
+        Box(70, 96, 74, 74, FROZEN),
+        Box(152, 96, 14, 74, TRAINED),
+        Box(174, 96, 14, 74, TRAINED),
+        Words(70, 262, title, 84, bold=True),
+    ):
         shape.draw(left)
     for number, line in enumerate(lines):
         Words(70, 330 + 46 * number, line, 32, ink=INK).draw(left)

@@ -50,7 +50,10 @@ class Cards(FactsDirective):
             self.env.note_dependency(str(folder / f"{page}.md"))
             title, texts = describe.title(page, folder), [describe.description(page, folder)]
             if page == "appendix_claims":
-                texts.append("Of {} claims {} are right, {} are half right and {} are wrong.".format(
-                    sum(counts := drawings.verdict_counts()), *counts))
+                texts.append(
+                    "Of {} claims {} are right, {} are half right and {} are wrong.".format(
+                        sum(counts := drawings.verdict_counts()), *counts
+                    )
+                )
         item += self.parsed("\n\n".join([f"{{doc}}`{title} </{BOOK}/{page}>`", *texts]))
         return item

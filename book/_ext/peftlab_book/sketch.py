@@ -33,8 +33,17 @@ class Box:
 
     def draw(self, axes: Axes) -> None:
         style = f"round,pad=0,rounding_size={min(self.round, self.width / 2, self.height / 2)}"
-        axes.add_patch(FancyBboxPatch((self.x, self.y), self.width, self.height, boxstyle=style, linewidth=1.2,
-                                      facecolor=self.fill, edgecolor=self.ink))
+        axes.add_patch(
+            FancyBboxPatch(
+                (self.x, self.y),
+                self.width,
+                self.height,
+                boxstyle=style,
+                linewidth=1.2,
+                facecolor=self.fill,
+                edgecolor=self.ink,
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -48,14 +57,21 @@ class Line:
     def svg(self) -> str:
         points = " ".join(f"{x:g},{y:g}" for x, y in self.points)
         dashes = ' stroke-dasharray="5 4"' if self.dashed else ""
-        return (f'<polyline points="{points}" fill="{self.fill}" stroke="{self.ink}" stroke-width="{self.width:g}"'
-                f' stroke-linecap="round" stroke-linejoin="round"{dashes}/>')
+        return (
+            f'<polyline points="{points}" fill="{self.fill}" stroke="{self.ink}" stroke-width="{self.width:g}"'
+            f' stroke-linecap="round" stroke-linejoin="round"{dashes}/>'
+        )
 
     def draw(self, axes: Axes) -> None:
         if self.fill != "none":
             axes.add_patch(Polygon(list(self.points), facecolor=self.fill, edgecolor="none"))
-        axes.plot(*zip(*self.points, strict=True), color=self.ink, linewidth=self.width,
-                  linestyle=(0, (4, 3)) if self.dashed else "-", solid_capstyle="round")
+        axes.plot(
+            *zip(*self.points, strict=True),
+            color=self.ink,
+            linewidth=self.width,
+            linestyle=(0, (4, 3)) if self.dashed else "-",
+            solid_capstyle="round",
+        )
 
 
 @dataclass(frozen=True)
@@ -71,8 +87,9 @@ class Dot:
         return f'<circle {place} fill="{self.fill}" stroke="{self.ink}" stroke-width="1.2"/>'
 
     def draw(self, axes: Axes) -> None:
-        axes.plot([self.x], [self.y], "o", markersize=2 * self.radius, color=self.fill, markeredgecolor=self.ink,
-                  zorder=3)
+        axes.plot(
+            [self.x], [self.y], "o", markersize=2 * self.radius, color=self.fill, markeredgecolor=self.ink, zorder=3
+        )
 
 
 @dataclass(frozen=True)
@@ -87,13 +104,23 @@ class Words:
 
     def svg(self) -> str:
         weight = ' font-weight="700"' if self.bold else ""
-        return (f'<text x="{self.x:g}" y="{self.y:g}" font-size="{self.size:g}" text-anchor="{self.anchor}"'
-                f'{weight} fill="{self.ink}">{html.escape(self.text)}</text>')
+        return (
+            f'<text x="{self.x:g}" y="{self.y:g}" font-size="{self.size:g}" text-anchor="{self.anchor}"'
+            f'{weight} fill="{self.ink}">{html.escape(self.text)}</text>'
+        )
 
     def draw(self, axes: Axes) -> None:
         place = {"start": "left", "middle": "center", "end": "right"}[self.anchor]
-        axes.text(self.x, self.y, self.text, fontsize=0.72 * self.size, ha=place, va="baseline", color=self.ink,
-                  fontweight="bold" if self.bold else "normal")
+        axes.text(
+            self.x,
+            self.y,
+            self.text,
+            fontsize=0.72 * self.size,
+            ha=place,
+            va="baseline",
+            color=self.ink,
+            fontweight="bold" if self.bold else "normal",
+        )
 
 
 Shape = Box | Line | Dot | Words
