@@ -26,7 +26,7 @@ LINK = re.compile(r'(?<=\s)(?P<name>href|src|action|data-content_root)="(?!#|/|[
 LOST = """
 <section id="not-found">
 <h1>This page is not here</h1>
-<p>The address may be old, or it has a slip in it. Search the book, or go on from one of these pages.</p>
+<p>The address may be old or mistyped. Search the book, or go on from one of these pages.</p>
 <form class="front-search" role="search" action="search.html" method="get">
 <label for="lost-search">Search the book</label>
 <span><input type="search" id="lost-search" name="q" autocomplete="off"><button type="submit">Search</button></span>
@@ -89,8 +89,9 @@ def describe_page(app, pagename, templatename, context, doctree) -> None:
     context["metatags"] = (context.get("metatags") or "") + tags(pagename, title, description, base)
     if base:
         context["pageurl"] = None if pagename == MISSING else address(base, pagename)
-    if pagename in ("index", MISSING):  # the cards are contents enough
+    if pagename in ("index", MISSING):  # the cards are contents enough: no column beside them, and no button for it
         context["meta"] = {**(context.get("meta") or {}), "html_theme.sidebar_secondary.remove": "true"}
+        context["generate_toc_html"] = lambda *_, **__: ""
 
 
 def missing_page(app):

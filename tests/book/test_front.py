@@ -62,6 +62,11 @@ def test_a_card_for_each_chapter_and_for_what_answers_at_once(front, site):
         assert card["title"] and all(card["texts"])
 
 
+def test_no_button_leads_to_a_list_of_contents_that_is_not_there(front, lost):
+    for page in (front, lost):
+        assert page.evaluate("document.querySelectorAll('.secondary-toggle').length") == 0
+
+
 def words(text: str) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]*>", "", text)).split())
 

@@ -89,7 +89,7 @@ def cost(found: Mapping[str, Cost]) -> list[Shape]:
                 shapes.append(Box(at, y, width, BAR, ROLES[role], round=0))
             at += width
         real = place(row.measured / GB)
-        shapes.append(Line([(real, y - 5), (real, y + BAR + 5)], "#1a1a1a", 3))
+        shapes.append(Line([(real, y - 3), (real, y + BAR + 6)], "#1a1a1a", 3))
         shapes.append(Words(RIGHT, y - 8, f"{row.measured / GB:.1f} GB", 19, bold=True, anchor="end"))
     return (
         shapes
@@ -104,7 +104,7 @@ def names(row: Cost, y: float) -> list[Shape]:
     for role, size in row.parts.items():
         width = (RIGHT - LEFT) * size / GB / MOST
         if role in spoken:
-            shapes.append(Words(at + 3, y, spoken[role], 16, ink=INK))
+            shapes.append(Words(at + 1, y, spoken[role], 15, ink=INK))
         at += width
     return shapes
 
