@@ -281,9 +281,8 @@ class Recommendation:
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        places = (
-            f"The sections are at {address('PAGE#SECTION')}\nThe words are explained at {address('appendix_glossary')}"
-        )
+        words = f"The words are explained at {address('appendix_glossary')}"
+        places = f"The sections are at {address('PAGE#SECTION')}\n{words}"
         return f"{self.table()}\n\nWhy\n{self.why()}\n{places}"
 
 
