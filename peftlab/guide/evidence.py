@@ -55,7 +55,8 @@ class Finding(NamedTuple):
         source: the results file, its section, and the condition on all rows.
         groups: the further conditions on the rows that are compared: {"a": {...}, "b": {...}}.
         page: the section of the book that shows it, `"02_lora#sec-lora-sweep"`.
-        at: the model that was measured, such as `"SmolLM2-135M"`.
+        at: the model that was measured, such as `"smollm2-135m"`.
+        scores: whether scores, losses or best rates are compared, and not memory or time.
     """
 
     holds: bool
@@ -64,11 +65,12 @@ class Finding(NamedTuple):
     groups: dict[str, dict[str, Any]]
     page: str
     at: str
+    scores: bool
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a reason shows of it."""
         told = {"text": self.text, "source": self.source, "groups": self.groups}
-        return {**told, "page": self.page, "url": self.url, "at": self.at}
+        return {**told, "page": self.page, "url": self.url, "at": self.at, "scores": self.scores}
 
     @property
     def url(self) -> str:
@@ -115,7 +117,8 @@ def look_up(entry: Mapping[str, Any]) -> Finding:
     source = f"{entry['results']}, {rows.get('section', 'all sections')}, {at}"
     source += f": {', '.join(told)}" if told else ""
     text = f"{words}: {numbers}" if words else numbers
-    return Finding(holds, text, source, {name: _conditions(entry[name]) for name in groups}, entry["shown"], at)
+    told_groups = {name: _conditions(entry[name]) for name in groups}
+    return Finding(holds, text, source, told_groups, entry["shown"], at, check not in ("ratio", "times"))
 
 
 def measured_at(entry: Mapping[str, Any], groups: Mapping[str, Results]) -> str:

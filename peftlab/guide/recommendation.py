@@ -30,6 +30,7 @@ SEVERAL = "peftlab train runs on one GPU: with several, use FSDP2 or the Trainer
 TARGETS = {"all-linear": "all linear layers", "query-value": "queries and values"}
 WAYS = {"ddp": "; each GPU holds a whole copy (DDP)", "fsdp": "; the GPUs share the weights (FSDP)"}
 SPOKEN = {"r": "rank", "ladder": "batch", "ship": "afterwards", "rates": "range", "update": "examples in an update"}
+UNSCORED = "no scores were measured"
 NOTHING_ATTACHED = "full fine-tuning attaches nothing: train the model as it is, with peftlab train --method full."
 PRECISIONS = {"bf16": "computed in bf16", "fp16": "computed in fp16 with a scaled loss"}
 
@@ -96,8 +97,9 @@ class Recommendation:
 
     @property
     def measured_on(self) -> tuple[str, ...]:
-        """The models on which the method's evidence was measured."""
-        return tuple(dict.fromkeys(look_up(entry).at for entry in self.reasons[0].evidence))
+        """The models whose scores speak for the method. Empty if none was scored."""
+        found = map(look_up, self.reasons[0].evidence)
+        return tuple(dict.fromkeys(one.at for one in found if one.scores))
 
     @property
     def steps(self) -> int | None:
@@ -205,7 +207,7 @@ class Recommendation:
             ("model", f"{self.model}, {format_count(self.parameters)} parameters"),
             ("card", self._cards()),
             ("method", self.method),
-            ("measured on", "; ".join(self.measured_on)),
+            ("measured on", "; ".join(self.measured_on) or UNSCORED),
         ]
         if "r" in chosen:
             rows += [("rank", f"{chosen['r']}, alpha {plain(chosen['alpha'])}"), ("targets", words_of_targets(chosen))]
