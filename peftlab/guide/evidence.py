@@ -197,7 +197,8 @@ def _differences(entry: Mapping[str, Any], groups: Mapping[str, Results], read: 
     a_name, _ = _names(entry)
     if column := entry.get("each"):
         values = list(dict.fromkeys(groups["a"].column(column)))
-        each = {f"the best of {len(values)}, {value},": groups["a"].where(**{column: value}) for value in values}
+        what = "rank " if column == "r" else ""
+        each = {f"the best of {len(values)}, {what}{value},": groups["a"].where(**{column: value}) for value in values}
     else:
         each = {a_name: groups["a"]}
     return {name: difference(rows, groups["b"], read) for name, rows in each.items()}
@@ -237,7 +238,7 @@ def _apart(entry: Mapping[str, Any], measured: Results, groups: Mapping[str, Res
 
 WORDS = {
     "adapter_bytes": "file", "file_bytes": "file", "peak_bytes": "peak memory", "trainable": "numbers that train",
-    "stored": "bits stored",
+    "right": "right answers", "busy_seconds": "seconds in which the GPU worked",
 }  # fmt: skip
 
 
