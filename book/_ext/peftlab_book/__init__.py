@@ -7,12 +7,14 @@ sees it raw. Only the first takes a body, which says after which section an exer
     {facts-glossary}  the terms of all chapters; {term}`LoRA` refers to one
     {questions}       interview questions with folded answers, and an index of them by theme
     {guide}, {guide-table}, {guide-rules}   the decision guide (guide_page.py)
+    {calculator}      the memory calculator that runs in the page (calculator_page.py)
     {measurements}    every results file with its provenance and the command that repeats it
 
 A fault in a facts or results file is a warning with the file's name, so a build with -W fails. Links to sections are
 ordinary references, which Sphinx checks.
 """
 
+from peftlab_book.calculator_page import Calculator, write_archive
 from peftlab_book.directives import (
     ClaimsTable,
     ExerciseTable,
@@ -24,6 +26,7 @@ from peftlab_book.guide_page import Guide, GuideRules, GuideTable
 
 
 def setup(app):
+    app.add_directive("calculator", Calculator)
     app.add_directive("claims-table", ClaimsTable)
     app.add_directive("exercise-table", ExerciseTable)
     app.add_directive("facts-glossary", FactsGlossary)
@@ -32,4 +35,5 @@ def setup(app):
     app.add_directive("guide-rules", GuideRules)
     app.add_directive("questions", Questions)
     app.add_directive("measurements", Measurements)
+    app.connect("build-finished", write_archive)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
