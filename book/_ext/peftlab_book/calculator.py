@@ -19,7 +19,7 @@ from peftlab.memory.replay.tape import KINDS
 PACKAGE = Path(peftlab.__file__).parent
 ANSWERS = Path(__file__).with_name("calculator_answers.py")
 ARCHIVE = "_static/peftlab-memory.zip"
-COUNTED = ("pyodide.asm.wasm.gzip", "python_stdlib.zip", "pyodide-lock.json")  # files that the worker counts as they come
+COUNTED = ("pyodide.asm.wasm.gzip", "python_stdlib.zip", "pyodide-lock.json")  # what the worker counts as it comes
 DATE = (1980, 1, 1, 0, 0, 0)  # of every file, so that two builds give the same archive
 
 NAMES = {

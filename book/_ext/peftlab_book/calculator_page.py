@@ -33,8 +33,11 @@ class Calculator(FactsDirective):
         sizes = {path.name: path.stat().st_size for path in PYTHON.iterdir() if path.name != "LICENSE"}
         data = calculator.as_json(calculator.embedded({name: sizes[name] for name in calculator.COUNTED}))
         script = f'<script type="application/json" id="calc-data">{data}</script>'
-        parts = ['<link rel="stylesheet" href="../_static/calculator.css">', '<div id="calc">', form(), answer(sum(sizes.values())),
-                 script, "</div>", '<script defer src="../_static/calculator.js"></script>']  # fmt: skip
+        parts = [
+            '<link rel="stylesheet" href="../_static/calculator.css">', '<div id="calc">', form(),
+            answer(sum(sizes.values())), script, "</div>",
+            '<script defer src="../_static/calculator.js"></script>',
+        ]  # fmt: skip
         return [nodes.raw("", "\n".join(parts), format="html")]
 
 
