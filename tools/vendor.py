@@ -30,8 +30,8 @@ MATHJAX_EXTENSIONS = [
     "textmacros", "unicode", "upgreek", "verb",
 ]  # fmt: skip
 
-# Python compiled to WebAssembly, its glue and its standard library. The first is a third as large when it is packed; the
-# page unpacks it. Its name does not end in .gz, because with some servers the browser would have unpacked it already.
+# Python compiled to WebAssembly, its glue and its standard library. Packed, the first is a third as large; the page
+# unpacks it. Its name does not end in .gz, because with some servers the browser would have unpacked it already.
 PYODIDE = {
     "pyodide.asm.wasm": "pyodide.asm.wasm.gzip",
     **{name: name for name in ("pyodide.mjs", "pyodide.asm.mjs", "python_stdlib.zip", "pyodide-lock.json")},
