@@ -12,13 +12,13 @@ import argparse
 import base64
 import io
 import json
-import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pikepdf
+from archive import announce, write
 from paper import ROOT, Paper, page_names, plain_name, project
 
 SITE = ROOT / "_build" / "html"
@@ -109,14 +109,6 @@ def make_pdf(browser: Browser, site: Path, names: list[str]) -> bytes:
     return finished(data, paper.title)
 
 
-def write(path: Path, data: bytes) -> None:
-    """Write a file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".partial")
-    part.write_bytes(data)
-    os.replace(part, path)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pages", nargs="*", help="names of pages, such as 05_adapters; without any, the whole book")
@@ -147,6 +139,7 @@ def main() -> int:
     except BrowserError as error:
         print(f"pdf: {error}", file=sys.stderr)
         return 1
+    announce(SITE)
     print(f"pdf: printed in {time.monotonic() - started:.0f} s; open {(SITE / 'pdf' / page).relative_to(ROOT)}.pdf")
     return 0
 
