@@ -124,11 +124,18 @@ class Paper:
 
     @property
     def title(self) -> str:
-        book = "PEFT Lab"
-        return book if len(self.names) > 1 else f"{self.heading(self.names[0])} - {book}"
+        page, book = self.heading(self.names[0]), "PEFT Lab"
+        return book if len(self.names) > 1 or page == book else f"{page} - {book}"
 
     def heading(self, name: str) -> str:
         return text_of(self.articles[name].find("h1"))
+
+    def headings(self) -> list[str]:
+        """The text of every heading of the document, in order: the titles of the outline."""
+        front = ["Contents"] if len(self.names) > 1 else []
+        return front + [
+            text_of(h) for article in self.articles.values() for h in article.select("h1, h2, h3, h4, h5, h6")
+        ]
 
     def contents(self) -> list[tuple[int, str, str]]:
         """(level, text, id) of every heading that the contents list."""
