@@ -18,8 +18,9 @@ from peftlab import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 CSS = ROOT / "tools" / "print.css"
-# what has no place on paper; a page may name more of it by the class only-screen
-SCREEN = "script, style, button, noscript, .headerlink, .only-screen, #guide-result"
+# what has no place on paper, and what becomes a sentence there
+SCREEN = "script, style, link, button, noscript, [hidden], .headerlink"
+INTERACTIVE = "form, .only-screen"
 
 
 def project() -> dict:
@@ -78,8 +79,8 @@ class Paper:
 
     def _for_paper(self, name: str, article: Tag) -> None:
         """Leave out what only a screen can do, and open what is folded."""
-        for form in article.select("form"):
-            form.replace_with(said("The form works on the site: ", f"{self.address}{name}.html"))
+        for part in [part for part in article.select(INTERACTIVE) if not part.find_parent(class_="only-screen")]:
+            part.replace_with(said("On the site a form stands here, which answers at once: ", f"{self.address}{name}.html"))
         for tag in article.select(SCREEN):
             tag.decompose()
         for fold in article.select("details"):

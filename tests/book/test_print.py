@@ -36,8 +36,8 @@ class Source:
     def __init__(self, name: str):
         text = (print_book.SITE / f"{name}.html").read_text(encoding="utf-8")
         article = BeautifulSoup(text, "lxml").select_one("article.bd-article")
-        for mark in article.select(".headerlink"):
-            mark.decompose()
+        for part in article.select(f"{paper.SCREEN}, {paper.INTERACTIVE}"):
+            part.decompose()
         headings = article.select("h1, h2, h3, h4, h5, h6")
         self.headings = [(int(heading.name[1]), " ".join(heading.get_text().split())) for heading in headings]
         self.images = len(article.select("img"))
