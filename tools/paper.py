@@ -80,7 +80,8 @@ class Paper:
     def _for_paper(self, name: str, article: Tag) -> None:
         """Leave out what only a screen can do, and open what is folded."""
         for part in [part for part in article.select(INTERACTIVE) if not part.find_parent(class_="only-screen")]:
-            part.replace_with(said("On the site a form stands here, which answers at once: ", f"{self.address}{name}.html"))
+            told = "On the site a form stands here, which answers at once: "
+            part.replace_with(said(told, f"{self.address}{name}.html"))
         for tag in article.select(SCREEN):
             tag.decompose()
         for fold in article.select("details"):
