@@ -1,23 +1,39 @@
 // A reference shows what it refers to, under the mouse and on keyboard focus: a section's beginning, an equation, a
-// figure, a term, a paper. The HTML comes from the page that the reference links to. Nothing is shown on touch, and a
-// page that was opened as a file keeps plain links. tests/book/test_preview.py opens some.
+// figure, a term, a paper. The HTML comes from _static/pages, which has the text of each page as a script: a page that was
+// opened as a file may load scripts, but may not fetch. Nothing is shown on touch, and what cannot be loaded stays a
+// plain link. tests/book/test_preview.py opens some.
 "use strict";
 
 (function () {
-  if (!location.protocol.startsWith("http")) return;
   const LINKS = "a.reference.internal[href*='#'], a.reference.external";
-  const BIBLIOGRAPHY = (document.documentElement.dataset.content_root || "./") + "book/appendix_bibliography.html";
+  const ROOT = new URL(document.documentElement.dataset.content_root || "./", location.href).href;
+  const BIBLIOGRAPHY = "book/appendix_bibliography";
   const DELAY = 150; // milliseconds, so that a mouse on its way opens nothing, and can move into the preview
   const ENOUGH = 400; // characters of a section
-  const pages = new Map(); // promises of documents, by address
+  const pages = new Map(); // promises of documents, by the page's name
+  const arrived = new Map(); // what to do with the text of a page that was asked for
   const previews = new Map(); // promises of elements, by the link's address
   let timer, link, shown; // the link whose preview is wanted, and the preview that is seen
 
-  function read(address) {
-    const parse = (text) => new DOMParser().parseFromString(text, "text/html");
-    const load = () => fetch(address).then((answer) => (answer.ok ? answer.text().then(parse) : null));
-    if (!pages.has(address)) pages.set(address, load());
-    return pages.get(address);
+  // what the scripts call
+  window.peftlabPage = (name, html) => arrived.get(name)?.(new DOMParser().parseFromString(html, "text/html"));
+
+  function read(name) {
+    if (!pages.has(name)) {
+      pages.set(name, new Promise((resolve) => {
+        arrived.set(name, resolve);
+        const script = document.createElement("script");
+        script.src = `${ROOT}_static/pages/${name}.js`;
+        script.addEventListener("error", () => resolve(null));
+        document.head.append(script);
+      }));
+    }
+    return pages.get(name);
+  }
+
+  // "book/02_lora" for an address in the site
+  function nameOf(address) {
+    return address.href.startsWith(ROOT) ? address.href.slice(ROOT.length).match(/^(.+)\.html/)?.[1] : undefined;
   }
 
   function beginning(section) {
@@ -41,7 +57,7 @@
 
   function partsOf(page, address) {
     const sameAddress = (a) => decodeURI(a.href) === decodeURI(address.href);
-    const target = address.origin === location.origin
+    const target = nameOf(address)
       ? page.getElementById(decodeURIComponent(address.hash.slice(1)))
       : [...page.querySelectorAll(".citation a[href]")].find(sameAddress)?.closest(".citation");
     if (!target) return [];
@@ -66,9 +82,9 @@
   }
 
   async function make(address) {
-    const inside = address.origin === location.origin;
-    const source = inside ? address.href.split("#")[0] : new URL(BIBLIOGRAPHY, location.href).href;
-    const page = await read(source);
+    const name = nameOf(address) || BIBLIOGRAPHY;
+    const source = `${ROOT}${name}.html`;
+    const page = await read(name);
     const parts = page ? partsOf(page, address) : [];
     if (!parts.length) return null;
     const preview = document.createElement("div");

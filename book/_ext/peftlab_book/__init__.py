@@ -5,6 +5,7 @@ sees it raw. Only the first takes a body, which says after which section an exer
     {exercise-table}  exercises with their levels and minutes
     {claims-table}    claims in circulation: verdict, what is so, the section that shows it
     {facts-glossary}  the terms of all chapters; {term}`LoRA` refers to one
+    {equations}       the names of the numbered equations
     {questions}       interview questions with folded answers, and an index of them by theme
     {guide}, {guide-table}, {guide-rules}   the decision guide (guide_page.py)
     {measurements}    every results file with its provenance and the command that repeats it
@@ -15,6 +16,7 @@ ordinary references, which Sphinx checks.
 
 from peftlab_book.directives import (
     ClaimsTable,
+    Equations,
     ExerciseTable,
     FactsGlossary,
     Measurements,
@@ -25,6 +27,7 @@ from peftlab_book.guide_page import Guide, GuideRules, GuideTable
 
 def setup(app):
     app.add_directive("claims-table", ClaimsTable)
+    app.add_directive("equations", Equations)
     app.add_directive("exercise-table", ExerciseTable)
     app.add_directive("facts-glossary", FactsGlossary)
     app.add_directive("guide", Guide)
