@@ -17,9 +17,13 @@ help:  ## list what make can do
 book: setup fetch  ## render the book into _build/html, from the stored outputs; a warning is an error
 	@$(BIN)/python tools/build_book.py
 
+pdf: book  ## the whole book as one PDF, and each page as its own, into _build/html/pdf (needs Chromium)
+	@$(BIN)/python tools/print_book.py
+	@$(BIN)/python -m pytest tests/book/test_print.py -m printed -q
+
 test: setup fetch  ## everything: lint, unit and parity tests, every notebook, the rendered book in a browser
 	@$(BIN)/ruff check .
-	@$(BIN)/python -m pytest tests -m "not gpu and not kills" $(PARALLEL)
+	@$(BIN)/python -m pytest tests -m "not gpu and not kills and not printed" $(PARALLEL)
 
 test-newest: setup fetch  ## every notebook, unit and parity tests with the newest releases, in an environment of its own
 	@$(BIN)/python tools/other_versions.py newest
@@ -74,4 +78,4 @@ $(VENV)/.lab: $(INSTALLED)
 	@sh tools/setup.sh test,lab
 	@touch $@
 
-.PHONY: help book test test-newest test-colab check kills mutants test-gpu lab refresh prose fetch screenshot constraints clean setup
+.PHONY: help book pdf test test-newest test-colab check kills mutants test-gpu lab refresh prose fetch screenshot constraints clean setup

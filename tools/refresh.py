@@ -32,7 +32,7 @@ import portable  # noqa: E402
 from peftlab.kit import figures  # noqa: E402
 from peftlab.kit.figures.style import png  # noqa: E402
 
-PAGES = [*sorted(BOOK.glob("*.md")), ROOT / "README.md"]
+PAGES = [ROOT / "index.md", *sorted(BOOK.glob("*.md")), ROOT / "README.md"]
 DRAWING = re.compile(r"\]\((_static/drawing_([a-z0-9-]+)\.png)\)")
 HUNG_SECONDS = 3600  # ends a cell that hangs, not one that is slow
 

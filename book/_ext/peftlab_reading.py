@@ -1,4 +1,4 @@
-"""What a reader of the rendered site gets beyond the text: links to the glossary, a search that knows names, light pages.
+"""What a reader of the site gets beyond the text: links to the glossary, a search that knows names, light pages.
 
 A term that another chapter explains is a link to the glossary where a page uses it first; _static/preview.js shows the
 entry under the mouse and on keyboard focus. The search finds terms and equations by their names. When the pages are
@@ -32,7 +32,8 @@ THEME = '<script data-cfasync="false">'
 # The theme's first script fails where a browser refuses to keep anything; there it gets a store that forgets.
 FORGETFUL = """<script>
     try { localStorage.length; } catch { Object.defineProperty(window, "localStorage", { value: {
-      kept: new Map(), getItem(key) { return this.kept.get(key) ?? null; }, setItem(key, value) { this.kept.set(key, value); },
+      kept: new Map(), getItem(key) { return this.kept.get(key) ?? null; },
+      setItem(key, value) { this.kept.set(key, value); },
       removeItem(key) { this.kept.delete(key); },
     } }); }
   </script>
@@ -60,11 +61,13 @@ class LinkTerms(SphinxPostTransform):
         if not names:
             return
         # a name in small letters may begin a sentence; any may stand in the plural
-        forms = [f"[{name[0].upper()}{name[0]}]{re.escape(name[1:])}" if name.islower() else re.escape(name) for name in names]
+        forms = [re.escape(name) for name in names]
+        forms = [f"[{form[0].upper()}{form[0]}]{form[1:]}" if form.islower() else form for form in forms]
         pattern = re.compile(rf"(?<![\w-])(?:{'|'.join(f'({form})' for form in forms)})s?(?![\w+-])")
         glossary = self.app.builder.get_relative_uri(page, GLOSSARY)
         linked = set()
-        for text in [node for p in self.document.findall(nodes.paragraph) for node in p if isinstance(node, nodes.Text)]:
+        paragraphs = self.document.findall(nodes.paragraph)
+        for text in [node for paragraph in paragraphs for node in paragraph if isinstance(node, nodes.Text)]:
             pieces, end = [], 0
             for found in pattern.finditer(text):
                 name = names[found.lastindex - 1]
@@ -88,7 +91,8 @@ def name_places(app) -> None:
     def feed_with_names(self, docname, filename, title, doctree):
         feed(self, docname, filename, title, doctree)
         if docname == GLOSSARY:
-            named = [(name, anchor) for (kind, name), (_, anchor) in app.env.get_domain("std").objects.items() if kind == "term"]
+            objects = app.env.get_domain("std").objects.items()
+            named = [(name, anchor) for (kind, name), (_, anchor) in objects if kind == "term"]
             self._all_titles[docname] = [*self._all_titles[docname], *named]
             self._index_entries[docname] = []
         places = portable.Book.read(Path(app.srcdir, "book")).places if portable.chapter_number(docname[5:]) else {}

@@ -11,6 +11,8 @@ text, which no reader sees, says where it comes from:
     [the LoRA chapter](https://...)<!--@page 02_lora-->      a page; the words are the author's
     [The table](https://...)<!--@made claims-table-->        what only the site shows, made by the directive of
                                                              this name; further lines of the comment are its body
+    LoRA trains two thin matrices.<!--@answer-->             the sentence that answers a chapter's question; the front
+                                                             page and the page's description in searches show it, too
 
 Targets are HTML anchors: `<a id="sec-lora-rank"></a>` on the line above a heading, above a displayed equation that ends
 in `\\tag{2.1}`, and in front of a caption, `<a id="fig-lora-loss"></a>**Figure 2.1.** The loss ...`, in the cell that
@@ -38,11 +40,14 @@ from pathlib import Path
 
 NO_BREAK = "\u00a0"  # between a number and its unit: a value in prose is one word, and stays on one line
 SITE = "https://peftlab.github.io/peftlab/book"
+FRONT = "index"  # the front page is the only page that lies above the folder of the book
 VALUE = re.compile(r"(?P<text>[^ \n\t(\[*|<>\"]*)<!--=(?P<name>[\w-]+)-->")
 LINK = re.compile(
     r"(?:\[(?P<text>[^\]]*)\]\((?P<url>[^)\s]*)\))?<!--@(?P<kind>cite|cite-t|see|title|eq|page) (?P<target>[\w-]+)-->"
 )
-MADE = re.compile(r"\[(?P<text>[^\]]*)\]\([^)\s]*\)<!--@made (?P<name>[\w-]+)(?P<body>(?:\n(?!-->).*)*)\n?-->")
+MADE = re.compile(r"\[(?P<text>[^\]]*)\]\([^)\s]*\)<!--@made (?P<name>[\w-]+)(?P<body>(?:\n(?:(?!-->).)+)*)\n?-->")
+ANSWER = "<!--@answer-->"
+SENTENCE_END = re.compile(r"(?<=[.?!])(?:\*\*)?\s+")
 HEADING = re.compile(r"^(?P<level>#{1,3}) (?:\d+(?:\.\d+)* )?(?P<title>\S.*)$", re.MULTILINE)
 ANCHOR = re.compile(r'<a id="(?P<label>[\w-]+)"></a>')
 TAG = re.compile(r"\\tag\{[\d.]*\}")
@@ -70,6 +75,11 @@ def chapter_number(page: str) -> int | None:
 def settings(cell: Mapping) -> dict:
     """What a cell's metadata say to this module: values, alt, tolerance."""
     return dict(cell["metadata"].get("peftlab", {}))
+
+
+def address_of(page: str) -> str:
+    """Where the site shows a page."""
+    return SITE.removesuffix("book") if page == FRONT else f"{SITE}/{page}.html"
 
 
 def text_of(source: str | list) -> str:
@@ -115,6 +125,12 @@ def titles(sources: list[str]) -> dict[str, str]:
     """The titles of a chapter's sections, without their numbers: {"sec-lora-rank": "Why a low rank is enough"}."""
     marked = re.compile(rf"{ANCHOR.pattern}\n+{HEADING.pattern.removeprefix('^')}", re.MULTILINE)
     return {found["label"]: found["title"].strip() for source in sources for found in marked.finditer(source)}
+
+
+def answers(sources: list[str]) -> list[str]:
+    """The sentences of a chapter's prose that are marked as the answer to its question, with their numbers."""
+    before = [part for source in sources for part in source.split(ANSWER)[:-1]]
+    return [SENTENCE_END.split(VALUE.sub(lambda m: m["text"], part).rsplit("\n", 1)[-1].strip())[-1] for part in before]
 
 
 def papers(bibliography: str) -> dict[str, tuple[str, str, str]]:
@@ -169,11 +185,11 @@ class Book:
         if kind == "page":
             if target not in self.pages:
                 raise ValueError(f"there is no page {target}")
-            return f"[{text or 'Chapter ' + str(chapter_number(target))}]({SITE}/{target}.html)"
+            return f"[{text or 'Chapter ' + str(chapter_number(target))}]({address_of(target)})"
         if target not in self.places:
             raise ValueError(f"nothing is marked with {target}")
         there, number = self.places[target]
-        address = f"#{target}" if there == page else f"{SITE}/{there}.html#{target}"
+        address = f"#{target}" if there == page else f"{address_of(there)}#{target}"
         if kind == "eq":
             return f"[({number})]({address})"
         what = "Figure" if target.startswith("fig-") else "Section"
@@ -192,7 +208,7 @@ class Book:
             return f"{filled}<!--@{found['kind']} {found['target']}-->"
 
         def made(found):
-            return f"[{found['text']}]({SITE}/{page}.html)<!--@made {found['name']}{found['body']}-->"
+            return f"[{found['text']}]({address_of(page)})<!--@made {found['name']}{found['body']}-->"
 
         return MADE.sub(made, LINK.sub(link, VALUE.sub(value, source)))
 
@@ -241,10 +257,10 @@ def values_of_all(notebooks) -> dict[str, str]:
 
 
 def runs(folder: Path) -> dict[str, str]:
-    """What the facts say of each chapter's run, as values: run-02-cpu, run-02-gpu, run-02-memory, run-02-t4; and run-gpu.
+    """What the facts say of each chapter's run, as values: run-02-cpu, -gpu, -memory and -t4; and run-gpu.
 
-    No chapter was timed on a T4. It is slower than the GPU that was, and what a chapter runs on a GPU takes longer on two
-    cores. So the two measured times are the bounds of an estimate.
+    No chapter was timed on a T4. It is slower than the GPU that was, and what a chapter runs on a GPU takes longer on
+    two cores. So the two measured times are the bounds of an estimate.
     """
     found = {}
     for path in sorted(folder.glob("facts/*.toml")):
@@ -252,7 +268,8 @@ def runs(folder: Path) -> dict[str, str]:
         if (number := chapter_number(path.stem)) is not None and (run := facts.get("run")):
             name = f"run-{number:02}"
             cpu = f"{run['seconds_cpu']:.0f} s"
-            found |= {f"{name}-cpu": cpu, f"{name}-memory": f"{run['memory_gb']:.1f} GB", f"{name}-t4": f"at most {cpu}"}
+            found |= {f"{name}-cpu": cpu, f"{name}-t4": f"at most {cpu}"}
+            found[f"{name}-memory"] = f"{run['memory_gb']:.1f} GB"
             if "gpu" in run:
                 gpu = f"{run['seconds_gpu']:.0f} s"
                 found |= {f"{name}-gpu": gpu, f"{name}-t4": f"{gpu} to {cpu}", "run-gpu": run["gpu"]}
@@ -351,7 +368,7 @@ def markdown_for_site(page: str, source: str) -> str:
         return f"[{found['text']}]({found['url']})"
 
     source = EQUATION.sub(lambda m: f"```{{math}}\n:label: {m['label']}\n{m['body']}\n```", source)
-    source = LINK.sub(link, VALUE.sub(lambda m: m["text"], source))
+    source = LINK.sub(link, VALUE.sub(lambda m: m["text"], source)).replace(ANSWER, "")
     source = MADE.sub(lambda m: f"```{{{m['name']}}}{m['body']}\n```", source)
     if chapter is not None and not FENCE.search(re.sub(r"```\{math\}.*?```", "", source, flags=re.DOTALL)):
         source = HEADING.sub(lambda m: f"{m['level']} {m['title']}", source)

@@ -106,7 +106,7 @@
     let best = tried[tried.length - 1];
     if (!best.fits) best = tried.reduce((a, b) => (b.peak < a.peak ? b : a));
     const { chosen } = best;
-    const accumulation = Math.max(1, Math.floor(data.update / best.batch));
+    const accumulation = Math.max(1, Math.floor(chosen.update / best.batch));
     const steps = examples === null ? null : Math.max(1, Math.ceil((chosen.epochs * examples) / (best.batch * accumulation)));
     const time = chosen.targets !== "all-linear" ? undefined : data.timed.find((one) =>
       one.card === held.name && one.shape === model && one.method === best.method && one.r === chosen.r &&
@@ -115,7 +115,8 @@
     const applied = [...decided.map(([, rule]) => rule), ...best.asides];
     const answer = {
       task, serving, model, kind: shape.kind, parameters: shape.size, card: held.name, card_gb: held.gb, gpus: 1,
-      sequence, examples, four_bit, method: best.method, r: chosen.r ?? null, alpha: chosen.alpha ?? null,
+      sequence, examples, four_bit, method: best.method,
+      measured_on: [...new Set(best.rule.evidence.map((one) => one.at))], r: chosen.r ?? null, alpha: chosen.alpha ?? null,
       targets: chosen.targets ?? null, dropout: chosen.dropout ?? null, learning_rate: chosen.learning_rate,
       rates: chosen.rates, precision: chosen.precision, batch: best.batch, accumulation, checkpointing: best.again,
       parallel: null, epochs: chosen.epochs, steps, ship: chosen.ship, fits: best.fits, peak_bytes: best.peak,
@@ -162,6 +163,7 @@
     const accumulated = answer.accumulation > 1 ? `, ${answer.accumulation} batches in an update` : "";
     return [
       ["Method", answer.method],
+      ["Measured on", answer.measured_on.join("; ")],
       ...(answer.r === null ? [] : [["Rank", `${answer.r}, alpha ${plain(answer.alpha)}`]]),
       ...(answer.targets === null ? [] : [["Targets", data.targets[answer.targets]]]),
       ["Learning rate", `${plain(answer.learning_rate)}; try ${low} to ${high}`],

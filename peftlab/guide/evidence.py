@@ -4,18 +4,17 @@ An entry of `rules.toml` names a results file, the rows that it is about, a chec
 
     shares   the shares of right answers of rows `a` and `b`: "same", "more" (a has more), "fewer" or "not more". With
              `each`, the name of a column, the claim must come out for each of its values in `a`
+    losses   the mean of a loss (`column`): "same", "lower" (a is lower), "higher" or "not lower". `each` as above
     apart    a column's values: every one of `a` is "below" every one of `b`
     ratio    the mean of a column over rows `a`, divided by that over rows `b`, lies between `least` and `most`
     times    the same for seconds, by the processes that measured both in one run: "faster" or "slower" in all of them
     rate     the learning rate with the lowest mean loss on validation data (or the `highest` score) lies between
-             `least` and `most`
+             `least` and `most`, and lower and higher rates were tried; with `edge` it is the lowest or highest of them
 
-Two shares are the "same" if zero lies within two errors of their difference. The error of a share p of n questions over
-k seeds has two parts, what other questions would change and what other seeds did:
-
-    error^2 = p (1 - p) / n + variance over the seeds / k
-
-"Same" means that no difference is seen. It does not mean that there is none, so the interval is always shown.
+`differences.py` says what the error of a difference is. Two numbers are the "same" if zero lies inside the interval of
+their difference, and "not more" and "not lower" claim as little. That says nothing if a large difference would have
+been missed, so these claims state with `sees` how large a difference their rows must be able to see. What the rows can
+see is computed. If it is more than `sees`, the claim does not come out. The answer shows it.
 """
 
 from __future__ import annotations
@@ -27,16 +26,22 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.guide.differences import Difference, Read, difference, read_loss, read_share
+from peftlab.guide.rules import content
 from peftlab.kit.measurements import Results, results
 from peftlab.memory.units import format_bytes
 
 SITE = "https://peftlab.github.io/peftlab/book"
-ERRORS = 2  # half the width of an interval, in errors
 POINTS = 100  # a share in percent
-CLAIMS = {"shares": ("same", "more", "fewer", "not more"), "apart": ("below",), "times": ("faster", "slower")}
+CLAIMS = {
+    "shares": ("same", "more", "fewer", "not more"), "losses": ("same", "lower", "higher", "not lower"),
+    "apart": ("below",), "times": ("faster", "slower"),
+}  # fmt: skip
+ABSENT = ("same", "not more", "not lower")  # claims that no difference is seen
 FIELDS = {
-    "shares": {"right", "of", "items", "each"}, "apart": {"column"}, "ratio": {"column", "least", "most"},
-    "times": {"column", "least", "most", "per"}, "rate": {"column", "highest", "least", "most"},
+    "shares": {"right", "of", "items", "each", "sees"}, "losses": {"column", "each", "sees"}, "apart": {"column"},
+    "ratio": {"column", "least", "most"}, "times": {"column", "least", "most", "per"},
+    "rate": {"column", "highest", "edge", "least", "most"},
 }  # fmt: skip
 COMMON = {"results", "rows", "a", "b", "check", "claim", "shown", "says"}
 
@@ -50,6 +55,7 @@ class Finding(NamedTuple):
         source: the results file, its section, and the condition on all rows.
         groups: the further conditions on the rows that are compared: {"a": {...}, "b": {...}}.
         page: the section of the book that shows it, `"02_lora#sec-lora-sweep"`.
+        at: the model that was measured, such as `"SmolLM2-135M"`.
     """
 
     holds: bool
@@ -57,11 +63,12 @@ class Finding(NamedTuple):
     source: str
     groups: dict[str, dict[str, Any]]
     page: str
+    at: str
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a reason shows of it."""
         told = {"text": self.text, "source": self.source, "groups": self.groups}
-        return {**told, "page": self.page, "url": self.url}
+        return {**told, "page": self.page, "url": self.url, "at": self.at}
 
     @property
     def url(self) -> str:
@@ -100,13 +107,31 @@ def look_up(entry: Mapping[str, Any]) -> Finding:
         raise PeftLabError(f"evidence {dict(entry)!r}: {fault}")
     measured = _read(entry["results"]).where(**_conditions(entry.get("rows", {})))
     groups = {name: _group(measured, entry[name]) for name in ("a", "b") if name in entry}
+    at = measured_at(entry, groups)
     holds, numbers = CHECKS[check](entry, measured, groups)
     words = entry.get("says", "")
-    told = [f"{name} {_said(value)}" for name, value in entry.get("rows", {}).items() if name != "section"]
-    source = f"{entry['results']}, {entry.get('rows', {}).get('section', 'all sections')}"
+    rows = entry.get("rows", {})
+    told = [f"{name} {_said(value)}" for name, value in rows.items() if name not in ("section", "shape")]
+    source = f"{entry['results']}, {rows.get('section', 'all sections')}, {at}"
     source += f": {', '.join(told)}" if told else ""
     text = f"{words}: {numbers}" if words else numbers
-    return Finding(holds, text, source, {name: _conditions(entry[name]) for name in groups}, entry["shown"])
+    return Finding(holds, text, source, {name: _conditions(entry[name]) for name in groups}, entry["shown"], at)
+
+
+def measured_at(entry: Mapping[str, Any], groups: Mapping[str, Results]) -> str:
+    """Return the model on which the rows of an entry were measured: their `shape`, or what `measured` says of the file.
+
+    Raises:
+        PeftLabError: neither is there, or the rows are of several shapes.
+    """
+    shapes = {row.get("shape") for rows in groups.values() for row in rows}
+    if len(shapes) == 1 and (shape := shapes.pop()):
+        return str(shape)
+    section = entry.get("rows", {}).get("section")
+    for one in content()["measured"]:
+        if one["results"] == entry["results"] and section in one.get("sections", [section]):
+            return str(one["at"])
+    raise PeftLabError(f"evidence {dict(entry)!r}: on which model was it measured? Add it to `measured` in rules.toml")
 
 
 def _fault(entry: Mapping[str, Any], check: str) -> str | None:
@@ -120,6 +145,8 @@ def _fault(entry: Mapping[str, Any], check: str) -> str | None:
         return f"the check {check} takes no {', '.join(unknown)}"
     if check in CLAIMS and entry.get("claim") not in CLAIMS[check]:
         return f"its claim is {entry.get('claim')!r}, and may be {', '.join(CLAIMS[check])}"
+    if (entry.get("claim") in ABSENT) != ("sees" in entry):
+        return f"a claim that no difference is seen ({', '.join(ABSENT)}) states what it sees, and no other does"
     if check in ("ratio", "rate") and not {"least", "most"} & entry.keys():
         return "it claims nothing: give least, most or both"
     return None
@@ -144,42 +171,54 @@ def _group(measured: Results, given: Mapping[str, Any]) -> Results:
 
 
 def _shares(entry: Mapping[str, Any], measured: Results, groups: Mapping[str, Results]) -> tuple[bool, str]:
-    a_name, b_name = _names(entry)
+    found = _differences(entry, groups, read_share(entry))
+    best = max(found, key=lambda name: found[name].a - found[name].b)
+    one = found[best]
+    told = f"{best} {one.a:.1%}, {_names(entry)[1]} {one.b:.1%} right; {POINTS * (one.a - one.b):+.1f} points"
+    told += f" ({POINTS * one.low:+.1f} to {POINTS * one.high:+.1f})"
+    return _claimed(entry, found, POINTS), told + _limit(entry, f"{POINTS * _seen(found):.1f} points")
+
+
+def _losses(entry: Mapping[str, Any], measured: Results, groups: Mapping[str, Results]) -> tuple[bool, str]:
+    column = entry["column"]
+    found = _differences(entry, groups, read_loss(column))
+    best = min(found, key=lambda name: found[name].a - found[name].b)
+    one = found[best]
+    told = f"{WORDS.get(column, column.replace('_', ' '))}: {best} {one.a:.3f}, {_names(entry)[1]} {one.b:.3f}"
+    told += f"; {one.a - one.b:+.3f} ({one.low:+.3f} to {one.high:+.3f})"
+    return _claimed(entry, found, 1), told + _limit(entry, f"{_seen(found):.3f}")
+
+
+def _differences(entry: Mapping[str, Any], groups: Mapping[str, Results], read: Read) -> dict[str, Difference]:
+    """Return the difference of `a` and `b` by the name of `a`, or that of each of its values by what is said of it."""
+    a_name, _ = _names(entry)
     if column := entry.get("each"):
-        values = dict.fromkeys(groups["a"].column(column))
-        every = {str(value): groups["a"].where(**{column: value}) for value in values}
+        values = list(dict.fromkeys(groups["a"].column(column)))
+        each = {f"the best of {len(values)}, {value},": groups["a"].where(**{column: value}) for value in values}
     else:
-        every = {a_name: groups["a"]}
-    found = {name: _difference(rows, groups["b"], entry) for name, rows in every.items()}
-    holds = all(CLAIMED[entry["claim"]](low, high) for _, _, low, high in found.values())
-    best = max(found, key=lambda name: found[name][0])
-    a, b, low, high = found[best]
-    named = f"the best of {len(found)}, {best}," if column else best
-    told = f"{named} {a:.1%}, {b_name} {b:.1%} right; {POINTS * (a - b):+.1f} points"
-    return holds, f"{told} ({POINTS * low:+.1f} to {POINTS * high:+.1f})"
+        each = {a_name: groups["a"]}
+    return {name: difference(rows, groups["b"], read) for name, rows in each.items()}
+
+
+def _claimed(entry: Mapping[str, Any], found: Mapping[str, Difference], scale: float) -> bool:
+    """Say whether a claim comes out for all differences, and whether one that was to be seen could have been seen."""
+    blind = entry["claim"] in ABSENT and scale * _seen(found) > entry["sees"]
+    return not blind and all(CLAIMED[entry["claim"]](one.low, one.high) for one in found.values())
+
+
+def _seen(found: Mapping[str, Difference]) -> float:
+    return max(one.seen for one in found.values())
+
+
+def _limit(entry: Mapping[str, Any], seen: str) -> str:
+    return f"; a difference of {seen} would have shown" if entry["claim"] in ABSENT else ""
 
 
 CLAIMED = {
     "same": lambda low, high: low <= 0 <= high, "more": lambda low, high: low > 0,
     "fewer": lambda low, high: high < 0, "not more": lambda low, high: low <= 0,
+    "lower": lambda low, high: high < 0, "higher": lambda low, high: low > 0, "not lower": lambda low, high: high >= 0,
 }  # fmt: skip
-
-
-def _difference(one: Results, other: Results, entry: Mapping[str, Any]) -> tuple[float, float, float, float]:
-    """Return two shares, and the interval of their difference."""
-    (a, a_error), (b, b_error) = (_share(rows, entry) for rows in (one, other))
-    error = ERRORS * math.hypot(a_error, b_error)
-    return a, b, a - b - error, a - b + error
-
-
-def _share(rows: Results, entry: Mapping[str, Any]) -> tuple[float, float]:
-    """Return the mean share of right answers of these rows, and its error."""
-    right, of, items = entry.get("right", "right"), entry.get("of"), entry.get("items", 0)
-    shares = [row[right] / row[of] if of else row[right] for row in rows]
-    n = min(row[of or items] for row in rows) if of or isinstance(items, str) else items
-    p, k = statistics.fmean(shares), len(shares)
-    seeds = statistics.variance(shares) / k if k > 1 else 0.0
-    return p, math.sqrt(max(p * (1 - p), 0.0) / n + seeds)
 
 
 def _names(entry: Mapping[str, Any]) -> tuple[str, str]:
@@ -193,7 +232,10 @@ def _apart(entry: Mapping[str, Any], measured: Results, groups: Mapping[str, Res
     return max(a) < min(b), f"{WORDS.get(column, column.replace('_', ' '))}: {', '.join(told)}"
 
 
-WORDS = {"adapter_bytes": "file", "peak_bytes": "peak memory", "trainable": "numbers that train"}
+WORDS = {
+    "adapter_bytes": "file", "file_bytes": "file", "peak_bytes": "peak memory", "trainable": "numbers that train",
+    "stored": "bits stored",
+}  # fmt: skip
 
 
 def _ratio(entry: Mapping[str, Any], measured: Results, groups: Mapping[str, Results]) -> tuple[bool, str]:
@@ -226,8 +268,10 @@ def _rate(entry: Mapping[str, Any], measured: Results, groups: Mapping[str, Resu
     sign = -1 if entry.get("highest") else 1
     best = min(losses, key=lambda rate: sign * statistics.fmean(losses[rate]))
     tried = ", ".join(f"{rate:g}" for rate in sorted(losses))
+    edge = best in (min(losses), max(losses))  # a better rate may lie beyond
     name = entry["a"].get("is", "")
-    return _within(best, entry), f"{name}{': ' if name else ''}best rate {best:g} of {tried}"
+    text = f"{name}{': ' if name else ''}best rate {best:g} of {tried}{', at the edge' if edge else ''}"
+    return edge == entry.get("edge", False) and _within(best, entry), text
 
 
 def _within(value: float, entry: Mapping[str, Any]) -> bool:
@@ -243,4 +287,4 @@ def _amount(value: float, column: str) -> str:
     return format_bytes(value) if "bytes" in column else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-CHECKS = {"shares": _shares, "apart": _apart, "ratio": _ratio, "times": _times, "rate": _rate}
+CHECKS = {"shares": _shares, "losses": _losses, "apart": _apart, "ratio": _ratio, "times": _times, "rate": _rate}

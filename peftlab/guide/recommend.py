@@ -11,7 +11,7 @@ from peftlab.checks import checked, one_of, whole
 from peftlab.errors import PeftLabError
 from peftlab.guide.plan import Rung, first_that_fits, peaks, read_card, rungs
 from peftlab.guide.recommendation import Reason, Recommendation
-from peftlab.guide.rules import Facts, Rule, candidates, choices, content, meant
+from peftlab.guide.rules import Facts, Rule, candidates, choices, meant
 from peftlab.guide.times import time_of
 from peftlab.memory.counting.builtin import BUILT_IN
 from peftlab.memory.counting.shapes import Shape, load_shape
@@ -105,7 +105,7 @@ def recommend(
         raise next(iter(refused.values()))
     best = tried[-1] if tried[-1].fits is not False else min(tried, key=lambda one: one.peak)
     method, (batch, again, way) = best.method, best.rung
-    accumulation = max(1, content()["update"] // (batch * gpus))
+    accumulation = max(1, best.chosen["update"] // (batch * gpus))
     measured = None
     if held is not None and gpus == 1:
         measured = time_of(held.name, shape.name, method, best.chosen, batch, sequence, again)

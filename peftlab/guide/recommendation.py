@@ -29,7 +29,7 @@ NO_COMMAND = {
 SEVERAL = "peftlab train runs on one GPU: with several, use FSDP2 or the Trainer, which take an attached model as it is"
 TARGETS = {"all-linear": "all linear layers", "query-value": "queries and values"}
 WAYS = {"ddp": "; each GPU holds a whole copy (DDP)", "fsdp": "; the GPUs share the weights (FSDP)"}
-SPOKEN = {"r": "rank", "ladder": "batch", "ship": "afterwards", "rates": "range"}
+SPOKEN = {"r": "rank", "ladder": "batch", "ship": "afterwards", "rates": "range", "update": "examples in an update"}
 NOTHING_ATTACHED = "full fine-tuning attaches nothing: train the model as it is, with peftlab train --method full."
 PRECISIONS = {"bf16": "computed in bf16", "fp16": "computed in fp16 with a scaled loss"}
 
@@ -56,7 +56,7 @@ class Recommendation:
         task, serving, model, kind, parameters, card, gpus, sequence, examples, four_bit: what it was asked for.
         method: the method's name, as `peftlab train` takes it.
         chosen: its settings: `r`, `alpha`, `targets`, `dropout`, `learning_rate` with `rates` (the range to try),
-            `precision`, `epochs`, `ship`.
+            `precision`, `update` (examples in an update), `epochs`, `ship`.
         batch, checkpointing, accumulation, parallel: a step. An update adds up `accumulation` batches.
         peak_bytes: the estimated peak of a step.
         fits: whether it fits the card, with the measured margin. None if no card was given.
@@ -93,6 +93,11 @@ class Recommendation:
     more: tuple[str, ...]
     traps: tuple[str, ...]
     reasons: tuple[Reason, ...] = field(repr=False)
+
+    @property
+    def measured_on(self) -> tuple[str, ...]:
+        """The models on which the method's evidence was measured."""
+        return tuple(dict.fromkeys(look_up(entry).at for entry in self.reasons[0].evidence))
 
     @property
     def steps(self) -> int | None:
@@ -175,8 +180,9 @@ class Recommendation:
             "parameters": self.parameters, "card": self.card.name if self.card else None,
             "card_gb": self.card.gigabytes if self.card else None, "gpus": self.gpus, "sequence": self.sequence,
             "examples": self.examples, "four_bit": self.four_bit,
-            "method": self.method, "r": chosen.get("r"), "alpha": chosen.get("alpha"),
-            "targets": chosen.get("targets"), "dropout": chosen.get("dropout"),
+            "method": self.method, "measured_on": list(self.measured_on),
+            "r": chosen.get("r"), "alpha": chosen.get("alpha"), "targets": chosen.get("targets"),
+            "dropout": chosen.get("dropout"),
             "learning_rate": chosen["learning_rate"], "rates": list(chosen["rates"]), "precision": chosen["precision"],
             "batch": self.batch, "accumulation": self.accumulation, "checkpointing": self.checkpointing,
             "parallel": self.parallel or None, "epochs": chosen["epochs"], "steps": self.steps, "ship": chosen["ship"],
@@ -199,6 +205,7 @@ class Recommendation:
             ("model", f"{self.model}, {format_count(self.parameters)} parameters"),
             ("card", self._cards()),
             ("method", self.method),
+            ("measured on", "; ".join(self.measured_on)),
         ]
         if "r" in chosen:
             rows += [("rank", f"{chosen['r']}, alpha {plain(chosen['alpha'])}"), ("targets", words_of_targets(chosen))]
@@ -274,7 +281,9 @@ class Recommendation:
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        return f"{self.table()}\n\nWhy\n{self.why()}\nThe sections are at {address('PAGE#SECTION')}"
+        words = f"The words are explained at {address('appendix_glossary')}"
+        places = f"The sections are at {address('PAGE#SECTION')}\n{words}"
+        return f"{self.table()}\n\nWhy\n{self.why()}\n{places}"
 
 
 def words_of_targets(chosen: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ FACTS = ("task", "serving", "kind", "size", "examples", "four_bit", "card", "gpu
 GIVES = ("method", "choose", "trap", "more")
 KNOWN = {"name", "if", "because", "evidence", *GIVES}
 SETTINGS = (
-    "r", "alpha", "targets", "dropout", "learning_rate", "rates", "precision", "ladder", "epochs", "ship",
+    "r", "alpha", "targets", "dropout", "learning_rate", "rates", "precision", "update", "ladder", "epochs", "ship",
 )  # fmt: skip
 
 

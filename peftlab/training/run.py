@@ -22,6 +22,7 @@ from peftlab.errors import PeftLabError, warn
 from peftlab.fast import FastPath, find_path
 from peftlab.fast.step import Batch
 from peftlab.settings import Settings
+from peftlab.training import varlen
 from peftlab.training.buffers import Buffers
 from peftlab.training.chunked import ChunkedLoss
 from peftlab.training.compiling import Layers
@@ -34,7 +35,7 @@ from peftlab.training.losses import Loss
 from peftlab.training.masters import WithMasters
 from peftlab.training.metrics import mean_loss
 from peftlab.training.optimizers import make_optimizer, skips_when_told, step_unless
-from peftlab.training.precision import autocast, check_trainable_dtypes
+from peftlab.training.precision import AUTOCAST, autocast, check_trainable_dtypes
 from peftlab.training.ranks import Ranks
 from peftlab.training.rows import EVALUATION, TRAINING, rows_of
 from peftlab.training.schedule import (
@@ -76,6 +77,8 @@ class History:
         logits: how the loss was computed, "in chunks" (`peftlab.training.chunked`) or "whole", and why, likewise.
         checkpointing: under `checkpointing="fit"`, how many blocks are computed again, or why all are, likewise.
         schedule: what the methods of the adapters chose for this run, such as AdaLoRA's steps, likewise.
+        packing: under `packing=True`, how attention keeps to its example, by torch's varlen kernel
+            (`peftlab.training.varlen`) or by a mask, and why, likewise.
 
     >>> pl.History(steps=[{"loss": 3.0}, {"loss": 1.5}])
     <History: 2 steps, loss 3.000 to 1.500>
@@ -91,6 +94,7 @@ class History:
     logits: str = dataclasses.field(default="", compare=False)
     checkpointing: str = dataclasses.field(default="", compare=False)
     schedule: str = dataclasses.field(default="", compare=False)
+    packing: str = dataclasses.field(default="", compare=False)
 
     def __repr__(self) -> str:
         """Return one line, because a notebook shows the value of a cell's last expression."""
@@ -202,6 +206,7 @@ class Run:
         if self.checkpointing == "fit":
             self.checkpointing, self.history.checkpointing = self._fit()
         self.path = find_path(model, self.core, dataclasses.replace(settings, checkpointing=self.checkpointing), device)
+        self.by_kernel = self.collate.packing and self._packed_rows_take_the_kernel()
         begin_run(self.core, len(self.order))
         self.history.schedule, self.adapters = schedules(self.core), taking_part(self.core)
         self.pending: Measured | None = None
@@ -230,6 +235,21 @@ class Run:
         rows = rows_of(self.settings.evaluation_data, "evaluation_data", splits=EVALUATION, endless=False)
         return rows if self.settings.collate else self.collate.examples(rows, "evaluation_data")
 
+    def _packed_rows_take_the_kernel(self) -> bool:
+        """Choose how packed rows attend, and say so in the history."""
+        settings = self.settings
+        if not isinstance(self.path, str):
+            reason = "the fast path makes a mask of its own"
+        elif settings.compile:
+            reason = f"compile={settings.compile!r}"
+        else:
+            dtype: Any = AUTOCAST[settings.precision] or getattr(self.core, "dtype", torch.float32)
+            with autocast(self.device, settings.precision):
+                reason = varlen.why_not(self.model, self.collate.facts, self.device, dtype)
+        kernel = f"by torch's varlen kernel in rows from {varlen.LONG:,} tokens on"
+        self.history.packing = f"by a mask of blocks: {reason}" if reason else kernel
+        return not reason
+
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
         """Make the model ready for steps inside the block, and put everything back afterwards."""
@@ -239,6 +259,7 @@ class Run:
             memory_settings(self.model, self.checkpointing),
             self.layers.on(),
             self.fast_path(),
+            varlen.used(self.model) if self.by_kernel else contextlib.nullcontext(),
         ):
             yield
 

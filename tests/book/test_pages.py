@@ -152,7 +152,7 @@ def test_accessible_in_dark_colours(loaded):
 
 
 def test_figures_are_dark_in_dark_colours(loaded):
-    """A figure that is drawn on white is turned round, and one that is dark is not. One without a ground says which it is."""
+    """A figure on white is turned round, and one that is dark is not. One without a ground says which it is."""
     _, page, _ = loaded
     page.colours(dark=True)
     assert page.until("document.documentElement.dataset.theme === 'dark'")

@@ -178,7 +178,7 @@ def test_what_cannot_be_loaded_stays_a_link(opened):
     page = opened(GLOSSARY)
     page.evaluate(
         "document.querySelector('article').insertAdjacentHTML('beforeend', "
-        "'<a class=\"reference internal\" id=\"lost\" href=\"nowhere.html#a\">a</a>')"
+        '\'<a class="reference internal" id="lost" href="nowhere.html#a">a</a>\')'
     )
     page.evaluate("document.querySelector('#lost').focus({focusVisible: true})")
     page.browser.pump(0.5)

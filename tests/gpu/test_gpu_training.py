@@ -1,5 +1,6 @@
 """Training on a CUDA device: precision, the loss scale, fused AdamW's state, resume."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import tiny  # noqa: E402
 
 from peftlab.adapters.injection import attach  # noqa: E402
 from peftlab.methods.lora import LoRAConfig  # noqa: E402
-from peftlab.training import train  # noqa: E402
+from peftlab.training import train, varlen  # noqa: E402
+from peftlab.training.encoding import Collator  # noqa: E402
+from peftlab.training.model_facts import facts_of  # noqa: E402
 from peftlab.training.precision import choose_precision  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -96,3 +99,52 @@ def test_packed_rows_train_as_padded_ones(attention):
                         precision="bf16" if dtype == torch.bfloat16 else "fp32", progress=False)  # fmt: skip
         losses.append([row["loss"] for row in history.steps])
     assert losses[1] == pytest.approx(losses[0], rel=2e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 2, 64), (3, 1, 80), (2, 2, 128)])
+def test_the_varlen_kernel_is_as_near_to_float64_as_the_mask_is(dtype, heads, kv_heads, head_dim):
+    """Loss and gradients of packed rows of one batch, beside those of the same weights in float64."""
+    if varlen.kernel() is None:
+        pytest.skip("this torch has no varlen_attn with windows")
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim, "hidden_size": 48}
+    batch = Collator(packing=True)(tiny.examples(12))
+    found = {}
+    for name in ("float64", "mask", "kernel"):
+        trained = tiny.llama(**sizes, dtype=dtype).cuda()
+        if name == "float64":
+            trained.double()
+        attach(trained, LoRAConfig(r=4, alpha=9, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
+               adapter_dtype=torch.float64 if name == "float64" else torch.float32)  # fmt: skip
+        for index, parameter in enumerate(p for p in trained.parameters() if p.requires_grad):
+            draw = torch.Generator().manual_seed(index)
+            parameter.data.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
+        device = torch.device("cuda")
+        autocast = torch.autocast("cuda", dtype, enabled=name != "float64")
+        how = varlen.used(trained) if name == "kernel" else contextlib.nullcontext()
+        with how, autocast, varlen.in_rows_from(1):
+            if name == "mask":
+                assert varlen.why_not(trained, facts_of(trained), device, dtype) == ""
+            loss = trained(**{key: each.cuda() if hasattr(each, "cuda") else each for key, each in batch.items()}).loss
+        loss.backward()
+        gradients = [p.grad.double().flatten() for p in trained.parameters() if p.requires_grad]
+        found[name] = loss.double().reshape(1), torch.cat(gradients)
+    for exact, mask, kernel in zip(found["float64"], found["mask"], found["kernel"], strict=True):
+        error = (kernel - exact).norm() / exact.norm()
+        assert error <= max(2 * (mask - exact).norm() / exact.norm(), 1e-4), error
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_rows_go_to_the_varlen_kernel_by_themselves(checkpointing, monkeypatch):
+    monkeypatch.setattr(varlen, "LONG", 1)
+    if varlen.kernel() is None:
+        pytest.skip("this torch has no varlen_attn with windows")
+    losses = []
+    for packing in (False, True):
+        trained = tiny.llama(hidden_size=64, dtype=torch.bfloat16).cuda()
+        attach(trained, LoRAConfig(r=4, target_modules=["q_proj", "v_proj"]))
+        history = train(trained, tiny.examples(24), packing=packing, steps=4, batch_size=8, learning_rate=1e-2,
+                        precision="bf16", fast=False, checkpointing=checkpointing, progress=False)  # fmt: skip
+        assert history.packing == ("by torch's varlen kernel in rows from 1 tokens on" if packing else "")
+        losses.append([row["loss"] for row in history.steps])
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)

@@ -401,9 +401,12 @@ def setup_cell(notebook, repository: str, packages: dict[str, tuple[str, ...]]):
 
 
 def whole_chapter(notebook):
-    """A chapter starts with its title and has a summary and exercises."""
+    """A chapter starts with its title, marks the sentence of its opening that is its answer, and ends as all do."""
     if not notebook.cells or not re.match(r"# \S", notebook.cells[0].source):
         yield "the first cell is not a title"
+    answers = [portable.answers([cell.source]) for cell in notebook.cells[:2]]
+    if len(sum(answers, [])) != 1 or len(portable.answers(portable.prose(notebook))) != 1:
+        yield "the opening must mark one sentence as the chapter's answer, with <!--@answer-->"
     prose = "\n".join(cell.source for cell in prose_cells(notebook))
     headings = "\n".join(re.findall(r"^##+ .*$", prose, re.MULTILINE)).lower()
     yield from (f"no section on {part}" for part in ("summary", "exercises") if part not in headings)

@@ -75,6 +75,28 @@ def test_numbers_of_sections_equations_and_figures():
 
 
 @pytest.mark.parametrize(
+    "source, expected",
+    [
+        ("Can it? It can, at 0.34%<!--=share--> of 7.5.<!--@answer--> More.", ["It can, at 0.34% of 7.5."]),
+        ("Before.\n\n**All of it.**<!--@answer--> More.", ["**All of it.**"]),
+        ("Yes. **A** does: none of 12<!--=n-->.<!--@answer-->", ["**A** does: none of 12."]),
+        ("**Yes.** One.<!--@answer--> Two.<!--@answer-->", ["One.", "Two."]),
+        ("No mark.", []),
+    ],
+)
+def test_the_marked_sentence_is_the_answer(source, expected):
+    assert portable.answers([source]) == expected
+    assert portable.ANSWER not in portable.markdown_for_site("02_lora", source)
+
+
+def test_what_is_made_ends_at_its_own_mark(book):
+    twice = "[a](x)<!--@made rows\nb-->\n\nText <!--@see sec-why-->.\n\n[c](x)<!--@made rows\nd\n-->"
+    filled = book.fill("index", twice, {})
+    assert [found["body"] for found in portable.MADE.finditer(filled)] == ["\nb", "\nd"]
+    assert filled.startswith("[a](https://peftlab.github.io/peftlab/)<!--@made rows")
+
+
+@pytest.mark.parametrize(
     "mark, filled",
     [
         ("<!--@cite hu2021lora-->", "[Hu et al., 2021](https://arxiv.org/abs/2106.09685)<!--@cite hu2021lora-->"),

@@ -24,7 +24,7 @@ BOOK = ROOT / "book"
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
 NOTEBOOKS = sorted(BOOK.glob("*.ipynb"))
 CHAPTERS = [path for path in NOTEBOOKS if path.parent == BOOK and re.match(r"\d\d_", path.name)]
-FACTS, PAGES = sorted(BOOK.glob("facts/*.toml")), sorted(BOOK.glob("*.md"))
+FACTS, PAGES = sorted(BOOK.glob("facts/*.toml")), [ROOT / "index.md", *sorted(BOOK.glob("*.md"))]
 WITHOUT_CODE = [*PAGES, ROOT / "README.md"]
 MOST_MISSED = 0.05
 
@@ -108,7 +108,7 @@ def test_no_number_is_typed_in_facts(path, notebooks):
     assert list(rules.no_typed_facts(path.stem, facts, code)) == [], rules.no_typed_numbers.__doc__
 
 
-@pytest.mark.parametrize("path", PAGES, ids=title)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_no_number_is_typed_on_a_page(path):
     assert list(rules.no_typed_page(path.stem, path.read_text(encoding="utf-8"))) == [], rules.no_typed_numbers.__doc__
 
@@ -155,7 +155,7 @@ def test_the_table_of_chapters_says_what_the_facts_say(path):
     assert rows == expected and len(rows) == len(CHAPTERS)
 
 
-@pytest.mark.parametrize("path", PAGES, ids=title)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_the_drawings_of_a_page_are_those_that_code_draws(path):
     for name, method in refresh.DRAWING.findall(path.read_text(encoding="utf-8")):
         drawn, stored = (matplotlib.image.imread(file) for file in (io.BytesIO(png(block(method))), BOOK / name))

@@ -204,7 +204,7 @@ def test_types_are_shipped_and_checked():
         ours = [name for name in override["module"] if name.startswith(("peftlab", "*"))]
         assert ours in ([], ["peftlab.kit.exercises.*"]), f"{ours}: the package itself is checked in full"
         assert not ours or not {"ignore_errors", "ignore_missing_imports"} & override.keys()
-    for target, checks in {"check": "/mypy\n", "test": '-m pytest tests -m "not gpu and not kills"'}.items():
+    for target, checks in {"check": "/mypy\n", "test": '-m pytest tests -m "not gpu and not kills'}.items():
         recipe = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", read("Makefile"), re.MULTILINE)[1]
         assert "/ruff check ." in recipe and checks in recipe, f"make {target} does not check the types"
     assert '"-m", "mypy"' in read("tests/unit/test_types.py")  # which `make test` runs beside the other tests

@@ -1,13 +1,15 @@
 """Sphinx extension of the book: tables and lists that are made from book/facts/*.toml and peftlab/results/*.json.
 
 Directives. A page's source names one as `<!--@made claims-table-->` (portable.py), so that no reader outside the site
-sees it raw. Only the first takes a body, which says after which section an exercise can be done:
+sees it raw. The first, {cards} and {front-picture} take a body; that of the
+first says after which section an exercise can be done:
     {exercise-table}  exercises with their levels and minutes
     {claims-table}    claims in circulation: verdict, what is so, the section that shows it
     {facts-glossary}  the terms of all chapters; {term}`LoRA` refers to one
     {equations}       the names of the numbered equations
     {questions}       interview questions with folded answers, and an index of them by theme
     {guide}, {guide-table}, {guide-rules}   the decision guide (guide_page.py)
+    {front-picture}, {cards}   what the front page shows (front.py)
     {measurements}    every results file with its provenance and the command that repeats it
 
 A fault in a facts or results file is a warning with the file's name, so a build with -W fails. Links to sections are
@@ -22,14 +24,17 @@ from peftlab_book.directives import (
     Measurements,
     Questions,
 )
+from peftlab_book.front import Cards, FrontPicture
 from peftlab_book.guide_page import Guide, GuideRules, GuideTable
 
 
 def setup(app):
+    app.add_directive("cards", Cards)
     app.add_directive("claims-table", ClaimsTable)
     app.add_directive("equations", Equations)
     app.add_directive("exercise-table", ExerciseTable)
     app.add_directive("facts-glossary", FactsGlossary)
+    app.add_directive("front-picture", FrontPicture)
     app.add_directive("guide", Guide)
     app.add_directive("guide-table", GuideTable)
     app.add_directive("guide-rules", GuideRules)

@@ -99,7 +99,6 @@ def embedded(place=lambda page: (page, page)):
         "fetched": [name for name in catalogue() if name in shapes],
         "cards": {name: {"gb": size, "room": cards.card_bytes(name)} for name, size in cards.CARDS.items()},
         "context": cards.CONTEXT, "too_low": cards.TOO_LOW, "gb": cards.GB,
-        "update": rules.content()["update"],
         "sequences": SEQUENCES,
         "no_command": recommendation.NO_COMMAND,
         "timed": [one._asdict() for one in times.timed()],
