@@ -12,10 +12,12 @@ import time
 from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import lru_cache
-
-import regex
+from typing import TYPE_CHECKING
 
 from peftlab.errors import PeftLabError
+
+if TYPE_CHECKING:
+    import regex
 
 SECONDS = 1.0  # of processor time, for all matches of one call of the library together
 EACH = 1e-5  # what every match may take beyond that, so that large models with many patterns have the time they need
@@ -85,6 +87,8 @@ def check(pattern: str) -> None:
 @lru_cache(maxsize=4096)
 def compiled(pattern: str) -> regex.Pattern:
     """Compile an expression within limits."""
+    import regex  # only when there is an expression: `peftlab.memory` also runs in a browser, which has no such package
+
     if len(pattern) > LONGEST:
         raise PeftLabError(
             f"The regular expression {pattern[:60]!r}... has {len(pattern):,} characters, more than {LONGEST:,}. Name "

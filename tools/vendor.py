@@ -9,6 +9,7 @@ tests need no npm: the files are part of the repository.
 """
 
 import argparse
+import gzip
 import hashlib
 import json
 import shutil
@@ -29,7 +30,15 @@ MATHJAX_EXTENSIONS = [
     "textmacros", "unicode", "upgreek", "verb",
 ]  # fmt: skip
 
-# folder: (npm package, version, licence, where, {member of the package: name in the folder}); `*` takes a whole folder
+# Python compiled to WebAssembly, its glue and its standard library. Packed, the first is a third as large; the page
+# unpacks it. Its name does not end in .gz, because with some servers the browser would have unpacked it already.
+PYODIDE = {
+    "pyodide.asm.wasm": "pyodide.asm.wasm.gzip",
+    **{name: name for name in ("pyodide.mjs", "pyodide.asm.mjs", "python_stdlib.zip", "pyodide-lock.json")},
+}
+
+# folder: (npm package, version, licence, where, {member of the package: name in the folder}); `*` takes a whole folder,
+# and a name that ends in .gzip packs the file
 PACKAGES = {
     "mathjax": (
         "mathjax",
@@ -42,6 +51,13 @@ PACKAGES = {
             **{f"es5/input/tex/extensions/{n}.js": f"input/tex/extensions/{n}.js" for n in MATHJAX_EXTENSIONS},
             "LICENSE": "LICENSE",
         },
+    ),
+    "pyodide": (
+        "pyodide",
+        "314.0.7",
+        "MPL-2.0 AND PSF-2.0",
+        SITE,
+        PYODIDE,
     ),
     "axe-core": ("axe-core", "4.14.1", "MPL-2.0", TESTS, {"axe.min.js": "axe.min.js", "LICENSE": "LICENSE"}),
 }
@@ -85,7 +101,10 @@ def renew(name: str, work: Path) -> dict:
         for source in sorted((packed / "package").glob(member)):
             destination = target / local / source.name if "*" in member else target / local
             destination.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, destination)
+            if local.endswith(".gzip"):
+                destination.write_bytes(gzip.compress(source.read_bytes(), mtime=0))
+            else:
+                shutil.copyfile(source, destination)
     if not kept.exists():
         if licence_text is None:
             raise SystemExit(f"{package} brings no licence text: write it to {kept.relative_to(ROOT)}, then run this")

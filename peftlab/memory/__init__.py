@@ -10,6 +10,7 @@ from peftlab.memory.counting.modules import Module
 from peftlab.memory.counting.shapes import BUILT_IN, Shape, load_shape
 from peftlab.memory.counting.totals import Count, count
 from peftlab.memory.estimate import CUBLAS_WORKSPACE, Estimate, estimate
+from peftlab.memory.measured import Agreement, measured_like
 from peftlab.memory.units import format_both, format_bytes, format_count, format_percent
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "CARDS",
     "CUBLAS_WORKSPACE",
     "METHODS",
+    "Agreement",
     "Count",
     "Estimate",
     "Module",
@@ -31,6 +33,7 @@ __all__ = [
     "format_percent",
     "largest",
     "load_shape",
+    "measured_like",
     "what_fits",
 ]
 

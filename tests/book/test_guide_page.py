@@ -69,7 +69,7 @@ def stored_peaks(monkeypatch):
 def test_answers_are_those_of_the_package(page, stored_peaks):
     asked = questions()
     answers = page.evaluate(f"{json.dumps(asked)}.map(window.peftlabGuide.recommend)")
-    kept = ("text", "source", "groups", "page", "url", "at")
+    kept = ("text", "source", "groups", "page", "url", "at", "scores")
     for answer in answers:
         for reason in answer.get("reasons", []):
             reason["evidence"] = [{name: one[name] for name in kept} for one in reason["evidence"]]

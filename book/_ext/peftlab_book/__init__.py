@@ -9,6 +9,7 @@ first says after which section an exercise can be done:
     {equations}       the names of the numbered equations
     {questions}       interview questions with folded answers, and an index of them by theme
     {guide}, {guide-table}, {guide-rules}   the decision guide (guide_page.py)
+    {calculator}      the memory calculator that runs in the page (calculator_page.py)
     {front-picture}, {cards}   what the front page shows (front.py)
     {measurements}    every results file with its provenance and the command that repeats it
 
@@ -16,6 +17,7 @@ A fault in a facts or results file is a warning with the file's name, so a build
 ordinary references, which Sphinx checks.
 """
 
+from peftlab_book.calculator_page import Calculator, write_archive
 from peftlab_book.directives import (
     ClaimsTable,
     Equations,
@@ -29,6 +31,7 @@ from peftlab_book.guide_page import Guide, GuideRules, GuideTable
 
 
 def setup(app):
+    app.add_directive("calculator", Calculator)
     app.add_directive("cards", Cards)
     app.add_directive("claims-table", ClaimsTable)
     app.add_directive("equations", Equations)
@@ -40,4 +43,5 @@ def setup(app):
     app.add_directive("guide-rules", GuideRules)
     app.add_directive("questions", Questions)
     app.add_directive("measurements", Measurements)
+    app.connect("build-finished", write_archive)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

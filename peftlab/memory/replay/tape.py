@@ -360,9 +360,21 @@ def _accumulate(buffers: dict[Node, Tensor], node: Node, arrived: Tensor) -> Non
     before = buffers.get(node)
     if before is None:
         buffers[node] = arrived
-    # Without other references the tensor has three: `buffers`, `before` and the argument of getrefcount.
-    elif _shared(before) or sys.getrefcount(before) > 3:
+    elif _shared(before) or sys.getrefcount(before) > ALONE:
         buffers[node] = before.new()
+
+
+def _references_of_a_buffer() -> int:
+    """Count what `_accumulate` sees of a tensor that nothing else refers to.
+
+    These are the entry of `buffers` and the variable `before`; up to Python 3.13 also the argument of getrefcount.
+    """
+    buffers = {0: object()}
+    before = buffers.get(0)
+    return sys.getrefcount(before)
+
+
+ALONE = _references_of_a_buffer()
 
 
 def checkpoint(function: Callable[..., Tensor], inputs: Sequence[Tensor], trains: bool) -> Tensor:
