@@ -95,11 +95,12 @@ def name_places(app) -> None:
             named = [(name, anchor) for (kind, name), (_, anchor) in objects if kind == "term"]
             self._all_titles[docname] = [*self._all_titles[docname], *named]
             self._index_entries[docname] = []
-        places = portable.Book.read(Path(app.srcdir, "book")).places if portable.chapter_number(docname[5:]) else {}
-        for entry in [entry for facts in facts_of(app) if docname == f"book/{facts.page}" for entry in facts.equations]:
-            label, number = entry["label"], places[entry["label"]][1]
-            names = (f"{entry['name']} ({number})", f"Equation {number}", label)
-            self._all_titles[docname] = [*self._all_titles[docname], *((name, f"equation-{label}") for name in names)]
+        entries = [entry for facts in facts_of(app) if docname == f"book/{facts.page}" for entry in facts.equations]
+        places = portable.Book.read(Path(app.srcdir, "book")).places if entries else {}
+        for label, name in ((entry["label"], entry["name"]) for entry in entries if entry["label"] in places):
+            number = places[label][1]
+            named = [(title, f"equation-{label}") for title in (f"{name} ({number})", f"Equation {number}", label)]
+            self._all_titles[docname] = [*self._all_titles[docname], *named]
 
     IndexBuilder.feed = feed_with_names
 

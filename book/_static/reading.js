@@ -92,8 +92,8 @@
   // --- the keys. Each is one letter, so they can be switched off (WCAG 2.1, 2.1.4), and none is one of the browser's.
   const press = (selector) => document.querySelector(selector)?.click();
   const KEYS = {
-    n: ["the next chapter", () => press(".prev-next-area .right-next")],
-    p: ["the chapter before", () => press(".prev-next-area .left-prev")],
+    n: ["the next page", () => press(".prev-next-area .right-next")],
+    p: ["the page before", () => press(".prev-next-area .left-prev")],
     s: ["search", () => press(".search-button__button")],
     d: ["dark, light, or as the system is", () => press(".theme-switch-button")],
     "?": ["this list", open],

@@ -8,7 +8,7 @@ from pathlib import Path
 import portable
 import pytest
 from browser import Page
-from test_pages import AXE, RUN_AXE
+from test_pages import AXE, RUN_AXE, violations
 
 BOOK = Path(__file__).resolve().parents[2] / "book"
 NAME = "06_ia3_and_bitfit"
@@ -139,6 +139,9 @@ def test_a_button_copies_code_that_runs(page):
         "(document.querySelector('.cell_input .copybtn')); true"
     )
     assert page.evaluate("copied.at(-1)") == "a = 1\na\nls"
+    page.evaluate("document.querySelector('.cell_input .copybtn').focus({focusVisible: true})")
+    seen = "getComputedStyle(document.activeElement).opacity"
+    assert page.until(f"{seen} === '1'") and page.evaluate("document.activeElement.matches('.copybtn')")
 
 
 def test_keys_turn_to_the_next_chapter_and_back(browser, address):
@@ -207,6 +210,14 @@ def test_the_search_finds_what_is_called_so(search, asked, place):
     assert search.until("document.querySelector('#search-results li .context')")
     assert search.evaluate("document.documentElement.scrollWidth") <= 390
     assert search.problems == []
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_what_was_found_is_accessible(search, dark):
+    search.colours(dark)
+    search.evaluate("document.querySelector('#search-results').replaceChildren(); Search.performSearch('lora update')")
+    assert search.until("document.querySelectorAll('#search-results .highlighted').length > 10")
+    assert violations(search) == []
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
