@@ -5,7 +5,7 @@
 "use strict";
 
 (function () {
-  const LINKS = "a.reference.internal[href*='#'], a.reference.external";
+  const LINKS = "a[href*='#']:not(.headerlink), a.reference.external";
   const ROOT = new URL(document.documentElement.dataset.content_root || "./", location.href).href;
   const BIBLIOGRAPHY = "book/appendix_bibliography";
   const DELAY = 150; // milliseconds, so that a mouse on its way opens nothing, and can move into the preview
@@ -13,6 +13,7 @@
   const pages = new Map(); // promises of documents, by the page's name
   const arrived = new Map(); // what to do with the text of a page that was asked for
   const previews = new Map(); // promises of elements, by the link's address
+  let mathjax; // a promise, where the page came without it
   let timer, link, shown; // the link whose preview is wanted, and the preview that is seen
 
   // what the scripts call
@@ -22,13 +23,32 @@
     if (!pages.has(name)) {
       pages.set(name, new Promise((resolve) => {
         arrived.set(name, resolve);
-        const script = document.createElement("script");
-        script.src = `${ROOT}_static/pages/${name}.js`;
-        script.addEventListener("error", () => resolve(null));
-        document.head.append(script);
+        load(`pages/${name}.js`).catch(() => resolve(null));
       }));
     }
     return pages.get(name);
+  }
+
+  function load(path) {
+    return new Promise((resolve, reject) => {
+      const script = document.createElement("script");
+      script.src = `${ROOT}_static/${path}`;
+      script.addEventListener("load", resolve);
+      script.addEventListener("error", reject);
+      document.head.append(script);
+    });
+  }
+
+  // A page without formulas comes without MathJax.
+  async function typeset(preview) {
+    if (!preview.querySelector(".math")) return;
+    if (!window.MathJax) {
+      window.MathJax = { options: { enableMenu: false }, startup: { typeset: false } };
+      mathjax = load("vendor/mathjax/tex-mml-chtml.js");
+    }
+    await mathjax;
+    await MathJax.startup?.promise;
+    await MathJax.typesetPromise?.([preview]);
   }
 
   // "book/02_lora" for an address in the site
@@ -94,7 +114,7 @@
     preview.append(...parts.map((part) => copy(part, source)));
     preview.style.visibility = "hidden"; // and not `hidden`: MathJax measures the letters around a formula
     document.querySelector("main").append(preview);
-    await window.MathJax?.typesetPromise?.([preview]);
+    await typeset(preview);
     await Promise.allSettled([...preview.querySelectorAll("img")].map((image) => image.decode()));
     for (const formula of preview.querySelectorAll("[tabindex]")) formula.removeAttribute("tabindex");
     preview.hidden = true;

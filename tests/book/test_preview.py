@@ -9,7 +9,7 @@ from test_pages import AXE, RUN_AXE, violations
 CHAPTER = "book/01_full_finetuning_memory.html"
 QUESTIONS = "book/appendix_questions.html"
 GLOSSARY = "book/appendix_glossary.html"
-SHOWN = "[...document.querySelectorAll('.reference-preview')].find(e => e.getClientRects().length > 0)"
+SHOWN = "[...document.querySelectorAll('.reference-preview')].find(e => e.checkVisibility({visibilityProperty: true}))"
 # the middle of the first line of a link, which is scrolled to the middle of the window
 POINT = """(link => {
   link.scrollIntoView({block: "center"});
@@ -23,6 +23,9 @@ KINDS = {
     "section elsewhere": (CHAPTER, "article a.reference[href*='02_lora.html#sec-lora']", "2.12. What", True),
     "equation": (CHAPTER, "article a.reference[href='#equation-eq-memory-states']", "(1.1)", True),
     "figure": ("book/05_adapters.html", "article a.reference[href='#fig-adapters-block']", "Fig. 5.1", False),
+    "term in the index": ("genindex.html", "article a[href$='#term-LoRA']", "low-rank adaptation", True),
+    "section on the front page": ("index.html", "article a[href$='#sec-lora-start']", "A model that cannot", False),
+    "rows of an answer": ("book/appendix_guide.html", "#guide-result a[href*='#measurements']", "GPU", False),
     "term elsewhere": ("book/05_adapters.html", "article a.term[href$='#term-LoRA']", "low-rank adaptation", True),
     "term": (GLOSSARY, "article a.reference[href='#term-scaling']", "low-rank path", True),
     "paper": (CHAPTER, "article a[href='https://arxiv.org/abs/2106.09685']", "Yelong Shen", False),
