@@ -34,7 +34,7 @@ class Calculator(FactsDirective):
         data = calculator.as_json(calculator.embedded({name: sizes[name] for name in calculator.COUNTED}))
         script = f'<script type="application/json" id="calc-data">{data}</script>'
         parts = [
-            '<link rel="stylesheet" href="../_static/calculator.css">', '<div id="calc">', form(),
+            '<link rel="stylesheet" href="../_static/calculator.css">', '<div id="calc" class="only-screen">', form(),
             answer(sum(sizes.values())), script, "</div>",
             '<script defer src="../_static/calculator.js"></script>',
         ]  # fmt: skip
