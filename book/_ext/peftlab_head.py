@@ -93,6 +93,13 @@ def describe_page(app, pagename, templatename, context, doctree) -> None:
     if pagename in ("index", MISSING):  # the cards are contents enough: no column beside them, and no button for it
         context["meta"] = {**(context.get("meta") or {}), "html_theme.sidebar_secondary.remove": "true"}
         context["generate_toc_html"] = lambda *_, **__: ""
+        # Sphinx counts the formulas of all pages as the front page's, since its table of contents lists them.
+        context["script_files"] = without_mathematics(context["script_files"])
+
+
+def without_mathematics(scripts: list) -> list:
+    """The scripts of a page but for MathJax and its settings."""
+    return [script for script in scripts if "mathjax" not in f"{script.filename} {script.attributes}".lower()]
 
 
 def missing_page(app):
