@@ -63,11 +63,11 @@ def form():
     step = [
         number("batch", "Examples at once"),
         number("sequence", "Tokens each"),
-        choice("precision", "Precision", words(PRECISIONS)),
         choice("checkpointing", "Checkpointing", YES_NO),
-        choice("optimizer", "Optimiser", words(OPTIMIZERS)),
         number("gpus", "GPUs"),
         choice("parallel", "Shared among the GPUs", words(PARALLEL)),
+        choice("precision", "Precision", words(PRECISIONS)),
+        choice("optimizer", "Optimiser", words(OPTIMIZERS)),
     ]
     more = [
         choice("bias", "Biases that train", words(("none", "all", "lora_only")), option=True),
@@ -91,7 +91,8 @@ def answer(size):
     """Everything beside the form: what starts Python, of `size` bytes, and the places of the answer."""
     return f"""
 <noscript><p>The calculator needs JavaScript. In a shell this command answers: <code>{COMMAND}</code></p></noscript>
-<div id="calc-answer">
+<p class="calc-paper">In a shell, this command answers: <code>{COMMAND}</code></p>
+<div id="calc-answer" class="only-screen">
 <p id="calc-said" role="status" class="calc-unseen"></p>
 <p id="calc-refused" class="calc-note" hidden></p>
 <div id="calc-start" hidden>
