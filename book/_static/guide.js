@@ -116,7 +116,7 @@
     const answer = {
       task, serving, model, kind: shape.kind, parameters: shape.size, card: held.name, card_gb: held.gb, gpus: 1,
       sequence, examples, four_bit, method: best.method,
-      measured_on: [...new Set(best.rule.evidence.map((one) => one.at))], r: chosen.r ?? null, alpha: chosen.alpha ?? null,
+      measured_on: [...new Set(best.rule.evidence.filter((one) => one.scores).map((one) => one.at))], r: chosen.r ?? null, alpha: chosen.alpha ?? null,
       targets: chosen.targets ?? null, dropout: chosen.dropout ?? null, learning_rate: chosen.learning_rate,
       rates: chosen.rates, precision: chosen.precision, batch: best.batch, accumulation, checkpointing: best.again,
       parallel: null, epochs: chosen.epochs, steps, ship: chosen.ship, fits: best.fits, peak_bytes: best.peak,
@@ -163,7 +163,7 @@
     const accumulated = answer.accumulation > 1 ? `, ${answer.accumulation} batches in an update` : "";
     return [
       ["Method", answer.method],
-      ["Measured on", answer.measured_on.join("; ")],
+      ["Measured on", answer.measured_on.join("; ") || data.unscored],
       ...(answer.r === null ? [] : [["Rank", `${answer.r}, alpha ${plain(answer.alpha)}`]]),
       ...(answer.targets === null ? [] : [["Targets", data.targets[answer.targets]]]),
       ["Learning rate", `${plain(answer.learning_rate)}; try ${low} to ${high}`],

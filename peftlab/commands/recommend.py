@@ -29,6 +29,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     needs = "; ".join(f"{one.name}: {one.text}" for one in words("serving"))
     add("--serving", default="one", metavar="S", help=f"what matters when it is used. {needs} (default: one)")
+    add("--why", action="store_true", help="also print every reason with the measurements that carry it")
     switch: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
     add("--four-bit", **switch, default=True, help="whether the base may be held in four bits (default: yes)")
 
@@ -41,5 +42,5 @@ def run(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     if arguments.json:
         return print_json(found.to_dict())
-    print(found)
+    print(found.in_full() if arguments.why else found)
     return 0

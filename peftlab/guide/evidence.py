@@ -9,7 +9,8 @@ An entry of `rules.toml` names a results file, the rows that it is about, a chec
     ratio    the mean of a column over rows `a`, divided by that over rows `b`, lies between `least` and `most`
     times    the same for seconds, by the processes that measured both in one run: "faster" or "slower" in all of them
     rate     the learning rate with the lowest mean loss on validation data (or the `highest` score) lies between
-             `least` and `most`, and lower and higher rates were tried; with `edge` it is the lowest or highest of them
+             `least` and `most`, and lower and higher rates were tried; with `edge` it is the lowest or highest of them.
+             With `b`, the best rate of `a` divided by that of `b` lies between them. `each` as above
 
 `differences.py` says what the error of a difference is. Two numbers are the "same" if zero lies inside the interval of
 their difference, and "not more" and "not lower" claim as little. That says nothing if a large difference would have
@@ -41,7 +42,7 @@ ABSENT = ("same", "not more", "not lower")  # claims that no difference is seen
 FIELDS = {
     "shares": {"right", "of", "items", "each", "sees"}, "losses": {"column", "each", "sees"}, "apart": {"column"},
     "ratio": {"column", "least", "most"}, "times": {"column", "least", "most", "per"},
-    "rate": {"column", "highest", "edge", "least", "most"},
+    "rate": {"column", "each", "highest", "edge", "least", "most"},
 }  # fmt: skip
 COMMON = {"results", "rows", "a", "b", "check", "claim", "shown", "says"}
 
@@ -55,7 +56,8 @@ class Finding(NamedTuple):
         source: the results file, its section, and the condition on all rows.
         groups: the further conditions on the rows that are compared: {"a": {...}, "b": {...}}.
         page: the section of the book that shows it, `"02_lora#sec-lora-sweep"`.
-        at: the model that was measured, such as `"SmolLM2-135M"`.
+        at: the model that was measured, such as `"smollm2-135m"`.
+        scores: whether scores, losses or best rates are compared, and not memory or time.
     """
 
     holds: bool
@@ -64,11 +66,12 @@ class Finding(NamedTuple):
     groups: dict[str, dict[str, Any]]
     page: str
     at: str
+    scores: bool
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a reason shows of it."""
         told = {"text": self.text, "source": self.source, "groups": self.groups}
-        return {**told, "page": self.page, "url": self.url, "at": self.at}
+        return {**told, "page": self.page, "url": self.url, "at": self.at, "scores": self.scores}
 
     @property
     def url(self) -> str:
@@ -112,10 +115,11 @@ def look_up(entry: Mapping[str, Any]) -> Finding:
     words = entry.get("says", "")
     rows = entry.get("rows", {})
     told = [f"{name} {_said(value)}" for name, value in rows.items() if name not in ("section", "shape")]
-    source = f"{entry['results']}, {rows.get('section', 'all sections')}, {at}"
+    source = f"{entry['results']}, {_said(rows.get('section', 'all sections'))}, {at}"
     source += f": {', '.join(told)}" if told else ""
     text = f"{words}: {numbers}" if words else numbers
-    return Finding(holds, text, source, {name: _conditions(entry[name]) for name in groups}, entry["shown"], at)
+    told_groups = {name: _conditions(entry[name]) for name in groups}
+    return Finding(holds, text, source, told_groups, entry["shown"], at, check not in ("ratio", "times"))
 
 
 def measured_at(entry: Mapping[str, Any], groups: Mapping[str, Results]) -> str:
@@ -127,11 +131,15 @@ def measured_at(entry: Mapping[str, Any], groups: Mapping[str, Results]) -> str:
     shapes = {row.get("shape") for rows in groups.values() for row in rows}
     if len(shapes) == 1 and (shape := shapes.pop()):
         return str(shape)
-    section = entry.get("rows", {}).get("section")
-    for one in content()["measured"]:
-        if one["results"] == entry["results"] and section in one.get("sections", [section]):
-            return str(one["at"])
-    raise PeftLabError(f"evidence {dict(entry)!r}: on which model was it measured? Add it to `measured` in rules.toml")
+    found = []
+    for section in dict.fromkeys(row.get("section") for rows in groups.values() for row in rows):
+        listed = [one for one in content()["measured"] if one["results"] == entry["results"]]
+        models = [one["at"] for one in listed if section in one.get("sections", [section])]
+        if not models:
+            known = "Add it to `measured` in rules.toml"
+            raise PeftLabError(f"evidence {dict(entry)!r}: on which model was it measured? {known}")
+        found.append(str(models[0]))
+    return ", ".join(dict.fromkeys(found))
 
 
 def _fault(entry: Mapping[str, Any], check: str) -> str | None:
@@ -194,7 +202,8 @@ def _differences(entry: Mapping[str, Any], groups: Mapping[str, Results], read: 
     a_name, _ = _names(entry)
     if column := entry.get("each"):
         values = list(dict.fromkeys(groups["a"].column(column)))
-        each = {f"the best of {len(values)}, {value},": groups["a"].where(**{column: value}) for value in values}
+        what = "rank " if column == "r" else ""
+        each = {f"the best of {len(values)}, {what}{value},": groups["a"].where(**{column: value}) for value in values}
     else:
         each = {a_name: groups["a"]}
     return {name: difference(rows, groups["b"], read) for name, rows in each.items()}
@@ -234,7 +243,7 @@ def _apart(entry: Mapping[str, Any], measured: Results, groups: Mapping[str, Res
 
 WORDS = {
     "adapter_bytes": "file", "file_bytes": "file", "peak_bytes": "peak memory", "trainable": "numbers that train",
-    "stored": "bits stored",
+    "right": "right answers", "busy_seconds": "seconds in which the GPU worked",
 }  # fmt: skip
 
 
@@ -261,17 +270,33 @@ def _times(entry: Mapping[str, Any], measured: Results, groups: Mapping[str, Res
 
 
 def _rate(entry: Mapping[str, Any], measured: Results, groups: Mapping[str, Results]) -> tuple[bool, str]:
-    column = entry.get("column", "validation_loss")
+    """Find best rates. With `b` it is those of `a` divided by those of `b`, with `each` in each value of a column."""
+    names = [entry[name].get("is", "") for name in groups]
+    column = entry.get("each")
+    values = list(dict.fromkeys(groups["a"].column(column))) if column else [None]
+    holds, told = True, []
+    for value in values:
+        rows = [group.where(**{column: value}) if column else group for group in groups.values()]
+        found = [_best_rate(entry, group) for group in rows]
+        rates = [rate for rate, _, _ in found]
+        holds &= all(edge == entry.get("edge", False) for _, edge, _ in found)
+        holds &= _within(rates[0] / rates[1] if len(rates) > 1 else rates[0], entry)
+        where = "" if value is None else f"{value} steps: " if column == "steps" else f"{value}: "
+        before = [f"{name} " if len(names) > 1 else "" for name in names]
+        told.append(where + ", ".join(f"{name}{text}" for (_, _, text), name in zip(found, before, strict=True)))
+    name = f"{names[0]}: " if names[0] and len(names) == 1 else ""
+    return holds, f"{name}best rate {'; '.join(told)}"
+
+
+def _best_rate(entry: Mapping[str, Any], rows: Results) -> tuple[float, bool, str]:
+    """Return the rate with the lowest mean loss, whether it is at the edge of what was tried, and both in words."""
     losses: dict[float, list[float]] = {}
-    for row in groups["a"]:
-        losses.setdefault(row["learning_rate"], []).append(row[column])
+    for row in rows:
+        losses.setdefault(row["learning_rate"], []).append(row[entry.get("column", "validation_loss")])
     sign = -1 if entry.get("highest") else 1
     best = min(losses, key=lambda rate: sign * statistics.fmean(losses[rate]))
-    tried = ", ".join(f"{rate:g}" for rate in sorted(losses))
     edge = best in (min(losses), max(losses))  # a better rate may lie beyond
-    name = entry["a"].get("is", "")
-    text = f"{name}{': ' if name else ''}best rate {best:g} of {tried}{', at the edge' if edge else ''}"
-    return edge == entry.get("edge", False) and _within(best, entry), text
+    return best, edge, f"{best:g} of {min(losses):g} to {max(losses):g}{', at the edge' if edge else ''}"
 
 
 def _within(value: float, entry: Mapping[str, Any]) -> bool:

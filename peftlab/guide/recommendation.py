@@ -30,6 +30,8 @@ SEVERAL = "peftlab train runs on one GPU: with several, use FSDP2 or the Trainer
 TARGETS = {"all-linear": "all linear layers", "query-value": "queries and values"}
 WAYS = {"ddp": "; each GPU holds a whole copy (DDP)", "fsdp": "; the GPUs share the weights (FSDP)"}
 SPOKEN = {"r": "rank", "ladder": "batch", "ship": "afterwards", "rates": "range", "update": "examples in an update"}
+MEASURED = "The measurements behind it: peftlab recommend ... --why, or .why() in Python"
+UNSCORED = "no scores were measured"
 NOTHING_ATTACHED = "full fine-tuning attaches nothing: train the model as it is, with peftlab train --method full."
 PRECISIONS = {"bf16": "computed in bf16", "fp16": "computed in fp16 with a scaled loss"}
 
@@ -50,7 +52,7 @@ class Reason:
 
 @dataclass(frozen=True, kw_only=True)
 class Recommendation:
-    """A method with its settings, what it needs, and why. `print` shows it as a table.
+    """A method with its settings, what it needs, and why. `print` shows it as a table with the reasons in short.
 
     Attributes:
         task, serving, model, kind, parameters, card, gpus, sequence, examples, four_bit: what it was asked for.
@@ -96,8 +98,9 @@ class Recommendation:
 
     @property
     def measured_on(self) -> tuple[str, ...]:
-        """The models on which the method's evidence was measured."""
-        return tuple(dict.fromkeys(look_up(entry).at for entry in self.reasons[0].evidence))
+        """The models whose scores speak for the method. Empty if none was scored."""
+        found = map(look_up, self.reasons[0].evidence)
+        return tuple(dict.fromkeys(one.at for one in found if one.scores))
 
     @property
     def steps(self) -> int | None:
@@ -205,7 +208,7 @@ class Recommendation:
             ("model", f"{self.model}, {format_count(self.parameters)} parameters"),
             ("card", self._cards()),
             ("method", self.method),
-            ("measured on", "; ".join(self.measured_on)),
+            ("measured on", "; ".join(self.measured_on) or UNSCORED),
         ]
         if "r" in chosen:
             rows += [("rank", f"{chosen['r']}, alpha {plain(chosen['alpha'])}"), ("targets", words_of_targets(chosen))]
@@ -280,10 +283,22 @@ class Recommendation:
                 lines += _wrapped(f"  - {one.text} [{one.source}; {one.page}]", 4)
         return "\n".join(lines)
 
-    def __str__(self) -> str:
+    def reasons_in_short(self) -> str:
+        """Return the first sentence of each reason, without the measurements."""
+        lines = []
+        for reason in self.reasons:
+            first = reason.because.split(". ")[0].rstrip(".")
+            lines += _wrapped(f"  {', '.join(map(spoken, reason.settings))}: {first}.", 4)
+        return "\n".join(lines)
+
+    def in_full(self) -> str:
+        """Return the table, and all reasons with the measurements that carry them."""
         words = f"The words are explained at {address('appendix_glossary')}"
         places = f"The sections are at {address('PAGE#SECTION')}\n{words}"
         return f"{self.table()}\n\nWhy\n{self.why()}\n{places}"
+
+    def __str__(self) -> str:
+        return f"{self.table()}\n\nWhy, in short\n{self.reasons_in_short()}\n{MEASURED}"
 
 
 def words_of_targets(chosen: Mapping[str, Any]) -> str:

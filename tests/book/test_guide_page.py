@@ -69,14 +69,14 @@ def stored_peaks(monkeypatch):
 def test_answers_are_those_of_the_package(page, stored_peaks):
     asked = questions()
     answers = page.evaluate(f"{json.dumps(asked)}.map(window.peftlabGuide.recommend)")
-    kept = ("text", "source", "groups", "page", "url")
+    kept = ("text", "source", "groups", "page", "url", "at", "scores")
     for answer in answers:
         for reason in answer.get("reasons", []):
             reason["evidence"] = [{name: one[name] for name in kept} for one in reason["evidence"]]
     for question, answer in zip(asked, answers, strict=True):
         assert answer == by_the_package(question), question
     methods = {answer.get("method") for answer in answers}
-    assert {"full", "lora", "qlora", "lokr", None} <= methods  # None: a question that has no answer
+    assert {"full", "lora", "qlora", None} <= methods  # None: a question that has no answer
     assert {answer.get("fits") for answer in answers} == {True, False, None}
 
 
@@ -115,7 +115,7 @@ def test_without_scripts_there_is_a_table(browser, address):
     assert page.until("document.readyState === 'complete' && document.querySelector('#guide-form')")
     assert page.evaluate("getComputedStyle(document.querySelector('#guide-form')).display") == "none"
     rows = page.evaluate("[...document.querySelectorAll('#without-the-form table tbody tr')].map(r => r.innerText)")
-    assert len(rows) > 20 and any("lokr" in row for row in rows)
+    assert len(rows) > 20 and any("rank 1, alpha 16" in row for row in rows)
     assert page.evaluate("document.querySelectorAll('#the-rules details').length") == len(rules.rules())
     page.close()
 

@@ -51,7 +51,7 @@ class Cards(FactsDirective):
             title, texts = describe.title(page, folder), [describe.description(page, folder)]
             if page == "appendix_claims":
                 texts.append(
-                    "Of {} claims {} are right, {} are half right and {} are wrong.".format(
+                    "Of {} claims in circulation, {} are right, {} half right and {} wrong.".format(
                         sum(counts := drawings.verdict_counts()), *counts
                     )
                 )

@@ -101,6 +101,7 @@ def embedded(place=lambda page: (page, page)):
         "context": cards.CONTEXT, "too_low": cards.TOO_LOW, "gb": cards.GB,
         "sequences": SEQUENCES,
         "no_command": recommendation.NO_COMMAND,
+        "unscored": recommendation.UNSCORED,
         "timed": [one._asdict() for one in times.timed()],
         "rules": [with_findings(rule, place) for rule in rules.rules()],
         "peaks": stored(),

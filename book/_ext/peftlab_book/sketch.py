@@ -130,4 +130,5 @@ def svg(shapes: Sequence[Shape], width: float, height: float, described: str = "
     """Return the sketch as an SVG. One without a description is decoration, which screen readers pass over."""
     said = f'role="img" aria-label="{html.escape(described)}"' if described else 'aria-hidden="true"'
     drawn = "".join(shape.svg() for shape in shapes)
-    return f'<svg class="sketch" viewBox="0 0 {width:g} {height:g}" {said} focusable="false">{drawn}</svg>'
+    size = f'width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}"'
+    return f'<svg class="sketch" {size} {said} focusable="false">{drawn}</svg>'

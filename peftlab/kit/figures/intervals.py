@@ -55,6 +55,7 @@ def intervals(
     axes.grid(axis="y", visible=False)
     if log_x:
         axes.set_xscale("log")
+        log_ticks(axes.xaxis)
     if percent:
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
