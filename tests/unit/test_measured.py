@@ -92,4 +92,5 @@ def test_the_command_tells_it(capsys):
     assert cli.main(["memory", "smollm2-135m", "--method", "qlora", "--checkpointing"]) == 0
     like = measured_like("smollm2-135m", "qlora", checkpointing=True)
     told = " ".join(capsys.readouterr().out.split())
-    assert f"in runs like it {like.lowest:+.2%} to {like.highest:+.2%}, in the {like.runs} that are most like it" in told
+    errors = f"{like.lowest:+.2%} to {like.highest:+.2%}"
+    assert f"in runs like it {errors}, in the {like.runs} that are most like it" in told
