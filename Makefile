@@ -21,6 +21,9 @@ pdf: book  ## the whole book as one PDF, and each page as its own, into _build/h
 	@$(BIN)/python tools/print_book.py
 	@$(BIN)/python -m pytest tests/book/test_print.py -m printed -q
 
+archive: pdf  ## the site and its PDFs as one archive, which opens by a double click: _build/html/peft-lab-book.zip
+	@$(BIN)/python tools/archive.py
+
 test: setup fetch  ## everything: lint, unit and parity tests, every notebook, the rendered book in a browser
 	@$(BIN)/ruff check .
 	@$(BIN)/python -m pytest tests -m "not gpu and not kills and not printed" $(PARALLEL)
@@ -78,4 +81,4 @@ $(VENV)/.lab: $(INSTALLED)
 	@sh tools/setup.sh test,lab
 	@touch $@
 
-.PHONY: help book pdf test test-newest test-colab check kills mutants test-gpu lab refresh prose fetch screenshot constraints clean setup
+.PHONY: help book pdf archive test test-newest test-colab check kills mutants test-gpu lab refresh prose fetch screenshot constraints clean setup

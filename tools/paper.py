@@ -18,8 +18,9 @@ from peftlab import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 CSS = ROOT / "tools" / "print.css"
-# what has no place on paper; a page may name more of it by the class only-screen
-SCREEN = "script, style, button, noscript, .headerlink, .only-screen, #guide-result"
+# what has no place on paper, and what becomes a sentence there
+SCREEN = "script, style, link, button, noscript, [hidden], .headerlink"
+INTERACTIVE = "form, .only-screen"
 
 
 def project() -> dict:
@@ -78,8 +79,9 @@ class Paper:
 
     def _for_paper(self, name: str, article: Tag) -> None:
         """Leave out what only a screen can do, and open what is folded."""
-        for form in article.select("form"):
-            form.replace_with(said("The form works on the site: ", f"{self.address}{name}.html"))
+        for part in [part for part in article.select(INTERACTIVE) if not part.find_parent(class_="only-screen")]:
+            told = "On the site a form stands here, which answers at once: "
+            part.replace_with(said(told, f"{self.address}{name}.html"))
         for tag in article.select(SCREEN):
             tag.decompose()
         for fold in article.select("details"):
@@ -124,11 +126,18 @@ class Paper:
 
     @property
     def title(self) -> str:
-        book = "PEFT Lab"
-        return book if len(self.names) > 1 else f"{self.heading(self.names[0])} - {book}"
+        page, book = self.heading(self.names[0]), "PEFT Lab"
+        return book if len(self.names) > 1 or page == book else f"{page} - {book}"
 
     def heading(self, name: str) -> str:
         return text_of(self.articles[name].find("h1"))
+
+    def headings(self) -> list[str]:
+        """The text of every heading of the document, in order: the titles of the outline."""
+        front = ["Contents"] if len(self.names) > 1 else []
+        return front + [
+            text_of(h) for article in self.articles.values() for h in article.select("h1, h2, h3, h4, h5, h6")
+        ]
 
     def contents(self) -> list[tuple[int, str, str]]:
         """(level, text, id) of every heading that the contents list."""

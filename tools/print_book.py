@@ -12,13 +12,14 @@ import argparse
 import base64
 import io
 import json
-import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pikepdf
+from archive import announce, write
 from paper import ROOT, Paper, page_names, plain_name, project
 
 SITE = ROOT / "_build" / "html"
@@ -61,13 +62,25 @@ def page_numbers(data: bytes) -> dict[str, int]:
         return {str(name).removeprefix("/"): pages[place[0].objgen] for name, place in pdf.Root.Dests.items()}
 
 
-def finished(data: bytes, title: str) -> bytes:
-    """The same PDF, smaller, with its title and without dates: the same book gives the same bytes."""
+def entries(node: pikepdf.Object) -> Iterator[pikepdf.Object]:
+    """The entries of an outline below `node`, in order."""
+    entry = node.get("/First")
+    while entry is not None:
+        yield entry
+        yield from entries(entry)
+        entry = entry.get("/Next")
+
+
+def finished(data: bytes, paper: Paper) -> bytes:
+    """The same PDF, smaller, with its titles and without dates: the same book gives the same bytes."""
     out = io.BytesIO()
     with pikepdf.open(io.BytesIO(data)) as pdf:
+        # in a heading of two lines Chromium loses the blank between them
+        for entry, title in zip(entries(pdf.Root.Outlines), paper.headings(), strict=True):
+            entry.Title = title
         for name in ("/CreationDate", "/ModDate"):
             del pdf.docinfo[name]
-        pdf.docinfo["/Title"], pdf.docinfo["/Author"] = title, project()["authors"][0]["name"]
+        pdf.docinfo["/Title"], pdf.docinfo["/Author"] = paper.title, project()["authors"][0]["name"]
         pdf.Root.PageMode = pikepdf.Name.UseOutlines
         pdf.save(out, object_stream_mode=pikepdf.ObjectStreamMode.generate, deterministic_id=True)
     return out.getvalue()
@@ -106,15 +119,7 @@ def make_pdf(browser: Browser, site: Path, names: list[str]) -> bytes:
             page.evaluate(NUMBER % json.dumps(page_numbers(printed(page, tagged=False))))
         data = printed(page)
         page.close()
-    return finished(data, paper.title)
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".partial")
-    part.write_bytes(data)
-    os.replace(part, path)
+    return finished(data, paper)
 
 
 def main() -> int:
@@ -147,6 +152,7 @@ def main() -> int:
     except BrowserError as error:
         print(f"pdf: {error}", file=sys.stderr)
         return 1
+    announce(SITE)
     print(f"pdf: printed in {time.monotonic() - started:.0f} s; open {(SITE / 'pdf' / page).relative_to(ROOT)}.pdf")
     return 0
 
