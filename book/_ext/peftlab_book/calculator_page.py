@@ -34,7 +34,7 @@ class Calculator(FactsDirective):
         data = calculator.as_json(calculator.embedded({name: sizes[name] for name in calculator.COUNTED}))
         script = f'<script type="application/json" id="calc-data">{data}</script>'
         runs = '<script defer src="../_static/calculator.js"></script>'
-        parts = ['<div id="calc">', form(), answer(sum(sizes.values())), script, "</div>", runs]
+        parts = ['<div id="calc" class="only-screen">', form(), answer(sum(sizes.values())), script, "</div>", runs]
         return [nodes.raw("", "\n".join(parts), format="html")]
 
 
@@ -88,8 +88,7 @@ def answer(size):
     """Everything beside the form: what starts Python, of `size` bytes, and the places of the answer."""
     return f"""
 <noscript><p>The calculator needs JavaScript. In a shell this command answers: <code>{COMMAND}</code></p></noscript>
-<p class="calc-paper">In a shell, this command answers: <code>{COMMAND}</code></p>
-<div id="calc-answer" class="only-screen">
+<div id="calc-answer">
 <p id="calc-said" role="status" class="calc-unseen"></p>
 <p id="calc-refused" class="calc-note" hidden></p>
 <div id="calc-start" hidden>
