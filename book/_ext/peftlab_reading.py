@@ -2,8 +2,8 @@
 
 A term that another chapter explains is a link to the glossary where a page uses it first; _static/preview.js shows the
 entry under the mouse and on keyboard focus. The search finds terms and equations by their names. When the pages are
-written, each loses the scripts that it does not need, and the fonts of icons keep the icons that pages have. The text of
-each page is stored a second time as a script, from which previews are made: a page that was opened as a file may not
+written, each loses the scripts that it does not need, and the fonts of icons lose the icons that no page has. The text
+of each page is stored a second time as a script, from which previews are made: a page that was opened as a file may not
 fetch others, but it may load scripts.
 """
 
