@@ -68,9 +68,10 @@ class Paper:
         self.site, self.names = site, names
         self.address = project()["urls"]["Documentation"].rstrip("/") + "/"
         self.articles: dict[str, Tag] = {name: self._article(name) for name in names}
-        self.ids = {name: {tag["id"] for tag in article.select("[id]")} for name, article in self.articles.items()}
         for name, article in self.articles.items():
             self._for_paper(name, article)
+        self.ids = {name: {tag["id"] for tag in article.select("[id]")} for name, article in self.articles.items()}
+        for name, article in self.articles.items():
             self._links(name, article)
 
     def _article(self, name: str) -> Tag:
