@@ -127,8 +127,9 @@ def fill_prose() -> int:
         for cell, source in zip(prose, portable.number_headings(path.stem, [c.source for c in prose]), strict=True):
             cell.source = source
     book = portable.Book({path.stem: notebook for path, notebook in notebooks.items()}, BOOK)
+    of_runs = portable.runs(BOOK)
     for path, notebook in notebooks.items():
-        values = portable.stored_values(notebook)
+        values = portable.stored_values(notebook) | of_runs
         try:
             for cell in notebook.cells:
                 if cell.cell_type == "markdown":
@@ -141,7 +142,7 @@ def fill_prose() -> int:
         if text != path.read_text(encoding="utf-8"):
             store(path, text)
             print(f"refresh: {path.relative_to(ROOT)}: prose filled in")
-    return fill_pages(book, portable.values_of_all(notebooks.values()) | portable.runs(BOOK)) or status
+    return fill_pages(book, portable.values_of_all(notebooks.values()) | of_runs) or status
 
 
 def fill_pages(book: portable.Book, values: dict[str, str]) -> int:

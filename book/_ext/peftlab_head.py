@@ -34,6 +34,7 @@ LOST = """
 <ul>
 <li><a href="index.html">The front page</a></li>
 <li><a href="book/start_here.html">Start here</a>: which chapter answers which question</li>
+<li><a href="book/appendix_calculator.html">A memory calculator</a></li>
 <li><a href="book/appendix_guide.html">Which method? A guide</a></li>
 <li><a href="book/appendix_claims.html">Claims checked</a></li>
 <li><a href="book/appendix_glossary.html">Glossary</a></li>

@@ -1,23 +1,59 @@
 // A reference shows what it refers to, under the mouse and on keyboard focus: a section's beginning, an equation, a
-// figure, a term, a paper. The HTML comes from the page that the reference links to. Nothing is shown on touch, and a
-// page that was opened as a file keeps plain links. tests/book/test_preview.py opens some.
+// figure, a term, a paper. The HTML comes from _static/pages, which has the text of each page as a script: a page that was
+// opened as a file may load scripts, but may not fetch. Nothing is shown on touch, and what cannot be loaded stays a
+// plain link. tests/book/test_preview.py opens some.
 "use strict";
 
 (function () {
-  if (!location.protocol.startsWith("http")) return;
-  const LINKS = "a.reference.internal[href*='#'], a.reference.external";
-  const BIBLIOGRAPHY = (document.documentElement.dataset.content_root || "./") + "book/appendix_bibliography.html";
+  const LINKS = "a[href*='#']:not(.headerlink), a.reference.external";
+  const ROOT = new URL(document.documentElement.dataset.content_root || "./", location.href).href;
+  const BIBLIOGRAPHY = "book/appendix_bibliography";
   const DELAY = 150; // milliseconds, so that a mouse on its way opens nothing, and can move into the preview
   const ENOUGH = 400; // characters of a section
-  const pages = new Map(); // promises of documents, by address
+  const pages = new Map(); // promises of documents, by the page's name
+  const arrived = new Map(); // what to do with the text of a page that was asked for
   const previews = new Map(); // promises of elements, by the link's address
+  let mathjax; // a promise, where the page came without it
   let timer, link, shown; // the link whose preview is wanted, and the preview that is seen
 
-  function read(address) {
-    const parse = (text) => new DOMParser().parseFromString(text, "text/html");
-    const load = () => fetch(address).then((answer) => (answer.ok ? answer.text().then(parse) : null));
-    if (!pages.has(address)) pages.set(address, load());
-    return pages.get(address);
+  // what the scripts call
+  window.peftlabPage = (name, html) => arrived.get(name)?.(new DOMParser().parseFromString(html, "text/html"));
+
+  function read(name) {
+    if (!pages.has(name)) {
+      pages.set(name, new Promise((resolve) => {
+        arrived.set(name, resolve);
+        load(`pages/${name}.js`).catch(() => resolve(null));
+      }));
+    }
+    return pages.get(name);
+  }
+
+  function load(path) {
+    return new Promise((resolve, reject) => {
+      const script = document.createElement("script");
+      script.src = `${ROOT}_static/${path}`;
+      script.addEventListener("load", resolve);
+      script.addEventListener("error", reject);
+      document.head.append(script);
+    });
+  }
+
+  // A page without formulas comes without MathJax.
+  async function typeset(preview) {
+    if (!preview.querySelector(".math")) return;
+    if (!window.MathJax) {
+      window.MathJax = { options: { enableMenu: false }, startup: { typeset: false } };
+      mathjax = load("vendor/mathjax/tex-mml-chtml.js");
+    }
+    await mathjax;
+    await MathJax.startup?.promise;
+    await MathJax.typesetPromise?.([preview]);
+  }
+
+  // "book/02_lora" for an address in the site
+  function nameOf(address) {
+    return address.href.startsWith(ROOT) ? address.href.slice(ROOT.length).match(/^(.+)\.html/)?.[1] : undefined;
   }
 
   function beginning(section) {
@@ -41,7 +77,7 @@
 
   function partsOf(page, address) {
     const sameAddress = (a) => decodeURI(a.href) === decodeURI(address.href);
-    const target = address.origin === location.origin
+    const target = nameOf(address)
       ? page.getElementById(decodeURIComponent(address.hash.slice(1)))
       : [...page.querySelectorAll(".citation a[href]")].find(sameAddress)?.closest(".citation");
     if (!target) return [];
@@ -66,9 +102,9 @@
   }
 
   async function make(address) {
-    const inside = address.origin === location.origin;
-    const source = inside ? address.href.split("#")[0] : new URL(BIBLIOGRAPHY, location.href).href;
-    const page = await read(source);
+    const name = nameOf(address) || BIBLIOGRAPHY;
+    const source = `${ROOT}${name}.html`;
+    const page = await read(name);
     const parts = page ? partsOf(page, address) : [];
     if (!parts.length) return null;
     const preview = document.createElement("div");
@@ -78,7 +114,7 @@
     preview.append(...parts.map((part) => copy(part, source)));
     preview.style.visibility = "hidden"; // and not `hidden`: MathJax measures the letters around a formula
     document.querySelector("main").append(preview);
-    await window.MathJax?.typesetPromise?.([preview]);
+    await typeset(preview);
     await Promise.allSettled([...preview.querySelectorAll("img")].map((image) => image.decode()));
     for (const formula of preview.querySelectorAll("[tabindex]")) formula.removeAttribute("tabindex");
     preview.hidden = true;

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
 CHAPTERS = sorted(path.stem for path in BOOK.glob("*.ipynb"))
 BASE = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["html"]["baseurl"]
-IN_FRONT = ["appendix_guide", "appendix_claims"]
+IN_FRONT = ["appendix_calculator", "appendix_guide", "appendix_claims"]
 MOST_BYTES = 1_500_000
 META = re.compile(r'<meta (?:name|property)="([^"]+)" content="([^"]*)" />')
 CARDS = """

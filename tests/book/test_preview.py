@@ -9,7 +9,7 @@ from test_pages import AXE, RUN_AXE, violations
 CHAPTER = "book/01_full_finetuning_memory.html"
 QUESTIONS = "book/appendix_questions.html"
 GLOSSARY = "book/appendix_glossary.html"
-SHOWN = "[...document.querySelectorAll('.reference-preview')].find(e => e.getClientRects().length > 0)"
+SHOWN = "[...document.querySelectorAll('.reference-preview')].find(e => e.checkVisibility({visibilityProperty: true}))"
 # the middle of the first line of a link, which is scrolled to the middle of the window
 POINT = """(link => {
   link.scrollIntoView({block: "center"});
@@ -23,6 +23,10 @@ KINDS = {
     "section elsewhere": (CHAPTER, "article a.reference[href*='02_lora.html#sec-lora']", "2.12. What", True),
     "equation": (CHAPTER, "article a.reference[href='#equation-eq-memory-states']", "(1.1)", True),
     "figure": ("book/05_adapters.html", "article a.reference[href='#fig-adapters-block']", "Fig. 5.1", False),
+    "term in the index": ("genindex.html", "article a[href$='#term-LoRA']", "low-rank adaptation", True),
+    "section on the front page": ("index.html", "article a[href$='#sec-lora-start']", "A model that cannot", False),
+    "rows of an answer": ("book/appendix_guide.html", "#guide-result a[href*='#measurements']", "GPU", False),
+    "term elsewhere": ("book/05_adapters.html", "article a.term[href$='#term-LoRA']", "low-rank adaptation", True),
     "term": (GLOSSARY, "article a.reference[href='#term-scaling']", "low-rank path", True),
     "paper": (CHAPTER, "article a[href='https://arxiv.org/abs/2106.09685']", "Yelong Shen", False),
     "paper by its DOI": (CHAPTER, "article a[href*='doi.org/10.1016/S0079']", "McCloskey", False),
@@ -160,12 +164,25 @@ def test_a_figure_is_dark_on_a_dark_page(opened):
         assert page.evaluate(looks) == expected
 
 
-def test_a_page_that_is_opened_as_a_file_keeps_its_links(browser, site):
+def test_a_page_that_is_opened_as_a_file_shows_it_too(browser, site):
     page = browser.page()
-    page.open(Path(site / CHAPTER).as_uri())
-    point(page, SECTION)
-    page.evaluate(f"document.querySelector({SECTION!r}).focus({{focusVisible: true}})")
-    page.browser.pump(0.5)
-    assert seen(page) is None
-    assert not [problem for problem in page.problems if "preview" in problem]
+    page.open(Path(site / QUESTIONS).as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    for link, words in ((KINDS["paper in an answer"][1], "20"), ("article a[href*='02_lora.html#sec-']", "2.")):
+        page.evaluate(f"document.querySelector({link!r}).focus({{focusVisible: true}})")
+        assert page.until(SHOWN) and words in seen(page)
+        page.evaluate("document.activeElement.blur()")
+        assert page.until(f"!({SHOWN})")
+    assert page.problems == []
     page.close()
+
+
+def test_what_cannot_be_loaded_stays_a_link(opened):
+    page = opened(GLOSSARY)
+    page.evaluate(
+        "document.querySelector('article').insertAdjacentHTML('beforeend', "
+        '\'<a class="reference internal" id="lost" href="nowhere.html#a">a</a>\')'
+    )
+    page.evaluate("document.querySelector('#lost').focus({focusVisible: true})")
+    page.browser.pump(0.5)
+    assert seen(page) is None and [p for p in page.problems if "404" not in p and "not loaded" not in p] == []

@@ -226,7 +226,7 @@ def test_pages_may_name_what_a_chapters_run_took(tmp_path):
     (tmp_path / "facts" / "practice.toml").write_text(RUN)
     assert portable.runs(tmp_path) == {
         "run-02-cpu": "12 s", "run-02-memory": "1.2 GB", "run-02-gpu": "7 s", "run-gpu": "H100",
-        "run-03-cpu": "12 s", "run-03-memory": "1.2 GB",
+        "run-02-t4": "7 s to 12 s", "run-03-cpu": "12 s", "run-03-memory": "1.2 GB", "run-03-t4": "at most 12 s",
     }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ SETUP = rules.SETUP.format(
 def chapter(*cells):
     """A small chapter without a fault, and `cells` after it; code cells are counted."""
     start = [
-        new_markdown_cell("# LoRA\n\nWhy does a low-rank update suffice?"),
+        new_markdown_cell("# LoRA\n\nWhy does a low-rank update suffice? Low rank suffices.<!--@answer-->"),
         new_code_cell(SETUP),
         new_markdown_cell("## Summary\n\nLow rank suffices."),
         new_markdown_cell("## Exercises\n\nNone yet."),
@@ -289,7 +289,7 @@ def test_set_up_cell_and_parts_are_demanded():
     assert "set-up cell" in next(rules.setup_cell(notebook, REPOSITORY, PACKAGES))
     del notebook.cells[2:]
     notebook.cells[0].source = "LoRA"
-    assert len(list(rules.whole_chapter(notebook))) == 3
+    assert len(list(rules.whole_chapter(notebook))) == 4  # title, answer, summary, exercises
 
 
 def test_stored_form_is_stable_and_quiet():

@@ -66,7 +66,8 @@ def test_chapter_is_whole(path):
 def test_prose_is_filled_in(path):
     """Values are those that the cells computed; references, citations and numbers are those of the book as it is."""
     notebook = normalise.read(path)
-    book, values, prose = portable.Book.read(BOOK), portable.stored_values(notebook), portable.prose(notebook)
+    book, prose = portable.Book.read(BOOK), portable.prose(notebook)
+    values = portable.stored_values(notebook) | portable.runs(BOOK)
     expected = [book.fill(path.stem, source, values) for source in portable.number_headings(path.stem, prose)]
     assert prose == expected, "run: make prose"
 
@@ -76,7 +77,19 @@ def test_every_value_that_prose_names_is_computed(path):
     notebook = normalise.read(path)
     computed = {name for cell in rules.code_cells(notebook) for name in portable.settings(cell).get("values", {})}
     used = {found["name"] for source in portable.prose(notebook) for found in portable.VALUE.finditer(source)}
-    assert used <= computed and set(portable.stored_values(notebook)) == computed
+    assert used - set(portable.runs(BOOK)) <= computed and set(portable.stored_values(notebook)) == computed
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=title)
+def test_a_chapter_says_how_long_it_runs(path):
+    """Its first table names what was measured, on which hardware, and an estimate for a T4 that is called one."""
+    (row,) = (line for source in portable.prose(normalise.read(path)) for line in source.splitlines()
+              if line.startswith("| Time |"))  # fmt: skip
+    named = {found["name"] for found in portable.VALUE.finditer(row)}
+    own = {name for name in portable.runs(BOOK) if name.startswith(f"run-{path.name[:2]}-") and "memory" not in name}
+    assert own and own <= named and named - own <= {"run-gpu"}
+    assert "two CPU cores" in row and re.search("a T4, .*we estimate", row)
+    assert ("run-gpu" in named) == (f"run-{path.name[:2]}-gpu" in own)
 
 
 @pytest.fixture(scope="module")

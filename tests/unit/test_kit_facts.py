@@ -126,6 +126,14 @@ def test_a_value_is_a_value_of_a_section_that_the_answer_names():
         assert pages <= {of_label[label] for label in entry.get("shown", [])}, entry["question"]
 
 
+def test_every_numbered_equation_has_a_name():
+    """By it the search finds the equation. A chapter names its own."""
+    for page, chapter in CHAPTERS.items():
+        labels = [found["label"] for text in portable.prose(chapter) for found in portable.EQUATION.finditer(text)]
+        named = [entry["label"] for facts in FACTS if facts.page == page for entry in facts.equations]
+        assert named == labels, page
+
+
 def test_there_are_questions_enough():
     assert len(QUESTIONS) >= 70
     assert {entry["theme"] for entry in QUESTIONS} == set(facts_module.THEMES)

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from nets import Net, assert_same, snapshot, tokens
+from test_resume import begin, interrupted
 from torch import nn
 
 import peftlab as pl
@@ -90,6 +91,15 @@ def test_an_adapter_in_sixteen_bits_starts_where_the_base_is(init):
     before = model(ids).logits
     pl.attach(model, pl.LoRAConfig(r=4, init=init), adapter_dtype="bf16")
     assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_run_that_resumes_ends_in_the_same_bits(init, tmp_path):
+    expected, model = begin(None, model=started(init))
+    interrupted(tmp_path, model=started(init))
+    found, other = begin(tmp_path, model=started(init))
+    assert found == expected
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("init", INITS)

@@ -6,6 +6,7 @@ first says after which section an exercise can be done:
     {exercise-table}  exercises with their levels and minutes
     {claims-table}    claims in circulation: verdict, what is so, the section that shows it
     {facts-glossary}  the terms of all chapters; {term}`LoRA` refers to one
+    {equations}       the names of the numbered equations
     {questions}       interview questions with folded answers, and an index of them by theme
     {guide}, {guide-table}, {guide-rules}   the decision guide (guide_page.py)
     {calculator}      the memory calculator that runs in the page (calculator_page.py)
@@ -19,6 +20,7 @@ ordinary references, which Sphinx checks.
 from peftlab_book.calculator_page import Calculator, write_archive
 from peftlab_book.directives import (
     ClaimsTable,
+    Equations,
     ExerciseTable,
     FactsGlossary,
     Measurements,
@@ -32,6 +34,7 @@ def setup(app):
     app.add_directive("calculator", Calculator)
     app.add_directive("cards", Cards)
     app.add_directive("claims-table", ClaimsTable)
+    app.add_directive("equations", Equations)
     app.add_directive("exercise-table", ExerciseTable)
     app.add_directive("facts-glossary", FactsGlossary)
     app.add_directive("front-picture", FrontPicture)

@@ -4,6 +4,7 @@ Nothing is written for this alone. A chapter has the question of its facts file 
 as the answer; any other page has its first sentences.
 """
 
+import functools
 import json
 import re
 import tomllib
@@ -39,6 +40,7 @@ def plain(text: str) -> str:
     return " ".join(re.sub(r"[*`$]|\\(?=\W)", "", text).split())
 
 
+@functools.cache  # a card and the head of its page ask for the same
 def chapter(page: str, folder: Path) -> tuple[dict, str]:
     """What the facts say of a chapter, and the answer that its opening marks, as Markdown."""
     facts = tomllib.loads((folder / "facts" / f"{page}.toml").read_text(encoding="utf-8"))["chapter"]

@@ -113,6 +113,14 @@ class FactsGlossary(FactsDirective):
                                   document=self.state.document)
 
 
+class Equations(FactsDirective):
+    """The names of the numbered equations, in the order of the book."""
+
+    def run(self):
+        rows = [[f"{{eq}}`{entry['label']}`", entry["name"]] for facts in self.facts() for entry in facts.equations]
+        return [self.table(["Equation", "Name"], [20, 80], rows)] if rows else []
+
+
 class Questions(FactsDirective):
     """The questions by chapter, numbered through, under an index of the numbers by theme."""
 
@@ -199,7 +207,7 @@ def exercises(notebook):
     yield from ((found, None) for found in waiting)
 
 
-MOST_ROWS = 40  # of a section on the page
+MOST_ROWS = 12  # of a section on the page, which stays below 1.5 MB
 COLUMNS = 84  # of a command
 
 

@@ -6,6 +6,7 @@ trained, as in all drawings of the book.
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ class Cost:
         }
 
 
+@functools.cache
 def costs() -> dict[str, Cost]:
     """The steps that chapter 1 compares."""
     grid, found = measurements.results("memory"), {}

@@ -27,6 +27,10 @@
     also = ["low-rank adaptation"]        # further names for the same entry
     text = "..."
 
+    [[equation]]                          # a name for a numbered equation, by which the search finds it
+    label = "eq-lora"
+    name = "LoRA update"
+
     [[question]]                          # an interview question
     theme = "settings"                    # one of THEMES
     level = "easy"                        # one of LEVELS
@@ -72,11 +76,12 @@ TABLES = {
             {"gpu": TEXT, "seconds_gpu": NUMBER}),
     "claim": ({"id": TEXT, "claim": TEXT, "verdict": TEXT, "truth": TEXT, "shown": TEXTS}, {"seen": TEXT}),
     "term": ({"term": TEXT, "text": TEXT}, {"also": TEXTS}),
+    "equation": ({"label": TEXT, "name": TEXT}, {}),
     "question": ({"theme": TEXT, "level": TEXT, "question": TEXT, "answer": TEXT}, {"shown": TEXTS}),
 }
 # {(table, key): the texts that it may hold}
 ALLOWED = {("claim", "verdict"): VERDICTS, ("question", "level"): LEVELS, ("question", "theme"): tuple(THEMES)}
-LISTS = ("claim", "term", "question")
+LISTS = ("claim", "term", "equation", "question")
 
 
 @dataclass
@@ -92,6 +97,7 @@ class Facts:
     run: dict | None = None
     claims: list[dict] = field(default_factory=list)
     terms: list[dict] = field(default_factory=list)
+    equations: list[dict] = field(default_factory=list)
     questions: list[dict] = field(default_factory=list)
 
 
@@ -113,6 +119,9 @@ def load(folder):
     faults += _twice("claim id", [(facts.page, claim["id"]) for facts in found for claim in facts.claims])
     faults += _twice("term", [(facts.page, name.lower()) for facts in found for term in facts.terms
                               for name in [term["term"], *term.get("also", [])]])
+    for key in ("label", "name"):
+        named = [(facts.page, entry[key].lower()) for facts in found for entry in facts.equations]
+        faults += _twice(f"equation's {key}", named)
     faults += _twice("question", [(facts.page, entry["question"]) for facts in found for entry in facts.questions])
     return found, faults
 

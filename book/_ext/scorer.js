@@ -1,0 +1,7 @@
+// Sphinx's search puts a page in which all words stand before a place that is called so. What is called exactly as the
+// reader asked, such as a term, an equation or a section, comes first.
+Scorer.score = ([, title, , , score]) => {
+  const asked = new URLSearchParams(location.search).get("q")?.trim().toLowerCase();
+  const name = title.split(" > ").pop().replace(/^[\d.]+ | \([\d.]+\)$/g, "");
+  return score + (name.toLowerCase() === asked ? 100 : 0);
+};
