@@ -169,6 +169,7 @@ def test_answers_are_those_of_the_package(page, tmp_path, monkeypatch):
         if "error" not in expected:
             answer["holding"] = [card["name"] for card in answer["cards"] if card["fits"]]
             assert {name: answer[name] for name in expected} == expected, question
+            assert max(size for _, size in answer["history"]) == expected["peak_bytes"], question
     good = [one["answer"] for one in answers if "error" not in one["answer"]]
     assert len(good) >= 50 and {one["method"] for one in good} == set(calculator.methods())
 
