@@ -321,6 +321,7 @@
 
   function show(given, found) {
     last = { given, found };
+    points = null;
     at("peak").textContent = bytes(found.peak_bytes);
     at("peak-binary").textContent = gibibytes(found.peak_bytes);
     at("needed").textContent = bytes(found.with_margin);
@@ -386,7 +387,7 @@
     at("cards").replaceChildren(...found.cards.map((card) => {
       const left = card.bytes - found.with_margin;
       return element("li", [
-        element("span", [element("strong", card.name), ` ${short(card.bytes)}: `]),
+        element("span", [element("strong", card.name), ` ${short(card.bytes)}`]),
         element("span", card.fits ? `${bytes(left)} to spare` : `${bytes(-left)} too small`),
       ], { class: card.fits ? "calc-fits" : "calc-small" });
     }));
@@ -394,7 +395,7 @@
 
   let last = null, points = null;
 
-  const PAD = { left: 58, right: 26, top: 14, bottom: 34 };
+  const PAD = { left: 66, right: 26, top: 14, bottom: 34 };
 
   function frame(name, height, label) {
     const width = Math.max(260, at(name).clientWidth);

@@ -6,6 +6,7 @@ import re
 import memory_errors
 import pytest
 
+from peftlab.commands import cli
 from peftlab.errors import PeftLabError
 from peftlab.memory import measured, measured_like
 from peftlab.memory.estimate import OPTIMIZERS, PARALLEL, PRECISIONS
@@ -85,3 +86,11 @@ def test_it_reads_as_a_line():
 def test_what_estimate_refuses_is_refused(wrong):
     with pytest.raises(PeftLabError):
         measured_like(**{"shape": "llama-2-7b", "method": "lora", **wrong})
+
+
+def test_the_command_tells_it(capsys):
+    assert cli.main(["memory", "smollm2-135m", "--method", "qlora", "--checkpointing"]) == 0
+    like = measured_like("smollm2-135m", "qlora", checkpointing=True)
+    told = " ".join(capsys.readouterr().out.split())
+    errors = f"{like.lowest:+.2%} to {like.highest:+.2%}"
+    assert f"in runs like it {errors}, in the {like.runs} that are most like it" in told
