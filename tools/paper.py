@@ -68,9 +68,10 @@ class Paper:
         self.site, self.names = site, names
         self.address = project()["urls"]["Documentation"].rstrip("/") + "/"
         self.articles: dict[str, Tag] = {name: self._article(name) for name in names}
-        self.ids = {name: {tag["id"] for tag in article.select("[id]")} for name, article in self.articles.items()}
         for name, article in self.articles.items():
             self._for_paper(name, article)
+        self.ids = {name: {tag["id"] for tag in article.select("[id]")} for name, article in self.articles.items()}
+        for name, article in self.articles.items():
             self._links(name, article)
 
     def _article(self, name: str) -> Tag:
@@ -85,7 +86,8 @@ class Paper:
         for tag in article.select(SCREEN):
             tag.decompose()
         for fold in article.select("details"):
-            title = text_of(fold.find("summary"))
+            summary = fold.find("summary")
+            title = text_of(summary)
             code = fold.find("pre") if "hide" in fold.get("class", []) else None
             if code:
                 title = title_of(code)
@@ -94,8 +96,12 @@ class Paper:
             elif re.fullmatch(r".* \(\d+ rows?\)", title):
                 fold.replace_with(said(f"{title}: on the site, and in the file."))
             else:
-                fold.name = "div"
-                fold.find("summary").replace_with(said(title, kind="fold-title"))
+                fold.name = summary.name = "div"
+                summary["class"] = "fold-title"
+                if code:
+                    summary.string = title
+                for arrow in summary.select("svg"):
+                    arrow.decompose()
         for image in article.select("img"):
             image["src"] = (self.site / f"{name}.html").parent.joinpath(image["src"]).resolve().as_uri()
             image["loading"] = "eager"

@@ -19,6 +19,8 @@ SAID = "PEFT Lab. Bars compare the memory of full fine-tuning, LoRA and QLoRA: p
 TITLES = {"index": "PEFT Lab: parameter-efficient fine-tuning, derived and measured", "genindex": "Index",
           "search": "Search"}  # fmt: skip
 MISSING = "404"  # servers of static pages, such as GitHub's, show 404.html for what they do not have
+# no column of contents at the right, and no button for it: cards are contents enough, the calculator needs the room
+WITHOUT_CONTENTS = ("index", MISSING, "book/appendix_calculator")
 UNLISTED = (MISSING, "search", "genindex")
 LINK = re.compile(r'(?<=\s)(?P<name>href|src|action|data-content_root)="(?!#|/|[a-z][a-z+.-]*:)(?:\./)?(?P<to>[^"]*)"')
 
@@ -90,9 +92,16 @@ def describe_page(app, pagename, templatename, context, doctree) -> None:
     context["metatags"] = (context.get("metatags") or "") + tags(pagename, title, description, base)
     if base:
         context["pageurl"] = None if pagename == MISSING else address(base, pagename)
-    if pagename in ("index", MISSING):  # the cards are contents enough: no column beside them, and no button for it
+    if pagename in WITHOUT_CONTENTS:
         context["meta"] = {**(context.get("meta") or {}), "html_theme.sidebar_secondary.remove": "true"}
         context["generate_toc_html"] = lambda *_, **__: ""
+        # Sphinx counts the formulas of all pages as the front page's, since its table of contents lists them.
+        context["script_files"] = without_mathematics(context["script_files"])
+
+
+def without_mathematics(scripts: list) -> list:
+    """The scripts of a page but for MathJax and its settings."""
+    return [script for script in scripts if "mathjax" not in f"{script.filename} {script.attributes}".lower()]
 
 
 def missing_page(app):

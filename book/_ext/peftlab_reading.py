@@ -2,8 +2,9 @@
 
 A term that another chapter explains is a link to the glossary where a page uses it first; _static/preview.js shows the
 entry under the mouse and on keyboard focus. The search finds terms and equations by their names. When the pages are
-written, each loses the scripts that it does not need, and its text is stored a second time as a script, from which
-previews are made: a page that was opened as a file may not fetch others, but it may load scripts.
+written, each loses the scripts that it does not need, and the fonts of icons lose the icons that no page has. The text
+of each page is stored a second time as a script, from which previews are made: a page that was opened as a file may not
+fetch others, but it may load scripts.
 """
 
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import portable
 from docutils import nodes
+from fontTools import subset
 from peftlab_book import facts as facts_files
 from sphinx.search import IndexBuilder
 from sphinx.transforms.post_transforms import SphinxPostTransform
@@ -28,6 +30,7 @@ HEAVY = re.compile(r'\s*<script[^>]*\ssrc="[^"]*/scripts/fontawesome\.js[^>]*></
 SEARCH = re.compile(r'\s*<script src="[^"]*(?:searchtools|language_data|searchindex)\.js[^>]*></script>')
 ARTICLE = re.compile(r"<article\b.*?</article>", re.DOTALL)
 UNSEEN = re.compile(r"<(pre|table|script|svg)\b.*?</\1>", re.DOTALL)  # previews show none of these
+ICON = re.compile(r'(?<=[\s"])fa-([a-z-]+)')
 THEME = '<script data-cfasync="false">'
 # The theme's first script fails where a browser refuses to keep anything; there it gets a store that forgets.
 FORGETFUL = """<script>
@@ -109,7 +112,7 @@ def finish_pages(app, exception) -> None:
     """Make the written pages light, and store the text of each as a script for previews."""
     if exception or app.builder.name != "html":
         return
-    site = Path(app.outdir)
+    site, icons = Path(app.outdir), set()
     for path in sorted(site.rglob("*.html")):
         if "_static" in path.relative_to(site).parts:
             continue
@@ -117,12 +120,32 @@ def finish_pages(app, exception) -> None:
         if path.name != "search.html":
             text = SEARCH.sub("", text)
         path.write_text(text, encoding="utf-8")
+        icons |= set(ICON.findall(text))
         if found := ARTICLE.search(text):
             name = path.relative_to(site).with_suffix("").as_posix()
             stored = f"peftlabPage({json.dumps(name)}, {json.dumps(UNSEEN.sub('', found[0]), ensure_ascii=False)});\n"
             script = site / "_static" / "pages" / f"{name}.js"
             script.parent.mkdir(parents=True, exist_ok=True)
             script.write_text(stored, encoding="utf-8")
+    keep_icons(site / "_static", icons)
+
+
+def keep_icons(static: Path, names: set[str]) -> None:
+    """Write fonts that hold no other icons than these; reading.css puts them before the theme's, which are large.
+
+    A browser that misses an icon in them takes the theme's font, as it did before.
+    """
+    style = "".join(path.read_text(encoding="utf-8") for path in sorted(static.glob("styles/*.css")))
+    codes = {code for name in names for code in re.findall(rf'\.fa-{name}:before[^{{}}]*{{content:"\\(\w+)"', style)}
+    codes |= set(re.findall(r'content:"\\(\w+)";font-family:Font Awesome', style))
+    for font in ("fa-solid-900", "fa-brands-400"):
+        source = static / "vendor" / "fontawesome" / "webfonts" / f"{font}.ttf"
+        options = subset.Options(flavor="woff")
+        read = subset.load_font(str(source), options)
+        subsetter = subset.Subsetter(options)
+        subsetter.populate(unicodes=[int(code, 16) for code in codes])
+        subsetter.subset(read)
+        subset.save_font(read, str(static / f"{font}.woff"), options)
 
 
 def setup(app):

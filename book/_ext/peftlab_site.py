@@ -19,6 +19,7 @@ REPAIRS = [
     ('role="doc-biblioentry"', 'role="listitem"'),
     # pandas leaves the corner of a table empty: a header that names nothing
     ("<th></th>", "<td></td>"),
+    ('<th class="head"><p></p></th>', "<td></td>"),
     # a folded cell's name must contain the words that are seen, such as "Show the solution"
     ('<summary aria-label="Toggle hidden content">', "<summary>"),
 ]

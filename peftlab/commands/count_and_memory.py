@@ -23,6 +23,7 @@ from peftlab.memory.estimate import (
     estimate,
     uses_autocast,
 )
+from peftlab.memory.measured import measured_like
 from peftlab.memory.replay.tape import KINDS
 from peftlab.memory.units import format_both, format_bytes, format_count, format_percent
 
@@ -136,6 +137,7 @@ def memory(arguments: argparse.Namespace) -> int:
     autocast = arguments.autocast
     if autocast is None:
         autocast = uses_autocast(result.method, arguments.precision, arguments.four_bit)
+    like = measured_like(**run)
     on_codes = " on a base in four bits" if arguments.four_bit else ""
     more = {}
     if arguments.card:
@@ -151,6 +153,7 @@ def memory(arguments: argparse.Namespace) -> int:
         *([("GPUs", f"{arguments.gpus}, {arguments.parallel}; what follows is of each")] if arguments.gpus > 1 else []),
         ("peak", format_both(result.peak_bytes)),
         ("measured errors", f"{cards.LOWEST:+.1%} to {cards.HIGHEST:+.1%} of the peak, in {cards.RUNS} runs on GPUs"),
+        ("  in runs like it", f"{like.lowest:+.2%} to {like.highest:+.2%}, in the {like.runs} that are most like it"),
         *((f"  {LABELS[kind]}", format_both(result.parts[kind])) for kind in KINDS),
         ("with a margin", f"{format_both(cards.with_margin(result.peak_bytes))} ({MARGIN})"),
         ("peak reached in", result.moment),

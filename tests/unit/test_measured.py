@@ -6,6 +6,7 @@ import re
 import memory_errors
 import pytest
 
+from peftlab.commands import cli
 from peftlab.errors import PeftLabError
 from peftlab.memory import measured, measured_like
 from peftlab.memory.estimate import OPTIMIZERS, PARALLEL, PRECISIONS
@@ -44,6 +45,15 @@ def test_what_too_few_runs_share_is_named_and_passed_over():
     assert with_sgd.runs >= measured_like("llama-2-7b", "lora", checkpointing=True).runs
     shards = measured_like("llama-2-7b", "lora", gpus=4, parallel="fsdp")
     assert shards.alike[0] == "FSDP" and shards.runs < 10
+
+
+@pytest.mark.parametrize(("alike", "runs", "apart"), [(3, 3, ()), (2, 7, ("one GPU",))])
+def test_three_runs_are_enough(alike, runs, apart, monkeypatch):
+    wanted = measured.described("gpt2", "lora")
+    stored = [(wanted, -0.01)] * alike + [(("FSDP", *wanted[1:]), 0.02)] * 5
+    monkeypatch.setattr(measured, "_runs", lambda: stored)
+    found = measured_like("gpt2", "lora")
+    assert (found.runs, found.apart, found.lowest) == (runs, apart, -0.01)
 
 
 @pytest.mark.parametrize(("shape", "method", "run", "word"), [
@@ -85,3 +95,11 @@ def test_it_reads_as_a_line():
 def test_what_estimate_refuses_is_refused(wrong):
     with pytest.raises(PeftLabError):
         measured_like(**{"shape": "llama-2-7b", "method": "lora", **wrong})
+
+
+def test_the_command_tells_it(capsys):
+    assert cli.main(["memory", "smollm2-135m", "--method", "qlora", "--checkpointing"]) == 0
+    like = measured_like("smollm2-135m", "qlora", checkpointing=True)
+    told = " ".join(capsys.readouterr().out.split())
+    errors = f"{like.lowest:+.2%} to {like.highest:+.2%}"
+    assert f"in runs like it {errors}, in the {like.runs} that are most like it" in told

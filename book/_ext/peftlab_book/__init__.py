@@ -17,7 +17,7 @@ A fault in a facts or results file is a warning with the file's name, so a build
 ordinary references, which Sphinx checks.
 """
 
-from peftlab_book.calculator_page import Calculator, write_archive
+from peftlab_book.calculator_page import Calculator, add_looks, write_archive
 from peftlab_book.directives import (
     ClaimsTable,
     Equations,
@@ -43,5 +43,6 @@ def setup(app):
     app.add_directive("guide-rules", GuideRules)
     app.add_directive("questions", Questions)
     app.add_directive("measurements", Measurements)
+    app.connect("html-page-context", add_looks)
     app.connect("build-finished", write_archive)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

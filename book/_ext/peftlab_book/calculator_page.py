@@ -33,11 +33,8 @@ class Calculator(FactsDirective):
         sizes = {path.name: path.stat().st_size for path in PYTHON.iterdir() if path.name != "LICENSE"}
         data = calculator.as_json(calculator.embedded({name: sizes[name] for name in calculator.COUNTED}))
         script = f'<script type="application/json" id="calc-data">{data}</script>'
-        parts = [
-            '<link rel="stylesheet" href="../_static/calculator.css">', '<div id="calc" class="only-screen">', form(),
-            answer(sum(sizes.values())), script, "</div>",
-            '<script defer src="../_static/calculator.js"></script>',
-        ]  # fmt: skip
+        runs = '<script defer src="../_static/calculator.js"></script>'
+        parts = ['<div id="calc" class="only-screen">', form(), answer(sum(sizes.values())), script, "</div>", runs]
         return [nodes.raw("", "\n".join(parts), format="html")]
 
 
@@ -63,11 +60,11 @@ def form():
     step = [
         number("batch", "Examples at once"),
         number("sequence", "Tokens each"),
-        choice("precision", "Precision", words(PRECISIONS)),
         choice("checkpointing", "Checkpointing", YES_NO),
-        choice("optimizer", "Optimiser", words(OPTIMIZERS)),
         number("gpus", "GPUs"),
         choice("parallel", "Shared among the GPUs", words(PARALLEL)),
+        choice("precision", "Precision", words(PRECISIONS)),
+        choice("optimizer", "Optimiser", words(OPTIMIZERS)),
     ]
     more = [
         choice("bias", "Biases that train", words(("none", "all", "lora_only")), option=True),
@@ -104,7 +101,7 @@ def answer(size):
 <p id="calc-old" class="calc-note" hidden>These settings have no answer. What follows belongs to the last ones that had
 one.</p>
 <p class="calc-headline"><span class="calc-name">Peak memory <span id="calc-each"></span></span>
-<strong id="calc-peak"></strong> <span id="calc-peak-binary"></span></p>
+<strong id="calc-peak"></strong> <span id="calc-peak-binary"></span> <span id="calc-busy"></span></p>
 <p><strong id="calc-needed"></strong> with the margin. <span id="calc-verdict"></span></p>
 <h2 id="calc-h-parts">What it consists of</h2>
 <div id="calc-parts-bar" class="calc-parts-bar" aria-hidden="true"></div>
@@ -182,6 +179,12 @@ def field(name, label, control, option=False, after=""):
         f'<div class="calc-field" data-field="{name}"{only}><label for="calc-in-{name}">{label}</label>{named}{after}'
         f'<p class="calc-error" id="calc-error-{name}" hidden></p></div>'
     )
+
+
+def add_looks(app, pagename, templatename, context, doctree):
+    """Give the calculator's page its style sheet, and no other page."""
+    if doctree is not None and any('id="calc"' in raw.astext() for raw in doctree.findall(nodes.raw)):
+        app.add_css_file("calculator.css")
 
 
 def write_archive(app, exception):
