@@ -361,9 +361,10 @@
     for (const [kind, name] of Object.entries(data.kinds)) {
       const size = found.parts[kind], share = (100 * size) / found.peak_bytes;
       const colour = `--part: ${data.colours[kind]}`;
-      if (size) bar.push(element("span", "", { style: `${colour}; flex-grow: ${size}` }));
+      const hatched = kind === "logits" ? " calc-hatched" : "";  // its colour is that of what lives for a moment
+      if (size) bar.push(element("span", "", { class: hatched, style: `${colour}; flex-grow: ${size}` }));
       rows.push(element("tr", [
-        element("th", [element("span", "", { class: "calc-swatch", style: colour }), name], { scope: "row" }),
+        element("th", [element("span", "", { class: `calc-swatch${hatched}`, style: colour }), name], { scope: "row" }),
         element("td", bytes(size)), element("td", `${share.toFixed(1)} %`),
       ], { "data-part": kind }));
     }
