@@ -34,7 +34,7 @@ NO_BROWSER = (
 )
 WIDTH = round((210 - 2 * 18) / 25.4 * 96)  # A4 less the margins of print.css, in CSS pixels
 
-# What is wider than the paper is made smaller as a whole; Chromium would cut it off.
+# A table or a formula that is wider than the paper is made smaller.
 FIT = """
 (() => {
   document.querySelectorAll("table, mjx-container[display='true']").forEach(wide => {
@@ -45,10 +45,15 @@ FIT = """
 })()
 """
 
-
 UNTYPESET = """
 [...document.querySelectorAll(".math")].filter(e => !e.querySelector("mjx-container") || e.querySelector("mjx-merror"))
   .map(e => "a formula is not typeset: " + e.textContent)
+"""
+# If one thing is still too wide, Chromium prints the whole document smaller.
+WIDE = """
+document.documentElement.scrollWidth <= innerWidth ? [] : [...document.querySelectorAll("body *")]
+  .filter(e => e.getBoundingClientRect().right > innerWidth + 1 || (e.clientWidth && e.scrollWidth > e.clientWidth + 1))
+  .map(e => "wider than the paper: " + e.outerHTML.slice(0, 200)).slice(-1)
 """
 NUMBER = """
 (numbers => document.querySelectorAll("[data-place]").forEach(e => e.textContent = numbers[e.dataset.place]))(%s)
@@ -110,10 +115,10 @@ def make_pdf(browser: Browser, site: Path, names: list[str]) -> bytes:
         page.evaluate(
             "Promise.all([...document.images].map(i => i.decode())).then(() => document.fonts.ready).then(() => 0)"
         )
-        told = page.problems + page.evaluate(UNTYPESET)
+        page.evaluate(FIT)
+        told = page.problems + page.evaluate(UNTYPESET) + page.evaluate(WIDE)
         if told:
             raise BrowserError(f"{names[0]}: {told[0]}")
-        page.evaluate(FIT)
         if len(names) > 1:
             # the contents know their page numbers after a first printing
             page.evaluate(NUMBER % json.dumps(page_numbers(printed(page, tagged=False))))

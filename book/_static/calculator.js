@@ -13,6 +13,7 @@
   const fields = [...form.querySelectorAll("[data-kind]")];
   const PASTED = "pasted", NAMED = "named";
   const WAIT = 120;  // milliseconds without a key stroke, before a question is asked
+  const SLOW = 400;  // milliseconds after which the page says that it computes
   const PAUSE = 250;  // before the curve is asked for: a reader may still be changing settings
 
   // ------------------------------------------------------------------------------------------------ the question
@@ -202,9 +203,10 @@
   async function begin() {
     ready = true;
     at("loaded").textContent = "Python runs. Here comes the first answer.";
+    const there = document.activeElement;  // a button that is switched off or hidden loses the focus
     await answer();
     at("start").hidden = true;
-    if (document.activeElement === document.body) at("result").focus({ preventScroll: true });
+    if (there === document.body || there === at("load")) at("result").focus({ preventScroll: true });
   }
 
   // ------------------------------------------------------------------------------------------------- the answer
@@ -217,12 +219,18 @@
     asked = given;
     curve += 1;
     let message;
+    at("result").setAttribute("aria-busy", "true");
+    const slow = setTimeout(() => { at("short").textContent = at("busy").textContent = "Computing."; }, SLOW);
     try {
       message = await ask("answer", given);
     } catch (error) {
       return broken(error.message);
+    } finally {
+      clearTimeout(slow);
     }
     if (asked !== given) return undefined;  // the settings have changed meanwhile
+    at("result").removeAttribute("aria-busy");
+    at("busy").textContent = "";
     clearErrors();
     if (message.answer.error) return showError(message.answer);
     show(given, message.answer);

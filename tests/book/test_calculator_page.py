@@ -99,10 +99,10 @@ def page(browser, address):
     for kind, text in (("keyDown", "\r"), ("keyUp", "")):
         opened.command("Input.dispatchKeyEvent", type=kind, text=text, **enter)
     opened.shares = set()
-    while not shown(opened, "result") and not shown(opened, "refused"):
+    while not (shown(opened, "result") or shown(opened, "refused") or opened.problems):
         opened.shares.add(opened.evaluate("document.getElementById('calc-bar').value"))
         opened.browser.pump(0.05)
-    assert shown(opened, "result"), told(opened, "refused")
+    assert shown(opened, "result"), [told(opened, "refused"), *opened.problems]
     yield opened
     opened.close()
 
@@ -135,7 +135,7 @@ def asked(page, function: str, question: dict):
 def test_python_is_loaded_only_when_it_is_asked_for(page):
     assert not [url for url in page.before if "pyodide" in url or ".zip" in url]
     assert len(page.shares) > 1 and max(page.shares) <= 1
-    assert not shown(page, "start")
+    assert not shown(page, "start") and page.evaluate("document.activeElement.id") == "calc-result"
 
 
 def test_the_first_answer_is_there_at_once(page):
@@ -169,6 +169,7 @@ def test_answers_are_those_of_the_package(page, tmp_path, monkeypatch):
         if "error" not in expected:
             answer["holding"] = [card["name"] for card in answer["cards"] if card["fits"]]
             assert {name: answer[name] for name in expected} == expected, question
+            assert max(size for _, size in answer["history"]) == expected["peak_bytes"], question
     good = [one["answer"] for one in answers if "error" not in one["answer"]]
     assert len(good) >= 50 and {one["method"] for one in good} == set(calculator.methods())
 

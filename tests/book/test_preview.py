@@ -99,6 +99,12 @@ def test_a_preview_stays_under_the_mouse_and_goes_with_it(opened):
     point(page, ".reference-preview:not([hidden])")
     page.browser.pump(0.5)
     assert seen(page)
+    for kind in ("keyDown", "keyUp"):  # Escape closes it under the mouse, too
+        page.command("Input.dispatchKeyEvent", type=kind, key="Escape", code="Escape", windowsVirtualKeyCode=27)
+    assert page.until(f"!({SHOWN})")
+    point(page, "article h1")
+    point(page, SECTION)
+    assert page.until(SHOWN)
     point(page, "article h1")
     assert page.until(f"!({SHOWN})")
     assert page.evaluate(f"document.querySelector({SECTION!r}).getAttribute('aria-describedby')") is None

@@ -11,10 +11,9 @@ REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8")
 COLAB = "https://colab.research.google.com/github"
 
 
-def test_renders_within_thirty_seconds(build, site):
-    status, output, seconds = build
+def test_renders_without_a_warning(build, site):
+    status, output, _ = build
     assert status == 0 and "WARNING" not in output
-    assert seconds < 30, f"rendering took {seconds:.0f} s"
 
 
 def test_no_internal_link_is_dead(site, pages):

@@ -47,6 +47,15 @@ def test_what_too_few_runs_share_is_named_and_passed_over():
     assert shards.alike[0] == "FSDP" and shards.runs < 10
 
 
+@pytest.mark.parametrize(("alike", "runs", "apart"), [(3, 3, ()), (2, 7, ("one GPU",))])
+def test_three_runs_are_enough(alike, runs, apart, monkeypatch):
+    wanted = measured.described("gpt2", "lora")
+    stored = [(wanted, -0.01)] * alike + [(("FSDP", *wanted[1:]), 0.02)] * 5
+    monkeypatch.setattr(measured, "_runs", lambda: stored)
+    found = measured_like("gpt2", "lora")
+    assert (found.runs, found.apart, found.lowest) == (runs, apart, -0.01)
+
+
 @pytest.mark.parametrize(("shape", "method", "run", "word"), [
     ("llama-2-7b", "lora", {"gpus": 2}, "DDP"),
     ("llama-2-7b", "lora", {"gpus": 1, "parallel": "fsdp"}, "one GPU"),

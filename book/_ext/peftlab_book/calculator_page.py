@@ -101,7 +101,7 @@ def answer(size):
 <p id="calc-old" class="calc-note" hidden>These settings have no answer. What follows belongs to the last ones that had
 one.</p>
 <p class="calc-headline"><span class="calc-name">Peak memory <span id="calc-each"></span></span>
-<strong id="calc-peak"></strong> <span id="calc-peak-binary"></span></p>
+<strong id="calc-peak"></strong> <span id="calc-peak-binary"></span> <span id="calc-busy"></span></p>
 <p><strong id="calc-needed"></strong> with the margin. <span id="calc-verdict"></span></p>
 <h2 id="calc-h-parts">What it consists of</h2>
 <div id="calc-parts-bar" class="calc-parts-bar" aria-hidden="true"></div>
