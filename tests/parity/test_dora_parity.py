@@ -104,6 +104,7 @@ def test_same_numbers(case):
 @pytest.mark.parametrize("case", ["llama all layers", "llama embedding", "gpt2 Conv1D", "bert, biases trained"])
 def test_it_is_another_function_than_lora(case):
     kind, settings = CASES[case]
+    skip_lost_biases(settings)
     _, theirs = pair(kind, **settings)
     lora = peft_model(base(kind), **{"r": 5, "alpha": 12, **settings})
     lora.load_state_dict(theirs.state_dict(), strict=False)

@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 from pairs import our_state, relative
 from peft.utils import get_peft_model_state_dict
+from releases import skip_before
 from safetensors.torch import save_file
 
 import peftlab as pl
@@ -134,11 +135,13 @@ def test_forward_gradients_and_three_steps(kind, case):
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3", "gpt-oss"])
 def test_every_implementation_of_the_experts_in_16_bits(kind, implementation):
+    skip_before("peft", "0.21", "in 16 bits it rounds elsewhere")
     case = "all-linear" if kind != "gpt-oss" else "with attention"
     check_three_steps(*pair(kind, case, torch.bfloat16, implementation=implementation), bound=0)
 
 
 def test_under_autocast():
+    skip_before("peft", "0.21", "in 16 bits it rounds elsewhere")
     for case in ("all-linear", dict(target_modules=[], target_parameters=["gate.weight"])):
         ours, theirs = pair("mixtral", case, torch.float32, implementation="grouped_mm")
         with torch.autocast("cpu", torch.bfloat16):
@@ -177,6 +180,7 @@ def test_older_names_of_the_layers_mean_what_they_mean_in_peft(names):
 
 
 def test_the_models_whose_names_are_brought_to_the_new_form():
+    skip_before("peft", "0.21", "it knows fewer of these models")
     conversion = pytest.importorskip("peft.utils.transformers_weight_conversion")
     known = conversion._MODEL_TO_CONVERSION_PATTERN
     theirs = {name for name, pattern in known.items() if pattern in ("mixtral", "qwen2_moe")}

@@ -5,6 +5,7 @@ import warnings
 import pytest
 from family_configs import DECODERS, variant
 from on_meta import on_meta
+from releases import older
 from test_count import PUBLISHED
 from test_count_exact import live, peft_count, same_table
 
@@ -56,6 +57,8 @@ def test_lora_counts_what_peft_counts(family):
         cases += [{"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}]
         cases += [{"targets": ["o_proj"], "target_parameters": ["experts.down_proj"], "bias": "all"}]
     for case in cases:
+        if older("peft", "0.21") and family == "gpt_oss" and case.get("bias") == "all":
+            continue  # it trained gate_up_proj_bias and down_proj_bias, too, which are no biases of layers
         options = {"target_modules" if key == "targets" else key: value for key, value in case.items()}
         theirs = peft_count(live(values), task_type="CAUSAL_LM", r=3, **options)
         ours = count(values, "lora", r=3, **case)
