@@ -29,6 +29,7 @@ from importlib.metadata import PackageNotFoundError, version
 from peftlab.catalogue import METHODS
 from peftlab.checks import checked, number, one_of, whole
 from peftlab.errors import PeftLabError
+from peftlab.memory.counting.config import MOST
 from peftlab.memory.counting.families import FAMILIES, class_end, of_the_same_name
 from peftlab.memory.counting.methods import method_name, refuse_idle, trained_by
 from peftlab.memory.counting.options import Options, Trained, names_of
@@ -43,7 +44,6 @@ PARALLEL = ("ddp", "fsdp")
 LIBRARIES = ("peft", "peftlab")
 ATTENTIONS = ("sdpa", "eager")
 ADAPTER_PRECISIONS = {"fp32": 4, "bf16": 2}
-MOST = 2**24  # the most tokens, and the most examples
 CONTIGUOUS_BIAS = (5, 20)  # the version of transformers that changed T5's bias
 FUSED_GPTJ = (5, 24)  # the version of transformers that let GPT-J take fused attention
 DECODER_HEADS = ("language model", "classifier", "token classifier")  # the heads of decoders that are replayed

@@ -17,7 +17,7 @@ from peftlab import patterns
 from peftlab.checks import checked, shown, whole
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.counting.builtin import BUILT_IN
-from peftlab.memory.counting.config import MOST_SIZE, Config
+from peftlab.memory.counting.config import MOST, Config
 from peftlab.memory.counting.decoders import Decoder
 from peftlab.memory.counting.families import FAMILIES, alike, of_the_same_name, task_of
 from peftlab.memory.counting.modules import Module
@@ -246,6 +246,11 @@ def load_shape(shape: str | os.PathLike[str] | dict[str, Any] | Shape, labels: i
     return _from_config(_read(path), str(shape), labels)
 
 
+JSON_KINDS = {
+    type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list",
+}  # fmt: skip
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -254,7 +259,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, RecursionError) as error:
         raise PeftLabError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(values, dict):
-        raise PeftLabError(f"{path} holds a {type(values).__name__}, not the object of a model configuration.")
+        raise PeftLabError(f"{path} holds {JSON_KINDS[type(values)]}, not the object of a model configuration.")
     return values
 
 
@@ -270,7 +275,7 @@ def _from_config(values: dict[str, Any], name: str, labels: int | None) -> Shape
             f"{name}: model_type {family!r} is not known.{of_the_same_name(family)} Known: {', '.join(FAMILIES)}."
         )
     if labels is not None:
-        values = {**values, "id2label": None, "num_labels": whole("labels", labels, least=1, ceiling=MOST_SIZE)}
+        values = {**values, "id2label": None, "num_labels": whole("labels", labels, least=1, ceiling=MOST)}
     entry, config = FAMILIES[family], Config(values, name)
     task = task_of(config, entry, labels is not None)
     layout, modules = entry.table(config, task)
