@@ -12,7 +12,8 @@
   function recall() {
     try {
       const found = JSON.parse(localStorage.getItem(KEPT));
-      if (found && typeof found.pages === "object" && found.pages) return found;
+      const whole = Object.entries(found.pages).filter(([, page]) => Array.isArray(page?.seen) && page.of > 0);
+      return { keys: found.keys !== false, pages: Object.fromEntries(whole) };
     } catch { /* nothing is kept, or what is kept is not ours */ }
     return { keys: true, pages: {} };
   }
@@ -108,7 +109,7 @@
     <form method="dialog"><button class="btn btn-sm">Close</button></form>
   </dialog>`);
   const on = dialog.querySelector("input");
-  on.checked = kept.keys !== false;
+  on.checked = kept.keys;
   on.addEventListener("change", () => {
     kept.keys = on.checked;
     keep();

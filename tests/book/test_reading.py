@@ -181,6 +181,21 @@ def test_where_the_browser_keeps_nothing_the_page_works(browser, address):
     page.close()
 
 
+def test_a_damaged_record_is_put_aside(browser, address):
+    good = '"book/02_lora": {"seen": ["sec-lora-start"], "of": 20}'
+    damaged = f'{{"pages": {{{good}, "{CHAPTER.removesuffix(".html")}": {{"seen": {{}}, "of": 3}}, "book/x": null}}}}'
+    page = browser.page()
+    put = "if (!localStorage.getItem('peftlab-reading')) localStorage.setItem('peftlab-reading', "
+    page.command("Page.addScriptToEvaluateOnNewDocument", source=f"{put}{damaged!r})")
+    page.open(address + CHAPTER)
+    page.evaluate("scrollTo(0, 1e9); true")
+    name = CHAPTER.removesuffix(".html")
+    assert page.until(f"Array.isArray({KEPT}.pages['{name}']?.seen)") and page.problems == []
+    assert page.evaluate(f"Object.keys({KEPT}.pages).includes('book/x')") is False
+    page.evaluate("localStorage.removeItem('peftlab-reading'); true")
+    page.close()
+
+
 def test_terms_are_linked_where_another_chapter_explains_them(site):
     own = tomllib.loads((BOOK / "facts" / f"{NAME}.toml").read_text(encoding="utf-8"))["term"]
     own = {name for term in own for name in [term["term"], *term.get("also", [])]}
