@@ -48,9 +48,9 @@ def point(text: str) -> str:
 
 def answered(given: dict) -> dict:
     """Return everything that the page shows of a step."""
+    run = {name: value for name, value in given.items() if name != "shape"}
+    found = estimate(shape_of(given), **run)
     shape = load_shape(shape_of(given), given.get("labels"))
-    run = {name: value for name, value in given.items() if name not in ("shape", "labels")}  # the shape has its labels
-    found = estimate(shape, **run)
     holding = that_hold(found.peak_bytes)
     cards = [
         {"name": name, "bytes": size * GB, "fits": name in holding}
@@ -59,7 +59,7 @@ def answered(given: dict) -> dict:
     return {
         **found.as_dict(), "parts": found.parts, "with_margin": with_margin(found.peak_bytes), "cards": cards,
         "history": thinned([(moment, size + CUBLAS_WORKSPACE) for moment, size in found.history]),
-        "measured": measured_like(shape, peak_bytes=found.peak_bytes, labels=given.get("labels"), **run)._asdict(),
+        "measured": measured_like(shape, peak_bytes=found.peak_bytes, **run)._asdict(),
         "lengths": lengths(longest(shape, given["method"], given.get("virtual_tokens", 20))),
     }  # fmt: skip
 

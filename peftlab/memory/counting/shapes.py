@@ -246,6 +246,16 @@ def load_shape(shape: str | os.PathLike[str] | dict[str, Any] | Shape, labels: i
     return _from_config(_read(path), str(shape), labels)
 
 
+class UnknownFamilyError(PeftLabError):
+    """A configuration of a family that is not among the known ones. Of some families only parameters are counted."""
+
+    def __init__(self, name: str, family: str, known: Iterable[str]):
+        known = tuple(known)
+        near = of_the_same_name(family, known)
+        super().__init__(f"{name}: model_type {family!r} is not known.{near} Known: {', '.join(known)}.")
+        self.name, self.family = name, family
+
+
 JSON_KINDS = {
     type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list",
 }  # fmt: skip
@@ -271,9 +281,7 @@ def _from_config(values: dict[str, Any], name: str, labels: int | None) -> Shape
     if family not in FAMILIES and isinstance(text, dict) and isinstance(text.get("model_type"), str):
         return _from_config(text, f"{name} (its text part)", labels)
     if family not in FAMILIES:
-        raise PeftLabError(
-            f"{name}: model_type {family!r} is not known.{of_the_same_name(family)} Known: {', '.join(FAMILIES)}."
-        )
+        raise UnknownFamilyError(name, family, FAMILIES)
     if labels is not None:
         values = {**values, "id2label": None, "num_labels": whole("labels", labels, least=1, ceiling=MOST)}
     entry, config = FAMILIES[family], Config(values, name)
