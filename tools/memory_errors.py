@@ -15,7 +15,7 @@ from peftlab.bench.family_runs import arguments_of
 from peftlab.files import write_atomically
 from peftlab.kit.measurements import results
 from peftlab.memory import estimate
-from peftlab.memory.measured import FILE, described
+from peftlab.memory.measured import FILE, described, settings_of, sizes_of
 
 TOPICS = ("memory", "memory_families", "memory_methods", "memory_optimizers", "experts", "parallel")
 MEANS = 8  # bytes for each number that AdaLoRA trains: running means, which the measured loop did not make
@@ -63,7 +63,23 @@ def content() -> dict[str, Any]:
             [*(words.setdefault(word, len(words)) for word in words_of(run)), round(error_of(topic, run, row), 5)]
             for run, row in runs(topic)
         ]
-    return {"words": list(words), "files": files}
+    return {"words": list(words), **reach(), "files": files}
+
+
+def reach() -> dict[str, Any]:
+    """Return between which sizes all measured runs lie, and the values of their settings."""
+    sizes: dict[str, list[int]] = {}
+    settings: dict[str, list[Any]] = {}
+    for topic in TOPICS:
+        for run, row in runs(topic):
+            for name, size in sizes_of(**run, peak_bytes=row["peak_bytes"]).items():
+                lowest, highest = sizes.get(name, (size, size))
+                sizes[name] = [min(lowest, size), max(highest, size)]
+            rest = {name: value for name, value in run.items() if name != "shape"}
+            for name, value in settings_of(**rest).items():
+                if value not in (values := settings.setdefault(name, [])):
+                    values.append(value)
+    return {"sizes": sizes, "settings": settings}
 
 
 def main() -> None:

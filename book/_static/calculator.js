@@ -15,19 +15,17 @@
   const WAIT = 120;  // milliseconds without a key stroke, before a question is asked
   const SLOW = 400;  // milliseconds after which the page says that it computes
   const PAUSE = 250;  // before the curve is asked for: a reader may still be changing settings
+  const LONGEST = 500000;  // characters of a pasted text
+  const LINK = 8000;  // characters of a link: programs that carry longer ones cut them
 
   // ------------------------------------------------------------------------------------------------ the question
 
-  const fieldOf = (name) => form.querySelector(`[name="${name}"]`);
-  const boxOf = (name) => form.querySelector(`[data-field="${name}"]`);
-
-  function numberIn(input) {
-    if (input.validity.badInput) return "not a number";
-    return input.value.trim() === "" ? null : Number(input.value);
-  }
+  const boxes = [...form.querySelectorAll("[data-field]")];
+  const fieldOf = (name) => fields.find((input) => input.name === name);
+  const boxOf = (name) => boxes.find((box) => box.dataset.field === name);
 
   function valueOf(input) {
-    if (input.dataset.kind === "number") return numberIn(input);
+    if (input.dataset.kind === "number") return input.value === "" ? null : Number(input.value);
     if (input.dataset.kind === "switch") return { yes: true, no: false }[input.value] ?? null;
     return input.value;
   }
@@ -61,6 +59,21 @@
     boxOf("parallel").hidden = fieldOf("gpus").value === "1";
     fieldOf("r").placeholder = data.ranks[method] ?? "";
   }
+
+  const labelOf = (input) => input.labels[0].textContent;
+
+  // What is wrong with a field that is shown, which needs no Python to be seen
+  function faultOf(input) {
+    if (boxOf(input.name).hidden) return null;
+    if (input.name === "config") {
+      if (!input.value.trim()) return "Paste the text of the model's config.json here.";
+      return input.value.length > LONGEST ? tooLong(input.value.length) : null;
+    }
+    if (input.validity.valid) return null;
+    return `${labelOf(input)} must be a whole number from ${whole(Number(input.min))} to ${whole(Number(input.max))}.`;
+  }
+
+  const tooLong = (length) => `This text has ${whole(length)} characters, and a config.json at most ${whole(LONGEST)}.`;
 
   // ------------------------------------------------------------------------------- the same question, elsewhere
 
@@ -101,35 +114,49 @@
     return `#${found}`;
   }
 
-  // Puts the settings of a link into the form. Every other setting is as by default.
+  // Puts the settings of a link into the form. Every other setting is as by default, and so is one that is not known.
   function restore(text) {
-    const found = new URLSearchParams(text.replace(/^#/, ""));
-    if (!found.has("shape") && !found.has("config")) return false;
+    if (!text.includes("=")) return false;  // no settings, but perhaps a place in the page
+    const unknown = [];
     for (const input of fields) input.value = usual(input.name);
-    for (const [name, value] of found) {
-      const input = fieldOf(name);
+    for (const [name, value] of new URLSearchParams(text.replace(/^#/, ""))) {
       if (name === "targets" && value !== "all-linear") {
         fieldOf("targets").value = NAMED;
         fieldOf("names").value = value;
-      } else if (input && input.dataset.kind) {
-        input.value = value;
-        if (input.closest("details")) input.closest("details").open = true;
+      } else if (!put(fieldOf(name), value)) {
+        unknown.push(`${name}=${value}`.slice(0, 80));
       }
+      if (name === "config") fieldOf("shape").value = PASTED;
     }
-    if (found.has("config")) fieldOf("shape").value = PASTED;
+    const settings = unknown.length > 1 ? "settings" : "a setting";
+    at("unknown").textContent = `This link has ${settings} that the page does not know: ${unknown.join(", ")}.`;
+    at("unknown").hidden = !unknown.length;
     arrange();
+    return true;
+  }
+
+  // Puts a value into a field and says whether it can hold it. A list holds what it offers, and a number field numbers.
+  function put(input, value) {
+    if (!input) return false;
+    input.value = value;
+    const listed = input.tagName === "SELECT" || input.dataset.kind === "number";
+    if (listed && (input.value !== value || input.selectedIndex === -1)) {
+      input.value = usual(input.name);
+      return false;
+    }
+    if (input.closest("details")) input.closest("details").open = true;
     return true;
   }
 
   function usual(name) {
     const value = data.defaults[name];
-    if (name === "shape") return data.shapes[0];
+    if (name === "shape") return [...fieldOf(name).options].find((option) => option.defaultSelected).value;
     return value === null || value === undefined ? "" : value === true ? "yes" : value === false ? "no" : String(value);
   }
 
   // ------------------------------------------------------------------------------------------- asking the worker
 
-  let worker = null, ready = false, serial = 0, asked = null;
+  let worker = null, started = false, ready = false, serial = 0, asked = null;
   const waiting = new Map();  // by the number of the question: what to do with its answer
 
   function ask(kind, given) {
@@ -144,10 +171,18 @@
     if (message.loaded !== undefined) return progress(message.loaded);
     if (message.ready) return begin();
     if (message.id === undefined) return broken(message.failed);
-    const { resolve, reject } = waiting.get(message.id);
+    if (message.failed) return stop(message.failed);
+    waiting.get(message.id).resolve(message);
     waiting.delete(message.id);
-    if (message.failed) reject(new Error(message.failed));
-    else resolve(message);
+  }
+
+  // Ends a worker whose Python failed, for it may be damaged. The next question gets a new one.
+  function stop(reason) {
+    worker.terminate();
+    worker.onmessage = worker = null;
+    ready = false;
+    for (const { reject } of waiting.values()) reject(new Error(reason));
+    waiting.clear();
   }
 
   function impossible() {
@@ -162,20 +197,26 @@
   }
 
   function refuse(reason) {
-    at("start").hidden = true;
-    at("refused").textContent = `${reason} The command below gives the same answer in a shell.`;
+    const elsewhere = at("elsewhere").hidden ? "" : " The command below asks the same question in a shell.";
+    at("refused").textContent = reason + elsewhere;
     at("refused").hidden = false;
+    at("result").hidden = at("short").hidden = true;
+    say(at("refused").textContent);
   }
 
+  // Python could not be started. The reader may try again.
   function broken(reason) {
-    if (worker) worker.terminate();
-    worker = null;
-    ready = false;
-    at("result").hidden = true;
-    refuse(`The calculator could not run here (${reason}).`);
+    if (worker) stop(reason);
+    started = false;
+    at("progress").hidden = true;
+    at("load").disabled = false;
+    refuse(`The calculator could not start here (${reason}).`);
   }
 
   function load() {
+    started = true;
+    at("refused").hidden = true;
+    at("start").hidden = false;
     at("load").disabled = true;
     at("progress").hidden = false;
     say("Python is being loaded.");
@@ -187,7 +228,7 @@
     worker.onmessage = received;
     worker.onerror = (event) => {
       event.preventDefault();
-      broken(event.message || "its files were not loaded");
+      (ready ? stop : broken)(event.message || "its files were not loaded");
     };
   }
 
@@ -204,7 +245,7 @@
     ready = true;
     at("loaded").textContent = "Python runs. Here comes the first answer.";
     const there = document.activeElement;  // a button that is switched off or hidden loses the focus
-    await answer();
+    if (!flagged()) await answer();
     at("start").hidden = true;
     if (there === document.body || there === at("load")) at("result").focus({ preventScroll: true });
   }
@@ -220,17 +261,20 @@
     curve += 1;
     let message;
     at("result").setAttribute("aria-busy", "true");
-    const slow = setTimeout(() => { at("short").textContent = at("busy").textContent = "Computing."; }, SLOW);
+    const slow = setTimeout(() => {
+      if (asked === given) at("short").textContent = at("busy").textContent = "Computing.";
+    }, SLOW);
     try {
       message = await ask("answer", given);
     } catch (error) {
-      return broken(error.message);
+      message = { answer: {
+        error: `Python stopped at this question (${error.message}). It starts again when you change a setting.`,
+        field: typeof given.shape === "string" ? "method" : "shape",
+      } };
     } finally {
       clearTimeout(slow);
     }
     if (asked !== given) return undefined;  // the settings have changed meanwhile
-    at("result").removeAttribute("aria-busy");
-    at("busy").textContent = "";
     clearErrors();
     if (message.answer.error) return showError(message.answer);
     show(given, message.answer);
@@ -244,7 +288,13 @@
     const points = [];
     for (const sequence of lengths) {
       if (mine !== curve || asked !== given) return;
-      const { answer: one } = await ask("point", { ...given, sequence });
+      let one;
+      try {
+        ({ answer: one } = await ask("point", { ...given, sequence }));
+      } catch (error) {
+        at("curve-text").textContent = `The curve could not be computed (${error.message}).`;
+        return;
+      }
       if (one) points.push({ sequence, ...one });
     }
     if (mine === curve && asked === given) showCurve(points, given.sequence ?? data.defaults.sequence);
@@ -252,19 +302,39 @@
 
   let timer = 0;
 
+  // A setting was changed. What follows from it waits until no key has been struck for a while.
   function changed() {
     arrange();
-    showElsewhere();
-    history.replaceState(null, "", fragment(question()));
+    asked = null;
     clearTimeout(timer);
-    if (ready) timer = setTimeout(answer, WAIT);
+    timer = setTimeout(settled, WAIT);
+  }
+
+  function settled() {
+    if (flagged()) return;
+    if (!started) clearErrors();
+    showElsewhere();
+    history.replaceState(null, "", at("link").parentElement.hidden ? location.pathname + location.search : fragment(question()));
+    if (ready) answer();
+    else if (started && !worker) load();
+  }
+
+  // Marks the first field with a fault that the page sees itself, and says whether there is one
+  function flagged() {
+    const input = fields.find(faultOf);
+    if (!input) return false;
+    clearErrors();
+    showError({ error: faultOf(input), field: input.name });
+    return true;
   }
 
   function showElsewhere() {
-    const given = question();
+    const given = question(), link = location.href.split("#")[0] + fragment(given);
     at("command").textContent = command(given);
     at("call").textContent = call(given);
-    at("link").textContent = location.href.split("#")[0] + fragment(given);
+    at("link").textContent = link;
+    at("link").parentElement.hidden = link.length > LINK;
+    at("no-link").hidden = link.length <= LINK;
     at("save").hidden = typeof given.shape === "string";
     at("elsewhere").hidden = false;
   }
@@ -272,6 +342,8 @@
   function clearErrors() {
     for (const box of form.querySelectorAll(".calc-error")) box.hidden = true;
     for (const input of fields) input.removeAttribute("aria-invalid");
+    at("result").removeAttribute("aria-busy");
+    at("busy").textContent = "";
     at("old").hidden = true;
     at("result").classList.remove("calc-outdated");
   }
@@ -342,6 +414,7 @@
     at("each").textContent = several ? "of each GPU" : "of the GPU";
     at("short").textContent = `${bytes(found.peak_bytes)}: ${holding.length ? `fits ${holding[0].name}` : "fits no card"}`;
     at("short").hidden = false;
+    at("part").hidden = !found.shape.endsWith("(its text part)");
     at("moment").textContent = `The peak is reached in ${momentInWords(found.moment)}.`;
     showParts(found);
     showMeasured(found);
@@ -382,8 +455,14 @@
     return `There the estimate was ${low}, and ${high}. In the middle one of these runs it was ${middle}.`;
   }
 
+  // "name=value" with the name that the form has for it
+  const labelled = (told) => told.replace(/^(\w+)=/, (all, name) => (fieldOf(name) ? `${labelOf(fieldOf(name))}: ` : all));
+
   function showMeasured({ measured, with_margin: needed }) {
-    const { runs, alike, apart } = measured;
+    const { runs, alike, apart, beyond } = measured;
+    at("beyond").textContent = `No measured run comes near these settings: ${beyond.map(labelled).join("; ")}. `
+      + "So the error may be larger than what follows says.";
+    at("beyond").hidden = !beyond.length;
     at("measured").textContent = `${runs} runs on real GPUs are most like this one. ${errorsInWords(measured)}`;
     at("alike").textContent = `They have in common: ${alike.join(", ")}.`;
     at("apart").textContent = `Not measured, or in too few runs: ${apart.join(", ")}.`;
@@ -514,6 +593,7 @@
   async function readFile(event) {
     const [file] = event.currentTarget.files;
     if (!file) return;
+    if (file.size > LONGEST) return showError({ error: tooLong(file.size), field: "config" });
     fieldOf("config").value = await file.text();
     changed();
   }
@@ -521,7 +601,10 @@
   function prepare() {
     form.hidden = false;
     form.addEventListener("submit", (event) => event.preventDefault());
-    form.addEventListener("input", (event) => { if (event.target.type !== "file") changed(); });
+    form.addEventListener("input", (event) => {
+      at("unknown").hidden = true;
+      if (event.target.type !== "file") changed();
+    });
     at("file").addEventListener("change", readFile);
     at("load").addEventListener("click", load);
     for (const button of root.querySelectorAll("[data-copies]")) button.addEventListener("click", copy);
@@ -529,7 +612,7 @@
     new ResizeObserver(() => { showStep(); drawCurve(); }).observe(at("result"));
     restore(location.hash);
     arrange();
-    showElsewhere();
+    if (!flagged()) showElsewhere();
     const reason = impossible();
     if (reason) refuse(reason);
     else at("start").hidden = false;

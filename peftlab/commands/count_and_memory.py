@@ -137,7 +137,7 @@ def memory(arguments: argparse.Namespace) -> int:
     autocast = arguments.autocast
     if autocast is None:
         autocast = uses_autocast(result.method, arguments.precision, arguments.four_bit)
-    like = measured_like(**run)
+    like = measured_like(**run, peak_bytes=result.peak_bytes)
     on_codes = " on a base in four bits" if arguments.four_bit else ""
     more = {}
     if arguments.card:
@@ -154,6 +154,7 @@ def memory(arguments: argparse.Namespace) -> int:
         ("peak", format_both(result.peak_bytes)),
         ("measured errors", f"{cards.LOWEST:+.1%} to {cards.HIGHEST:+.1%} of the peak, in {cards.RUNS} runs on GPUs"),
         ("  in runs like it", f"{like.lowest:+.2%} to {like.highest:+.2%}, in the {like.runs} that are most like it"),
+        *([("  beyond them", "; ".join(like.beyond))] if like.beyond else []),
         *((f"  {LABELS[kind]}", format_both(result.parts[kind])) for kind in KINDS),
         ("with a margin", f"{format_both(cards.with_margin(result.peak_bytes))} ({MARGIN})"),
         ("peak reached in", result.moment),

@@ -15,8 +15,9 @@ from typing import Any
 
 from peftlab.checks import checked, one_of, whole
 from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.memory.counting.config import MOST
 from peftlab.memory.counting.shapes import load_shape
-from peftlab.memory.estimate import MOST, estimate, longest
+from peftlab.memory.estimate import estimate, longest
 
 GB = 10**9
 CARDS = {

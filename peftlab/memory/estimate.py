@@ -29,10 +29,11 @@ from importlib.metadata import PackageNotFoundError, version
 from peftlab.catalogue import METHODS
 from peftlab.checks import checked, number, one_of, whole
 from peftlab.errors import PeftLabError
+from peftlab.memory.counting.config import MOST
 from peftlab.memory.counting.families import FAMILIES, class_end, of_the_same_name
 from peftlab.memory.counting.methods import method_name, refuse_idle, trained_by
 from peftlab.memory.counting.options import Options, Trained, names_of
-from peftlab.memory.counting.shapes import Shape, load_shape
+from peftlab.memory.counting.shapes import Shape, UnknownFamilyError, load_shape
 from peftlab.memory.counting.totals import count
 from peftlab.memory.replay.step import FORWARD, Recipe, Run
 from peftlab.memory.replay.tape import KINDS, without_collector
@@ -43,7 +44,6 @@ PARALLEL = ("ddp", "fsdp")
 LIBRARIES = ("peft", "peftlab")
 ATTENTIONS = ("sdpa", "eager")
 ADAPTER_PRECISIONS = {"fp32": 4, "bf16": 2}
-MOST = 2**24  # the most tokens, and the most examples
 CONTIGUOUS_BIAS = (5, 20)  # the version of transformers that changed T5's bias
 FUSED_GPTJ = (5, 24)  # the version of transformers that let GPT-J take fused attention
 DECODER_HEADS = ("language model", "classifier", "token classifier")  # the heads of decoders that are replayed
@@ -180,7 +180,11 @@ def estimate(
     >>> print(pl.memory.estimate("llama-2-7b", "lora", r=16, checkpointing=True))
     llama-2-7b, lora: peak 13.98 GB in backward (weights 13.48, ...)
     """
-    shape, method = load_shape(shape, labels), method_name(method)
+    try:
+        shape = load_shape(shape, labels)
+    except UnknownFamilyError as error:  # name the families that have an estimate
+        raise UnknownFamilyError(error.name, error.family, FORWARD) from None
+    method = method_name(method)
     four_bit = on_four_bits(method, four_bit)
     batch, sequence = whole("batch", batch, least=1, most=MOST), whole("sequence", sequence, least=1, most=MOST)
     gpus = whole("gpus", gpus, least=1, ceiling=MOST)

@@ -5,6 +5,7 @@ estimate is,
 
     error = estimated peak / measured peak - 1        a minus is an estimate that was too low
 
+It also holds between which sizes all these runs lie, and the values of their settings.
 `python tools/memory_errors.py` makes it from the results files. A test computes errors again.
 """
 
@@ -18,11 +19,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peftlab.checks import checked, one_of, whole
+from peftlab.catalogue import METHODS
+from peftlab.checks import checked, one_of, shown, whole
 from peftlab.errors import PeftLabError, did_you_mean
+from peftlab.memory.counting.config import MOST
 from peftlab.memory.counting.methods import method_name
 from peftlab.memory.counting.shapes import Shape, load_shape
-from peftlab.memory.estimate import LIBRARIES, MOST, OPTIMIZERS, PARALLEL, PRECISIONS, estimate, on_four_bits
+from peftlab.memory.estimate import LIBRARIES, OPTIMIZERS, PARALLEL, PRECISIONS, estimate, on_four_bits, uses_autocast
+from peftlab.memory.units import format_bytes
 
 FILE = Path(__file__).with_name("measured.json")
 FEW = 3  # fewer runs say too little of how far an error may go
@@ -31,6 +35,10 @@ BASES = {"bf16": "weights in 16 bits", "fp32": "weights in float32", "mixed": "f
 STATES = {
     "adamw": "torch's adamw", "adamw-foreach": "torch's adamw", "adamw-fused": "torch's adamw",
     "paged-adamw8bit": "adamw8bit",
+}  # fmt: skip
+SIZES = {
+    "r": "a rank of", "batch": "examples at once:", "sequence": "tokens each:", "gpus": "GPUs:",
+    "parameters": "parameters of the model:", "peak_bytes": "a peak of",
 }  # fmt: skip
 
 
@@ -42,6 +50,7 @@ class Agreement(NamedTuple):
         lowest, highest, median: estimate / measured - 1 of these runs. A minus is an estimate that was too low.
         alike: what they have in common with the run asked for, in words.
         apart: what too few of them, or none, have in common with it besides.
+        beyond: sizes of the run asked for that lie outside all measured runs, and settings that none of them has.
     """
 
     runs: int
@@ -50,13 +59,15 @@ class Agreement(NamedTuple):
     median: float
     alike: tuple[str, ...]
     apart: tuple[str, ...]
+    beyond: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         told = f"{self.runs} measured runs: {self.lowest:+.2%} to {self.highest:+.2%} ({', '.join(self.alike)})"
-        return f"{told}; not measured with {', '.join(self.apart)}" if self.apart else told
+        apart = f"; not measured with {', '.join(self.apart)}" if self.apart else ""
+        return told + apart + (f"; beyond what was measured: {', '.join(self.beyond)}" if self.beyond else "")
 
 
-@checked("gpus")
+@checked("gpus", "peak_bytes")
 def measured_like(
     shape: str | os.PathLike[str] | dict | Shape,
     method: str = "lora",
@@ -68,6 +79,7 @@ def measured_like(
     four_bit: bool | None = None,
     gpus: int = 1,
     parallel: str = "ddp",
+    peak_bytes: int | None = None,
     **run: Any,
 ) -> Agreement:
     """Return how far the estimate was from the measured peak in the runs that are most like this one.
@@ -77,7 +89,8 @@ def measured_like(
 
     Args:
         shape, method: as `estimate` takes them, and so are the others.
-        run: the other arguments of `estimate`. Errors depend little on them, so they are not looked at.
+        peak_bytes: the estimated peak, if it is to be compared with the measured ones.
+        run: the other arguments of `estimate`. They choose no runs. Those that no measured run comes near are told.
 
     Raises:
         PeftLabError: an unknown shape, method or argument, or a value that `estimate` does not take.
@@ -89,10 +102,13 @@ def measured_like(
     for name in run:
         if name not in known:
             raise PeftLabError(f"{name} is no argument of a run.{did_you_mean(name, known)}")
+    shape, method = load_shape(shape), method_name(method)
     wanted = described(
         shape, method, precision=precision, optimizer=optimizer, checkpointing=checkpointing, library=library,
         four_bit=four_bit, gpus=gpus, parallel=parallel,
     )  # fmt: skip
+    whole_run = {**run, "precision": precision, "four_bit": four_bit, "gpus": gpus}
+    beyond = _beyond(sizes_of(shape, method, peak_bytes=peak_bytes, **whole_run), settings_of(method, **whole_run))
     found, alike, apart = _runs(), [], []
     for place, words in enumerate(wanted):
         same = [one for one in found if one[0][place] == words]
@@ -102,7 +118,8 @@ def measured_like(
         else:
             apart.append(words)
     errors = [error for _, error in found]
-    return Agreement(len(errors), min(errors), max(errors), statistics.median(errors), tuple(alike), tuple(apart))
+    middle = statistics.median(errors)
+    return Agreement(len(errors), min(errors), max(errors), middle, tuple(alike), tuple(apart), beyond)
 
 
 def described(
@@ -124,10 +141,51 @@ def described(
     )
 
 
+def sizes_of(shape: Any, method: str, **run: Any) -> dict[str, int]:
+    """Return the sizes of a run, by the names of `SIZES`. One that it does not have is left out."""
+    rank = METHODS[method_name(method)].default("r")
+    given = {**_defaults(), "parameters": load_shape(shape).parameters, **run}
+    given["r"] = None if rank is None else rank if given["r"] is None else given["r"]
+    found = {name: whole(name, given.get(name), least=1, optional=True) for name in SIZES}
+    return {name: size for name, size in found.items() if size is not None}
+
+
+def settings_of(method: str, **run: Any) -> dict[str, Any]:
+    """Return the settings of a run that are no sizes, and of which `described` says nothing."""
+    looked_at = {*inspect.signature(described).parameters, *SIZES, "targets", "target_parameters", "transformers"}
+    found = {name: run.get(name, usual) for name, usual in _defaults().items() if name not in looked_at}
+    if found["autocast"] is None:
+        found["autocast"] = uses_autocast(method, run.get("precision", "bf16"), run.get("four_bit"))
+    return found
+
+
+def _defaults() -> dict[str, Any]:
+    arguments = inspect.signature(estimate).parameters.values()
+    return {one.name: one.default for one in arguments if one.default is not one.empty}
+
+
+def _beyond(sizes: dict[str, int], settings: dict[str, Any]) -> tuple[str, ...]:
+    """Return in words what no measured run comes near."""
+    content, told = _content(), []
+    for name, size in sizes.items():
+        lowest, highest = content["sizes"][name]
+        if not lowest <= size <= highest:
+            write = format_bytes if name == "peak_bytes" else "{:,}".format
+            told.append(f"{SIZES[name]} {write(size)} (measured: {write(lowest)} to {write(highest)})")
+    told += [f"{name}={shown(value)}" for name, value in settings.items() if value not in content["settings"][name]]
+    return tuple(told)
+
+
+@cache
+def _content() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
+    return content
+
+
 @cache
 def _runs() -> list[tuple[tuple[str, ...], float]]:
     """Return (what it was, error) of every run."""
-    content = json.loads(FILE.read_text(encoding="utf-8"))
+    content = _content()
     words = content["words"]
     return [
         (tuple(words[number] for number in numbers), error)

@@ -18,6 +18,7 @@ from peftlab.memory.estimate import OPTIMIZERS, PRECISIONS
 
 PAGE = "book/appendix_calculator.html"
 DRAWN = 52
+SOON = 20  # seconds in which an answer is there, also on a busy machine
 FEW = 3  # layers of a pasted configuration
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers")
 # what a draw seldom meets: names of modules, options of one method, shards, half of the settings at once
@@ -83,7 +84,7 @@ def by_the_package(question: dict, folder) -> dict:
     holding = cards.that_hold(found.peak_bytes)
     told = found.as_dict() | {
         "parts": found.parts, "with_margin": cards.with_margin(found.peak_bytes), "holding": holding,
-        "measured": measured_like(shape, **run)._asdict(),
+        "measured": measured_like(shape, peak_bytes=found.peak_bytes, **run)._asdict(),
     }  # fmt: skip
     return json.loads(json.dumps(told))
 
@@ -222,7 +223,7 @@ def test_an_error_stands_at_its_field_and_the_last_answer_is_marked(page, tmp_pa
     right = pl.memory.format_bytes(estimate("minilm", r=4, batch=2).peak_bytes)
     assert page.until(f"document.getElementById('calc-peak').textContent === {json.dumps(right)}")
     wrong = [
-        ("r", "0", {}), ("sequence", "600", {"r": "4"}), ("config", "{", {"sequence": "64", "shape": "pasted"}),
+        ("sequence", "600", {}), ("config", "{", {"sequence": "64", "shape": "pasted"}),
         ("config", '{"model_type": "lama"}', {}), ("names", "q_prj", {"shape": "minilm", "targets": "named"}),
     ]  # fmt: skip
     for field, value, also in wrong:
@@ -240,6 +241,82 @@ def test_an_error_stands_at_its_field_and_the_last_answer_is_marked(page, tmp_pa
     assert count(page, "#calc-form [aria-invalid], .calc-error:not([hidden])") == 0
     right = pl.memory.format_bytes(estimate(BUILT_IN["minilm"], r=4, batch=2, sequence=64).peak_bytes)
     assert told(page, "peak") == right and shown(page, "elsewhere") and shown(page, "save")
+
+
+@pytest.mark.parametrize(("field", "value", "label"), [
+    ("r", "0", "Rank"), ("r", "20000000", "Rank"), ("sequence", "", "Tokens each"), ("gpus", "1.5", "GPUs"),
+])  # fmt: skip
+def test_a_field_that_cannot_be_so_is_marked_by_its_label(page, field, value, label):
+    page.evaluate("window.peftlabCalculator.restore('#shape=minilm&method=lora&r=4'); true")
+    fill(page, **{field: value})
+    error = f"{label} must be a whole number from 1 to 16,777,216."
+    assert page.until(f"document.getElementById('calc-error-{field}').textContent === {json.dumps(error)}", SOON)
+    assert not shown(page, "elsewhere") and told(page, "said") == error
+
+
+@pytest.mark.parametrize(("link", "unknown", "rest"), [
+    ("shape=gpt2&method=nosuch", "method=nosuch", {"shape": "gpt2"}),
+    ("shape=nosuch&r=abc", "shape=nosuch, r=abc", {}),
+    ("shape=gpt2&checkpointing=maybe", "checkpointing=maybe", {"shape": "gpt2"}),
+    ("method=qlora&optimizer=zzz&parallel=", "optimizer=zzz, parallel=", {"method": "qlora"}),
+    ("shape=gpt2&colour=red&r=4", "colour=red", {"shape": "gpt2", "r": 4}),
+    ("\"]=1&targets=c_attn&shape=gpt2", "\"]=1", {"shape": "gpt2", "targets": ["c_attn"]}),
+])  # fmt: skip
+def test_a_link_with_what_is_not_known_says_so(page, link, unknown, rest):
+    assert page.evaluate(f"window.peftlabCalculator.restore({json.dumps('#' + link)})") is True
+    settings = "settings" if ", " in unknown else "a setting"
+    assert told(page, "unknown") == f"This link has {settings} that the page does not know: {unknown}."
+    assert shown(page, "unknown")
+    asked_for = page.evaluate("window.peftlabCalculator.question()")
+    assert asked_for == {"shape": "llama-2-7b", "method": "lora", **rest}
+    assert page.evaluate("window.peftlabCalculator.restore('#shape=gpt2')") and not shown(page, "unknown")
+    assert page.evaluate("window.peftlabCalculator.restore('#what-the-numbers-mean')") is False
+
+
+def test_what_was_not_measured_and_what_is_left_out_is_said(page):
+    page.evaluate("window.peftlabCalculator.restore('#shape=minilm&method=lora'); true")
+    fill(page, r=2000, masters="yes", adapter_precision="bf16")
+    assert page.until("document.getElementById('calc-beyond').textContent.includes('2,000')", SOON)
+    assert "Float32 masters of the adapter: True" in told(page, "beyond") and shown(page, "beyond")
+    both = {"model_type": "gemma3", "text_config": json.loads(pasted(BUILT_IN["qwen2.5-0.5b"])["config"])}
+    fill(page, r=4, masters="no", adapter_precision="fp32", shape="pasted", config=json.dumps(both))
+    assert page.until("!document.getElementById('calc-part').hidden", SOON) and not shown(page, "beyond")
+
+
+def test_a_model_without_an_answer_is_marked_at_the_model(page):
+    page.evaluate("window.peftlabCalculator.restore('#method=lora&config=%7B%7D'); true")
+    fill(page, config=pasted(family_configs.variant("deepseek_v3", seed=0))["config"])
+    assert page.until("document.getElementById('calc-error-config').textContent.includes('not known yet')", SOON)
+    fill(page, config='{"model_type": "frobnicator"}')
+    assert page.until("document.getElementById('calc-error-config').textContent.includes('frobnicator')", SOON)
+    assert "llama, " in told(page, "error-config") and "deepseek_v3" not in told(page, "error-config")
+
+
+def test_a_text_that_is_too_long_is_refused_and_a_long_one_has_no_link(page):
+    fill(page, shape="pasted", config="x" * 500_001)
+    assert page.until("document.getElementById('calc-error-config').textContent.includes('500,001')", SOON)
+    fill(page, config=json.dumps({**BUILT_IN["minilm"], "more": "x" * 9000}))
+    assert page.until("!document.getElementById('calc-no-link').hidden", SOON)
+    assert len(page.evaluate("location.href")) < 200
+
+
+def test_python_that_failed_is_started_again(page):
+    page.evaluate("window.peftlabCalculator.restore('#shape=minilm&method=lora'); true")
+    fill(page, shape="pasted", config="[" * 20_000 + "]" * 20_000)
+    error = "document.getElementById('calc-error-config')"
+    assert page.until(f"!{error}.hidden && {error}.textContent.length > 20", SOON)
+    # any failure ends the worker, and with it the question that waits
+    page.evaluate(
+        "Promise.all([window.peftlabCalculator.ask('nosuch', {}).catch(() => 0), window.peftlabCalculator.answer()])"
+        ".then(() => true)"
+    )
+    assert told(page, "error-config").startswith("Python stopped at this question (")
+    assert told(page, "said") == told(page, "error-config") and not told(page, "short").count("fits")
+    fill(page, shape="minilm", r=8)
+    right = pl.memory.format_bytes(estimate("minilm", r=8).peak_bytes)
+    assert page.until("['old', 'start'].every(name => document.getElementById(`calc-${name}`).hidden)", SOON)
+    assert told(page, "peak") == right
+    assert not shown(page, "refused") and shown(page, "elsewhere")
 
 
 def test_the_curve_is_that_of_the_package(page):

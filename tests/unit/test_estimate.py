@@ -630,3 +630,9 @@ def test_an_estimate_runs_without_the_cycle_collector_and_leaves_it_as_it_was(on
         assert gc.isenabled() is on
     finally:
         (gc.enable if was else gc.disable)()
+
+
+@pytest.mark.parametrize("name", ["r", "labels", "gpus", "batch", "sequence"])
+def test_what_a_person_chooses_has_one_ceiling(name):
+    with pytest.raises(PeftLabError, match="16,777,216"):
+        estimate("minilm", "lora", **{name: 2**24 + 1})

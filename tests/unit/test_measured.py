@@ -8,7 +8,7 @@ import pytest
 
 from peftlab.commands import cli
 from peftlab.errors import PeftLabError
-from peftlab.memory import measured, measured_like
+from peftlab.memory import BUILT_IN, measured, measured_like
 from peftlab.memory.estimate import OPTIMIZERS, PARALLEL, PRECISIONS
 
 CONTENT = json.loads(measured.FILE.read_text(encoding="utf-8"))
@@ -90,7 +90,8 @@ def test_it_reads_as_a_line():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"shape": "lama-2-7b"}, {"method": "lroa"}, {"optimizer": "adam"}, {"gpus": 0}, {"sequenze": 3}]
+    "wrong",
+    [{"shape": "lama-2-7b"}, {"method": "lroa"}, {"optimizer": "adam"}, {"gpus": 0}, {"sequenze": 3}, {"r": "x"}],
 )
 def test_what_estimate_refuses_is_refused(wrong):
     with pytest.raises(PeftLabError):
@@ -103,3 +104,36 @@ def test_the_command_tells_it(capsys):
     told = " ".join(capsys.readouterr().out.split())
     errors = f"{like.lowest:+.2%} to {like.highest:+.2%}"
     assert f"in runs like it {errors}, in the {like.runs} that are most like it" in told
+
+
+def test_the_file_holds_what_was_measured_at_all():
+    """If it does not: python tools/memory_errors.py"""
+    assert {name: CONTENT[name] for name in ("sizes", "settings")} == memory_errors.reach()
+
+
+@pytest.mark.parametrize(("name", "argument"), [
+    ("r", "r"), ("batch", "batch"), ("sequence", "sequence"), ("gpus", "gpus"), ("peak_bytes", "peak_bytes"),
+])  # fmt: skip
+def test_a_size_outside_all_measured_runs_is_told(name, argument):
+    lowest, highest = CONTENT["sizes"][name]
+    for size in (lowest, highest):
+        assert measured_like("llama-2-7b", "lora", **{argument: size}).beyond == ()
+    (told,) = measured_like("llama-2-7b", "lora", **{argument: highest + 10**9 * (name == "peak_bytes") + 1}).beyond
+    assert told.startswith(measured.SIZES[name]) and "(measured: " in told
+    if lowest > 1:
+        assert len(measured_like("llama-2-7b", "lora", **{argument: lowest - 1}).beyond) == 1
+
+
+def test_a_setting_that_no_run_had_is_told():
+    run = {"chunked_loss": True, "labels": 3, "bias": "all", "masters": True}
+    found = measured_like("llama-2-7b", "lora", attention="eager", autocast=True, **run)
+    assert set(found.beyond) == {"bias='all'", "chunked_loss=True", "masters=True", "labels=3"}
+    assert str(found).endswith(f"; beyond what was measured: {', '.join(found.beyond)}")
+    assert measured_like("mistral-7b", "full").beyond == ()  # a method without a rank
+    assert len(measured_like({**BUILT_IN["llama-2-7b"], "vocab_size": 10**8}, "lora").beyond) == 1
+
+
+def test_the_command_tells_what_was_not_measured(capsys):
+    assert cli.main(["memory", "smollm2-135m", "--r", "1000", "--masters", "--adapter-precision", "bf16"]) == 0
+    told = capsys.readouterr().out
+    assert "a rank of 1,000 (measured: 4 to 256); adapter_precision='bf16'; masters=True" in told

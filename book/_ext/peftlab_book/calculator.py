@@ -13,7 +13,7 @@ from pathlib import Path
 import peftlab
 from peftlab.catalogue import METHODS
 from peftlab.kit.figures.style import ROLES
-from peftlab.memory import BUILT_IN, CARDS, cards, estimate
+from peftlab.memory import CARDS, cards, estimate
 from peftlab.memory.replay.tape import KINDS
 
 PACKAGE = Path(peftlab.__file__).parent
@@ -90,7 +90,6 @@ def embedded(sizes: dict[str, int]) -> dict:
         "ranks": {name: METHODS[name].default("r") for name in methods()},
         "kinds": {kind: NAMES[kind] for kind in KINDS},
         "colours": {kind: ROLES[COLOURS.get(kind, kind)] for kind in KINDS},
-        "shapes": list(BUILT_IN),
         "margin": {"too_low": cards.TOO_LOW, "context": cards.CONTEXT, "runs": cards.RUNS},
         "cards": {name: size * cards.GB for name, size in CARDS.items()},
         "sizes": sizes,

@@ -4,6 +4,7 @@ It runs under Pyodide (book/_static/calculator_worker.mjs), with the files of th
 of. It computes nothing itself. So it imports nothing but the standard library and `peftlab.memory`.
 """
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -18,8 +19,7 @@ PASTED = Path("config.json")  # where a pasted configuration lies, under the nam
 LONGEST = 2**15  # tokens at the end of the curve, if the model takes so many
 LENGTHS = 8  # how often the curve halves it
 POINTS = 240  # of a step's history
-FIELDS = ("batch", "sequence", "gpus", "labels", "checkpointing", "r", "virtual_tokens", "reduction_factor",
-          "decompose_factor", "oft_block_size", "init", "bias", "four_bit", "chunked_loss", "targets")  # fmt: skip
+FIELDS = inspect.signature(estimate).parameters
 
 
 def answer(text: str) -> str:
@@ -48,9 +48,9 @@ def point(text: str) -> str:
 
 def answered(given: dict) -> dict:
     """Return everything that the page shows of a step."""
+    run = {name: value for name, value in given.items() if name != "shape"}
+    found = estimate(shape_of(given), **run)
     shape = load_shape(shape_of(given), given.get("labels"))
-    run = {name: value for name, value in given.items() if name not in ("shape", "labels")}  # the shape has its labels
-    found = estimate(shape, **run)
     holding = that_hold(found.peak_bytes)
     cards = [
         {"name": name, "bytes": size * GB, "fits": name in holding}
@@ -59,7 +59,7 @@ def answered(given: dict) -> dict:
     return {
         **found.as_dict(), "parts": found.parts, "with_margin": with_margin(found.peak_bytes), "cards": cards,
         "history": thinned([(moment, size + CUBLAS_WORKSPACE) for moment, size in found.history]),
-        "measured": measured_like(shape, **run)._asdict(),
+        "measured": measured_like(shape, peak_bytes=found.peak_bytes, **run)._asdict(),
         "lengths": lengths(longest(shape, given["method"], given.get("virtual_tokens", 20))),
     }  # fmt: skip
 
@@ -87,8 +87,8 @@ def thinned(history: list[tuple[str, int]]) -> list[tuple[str, int]]:
 
 def field_of(error: str, given: dict) -> str:
     """Return the name of the form's field that an error is about. Most errors begin with an argument's name."""
-    try:
-        load_shape(shape_of(given))
+    try:  # whatever is asked of the model, it has no answer
+        estimate(shape_of(given), "full", sequence=1)
     except PeftLabError:
         return "shape"
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from docutils import nodes
 
 from peftlab.memory import BUILT_IN
+from peftlab.memory.counting.config import MOST
 from peftlab.memory.estimate import ADAPTER_PRECISIONS, ATTENTIONS, LIBRARIES, OPTIMIZERS, PARALLEL, PRECISIONS
 from peftlab_book import calculator
 from peftlab_book.directives import FactsDirective
@@ -90,6 +91,7 @@ def answer(size):
 <noscript><p>The calculator needs JavaScript. In a shell this command answers: <code>{COMMAND}</code></p></noscript>
 <div id="calc-answer">
 <p id="calc-said" role="status" class="calc-unseen"></p>
+<p id="calc-unknown" role="alert" class="calc-note" hidden></p>
 <p id="calc-refused" class="calc-note" hidden></p>
 <div id="calc-start" hidden>
 <button type="button" id="calc-load">Start the calculator</button>
@@ -103,6 +105,8 @@ one.</p>
 <p class="calc-headline"><span class="calc-name">Peak memory <span id="calc-each"></span></span>
 <strong id="calc-peak"></strong> <span id="calc-peak-binary"></span> <span id="calc-busy"></span></p>
 <p><strong id="calc-needed"></strong> with the margin. <span id="calc-verdict"></span></p>
+<p id="calc-part" hidden>The model has more than a text part. This is the answer for its text part alone. What it has
+for images or sound is left out.</p>
 <h2 id="calc-h-parts">What it consists of</h2>
 <div id="calc-parts-bar" class="calc-parts-bar" aria-hidden="true"></div>
 <table aria-labelledby="calc-h-parts"><thead class="calc-unseen"><tr><th scope="col">Part</th>
@@ -111,7 +115,7 @@ one.</p>
 <p id="calc-moment"></p>
 <div id="calc-step" class="calc-picture"></div>
 <h2>How sure this is</h2>
-<p id="calc-measured"></p><p id="calc-alike"></p><p id="calc-apart"></p><p id="calc-margin"></p>
+<p id="calc-beyond"></p><p id="calc-measured"></p><p id="calc-alike"></p><p id="calc-apart"></p><p id="calc-margin"></p>
 <h2>Which card holds it</h2>
 <ul id="calc-cards"></ul>
 <h2>Longer examples</h2>
@@ -127,6 +131,7 @@ estimate alone. Dashed: memory of cards.</p>
 <section id="calc-elsewhere" aria-label="The same elsewhere" hidden>
 <h2>The same question elsewhere</h2>
 <p id="calc-save" hidden>Save the text that you pasted as <code>config.json</code> first.</p>
+<p id="calc-no-link" hidden>The text that you pasted is too long for a link, so the address does not hold it.</p>
 {copied("command", "In a shell")}{copied("call", "In Python")}{copied("link", "As a link to these settings")}
 </section>
 </div>"""
@@ -155,7 +160,9 @@ def number(name, label, option=False, least=1):
     """A field for a number. Its kind is what the script reads."""
     value = FIRST.get(name, calculator.default(name))
     shown = "" if value is None else f' value="{value}"'
-    control = f'<input type="number" name="{name}" data-kind="number" min="{least}" step="1"{shown}>'
+    required = "" if calculator.default(name) is None else " required"
+    control = (f'<input type="number" name="{name}" data-kind="number" min="{least}" max="{MOST}" step="1"{shown}'
+               f"{required}>")  # fmt: skip
     return field(name, label, control, option)
 
 

@@ -9,6 +9,7 @@ from peftlab.errors import PeftLabError
 
 # Every block is listed, so their number is bounded; other sizes only enter sums and products.
 MOST_LAYERS, MOST_SIZE = 1_000, 10**12
+MOST = 2**24  # of what a person chooses: tokens, examples, GPUs, a rank, classes
 
 
 class Config:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from peftlab.checks import check_fields, one_of, whole
 from peftlab.errors import PeftLabError
-from peftlab.memory.counting.config import MOST_LAYERS, MOST_SIZE
+from peftlab.memory.counting.config import MOST, MOST_LAYERS
 from peftlab.memory.counting.modules import Module
 
 
@@ -32,9 +32,9 @@ class Options:
     init: str | None = None  # where the adapter starts; None takes the method's own start
 
     def __post_init__(self) -> None:
-        check_fields(self, whole, "r", "encoder_hidden", "oft_block_size", least=1, ceiling=MOST_SIZE, optional=True)
-        check_fields(self, whole, "virtual_tokens", "reduction_factor", least=1, ceiling=MOST_SIZE)
-        check_fields(self, whole, "decompose_factor", least=-1, ceiling=MOST_SIZE)
+        check_fields(self, whole, "r", "encoder_hidden", "oft_block_size", least=1, ceiling=MOST, optional=True)
+        check_fields(self, whole, "virtual_tokens", "reduction_factor", least=1, ceiling=MOST)
+        check_fields(self, whole, "decompose_factor", least=-1, ceiling=MOST)
         check_fields(self, whole, "encoder_layers", least=1, ceiling=MOST_LAYERS)
         check_fields(self, one_of, "bias", known=("none", "all", "lora_only"))
         check_fields(self, one_of, "encoder", known=("mlp", "lstm"))

@@ -17,7 +17,7 @@ from peftlab import patterns
 from peftlab.checks import checked, shown, whole
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.counting.builtin import BUILT_IN
-from peftlab.memory.counting.config import MOST_SIZE, Config
+from peftlab.memory.counting.config import MOST, Config
 from peftlab.memory.counting.decoders import Decoder
 from peftlab.memory.counting.families import FAMILIES, alike, of_the_same_name, task_of
 from peftlab.memory.counting.modules import Module
@@ -246,6 +246,21 @@ def load_shape(shape: str | os.PathLike[str] | dict[str, Any] | Shape, labels: i
     return _from_config(_read(path), str(shape), labels)
 
 
+class UnknownFamilyError(PeftLabError):
+    """A configuration of a family that is not among the known ones. Of some families only parameters are counted."""
+
+    def __init__(self, name: str, family: str, known: Iterable[str]):
+        known = tuple(known)
+        near = of_the_same_name(family, known)
+        super().__init__(f"{name}: model_type {family!r} is not known.{near} Known: {', '.join(known)}.")
+        self.name, self.family = name, family
+
+
+JSON_KINDS = {
+    type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list",
+}  # fmt: skip
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -254,7 +269,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, RecursionError) as error:
         raise PeftLabError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(values, dict):
-        raise PeftLabError(f"{path} holds a {type(values).__name__}, not the object of a model configuration.")
+        raise PeftLabError(f"{path} holds {JSON_KINDS[type(values)]}, not the object of a model configuration.")
     return values
 
 
@@ -266,11 +281,9 @@ def _from_config(values: dict[str, Any], name: str, labels: int | None) -> Shape
     if family not in FAMILIES and isinstance(text, dict) and isinstance(text.get("model_type"), str):
         return _from_config(text, f"{name} (its text part)", labels)
     if family not in FAMILIES:
-        raise PeftLabError(
-            f"{name}: model_type {family!r} is not known.{of_the_same_name(family)} Known: {', '.join(FAMILIES)}."
-        )
+        raise UnknownFamilyError(name, family, FAMILIES)
     if labels is not None:
-        values = {**values, "id2label": None, "num_labels": whole("labels", labels, least=1, ceiling=MOST_SIZE)}
+        values = {**values, "id2label": None, "num_labels": whole("labels", labels, least=1, ceiling=MOST)}
     entry, config = FAMILIES[family], Config(values, name)
     task = task_of(config, entry, labels is not None)
     layout, modules = entry.table(config, task)
