@@ -10,7 +10,7 @@ from peftlab.memory.counting.modules import Module
 from peftlab.memory.counting.shapes import BUILT_IN, Shape, load_shape
 from peftlab.memory.counting.totals import Count, count
 from peftlab.memory.estimate import CUBLAS_WORKSPACE, Estimate, estimate
-from peftlab.memory.measured import Agreement, measured_like
+from peftlab.memory.measured import measured_like
 from peftlab.memory.units import format_both, format_bytes, format_count, format_percent
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "CARDS",
     "CUBLAS_WORKSPACE",
     "METHODS",
-    "Agreement",
     "Count",
     "Estimate",
     "Module",

@@ -166,6 +166,7 @@ RIGHT = {
     "memory.estimate": lambda: {"shape": "gpt2", "sequence": 16},
     "memory.blocks_to_recompute": lambda: {"room": 10**9, "shape": "gpt2"},
     "memory.fits": lambda: {"card": "T4", "shape": "gpt2"},
+    "memory.measured_like": lambda: {"shape": "gpt2"},
     "memory.format_both": lambda: {"size": 3.0},
     "memory.format_bytes": lambda: {"size": 3.0},
     "memory.format_count": lambda: {"number": 3},
