@@ -9,8 +9,9 @@ and computes only the t_1^2 + ... + t_n^2 pairs inside the examples. It is the k
 which torch brings along from 2.11 on. It takes bf16 and fp16, on NVIDIA GPUs from the Ampere generation on.
 
 It does not always pay. On an H200 (2026-11-27, torch 2.11, a Llama of 1.2 billion parameters, about 18,000 tokens a
-step, in one process) a step by the kernel took 3% longer than one by the mask in rows of 206 tokens, 11% longer in rows of 1,265, and
-15% less time and 3 GB less memory in rows of 5,652. So shorter rows than `LONG` stay with the mask.
+step, in one process) a step by the kernel took 3% longer than one by the mask in rows of 206 tokens, and 11% longer in
+rows of 1,265. In rows of 5,652 it took 15% less time and 3 GB less memory. So shorter rows than `LONG` stay with the
+mask.
 
 `transformers` looks attention functions up by name, so this one is registered under a name of its own, `NAME`. A run
 gives the model that name for its steps and its old one back afterwards. The borders are found in `position_ids`, as
