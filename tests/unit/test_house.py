@@ -398,6 +398,18 @@ def test_the_design_says_what_each_wing_may_import():
     assert sorted(top) == here
 
 
+def test_the_design_names_files_and_functions_that_exist():
+    """A path may begin anywhere below the package. "`moved` (`training/labels.py`)" also says what the file defines."""
+    text = read("peftlab/DESIGN.md").partition("\n## What we rely on\n")[0]
+    files = {path for path in tracked() if not path.startswith("book/_static/vendor")}
+    for path in re.findall(r"`([\w./]+\.(?:py|toml|js|mjs))`", text):
+        assert any(f"/{file}".endswith(f"/{path}") for file in files), f"DESIGN.md names {path}, which does not exist"
+    for name, path in re.findall(r"`([\w.]+)` (?:in |\()`([\w/]+\.py)`", text):
+        defined = re.compile(rf"^\s*(?:def|class) {name.rpartition('.')[2]}\b", re.MULTILINE)
+        there = [file for file in files if f"/{file}".endswith(f"/{path}")]
+        assert any(defined.search(read(file)) for file in there), f"DESIGN.md: {path} defines no {name}"
+
+
 @pytest.mark.parametrize(
     ("file", "line", "fault"),
     [
