@@ -374,6 +374,42 @@ def test_the_wings_stand_as_drawn():
     assert faults(PACKAGE) == []
 
 
+def wings_of_the_design(text: str) -> dict[str, set[str]]:
+    """What the table of DESIGN.md says that each wing may import. "All of these" are the rows above, and `but` some."""
+    found: dict[str, set[str]] = {}
+    table = text.partition("| wing | may import |")[2].partition("\n\n")[0]
+    for names, allowed in re.findall(r"^\| ([^|]*`.+?) \| (.+?) \|$", table, re.MULTILINE):
+        named = set(re.findall(r"`(\w+)`", allowed))
+        if allowed.startswith("all of these"):
+            named = found.keys() - named
+        if allowed.endswith("the public names"):
+            named |= {"peftlab"}
+        for wing in re.findall(r"`(\w+)`", names):
+            assert wing not in found, f"DESIGN.md has two rows for {wing}"
+            found[wing] = named
+    return found
+
+
+def test_the_design_says_what_each_wing_may_import():
+    text = read("peftlab/DESIGN.md")
+    assert wings_of_the_design(text) == {wing: set(allowed) for wing, allowed in WINGS.items() if wing != "peftlab"}
+    top = re.search(r"^at the top of the folder +(.+?): any wing", text, re.MULTILINE)[1].split(", ")
+    here = [path.stem for path in sorted(PACKAGE.glob("*.py")) if path.stem not in ("__init__", "__main__")]
+    assert sorted(top) == here
+
+
+def test_the_design_names_files_and_functions_that_exist():
+    """A path may begin anywhere below the package. "`moved` (`training/labels.py`)" also says what the file defines."""
+    text = read("peftlab/DESIGN.md").partition("\n## What we rely on\n")[0]
+    files = {path for path in tracked() if not path.startswith("book/_static/vendor")}
+    for path in re.findall(r"`([\w./]+\.(?:py|toml|js|mjs))`", text):
+        assert any(f"/{file}".endswith(f"/{path}") for file in files), f"DESIGN.md names {path}, which does not exist"
+    for name, path in re.findall(r"`([\w.]+)` (?:in |\()`([\w/]+\.py)`", text):
+        defined = re.compile(rf"^\s*(?:def|class) {name.rpartition('.')[2]}\b", re.MULTILINE)
+        there = [file for file in files if f"/{file}".endswith(f"/{path}")]
+        assert any(defined.search(read(file)) for file in there), f"DESIGN.md: {path} defines no {name}"
+
+
 @pytest.mark.parametrize(
     ("file", "line", "fault"),
     [
