@@ -351,7 +351,11 @@ def test_each_text_of_a_column_is_looked_at(score):
     pandas = pytest.importorskip("pandas")
     table = pandas.DataFrame({"a": ["a", "b"], "b": ["a", "b"]})
     columns = pandas.Series(["a", None]), numpy.array(["a", 2], dtype=object)
-    for asked in [(table, ["a", "b"]), *((one, ["a", "b"]) for one in columns), *((["a", "b"], one) for one in columns)]:
+    for asked in [
+        (table, ["a", "b"]),
+        *((one, ["a", "b"]) for one in columns),
+        *((["a", "b"], one) for one in columns),
+    ]:
         with pytest.raises(PeftLabError, match="text"):
             score(*asked)
     assert score(pandas.Series(TEXTS, index=range(7, 7 + len(TEXTS))), numpy.array(RIGHT)) == score(TEXTS, RIGHT)
