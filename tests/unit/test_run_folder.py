@@ -278,9 +278,3 @@ def test_settings_that_are_no_settings_are_one_line(place, capsys, content):
     (place / "run" / RECORD).write_text(content)
     status, out, err = run(capsys, *train_command("ask.jsonl", "run", "--steps", 1))
     assert (status, out) == (2, "") and err.count("\n") == 1, err
-
-
-def test_a_link_to_itself_is_no_place_for_a_run(place, capsys):
-    (place / "loop").symlink_to("loop")
-    status, out, err = run(capsys, *train_command("ask.jsonl", "loop", "--steps", 1))
-    assert status in (1, 2) and out == "" and err.count("\n") == 1, err
