@@ -31,6 +31,7 @@ SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 80
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
+LARGEST = 1e30  # of a config's number: it meets float32 tensors, which end at 3e38
 # For each limit: its words in an error, and the comparison.
 LIMITS = {
     "least": ("of at least", operator.ge), "above": ("above", operator.gt),
@@ -53,7 +54,7 @@ def whole(name: str, value: Any, *, usual: str = "", optional: bool = False, **l
 
 def number(name: str, value: Any, *, usual: str = "", optional: bool = False, **limits: float) -> Any:
     """Require a finite number. The arguments are those of `whole`; a whole number stays whole."""
-    words = "number" if {"most", "below", "ceiling"} & limits.keys() else "finite number"
+    words = "number" if {"most", "below"} & limits.keys() else "finite number"
     return _check(name, value, Real, words, usual, optional, limits)
 
 
@@ -81,11 +82,19 @@ def device(value: Any, torch: Any) -> Any:
     here = torch.cuda.device_count()
     if found.type == "cuda" and (found.index or 0) >= here:
         raise PeftLabError(f"There is no device {found} here: torch sees {here} CUDA devices.")
+    if found.type not in ("cuda", "cpu", "meta"):
+        try:
+            torch.empty(0, device=found)
+        except (RuntimeError, ImportError, AssertionError) as error:  # torch was built without this kind of device
+            reason = " ".join(str(error).split()).partition(". ")[0][:160]
+            raise PeftLabError(f"There is no device {found} here ({reason}). Leave it out, or take cpu.") from None
     return found
 
 
 def check_fields(config: Any, check: Callable[..., Any], *names: str, **limits: Any) -> None:
     """Check fields of a frozen dataclass, and keep what the check returns, so that a numpy integer becomes an `int`."""
+    if check is number:
+        limits = {"ceiling": LARGEST, **limits}
     for name in names:
         object.__setattr__(config, name, check(name, getattr(config, name), **limits))
 

@@ -76,7 +76,7 @@ class Settings:
         more="How `batch_size` x `accumulation` is split changes memory and time, but not the result.")
     learning_rate: float = setting(2e-4, "peak learning rate", number, above=0, most=1000, option="lr")
     weight_decay: float = setting(
-        0.0, "decay of matrices; biases, norms and other vectors do not decay", number, least=0)
+        0.0, "decay of matrices; biases, norms and other vectors do not decay", number, least=0, ceiling=1000)
     loraplus_lr_ratio: float | None = setting(
         None, "LoRA+: the learning rate of LoRA's B, divided by that of A, which is learning_rate; 16, say",
         number, above=0, most=1e6, optional=True, option="loraplus-lr-ratio",
@@ -126,7 +126,8 @@ class Settings:
         "adamw", "the 8-bit ones are bitsandbytes'; without it you get a warning and adamw",
         one_of, known=OPTIMIZERS, option="optimizer")
     seed: int = setting(
-        0, "decides the order of the data and every random number of the run", whole, option="seed",
+        0, "decides the order of the data and every random number of the run", whole, least=-(2**63),
+        ceiling=2**64 - 1, option="seed",
         more="The global generators of torch, Python and numpy are used during the run and put back after it.")
     group_by_length: bool = setting(
         False, "put examples of similar length into a batch, for less padding",

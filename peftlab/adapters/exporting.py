@@ -57,7 +57,7 @@ def export_adapter(folder: str | os.PathLike, out: str | os.PathLike, name: str 
     out = Path(out)
     with bounded():
         saved = read_folder(Path(folder), name)
-        if out.resolve() == saved.folder.resolve():
+        if os.path.realpath(out) == os.path.realpath(saved.folder):
             raise PeftLabError(f"{out} holds the adapter itself. Give another folder for its portable form.")
         check_place(out)
         given = {"r": 8, "lora_alpha": 8, **saved.fields}  # peft's defaults

@@ -118,6 +118,11 @@ def check_keys(
             raise PeftLabError(
                 f"{key!r} has shape {tuple(tensors[key].shape)}; this model needs {tuple(parameter.shape)}." + origin
             )
+        if tensors[key].is_floating_point() != parameter.is_floating_point():  # a copy would cast it without a word
+            raise PeftLabError(
+                f"{key!r} in {folder} holds {str(tensors[key].dtype).removeprefix('torch.')} values, and what an "
+                "adapter adds is a floating type such as float32 or bfloat16. Save it again in one of these."
+            )
 
 
 def redundant(root: nn.Module, key: str, tensors: Mapping[str, Tensor]) -> bool:

@@ -5,6 +5,7 @@ import contextlib
 import csv
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from peftlab.errors import PeftLabError, did_you_mean
 
 NAMES = ("reviews", "news", "support-desk", "digits")
 SPLITS = ("train", "validation", "test")
+UNNAMED = "__index_level_0__"  # pandas makes it of the first cells of a table, where rows are longer than the headings
 HELD_OUT = 0.1  # the share of each class that goes to validation, and the same again to test
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
@@ -211,8 +213,8 @@ def _rank(text: str, order: str = "") -> bytes:
 def _elsewhere(name: str, subset: str | None) -> DatasetDict:
     """Load a local file or folder, or a hub data set, with `datasets`. The result always has splits."""
     path = Path(name).expanduser()
-    options: dict[str, Any]
-    if path.resolve() == path.resolve().parent:
+    options: dict[str, Any] = {}
+    if os.path.realpath(path) == os.path.realpath(path / os.pardir):
         raise PeftLabError(f"{name!r} is the whole file system; give the folder that holds the data.")
     try:
         with quiet():
@@ -222,6 +224,7 @@ def _elsewhere(name: str, subset: str | None) -> DatasetDict:
                     raise PeftLabError(
                         f"{path}: a {suffix or 'nameless'} file is not known; use {', '.join(BUILDERS)}."
                     )
+                _check_rows(path)
                 options = {"sep": "\t"} if suffix == ".tsv" else {}
                 options |= AS_WRITTEN if BUILDERS[suffix] == "csv" else {}
                 loaded = datasets.load_dataset(BUILDERS[suffix], data_files=str(path), **options)
@@ -242,8 +245,23 @@ def _elsewhere(name: str, subset: str | None) -> DatasetDict:
         if isinstance(error, PeftLabError):
             raise
         reason = error.__cause__ or error  # the first message is only "an error occurred while generating"
-        raise PeftLabError(f"{name!r} cannot be loaded: {' '.join(str(reason).split())[:400]}") from error
-    return loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
+        advice = ". Save it as UTF-8." if isinstance(reason, UnicodeDecodeError) else ""
+        raise PeftLabError(f"{name!r} cannot be loaded: {' '.join(str(reason).split())[:400]}{advice}") from error
+    splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
+    if "keep_default_na" in options and any(UNNAMED in part.column_names for part in splits.values()):
+        raise PeftLabError(
+            f"{name!r} has rows with more cells than there are headings. Put a text that has a comma in it into "
+            "quotation marks."
+        )
+    return splits
+
+
+def _check_rows(path: Path) -> None:
+    """Refuse a file without rows, of which `datasets` says what only its makers understand."""
+    with path.open("rb") as file:
+        lines = list(itertools.islice((line for line in file if line.strip()), 2))
+    if len(lines) < (2 if BUILDERS[path.suffix.lower()] == "csv" else 1):
+        raise PeftLabError(f"{path} holds no rows.")
 
 
 @contextlib.contextmanager

@@ -209,7 +209,7 @@ def _parsed(row: Row, column: str) -> Any:
     if isinstance(value, str) and value.strip():
         try:
             return json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PeftLabError(f"{row.where}: {column} is no list and no JSON ({error}): {value!r:.80}.") from error
     return value
 

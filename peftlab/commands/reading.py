@@ -6,6 +6,7 @@ all others, with nothing in them, and a template writes these too. Tables and sa
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import re
@@ -106,7 +107,7 @@ def json_rows(path: Path) -> Rows:
             place = _text(f"{path}, line {number}")
             try:
                 value = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise PeftLabError(
                     f"{place()} is not JSON: {error}; found {line.strip()!r:.80}. Each line holds one object, "
                     '{"prompt": "...", "completion": "..."}, for example.'
@@ -121,7 +122,7 @@ def _whole(text: str) -> list[Any] | None:
     """The rows of a file that is one JSON value; None if it is several, one a line."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if isinstance(value, dict):
         lists = [entry for entry in value.values() if isinstance(entry, list) and entry and isinstance(entry[0], dict)]
@@ -148,7 +149,10 @@ def _in_table(path: Path, number: int) -> Place:
     """Where a row of a table begins: a cell may run over several lines."""
 
     def place() -> str:
-        with path.open(encoding="utf-8-sig", newline="", errors="replace") as file:
+        with (
+            contextlib.suppress(csv.Error),  # it gives up at a cell of 131,072 characters
+            path.open(encoding="utf-8-sig", newline="", errors="replace") as file,
+        ):
             reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
             line, found = 1, -1  # the headings are no row
             for cells in reader:

@@ -23,6 +23,7 @@ from typing import Any
 from peftlab.adapters.card import CARD, may_write
 from peftlab.errors import PeftLabError
 from peftlab.files import file_sum, write_atomically, write_together
+from peftlab.foreign import read_fields
 
 SETTINGS, METRICS, STATE, MODEL = "settings.json", "metrics.json", "run", "model"
 RECORD, LOCK = ".peftlab-run.json", ".lock"
@@ -290,12 +291,12 @@ def sweep(place: Place) -> None:
 
 def _check_inputs(folder: Path, inputs: Iterable[Any]) -> None:
     """Refuses a folder that is what the run reads, or whose own files are."""
-    out = folder.resolve()
+    out = Path(os.path.realpath(folder))
     for given in inputs:
         source = Path(str(given)).expanduser()
         if not source.exists():
             continue
-        source = source.resolve()
+        source = Path(os.path.realpath(source))
         names = (RECORD, LOCK, SETTINGS, METRICS, STATE, MODEL, *ADAPTER, *TOKENIZER)
         at_it = source == out or (out in source.parents and source.relative_to(out).parts[0] in names)
         if at_it:
@@ -311,9 +312,9 @@ def _settings_agree(place: Place, settings: dict[str, Any], going_on: bool) -> b
     if not (file.exists() and going_on):
         return False
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PeftLabError(f"{file} cannot be read ({error}); use --no-resume to start again.") from None
+        before = read_fields(file)
+    except PeftLabError as error:
+        raise PeftLabError(f"{str(error).rstrip('.')}; use --no-resume to start again.") from None
     changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
     if changed:
         told = ", ".join(
@@ -329,7 +330,7 @@ def _recorded(folder: Path) -> dict[str, list[str]]:
     try:
         files = json.loads((folder / RECORD).read_text(encoding="utf-8"))["files"]
         made = {str(path): [str(one) for one in sums] for path, sums in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PeftLabError(
             f"{folder / RECORD}, the record of what a run made here, cannot be read ({error}). {ELSEWHERE}"
         ) from None

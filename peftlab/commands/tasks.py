@@ -56,6 +56,11 @@ def task_of(data: Any, name: str, seed: int = 0, limit: int | None = None, train
     if not train:
         raise PeftLabError(f"{name} has no rows to train on.")
     form = form_of(columns, name)
+    blank = 0
+    if form.kind == "text":
+        blank = sum(_leave_out_blank(rows) for rows in found.values())
+        if not train:
+            raise PeftLabError(f"{name} has no rows to train on: each text is blank.")
     if train_on is not None and form.kind != "chat":
         raise PeftLabError(f"--train-on is for chats, and {name} holds {form.name}. Leave it out.")
     validation = next((found[split] for split in VALIDATION if split in found), None)
@@ -70,7 +75,15 @@ def task_of(data: Any, name: str, seed: int = 0, limit: int | None = None, train
     first, second, third = splits
     left = unused(columns, form)
     told = f"{name} holds {form.name}: {form.told}" + (f" (not used: {', '.join(left)})" if left else "")
+    told += f"; {blank:,} blank ones are left out" if blank else ""
     return Task(form.kind, form.answer, first, second, third, classes, told, train_on or "assistant")
+
+
+def _leave_out_blank(rows: Rows) -> int:
+    """Take out the texts with nothing to learn in them, such as the empty lines between paragraphs; say how many."""
+    before = len(rows)
+    rows[:] = [row for row in rows if not isinstance(row.get("text"), str) or row["text"].strip()]
+    return before - len(rows)
 
 
 def check_model(task: Task, model: Any, name: str) -> None:

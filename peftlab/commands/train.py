@@ -19,7 +19,7 @@ from typing import Any
 
 from peftlab.assets.catalogue import catalogue
 from peftlab.catalogue import LEARNING_RATE, METHODS, Method
-from peftlab.checks import whole
+from peftlab.checks import PATH, whole
 from peftlab.commands import tasks
 from peftlab.commands.method_options import options_of, settle, trainable
 from peftlab.commands.reading import read
@@ -149,6 +149,7 @@ def check(arguments: argparse.Namespace) -> None:
     method = arguments.method = arguments.method.lower()
     if method not in known:
         raise PeftLabError(f"train knows the methods {', '.join(known)}, not {method!r}.{did_you_mean(method, known)}")
+    PATH.require("--out", arguments.out)
     if arguments.steps is not None and arguments.epochs is not None:
         raise PeftLabError("Give --steps or --epochs, not both.")
     row = known[method]

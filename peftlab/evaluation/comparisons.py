@@ -62,9 +62,13 @@ def mcnemar(first: Sequence[Any], second: Sequence[Any]) -> McNemar:
     pairs(one, other)
     b = sum(p and not q for p, q in zip(one, other, strict=True))
     c = sum(q and not p for p, q in zip(one, other, strict=True))
-    # whole numbers, divided once: exact for any number of items
-    tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1))
-    return McNemar(b, c, min(1.0, 2 * tail / 2 ** (b + c)))
+    n, k = b + c, min(b, c)
+    # whole numbers, divided once, from the largest down: C(n, k - 1) = C(n, k) k / (n - k + 1). Those that are left out
+    # lie far below the last bit of the result.
+    tail, ways = 0, math.comb(n, k)
+    while ways > tail >> 100:
+        tail, ways, k = tail + ways, ways * k // (n - k + 1), k - 1
+    return McNemar(b, c, min(1.0, 2 * tail / 2**n))
 
 
 @checked()

@@ -9,7 +9,7 @@ from typing import Any
 
 from peftlab.checks import checked, one_of, whole
 from peftlab.errors import PeftLabError
-from peftlab.evaluation.values import plain, same_length
+from peftlab.evaluation.values import classes, items, same_length, texts
 from peftlab.optional import require
 
 TOKENIZERS = ("13a", "intl", "char", "none", "zh")  # those of sacrebleu that need no further package
@@ -25,9 +25,9 @@ def accuracy(predictions: Sequence[Any], references: Sequence[Any]) -> float:
     >>> round(pl.accuracy([1, 0, 1], [1, 1, 1]), 3)
     0.667
     """
-    same_length(predictions, references)
+    found, right = classes(predictions, references)
     # accuracy = |{i : p_i = r_i}| / n
-    return sum(p == r for p, r in zip(plain(predictions), plain(references), strict=True)) / len(references)
+    return sum(p == r for p, r in zip(found, right, strict=True)) / len(right)
 
 
 @checked()
@@ -40,14 +40,11 @@ def macro_f1(predictions: Sequence[Any], references: Sequence[Any]) -> float:
     >>> pl.macro_f1([1, 0, 1], [1, 1, 1])
     0.4
     """
-    same_length(predictions, references)
-    pairs = list(zip(plain(predictions), plain(references), strict=True))
+    pairs = list(zip(*classes(predictions, references), strict=True))
     try:
         labels = {value for pair in pairs for value in pair}
     except TypeError:
         raise PeftLabError("Classes must be numbers or texts; found a list or a dict among them.") from None
-    if any(label != label for label in labels):
-        raise PeftLabError("NaN is no class: take the examples without a prediction or a reference out first.")
     scores = []
     for label in labels:
         hits = sum(p == label and r == label for p, r in pairs)
@@ -66,8 +63,8 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
     >>> pl.exact_match(["yes ", "no"], ["yes", "maybe"])
     0.5
     """
-    same_length(predictions, references)
-    return sum(p.strip() == r.strip() for p, r in zip(predictions, references, strict=True)) / len(references)
+    pairs = _pairs(predictions, references)
+    return sum(p.strip() == r.strip() for p, r in pairs) / len(pairs)
 
 
 @checked()
@@ -80,8 +77,13 @@ def token_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
     >>> round(pl.token_f1(["the red cat"], ["a red cat"]), 3)
     0.667
     """
+    pairs = _pairs(predictions, references)
+    return sum(_words_f1(p, r) for p, r in pairs) / len(pairs)
+
+
+def _pairs(predictions: Sequence[str], references: Sequence[str]) -> list[tuple[str, str]]:
     same_length(predictions, references)
-    return sum(_words_f1(p, r) for p, r in zip(predictions, references, strict=True)) / len(references)
+    return list(zip(texts("predictions", predictions), texts("references", references), strict=True))
 
 
 def _words_f1(prediction: str, reference: str) -> float:
@@ -162,7 +164,8 @@ def chrf_metric(word_order: int = 0) -> Any:
 def corpus_score(metric: Any, predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> float:
     """Return what one of sacrebleu's metrics gives for a corpus."""
     same_length(predictions, references)
-    return float(metric.corpus_score(list(predictions), by_column(references)).score)
+    columns = by_column(items("references", references))
+    return float(metric.corpus_score(texts("predictions", predictions), columns).score)
 
 
 def by_column(references: Sequence[str | Sequence[str]]) -> list[list[str | None]]:

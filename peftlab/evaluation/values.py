@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Real
+from numbers import Number, Real
 from typing import Any, NamedTuple
 
-from peftlab.checks import number, scalar, shown
+from peftlab.checks import PLAIN, number, scalar, shown
 from peftlab.errors import PeftLabError
 
-LARGEST = 1e100  # of a score; squares and sums of larger ones overflow
+LARGEST = 1e60  # of a score; fourth powers and sums of larger ones overflow
 
 
 class Interval(NamedTuple):
@@ -29,7 +29,10 @@ class Interval(NamedTuple):
 def plain(values: Any) -> list[Any]:
     """Return a list of plain values from a list, a tensor, an array, a table or a column of a data set."""
     values = getattr(values, "values", values) if hasattr(values, "columns") else values  # a table iterates its names
-    return list(map(scalar, values.tolist() if hasattr(values, "tolist") else values))
+    try:
+        return list(map(scalar, values.tolist() if hasattr(values, "tolist") else values))
+    except RuntimeError as error:  # a sparse tensor, or one of the meta device
+        raise PeftLabError(f"The values in {shown(values)} cannot be read ({error}); give a list of them.") from None
 
 
 def same_length(predictions: Sequence[Any], references: Sequence[Any]) -> None:
@@ -38,6 +41,32 @@ def same_length(predictions: Sequence[Any], references: Sequence[Any]) -> None:
         raise PeftLabError(f"{len(predictions)} predictions do not go with {len(references)} references.")
     if not len(references):
         raise PeftLabError("There is nothing to compare: both lists are empty.")
+
+
+def classes(predictions: Any, references: Any) -> tuple[list[Any], list[Any]]:
+    """Require two lists of the same length, whose values can be equal to each other, and return their plain values."""
+    same_length(predictions, references)
+    both = plain(predictions), plain(references)
+    for value in (*both[0], *both[1]):
+        itself = value == value  # false for NaN; for a tensor with axes, or pandas' NA, it is neither True nor False
+        if not PLAIN[bool].fits(itself):
+            raise PeftLabError(f"Classes must be numbers or texts; found {shown(value)} among them.")
+        if not itself:
+            raise PeftLabError("NaN is no class: take the examples without a prediction or a reference out first.")
+    first, second = ({_kind(value) for value in values if value is not None} for values in both)
+    if first and second and "" not in first | second and first.isdisjoint(second):
+        told = [" and ".join(sorted(kinds)) for kinds in (first, second)]
+        raise PeftLabError(
+            f"predictions holds {told[0]} and references {told[1]}, which are never equal. Give both as the same kind; "
+            "of logits take the argmax."
+        )
+    return both
+
+
+def _kind(value: Any) -> str:
+    """Say what a value is, or nothing of one that may equal anything. Values of two kinds are never equal."""
+    kinds: dict[str, Any] = {"numbers": Number, "texts": str, "bytes": bytes, "lists": (list, tuple), "dicts": dict}
+    return next((words for words, kind in kinds.items() if isinstance(value, kind)), "")
 
 
 def numbers(name: str, values: Any) -> list[float]:

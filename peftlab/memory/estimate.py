@@ -25,6 +25,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from peftlab.catalogue import METHODS
 from peftlab.checks import checked, number, one_of, whole
@@ -44,6 +45,12 @@ PARALLEL = ("ddp", "fsdp")
 LIBRARIES = ("peft", "peftlab")
 ATTENTIONS = ("sdpa", "eager")
 ADAPTER_PRECISIONS = {"fp32": 4, "bf16": 2}
+# The arguments of `estimate` that are one of a few words, and these
+CHOICES = {
+    "parallel": PARALLEL, "library": LIBRARIES, "precision": PRECISIONS, "optimizer": OPTIMIZERS,
+    "adapter_precision": ADAPTER_PRECISIONS, "masters": (True, False), "attention": ATTENTIONS,
+    "chunked_loss": (True, False), "autocast": (None, True, False),
+}  # fmt: skip
 CONTIGUOUS_BIAS = (5, 20)  # the version of transformers that changed T5's bias
 FUSED_GPTJ = (5, 24)  # the version of transformers that let GPT-J take fused attention
 DECODER_HEADS = ("language model", "classifier", "token classifier")  # the heads of decoders that are replayed
@@ -188,13 +195,11 @@ def estimate(
     four_bit = on_four_bits(method, four_bit)
     batch, sequence = whole("batch", batch, least=1, most=MOST), whole("sequence", sequence, least=1, most=MOST)
     gpus = whole("gpus", gpus, least=1, ceiling=MOST)
-    one_of("parallel", parallel, PARALLEL)
-    one_of("library", library, LIBRARIES)
-    one_of("precision", precision, PRECISIONS)
-    one_of("optimizer", optimizer, OPTIMIZERS)
-    one_of("adapter_precision", adapter_precision, ADAPTER_PRECISIONS)
-    one_of("masters", masters, (True, False))
-    one_of("attention", attention, ATTENTIONS)
+    check_choices(
+        parallel=parallel, library=library, precision=precision, optimizer=optimizer, masters=masters,
+        adapter_precision=adapter_precision, attention=attention, chunked_loss=chunked_loss, autocast=autocast,
+    )  # fmt: skip
+    since = _since(CONTIGUOUS_BIAS, transformers), _since(FUSED_GPTJ, transformers)
     if targets is not None and not isinstance(targets, str):
         targets = tuple(targets)
     options = Options(
@@ -212,11 +217,11 @@ def estimate(
         masters=masters,
         autocast=uses_autocast(method, precision, four_bit) if autocast is None else autocast,
         checkpointing=checked_blocks(checkpointing, shape),
-        chunked_loss=_is_decoder(one_of("chunked_loss", chunked_loss, (True, False)), shape),
+        chunked_loss=_is_decoder(chunked_loss, shape),
         optimizer=optimizer,
         four_bit=four_bit,
-        fused_attention=attention == "sdpa" and (shape.family != "gptj" or _since(FUSED_GPTJ, transformers)),
-        contiguous_bias=shape.kind != "encoder-decoder" or _since(CONTIGUOUS_BIAS, transformers),
+        fused_attention=attention == "sdpa" and (shape.family != "gptj" or since[1]),
+        contiguous_bias=shape.kind != "encoder-decoder" or since[0],
         library=library,
         gpus=gpus,
         sharded=parallel == "fsdp",
@@ -241,6 +246,13 @@ def estimate(
         file_bytes=_file_bytes(shape, trained, recipe), trainable=counted.trainable, total=counted.total,
         history=_thinned(history),
     )  # fmt: skip
+
+
+def check_choices(**given: Any) -> None:
+    """Require that each of these arguments of `estimate` is one of its words."""
+    for name, known in CHOICES.items():
+        if name in given:
+            one_of(name, given[name], known)
 
 
 def checked_blocks(checkpointing: bool | int, shape: Shape) -> bool | int:

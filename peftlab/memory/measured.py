@@ -25,7 +25,17 @@ from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.counting.config import MOST
 from peftlab.memory.counting.methods import method_name
 from peftlab.memory.counting.shapes import Shape, load_shape
-from peftlab.memory.estimate import LIBRARIES, OPTIMIZERS, PARALLEL, PRECISIONS, estimate, on_four_bits, uses_autocast
+from peftlab.memory.estimate import (
+    LIBRARIES,
+    OPTIMIZERS,
+    PARALLEL,
+    PRECISIONS,
+    check_choices,
+    checked_blocks,
+    estimate,
+    on_four_bits,
+    uses_autocast,
+)
 from peftlab.memory.units import format_bytes
 
 FILE = Path(__file__).with_name("measured.json")
@@ -102,7 +112,11 @@ def measured_like(
     for name in run:
         if name not in known:
             raise PeftLabError(f"{name} is no argument of a run.{did_you_mean(name, known)}")
+    check_choices(**run, parallel=parallel, library=library, precision=precision, optimizer=optimizer)
     shape, method = load_shape(shape), method_name(method)
+    checked_blocks(checkpointing, shape)
+    for name in {"batch", "sequence"} & run.keys():
+        whole(name, run[name], least=1, most=MOST)
     wanted = described(
         shape, method, precision=precision, optimizer=optimizer, checkpointing=checkpointing, library=library,
         four_bit=four_bit, gpus=gpus, parallel=parallel,

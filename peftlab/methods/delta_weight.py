@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from peftlab.checks import check_fields, check_kinds, number, one_of, whole
+from peftlab.checks import LARGEST, check_fields, check_kinds, number, one_of, whole
 from peftlab.core.interface import Part
 from peftlab.core.records import own_tensor
 from peftlab.core.targets import (
@@ -220,7 +220,9 @@ def check_settings(config: Any) -> None:
     check_fields(config, number, "rank_dropout", "module_dropout", least=0, below=1)
     check_fields(config, one_of, "use_effective_conv2d", known=(True, False))
     ranks = {key: whole(f"rank_pattern[{key!r}]", r, least=1) for key, r in config.rank_pattern.items()}
-    alphas = {key: number(f"alpha_pattern[{key!r}]", a, above=0) for key, a in config.alpha_pattern.items()}
+    alphas = {
+        key: number(f"alpha_pattern[{key!r}]", a, above=0, ceiling=LARGEST) for key, a in config.alpha_pattern.items()
+    }
     object.__setattr__(config, "rank_pattern", ranks)
     object.__setattr__(config, "alpha_pattern", alphas)
 

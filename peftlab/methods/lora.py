@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftlab.checks import check_fields, check_kinds, number, one_of, whole
+from peftlab.checks import LARGEST, check_fields, check_kinds, number, one_of, whole
 from peftlab.core.experts import find_parameters, linear_outside, old_names, renamed
 from peftlab.core.hooks import base_modules
 from peftlab.core.interface import Part, Placement
@@ -253,7 +253,9 @@ class LoRAConfig(Targets):
         check_fields(self, one_of, "use_rslora", "lora_bias", "fan_in_fan_out", known=(True, False))
         object.__setattr__(self, "init_options", checked_options(self.init, self.init_options))
         ranks = {key: whole(f"rank_pattern[{key!r}]", r, least=1) for key, r in self.rank_pattern.items()}
-        alphas = {key: number(f"alpha_pattern[{key!r}]", a, above=0) for key, a in self.alpha_pattern.items()}
+        alphas = {
+            key: number(f"alpha_pattern[{key!r}]", a, above=0, ceiling=LARGEST) for key, a in self.alpha_pattern.items()
+        }
         object.__setattr__(self, "rank_pattern", ranks)
         object.__setattr__(self, "alpha_pattern", alphas)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import nn
 
-from peftlab.checks import checked
+from peftlab.checks import PATH, checked
 from peftlab.core.modes import device_of
 from peftlab.progress import Bar
 from peftlab.settings import Settings, settings_from, takes
@@ -61,7 +61,7 @@ def train(model: nn.Module, train_data: Sequence[Mapping[str, Any]], **given: An
     settings = settings_from(given)
     settings = replace(settings, precision=choose_precision(settings.precision, device))
     run = Run(model, train_data, settings, device=device, ranks=ranks)
-    folder = settings.folder() if callable(settings.folder) else settings.folder
+    folder = PATH.require("what folder returns", settings.folder()) if callable(settings.folder) else settings.folder
     folder = None if folder is None else Path(folder)
     if folder is not None:
         state.resume_or_start(run, folder, settings.resume)

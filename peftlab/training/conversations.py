@@ -36,7 +36,8 @@ def encoder_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     if tokenizer.chat_template is not None:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else messages_of(prompt, "prompt")
         text = from_template(tokenizer, messages, add_generation_prompt=True)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template wrote the special tokens
+        # the template wrote the special tokens
+        return list(tokenizer(text_of(text, "conversation"), add_special_tokens=False)["input_ids"])
     if not isinstance(prompt, str) and isinstance(prompt, Sequence):
         raise PeftLabError("This tokenizer has no chat template, so a prompt is one string, not a list of messages.")
     return list(tokenizer(text_of(prompt, "prompt"))["input_ids"])
@@ -97,6 +98,13 @@ def text_of(value: Any, what: str) -> str:
         PeftLabError: it is none; the message says what it is.
     """
     if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise PeftLabError(
+                f"A {what} holds half a character ({value[error.start]!a} at place {error.start}), which no tokenizer "
+                "takes. Was it cut inside an emoji? text.encode('utf-8', 'ignore').decode() leaves such halves out."
+            ) from None
         return value
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise PeftLabError(

@@ -45,12 +45,19 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 
 def check_trainable_dtypes(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Refuse float16 parameters to train.
+    """Refuse parameters to train that are on the meta device or float16.
 
-    Their updates are about 1e-4 of a weight, so rounding removes them. And torch cannot undo a loss scale on their
-    gradients: it raises "Attempting to unscale FP16 gradients".
+    In float16 their updates are about 1e-4 of a weight, so rounding removes them. And torch cannot undo a loss scale on
+    their gradients: it raises "Attempting to unscale FP16 gradients".
     """
-    half = [name for name, parameter in parameters if parameter.dtype == torch.float16]
+    named = list(parameters)
+    empty = [name for name, parameter in named if parameter.is_meta]
+    if empty:
+        raise PeftLabError(
+            f"{len(empty)} trainable parameters are on the meta device and have no values (first: {empty[0]}). Load "
+            "the model on a real device, such as cpu or cuda."
+        )
+    half = [name for name, parameter in named if parameter.dtype == torch.float16]
     if half:
         raise PeftLabError(
             f"{len(half)} trainable parameters are float16 (first: {half[0]}), in which updates are lost. Keep them in "

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftlab.checks import shown
 from peftlab.core.checkpointing import memory_settings
 from peftlab.core.interface import Part
 from peftlab.core.modes import mode
@@ -421,7 +422,7 @@ class Run:
         batch = moved(batch, self.device)
         whole = len(part) == self.settings.batch_size
         with self.layers.batch(batch, whole), autocast(self.device, self.settings.precision):
-            total, count = self.loss(self.model, batch)
+            total, count = _as_pair(self.loss(self.model, batch))
         if not total.requires_grad and self.skipping:
             total = total + torch.zeros_like(total, requires_grad=True)  # all parts were left out of this step
         if not total.requires_grad:
@@ -486,7 +487,7 @@ class Run:
                 )
         with mode(self.model, False), torch.no_grad():
             for name, metric in self.metrics.items():
-                row[name] = float(metric(self.model))
+                row[name] = _as_number(name, metric(self.model))
         row = self.ranks.agree(row)
         if not math.isfinite(row.get("loss", 0.0)):
             raise TrainingError(
@@ -514,3 +515,22 @@ class Run:
         with torch.no_grad():
             for name, value in self.best_values.items():
                 self.trainable[name].copy_(value)
+
+
+def _as_number(name: str, value: Any) -> float:
+    """Require that a metric of the user's gave a number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):  # a tensor of several values is a RuntimeError in older torch
+        raise PeftLabError(f"The metric {name!r} must return a number, found {shown(value)}.") from None
+
+
+def _as_pair(result: Any) -> tuple[Tensor, Any]:
+    """Require that a loss gave a sum and the number of its labels."""
+    pair = isinstance(result, (tuple, list)) and len(result) == 2
+    if not pair or not isinstance(result[0], Tensor) or result[0].numel() != 1:
+        raise PeftLabError(
+            "loss must return (the sum of the labels' losses as a tensor of one value, the number of labels), found "
+            f"{shown(result)}."
+        )
+    return result[0], result[1]

@@ -198,3 +198,34 @@ def test_tables_are_read_as_they_are_written(tmp_path, form):
     assert rows["prompt"][:] == [*cells, "x"]
     assert rows["completion"][:] == [*cells, None], "an empty cell alone is missing"
     assert rows["label"][:] == [3] * len(cells) + [4]
+
+
+@pytest.mark.parametrize("name, content", [
+    ("rows.csv", b""), ("rows.csv", b"text,label\n\n"), ("rows.tsv", b"text\tlabel"), ("rows.txt", b"\n \n"),
+    ("rows.jsonl", b""),
+])  # fmt: skip
+def test_a_file_without_rows(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(PeftLabError, match=f"{name} holds no rows"):
+        pl.load_data(str(tmp_path / name))
+
+
+def test_a_table_of_another_encoding_says_what_to_do(tmp_path):
+    (tmp_path / "rows.csv").write_bytes("text,label\ncafé,1\n".encode("latin-1"))
+    with pytest.raises(PeftLabError, match="cannot be loaded: .*Save it as UTF-8"):
+        pl.load_data(str(tmp_path / "rows.csv"))
+
+
+def test_a_comma_too_many_in_each_row_moves_no_column(tmp_path):
+    """pandas would take the first cells for names of rows: "Well" would be gone, and " yes" the prompt."""
+    (tmp_path / "rows.csv").write_text("prompt,completion\nWell, yes,no\nOh, no,yes\n")
+    for path in (tmp_path / "rows.csv", tmp_path):
+        with pytest.raises(PeftLabError, match="more cells than there are headings"):
+            pl.load_data(str(path))
+
+
+def test_a_link_to_itself_is_no_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(PeftLabError, match="There is no data set 'loop'"):
+        pl.load_data("loop")

@@ -8,7 +8,8 @@ import numpy
 import pytest
 import torch
 
-from peftlab.checks import check_fields, checked, number, one_of, whole
+import peftlab as pl
+from peftlab.checks import check_fields, checked, device, number, one_of, whole
 from peftlab.errors import PeftLabError
 
 
@@ -116,3 +117,24 @@ def test_a_checked_function_gets_the_number_of_a_tensor():
 @checked()
 def taken(count: int, rate: float = 1.0):
     return count, rate, type(count), type(rate)
+
+
+@pytest.mark.parametrize("make", [
+    lambda value: pl.LoRAConfig(alpha=value), lambda value: pl.AdaLoRAConfig(alpha=value),
+    lambda value: pl.LoHaConfig(alpha=value), lambda value: pl.LoKrConfig(alpha_pattern={"q_proj": value}),
+    lambda value: pl.LoRAConfig(alpha_pattern={"q_proj": value}), lambda value: pl.AdapterConfig(scaling=value),
+])  # fmt: skip
+def test_no_number_of_a_config_is_beyond_float32(make):
+    """One that is fits no tensor: torch would raise in the middle of a step."""
+    make(1e30)
+    with pytest.raises(PeftLabError, match=r"must be a positive finite number of at most 1e\+30"):
+        make(1e39)
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu", "xla"])
+def test_a_device_that_is_not_here(name):
+    if name == "mps" and torch.backends.mps.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(PeftLabError, match=f"There is no device {name} here .*take cpu"):
+        device(name, torch)
+    assert device("cpu", torch).type == "cpu" and device("meta", torch).type == "meta"

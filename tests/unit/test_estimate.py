@@ -636,3 +636,21 @@ def test_an_estimate_runs_without_the_cycle_collector_and_leaves_it_as_it_was(on
 def test_what_a_person_chooses_has_one_ceiling(name):
     with pytest.raises(PeftLabError, match="16,777,216"):
         estimate("minilm", "lora", **{name: 2**24 + 1})
+
+
+def test_a_version_that_is_none_is_told_for_every_model():
+    for shape in ("smollm2-135m", "t5-base"):
+        with pytest.raises(PeftLabError, match="transformers must be a version"):
+            estimate(shape, sequence=16, transformers="newest")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_no_token_goes_to_more_experts_than_there_are(family):
+    config = {
+        "model_type": family, "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100,
+        "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 4,
+    }  # fmt: skip
+    count(config)
+    with pytest.raises(PeftLabError, match="each token goes to 5 experts, and there are 4"):
+        count({**config, "num_experts_per_tok": 5})

@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import statistics
+import time
 
 import numpy
 import pytest
@@ -11,7 +12,7 @@ import torch
 from scipy import stats
 
 from peftlab.errors import PeftLabError
-from peftlab.evaluation import comparisons, intervals, judges, scores
+from peftlab.evaluation import comparisons, intervals, judges, scores, values
 
 TEXTS = ["the cat sat on the mat today", "no", "a dog runs in the park", "it is not here"]
 RIGHT = ["the cat sat on a mat today", "no", "the dog runs in a park", "it is here"]
@@ -321,7 +322,68 @@ def test_one_item_is_no_sample():
 def test_a_class_that_is_none_is_refused():
     for wrong in ([float("nan"), 1], [[1], [0]]):
         with pytest.raises(PeftLabError, match="NaN is no class|must be numbers or texts"):
-            scores.macro_f1(wrong, [1, 0])
+            scores.macro_f1(wrong, wrong)
+
+
+def test_what_can_never_be_equal_is_refused():
+    """Numbers in a text, or logits where their argmax is meant: each answer would be wrong, without a word."""
+    for score in (scores.accuracy, scores.macro_f1):
+        for given in (["1", "0"], torch.zeros(2, 3), [b"1", b"0"], [[1], [0]]):
+            with pytest.raises(PeftLabError, match="never equal|numbers or texts"):
+                score(given, [1, 0])
+        assert score([None, None], ["a", "b"]) == 0  # no answer is a wrong one
+        assert score([True, 0.0], numpy.array([1, 0])) == 1
+    assert scores.accuracy([{"a": 1}, None], [{"a": 1}, {"a": 2}]) == 0.5
+
+
+def test_values_without_an_answer_to_equal_are_refused():
+    pandas = pytest.importorskip("pandas")
+    tensors = [torch.tensor([1, 2]), torch.tensor([1, 2])]
+    for given in (tensors, [numpy.ones(2)] * 2, pandas.Series([1, None], dtype="Int64"), pandas.Series(["a", None])):
+        for score in (scores.accuracy, scores.macro_f1):
+            with pytest.raises(PeftLabError, match="numbers or texts|NaN is no class"):
+                score(given, given)
+
+
+@pytest.mark.parametrize("score", [scores.exact_match, scores.token_f1, scores.bleu, scores.chrf])
+def test_each_text_of_a_column_is_looked_at(score):
+    """A column with a hole, which only its first entry does not show; and a table, whose names are no answers."""
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"a": ["a", "b"], "b": ["a", "b"]})
+    columns = pandas.Series(["a", None]), numpy.array(["a", 2], dtype=object)
+    for asked in [
+        (table, ["a", "b"]),
+        *((one, ["a", "b"]) for one in columns),
+        *((["a", "b"], one) for one in columns),
+    ]:
+        with pytest.raises(PeftLabError, match="text"):
+            score(*asked)
+    assert score(pandas.Series(TEXTS, index=range(7, 7 + len(TEXTS))), numpy.array(RIGHT)) == score(TEXTS, RIGHT)
+
+
+def test_tensors_whose_values_cannot_be_read_are_refused():
+    for given in (torch.zeros(2, device="meta"), torch.ones(2).to_sparse()):
+        for ask in (comparisons.adjust_p_values, intervals.mean_interval, lambda x: scores.accuracy(x, [1, 0]),
+                    lambda x: comparisons.mcnemar(x, [1, 0])):  # fmt: skip
+            with pytest.raises(PeftLabError, match="cannot be read"):
+                ask(given)
+
+
+def test_the_largest_scores_do_not_overflow():
+    most = values.LARGEST
+    assert math.isfinite(intervals.mean_interval([[most, -most], [1, 2], [most, most]]).high)
+    assert math.isfinite(comparisons.paired_bootstrap([most, -most], [0, 0], samples=10).high)
+    with pytest.raises(PeftLabError, match="finite numbers"):
+        intervals.mean_interval([[2 * most, -most], [1, 2]])
+
+
+def test_mcnemar_of_a_hundred_thousand_disagreements_is_soon_done():
+    n, b = 100_000, 49_800
+    began = time.thread_time()
+    found = comparisons.mcnemar([1] * b + [0] * (n - b), [0] * b + [1] * (n - b))
+    assert time.thread_time() - began < 20
+    z = (b + 0.5 - n / 2) / (math.sqrt(n) / 2)  # the normal approximation, with a correction for whole numbers
+    assert found.p_value == pytest.approx(2 * statistics.NormalDist().cdf(z), rel=1e-4)
 
 
 def test_ends_of_what_a_confidence_and_a_total_may_be():

@@ -222,3 +222,39 @@ def test_chats_need_a_template_and_train_on_a_chat(tmp_path):
     (tmp_path / "l.jsonl").write_bytes(b'{"text": "\xff"}')
     with pytest.raises(PeftLabError, match="Save it as UTF-8"):
         read(str(tmp_path / "l.jsonl"))
+
+
+def test_rows_that_are_nested_without_end(tmp_path):
+    deep = "[" * 100_000
+    for row, told in ((f'{{"prompt": {deep}', "line 1 is not JSON"), ({"messages": deep}, "no list and no JSON")):
+        with pytest.raises(PeftLabError, match=told) as error:
+            found(tmp_path / "x.jsonl", row, {"messages": CHAT})
+        assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "a\ud800", "completion": "b"}, {"prompt": "a", "completion": "b\udc00"}, {"text": "\ud83d x"},
+    {"text": "\ud83d x", "label": 1},
+], ids=lambda row: " ".join(row))  # fmt: skip
+@pytest.mark.parametrize("template", [templates.CHATML, None])
+def test_half_a_character_is_told_with_its_line(tmp_path, row, template):
+    """JSON can write half of an emoji; no tokenizer can read it."""
+    task = found(tmp_path / "x.jsonl", *[row] * 3, *[{**row, "label": 2}] * 3 * ("label" in row))
+    with pytest.raises(PeftLabError, match=r"x\.jsonl, line \d: A .* holds half a character"):
+        tasks.encode(task, templates.tokenizer(template) if template else tiny.tokenizer(), task.train, None)
+
+
+def test_blank_lines_between_texts_are_left_out_and_told(tmp_path):
+    """A blank text has nothing to learn. One in the test would fail a run that has trained to its end."""
+    (tmp_path / "x.txt").write_text("the cat runs\n\nthe dog sleeps\n   \n\n" * 5)
+    task = tasks.task_of(read(str(tmp_path / "x.txt")), "x.txt")
+    assert {row["text"] for row in [*task.train, *task.test]} == {"the cat runs", "the dog sleeps"}
+    assert task.told.endswith("; 15 blank ones are left out")
+    with pytest.raises(PeftLabError, match="each text is blank"):
+        found(tmp_path / "x.jsonl", {"text": " "}, {"text": ""})
+
+
+def test_a_row_with_a_cell_too_large_for_csv_is_still_named(tmp_path):
+    (tmp_path / "x.csv").write_text(f"prompt,completion\nthe,{'cat ' * 50_000}\nthe,\n")
+    with pytest.raises(PeftLabError, match=r"x\.csv, row 2"):
+        tasks.task_of(read(str(tmp_path / "x.csv")), "x.csv")

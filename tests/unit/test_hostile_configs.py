@@ -270,3 +270,12 @@ def test_large_tables_of_plain_names_keep_their_time():
             for path in (f"model.layers.{j}.mlp.up_proj" for j in range(300)):
                 assert patterns.ends(f"layers.{i}.mlp.(up|down)_proj", path) == (f".{i}." in path)
     assert time.thread_time() - began < 10
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64], ids=str)
+def test_numbers_of_another_kind_are_not_cast_without_a_word(folder, dtype):
+    """Integers without their scale, say, or the real part of complex numbers."""
+    save_file({key: tensor.to(dtype) for key, tensor in load_file(folder / W).items()}, folder / W)
+    with pytest.raises(pl.PeftLabError, match="holds .* values, and what an adapter adds is a floating type"):
+        pl.load_adapter(llama(), folder)
+    refused(folder)

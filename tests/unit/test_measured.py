@@ -8,7 +8,7 @@ import pytest
 
 from peftlab.commands import cli
 from peftlab.errors import PeftLabError
-from peftlab.memory import BUILT_IN, measured, measured_like
+from peftlab.memory import BUILT_IN, estimate, measured, measured_like
 from peftlab.memory.estimate import OPTIMIZERS, PARALLEL, PRECISIONS
 
 CONTENT = json.loads(measured.FILE.read_text(encoding="utf-8"))
@@ -137,3 +137,14 @@ def test_the_command_tells_what_was_not_measured(capsys):
     assert cli.main(["memory", "smollm2-135m", "--r", "1000", "--masters", "--adapter-precision", "bf16"]) == 0
     told = capsys.readouterr().out
     assert "a rank of 1,000 (measured: 4 to 256); adapter_precision='bf16'; masters=True" in told
+
+
+@pytest.mark.parametrize("wrong", [
+    {"attention": "flash"}, {"adapter_precision": "fp16"}, {"chunked_loss": "auto"}, {"masters": None},
+    {"autocast": "x"}, {"parallel": "zero"}, {"batch": 0}, {"batch": 10**18}, {"sequence": None}, {"checkpointing": -1},
+    {"checkpointing": 33},
+], ids=str)  # fmt: skip
+def test_a_value_that_estimate_refuses_is_refused_here_too(wrong):
+    for ask in (measured_like, estimate):
+        with pytest.raises(PeftLabError, match=f"^{next(iter(wrong))}(=33, and .* has 32 blocks| must be)"):
+            ask("llama-2-7b", **wrong)

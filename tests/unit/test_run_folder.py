@@ -267,3 +267,14 @@ def test_what_somebody_put_into_the_cache_stays_when_it_is_mended(tmp_path):
     cache.publish(tmp_path / "stage" / "finished", tmp_path / "final")
     found = tree(tmp_path / "final")
     assert found["model.bin"] == b"whole" and found["adapter/notes.txt"] and found["deep/er.json"]
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "[" * 100_000, "{", "\x00"], ids=["list", "3", "deep", "broken", "nul"])
+def test_settings_that_are_no_settings_are_one_line(place, capsys, content):
+    assert run(capsys, *train_command("ask.jsonl", "run", "--steps", 1))[0] == 0
+    (place / "run" / "settings.json").write_text(content)
+    status, out, err = run(capsys, *train_command("ask.jsonl", "run", "--steps", 1))
+    assert (status, out) == (2, "") and err.count("\n") == 1, err
+    (place / "run" / RECORD).write_text(content)
+    status, out, err = run(capsys, *train_command("ask.jsonl", "run", "--steps", 1))
+    assert (status, out) == (2, "") and err.count("\n") == 1, err

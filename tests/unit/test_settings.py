@@ -119,11 +119,14 @@ def test_the_names_are_those_that_training_has():
         ("--batch-size", "0", "--batch-size must be a positive whole number, found 0."),
         ("--lr", "nan", "--lr must be a positive number of at most 1,000, found nan."),
         ("--warmup", "-1", "--warmup must be a finite number of at least 0, found -1.0."),
+        ("--seed", str(2**64), "--seed must be a whole number of at least -9,223,372,036,854,775,808 and of at most"),
+        ("--out", "", "--out must be the path of a file or a folder, found ''."),
+        ("--out", "a\0b", "--out must be the path of a file or a folder, found 'a\\x00b'."),
         ("--limit", "0", "--limit must be a positive whole number, found 0."),
     ],
 )
 def test_the_command_line_checks_before_anything_is_loaded(tmp_path, capsys, option, value, told):
     out = tmp_path / "out"
-    assert cli.main(f"train --model none --data none --out {out} {option} {value}".split()) == 2
+    assert cli.main([*f"train --model none --data none --out {out} {option}".split(), value]) == 2
     assert told in capsys.readouterr().err
     assert not out.exists()

@@ -418,6 +418,8 @@ def test_too_high_a_learning_rate_stops_with_finite_parameters():
         ({"optimizer": "adamW8"}, "optimizer must be one of .*Did you mean 'adamw'"),
         ({"checkpointing": "yes"}, "checkpointing must be one of True, False, 'fit', 'reentrant'"),
         ({"seed": "a"}, "seed must be a whole number"),
+        ({"seed": 10**30}, "seed must be a whole number of at least .* and of at most"),
+        ({"weight_decay": 1e300}, r"weight_decay must be .* of at most 1,000, found 1e\+300"),
         ({"evaluate_every": 5}, "needs something to evaluate"),
         ({"patience": 2, "metrics": {"a": len}}, "say how often with evaluate_every"),
         ({"metrics": {"loss": len}}, "cannot be called 'loss'"),
@@ -433,6 +435,32 @@ def test_wrong_settings_are_named_before_anything_happens(settings, message):
     with pytest.raises(PeftLabError, match=message):
         train(model, tiny.examples(), **settings)
     assert same(before, state(model))
+
+
+@pytest.mark.parametrize("loss", [
+    lambda model, batch: 3, lambda model, batch: model(**batch).loss, lambda model, batch: (3.0, 1),
+    lambda model, batch: (model(**batch).logits, 1),
+], ids=["number", "tensor", "numbers", "many"])  # fmt: skip
+def test_a_loss_that_gives_something_else_is_told_what_to_give(loss):
+    with pytest.raises(PeftLabError, match="loss must return .*the number of labels.*, found"):
+        train(tiny.llama(), tiny.examples(4), tokenizer=tiny.tokenizer(), steps=1, loss=loss, progress=False)
+
+
+@pytest.mark.parametrize("value", ["good", None, torch.ones(2), [1]])
+def test_a_metric_that_gives_no_number(value):
+    with pytest.raises(PeftLabError, match="The metric 'mine' must return a number, found"):
+        train(tiny.llama(), tiny.examples(4), tokenizer=tiny.tokenizer(), steps=1, progress=False,
+              metrics={"mine": lambda model: value})  # fmt: skip
+
+
+def test_a_function_that_gives_no_folder():
+    with pytest.raises(PeftLabError, match="what folder returns must be the path of a file or a folder, found 3"):
+        train(tiny.llama(), tiny.examples(4), tokenizer=tiny.tokenizer(), steps=1, folder=lambda: 3, progress=False)
+
+
+def test_a_model_without_values_does_not_train():
+    with pytest.raises(PeftLabError, match="on the meta device and have no values"):
+        train(tiny.llama().to("meta"), tiny.examples(4), tokenizer=tiny.tokenizer(), steps=1, progress=False)
 
 
 def test_no_data():
