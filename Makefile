@@ -21,7 +21,11 @@ pdf: book  ## the whole book as one PDF, and each page as its own, into _build/h
 	@$(BIN)/python tools/print_book.py
 	@$(BIN)/python -m pytest tests/book/test_print.py -m printed -q
 
-archive: pdf  ## the site and its PDFs as one archive, which opens by a double click: _build/html/peft-lab-book.zip
+epub: book  ## the whole book for e-readers: _build/html/peft-lab.epub (needs Chromium)
+	@$(BIN)/python tools/epub_book.py
+	@$(BIN)/python -m pytest tests/book/test_epub.py -m printed -q
+
+archive: pdf epub  ## the site, its PDFs and its EPUB as one archive, which opens by a double click: _build/html/peft-lab-book.zip
 	@$(BIN)/python tools/archive.py
 
 test: setup fetch  ## everything: lint, unit and parity tests, every notebook, the rendered book in a browser
@@ -81,4 +85,4 @@ $(VENV)/.lab: $(INSTALLED)
 	@sh tools/setup.sh test,lab
 	@touch $@
 
-.PHONY: help book pdf archive test test-newest test-colab check kills mutants test-gpu lab refresh prose fetch screenshot constraints clean setup
+.PHONY: help book pdf epub archive test test-newest test-colab check kills mutants test-gpu lab refresh prose fetch screenshot constraints clean setup

@@ -8,11 +8,13 @@ import json
 import os
 import sys
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "_build" / "html"
 ARCHIVE = "peft-lab-book.zip"
+EPUB = "peft-lab.epub"
 MADE = "_static/made.js"  # says which downloads there are
 FOLDER, OPEN = "peft-lab-book", "open-the-book.html"
 PARTIAL = ".partial"
@@ -32,7 +34,8 @@ README = f"""PEFT Lab, the book, to read without a network
 ============================================
 
 Unpack the archive, also onto a USB stick, and open {OPEN} with a double click. Any current browser shows the
-book. PDFs, where the archive has them, are in site/pdf, and the notebooks are in site/_sources/book.
+book. PDFs are in site/pdf and the EPUB for e-readers is site/{EPUB}, where the archive has them. The notebooks
+are in site/_sources/book.
 
 A browser allows a page that was opened as a file less than a page from a server. So here
 - search lists the pages that it finds, without extracts from them;
@@ -57,14 +60,25 @@ def write(path: Path, data: bytes) -> None:
 
 def made(site: Path, archive: bool) -> str:
     """The script that tells the pages which downloads there are, with their sizes."""
-    paths = [*sorted(site.glob("pdf/*.pdf")), *([site / ARCHIVE] if archive and (site / ARCHIVE).is_file() else [])]
-    sizes = {path.relative_to(site).as_posix(): path.stat().st_size for path in paths}
-    return f"// written by make pdf and make archive\nwindow.peftlabMade = {json.dumps(sizes)};\n"
+    paths = [*sorted(site.glob("pdf/*.pdf")), site / EPUB, *([site / ARCHIVE] if archive else [])]
+    sizes = {path.relative_to(site).as_posix(): path.stat().st_size for path in paths if path.is_file()}
+    return f"// written by make pdf, make epub and make archive\nwindow.peftlabMade = {json.dumps(sizes)};\n"
 
 
 def announce(site: Path) -> None:
     """Let the pages of `site` link to the downloads that are there."""
     write(site / MADE, made(site, archive=True).encode())
+
+
+def zipped(files: dict[str, bytes], plain: Collection[str] = ()) -> bytes:
+    """A ZIP of `files` in this order, without dates; those named in `plain` are not compressed."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, data in files.items():
+            entry = zipfile.ZipInfo(name, EPOCH)
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, data, zipfile.ZIP_STORED if name in plain else zipfile.ZIP_DEFLATED)
+    return out.getvalue()
 
 
 def pack(site: Path) -> bytes:
@@ -76,13 +90,7 @@ def pack(site: Path) -> bytes:
             # the archive does not hold itself
             data = made(site, archive=False).encode() if name == MADE else path.read_bytes()
             files[f"{FOLDER}/site/{name}"] = data
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as archive:
-        for name in sorted(files):
-            entry = zipfile.ZipInfo(name, EPOCH)
-            entry.external_attr = 0o644 << 16
-            archive.writestr(entry, files[name], zipfile.ZIP_DEFLATED)
-    return out.getvalue()
+    return zipped(dict(sorted(files.items())))
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Pages of the rendered book as one document for paper, which tools/print_book.py prints.
+"""Pages of the rendered book as one document for paper, which tools/print_book.py prints. An EPUB has the same pages.
 
 Folded parts are opened, what only works on a screen is left out or becomes a sentence, and links between pages lead to
 places in the document. Links to what is not in it lead to the published site.
@@ -21,10 +21,15 @@ CSS = ROOT / "tools" / "print.css"
 # what has no place on paper, and what becomes a sentence there
 SCREEN = "script, style, link, button, noscript, [hidden], .headerlink"
 INTERACTIVE = "form, .only-screen"
+SUBTITLE = "An executable book on parameter-efficient fine-tuning"
 
 
 def project() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def author() -> str:
+    return project()["authors"][0]["name"]
 
 
 def page_names() -> list[str]:
@@ -155,26 +160,37 @@ class Paper:
 
     def html(self) -> str:
         """The whole document."""
+        return self.document(self.names, self._front() if len(self.names) > 1 else "")
+
+    def document(self, names: list[str], front: str = "") -> str:
+        """A part of the document, which a browser opens by itself."""
         css = [(self.site / "_static" / "pygments.css").read_text(encoding="utf-8"), CSS.read_text(encoding="utf-8")]
         articles = []
-        for number, (name, article) in enumerate(self.articles.items()):
+        for number, name in enumerate(names):
             running = json.dumps(self.heading(name), ensure_ascii=False)
             css.append(f"@page chapter-{number} {{ @top-right {{ content: {running} }} }}")
-            articles.append(
-                f'<article id="{plain_name(name)}" style="page: chapter-{number}">{article.decode_contents()}</article>'
-            )
+            contents = self.articles[name].decode_contents()
+            articles.append(f'<article id="{plain_name(name)}" style="page: chapter-{number}">{contents}</article>')
         mathjax = (self.site / "_static" / "vendor" / "mathjax" / "tex-mml-chtml.js").as_uri()
         config = '{"options": {"enableMenu": false, "processHtmlClass": "math"}}'
         return (
             '<!DOCTYPE html><html lang="en" data-theme="light"><head><meta charset="utf-8">'
             f"<title>{html.escape(self.title)}</title><style>{' '.join(css)}</style>"
             f'<script>window.MathJax = {config}</script><script src="{mathjax}" defer></script></head>'
-            f"<body>{self._front() if len(self.names) > 1 else ''}{''.join(articles)}</body></html>"
+            f"<body>{front}{''.join(articles)}</body></html>"
+        )
+
+    @property
+    def imprint(self) -> str:
+        return (
+            f"Version {__version__}. Text and figures are under the licence CC BY 4.0, code is under the "
+            "Apache License 2.0. This book is made to be run. Its pages, notebooks and measurements are at "
+            f'<a href="{self.address}">{self.address}</a>. Left out here are the code that only draws a table or a '
+            "figure, and the single rows of the results files."
         )
 
     def _front(self) -> str:
         """The title page and the contents, whose page numbers are filled in later."""
-        about = project()
         lines = "".join(
             f'<li class="level-{level}"><a href="#{place}"><span>{html.escape(text)}</span>'
             f'<span class="dots"></span><span class="number" data-place="{place}">000</span></a></li>'
@@ -182,11 +198,7 @@ class Paper:
         )
         return (
             '<div class="front"><p class="book-title">PEFT Lab</p>'
-            '<p class="book-subtitle">An executable book on parameter-efficient fine-tuning</p>'
-            f'<p class="book-authors">{html.escape(about["authors"][0]["name"])}</p>'
-            f'<p class="book-imprint">Version {__version__}. Text and figures are under the licence CC BY 4.0, code is '
-            "under the Apache License 2.0. This book is made to be run. Its pages, notebooks and measurements are at "
-            f'<a href="{self.address}">{self.address}</a>. Left out here are the code that only draws a table or a '
-            "figure, and the single rows of the results files.</p></div>"
+            f'<p class="book-subtitle">{SUBTITLE}</p>'
+            f'<p class="book-authors">{html.escape(author())}</p><p class="book-imprint">{self.imprint}</p></div>'
             f'<nav class="contents"><h1>Contents</h1><ul>{lines}</ul></nav>'
         )

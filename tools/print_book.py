@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pikepdf
 from archive import announce, write
-from paper import ROOT, Paper, page_names, plain_name, project
+from paper import ROOT, Paper, author, page_names, plain_name
 
 SITE = ROOT / "_build" / "html"
 WHOLE = "peft-lab"
@@ -29,8 +29,8 @@ sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("book", "unit")]
 from browser import Browser, BrowserError, find_chromium  # noqa: E402
 
 NO_BROWSER = (
-    "pdf: no Chromium or Chrome found, which prints the book. Install one (Debian and Ubuntu: apt install chromium "
-    "fonts-dejavu-core), or name one: CHROMIUM=/path/to/chrome make pdf"
+    "%s: no Chromium or Chrome found, which typesets the book. Install one (Debian and Ubuntu: apt install chromium "
+    "fonts-dejavu-core), or name one: CHROMIUM=/path/to/chrome make %s"
 )
 WIDTH = round((210 - 2 * 18) / 25.4 * 96)  # A4 less the margins of print.css, in CSS pixels
 
@@ -85,7 +85,7 @@ def finished(data: bytes, paper: Paper) -> bytes:
             entry.Title = title
         for name in ("/CreationDate", "/ModDate"):
             del pdf.docinfo[name]
-        pdf.docinfo["/Title"], pdf.docinfo["/Author"] = paper.title, project()["authors"][0]["name"]
+        pdf.docinfo["/Title"], pdf.docinfo["/Author"] = paper.title, author()
         pdf.Root.PageMode = pikepdf.Name.UseOutlines
         pdf.save(out, object_stream_mode=pikepdf.ObjectStreamMode.generate, deterministic_id=True)
     return out.getvalue()
@@ -127,23 +127,29 @@ def make_pdf(browser: Browser, site: Path, names: list[str]) -> bytes:
     return finished(data, paper)
 
 
+def browser_for(command: str) -> str | None:
+    """The path of Chromium. If it or the rendered book is not there, say so in one line and return None."""
+    binary = find_chromium()
+    missing = [name for name in page_names() if not (SITE / f"{name}.html").is_file()]
+    if binary is None:
+        print(NO_BROWSER % (command, command), file=sys.stderr)
+    elif missing:
+        print(f"{command}: {missing[0]}.html is not in _build/html; render the book first: make book", file=sys.stderr)
+    return None if missing else binary
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pages", nargs="*", help="names of pages, such as 05_adapters; without any, the whole book")
     arguments = parser.parse_args()
-    binary = find_chromium()
-    if binary is None:
-        print(NO_BROWSER, file=sys.stderr)
-        return 1
     names = page_names()
     known = {plain_name(name): name for name in names}
     unknown = [name for name in arguments.pages if name not in known]
     if unknown:
         print(f"pdf: there is no page {unknown[0]!r}; there are: {', '.join(known)}", file=sys.stderr)
         return 2
-    missing = [name for name in names if not (SITE / f"{name}.html").is_file()]
-    if missing:
-        print(f"pdf: {missing[0]}.html is not in _build/html; render the book first: make book", file=sys.stderr)
+    binary = browser_for("pdf")
+    if binary is None:
         return 1
     todo = {page: [known[page]] for page in arguments.pages or known}
     if not arguments.pages:

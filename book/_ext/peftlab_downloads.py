@@ -1,4 +1,4 @@
-"""The menu "Download this page": the notebook with all its outputs, and printing; _static/downloads.js adds the PDFs.
+"""The menu "Download this page": the notebook with all its outputs, and printing; _static/downloads.js adds the rest.
 
 The theme calls its entries by file endings, and the one that prints ".pdf".
 """

@@ -1,4 +1,4 @@
-// The menu "Download this page" also offers what was made of the site beside its pages: PDFs, and an archive of all.
+// The menu "Download this page" also offers what was made of the site beside its pages: PDFs, an EPUB, an archive of all.
 // made.js says what there is, so that no link leads nowhere. tests/book/test_downloads.py opens the menu.
 "use strict";
 
@@ -11,6 +11,7 @@
   const offers = [
     [`pdf/${page}.pdf`, "PDF of this page", "fa-file-pdf"],
     ["pdf/peft-lab.pdf", "PDF of the book", "fa-book"],
+    ["peft-lab.epub", "EPUB of the book", "fa-book-open"],
     ["peft-lab-book.zip", "The site, to read offline", "fa-file-zipper"],
   ];
 

@@ -1,2 +1,2 @@
-// Which downloads the site has, with their sizes in bytes: `make pdf` and `make archive` write this file anew.
+// Which downloads the site has, with their sizes in bytes: `make pdf`, `make epub` and `make archive` write it anew.
 window.peftlabMade = {};

@@ -1,4 +1,4 @@
-"""What can be downloaded is there: whole notebooks, PDFs where they were made, an archive that needs no server."""
+"""What can be downloaded is there: whole notebooks, PDFs and EPUB where made, an archive that needs no server."""
 
 import io
 import json
@@ -27,10 +27,11 @@ def packed(site) -> bytes:
 
 @pytest.fixture(scope="module")
 def unpacked(packed, tmp_path_factory) -> Path:
-    """The folder that a reader unpacks, on a path with a blank and a letter outside ASCII; PDFs are left out."""
+    """The folder that a reader unpacks, on a path with a blank and a letter outside ASCII; without PDFs and EPUB."""
     folder = tmp_path_factory.mktemp("my stück")
     with zipfile.ZipFile(io.BytesIO(packed)) as file:
-        file.extractall(folder, [name for name in file.namelist() if "/site/pdf/" not in name])
+        left_out = re.compile(rf"/site/(pdf/|{re.escape(archive.EPUB)}$)")
+        file.extractall(folder, [name for name in file.namelist() if not left_out.search(name)])
     archive.announce(folder / archive.FOLDER / "site")
     return folder / archive.FOLDER
 
@@ -68,7 +69,8 @@ def test_the_archive_holds_the_site_and_opens_from_one_file(site, packed, opened
 
 
 def test_the_same_site_gives_the_same_archive(tmp_path):
-    for second, name in enumerate(["index.html", archive.MADE, "pdf/one.pdf", "two.pdf.partial", archive.ARCHIVE]):
+    names = ["index.html", archive.MADE, "pdf/one.pdf", archive.EPUB, "two.pdf.partial", archive.ARCHIVE]
+    for second, name in enumerate(names):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"{name}\n", encoding="utf-8")
@@ -79,8 +81,8 @@ def test_the_same_site_gives_the_same_archive(tmp_path):
     with zipfile.ZipFile(io.BytesIO(first)) as file:
         inside = {name.rpartition("/site/")[2] for name in file.namelist() if "/site/" in name}
         made = file.read(f"{archive.FOLDER}/site/{archive.MADE}").decode()
-    assert inside == {"index.html", archive.MADE, "pdf/one.pdf"}
-    assert '{"pdf/one.pdf": 12}' in made  # and not the archive itself
+    assert inside == {"index.html", archive.MADE, "pdf/one.pdf", archive.EPUB}
+    assert '{"pdf/one.pdf": 12, "peft-lab.epub": 14}' in made  # and not the archive itself
 
 
 @pytest.mark.parametrize("name", ["index.html", CHAPTER, "book/appendix_glossary.html", "genindex.html"])
@@ -111,7 +113,7 @@ def test_the_menu_offers_what_there_is(unpacked, opened):
     folder = unpacked / "site"
     plain = opened(f"site/{CHAPTER}").evaluate(MENU)
     assert [text for text, _ in plain] == ["Notebook, with outputs", "Print this page"]
-    for path in ("pdf/05_adapters.pdf", "pdf/peft-lab.pdf", archive.ARCHIVE):
+    for path in ("pdf/05_adapters.pdf", "pdf/peft-lab.pdf", archive.EPUB, archive.ARCHIVE):
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_bytes(b"0" * 260_000)
     archive.announce(folder)
@@ -120,6 +122,7 @@ def test_the_menu_offers_what_there_is(unpacked, opened):
     assert offered[2:] == [
         ["PDF of this page (0.3 MB)", (folder / "pdf/05_adapters.pdf").as_uri()],
         ["PDF of the book (0.3 MB)", (folder / "pdf/peft-lab.pdf").as_uri()],
+        ["EPUB of the book (0.3 MB)", (folder / archive.EPUB).as_uri()],
         ["The site, to read offline (0.3 MB)", (folder / archive.ARCHIVE).as_uri()],
     ]
     assert elsewhere[2:] == offered[3:]

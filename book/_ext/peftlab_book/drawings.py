@@ -281,20 +281,32 @@ CARDS: dict[str, Callable[[], list[Shape]]] = {
     "09_training_recipes": recipes, "appendix_calculator": bars, "appendix_claims": verdicts, "appendix_guide": fork,
 }  # fmt: skip
 
-# ---------------------------------------------------------------------------------------------- the picture for links
+# ------------------------------------------------------------------------------- the picture for links, and the cover
 
 PREVIEW = (1200, 630)
+COVER = (600, 900)
+WIDE = 550  # what the drawing of the costs takes of both
+
+
+def preview(title: str, lines: list[str]) -> bytes:
+    """Return the picture that other sites show beside a link: a title, some lines, and what training costs."""
+    return picture(PREVIEW, (620, 153), title, lines)
+
+
+def cover(title: str, lines: list[str]) -> bytes:
+    """Return the same upright, as the cover of a book, with twice the pixels."""
+    return picture(COVER, (25, 545), title, lines, scale=2)
 
 
 @styled()
-def preview(title: str, lines: list[str]) -> bytes:
-    """Return the picture that other sites show beside a link: a title, some lines, and what training costs."""
+def picture(size: tuple[int, int], at: tuple[int, int], title: str, lines: list[str], scale: int = 1) -> bytes:
+    """Draw a title and some lines below it, and what training costs with its upper left corner at `at`."""
     dots = 100
-    figure = Figure(figsize=(PREVIEW[0] / dots, PREVIEW[1] / dots), dpi=dots, facecolor="white")
-    left = figure.add_axes((0, 0, 1, 1), xlim=(0, PREVIEW[0]), ylim=(PREVIEW[1], 0))
+    figure = Figure(figsize=(size[0] / dots, size[1] / dots), dpi=dots, facecolor="white")
+    left = figure.add_axes((0, 0, 1, 1), xlim=(0, size[0]), ylim=(size[1], 0))
     left.axis("off")
     for shape in (
-        Box(0, 0, 14, PREVIEW[1], TRAINED, "none", 0),
+        Box(0, 0, 14, size[1], TRAINED, "none", 0),
         Box(70, 96, 74, 74, FROZEN),
         Box(152, 96, 14, 74, TRAINED),
         Box(174, 96, 14, 74, TRAINED),
@@ -303,12 +315,12 @@ def preview(title: str, lines: list[str]) -> bytes:
         shape.draw(left)
     for number, line in enumerate(lines):
         Words(70, 330 + 46 * number, line, 32, ink=INK).draw(left)
-    scale = 550 / COST[0]
-    right = figure.add_axes((620 / PREVIEW[0], 0.5 - COST[1] * scale / PREVIEW[1] / 2, 550 / PREVIEW[0],
-                             COST[1] * scale / PREVIEW[1]), xlim=(0, COST[0]), ylim=(COST[1], 0))  # fmt: skip
+    high = WIDE * COST[1] / COST[0]
+    place = (at[0] / size[0], 1 - (at[1] + high) / size[1], WIDE / size[0], high / size[1])
+    right = figure.add_axes(place, xlim=(0, COST[0]), ylim=(COST[1], 0))
     right.axis("off")
     for shape in cost(costs()):
         shape.draw(right)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dots, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=dots * scale, metadata={"Software": None})
     return buffer.getvalue()
