@@ -22,6 +22,8 @@ import pikepdf
 from archive import announce, write
 from paper import ROOT, Paper, author, page_names, plain_name
 
+from peftlab.progress import track
+
 SITE = ROOT / "_build" / "html"
 WHOLE = "peft-lab"
 sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("book", "unit")]
@@ -158,7 +160,7 @@ def main() -> int:
     print(f"pdf: printing {len(todo)} files", flush=True)
     try:
         with Browser(binary) as browser:
-            for page, of in todo.items():
+            for page, of in track(list(todo.items()), "pdf", unit="file"):
                 write(SITE / "pdf" / f"{page}.pdf", make_pdf(browser, SITE, of))
     except BrowserError as error:
         print(f"pdf: {error}", file=sys.stderr)
