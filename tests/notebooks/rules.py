@@ -20,7 +20,8 @@ SETUP = """from importlib.util import find_spec
 # Set-up: brings what this chapter needs where it is missing, as on Colab.
 {needed}
 if not all(map(find_spec, needed)):
-    %pip install -q "peftlab[{extras}] @ git+{repository}"
+    %pip install -q \\
+        "peftlab[{extras}] @ git+{repository}"
 import peftlab as pl"""
 EXTRAS = re.compile(r'"peftlab\[([a-z,]+)\] @ git\+')
 
@@ -191,7 +192,7 @@ def narrow_code(notebook):
     for cell in code_cells(notebook):
         shown = [line for output in cell.outputs for line in shown_source(output)]
         for line in [*cell.source.splitlines(), *shown]:
-            if len(line) > MAX_COLUMNS and not line.lstrip().startswith("%pip "):  # an address cannot be broken
+            if len(line) > MAX_COLUMNS:
                 yield f"{name(cell)} has a line of {len(line)} columns, at most {MAX_COLUMNS}: {line.strip()[:60]!r}"
 
 
@@ -233,7 +234,7 @@ def little_plumbing(notebook):
     for cell in code_cells(notebook)[1:]:
         if is_folded(cell):
             continue
-        source = re.sub(r"^%.*$", "pass", cell.source, flags=re.MULTILINE)
+        source = typed_numbers.MAGIC.sub(r"\1pass", cell.source)
         lines += len([line for line in source.splitlines() if line.strip()])
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Call) and ast.unparse(node.func).startswith(PLUMBING):

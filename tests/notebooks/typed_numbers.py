@@ -77,7 +77,7 @@ UNIT = re.compile(
     + r")(?!\w)(?!\s*\d)"
 )
 NO_CHANCE = 3  # significant digits
-MAGIC = re.compile(r"^([ \t]*)[%!].*$", re.MULTILINE)
+MAGIC = re.compile(r"^([ \t]*)[%!](?:.*\\\n)*.*$", re.MULTILINE)  # a line of IPython's own, which may be continued
 
 
 @dataclass
