@@ -30,9 +30,9 @@ MATHJAX_EXTENSIONS = [
     "textmacros", "unicode", "upgreek", "verb",
 ]  # fmt: skip
 
-# MathJax' own bundles hold a menu that the site does not show, which is a third of them. So the components that it needs
-# are put one behind the other, and the loader in the first one is told that they are there. The last one writes the
-# MathML that screen readers read.
+# MathJax' own bundles hold a menu that the site does not show, which is a third of them. So the components that it
+# needs are put one behind the other, and the loader in the first one is told that they are there. The last one writes
+# the MathML that screen readers read.
 MATHJAX_PARTS = ["core", "input/tex", "output/chtml", "output/chtml/fonts/tex", "a11y/assistive-mml"]
 MATHJAX = "tex-chtml.js"
 

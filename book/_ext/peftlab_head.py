@@ -24,8 +24,8 @@ WITHOUT_CONTENTS = ("index", MISSING, "book/appendix_calculator")
 UNLISTED = (MISSING, "search", "genindex")
 LINK = re.compile(r'(?<=\s)(?P<name>href|src|action|data-content_root)="(?!#|/|[a-z][a-z+.-]*:)(?:\./)?(?P<to>[^"]*)"')
 
-# What the page says. Its links are made absolute, because a browser may show it at any depth. They begin with the folder
-# that the site has on its host. Where another host has it in another folder, the script looks for that, and mends them.
+# What the page says. Its links are made absolute, because a browser may show it at any depth. They begin with the
+# folder that the site has on its host. Where another host has it in another one, the script finds that and mends them.
 LOST = """
 <section id="not-found">
 <h1>This page is not here</h1>
