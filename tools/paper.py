@@ -171,7 +171,7 @@ class Paper:
             css.append(f"@page chapter-{number} {{ @top-right {{ content: {running} }} }}")
             contents = self.articles[name].decode_contents()
             articles.append(f'<article id="{plain_name(name)}" style="page: chapter-{number}">{contents}</article>')
-        mathjax = (self.site / "_static" / "vendor" / "mathjax" / "tex-mml-chtml.js").as_uri()
+        mathjax = (self.site / "_static" / "vendor" / "mathjax" / "tex-chtml.js").as_uri()
         config = '{"options": {"enableMenu": false, "processHtmlClass": "math"}}'
         return (
             '<!DOCTYPE html><html lang="en" data-theme="light"><head><meta charset="utf-8">'

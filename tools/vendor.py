@@ -30,6 +30,12 @@ MATHJAX_EXTENSIONS = [
     "textmacros", "unicode", "upgreek", "verb",
 ]  # fmt: skip
 
+# MathJax' own bundles hold a menu that the site does not show, which is a third of them. So the components that it
+# needs are put one behind the other, and the loader in the first one is told that they are there. The last one writes
+# the MathML that screen readers read.
+MATHJAX_PARTS = ["core", "input/tex", "output/chtml", "output/chtml/fonts/tex", "a11y/assistive-mml"]
+MATHJAX = "tex-chtml.js"
+
 # Python compiled to WebAssembly, its glue and its standard library. Packed, the first is a third as large; the page
 # unpacks it. Its name does not end in .gz, because with some servers the browser would have unpacked it already.
 PYODIDE = {
@@ -46,7 +52,7 @@ PACKAGES = {
         "Apache-2.0",
         SITE,
         {
-            "es5/tex-mml-chtml.js": "tex-mml-chtml.js",
+            "es5/startup.js": MATHJAX,
             "es5/output/chtml/fonts/woff-v2/*": "output/chtml/fonts/woff-v2/",
             **{f"es5/input/tex/extensions/{n}.js": f"input/tex/extensions/{n}.js" for n in MATHJAX_EXTENSIONS},
             "LICENSE": "LICENSE",
@@ -105,11 +111,21 @@ def renew(name: str, work: Path) -> dict:
                 destination.write_bytes(gzip.compress(source.read_bytes(), mtime=0))
             else:
                 shutil.copyfile(source, destination)
+    if name == "mathjax":
+        join_mathjax(packed / "package" / "es5", target / MATHJAX)
     if not kept.exists():
         if licence_text is None:
             raise SystemExit(f"{package} brings no licence text: write it to {kept.relative_to(ROOT)}, then run this")
         kept.write_text(licence_text, encoding="utf-8")
     return {"package": package, "version": version, "licence": licence, "files": listed(target)}
+
+
+def join_mathjax(folder: Path, bundle: Path) -> None:
+    """Write MathJax' start and the components of `MATHJAX_PARTS` into one file."""
+    names = ", ".join(f'"{name}"' for name in MATHJAX_PARTS)
+    texts = [(folder / f"{name}.js").read_text(encoding="utf-8") for name in ("startup", *MATHJAX_PARTS)]
+    texts.insert(1, f"MathJax.loader.preLoad({names});")
+    bundle.write_text("".join(f"{text.rstrip()}\n" for text in texts), encoding="utf-8")
 
 
 def main() -> int:

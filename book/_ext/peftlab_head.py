@@ -24,7 +24,8 @@ WITHOUT_CONTENTS = ("index", MISSING, "book/appendix_calculator")
 UNLISTED = (MISSING, "search", "genindex")
 LINK = re.compile(r'(?<=\s)(?P<name>href|src|action|data-content_root)="(?!#|/|[a-z][a-z+.-]*:)(?:\./)?(?P<to>[^"]*)"')
 
-# What the page says. Its links are made absolute, because a browser may show it at any depth.
+# What the page says. Its links are made absolute, because a browser may show it at any depth. They begin with the
+# folder that the site has on its host. Where another host has it in another one, the script finds that and mends them.
 LOST = """
 <section id="not-found">
 <h1>This page is not here</h1>
@@ -42,6 +43,28 @@ LOST = """
 <li><a href="book/appendix_glossary.html">Glossary</a></li>
 </ul>
 </section>
+<script>
+(async () => {
+  const told = document.documentElement.dataset.content_root;
+  if (location.pathname.startsWith(told)) return;
+  const folders = location.pathname.split("/").slice(1, -1);
+  for (let depth = 0; depth <= folders.length; depth += 1) {
+    const root = ["", ...folders.slice(0, depth), ""].join("/");
+    const answer = await fetch(`${root}_static/made.js`);
+    if (!answer.ok) continue;
+    document.documentElement.dataset.content_root = root;
+    for (const name of ["href", "action", "src"]) {
+      for (const element of document.querySelectorAll(`[${name}^='${told}']`)) {
+        const mended = element.tagName === "SCRIPT" ? document.createElement("script") : element;
+        mended.setAttribute(name, root + element.getAttribute(name).slice(told.length));
+        mended.async = false;
+        if (mended !== element) element.replaceWith(mended);
+      }
+    }
+    return;
+  }
+})();
+</script>
 """
 
 

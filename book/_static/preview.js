@@ -44,7 +44,7 @@
     if (!preview.querySelector(".math")) return;
     if (!window.MathJax) {
       window.MathJax = { options: { enableMenu: false }, startup: { typeset: false } };
-      mathjax = load("vendor/mathjax/tex-mml-chtml.js");
+      mathjax = load("vendor/mathjax/tex-chtml.js");
     }
     await mathjax;
     await MathJax.startup?.promise;

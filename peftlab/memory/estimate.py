@@ -1,6 +1,6 @@
 """How much memory a training step takes, before it is started: `estimate(...)`.
 
-The answer comes from a replay of two steps (see `replay/step` and `replay/tape`), not from a fitted formula. It is what
+The answer comes from a replay of a step (see `replay/step` and `replay/tape`), not from a fitted formula. It is what
 `torch.cuda.max_memory_allocated` reports for transformers' model under Hugging Face peft, with float32 adapters, SDPA,
 `torch.optim.AdamW(foreach=False)` and `loss = model(input_ids, labels=labels).loss`. cuBLAS' workspace is included.
 With 16-bit weights it is a step without autocast, except for `qlora`. `Trainer(bf16=True)` and `peftlab train` on a GPU
@@ -228,23 +228,18 @@ def estimate(
     )
     with without_collector():
         run = Run(shape, method, trained, recipe)
-        run.step()
-        before, written = run.memory.flops, run.memory.written
-        history: list[tuple[str, int]] = []
-        run.memory.history = history
-        run.step()
+        step = run.second_step()
         run.close()
-    memory = run.memory
-    parts = {**memory.at_peak, "workspace": memory.at_peak["workspace"] + CUBLAS_WORKSPACE}
+    parts = {**step.at_peak, "workspace": step.at_peak["workspace"] + CUBLAS_WORKSPACE}
     counted = count(shape, method, r=r, targets=targets, target_parameters=target_parameters, bias=bias,
                     virtual_tokens=virtual_tokens, reduction_factor=reduction_factor,
                     decompose_factor=decompose_factor, oft_block_size=oft_block_size, projection=projection,
                     init=init)  # fmt: skip
     return Estimate(
-        shape.name, method, memory.peak + CUBLAS_WORKSPACE, **parts,
-        moment=memory.peak_moment, flops=memory.flops - before, written=memory.written - written,
+        shape.name, method, step.peak + CUBLAS_WORKSPACE, **parts,
+        moment=step.moment, flops=step.flops, written=step.written,
         file_bytes=_file_bytes(shape, trained, recipe), trainable=counted.trainable, total=counted.total,
-        history=_thinned(history),
+        history=_thinned(step.history),
     )  # fmt: skip
 
 

@@ -246,6 +246,29 @@ def test_what_is_not_found_is_shown_whole_at_any_depth(lost, host, site):
         assert (site / path.removeprefix(Hosted.root)).is_file(), path
 
 
+class Elsewhere(Hosted):
+    """The same site in another folder of another host, such as a fork's."""
+
+    root = "/another/folder/"
+
+
+def test_what_is_not_found_is_mended_where_the_site_lies_elsewhere(browser, site):
+    """Its links begin with the folder that the site has at its own address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Elsewhere, directory=str(site))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page, host = browser.page(), f"http://127.0.0.1:{server.server_port}"
+        page.open(host + Elsewhere.root + "book/old/page.html")
+        told = "document.documentElement.dataset.content_root"
+        assert page.until(f"{told} === '{Elsewhere.root}'")
+        links = page.evaluate("[...document.querySelectorAll('article a[href], link[href]')].map(a => a.href)")
+        assert len(links) > 10 and all(url.startswith((host + Elsewhere.root, "https://")) for url in links)
+        assert page.evaluate("document.querySelector('.front-search').action") == f"{host}{Elsewhere.root}search.html"
+        wide = "getComputedStyle(document.querySelector('article h1')).fontFamily"
+        assert page.until(f"{wide}.includes('system-ui')") and page.until("document.documentElement.dataset.theme")
+        page.close()
+        server.shutdown()
+
+
 def test_what_is_not_found_can_be_searched_for(browser, lost):
     """The form's own address and field lead to results."""
     form = "(f => [f.method, f.action, f.querySelector('input').name])(document.querySelector('.front-search'))"

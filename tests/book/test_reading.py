@@ -232,7 +232,11 @@ def test_the_search_finds_what_is_called_so(search, asked, place):
     search.evaluate(f"Search.performSearch({asked!r}); true")
     assert search.until("document.querySelector('#search-results li a')")
     assert search.evaluate("document.querySelector('#search-results li a').href").endswith(place)
-    assert search.until("document.querySelector('#search-results li .context')")
+    assert search.until("document.querySelector('#search-results li:first-child .context')")
+    excerpts = search.evaluate("[...document.querySelectorAll('#search-results .context')].map(p => p.textContent)")
+    assert not [text for text in excerpts if re.match(r"\s*Contents\s", text)]  # the theme's, above the article
+    if "#term-" in place:
+        assert len(excerpts[0]) > len(asked) + 20  # with the term's explanation
     assert search.evaluate("document.documentElement.scrollWidth") <= 390
     assert search.problems == []
 

@@ -398,7 +398,7 @@ def prefix(net: Net, path: str, own: Own) -> None:
             "different, so peft cannot run it. Use another method."
         )
     rows = own["embedding.weight"]
-    made: list[Tensor] = []
+    made = net.renewed
 
     def front(x: Tensor) -> Tensor:
         virtual = net.virtual(x, rows.shape[0], rows)

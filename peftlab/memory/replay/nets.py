@@ -89,6 +89,7 @@ class Net:
         self.modules = {module.path: module for module in shape.modules}
         self.casts: dict[Parameter, Tensor] = {}
         self.held: list[Tensor] = []  # tensors that variables of the model's forward hold until the loss is computed
+        self.renewed: list[Tensor] = []  # tensors of the method that stay until the next forward pass makes them anew
         self.trained_blocks: set[str] | None = None
         for module in shape.modules:
             size: tuple[int, ...] = (module.outputs, module.inputs)

@@ -19,6 +19,7 @@ the end of the backward pass.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 from peftlab.memory.replay.nets import Net
@@ -35,6 +36,9 @@ class Sharding:
         self.reduced: Tensor | None = None  # the buffer of the gradients summed last
         self.order: list[str] = []  # the blocks in the order in which the forward pass ran them
         self.groups: dict[str, list[Parameter]] = {}
+        self.codes: Counter[str] = Counter()  # the bytes of each block's weights in four bits
+        for path, codes in net.quantised.items():
+            self.codes[net.block_of(path)] += codes[0].elements
 
     def group(self, prefix: str) -> list[Parameter]:
         """Return the parameters of a block."""
@@ -45,10 +49,7 @@ class Sharding:
 
     def buffer(self, prefix: str) -> Tensor:
         """Allocate a buffer as large as a block's parameters."""
-        packed = sum(
-            codes[0].elements for path, codes in self.net.quantised.items() if self.net.block_of(path) == prefix
-        )
-        size = sum(parameter.elements * parameter.bytes for parameter in self.group(prefix)) + packed
+        size = sum(parameter.elements * parameter.bytes for parameter in self.group(prefix)) + self.codes[prefix]
         return Tensor(self.net.memory, (size,), 1)
 
     def start(self) -> None:

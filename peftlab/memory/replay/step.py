@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from peftlab.catalogue import METHODS, resolve
 from peftlab.errors import PeftLabError
@@ -44,6 +45,17 @@ TORCH_ADAMW = ("adamw", "adamw-foreach", "adamw-fused")  # foreach=False, foreac
 # states with one scale per BLOCK_8BIT elements. A paged optimiser pages the states of tensors with at least PAGED
 # elements.
 SMALL_8BIT, BLOCK_8BIT, PAGED = 4096, 256, 100_000
+
+
+class SecondStep(NamedTuple):
+    """What the second step of a run allocates. The peak is the highest of both steps."""
+
+    peak: int
+    at_peak: dict[str, int]
+    moment: str
+    history: list[tuple[str, int]]
+    flops: int
+    written: int
 
 
 class Run:
@@ -95,17 +107,50 @@ class Run:
 
     def step(self) -> None:
         """Replay one step: forward, loss, backward, optimiser. Then free the gradients."""
+        for _ in self.stretches():
+            pass
+
+    def second_step(self) -> SecondStep:
+        """Replay the first step of a run, and return what the second one allocates.
+
+        The second step does the same on top of what the first one leaves: the optimiser's states, and up to the
+        backward pass what the graph of the first loss still holds.
+        """
+        memory, start = self.memory, self.memory.now.copy()
+        flops, written = memory.flops, memory.written
+        memory.cut()
+        first = [memory.cut() for _ in self.stretches()]
+        self.net.renewed.clear()
+        left = memory.more_than(start)
+        self.loss = None
+        states = memory.more_than(start)
+        forward, back, _, update = first
+        second = [forward.on_top_of(left), back.on_top_of(states), update]
+        top = max(first + second, key=lambda stretch: stretch.peak)
+        return SecondStep(
+            top.peak, top.at_peak, top.moment, [point for stretch in second for point in stretch.history],
+            memory.flops - flops, memory.written - written - sum(states.values()),
+        )  # fmt: skip
+
+    def stretches(self) -> Iterator[None]:
+        """Replay one step, and stop after the loss, the backward pass, the optimiser's new states, and its update."""
+        self.memory.moment = "forward"
         if self.sharding:
             self.sharding.start()
         with self.net.under_autocast():
             loss = self.forward()
+        yield
         self.memory.moment = "backward"
         self.loss = loss  # the loss of the last step, with what its graph still holds, is freed only now
         backward(loss.node, [loss.new()])
         if self.sharding:
             self.sharding.finish()
+        yield
         self.memory.moment = "optimiser"
+        self.make_states()
+        yield
         self.optimize()
+        yield
         for parameter in self.net.parameters:
             parameter.grad = None
 
@@ -130,12 +175,19 @@ class Run:
         self.net.held.clear()
         return loss
 
-    def optimize(self) -> None:
-        """Replay an update: torch.optim.AdamW's in one of its three forms, or one of SGD or bitsandbytes' AdamW."""
-        parameters = [one for one in self.net.parameters if one.grad is not None]
+    def moved(self) -> list[Parameter]:
+        """Return the parameters that an update moves: those that got a gradient."""
+        return [one for one in self.net.parameters if one.grad is not None]
+
+    def make_states(self) -> None:
+        """Allocate the optimiser's states, unless they are there."""
         if self.states is None:
             with self.memory.kind("optimizer"):
-                self.states = [self.state(parameter) for parameter in parameters]
+                self.states = [self.state(parameter) for parameter in self.moved()]
+
+    def optimize(self) -> None:
+        """Replay an update: torch.optim.AdamW's in one of its three forms, or one of SGD or bitsandbytes' AdamW."""
+        parameters = self.moved()
         # the masters' gradients, in float32, live as long as the update
         gradients = [one.new((one.held,), ops.FLOAT32) for one in parameters if self.has_master(one)]
         if self.recipe.optimizer == "adamw":

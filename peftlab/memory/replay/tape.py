@@ -25,6 +25,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 KINDS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace")
 BLOCK = 512  # the caching allocator hands out multiples of this many bytes
@@ -47,6 +48,21 @@ def without_collector() -> Iterator[None]:
         gc.enable()
 
 
+class Stretch(NamedTuple):
+    """What a part of a step allocates: the most bytes at once, in all and by kind, and the bytes at each allocation."""
+
+    peak: int
+    at_peak: dict[str, int]
+    moment: str
+    history: list[tuple[str, int]]
+
+    def on_top_of(self, held: dict[str, int]) -> Stretch:
+        """Return what it would be if these bytes had been there, too."""
+        more = sum(held.values())
+        at_peak = {kind: size + held[kind] for kind, size in self.at_peak.items()}
+        return Stretch(self.peak + more, at_peak, self.moment, [(name, size + more) for name, size in self.history])
+
+
 class Memory:
     """The bytes allocated now, by kind, and those at the peak."""
 
@@ -65,6 +81,16 @@ class Memory:
         self.serial = 0  # how many allocations there have been
         self.needed = 0  # the serial number up to which allocations were made for the last tensor that was saved
         self.stop: int | None = None  # the serial number from which on nothing is counted
+
+    def cut(self) -> Stretch:
+        """Return what was allocated since the last call, and begin anew."""
+        found = Stretch(self.peak, self.at_peak, self.peak_moment, self.history or [])
+        self.peak, self.history = 0, []
+        return found
+
+    def more_than(self, before: dict[str, int]) -> dict[str, int]:
+        """Return how many bytes of each kind are allocated now, above those of an earlier moment."""
+        return {kind: size - before[kind] for kind, size in self.now.items()}
 
     @contextmanager
     def kind(self, kind: str) -> Iterator[None]:
