@@ -39,7 +39,7 @@ Row = dict[str, Any]
 CHOICES = 10
 AT_ONCE = 256  # strings that go through the lower blocks at once
 WINDOW, GAIN, CUTS, CUT = 250, 0.005, 4, 3.0  # of `Plateau`
-FULL = 2.0  # an adapter is called full if it was given so many times the bits that it stored
+FULL = 3.0  # an adapter is called full if it was given so many times the bits that it stored
 
 
 class Plateau:
@@ -68,8 +68,8 @@ def measure(point: Row) -> Row:
     """
     torch.manual_seed(point["seed"])
     keys, digits = strings(point["strings"], point["length"], point["seed"])
-    body, hidden = upper(point), before(keys, digits, point["last"])
-    count, trainable = partial(bits, body, hidden, digits.to(hidden.device)), pl.count_parameters(body).trainable
+    body, hidden, head = upper(point), before(keys, digits, point["last"]), head_rows()
+    count, trainable = partial(bits, body, hidden, digits.to(hidden.device), head), pl.count_parameters(body).trainable
     with torch.no_grad():
         untrained = float(count())
     rule, curve = learn(body, count, point, trainable)
@@ -87,8 +87,9 @@ def measure(point: Row) -> Row:
 
 def strings(number: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return the keys (n) and the digits (n, length) of so many strings."""
+    model: Any = lora.base()[0]
     drawn = torch.Generator().manual_seed(seed)
-    keys = torch.randperm(lora.base()[0].get_input_embeddings().num_embeddings, generator=drawn)[:number]
+    keys = torch.randperm(model.get_input_embeddings().num_embeddings, generator=drawn)[:number]
     return keys, torch.randint(CHOICES, (number, length), generator=drawn)
 
 
@@ -120,12 +121,18 @@ def upper(point: Row) -> nn.Module:
     return model.model
 
 
-def bits(body: nn.Module, hidden: Tensor, digits: Tensor, precision: str = "fp32") -> Tensor:
-    """Return the stored bits of all strings together."""
-    head = lora.base()[0].get_output_embeddings().weight.detach()
+def head_rows() -> Tensor:
+    """Return the head's rows for the ten digits, (10, d)."""
+    model: Any = lora.base()[0]
+    weight = model.get_output_embeddings().weight.detach()
+    return weight[tokens().to(weight.device)]
+
+
+def bits(body: nn.Module, hidden: Tensor, digits: Tensor, head: Tensor, precision: str = "fp32") -> Tensor:
+    """Return the stored bits of all strings together. A CUDA graph may record it: nothing is copied from the CPU."""
     with autocast(hidden.device, precision):
         read = rungs.hidden_states(body, hidden)
-    logits = read @ head[tokens().to(head.device)].T  # in float32: a step of bfloat16 would be 0.1 here
+    logits = read @ head.T  # in float32: a step of bfloat16 would be 0.1 here
     nats = F.cross_entropy(logits.flatten(0, 1), digits.flatten(), reduction="sum")
     return digits.numel() * math.log2(CHOICES) - nats / math.log(2)
 
@@ -136,13 +143,16 @@ def learn(body: nn.Module, count: Callable[..., Tensor], point: Row, trainable: 
     total, rate = torch.zeros((), device=device), torch.tensor(rule.rate, device=device)
     flat = rungs.Flat([parameter for parameter in body.parameters() if parameter.requires_grad])
     flat.adamw.param_groups[0].update(lr=rate, weight_decay=0.0)
-    flat.adamw.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(flat.master, 1.0))
+
+    def clip(*_: Any) -> None:
+        nn.utils.clip_grad_norm_(flat.master, 1.0)
 
     def loss(*_: Any) -> Tensor:
         found = count(precision=point["precision"])
         total.add_(found.detach())
         return -found / (point["strings"] * point["length"])
 
+    flat.adamw.register_step_pre_hook(clip)
     step: Callable[[], Any] = rungs.loop(body, {}, loss, flat)
     step = rungs.in_one_graph(step) if device.type == "cuda" else step
     going = True

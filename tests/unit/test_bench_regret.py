@@ -230,17 +230,14 @@ def test_strings_are_random_and_each_has_a_key_of_its_own(small):
 
 def test_stored_bits_are_what_known_probabilities_say(small):
     """A body without blocks, whose logits are log probabilities that the test chooses."""
-    model = small[0]
-    with torch.no_grad():
-        model.lm_head.weight[10:20] = torch.eye(10, 16)  # the rows of the digits
-    body = copy.deepcopy(model.model)
+    body = copy.deepcopy(small[0].model)
     body.layers, body.norm, body.embed_tokens = torch.nn.ModuleList(), torch.nn.Identity(), torch.nn.Identity()
     digits = torch.tensor([[3, 7], [0, 3]])
     for right in (0.1, 0.5, 0.999999, 0.01):  # the probability of each right digit; the others share the rest
         known = torch.full((2, 2, 16), math.log((1 - right) / 9))
         known.scatter_(-1, digits[..., None], math.log(right))
         expected = 4 * (math.log2(10) + math.log2(right))
-        assert float(regret_strings.bits(body, known, digits)) == pytest.approx(expected, abs=1e-5)
+        assert float(regret_strings.bits(body, known, digits, torch.eye(10, 16))) == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_last_blocks_read_what_the_whole_model_would(small):
@@ -252,7 +249,8 @@ def test_the_last_blocks_read_what_the_whole_model_would(small):
     with torch.no_grad():
         log = small[0](ids).logits[:, :-1, 10:20].log_softmax(-1)
         expected = (math.log2(10) + log.gather(-1, digits[..., None]) / math.log(2)).sum()
-        assert float(regret_strings.bits(body, hidden, digits)) == pytest.approx(float(expected), abs=1e-4)
+        found = regret_strings.bits(body, hidden, digits, regret_strings.head_rows())
+    assert float(found) == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_a_run_ends_where_the_training_loss_stops_falling():
@@ -266,18 +264,18 @@ def test_a_run_ends_where_the_training_loss_stops_falling():
 
 def test_an_adapter_learns_by_heart_until_it_is_full(small, monkeypatch):
     """Two strings fit into it, and the loss goes to zero. Thirty are too many for so few parameters."""
-    monkeypatch.setattr(regret_strings, "WINDOW", 50)
+    monkeypatch.setattr(regret_strings, "WINDOW", 20)
     with torch.no_grad():
         small[0].lm_head.weight *= 100  # so that it can be sure of a digit
     first = next(point for point in POINTS if point["section"] == "capacity") | {"precision": "fp32", "last": 1}
     few, many = (
-        regret.measure(first | {"strings": n, "r": 2, "learning_rate": 3e-3, "steps": 2000})[0] for n in (2, 30)
+        regret.measure(first | {"strings": n, "r": 2, "learning_rate": 3e-3, "steps": 4000})[0] for n in (2, 30)
     )
     for row in (few, many):
         assert row["bits"] == pytest.approx(row["strings"] * 8 * math.log2(10)) and row["base_stored"] < 0
-        assert row["ended"] == "floor" and row["taken"] < 2000
+        assert row["ended"] == "floor" and row["taken"] < 4000
         curve = [float(value) for value in row["curve"].split(",")]
-        assert len(curve) * 50 == row["taken"] and max(curve) == pytest.approx(row["per_parameter"], abs=0.02)
+        assert len(curve) * 20 == row["taken"] and max(curve) == pytest.approx(row["per_parameter"], abs=0.02)
         assert row["per_parameter"] == row["stored"] / row["trainable"]
     assert few["stored"] > 0.95 * few["bits"] and many["stored"] < 0.5 * many["bits"]
     short = regret.measure({**first, "r": 1, "strings": 8, "learning_rate": 3e-2, "steps": 100})[0]
@@ -289,7 +287,7 @@ def test_the_limit_is_the_mean_over_settings_that_are_full():
         return [{"strings": strings, "scored": True, "bits": bits, "stored": one, "trainable": 100} for one in stored]
 
     full = [*rows(1, 400, 90, 110), *rows(2, 800, 120, 120)]
-    value, low, high = regret_strings.limit([*full, *rows(3, 150, 100, 100)])  # the third holds most of its bits
+    value, low, high = regret_strings.limit([*full, *rows(3, 290, 100, 100)])  # the third may hold more
     assert value == pytest.approx(1.1) and (low, high) == pytest.approx((1.1 - 1.2706, 1.1 + 1.2706), abs=1e-3)
 
 
