@@ -292,7 +292,10 @@ def test_the_limit_is_the_mean_over_settings_that_are_full():
 
 
 def test_the_new_sections_fill_four_gpus_evenly():
-    """Sixteen processes take runs in the order of the plan. Four share a GPU, which does the work of one at a time."""
+    """Sixteen processes take runs in the order of the plan, four on each GPU.
+
+    A GPU does one thing at a time. Only full fine-tuning leaves it idle, because its kernels are launched one by one.
+    """
     mine = [point for point in POINTS if point["section"] in ("capacity", "rewiring")]
     waiting, rows, left, ends, clock = list(mine), [], {}, [0.0] * 4, 0.0
     known = {bench.key(point) for point in mine}
@@ -300,8 +303,8 @@ def test_the_new_sections_fill_four_gpus_evenly():
         for worker in range(16):
             if worker not in left and waiting:
                 left[worker] = [point := waiting.pop(0), regret_plan.seconds(point)]
-        busy = [sum(worker % 4 == gpu for worker in left) for gpu in range(4)]
-        slow = {w: busy[w % 4] if run[0]["section"] == "capacity" else 1 for w, run in left.items()}
+        busy = [sum(w % 4 == gpu and run[0]["method"] != "full" for w, run in left.items()) for gpu in range(4)]
+        slow = {w: busy[w % 4] if run[0]["method"] != "full" else 1 for w, run in left.items()}
         step = min(run[1] * slow[worker] for worker, run in left.items())
         clock += step
         for worker in list(left):
@@ -316,7 +319,7 @@ def test_the_new_sections_fill_four_gpus_evenly():
                 waiting[:0] = new
                 known |= {bench.key(one) for one in new}
     assert len(rows) > 2 * len(mine) - 10 and max(ends) < 480
-    assert min(ends) > 0.85 * max(ends)
+    assert min(ends) > 0.9 * max(ends)
 
 
 def test_frequent_words_change_places_and_none_stays(small):
