@@ -170,8 +170,8 @@ def limit(rows: Iterable[Row]) -> Interval:
     """Return how many bits a parameter stores at most: the mean over settings with full adapters, and its interval.
 
     A setting counts once, with the mean of its scored seeds, and only if it was given `FULL` times the bits that it
-    stored. The interval (95%, Student's t) covers another setting of this kind. That more data would add nothing is not
-    seen here, but in the rows of one adapter with more and more strings. Leave out the sizes below which it still grows.
+    stored. The interval (95%, Student's t) covers another setting of this kind. That more data would add nothing is
+    not seen here, but in the rows of one adapter with more and more strings. Leave out sizes where it still grows.
     """
     settings: dict[str, list[Row]] = {}
     for row in rows:
