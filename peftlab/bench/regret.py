@@ -13,15 +13,17 @@ Sections:
     where     the same number of parameters in different layers, on two tasks. On the desk, q and v together are the
               runs of "rank" with r = 16 and alpha = 2 r
     batch     the same 2,048 messages once, in batches of 8 to 512
-    capacity  bits of random strings that are stored per parameter (`regret_hard` for this and below)
-    alphabet  news in Greek letters: LoRA of ranks 1 to 256 and full fine-tuning, on much and on little data
+    capacity  bits of random digits that are stored per parameter (`regret_strings`)
+    rewiring  news with swapped words: LoRA of ranks 1 to 256 and full fine-tuning, two lengths (`regret_hard`)
+    alphabet  news in Greek letters: LoRA of ranks 1 to 256 and full fine-tuning, on much and on little data (same file)
     base      the model before training, on the news in Greek letters
 
-Weights are float32. "capacity" and "alphabet" compute in bfloat16, because they are long. Rates of "capacity" are
-chosen by the loss on the strings themselves: nothing is to be learned but these.
+Weights are float32. "capacity", "rewiring" and "alphabet" compute in bfloat16, because they are long. Rates of
+"capacity" are chosen by the loss on the strings themselves: nothing is to be learned but these.
 
-About 460 runs, as long as 60 steps of 8 messages on average. With four GPUs `--jobs 48`, and NVIDIA's MPS running (see
-`family`).
+About 600 runs, as long as 60 steps of 8 messages on average. With four GPUs `--jobs 48`, and NVIDIA's MPS running (see
+`family`); without it `--jobs 16`. `--only capacity,rewiring` takes seven or eight minutes of four H200
+(`regret_plan.seconds`). Cut off, it goes on with the same command.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ import torch
 from torch import nn
 
 import peftlab as pl
-from peftlab.bench import family, lora, regret_first, regret_hard, search
+from peftlab.bench import family, lora, regret_first, regret_hard, regret_strings, search
 from peftlab.bench.family_variants import run
 from peftlab.bench.regret_plan import ARTICLES, PASS, SEARCHES, Setting, long, short
 
@@ -71,6 +73,8 @@ def measure(point: Row) -> list[Row]:
             return [{**point, **found, **family.on_news(model)}]
         if section == "first":
             return list(regret_first.measure(point))
+        if section == "capacity":
+            return [regret_strings.measure(point)]
         return [regret_hard.measure(point) if section in regret_hard.SECTIONS else learned(point)]
     finally:
         torch.cuda.empty_cache()  # other processes share the GPU

@@ -27,11 +27,16 @@ PLACES = ((lora.QKVO, 8), (lora.MLP, 5), (ALL, 3), ("q_proj,v_proj", 16), ("q_pr
 PASS = 2048  # messages of the desk that the section "batch" shows once
 BATCHES = (8, 32, 128, 512)
 STEPS = (15, 60, 240)
-# Strings: 512 at once, in two layers. The larger numbers exceed what the smaller ranks can hold
-STRINGS: Row = {"layers": "10,20", "choices": 4096, "length": 8, "steps": 500, "precision": "bf16"}
-STORED = ((512, 1), (512, 2), (512, 4), (512, 8), (512, 16), (128, 4), (2048, 4))  # (strings, r)
+# Strings: "steps" is the most that a run may take, see `regret_strings.Plateau`
+STRINGS: Row = {"length": 8, "steps": 12_000, "precision": "bf16"}
+STORED = (  # (strings, projections, r, how many of the last blocks): from 0.5 to 16 bits of data per parameter
+    (4594, ALL, 4, 1), (2297, ALL, 1, 2), (3063, ALL, 2, 1), (3063, ALL, 1, 1), (1532, ALL, 1, 1), (766, ALL, 1, 1),
+    (383, ALL, 1, 1), (191, ALL, 1, 1), (2544, "down_proj", 4, 1), (1272, "down_proj", 1, 1), (318, "down_proj", 1, 1),
+)  # fmt: skip
 ARTICLES: Row = {"targets": ALL, "batch_size": 16, "tokens": 128, "precision": "bf16"}
 AMOUNTS = ((1600, 100), (200, 25))  # (articles, steps): one pass, and two
+SWAPPED: Row = {"targets": ALL, "batch_size": 16, "tokens": 128, "precision": "bf16"}
+LENGTHS = (380, 95)  # steps: nearly all pieces of the news once, and a quarter of them
 
 # {section: ((source, what it predicts, in a form that a row can contradict), ...)}
 PREDICTIONS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -72,9 +77,15 @@ PREDICTIONS: dict[str, tuple[tuple[str, str], ...]] = {
          "as the batch grows, at equal data, LoRA's loss grows more than that of full fine-tuning"),
     ),
     "capacity": (
-        ("Allen-Zhu and Li 2024, arXiv:2404.05405",
-         "at most 2 bits are stored per trained parameter: with 512 strings (49,152 bits) in 3,840 r parameters the "
-         "floor of the loss vanishes between r = 4 and r = 8"),
+        ("Allen-Zhu and Li 2024, arXiv:2404.05405, whole models trained on facts",
+         "2 bits are stored per trained parameter where each fact is shown 1,000 times, and 1 where it is shown 100"),
+        ("Morris et al. 2025, arXiv:2505.24832, whole models trained on random tokens",
+         "3.6 bits are stored per trained parameter, and not more where there are more strings"),
+        ("derived: of a pair of rank 1 only A is read, and B is one direction. And runs on a CPU",
+         "fewer than 2 bits, and the same number for r = 2 in one block and for r = 1 in two. With r = 1 on one "
+         "projection each digit gets one number only: a small set is not stored whole, and more strings add bits"),
+        ("Thinking Machines Lab 2025, tinker-docs.thinkingmachines.ai/lora-primer",
+         "no floor: data beyond the capacity slow the training down, and the loss goes on falling"),
     ),
     "alphabet": (
         ("Biderman et al. 2024, arXiv:2405.09673",
@@ -82,6 +93,16 @@ PREDICTIONS: dict[str, tuple[tuple[str, str], ...]] = {
          "are; and it forgets less"),
         ("Schulman and Thinking Machines Lab 2025, doi:10.64434/tml.20250929",
          "with 200 articles every rank from 8 on equals full fine-tuning, because they fit into it"),
+    ),
+    "rewiring": (
+        ("derived in `regret_hard`",
+         "each rank ends below the one before it, and full fine-tuning below r = 256, at both lengths; in the section "
+         "alphabet r = 8 was as good as 256"),
+        ("Biderman et al. 2024, arXiv:2405.09673",
+         "full fine-tuning changes weights with 10 to 100 times the rank of usual LoRA: r = 16 stays above it however "
+         "long the run; and LoRA forgets less"),
+        ("Schulman and Thinking Machines Lab 2025, doi:10.64434/tml.20250929",
+         "a high rank follows full fine-tuning, a low one falls off its curve when it is full"),
     ),
 }  # fmt: skip
 
@@ -151,10 +172,29 @@ def batch(size: int) -> Iterator[Setting]:
 
 
 def capacity() -> Iterator[Setting]:
-    """Store random strings in more and more parameters, and more and more strings in as many."""
-    for strings, r in STORED:
-        told = {**STRINGS, "strings": strings, "batch_size": min(strings, 512)}
+    """Store more and more strings in as many parameters, and strings enough in more and more of them."""
+    for strings, targets, r, last in STORED:
+        told = {**STRINGS, "strings": strings, "targets": targets, "last": last}
         yield setting("capacity", "strings", "LoRA", {**LORA, "r": r}, coarse(3e-3, 2, SEEDS[:2]), **told)
+
+
+def rewiring() -> Iterator[Setting]:
+    """Learn to read news in which frequent words have changed places, for two lengths of training."""
+    for steps in LENGTHS:
+        yield setting("rewiring", "rewired", "full", {}, coarse(3e-4, 3), **SWAPPED, steps=steps)
+        for r in (256, 64, 16, 4, 1):
+            yield setting("rewiring", "rewired", "LoRA", {**LORA, "r": r}, coarse(1e-3, 3), **SWAPPED, steps=steps)
+
+
+def seconds(point: Row) -> float:
+    """Estimate how long a run of "capacity" or "rewiring" takes if it has an H200 for itself.
+
+    A step of 2,048 tokens takes 14 ms in LoRA's fast path and 190 ms in the plain one (`bench speed`, 135m). That of
+    the last blocks is estimated from its operations, and 6,000 steps from runs on a CPU, of 4,000 to 6,250.
+    """
+    if point["section"] == "rewiring":
+        return 5 + point["steps"] * (0.19 if point["method"] == "full" else 0.014)
+    return 5 + 6000 * (0.5e-3 + 1e-6 * point["strings"] * point["last"])
 
 
 def alphabet(articles: int, steps: int) -> Iterator[Setting]:
@@ -167,13 +207,14 @@ def alphabet(articles: int, steps: int) -> Iterator[Setting]:
 
 def long() -> list[Setting]:
     """Return the settings whose runs take longest. They begin first, because other seeds follow at their best rates."""
-    return [*full(max(STEPS)), *batch(min(BATCHES))]
+    limits = sorted([*capacity(), *rewiring()], key=lambda one: -seconds(one.told))
+    return [*full(max(STEPS)), *batch(min(BATCHES)), *limits]
 
 
 def short() -> list[Setting]:
     """Return the other settings. What matters most comes first, because a run may be cut."""
     return [
-        *rank(), *(one for steps in STEPS[:-1] for one in full(steps)), *where("desk"), *capacity(),
+        *rank(), *(one for steps in STEPS[:-1] for one in full(steps)), *where("desk"),
         *alphabet(*AMOUNTS[0]), *(one for size in BATCHES[:0:-1] for one in batch(size)), *alphabet(*AMOUNTS[1]),
         *where("reviews"),
     ]  # fmt: skip

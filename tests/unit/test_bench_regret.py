@@ -10,7 +10,17 @@ import torch
 
 import peftlab as pl
 from peftlab import bench
-from peftlab.bench import family, family_why, lora, regret, regret_first, regret_hard, regret_plan, search
+from peftlab.bench import (
+    family,
+    family_why,
+    lora,
+    regret,
+    regret_first,
+    regret_hard,
+    regret_plan,
+    regret_strings,
+    search,
+)
 
 POINTS = regret.points()
 SETTINGS = [*regret_plan.long(), *regret_plan.short()]
@@ -59,7 +69,7 @@ def rows_of(one, best):
     return [{**point, "validation_loss": abs(math.log(point["learning_rate"] / best))} for point in one.points()]
 
 
-@pytest.mark.parametrize("section", ["rank", "full", "where", "batch", "capacity", "alphabet"])
+@pytest.mark.parametrize("section", ["rank", "full", "where", "batch", "capacity", "alphabet", "rewiring"])
 def test_other_seeds_follow_at_the_best_rate_of_a_setting(section):
     one = next(one for one in SETTINGS if one.told["section"] == section)
     ladder, rates = one.search.ladder, one.search.rates
@@ -99,8 +109,8 @@ def small(monkeypatch):
         return [pl.encode_completion(tokenizer, TEXTS[split], "runs" if place else "cat") for place in range(4)]
 
     def clear():
-        cached = (lora.encoded, family_why.before, regret.passed, regret_first.gradients, regret_hard.cut,
-                  regret_hard.articles)  # fmt: skip
+        cached = (lora.encoded, family_why.before, regret.passed, regret_first.gradients, regret_hard.articles,
+                  regret_hard.frozen, regret_hard.encoded, regret_hard.swap, regret_hard.texts)  # fmt: skip
         for each in cached:
             each.cache_clear()
 
@@ -111,6 +121,9 @@ def small(monkeypatch):
         def __len__(self):
             return 4
 
+        def __iter__(self):
+            return iter(self["rows"])
+
     def load_data(name):
         rows = [{"text": text, "prompt": text, "ticket": "yes"} for text in NEWS]
         return dict.fromkeys(("train", "validation", "test"), Data(rows=rows))
@@ -120,6 +133,8 @@ def small(monkeypatch):
     monkeypatch.setattr(lora, "messages", messages)
     monkeypatch.setattr(lora, "news", lambda: ["the cat ran"])
     monkeypatch.setattr(lora, "LAYERS", 2)
+    monkeypatch.setattr(regret_strings, "tokens", lambda: torch.arange(10, 20))
+    monkeypatch.setattr(regret_strings, "WINDOW", 2)
     monkeypatch.setattr(family, "encoded", encoded)
     monkeypatch.setattr(family, "WORDS", ("cat", "runs"))
     monkeypatch.setattr(pl, "load_data", load_data)
@@ -129,13 +144,14 @@ def small(monkeypatch):
 
 def shrunk(point):
     """The same point with fewer steps, tokens and layers."""
-    changes = {"steps": 3, "r": 2, "layers": "0,1", "choices": 16, "strings": 8, "articles": 4,
-               "tokens": 6, "precision": "fp32"}  # fmt: skip
-    changed = {name: value for name, value in changes.items() if name in point}
-    return {**point, **changed, **({"batch_size": 8} if point.get("section") != "batch" else {})}
+    changes = {"steps": 3, "r": 2, "last": 1, "strings": 8, "articles": 4, "precision": "fp32",
+               "tokens": 3 if point["section"] == "rewiring" else 6}  # fmt: skip
+    if point["section"] != "batch":
+        changes["batch_size"] = 8
+    return {**point, **{name: value for name, value in changes.items() if name in point}}
 
 
-@pytest.mark.parametrize("section", ["rank", "full", "where", "batch", "capacity", "alphabet"])
+@pytest.mark.parametrize("section", ["rank", "full", "where", "batch", "capacity", "alphabet", "rewiring"])
 def test_a_run_of_each_section_is_scored(small, section):
     for name in ("LoRA", "full"):
         found = [point for point in POINTS if point["section"] == section and point["variant"] == name]
@@ -143,13 +159,14 @@ def test_a_run_of_each_section_is_scored(small, section):
             point = shrunk(found[0])
             (row,) = regret.measure(point)
             assert {**row, **point} == row and row["validation_loss"] > 0 and row["trainable"] > 0
-            assert row["path"] == ("fast" if name == "LoRA" else "plain")
+            if section != "capacity":
+                assert row["path"] == ("fast" if name == "LoRA" else "plain")
             assert all(value is None or isinstance(value, (str, int, float)) for value in row.values())  # a flat row
             (row,) = regret.measure({**point, "scored": True})
             assert search.described(row) == list(point)
             if section == "capacity":
-                assert row["trainable"] == 2 * 2 * (16 + 16 + 16 + 8)  # rank 2, queries and values of two layers
-            if section not in regret_hard.SECTIONS:
+                assert row["trainable"] == 2 * (2 * 32 + 2 * 24 + 3 * 48)  # rank 2, all projections of one block
+            elif section not in regret_hard.SECTIONS:
                 assert row["tested"] == 4 and row["news_perplexity"] > 1
 
 
@@ -205,26 +222,139 @@ def test_the_fall_of_the_loss_is_the_one_that_a_small_step_makes(small):
     assert float(losses[0] - losses[1]) == pytest.approx(falls, rel=0.02)
 
 
-def test_strings_are_random_and_a_cut_model_predicts_only_their_tokens(small):
-    rows = regret_hard.strings(8, 5, 16, seed=3)
-    assert rows == regret_hard.strings(8, 5, 16, seed=3) != regret_hard.strings(8, 5, 16, seed=4)
-    assert len({row["input_ids"][0] for row in rows}) == 8 and all(row["labels"][0] == -100 for row in rows)
-    assert all(len(row["input_ids"]) == 6 and max(row["input_ids"]) < 16 for row in rows)
-    model = regret_hard.cut(16)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    rows_there = model.lm_head.weight.unsqueeze(1) == small[0].model.embed_tokens.weight
-    assert rows_there.all(-1).any(1).all()  # each is a row of the whole embedding
-    assert model(torch.tensor([[1, 2]])).logits.shape[-1] == 16
+def test_strings_are_random_and_each_has_a_key_of_its_own(small):
+    (keys, digits), again, others = (regret_strings.strings(8, 5, seed) for seed in (3, 3, 4))
+    assert torch.equal(keys, again[0]) and torch.equal(digits, again[1]) and not torch.equal(digits, others[1])
+    assert len(set(keys.tolist())) == 8 and digits.shape == (8, 5) and 0 <= digits.min() and digits.max() < 10
 
 
-def test_stored_bits_are_all_bits_where_nothing_is_left_of_the_loss(small, monkeypatch):
-    point = {"strings": 8, "length": 5, "choices": 16, "steps": 3, "batch_size": 4}
-    model = pl.attach(copy.deepcopy(regret_hard.cut(16)), pl.LoRAConfig(r=2, target_modules=["q_proj"]))
-    for loss, bits in ((0.0, 160.0), (math.log(16), 0.0), (math.log(4), 80.0)):
-        monkeypatch.setattr(pl, "mean_loss", lambda *_, loss=loss, **__: loss)
-        found = regret_hard.stored(point, model, [])
-        assert found["stored"] == pytest.approx(bits) and found["bits"] == 160 and found["shown"] == 1.5
-        assert found["per_parameter"] == pytest.approx(bits / pl.count_parameters(model).trainable)
+def test_stored_bits_are_what_known_probabilities_say(small):
+    """A body without blocks, whose logits are log probabilities that the test chooses."""
+    body = copy.deepcopy(small[0].model)
+    body.layers, body.norm, body.embed_tokens = torch.nn.ModuleList(), torch.nn.Identity(), torch.nn.Identity()
+    digits = torch.tensor([[3, 7], [0, 3]])
+    for right in (0.1, 0.5, 0.999999, 0.01):  # the probability of each right digit; the others share the rest
+        known = torch.full((2, 2, 16), math.log((1 - right) / 9))
+        known.scatter_(-1, digits[..., None], math.log(right))
+        expected = 4 * (math.log2(10) + math.log2(right))
+        assert float(regret_strings.bits(body, known, digits, torch.eye(10, 16))) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_last_blocks_read_what_the_whole_model_would(small):
+    keys, digits = regret_strings.strings(6, 4, seed=0)
+    point = {"method": "lora", "r": 2, "alpha": 4, "targets": "q_proj", "last": 1}
+    body, hidden = regret_strings.upper(point), regret_strings.before(keys, digits, 1)
+    assert len(body.layers) == 1 and hidden.shape == (6, 4, 16)
+    ids = torch.cat([keys[:, None], digits + 10], 1)
+    with torch.no_grad():
+        log = small[0](ids).logits[:, :-1, 10:20].log_softmax(-1)
+        expected = (math.log2(10) + log.gather(-1, digits[..., None]) / math.log(2)).sum()
+        found = regret_strings.bits(body, hidden, digits, regret_strings.head_rows())
+    assert float(found) == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_a_run_ends_where_the_training_loss_stops_falling():
+    rule = regret_strings.Plateau(9e-2)
+    assert all(rule.goes_on(value) for value in (-3.0, 0.1, 0.2, 0.206)) and rule.rate == 9e-2
+    assert rule.goes_on(0.209) and rule.rate == pytest.approx(3e-2)  # a gain, but too small a one
+    assert rule.goes_on(0.3) and rule.rate == pytest.approx(3e-2)
+    assert rule.goes_on(0.1) and rule.goes_on(0.304)  # worse than the best window, and hardly better than it
+    assert not rule.goes_on(math.nan) and rule.cuts == 4
+
+
+def test_an_adapter_learns_by_heart_until_it_is_full(small, monkeypatch):
+    """Two strings fit into it, and the loss goes to zero. Thirty are too many for so few parameters."""
+    monkeypatch.setattr(regret_strings, "WINDOW", 20)
+    with torch.no_grad():
+        small[0].lm_head.weight *= 100  # so that it can be sure of a digit
+    first = next(point for point in POINTS if point["section"] == "capacity") | {"precision": "fp32", "last": 1}
+    few, many = (
+        regret.measure(first | {"strings": n, "r": 2, "learning_rate": 3e-3, "steps": 4000})[0] for n in (2, 30)
+    )
+    for row in (few, many):
+        assert row["bits"] == pytest.approx(row["strings"] * 8 * math.log2(10)) and row["base_stored"] < 0
+        assert row["ended"] == "floor" and row["taken"] < 4000
+        curve = [float(value) for value in row["curve"].split(",")]
+        assert len(curve) * 20 == row["taken"] and max(curve) == pytest.approx(row["per_parameter"], abs=0.02)
+        assert row["per_parameter"] == row["stored"] / row["trainable"]
+    assert few["stored"] > 0.95 * few["bits"] and many["stored"] < 0.5 * many["bits"]
+    short = regret.measure({**first, "r": 1, "strings": 8, "learning_rate": 3e-2, "steps": 100})[0]
+    assert short["ended"] == "steps" and short["taken"] == 100
+
+
+def test_the_limit_is_the_mean_over_settings_that_are_full():
+    def rows(strings, bits, *stored):
+        return [{"strings": strings, "scored": True, "bits": bits, "stored": one, "trainable": 100} for one in stored]
+
+    full = [*rows(1, 400, 90, 110), *rows(2, 800, 120, 120)]
+    value, low, high = regret_strings.limit([*full, *rows(3, 290, 100, 100)])  # the third may hold more
+    assert value == pytest.approx(1.1) and (low, high) == pytest.approx((1.1 - 1.2706, 1.1 + 1.2706), abs=1e-3)
+
+
+def test_the_new_sections_fill_four_gpus_evenly():
+    """Sixteen processes take runs in the order of the plan, four on each GPU.
+
+    A GPU does one thing at a time. Only full fine-tuning leaves it idle, because its kernels are launched one by one.
+    """
+    mine = [point for point in POINTS if point["section"] in ("capacity", "rewiring")]
+    waiting, rows, left, ends, clock = list(mine), [], {}, [0.0] * 4, 0.0
+    known = {bench.key(point) for point in mine}
+    while waiting or left:
+        for worker in range(16):
+            if worker not in left and waiting:
+                left[worker] = [point := waiting.pop(0), regret_plan.seconds(point)]
+        busy = [sum(w % 4 == gpu and run[0]["method"] != "full" for w, run in left.items()) for gpu in range(4)]
+        slow = {w: busy[w % 4] if run[0]["method"] != "full" else 1 for w, run in left.items()}
+        step = min(run[1] * slow[worker] for worker, run in left.items())
+        clock += step
+        for worker in list(left):
+            left[worker][1] -= step / slow[worker]
+            if left[worker][1] < 1e-9:
+                point = left.pop(worker)[0]
+                ends[worker % 4] = clock
+                # the best rate is the highest that a setting begins with: one more is tried
+                best = max(regret_plan.SEARCHES[search.setting_of(point)].rates)
+                rows.append({**point, "validation_loss": abs(math.log(point["learning_rate"] / best))})
+                new = [one for one in regret.follow_up(rows) if bench.key(one) not in known]
+                waiting[:0] = new
+                known |= {bench.key(one) for one in new}
+    assert len(rows) > 2 * len(mine) - 10 and max(ends) < 480
+    assert min(ends) > 0.9 * max(ends)
+
+
+def test_frequent_words_change_places_and_none_stays(small):
+    places = regret_hard.swap()
+    assert set(places) == set(places.values()) == {token for text in regret_hard.encoded("train") for token in text}
+    token, seen = next(iter(places)), []
+    while token not in seen:
+        seen.append(token)
+        token = places[token]
+    assert len(seen) == len(places)  # one cycle
+    swapped, plain = regret_hard.texts("train", 3), regret_hard.texts("train", 3, False)
+    assert len(plain) == sum(len(text) // 3 for text in regret_hard.encoded("train"))
+    for one, other in zip(swapped, plain, strict=True):
+        assert one["input_ids"] == [places[token] for token in other["input_ids"]] == one["labels"]
+
+
+def test_rewiring_leaves_the_embeddings_and_shows_nothing_twice(small, monkeypatch):
+    seen = []
+    usual = family.trained
+
+    def trained(point, examples, base, **settings):
+        model, row = usual(point, examples, base, **settings)
+        seen.append(model)
+        assert len(examples) <= point["steps"] * point["batch_size"]
+        return model, row
+
+    monkeypatch.setattr(family, "trained", trained)
+    point = next(p for p in POINTS if p["section"] == "rewiring" and p["variant"] == "full")
+    (row,) = regret.measure(shrunk(point) | {"scored": True, "learning_rate": 1e-2})
+    assert torch.equal(seen[0].model.embed_tokens.weight, small[0].model.embed_tokens.weight)
+    assert not torch.equal(seen[0].model.layers[0].mlp.up_proj.weight, small[0].model.layers[0].mlp.up_proj.weight)
+    assert row["base_loss"] != row["original_loss"] and row["validation_loss"] < row["base_loss"]
+    assert row["test_loss"] > 0 and row["news_perplexity"] > 1
+    for steps in regret_plan.LENGTHS:  # of 128 tokens there are 6,263 pieces
+        assert steps * point["batch_size"] <= 6263
 
 
 def test_greek_letters_stand_for_latin_ones_one_to_one():
