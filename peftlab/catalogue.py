@@ -58,6 +58,7 @@ class Method:
             for full fine-tuning, and for a method that is only counted so far.
         fixed: fields of the config that the method's name settles.
         options: the options that the method takes on the command line, with their defaults.
+        starts: the values of `init` where the method has it. In `"pissa_niter_4"` the number may be another.
         learning_rate: the usual one, which `peftlab train` takes without `--lr`.
         tensors: path of the function (shape, options) -> `Trained` that lists the method's tensors, for counting. None
             leaves the method out of `count` and `memory`.
@@ -72,6 +73,7 @@ class Method:
     config: str | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
     options: tuple[Option, ...] = ()
+    starts: tuple[str, ...] = ()
     learning_rate: float = LEARNING_RATE
     tensors: str | None = None
     replay: str | None = None
@@ -200,6 +202,7 @@ SAVE_PROJECTION = Option(
 LORA = Method(
     config="peftlab.methods.lora:LoRAConfig",
     options=(R, ALPHA, DROPOUT, TARGETS, TARGET_PARAMETERS, BIAS, INIT),
+    starts=("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva", "loftq", "random"),
     tensors="peftlab.memory.counting.methods:lora",
     replay="peftlab.memory.replay.layers:lora",
     in_peft=True,
@@ -208,6 +211,7 @@ PFEIFFER = Method(
     config="peftlab.methods.adapter:AdapterConfig",
     fixed={"placement": "pfeiffer"},
     options=(DROPOUT, replace(TARGETS, chosen="the places that the method has"), INIT, REDUCTION_FACTOR),
+    starts=("identity", "houlsby", "random"),
     tensors="peftlab.memory.counting.methods:pfeiffer",
     replay="peftlab.memory.replay.layers:bottleneck",
 )
@@ -223,6 +227,7 @@ METHODS: dict[str, Method] = {
     "dora": Method(
         config="peftlab.methods.dora:DoRAConfig",
         options=(R, ALPHA, DROPOUT, TARGETS, BIAS, INIT),
+        starts=("kaiming", "gaussian", "orthogonal", "eva", "loftq", "random"),
         tensors="peftlab.memory.counting.methods:dora",
         replay="peftlab.memory.replay.layers:dora",
         in_peft=True,
@@ -272,6 +277,7 @@ METHODS: dict[str, Method] = {
     "ia3": Method(
         config="peftlab.methods.ia3:IA3Config",
         options=(replace(TARGETS, chosen="keys, values and the last of the MLP"), INIT),
+        starts=("ones", "random"),
         learning_rate=3e-3,
         tensors="peftlab.memory.counting.methods:ia3",
         replay="peftlab.memory.replay.layers:ia3",
@@ -290,6 +296,7 @@ METHODS: dict[str, Method] = {
     "prompt": Method(
         config="peftlab.methods.prompt_tuning:PromptTuningConfig",
         options=(VIRTUAL_TOKENS, INIT, INIT_TEXT),
+        starts=("vocabulary", "text", "random"),
         learning_rate=1e-1,
         tensors="peftlab.memory.counting.methods:prompt",
         replay="peftlab.memory.replay.layers:prompt",
@@ -306,6 +313,7 @@ METHODS: dict[str, Method] = {
     "prefix": Method(
         config="peftlab.methods.prefix_tuning:PrefixTuningConfig",
         options=(VIRTUAL_TOKENS, INIT, INIT_TEXT, PROJECTION),
+        starts=("vocabulary", "text", "random", "zero"),
         learning_rate=1e-2,
         tensors="peftlab.memory.counting.methods:prefix",
         replay="peftlab.memory.replay.layers:prefix",

@@ -32,7 +32,7 @@ from peftlab.checks import checked, number, one_of, whole
 from peftlab.errors import PeftLabError
 from peftlab.memory.counting.config import MOST
 from peftlab.memory.counting.families import FAMILIES, class_end, of_the_same_name
-from peftlab.memory.counting.methods import method_name, refuse_idle, trained_by
+from peftlab.memory.counting.methods import check_options, method_name, trained_by
 from peftlab.memory.counting.options import Options, Trained, names_of
 from peftlab.memory.counting.shapes import Shape, UnknownFamilyError, load_shape
 from peftlab.memory.counting.totals import count
@@ -206,7 +206,7 @@ def estimate(
         r, targets, bias, virtual_tokens, reduction_factor, projection, decompose_factor=decompose_factor,
         oft_block_size=oft_block_size, target_parameters=names_of(target_parameters), init=init,
     )  # fmt: skip
-    refuse_idle(method, options)
+    check_options(method, options)
     _refuse_what_cannot_run(shape, method, sequence, virtual_tokens)
     trained = trained_by(method, shape, options)
     recipe = Recipe(

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlab.catalogue import METHODS
 from peftlab.checks import check_fields, number, one_of, whole
 from peftlab.core.hooks import base_modules
 from peftlab.core.interface import Part, Placement
@@ -150,7 +151,6 @@ def start(down: nn.Linear, up: nn.Linear, init: str) -> None:
 
 
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
-INITS = ("identity", "houlsby", "random")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +193,7 @@ class AdapterConfig(Targets):
         super().__post_init__()
         check_fields(self, one_of, "placement", known=PLACEMENTS)
         check_fields(self, one_of, "activation", known=ACTIVATIONS)
-        check_fields(self, one_of, "init", known=INITS)
+        check_fields(self, one_of, "init", known=METHODS["pfeiffer"].starts)
         check_fields(self, whole, "reduction_factor", least=1)
         check_fields(self, whole, "width", least=1, optional=True)
         check_fields(self, number, "scaling", above=0, usual="1 to 4")

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from peftlab.catalogue import METHODS
 from peftlab.checks import check_fields, one_of
 from peftlab.core.hooks import base_modules
 from peftlab.core.interface import Part, Placement
@@ -152,7 +153,7 @@ class IA3Config(Targets):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fields(self, one_of, "init", known=("ones", "random"))
+        check_fields(self, one_of, "init", known=METHODS["ia3"].starts)
         check_fields(self, one_of, "fan_in_fan_out", known=(True, False))
         modules = self.feedforward_modules
         if isinstance(modules, str):

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlab.catalogue import METHODS
 from peftlab.checks import LARGEST, check_fields, check_kinds, number, one_of, whole
 from peftlab.core.experts import find_parameters, linear_outside, old_names, renamed
 from peftlab.core.hooks import base_modules
@@ -158,7 +159,6 @@ class LoRAEmbedding(Part):
         return {"weight": widened(own_tensor(host, "weight")) + delta}
 
 
-INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva", "loftq", "random")
 # Values of peft's `init_lora_weights` (in lower case) that leave the base's weights alone.
 BASE_KEPT = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 
@@ -249,7 +249,7 @@ class LoRAConfig(Targets):
         check_fields(self, number, "dropout", least=0, below=1)
         check_fields(self, one_of, "bias", known=BIAS_MODES)
         if not (isinstance(self.init, str) and FAST.fullmatch(self.init)):
-            check_fields(self, one_of, "init", known=INITS)
+            check_fields(self, one_of, "init", known=METHODS["lora"].starts)
         check_fields(self, one_of, "use_rslora", "lora_bias", "fan_in_fan_out", known=(True, False))
         object.__setattr__(self, "init_options", checked_options(self.init, self.init_options))
         ranks = {key: whole(f"rank_pattern[{key!r}]", r, least=1) for key, r in self.rank_pattern.items()}

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from peftlab.catalogue import METHODS
 from peftlab.checks import check_fields, one_of, whole
 from peftlab.core.hooks import active_prompt
 from peftlab.core.interface import Part, Placement
@@ -170,9 +171,6 @@ class Projection(nn.Module):
         return nn.functional.linear(inner, self.outer.weight[start:end], self.outer.bias[start:end])
 
 
-INITS = ("vocabulary", "text", "random", "zero")
-
-
 @dataclass(frozen=True, kw_only=True)
 class PrefixTuningConfig(VirtualTokens):
     """Say how many learned keys and values a prefix has in each layer and where they start.
@@ -208,7 +206,7 @@ class PrefixTuningConfig(VirtualTokens):
         super().__post_init__()
         check_fields(self, whole, "encoder_hidden", least=1, optional=True)
         check_fields(self, one_of, "projection", known=(True, False))
-        check_start(self, (None, *INITS))
+        check_start(self, (None, *METHODS["prefix"].starts))
         if self.projection and self.init in ("vocabulary", "text"):
             raise PeftLabError(
                 f"init={self.init!r} does not work with a projection, whose weights decide where the prefix starts. "

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from peftlab.catalogue import METHODS
 from peftlab.checks import check_fields, one_of
 from peftlab.core.hooks import active_prompt, adapters_on
 from peftlab.core.interface import Part, Placement
@@ -80,9 +81,6 @@ class DeepPrompt(Part):
         return (in_front(prompt, states[:, prompt.shape[1] :]), *args[1:]), kwargs
 
 
-INITS = ("vocabulary", "text", "random")
-
-
 @dataclass(frozen=True, kw_only=True)
 class PromptTuningConfig(VirtualTokens):
     """Say how many learned vectors a prompt has and where they start.
@@ -115,7 +113,7 @@ class PromptTuningConfig(VirtualTokens):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_start(self, INITS)
+        check_start(self, METHODS["prompt"].starts)
         check_fields(self, one_of, "deep", known=(True, False))
 
     def parts(self, model: nn.Module) -> Iterator[Placement]:

@@ -81,6 +81,22 @@ def test_an_option_is_the_same_in_all_rows_but_for_its_default():
 
 
 @ROWS
+def test_the_starts_of_a_row_are_those_that_its_config_and_the_estimate_know(name):
+    row = METHODS[name]
+    assert bool(row.starts) == any(option.name == "init" for option in row.options)
+    for start in row.starts:
+        words = {"init_text": [1, 2]} if start == "text" else {}
+        assert row.config_class()(init=start, **row.fixed, **words).init == start
+        assert count("smollm2-135m", name, init=start).trainable
+    if row.starts:
+        with pytest.raises(PeftLabError, match="init must be one of .*found 'none-such'"):
+            row.config_class()(init="none-such", **row.fixed)
+        known = ", ".join(map(repr, row.starts))
+        with pytest.raises(PeftLabError, match=re.escape(f"init must be one of {known}; found 'none-such'")):
+            count("gpt2", name, init="none-such")
+
+
+@ROWS
 def test_the_help_says_what_a_row_chooses_for_targets(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "500")
     row = METHODS[name]

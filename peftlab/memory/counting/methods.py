@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
 
 from peftlab.catalogue import METHODS, resolve
+from peftlab.checks import one_of
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.counting.families import FAMILIES, class_end
 from peftlab.memory.counting.modules import Module
@@ -36,8 +37,8 @@ def method_name(method: str) -> str:
     return name
 
 
-def refuse_idle(method: str, options: Options) -> None:
-    """Refuse an option that was given and that the method does not take.
+def check_options(method: str, options: Options) -> None:
+    """Refuse an option that was given and that the method does not take, and a start that it does not know.
 
     Raises:
         PeftLabError: it says what the method takes, and which methods take the option.
@@ -53,6 +54,9 @@ def refuse_idle(method: str, options: Options) -> None:
             f"{one.name}={value!r} is no option of {method}, so it would change nothing; leave it out. Options of "
             f"{method}: {own}. Methods with {one.name}: {others}."
         )
+    numbered = options.from_weight and "pissa" in row.starts  # the number in pissa_niter_4 may be another
+    if options.init is not None and not numbered:
+        one_of("init", options.init, row.starts)
 
 
 def trained_by(method: str, shape: Shape, options: Options) -> Trained:

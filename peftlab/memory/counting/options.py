@@ -38,13 +38,11 @@ class Options:
         check_fields(self, whole, "encoder_layers", least=1, ceiling=MOST_LAYERS)
         check_fields(self, one_of, "bias", known=("none", "all", "lora_only"))
         check_fields(self, one_of, "encoder", known=("mlp", "lstm"))
-        if self.init is not None and not isinstance(self.init, str):
-            raise PeftLabError(f"init is {self.init!r}; give a name, such as 'pissa'.")
 
     @property
     def from_weight(self) -> bool:
         """Whether a LoRA starts from a part of the weight, as PiSSA and OLoRA do."""
-        return self.init == "olora" or bool(re.fullmatch(r"pissa(_niter_[1-9]\d{0,3})?", self.init or ""))
+        return self.init == "olora" or bool(re.fullmatch(r"pissa(_niter_[1-9]\d{0,3})?", str(self.init)))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftlab.checks import checked
-from peftlab.memory.counting.methods import method_name, refuse_idle, trained_by
+from peftlab.memory.counting.methods import check_options, method_name, trained_by
 from peftlab.memory.counting.modules import Module
 from peftlab.memory.counting.options import Options, names_of
 from peftlab.memory.counting.shapes import Shape, load_shape
@@ -107,7 +107,7 @@ def count(
         decompose_factor=decompose_factor, oft_block_size=oft_block_size, target_parameters=names_of(target_parameters),
         init=init,
     )  # fmt: skip
-    refuse_idle(name, options)
+    check_options(name, options)
     trained = trained_by(name, shape, options)
     # peft trains a copy of the classification head and also keeps the original. The total includes both.
     head = 0 if trained.whole else sum(module.parameters for module in shape.head)
