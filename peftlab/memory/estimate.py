@@ -323,6 +323,11 @@ def _refuse_what_cannot_run(shape: Shape, method: str, sequence: int, virtual_to
             f"that end in {', '.join(ends)}; without architectures, {ends[0]} is taken. Its parameters are: peftlab "
             f"count {shape.name}."
         )
+    experts = shape.layout and shape.layout.experts
+    if experts and experts.per_token > experts.count:  # transformers builds such a model, and its first step fails
+        raise PeftLabError(
+            f"{shape.name}: each token goes to {experts.per_token:,} experts, and there are {experts.count:,}."
+        )
     most = longest(shape, method, virtual_tokens)
     if sequence > most:
         taken = f" beside {virtual_tokens} virtual ones" if METHODS[method].takes("virtual_tokens") else ""

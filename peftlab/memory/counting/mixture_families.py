@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from peftlab.errors import PeftLabError
 from peftlab.memory.counting.config import Config
 from peftlab.memory.counting.decoder_families import llama, others, rotary_blocks, window
 from peftlab.memory.counting.decoders import Decoder, Experts, Projection
@@ -111,8 +110,6 @@ def with_experts(
     """Return a decoder with experts in some blocks, or in all. `count` and `per_token` are the family's defaults."""
     count = c.size("n_routed_experts", "num_local_experts", "num_experts", default=count)
     per_token = c.size("num_experts_per_tok", "experts_per_token", default=per_token)
-    if per_token > count:
-        raise PeftLabError(f"{c.source}: each token goes to {per_token:,} experts, and there are {count:,}.")
     blocks = frozenset(range(d.layers)) if blocks is None else blocks
     return replace(d, experts=Experts(count, per_token, inner, blocks, **more))
 
