@@ -105,8 +105,11 @@ def card(
     lines += ["", TRAINING, "", *([training] if training else told), "", LOADING, ""]
     lines += ["With `peftlab`:", "", "```python", "import peftlab as pl", ""]
     loaded = origin.get("name") or named
+    config: Any = getattr(root, "config", None)
+    # A base has no head of its own, so who loads it must say how many classes the adapter was trained for.
+    labels = f", num_labels={config.num_labels}" if task == "SEQ_CLS" and hasattr(config, "num_labels") else ""
     lines += [
-        *([f"model, tokenizer = pl.load_model({json.dumps(loaded)})"] if loaded else ["# model: the base model"]),
+        f"model, tokenizer = pl.load_model({json.dumps(loaded)}{labels})" if loaded else "# model: the base model",
         'pl.load_adapter(model, "this/folder")',
         "```",
         "",
@@ -116,7 +119,7 @@ def card(
     elif task in OPENERS and named:
         lines += [
             "With Hugging Face peft:", "", "```python", f"from peft import {OPENERS[task]}", "",
-            f'model = {OPENERS[task]}.from_pretrained("this/folder")', "```",
+            f'model = {OPENERS[task]}.from_pretrained("this/folder"{labels})', "```",
         ]  # fmt: skip
     else:
         lines += [

@@ -268,6 +268,8 @@ def _train(arguments: argparse.Namespace, targets: Any, begin: Callable[[], Plac
         "learning rate": arguments.lr, "seed": arguments.seed,
         **({"learning rate of B / of A (LoRA+)": ratio} if (ratio := arguments.loraplus_lr_ratio) else {}),
     }  # fmt: skip
+    if task.classes:
+        about["classes"] = ", ".join(f"{index} {name}" for index, name in enumerate(task.classes))
     size = save(model, tokenizer, place, row.config is not None, about, bool(arguments.add_tokens))
     rows = task.test[: arguments.test_limit or TEST_LIMIT[task.kind]]
     batch = 2 * arguments.batch_size

@@ -8,7 +8,7 @@ import torch
 import yaml
 from nets import Net
 from tiny import llama, tokenizer
-from transformers import LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaForCausalLM
 
 import peftlab as pl
 from peftlab.adapters.card import MARKER
@@ -133,3 +133,16 @@ def test_train_tells_its_data_and_its_metrics_and_respects_a_taken_over_card(tmp
     (tmp_path / "run" / "README.md").write_text("# my own words\n")
     assert cli.main([*command, "--no-resume"]) == 0, capsys.readouterr().err
     assert (tmp_path / "run" / "README.md").read_text() == "# my own words\n"
+
+
+def test_a_classifier_is_loaded_with_its_number_of_classes(tmp_path):
+    config = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    BertModel(config).save_pretrained(tmp_path / "base")
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    pl.attach(model, pl.LoRAConfig(r=2, task_type="SEQ_CLS"))
+    _, body = front_matter(pl.save_adapter(model, tmp_path / "out"))
+    assert f'pl.load_model("{tmp_path / "base"}", num_labels=3)' in body
+    assert 'from_pretrained("this/folder", num_labels=3)' in body
+    same = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "out", num_labels=3).eval()
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(same(ids).logits, model.eval()(ids).logits)
