@@ -93,7 +93,7 @@ def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Call the model's own `save_pretrained`; the first time, warn that adapters are saved apart."""
     refuse_codes(self)
     activity = next((adapters_on(host).activity for _, host in hosts(self)), None)
-    if activity is not None and not activity.saving_known:
+    if activity is not None and not activity.merged and not activity.saving_known:
         activity.saving_known = True
         warn(
             "save_pretrained writes the base model without its adapters. Save them with pl.save_adapter(model, "

@@ -281,3 +281,13 @@ def test_a_mixture_in_which_one_reads_what_another_changed_is_not_merged(first, 
     expected = model(ids).logits
     pl.merge(model)
     torch.testing.assert_close(model(ids).logits, expected)
+
+
+def test_saving_a_merged_model_does_not_warn_that_its_adapter_is_left_out(tmp_path, recwarn):
+    model = pl.attach(llama(), pl.LoRAConfig(r=2))
+    pl.merge(model)
+    model.save_pretrained(tmp_path / "merged")
+    assert not [one for one in recwarn if "without its adapters" in str(one.message)]
+    pl.unmerge(model)
+    with pytest.warns(UserWarning, match="without its adapters"):
+        model.save_pretrained(tmp_path / "base")
