@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peftlab.assets.cache import asset_folder
+from peftlab.assets.catalogue import catalogue
 from peftlab.catalogue import METHODS
 
 CARD = "README.md"
@@ -64,8 +66,8 @@ def card(
         serving: lines on what serving programs make of the folder.
         training: the section about the training in another card of the same adapter, instead of `about`.
     """
-    origin = getattr(root, "peftlab_origin", None) or {}
     named = fields.get("base_model_name_or_path")
+    origin = getattr(root, "peftlab_origin", None) or _origin(named)
     base = origin.get("hub") or named
     task, about = fields.get("task_type"), dict(about or {})
     known = about.pop("data", None)
@@ -129,6 +131,14 @@ def card(
     if serving:
         lines += ["", "## Serving", "", *serving]
     return ("\n".join(lines) + "\n").encode()
+
+
+def _origin(named: str | None) -> dict[str, Any]:
+    """Return what `load_model` notes on a model of the book, for a base that is known only by its cache folder."""
+    for name, entry in catalogue().items():
+        if named and entry.get("hub") and Path(named).name == asset_folder(name, entry).name:
+            return {"name": name, "hub": entry["hub"], "licence": entry.get("licence", "").split(" (")[0]}
+    return {}
 
 
 def training_of(folder: Path) -> str:
