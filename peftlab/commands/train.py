@@ -206,6 +206,7 @@ def _train(arguments: argparse.Namespace, targets: Any, begin: Callable[[], Plac
     from peftlab.core.steps import schedules
     from peftlab.training import train
     from peftlab.training.encoding import Collator
+    from peftlab.training.files import newest
 
     started, row = time.monotonic(), METHODS[arguments.method]
     if row.config:
@@ -247,6 +248,8 @@ def _train(arguments: argparse.Namespace, targets: Any, begin: Callable[[], Plac
 
     def state_folder() -> Path:
         places.append(begin())
+        if done := newest(places[0].folder / STATE):
+            say(f"going on from the state after step {int(done.name.removeprefix('step-')):,}")
         if schedules(model):
             say(schedules(model))
         return places[0].folder / STATE
