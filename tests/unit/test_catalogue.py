@@ -249,7 +249,7 @@ def test_the_help_and_the_messages_name_a_toy(toy, capsys, monkeypatch):
         out = " ".join(capsys.readouterr().out.split())
         assert ", toy (default: lora)" in out
         assert ("--toy-start S where the scale of toy starts (default: 1)" in out) == (command == "train")
-        assert re.search(r"; the output projections of attention for (\S+/)?toy\)", out)
+        assert re.search(r"; the output projections of attention for (\S+/)?toy[;)]", out)
         assert ("toy 0.25; others 0.0002" in out) == (command == "train")
     with pytest.raises(PeftLabError, match=r"make one of .*, ToyConfig\."):
         pl.attach(nn.Linear(2, 2), ToyConfig)
