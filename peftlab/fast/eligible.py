@@ -165,7 +165,8 @@ def _active_loras(model: nn.Module) -> dict[int, LoRALinear]:
             continue
         for part in adapters_on(host).parts_of(name).values():
             if type(part) is not LoRALinear:
-                raise Refused(f"{name!r} has a {type(part).__name__} on {path}, and LoRA on linear layers is computed")
+                where = path or "the model"
+                raise Refused(f"{name!r} has a {type(part).__name__} on {where}, and LoRA on linear layers is computed")
             if not path.endswith(tuple(one for _, names in GROUPS.values() for one in names)):
                 raise Refused(f"{name!r} adapts {path}, which is none of the seven projections of a block")
             if part.dropout:
