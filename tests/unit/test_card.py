@@ -12,6 +12,8 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, L
 
 import peftlab as pl
 from peftlab.adapters.card import MARKER
+from peftlab.assets.cache import asset_folder
+from peftlab.assets.catalogue import entry
 from peftlab.commands import cli
 
 
@@ -129,7 +131,8 @@ def test_train_tells_its_data_and_its_metrics_and_respects_a_taken_over_card(tmp
     for name, value in result["test"].items():
         if name != "examples":
             assert f"| {name} | {value:.6g} |" in body
-    assert cli.main([*command, "--no-resume"]) == 0, capsys.readouterr().err
+    assert cli.main(command) == 0 and "going on from the state after step 2" in capsys.readouterr().err
+    assert cli.main([*command, "--no-resume"]) == 0 and "going on" not in capsys.readouterr().err
     (tmp_path / "run" / "README.md").write_text("# my own words\n")
     assert cli.main([*command, "--no-resume"]) == 0, capsys.readouterr().err
     assert (tmp_path / "run" / "README.md").read_text() == "# my own words\n"
@@ -146,3 +149,13 @@ def test_a_classifier_is_loaded_with_its_number_of_classes(tmp_path):
     same = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "out", num_labels=3).eval()
     ids = torch.tensor([[1, 2, 3]])
     assert torch.equal(same(ids).logits, model.eval()(ids).logits)
+
+
+def test_an_exported_card_names_the_books_model(tmp_path):
+    base = tmp_path / asset_folder("smollm2-135m", entry("smollm2-135m")).name
+    llama().save_pretrained(base)
+    model = pl.attach(LlamaForCausalLM.from_pretrained(base), pl.LoRAConfig(r=2))
+    pl.export_adapter(pl.save_adapter(model, tmp_path / "adapter"), tmp_path / "out")
+    head, body = front_matter(tmp_path / "out")
+    assert head["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and head["license"] == "apache-2.0"
+    assert 'pl.load_model("smollm2-135m")' in body and str(tmp_path) not in body
