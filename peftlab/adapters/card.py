@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftlab.assets.cache import asset_folder
-from peftlab.assets.catalogue import catalogue
 from peftlab.catalogue import METHODS
 
 CARD = "README.md"
@@ -52,7 +51,7 @@ def card(
     parameters: int,
     about: Mapping[str, Any] | None = None,
     serving: Sequence[str] = (),
-    training: str = "",
+    earlier: str = "",
 ) -> bytes:
     """Return the text of a card.
 
@@ -64,10 +63,12 @@ def card(
         parameters: how many the adapter has.
         about: what is known of the training: `data` (a name), `metrics` (numbers by name), `steps` and so on.
         serving: lines on what serving programs make of the folder.
-        training: the section about the training in another card of the same adapter, instead of `about`.
+        earlier: the text of another card of the same adapter. Its lines on the training stand instead of `about`, and
+            it says where the base comes from if there is no model.
     """
     named = fields.get("base_model_name_or_path")
-    origin = getattr(root, "peftlab_origin", None) or _origin(named)
+    origin = getattr(root, "peftlab_origin", None) or _origin_in(earlier)
+    training = earlier.partition(f"\n{TRAINING}\n")[2].partition(f"\n{LOADING}\n")[0].strip()
     base = origin.get("hub") or named
     task, about = fields.get("task_type"), dict(about or {})
     known = about.pop("data", None)
@@ -133,20 +134,17 @@ def card(
     return ("\n".join(lines) + "\n").encode()
 
 
-def _origin(named: str | None) -> dict[str, Any]:
-    """Return what `load_model` notes on a model of the book, for a base that is known only by its cache folder."""
-    for name, entry in catalogue().items():
-        if named and entry.get("hub") and Path(named).name == asset_folder(name, entry).name:
-            return {"name": name, "hub": entry["hub"], "licence": entry.get("licence", "").split(" (")[0]}
-    return {}
+def text_of(folder: Path) -> str:
+    """Return the text of a folder's card, or nothing if it has none of ours."""
+    ours = (folder / CARD).is_file() and may_write(folder)
+    return (folder / CARD).read_text(encoding="utf-8") if ours else ""
 
 
-def training_of(folder: Path) -> str:
-    """Return the lines about the training in a folder's card, if it is one of ours."""
-    if not (folder / CARD).is_file() or not may_write(folder):
-        return ""
-    text = (folder / CARD).read_text(encoding="utf-8")
-    return text.partition(f"\n{TRAINING}\n")[2].partition(f"\n{LOADING}\n")[0].strip()
+def _origin_in(text: str) -> dict[str, str]:
+    """Read where the base comes from in the text of a card: the reverse of what `card` writes of a model's origin."""
+    base = re.search(r"^- Base model: (\S+) \(`(\S+)` in PEFT Lab\)$", text, re.MULTILINE)
+    licence = re.search(r"^- Licence of the base model: (.+)$", text, re.MULTILINE)
+    return {"hub": base[1], "name": base[2], "licence": licence[1] if licence else ""} if base else {}
 
 
 def _class_name(root: Any) -> str:

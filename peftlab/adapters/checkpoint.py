@@ -169,17 +169,17 @@ def adapter_files(
     return files_of(adapter_state(model, name), about)
 
 
-def files_of(state: State, about: Mapping[str, Any] | None = None, training: str = "") -> dict[str, bytes | None]:
+def files_of(state: State, about: Mapping[str, Any] | None = None, earlier: str = "") -> dict[str, bytes | None]:
     """Return the card and the files of a folder, as `adapter_files` does.
 
     Args:
-        training: the card's lines about the training, instead of `about`.
+        earlier: the text of another card of the same adapter, from which this one takes what only that one knows.
     """
     text = json.dumps(state.fields, indent=2, sort_keys=True)
     sums = with_sums(state.tensors, json.loads(text), state.metadata, FREE)
     notes_shown = serving_lines(state.fields, state.tensors, serving_notes(state))
     return {
-        CARD: card(state.root, state.method, state.fields, state.parameters, about, notes_shown, training),
+        CARD: card(state.root, state.method, state.fields, state.parameters, about, notes_shown, earlier),
         ENCODER: serialised(state.encoder, {"format": "pt"}) if state.encoder else None,
         WEIGHTS: serialised(state.tensors, sums),
         CONFIG: text.encode(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from peftlab.adapters.card import training_of
+from peftlab.adapters.card import text_of
 from peftlab.adapters.checkpoint import (
     State,
     check_place,
@@ -75,6 +75,6 @@ def export_adapter(folder: str | os.PathLike, out: str | os.PathLike, name: str 
         metadata = {key: text for key, text in saved.metadata.items() if key in KEPT}
         parameters = sum(tensor.numel() for tensor in tensors.values())
         state = State(None, LoRAConfig.method, fields, tensors, {}, {"format": "pt", **metadata}, parameters)
-        contents = files_of(state, training=training_of(saved.folder))
+        contents = files_of(state, earlier=text_of(saved.folder))
     write_adapter(out, contents)
     return out

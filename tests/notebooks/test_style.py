@@ -162,6 +162,12 @@ def test_the_drawings_of_a_page_are_those_that_code_draws(path):
         assert drawn.shape == stored.shape and abs(drawn - stored).mean() < 0.01, "run: make prose"
 
 
+def test_the_start_page_quotes_what_chapter_2_prints():
+    quoted = re.search(r'it answers "([^"]+)"', (BOOK / "start_here.md").read_text(encoding="utf-8"))
+    printed = (BOOK / "02_lora.ipynb").read_text(encoding="utf-8")
+    assert f'"answer: {" ".join(quoted[1].split())}' in printed
+
+
 def test_the_readme_counts_right():
     found = re.search(r"# ([\d,]+) of ([\d,]+) parameters train \(([\d.]+)%\)", (ROOT / "README.md").read_text())
     trained, whole = (int(number.replace(",", "")) for number in found.groups()[:2])

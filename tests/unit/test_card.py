@@ -12,8 +12,6 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, L
 
 import peftlab as pl
 from peftlab.adapters.card import MARKER
-from peftlab.assets.cache import asset_folder
-from peftlab.assets.catalogue import entry
 from peftlab.commands import cli
 
 
@@ -151,11 +149,12 @@ def test_a_classifier_is_loaded_with_its_number_of_classes(tmp_path):
     assert torch.equal(same(ids).logits, model.eval()(ids).logits)
 
 
-def test_an_exported_card_names_the_books_model(tmp_path):
-    base = tmp_path / asset_folder("smollm2-135m", entry("smollm2-135m")).name
-    llama().save_pretrained(base)
-    model = pl.attach(LlamaForCausalLM.from_pretrained(base), pl.LoRAConfig(r=2))
+def test_an_exported_card_says_what_only_the_card_of_the_run_knew(tmp_path):
+    model = llama()
+    hub = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    model.peftlab_origin = {"name": "smollm2-135m", "hub": hub, "licence": "Apache-2.0"}
+    pl.attach(model, pl.LoRAConfig(r=2))
     pl.export_adapter(pl.save_adapter(model, tmp_path / "adapter"), tmp_path / "out")
     head, body = front_matter(tmp_path / "out")
-    assert head["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and head["license"] == "apache-2.0"
-    assert 'pl.load_model("smollm2-135m")' in body and str(tmp_path) not in body
+    assert head["base_model"] == hub and head["license"] == "apache-2.0"
+    assert 'pl.load_model("smollm2-135m")' in body and "- Licence of the base model: Apache-2.0" in body
