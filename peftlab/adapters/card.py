@@ -124,6 +124,12 @@ def card(
             "With Hugging Face peft:", "", "```python", f"from peft import {OPENERS[task]}", "",
             f'model = {OPENERS[task]}.from_pretrained("this/folder"{labels})', "```",
         ]  # fmt: skip
+        if Path(named).is_absolute():
+            lines += [
+                "",
+                "This looks for the base where it was on the machine that trained the adapter. On another machine load "
+                'the base yourself, and then call `peft.PeftModel.from_pretrained(base, "this/folder")`.',
+            ]
     else:
         lines += [
             "With Hugging Face peft:", "", "```python", "from peft import PeftModel", "",

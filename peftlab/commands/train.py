@@ -17,6 +17,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
+from peftlab.adapters.card import CARD
 from peftlab.assets.catalogue import catalogue
 from peftlab.catalogue import LEARNING_RATE, METHODS, Method
 from peftlab.checks import PATH, whole
@@ -376,6 +377,7 @@ def summary(result: dict[str, Any], folder: str) -> list[tuple[str, str]]:
             rows.append((name.replace("_", " "), f"{value:.3f} on {test['examples']} test examples"))
     rows += [
         ("saved", f"{saved} in {folder}, {format_both(result['saved_bytes'])}"),
+        *([("how to load it", f"{Path(folder) / CARD} says it")] if saved == "adapter" else []),
         ("seconds", f"{result['training_seconds']:.1f} of training, {result['seconds']:.1f} in all"),
     ]
     return rows

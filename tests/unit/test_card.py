@@ -144,6 +144,7 @@ def test_a_classifier_is_loaded_with_its_number_of_classes(tmp_path):
     _, body = front_matter(pl.save_adapter(model, tmp_path / "out"))
     assert f'pl.load_model("{tmp_path / "base"}", num_labels=3)' in body
     assert 'from_pretrained("this/folder", num_labels=3)' in body
+    assert "On another machine load the base yourself" in " ".join(body.split())
     same = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "out", num_labels=3).eval()
     ids = torch.tensor([[1, 2, 3]])
     assert torch.equal(same(ids).logits, model.eval()(ids).logits)
