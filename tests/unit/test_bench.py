@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from groups import one_process
 
 import peftlab
 import peftlab as pl
@@ -427,7 +428,6 @@ def test_wrong_labels_are_a_share_and_stay_the_same():
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_run_on_several_gpus_keeps_no_whole_parameter(method, parallel, monkeypatch, tmp_path):
     """On one process; what fully sharded data parallelism replaces must be gone before the peak is read."""
-    from torch import distributed
 
     from peftlab.bench import parallel as bench_parallel
 
@@ -442,16 +442,13 @@ def test_a_run_on_several_gpus_keeps_no_whole_parameter(method, parallel, monkey
     monkeypatch.setattr(memory_grid, "build", watched)
     write_shape(tmp_path, num_hidden_layers=4, tie_word_embeddings=True)
     point = {**bench_parallel.run(str(tmp_path), method, parallel, batch=1, sequence=8), "r": 4}
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
+    with one_process():
         model, optimizer, batch = bench_parallel.prepared(point, torch.device("cpu"))
         gc.collect()
         alive = sum(ref() is not None for ref in whole)
         assert alive == (0 if parallel == "fsdp" else len(whole))
         memory_grid.steps(memory_grid.phases(model, optimizer, batch, autocasts=False), 1)
         assert len(optimizer.state) == len(memory_grid.trained(model)) > 0
-    finally:
-        distributed.destroy_process_group()
 
 
 def test_every_point_of_the_adapters_bench_has_a_config():

@@ -7,6 +7,7 @@ import sharded_worker
 import tiny
 import torch
 from children import one_worker, together
+from groups import one_process
 from sharded_worker import CASES, LORA, built, logits, sharded
 from torch import distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -21,11 +22,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def one_process():
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
+@pytest.fixture(name="one_process")
+def of_one_process():
+    with one_process():
+        yield
 
 
 def two_processes(task, folder):

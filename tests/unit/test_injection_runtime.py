@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from children import one_worker, together
+from groups import one_process
 from nets import Net, tokens
 from tiny import llama
 from torch import nn
@@ -107,8 +108,7 @@ def test_folders_through_compiled_layers(tmp_path, compiler):
 
 
 def test_distributed_data_parallel_in_one_process():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
+    with one_process():
         model = attach(Net(), modules_to_save=["head"], target_modules=["up"])
         expected = model(tokens())
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
@@ -119,8 +119,6 @@ def test_distributed_data_parallel_in_one_process():
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
         with pl.disabled(wrapped):
             assert not torch.equal(wrapped(tokens()), expected)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def ddp_step(rank, world, folder):

@@ -18,7 +18,8 @@ import pytest
 import tiny
 import torch
 import transformers
-from torch import distributed, nn
+from groups import one_process
+from torch import nn
 
 import peftlab as pl
 
@@ -202,8 +203,7 @@ def test_wrappers_around_a_model(ours, monkeypatch):
     assert getattr(compiled, "_orig_mod", None) is inner, f"torch.compile's wrapper has no _orig_mod: {ours}"
     paths = [path for path, _ in nn.Sequential(nn.Sequential(compiled)).named_parameters()]
     assert paths == ["0.0._orig_mod.weight", "0.0._orig_mod.bias"], f"torch.compile names parameters {paths}: {ours}"
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
+    with one_process():
         for wrap, name in ((nn.parallel.DistributedDataParallel, "DistributedDataParallel"), (nn.DataParallel, None)):
             wrapped = wrap(inner)
             assert type(wrapped).__name__ == (name or "DataParallel"), f"torch renamed {name}: {ours}"
@@ -211,8 +211,6 @@ def test_wrappers_around_a_model(ours, monkeypatch):
         assert not lacks(nn.parallel.DistributedDataParallel, "no_sync"), (
             f"DistributedDataParallel has no no_sync: {ours}"
         )
-    finally:
-        distributed.destroy_process_group()
 
 
 def test_counter_of_writes_to_a_tensor(ours):
