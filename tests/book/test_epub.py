@@ -16,11 +16,10 @@ import paper
 import print_book
 import pytest
 from archive import EPUB
-from bs4 import BeautifulSoup
 from epub_book import MEDIA, XHTML
 from lxml import etree
 from test_pages import IMAGES, RUN, violations
-from test_print import CHAPTER, RAW, SHORT
+from test_print import CHAPTER, RAW, SHORT, on_paper
 
 OPF, NCX = "{http://www.idpf.org/2007/opf}", "{http://www.daisy.org/z3986/2005/ncx/}"
 MATHML = "{http://www.w3.org/1998/Math/MathML}"
@@ -37,10 +36,7 @@ class Source:
     """What the rendered page says that its chapter must hold."""
 
     def __init__(self, name: str):
-        text = (print_book.SITE / f"{name}.html").read_text(encoding="utf-8")
-        article = BeautifulSoup(text, "lxml").select_one("article.bd-article")
-        for part in article.select(f"{paper.SCREEN}, {paper.INTERACTIVE}"):
-            part.decompose()
+        article = on_paper(name)
         self.formulas = len(article.select(".math"))
         self.numbers = [number.get_text() for number in article.select(".eqno")]
         self.figures = [image["alt"] for image in article.select("img")]

@@ -32,14 +32,20 @@ def squeezed(text: str) -> str:
     return re.sub(r"[\s\u00ad\ufffe\u200b]|\u0002", "", text)
 
 
+def on_paper(name: str):
+    """The article of a rendered page, without what has no place on paper."""
+    text = (print_book.SITE / f"{name}.html").read_text(encoding="utf-8")
+    article = BeautifulSoup(text, "lxml").select_one("article.bd-article")
+    for part in article.select(f"{paper.SCREEN}, {paper.INTERACTIVE}"):
+        part.decompose()
+    return article
+
+
 class Source:
     """What the rendered page says that its PDF must hold."""
 
     def __init__(self, name: str):
-        text = (print_book.SITE / f"{name}.html").read_text(encoding="utf-8")
-        article = BeautifulSoup(text, "lxml").select_one("article.bd-article")
-        for part in article.select(f"{paper.SCREEN}, {paper.INTERACTIVE}"):
-            part.decompose()
+        article = on_paper(name)
         headings = article.select("h1, h2, h3, h4, h5, h6")
         self.headings = [(int(heading.name[1]), " ".join(heading.get_text().split())) for heading in headings]
         self.links = len(article.select("a[href^='#']"))
