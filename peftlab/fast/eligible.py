@@ -22,6 +22,9 @@ from peftlab.quantization.weights import is_quantized, is_repacked
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")  # different ways to the same numbers
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Whose hooks may stay: ours, and those that transformers leaves in a model which was once asked for `hidden_states` or
+# `attentions`. The latter do something only within a call that asks for these again.
+HARMLESS = ("peftlab.", "transformers.utils.output_capturing")
 GROUPS = {
     "qkv": ("self_attn", ("q_proj", "k_proj", "v_proj")),
     "o": ("self_attn", ("o_proj",)),
@@ -107,7 +110,7 @@ def _check_untouched(model: nn.Module) -> None:
         for table in HOOKS:
             for hook in getattr(module, table, None) or {}:
                 function: Any = getattr(module, table)[hook]
-                if not str(getattr(function, "__module__", "")).startswith("peftlab."):
+                if not str(getattr(function, "__module__", "")).startswith(HARMLESS):
                     raise Refused(f"{where} has a hook, {getattr(function, '__qualname__', function)}")
         if getattr(module, "parametrizations", None):
             raise Refused(f"{where} has a parametrization")

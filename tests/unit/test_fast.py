@@ -549,6 +549,18 @@ def test_a_part_that_computes_something_else_is_refused(change, reason):
         decoder_of(model)
 
 
+def test_a_model_that_was_asked_for_its_hidden_states_is_still_taken():
+    """transformers leaves hooks in it that do nothing in a training step."""
+    model, ids = make(), torch.tensor([[1, 2, 3]])
+    model(ids, output_hidden_states=True)
+    model.set_attn_implementation("eager")
+    model(ids, output_attentions=True)
+    decoder_of(adapt(model))
+    hooked(model)
+    with pytest.raises(Refused, match="has a hook, hooked"):
+        decoder_of(model)
+
+
 def test_a_hook_for_all_modules_is_refused():
     model = adapt(make())
     handle = nn.modules.module.register_module_forward_hook(lambda module, given, made: None)
