@@ -22,8 +22,8 @@ Weights are float32. "capacity", "rewiring" and "alphabet" compute in bfloat16, 
 "capacity" are chosen by the loss on the strings themselves: nothing is to be learned but these.
 
 About 600 runs, as long as 60 steps of 8 messages on average. With four GPUs `--jobs 48`, and NVIDIA's MPS running (see
-`family`); without it `--jobs 16`. `--only capacity,rewiring` takes seven or eight minutes of four H200
-(`regret_plan.seconds`). Cut off, it goes on with the same command.
+`family`); without it `--jobs 16`. `--only capacity,rewiring` took about twenty minutes of one H200 with MPS and
+`--jobs 10`. Cut off, it goes on with the same command.
 """
 
 from __future__ import annotations

@@ -191,17 +191,6 @@ def rewiring() -> Iterator[Setting]:
             yield setting("rewiring", "rewired", "LoRA", {**LORA, "r": r}, search, **SWAPPED, steps=steps)
 
 
-def seconds(point: Row) -> float:
-    """Estimate how long a run of "capacity" or "rewiring" takes if it has an H200 for itself.
-
-    A step of 2,048 tokens takes 14 ms in LoRA's fast path and 190 ms in the plain one (`bench speed`, 135m). That of
-    the last blocks is estimated from its operations, and 6,000 steps from runs on a CPU, of 4,000 to 6,250.
-    """
-    if point["section"] == "rewiring":
-        return 5 + point["steps"] * (0.19 if point["method"] == "full" else 0.014)
-    return 5 + 6000 * (0.5e-3 + 1e-6 * point["strings"] * point["last"])
-
-
 def alphabet(articles: int, steps: int) -> Iterator[Setting]:
     """Learn to read news in Greek letters."""
     more = {**ARTICLES, "articles": articles, "steps": steps}

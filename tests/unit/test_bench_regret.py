@@ -291,37 +291,6 @@ def test_the_limit_is_the_mean_over_settings_that_are_full():
     assert value == pytest.approx(1.1) and (low, high) == pytest.approx((1.1 - 1.2706, 1.1 + 1.2706), abs=1e-3)
 
 
-def test_the_new_sections_fill_four_gpus_evenly():
-    """Sixteen processes take runs in the order of the plan, four on each GPU.
-
-    A GPU does one thing at a time. Only full fine-tuning leaves it idle, because its kernels are launched one by one.
-    """
-    mine = [point for point in POINTS if point["section"] in ("capacity", "rewiring")]
-    waiting, rows, left, ends, clock = list(mine), [], {}, [0.0] * 4, 0.0
-    known = {bench.key(point) for point in mine}
-    while waiting or left:
-        for worker in range(16):
-            if worker not in left and waiting:
-                left[worker] = [point := waiting.pop(0), regret_plan.seconds(point)]
-        busy = [sum(w % 4 == gpu and run[0]["method"] != "full" for w, run in left.items()) for gpu in range(4)]
-        slow = {w: busy[w % 4] if run[0]["method"] != "full" else 1 for w, run in left.items()}
-        step = min(run[1] * slow[worker] for worker, run in left.items())
-        clock += step
-        for worker in list(left):
-            left[worker][1] -= step / slow[worker]
-            if left[worker][1] < 1e-9:
-                point = left.pop(worker)[0]
-                ends[worker % 4] = clock
-                # the best rate is the highest that a setting begins with: one more is tried
-                best = max(regret_plan.SEARCHES[search.setting_of(point)].rates)
-                rows.append({**point, "validation_loss": abs(math.log(point["learning_rate"] / best))})
-                new = [one for one in regret.follow_up(rows) if bench.key(one) not in known]
-                waiting[:0] = new
-                known |= {bench.key(one) for one in new}
-    assert len(rows) > 2 * len(mine) - 10 and max(ends) < 480
-    assert min(ends) > 0.9 * max(ends)
-
-
 def test_frequent_words_change_places_and_none_stays(small):
     places = regret_hard.swap()
     assert set(places) == set(places.values()) == {token for text in regret_hard.encoded("train") for token in text}
