@@ -18,11 +18,16 @@ M counts the tokens. One buffer holds [W | sB] and, below, A:
 A dense base in the dtype of the products lends its weights: they move into the buffer while the run lasts, and the
 model's own parameters are views of it. A 4-bit base has one buffer for each kind of group, into which its weight is
 decoded for one layer at a time.
+
+What is trained is one flat tensor, and the parameters and their gradients are views of it, each in its own place. So
+clipping and AdamW take a few kernels instead of hundreds:
+
+    theta = [A_1, B_1, A_2, ...],    g likewise
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -207,3 +212,48 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
         torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, alpha=scale, out=out)
     else:
         out.add_(a @ b, alpha=scale)
+
+
+class Flat:
+    """The trained parameters in one tensor.
+
+    Attributes:
+        whole: all of them, with the gradient of all of them in `whole.grad`, in float32 or wider.
+        parameters: each, in its order; `gradients`: its part of the gradient.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        first = self.parameters[0]
+        self.whole = nn.Parameter(first.detach().new_empty(sum(p.numel() for p in self.parameters)))
+        self.whole.grad = torch.zeros_like(self.whole)
+        self.gradients = self.views(self.whole.grad)
+        self.places = self.views(self.whole.detach())
+        self._gather()
+
+    def _gather(self) -> None:
+        """Let each parameter be its place in the tensor, with the values that it has now."""
+        for parameter, place in zip(self.parameters, self.places, strict=True):
+            if parameter.data_ptr() != place.data_ptr():
+                place.copy_(parameter.detach())
+                parameter.data = place
+
+    def views(self, whole: Tensor) -> list[Tensor]:
+        """Return the part of a tensor like `whole` that belongs to each parameter, in its shape."""
+        sizes = [p.numel() for p in self.parameters]
+        return [part.view(p.shape) for part, p in zip(whole.split(sizes), self.parameters, strict=True)]
+
+    def begin(self) -> None:
+        """Set all gradients to zero, and let each parameter's `grad` be its part of them."""
+        assert self.whole.grad is not None
+        self._gather()  # a callback may have put new values in a parameter's place, p.data = ...
+        self.whole.grad.zero_()
+        if self.parameters[0].grad is not self.gradients[0]:
+            for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+                parameter.grad = gradient
+
+    def give_back(self) -> None:
+        """Give each parameter memory of its own again."""
+        for parameter in self.parameters:
+            parameter.grad = None
+            parameter.data = parameter.detach().clone()

@@ -22,16 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftlab.fast import Sizes
 from peftlab.fast.groups import Group
-
-
-class Sizes(NamedTuple):
-    """Heads of queries, heads of keys and values, numbers in a head, and the norms' epsilon."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    eps: float
 
 
 class Rows(NamedTuple):

@@ -12,22 +12,22 @@ sliding windows get the mask that transformers would make.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftlab.fast.eligible import GROUPS, BlockParts, Decoder, Refused
-from peftlab.fast.groups import Group, Shared
-from peftlab.fast.layer import Block, Kept, Rows, Sizes
-from peftlab.fast.optimiser import Flat
+from peftlab.fast import GROUPS, BlockParts, Decoder, Refused
+from peftlab.fast.groups import Flat, Group, Shared
+from peftlab.fast.layer import Block, Kept, Rows
 from peftlab.fast.pieces import pieces_for
-from peftlab.fast.shelf import PinnedShelf, Shelf
 
 IGNORE = -100
 COLUMNS = {"input_ids", "labels", "attention_mask", "position_ids", "use_cache"}
 LOGITS = 2**26  # numbers in a chunk of logits
+MOST_GRAPHS = 16  # each holds little of its own, for all take their memory from one pool
 
 
 class Batch(NamedTuple):
@@ -126,8 +126,7 @@ class Step:
         device = decoder.embedding.weight.device
         self.like = torch.empty(0, dtype=dtype, device=device)
         self.pieces, self.told = pieces_for(device, dtype)
-        eps: Any = decoder.norm.variance_epsilon
-        self.sizes = Sizes(decoder.heads, decoder.kv_heads, decoder.head_dim, eps)
+        self.sizes = decoder.sizes
         self.head = decoder.head.weight.detach().to(dtype)
         self.blocks = [self._block(parts) for parts in decoder.blocks]
         for block, lower in zip(self.blocks, [None, *self.blocks], strict=False):
@@ -212,13 +211,13 @@ class Step:
         self._read_adapters()
         x = F.embedding(batch.ids.reshape(-1), self.decoder.embedding.weight)
         pinned = self.pinned.setdefault(x.shape, [])
-        inputs = Shelf() if self.side is None else PinnedShelf(pinned, self.side)
+        inputs: Any = [] if self.side is None else PinnedShelf(pinned, self.side)
         lows: list[dict[str, Tensor | None]] = []
         kept: list[Kept | None] = []
         for index, block in enumerate(self.blocks):
             low: dict[str, Tensor | None] = {}
             if index >= self.first:
-                inputs.put(x)
+                inputs.append(x)
             x, saved = block.forward(x, rows, low, keep=index >= max(self.first, self.recomputed))
             lows.append(low)
             kept.append(saved)
@@ -228,7 +227,7 @@ class Step:
         for index in range(len(self.blocks) - 1, self.first - 1, -1):
             block, below = self.blocks[index], self.blocks[index].below
             made = block.backward(
-                inputs.take(), dy, dydu, rows, lows.pop(), kept.pop(), self.blocks[index - 1].down if below else None
+                inputs.pop(), dy, dydu, rows, lows.pop(), kept.pop(), self.blocks[index - 1].down if below else None
             )
             if made is not None:
                 dy, dydu = made
@@ -270,3 +269,113 @@ def _mask(s: int, blocks: Tensor | None, window: int | None, device: torch.devic
     behind = place[:, None] - place[None]
     seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
     return seen[None, None] if blocks is None else (seen & (blocks[:, :, None] == blocks[:, None]))[:, None]
+
+
+class PinnedShelf:
+    """Keep the blocks' inputs in the computer's main memory, from the forward pass to the backward pass.
+
+    With checkpointing they are all that is kept of a block: 16 bits times tokens times hidden size. A copy to pinned
+    memory runs beside the products, on a stream of its own. One input is copied while the next block computes, and it
+    comes back while the block above it is run backward. From outside it is a list of which only the end is used.
+
+    Args:
+        pinned: the memory, from step to step.
+    """
+
+    def __init__(self, pinned: list[Tensor], side: torch.cuda.Stream) -> None:
+        self.pinned, self.side = pinned, side
+        self.copied: list[torch.cuda.Event] = []
+        self.leaving: Tensor | None = None
+        self.coming: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def append(self, x: Tensor) -> None:
+        """Begin to copy an input, and let go of the one before, whose copy is done by now."""
+        main, at = torch.cuda.current_stream(), len(self.copied)
+        if at == len(self.pinned):
+            self.pinned.append(torch.empty(x.shape, dtype=x.dtype, pin_memory=True))
+        self.side.wait_stream(main)
+        with torch.cuda.stream(self.side):
+            self.pinned[at].copy_(x, non_blocking=True)
+        if self.copied:
+            main.wait_event(self.copied[-1])
+        self.copied.append(self.side.record_event())
+        self.leaving = x
+
+    def pop(self) -> Tensor:
+        """Return the last input, and begin to fetch the one below it."""
+        main = torch.cuda.current_stream()
+        self.copied.pop()
+        if self.leaving is not None:  # the topmost block's input is still here
+            x, self.leaving = self.leaving, None
+            main.wait_stream(self.side)
+        else:
+            assert self.coming is not None
+            x, arrived = self.coming
+            main.wait_event(arrived)
+        self.coming = self._fetch(len(self.copied) - 1, like=x) if self.copied else None
+        return x
+
+    def _fetch(self, at: int, like: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        x = torch.empty_like(like)
+        self.side.wait_stream(torch.cuda.current_stream())  # what had this memory before is done with it
+        with torch.cuda.stream(self.side):
+            x.copy_(self.pinned[at], non_blocking=True)
+        return x, self.side.record_event()
+
+
+@dataclass
+class Recorded:
+    """A graph, the tensors that it reads, what was last copied there, and the tensor that it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    copied: list[Tensor]
+    loss: Tensor
+
+
+class Graphs:
+    """Replay a whole step as one CUDA graph, one for each shape of a batch.
+
+    A step launches some three thousand kernels. Launched one by one from Python they take longer than they run, on a
+    small model or a slow host. A graph is recorded once and then launched as a whole. It fixes the addresses of all
+    tensors, so there is one for each shape, and its inputs are copied to where they were when it was recorded.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self.recorded: dict[tuple, Recorded] = {}
+        self.seen: set[tuple] = set()
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def gradients(self, batch: Batch, rows: Rows, scale: Tensor) -> Tensor:
+        """Do what `Step.gradients` does. The first batch of a shape runs as usual, and its second records the graph.
+
+        Args:
+            batch: may still be on the CPU.
+            scale: always the same tensor, which is written to.
+        """
+        given = [*batch[:4], rows.cos, rows.sin, rows.sin_back, *(m for m in rows.masks.values() if m is not None)]
+        shape = tuple(tensor.shape for tensor in given)
+        recorded = self.recorded.get(shape)
+        if recorded is None:
+            if shape not in self.seen or len(self.recorded) >= MOST_GRAPHS:
+                self.seen.add(shape)
+                return self.step.gradients(batch.to(scale.device), rows, scale)
+            recorded = self.recorded[shape] = self._record(batch, rows, scale, given)
+        for index, (held, tensor) in enumerate(zip(recorded.inputs, given, strict=True)):
+            if recorded.copied[index] is not tensor:
+                held.copy_(tensor, non_blocking=True)
+        recorded.copied = given
+        recorded.graph.replay()
+        return recorded.loss.clone()
+
+    def _record(self, batch: Batch, rows: Rows, scale: Tensor, given: list[Tensor]) -> Recorded:
+        inputs = [tensor.to(scale.device, copy=True) for tensor in given]
+        ids, places, back, labels, cos, sin, sin_back, *others = inputs
+        masks = iter(others)
+        held = Batch(ids, places, back, labels, batch.learned, None, None)
+        own = {window: None if mask is None else next(masks) for window, mask in rows.masks.items()}
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            loss = self.step.gradients(held, Rows(rows.b, rows.s, cos, sin, sin_back, own), scale)
+        return Recorded(graph, inputs, given, loss)

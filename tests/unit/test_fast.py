@@ -20,9 +20,9 @@ from transformers import (
 )
 
 import peftlab as pl
-from peftlab.fast.eligible import Refused, decoder_of
-from peftlab.fast.graph import Graphs
-from peftlab.fast.step import Step, read_batch, round_up
+from peftlab.fast import Refused
+from peftlab.fast.step import Graphs, Step, read_batch, round_up
+from peftlab.training.eligible import decoder_of
 from peftlab.training.losses import causal_lm_loss
 from peftlab.training.packing import pack
 
