@@ -118,10 +118,8 @@ class FastPath:
         Raises:
             PeftLabError: `fast=True`, and it has to.
         """
-        # these turn a head by other angles in a longer text
-        grows = getattr(self.step.decoder.rotary, "rope_type", "default") in ("dynamic", "longrope")
         try:
-            return read_batch(batch, rounded=self.device.type == "cuda", counted=grows)
+            return read_batch(batch, rounded=self.device.type == "cuda")
         except Refused as refusal:
             if self.settings.fast is True:
                 raise refused(refusal) from None
