@@ -109,9 +109,6 @@ class Group:
         if self.coded:
             self.a, self.b = self.like.new_zeros(self.r, self.k), self.like.new_zeros(self.n, self.r)
             return
-        if len(self.linears) == 1 and not self.r and self.lends:
-            self.whole, self.shared.holds = self.linears[0][0].weight.detach(), self
-            return
         self.whole = room(self.n + self.r, self.k + self.r, self.like)
         self.whole[:, self.k :].zero_()
         self.a, self.b = self.whole[self.n :, : self.k], self.whole[: self.n, self.k :]
