@@ -45,6 +45,11 @@ class Sizes(NamedTuple):
     head_dim: int
     eps: float
 
+    @property
+    def split(self) -> list[int]:
+        """Return how many heads q, k and v have, side by side."""
+        return [self.heads, self.kv_heads, self.kv_heads]
+
 
 @dataclass(frozen=True)
 class BlockParts:

@@ -105,32 +105,28 @@ class Block:
     def _rotated(self, qkv: Tensor, rows: Rows) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         """Return qkv, if the backward pass needs it, and q, k, v, each (b, s, heads, d). Without norms, in place."""
         sizes, pieces = self.sizes, self.pieces
-        both = sizes.heads + sizes.kv_heads
-        q, k, v = qkv.split([sizes.heads, sizes.kv_heads, sizes.kv_heads], 2)
-        if self.norms["q"] is None:
-            pieces.rotate_into(qkv[:, :, :both], qkv[:, :, :both], rows.cos, rows.sin)
-            return None, q, k, v
-        turned = []
-        for x, weight in ((q, self.norms["q"]), (k, self.norms["k"])):
-            y = torch.empty_like(x, memory_format=torch.contiguous_format)
-            pieces.norm_into(y, x, weight, sizes.eps)
-            pieces.rotate_into(y, y, rows.cos, rows.sin)
-            turned.append(y)
-        return qkv, *turned, v
+        q, k, v = qkv.split(sizes.split, 2)
+        before, turned = None, qkv[:, :, : -sizes.kv_heads]
+        if self.norms["q"] is not None:
+            before, turned = qkv, torch.empty_like(turned, memory_format=torch.contiguous_format)
+            for x, y, name in zip((q, k), turned.split(sizes.split[:2], 2), "qk", strict=True):
+                pieces.norm_into(y, x, self.norms[name], sizes.eps)
+        pieces.rotate_into(turned, turned, rows.cos, rows.sin)
+        return before, *turned.split(sizes.split[:2], 2), v
 
     def _rotated_back(self, out: Tensor, qkv: Tensor | None, grads: tuple[Tensor, ...], rows: Rows) -> None:
         """Write the gradient of qkv into `out`, (b, s, heads + 2 kv_heads, d)."""
         sizes, pieces = self.sizes, self.pieces
-        places = out.split([sizes.heads, sizes.kv_heads, sizes.kv_heads], 2)
+        places = out.split(sizes.split, 2)
         pieces.copy_into(places[2], grads[2])
         for index, name in enumerate("qk"):
-            place, grad, weight = places[index], grads[index], self.norms[name]
+            place, grad = places[index], grads[index]
             if qkv is None:
                 pieces.rotate_into(place, grad, rows.cos, rows.sin_back)
                 continue
-            x = qkv.split([sizes.heads, sizes.kv_heads, sizes.kv_heads], 2)[index]
             pieces.rotate_into(grad, grad, rows.cos, rows.sin_back)
-            pieces.norm_back_into(place, None, None, x, weight, grad, sizes.eps)
+            x = qkv.split(sizes.split, 2)[index]
+            pieces.norm_back_into(place, None, None, x, self.norms[name], grad, sizes.eps)
 
     def _attention(
         self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, graph: bool
