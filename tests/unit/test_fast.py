@@ -564,6 +564,10 @@ def set_to(path, name, value):
         (set_to("model.layers.1", "mlp", nn.Identity()), "layers.1.mlp is a Identity of torch"),
         (set_to("model.layers.1.mlp", "act_fn", nn.GELU()), "mlp.act_fn is a GELU, not SiLU"),
         (set_to("model.layers.1.self_attn", "scaling", 0.1), "self_attn scales by 0.1"),
+        (
+            lambda it: setattr(it.model.layers[0], "input_layernorm", it.model.layers[1].mlp),
+            "is a norm of the kind Qwen3MLP",
+        ),
         (set_to("model.layers.1.input_layernorm", "variance_epsilon", 0.1), "several epsilons: 1e-06, 0.1"),
         (lambda model: setattr(model.config, "num_hidden_layers", 2), "3 blocks, of which its config lets 2 run"),
     ],
