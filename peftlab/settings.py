@@ -113,9 +113,9 @@ class Settings:
         "auto", "LoRA on a Llama-like decoder by a step written by hand, with the same result in less time",
         one_of, known=("auto", True, False), option="fast",
         more="'auto' takes it where it can, and `History.path` says which path ran and why. True refuses a run that it "
-        "cannot take (`peftlab.fast.eligible` has the list). The model's weights are views of common buffers while the "
-        "run lasts, and its own again after it; a tensor taken from it before, such as one of `state_dict()`, keeps "
-        "the values of then.")
+        "cannot take (`peftlab.training.eligible` has the list). The model's weights are views of common buffers while "
+        "the run lasts, and its own again after it; a tensor taken from it before, such as one of `state_dict()`, "
+        "keeps the values of then.")
     chunked_loss: bool | str = setting(
         "auto", "compute a language model's loss in chunks of positions, without its whole logits",
         one_of, known=("auto", True, False), option="chunked-loss",

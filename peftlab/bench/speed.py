@@ -41,7 +41,6 @@ import torch
 from torch import Tensor, nn
 
 import peftlab as pl
-from peftlab import fast
 from peftlab.bench import fourbit, rungs, timing
 from peftlab.bench.fullsize import peak
 from peftlab.bench.loop import loop_pairs
@@ -55,6 +54,7 @@ from peftlab.optional import available, require
 from peftlab.quantization import Linear4bit
 from peftlab.quantization.backends import BACKENDS
 from peftlab.settings import Settings
+from peftlab.training import fast_path
 
 R, ALPHA = 16, 32
 NARROW = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2,
@@ -274,7 +274,7 @@ def training(model: nn.Module, point: Row, rung: str, **settings: Any) -> Iterat
 @contextmanager
 def launched_one_by_one() -> Iterator[None]:
     """Keep the fast path from recording CUDA graphs, inside the block. A user has no reason to, so it is no setting."""
-    with mock.patch.object(fast, "Graphs", lambda step: None):
+    with mock.patch.object(fast_path, "Graphs", lambda step: None):
         yield
 
 

@@ -1,181 +1,114 @@
-"""The fast path: LoRA on a Llama-like decoder, with a step written by hand.
+"""The fast path's step: LoRA on a Llama-like decoder, with the forward and the backward pass written by hand.
 
 A plain step spends most of a GPU's time on casts, copies and small kernels between the large products. This one gives
-the same loss, gradients and steps (`tests/unit/test_fast.py` holds it to 1e-9 in float64) and does little else but the
-products:
+the same loss and gradients (`tests/unit/test_fast.py` holds it to 1e-9 in float64) and does little else but the
+products. It knows no run and no settings: it takes the parts of a model, `Decoder`, and a batch, and computes the
+gradient. In the order in which they are best read:
 
-- `eligible`: which models and adapters it can take, and the reason where it cannot;
-- `groups`: LoRA as extra columns and rows of the frozen weight;
-- `pieces`: what lies between the products, each one kernel;
+- `groups`: LoRA as extra columns and rows of the frozen weight, and all that is trained as one flat tensor;
+- `pieces`: what lies between the products, each one kernel; `kernels` has the one that is written in Triton;
 - `layer`: one block forward and backward;
-- `step`: the whole model, with the loss made in chunks;
-- `optimiser`: one flat tensor for all that is trained;
-- `graph`: the step replayed as one CUDA graph for each shape.
+- `step`: the whole model, with the loss made in chunks, and the step as one CUDA graph for each shape of a batch.
 
-`train` asks `find_path` for a `FastPath`, and lets it compute the gradient of each batch that it can read.
+Which models, runs and batches it takes is said in `peftlab.training.eligible` and `peftlab.training.fast_path`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from peftlab.core.records import record_of
-from peftlab.errors import PeftLabError
-from peftlab.fast.eligible import Decoder, Refused, decoder_of
-from peftlab.fast.graph import Graphs
-from peftlab.fast.optimiser import FlatAdamW
-from peftlab.fast.pieces import wide
-from peftlab.fast.step import Batch, Step, read_batch
-from peftlab.settings import Settings
+from peftlab.core.records import placed, record_of
+from peftlab.methods.lora import LoRALinear
+
+# The linear layers of a block that read the same input: {group: (the module that holds them, their names)}
+GROUPS = {
+    "qkv": ("self_attn", ("q_proj", "k_proj", "v_proj")),
+    "o": ("self_attn", ("o_proj",)),
+    "gate_up": ("mlp", ("gate_proj", "up_proj")),
+    "down": ("mlp", ("down_proj",)),
+}
 
 
-def find_path(model: nn.Module, core: nn.Module, settings: Settings, device: torch.device) -> FastPath | str:
-    """Return the fast path of a run, or the reason why it has to take the plain one.
+class Refused(Exception):
+    """The reason why the fast path cannot take a model, a run or a batch."""
 
-    Args:
-        model: the model as given; `core`: the model inside torch's wrappers.
+
+class Sizes(NamedTuple):
+    """Heads of queries, heads of keys and values, numbers in a head, and the norms' epsilon."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+
+    @property
+    def split(self) -> list[int]:
+        """Return how many heads q, k and v have, side by side."""
+        return [self.heads, self.kv_heads, self.kv_heads]
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """One block: {group: [(linear, its LoRA or None)]}, {norm: module or None}, and the attention's window."""
+
+    groups: dict[str, list[tuple[nn.Linear, LoRALinear | None]]]
+    norms: dict[str, nn.Module | None]
+    window: int | None
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The parts of a model that the fast path computes with."""
+
+    embedding: nn.Embedding
+    blocks: list[BlockParts]
+    norm: nn.Module
+    rotary: nn.Module
+    head: nn.Linear
+    sizes: Sizes
+
+
+def loras_of(model: nn.Module) -> dict[str, LoRALinear]:
+    """Return {path of a linear layer: its LoRA} of the one adapter that runs.
 
     Raises:
-        PeftLabError: `fast=True`, and there is a reason.
+        Refused: something else runs or trains, or less than this LoRA does.
     """
-    try:
-        if settings.fast is False:
-            raise Refused("fast=False")
-        if not torch.is_grad_enabled():
-            raise Refused("gradients are switched off, by torch.no_grad or inference_mode")
-        if settings.compile:
-            raise Refused(f"compile={settings.compile!r} asks for the plain path")
-        if core is not model:
-            raise Refused(f"the model is wrapped in a {type(model).__name__}")
-        if settings.loss is not None:
-            raise Refused("the loss is your own")
-        if settings.precision == "fp16":
-            raise Refused("it computes in fp16, which needs a loss scale")
-        return FastPath(core, decoder_of(core), settings, device)
-    except Refused as refusal:
-        if settings.fast is True:
-            raise refused(refusal) from None
-        if settings.checkpointing == "pinned":
-            raise PeftLabError(
-                f"checkpointing='pinned' is done by the fast path, which cannot take this run: {refusal}. Use "
-                "checkpointing=True, which keeps the blocks' inputs on the GPU."
-            ) from None
-        return str(refusal)
-
-
-def refused(reason: Refused) -> PeftLabError:
-    """Return the error of `fast=True` where the fast path cannot be taken."""
-    return PeftLabError(
-        f"fast=True, and the fast path cannot take this run: {reason}. Change that, or pass fast='auto', which then "
-        "takes the plain path."
-    )
-
-
-class FastPath:
-    """Compute the gradients of a run, and hold the model's weights meanwhile."""
-
-    def __init__(self, model: nn.Module, decoder: Decoder, settings: Settings, device: torch.device) -> None:
-        self.model, self.decoder, self.settings, self.device = model, decoder, settings, device
-        self.step: Step | None = None
-        self.graphs: Graphs | None = None
-        self.scale: Tensor | None = None
-        self.running: tuple[Any, ...] = ()
-        self.how = ""
-        self.plain_batches: list[str] = []
-
-    def __enter__(self) -> FastPath:
-        """Borrow the model's weights."""
-        dtype = self.decoder.embedding.weight.dtype
-        if self.settings.precision == "bf16":
-            dtype = torch.bfloat16
-        # memory_settings has marked the blocks that are to be computed again, the first ones
-        blocks: Any = self.model.get_submodule("model.layers")
-        marked = sum(block.gradient_checkpointing for block in blocks)
-        pinned = self.settings.checkpointing == "pinned" and self.device.type == "cuda"
-        self.step = Step(self.decoder, dtype, marked, pinned)
-        self.scale = torch.zeros((), dtype=wide(self.step.like).dtype, device=self.device)
-        self.running = self._running()
-        self.how = self.step.told
-        if self.device.type == "cuda":
-            self.graphs = Graphs(self.step)
-            self.how += ", and each shape of a batch is one CUDA graph"
-        return self
-
-    @property
-    def told(self) -> str:
-        """Say for the run's report that this path ran, how, and what the plain one had to compute."""
-        return "; ".join([f"fast: {self.how}", *(f"the plain path where {reason}" for reason in self.plain_batches)])
-
-    def __exit__(self, *exception: object) -> None:
-        """Give the model its weights back."""
-        if self.step is not None:
-            self.step.give_back()
-            self.step = self.graphs = None
-
-    def optimizer(self, plain: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Return AdamW over the flat tensor with the plain one's states and settings; another optimiser as it is."""
-        if type(plain) is not torch.optim.AdamW or len(plain.param_groups) > 1:
-            return plain
-        assert self.step is not None
-        flat = FlatAdamW(self.step.flat, plain.param_groups, plain.defaults["lr"])
-        flat.load_state_dict(plain.state_dict())
-        return flat
-
-    @property
-    def whole(self) -> nn.Parameter:
-        """The flat tensor of which all trained parameters are views."""
-        assert self.step is not None
-        return self.step.flat.whole
-
-    def begin(self) -> None:
-        """Set the gradients to zero, before the first part of a batch.
-
-        Raises:
-            PeftLabError: since the run began, a callback has frozen what trains, or switched the adapters.
-        """
-        assert self.step is not None
-        if self._running() != self.running:
-            raise PeftLabError(
-                "Since this run began, its adapters were switched, merged or detached, or a part of what trains was "
-                "frozen or moved to another dtype; the fast path cannot follow. Undo it before the callback ends, or "
-                "pass fast=False."
-            )
-        self.step.flat.begin()
-
-    def _running(self) -> tuple[Any, ...]:
-        """Return all that may not change while the run lasts."""
-        record = record_of(self.model)
-        if record is None or self.step is None:
-            return ()
-        mine, kinds = record.activity, {(p.requires_grad, p.dtype, p.device) for p in self.step.flat.parameters}
-        return mine.running, mine.rows, dict(mine.weights), kinds
-
-    def read(self, batch: Mapping[str, Any]) -> Batch | None:
-        """Return a batch as `gradients` takes it; None if the plain path has to compute it.
-
-        Raises:
-            PeftLabError: `fast=True`, and it has to.
-        """
-        # these turn a head by other angles in a longer text
-        grows = getattr(self.decoder.rotary, "rope_type", "default") in ("dynamic", "longrope")
-        try:
-            return read_batch(batch, rounded=self.device.type == "cuda", counted=grows)
-        except Refused as refusal:
-            if self.settings.fast is True:
-                raise refused(refusal) from None
-            if str(refusal) not in self.plain_batches:
-                self.plain_batches.append(str(refusal))
-            return None
-
-    def gradients(self, batch: Batch, divisor: Tensor) -> Tensor:
-        """Add the gradient of the batch's summed loss, divided by `divisor`, to `grad`. Return the sum."""
-        assert self.step is not None and self.scale is not None
-        self.scale.fill_(1 / float(divisor))
-        rows = self.step.rows(batch)
-        if self.graphs is not None:
-            return self.graphs.gradients(batch, rows, self.scale)
-        return self.step.gradients(batch.to(self.device), rows, self.scale)
+    record = record_of(model)
+    if record is None:
+        raise Refused("no adapter is attached")
+    activity = record.activity
+    if not activity.running:
+        raise Refused("its adapters are merged or disabled")
+    if activity.rows is not None or list(activity.weights.values()) != [1.0]:
+        raise Refused("not one adapter of weight 1 is active but a mixture, several or none")
+    (name,) = activity.weights
+    found: dict[str, LoRALinear] = {}
+    for path, _, part in placed(model, name):
+        if type(part) is not LoRALinear:
+            where = path or "the model"
+            raise Refused(f"{name!r} has a {type(part).__name__} on {where}, and LoRA on linear layers is computed")
+        if not path.endswith(tuple(one for _, names in GROUPS.values() for one in names)):
+            raise Refused(f"{name!r} adapts {path}, which is none of the seven projections of a block")
+        if part.dropout:
+            raise Refused(f"{name!r} has dropout, {part.dropout}")
+        if part.lora_B_bias is not None:
+            raise Refused(f"{name!r} has lora_bias")
+        found[path] = part
+    mine = {id(p): p for lora in found.values() for p in (lora.lora_A, lora.lora_B)}
+    more = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in mine]
+    if more:
+        raise Refused(f"{len(more)} parameters train that are no LoRA on the seven projections; the first is {more[0]}")
+    frozen = sum(not p.requires_grad for p in mine.values())
+    if frozen:
+        raise Refused(f"{frozen} matrices of its LoRA are frozen")
+    kinds = {p.dtype for p in mine.values()}
+    if len(kinds) > 1:
+        raise Refused(f"its LoRA has matrices of several dtypes: {', '.join(sorted(map(str, kinds)))}")
+    if kinds & {torch.bfloat16, torch.float16}:
+        raise Refused(f"its LoRA is in {next(iter(kinds))}; in float32 this path keeps a 16-bit copy by itself")
+    return found

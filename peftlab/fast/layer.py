@@ -22,16 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftlab.fast import GROUPS, BlockParts, Sizes
 from peftlab.fast.groups import Group
-
-
-class Sizes(NamedTuple):
-    """Heads of queries, heads of keys and values, numbers in a head, and the norms' epsilon."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    eps: float
 
 
 class Rows(NamedTuple):
@@ -64,79 +56,77 @@ class Kept:
 
 
 class Block:
-    """One block: its groups of linears, its norms' weights, and its attention's window (None: no limit)."""
+    """One block: its groups of linears, its norms' weights, and its attention's window (None: no limit).
 
-    def __init__(self, groups: dict[str, Group], norms: dict[str, Tensor | None], window: int | None, sizes: Sizes,
-                 pieces: SimpleNamespace) -> None:  # fmt: skip
-        self.qkv, self.o, self.gate_up, self.down = (groups[name] for name in ("qkv", "o", "gate_up", "down"))
-        self.groups, self.norms, self.window, self.sizes, self.pieces = groups, norms, window, sizes, pieces
-        self.below = True  # whether something below this block is trained
+    Args:
+        like: a tensor with the device and the dtype of the products.
+    """
 
-    @property
-    def trains(self) -> bool:
-        return any(group.r for group in self.groups.values())
+    def __init__(self, parts: BlockParts, sizes: Sizes, pieces: SimpleNamespace, like: Tensor) -> None:
+        self.groups = {name: Group(parts.groups[name], like) for name in GROUPS}
+        self.qkv, self.o, self.gate_up, self.down = self.groups.values()
+        norms = parts.norms.items()
+        self.norms = {name: None if norm is None else norm.get_parameter("weight").detach() for name, norm in norms}
+        self.window, self.sizes, self.pieces = parts.window, sizes, pieces
+        self.trains = any(group.r for group in self.groups.values())
 
     # -- forward -------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, rows: Rows, low: dict[str, Tensor | None], keep: bool) -> tuple[Tensor, Kept | None]:
-        """Return the block's output and, with `keep`, what the backward pass reads. `low` gets each group's u."""
-        kept = self._up_to_gate(x, rows, low, graph=keep)
+    def forward(self, x: Tensor, rows: Rows, keep: bool) -> tuple[Tensor, Kept | None]:
+        """Return the block's output and, with `keep`, what the backward pass reads."""
+        kept = self._up_to_gate(x, rows, graph=keep)
         kept.n1 = kept.n2 = None
         inner = self.down.k
         act = self.down.inputs(len(x))
         self.pieces.swiglu_into(act[:, :inner], kept.gate_up[:, :inner], kept.gate_up[:, inner : 2 * inner])
-        y, low["down"] = self.down.forward(act)
+        y = self.down.forward(act)
         out = torch.empty_like(x)
         self.pieces.add_into(out, kept.h, y)
         return out, kept if keep else None
 
-    def _up_to_gate(self, x: Tensor, rows: Rows, low: dict[str, Tensor | None], graph: bool) -> Kept:
-        """The block up to g and p. A `low` that is filled already is used."""
+    def _up_to_gate(self, x: Tensor, rows: Rows, graph: bool) -> Kept:
+        """The block up to g and p."""
         m, hidden, sizes = len(x), x.shape[1], self.sizes
         n1 = self.qkv.inputs(m)
         self.pieces.norm_into(n1[:, :hidden], x, self.norms["input"], sizes.eps)
-        product, low["qkv"] = self.qkv.forward(n1, low.get("qkv"))
+        product = self.qkv.forward(n1)
         before, q, k, v = self._rotated(product.view(rows.b, rows.s, -1, sizes.head_dim), rows)
         del product
         leaves, o = self._attention(q, k, v, rows, graph)
         flat_o = self.o.inputs(m)
         self.pieces.copy_into(flat_o[:, : self.o.k], o.detach().transpose(1, 2).reshape(m, self.o.k))
-        y, low["o"] = self.o.forward(flat_o, low.get("o"))
+        y = self.o.forward(flat_o)
         h, n2 = torch.empty_like(x), self.gate_up.inputs(m)
         self.pieces.add_norm_into(h, n2[:, :hidden], x, y, self.norms["post"], sizes.eps)
         gate_up = self.gate_up.outputs(m)
-        _, low["gate_up"] = self.gate_up.forward(n2, low.get("gate_up"), out=gate_up[:, : self.gate_up.n])
+        self.gate_up.forward(n2, out=gate_up[:, : self.gate_up.n])
         return Kept(before, leaves, o, h, gate_up, n1[:, :hidden], n2[:, :hidden])
 
     def _rotated(self, qkv: Tensor, rows: Rows) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         """Return qkv, if the backward pass needs it, and q, k, v, each (b, s, heads, d). Without norms, in place."""
         sizes, pieces = self.sizes, self.pieces
-        both = sizes.heads + sizes.kv_heads
-        q, k, v = qkv.split([sizes.heads, sizes.kv_heads, sizes.kv_heads], 2)
-        if self.norms["q"] is None:
-            pieces.rotate_into(qkv[:, :, :both], qkv[:, :, :both], rows.cos, rows.sin)
-            return None, q, k, v
-        turned = []
-        for x, weight in ((q, self.norms["q"]), (k, self.norms["k"])):
-            y = torch.empty_like(x, memory_format=torch.contiguous_format)
-            pieces.norm_into(y, x, weight, sizes.eps)
-            pieces.rotate_into(y, y, rows.cos, rows.sin)
-            turned.append(y)
-        return qkv, *turned, v
+        q, k, v = qkv.split(sizes.split, 2)
+        before, turned = None, qkv[:, :, : -sizes.kv_heads]
+        if self.norms["q"] is not None:
+            before, turned = qkv, torch.empty_like(turned, memory_format=torch.contiguous_format)
+            for x, y, name in zip((q, k), turned.split(sizes.split[:2], 2), "qk", strict=True):
+                pieces.norm_into(y, x, self.norms[name], sizes.eps)
+        pieces.rotate_into(turned, turned, rows.cos, rows.sin)
+        return before, *turned.split(sizes.split[:2], 2), v
 
     def _rotated_back(self, out: Tensor, qkv: Tensor | None, grads: tuple[Tensor, ...], rows: Rows) -> None:
         """Write the gradient of qkv into `out`, (b, s, heads + 2 kv_heads, d)."""
         sizes, pieces = self.sizes, self.pieces
-        places = out.split([sizes.heads, sizes.kv_heads, sizes.kv_heads], 2)
+        places = out.split(sizes.split, 2)
         pieces.copy_into(places[2], grads[2])
         for index, name in enumerate("qk"):
-            place, grad, weight = places[index], grads[index], self.norms[name]
+            place, grad = places[index], grads[index]
             if qkv is None:
                 pieces.rotate_into(place, grad, rows.cos, rows.sin_back)
                 continue
-            x = qkv.split([sizes.heads, sizes.kv_heads, sizes.kv_heads], 2)[index]
             pieces.rotate_into(grad, grad, rows.cos, rows.sin_back)
-            pieces.norm_back_into(place, None, None, x, weight, grad, sizes.eps)
+            x = qkv.split(sizes.split, 2)[index]
+            pieces.norm_back_into(place, None, None, x, self.norms[name], grad, sizes.eps)
 
     def _attention(
         self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, graph: bool
@@ -168,9 +158,8 @@ class Block:
         return torch.empty_like(like), du, du[:, : group.n]
 
     def backward(
-        self, x: Tensor, dy: Tensor, dydu: Tensor, rows: Rows, low: dict[str, Tensor | None], kept: Kept | None,
-        beneath: Group | None,
-    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+        self, x: Tensor, dy: Tensor, dydu: Tensor, rows: Rows, kept: Kept | None, beneath: Group | None
+    ) -> tuple[Tensor, Tensor] | None:
         """Add the gradients of this block's LoRA; return dx and, for the group `beneath`, [dx | .].
 
         Args:
@@ -178,19 +167,19 @@ class Block:
             beneath: the down projection of the block below; None if nothing there is trained.
         """
         if kept is None:
-            kept = self._up_to_gate(x, rows, low, graph=True)
+            kept = self._up_to_gate(x, rows, graph=True)
         m, sizes, pieces, inner = len(x), self.sizes, self.pieces, self.down.k
         gate_up, kept.gate_up = kept.gate_up, None
         # y = h + W_down act,  act = silu(g) p
         act = self.down.back(self.down.low(dydu))
         pieces.swiglu_back_(gate_up[:, :inner], gate_up[:, inner : 2 * inner], act)  # now (dg, dp) and act itself
-        self.down.gradients(dydu, act, low["down"])
+        self.down.gradients(dydu, act)
         del act
         if beneath is None and not (self.gate_up.r or self.o.r or self.qkv.r):
             return None
         # g, p = W_gate_up n2,  n2 = norm(h)
         dn = self.gate_up.back(self.gate_up.low(gate_up))
-        self._gradients_of_normed(self.gate_up, gate_up, kept.n2, kept.h, "post", low["gate_up"])
+        self._gradients_of_normed(self.gate_up, gate_up, kept.n2, kept.h, "post")
         del gate_up
         kept.n2 = None
         if beneath is None and not (self.o.r or self.qkv.r):
@@ -199,7 +188,7 @@ class Block:
         pieces.norm_back_into(dh, copy, dy, kept.h, self.norms["post"], dn, sizes.eps)
         # h = x + W_o o
         do = self.o.back(self.o.low(dhdu)).view(rows.b, rows.s, sizes.heads, sizes.head_dim).transpose(1, 2)
-        self.o.gradients(dhdu, kept.o.detach().transpose(1, 2).reshape(m, self.o.k), low["o"])
+        self.o.gradients(dhdu, kept.o.detach().transpose(1, 2).reshape(m, self.o.k))
         if beneath is None and not self.qkv.r:
             return None
         dq, dk, dv = (t.transpose(1, 2) for t in torch.autograd.grad(kept.o, kept.leaves, do))
@@ -210,7 +199,7 @@ class Block:
         self._rotated_back(place, kept.qkv, (dq, dk, dv), rows)
         del dq, dk, dv, place
         self.qkv.low(dqkv)
-        self._gradients_of_normed(self.qkv, dqkv, kept.n1, x, "input", low["qkv"])
+        self._gradients_of_normed(self.qkv, dqkv, kept.n1, x, "input")
         if beneath is None:
             return None
         dn = self.qkv.back(dqkv)
@@ -218,12 +207,11 @@ class Block:
         pieces.norm_back_into(dx, copy, dh, x, self.norms["input"], dn, sizes.eps)
         return dx, dxdu
 
-    def _gradients_of_normed(
-        self, group: Group, dydu: Tensor, n: Tensor | None, x: Tensor, name: str, u: Tensor | None
-    ) -> None:
+    def _gradients_of_normed(self, group: Group, dydu: Tensor, n: Tensor | None, x: Tensor, name: str) -> None:
         """Add the gradients of a group that reads n = norm(x), which is computed again if it was not kept."""
-        if group.r and n is None:
+        if not group.r:
+            return
+        if n is None:
             n = group.inputs(len(x))[:, : group.k]
             self.pieces.norm_into(n, x, self.norms[name], self.sizes.eps)
-        if n is not None:
-            group.gradients(dydu, n, u)
+        group.gradients(dydu, n)

@@ -12,22 +12,22 @@ sliding windows get the mask that transformers would make.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftlab.fast.eligible import GROUPS, BlockParts, Decoder, Refused
-from peftlab.fast.groups import Group, Shared
-from peftlab.fast.layer import Block, Kept, Rows, Sizes
-from peftlab.fast.optimiser import Flat
+from peftlab.fast import GROUPS, Decoder, Refused
+from peftlab.fast.groups import Flat, share
+from peftlab.fast.layer import Block, Kept, Rows
 from peftlab.fast.pieces import pieces_for
-from peftlab.fast.shelf import PinnedShelf, Shelf
 
 IGNORE = -100
 COLUMNS = {"input_ids", "labels", "attention_mask", "position_ids", "use_cache"}
 LOGITS = 2**26  # numbers in a chunk of logits
+MOST_GRAPHS = 16  # each holds little of its own, for all take their memory from one pool
 
 
 class Batch(NamedTuple):
@@ -39,7 +39,8 @@ class Batch(NamedTuple):
         back: (b s,), each token's place in `places`; l where it predicts no label.
         labels: (l,), the labels there, -100 for those that fill up.
         learned: (), how many labels there are.
-        positions: (b or 1, s); None if they are 0, 1, 2, ... in all rows.
+        length: tokens in a row, before sizes were rounded up.
+        positions: (b or 1, s); None if the batch gives none. They are then 0, 1, 2, ... in all rows.
         blocks: (b, s), the number of each token's example in its row; None without packing.
     """
 
@@ -48,21 +49,21 @@ class Batch(NamedTuple):
     back: Tensor
     labels: Tensor
     learned: Tensor
+    length: int
     positions: Tensor | None
     blocks: Tensor | None
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
-        moved: Any = (None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self)
+        moved: Any = (one.to(device, non_blocking=True) if isinstance(one, Tensor) else one for one in self)
         return Batch(*moved)
 
 
-def read_batch(batch: Mapping[str, Any], rounded: bool = False, counted: bool = True) -> Batch:
+def read_batch(batch: Mapping[str, Any], rounded: bool = False) -> Batch:
     """Return a batch of the plain path, still on the CPU, as the step reads it.
 
     Args:
         rounded: whether its sizes are rounded up.
-        counted: whether positions are given that the batch does not give: those of the batch as it is.
 
     Raises:
         Refused: it holds something else than tokens, labels, positions and padding on the right.
@@ -86,7 +87,6 @@ def read_batch(batch: Mapping[str, Any], rounded: bool = False, counted: bool = 
         found = (positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1).cumsum(1)
         blocks = found.expand(ids.shape).contiguous() if found[:, -1].any() else None
     b, s = ids.shape
-    positions = torch.arange(s)[None] if positions is None and counted else positions
     more = round_up(s) - s if rounded else 0
     if more:
         ids, following = F.pad(ids, (0, more)), F.pad(following, (0, more), value=IGNORE)
@@ -99,7 +99,7 @@ def read_batch(batch: Mapping[str, Any], rounded: bool = False, counted: bool = 
     back = torch.full((ids.numel(),), count + fill)
     back[places] = torch.arange(count)
     wanted = F.pad(following.reshape(-1)[places].long(), (0, fill), value=IGNORE)
-    return Batch(ids, F.pad(places, (0, fill)), back, wanted, torch.tensor(count), positions, blocks)
+    return Batch(ids, F.pad(places, (0, fill)), back, wanted, torch.tensor(count), s, positions, blocks)
 
 
 def round_up(n: int) -> int:
@@ -123,59 +123,28 @@ class Step:
         self.side = torch.cuda.Stream() if pinned else None
         self.pinned: dict[torch.Size, list[Tensor]] = {}
         self.usual: dict[torch.Size, Rows] = {}
+        # these turn a head by other angles in a longer text
+        self.grows = getattr(decoder.rotary, "rope_type", "default") in ("dynamic", "longrope")
         device = decoder.embedding.weight.device
         self.like = torch.empty(0, dtype=dtype, device=device)
         self.pieces, self.told = pieces_for(device, dtype)
-        eps: Any = decoder.norm.variance_epsilon
-        self.sizes = Sizes(decoder.heads, decoder.kv_heads, decoder.head_dim, eps)
         self.head = decoder.head.weight.detach().to(dtype)
-        self.blocks = [self._block(parts) for parts in decoder.blocks]
-        for block, lower in zip(self.blocks, [None, *self.blocks], strict=False):
-            block.below = lower is not None and (lower.below or lower.trains)
+        self.blocks = [Block(parts, decoder.sizes, self.pieces, self.like) for parts in decoder.blocks]
         self.first = next(index for index, block in enumerate(self.blocks) if block.trains)
         self.groups = [group for block in self.blocks for group in block.groups.values()]
         try:
             for group in self.groups:
                 group.borrow()
-            self._share()
+            for name in GROUPS:
+                share([block.groups[name] for block in self.blocks])
             self.flat = Flat(parameter for group in self.groups for parameter in group.parameters())
         except BaseException:  # the memory may not suffice
             for group in self.groups:
                 group.give_back()
             raise
-        self._place_gradients()
-
-    def _block(self, parts: BlockParts) -> Block:
-        groups = {name: Group(parts.groups[name], self.like) for name in GROUPS}
-        norms: dict[str, Tensor | None] = dict.fromkeys(parts.norms)
-        norms |= {name: norm.get_parameter("weight").detach() for name, norm in parts.norms.items() if norm is not None}
-        return Block(groups, norms, parts.window, self.sizes, self.pieces)
-
-    def _share(self) -> None:
-        """Give the 4-bit groups of one kind one buffer to decode into."""
-        for name in GROUPS:
-            coded = [block.groups[name] for block in self.blocks if block.groups[name].coded]
-            if coded:
-                shared = Shared(self.like.new_zeros(max(group.size for group in coded)))
-                for group in coded:
-                    group.shared = shared
-
-    def _place_gradients(self) -> None:
-        assert self.flat.whole.grad is not None
-        views, at = iter(self.flat.gradients), 0
+        at = 0
         for group in self.groups:
-            if not group.adapted:
-                continue
-            for _ in group.adapted:
-                next(views)
-            end = at + group.r * group.k
-            group.flat_a, group.grad_a = (
-                whole[at:end].view(group.r, group.k) for whole in (self.flat.whole.detach(), self.flat.whole.grad)
-            )
-            at = end
-            for member in group.adapted:
-                member.grad_b = next(views)
-                at += member.grad_b.numel()
+            at = group.place(self.flat, at)
 
     def give_back(self) -> None:
         """Give the model its weights and parameters back."""
@@ -187,21 +156,22 @@ class Step:
 
     def rows(self, batch: Batch) -> Rows:
         """Return the positions and masks of a batch, on the device. Those of usual batches are kept."""
-        if batch.positions is None and batch.blocks is None:
-            shape = batch.ids.shape
-            if shape not in self.usual:
-                places = torch.arange(shape[1])[None]
-                self.usual[shape] = self._rows(batch._replace(positions=places))
-            return self.usual[shape]
-        return self._rows(batch)
+        if batch.positions is not None or self.grows:
+            return self._rows(batch)
+        shape = batch.ids.shape
+        if shape not in self.usual:
+            self.usual[shape] = self._rows(batch)
+        return self.usual[shape]
 
     def _rows(self, batch: Batch) -> Rows:
-        (b, s), device = batch.ids.shape, self.like.device
+        (b, s), device, positions = batch.ids.shape, self.like.device, batch.positions
+        if positions is None:
+            places = torch.arange(s)[None]
+            positions = places.clamp(max=batch.length - 1) if self.grows else places
         rotary: Any = self.decoder.rotary
-        assert batch.positions is not None
-        cos, sin = rotary(self.decoder.embedding.weight.new_empty(b, s, 1), batch.positions.to(device))
+        cos, sin = rotary(self.decoder.embedding.weight.new_empty(b, s, 1), positions.to(device))
         # both halves of a head's numbers are turned by the same angles
-        cos, sin = (table[..., : self.sizes.head_dim // 2].unsqueeze(2).contiguous() for table in (cos, sin))
+        cos, sin = (table[..., : self.decoder.sizes.head_dim // 2].unsqueeze(2).contiguous() for table in (cos, sin))
         blocks = None if batch.blocks is None else batch.blocks.to(device)
         windows = {block.window for block in self.blocks}
         return Rows(b, s, cos, sin, -sin, {window: _mask(s, blocks, window, device) for window in windows})
@@ -209,41 +179,29 @@ class Step:
     @torch.no_grad()
     def gradients(self, batch: Batch, rows: Rows, scale: Tensor) -> Tensor:
         """Add the gradient of the batch's summed loss times `scale` to the flat gradient. Return the sum."""
-        self._read_adapters()
+        for group in self.groups:
+            group.read_adapters()
         x = F.embedding(batch.ids.reshape(-1), self.decoder.embedding.weight)
-        pinned = self.pinned.setdefault(x.shape, [])
-        inputs = Shelf() if self.side is None else PinnedShelf(pinned, self.side)
-        lows: list[dict[str, Tensor | None]] = []
+        inputs: Any = [] if self.side is None else PinnedShelf(self.pinned.setdefault(x.shape, []), self.side)
         kept: list[Kept | None] = []
         for index, block in enumerate(self.blocks):
-            low: dict[str, Tensor | None] = {}
             if index >= self.first:
-                inputs.put(x)
-            x, saved = block.forward(x, rows, low, keep=index >= max(self.first, self.recomputed))
-            lows.append(low)
+                inputs.append(x)
+            x, saved = block.forward(x, rows, keep=index >= max(self.first, self.recomputed))
             kept.append(saved)
             del saved
         loss, dy, dydu = self._loss(x, batch, scale)
         del x
         for index in range(len(self.blocks) - 1, self.first - 1, -1):
-            block, below = self.blocks[index], self.blocks[index].below
-            made = block.backward(
-                inputs.take(), dy, dydu, rows, lows.pop(), kept.pop(), self.blocks[index - 1].down if below else None
-            )
+            beneath = self.blocks[index - 1].down if index > self.first else None
+            made = self.blocks[index].backward(inputs.pop(), dy, dydu, rows, kept.pop(), beneath)
             if made is not None:
                 dy, dydu = made
         return loss
 
-    def _read_adapters(self) -> None:
-        for block in self.blocks:
-            for group in block.groups.values():
-                group.read_adapters()
-                if group.shared is not None:
-                    group.shared.holds = None
-
     def _loss(self, x: Tensor, batch: Batch, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the summed loss, and the gradient of the last block's output x (M, H) as `Block.backward` takes it."""
-        weight, eps, pieces = self.decoder.norm.weight, self.sizes.eps, self.pieces
+        weight, eps, pieces = self.decoder.norm.weight, self.decoder.sizes.eps, self.pieces
         chosen = x[batch.places]
         n = chosen.new_empty(chosen.shape, dtype=self.like.dtype)
         pieces.norm_into(n, chosen, weight, eps)
@@ -270,3 +228,113 @@ def _mask(s: int, blocks: Tensor | None, window: int | None, device: torch.devic
     behind = place[:, None] - place[None]
     seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
     return seen[None, None] if blocks is None else (seen & (blocks[:, :, None] == blocks[:, None]))[:, None]
+
+
+class PinnedShelf:
+    """Keep the blocks' inputs in the computer's main memory, from the forward pass to the backward pass.
+
+    With checkpointing they are all that is kept of a block: 16 bits times tokens times hidden size. A copy to pinned
+    memory runs beside the products, on a stream of its own. One input is copied while the next block computes, and it
+    comes back while the block above it is run backward. From outside it is a list of which only the end is used.
+
+    Args:
+        pinned: the memory, from step to step.
+    """
+
+    def __init__(self, pinned: list[Tensor], side: torch.cuda.Stream) -> None:
+        self.pinned, self.side = pinned, side
+        self.copied: list[torch.cuda.Event] = []
+        self.leaving: Tensor | None = None
+        self.coming: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def append(self, x: Tensor) -> None:
+        """Begin to copy an input, and let go of the one before, whose copy is done by now."""
+        main, at = torch.cuda.current_stream(), len(self.copied)
+        if at == len(self.pinned):
+            self.pinned.append(torch.empty(x.shape, dtype=x.dtype, pin_memory=True))
+        self.side.wait_stream(main)
+        with torch.cuda.stream(self.side):
+            self.pinned[at].copy_(x, non_blocking=True)
+        if self.copied:
+            main.wait_event(self.copied[-1])
+        self.copied.append(self.side.record_event())
+        self.leaving = x
+
+    def pop(self) -> Tensor:
+        """Return the last input, and begin to fetch the one below it."""
+        main = torch.cuda.current_stream()
+        self.copied.pop()
+        if self.leaving is not None:  # the topmost block's input is still here
+            x, self.leaving = self.leaving, None
+            main.wait_stream(self.side)
+        else:
+            assert self.coming is not None
+            x, arrived = self.coming
+            main.wait_event(arrived)
+        self.coming = self._fetch(len(self.copied) - 1, like=x) if self.copied else None
+        return x
+
+    def _fetch(self, at: int, like: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        x = torch.empty_like(like)
+        self.side.wait_stream(torch.cuda.current_stream())  # what had this memory before is done with it
+        with torch.cuda.stream(self.side):
+            x.copy_(self.pinned[at], non_blocking=True)
+        return x, self.side.record_event()
+
+
+@dataclass
+class Recorded:
+    """A graph, the tensors that it reads, what was last copied there, and the tensor that it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    copied: list[Tensor]
+    loss: Tensor
+
+
+class Graphs:
+    """Replay a whole step as one CUDA graph, one for each shape of a batch.
+
+    A step launches some three thousand kernels. Launched one by one from Python they take longer than they run, on a
+    small model or a slow host. A graph is recorded once and then launched as a whole. It fixes the addresses of all
+    tensors, so there is one for each shape, and its inputs are copied to where they were when it was recorded.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self.recorded: dict[tuple, Recorded] = {}
+        self.seen: set[tuple] = set()
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def gradients(self, batch: Batch, rows: Rows, scale: Tensor) -> Tensor:
+        """Do what `Step.gradients` does. The first batch of a shape runs as usual, and its second records the graph.
+
+        Args:
+            batch: may still be on the CPU.
+            scale: always the same tensor, which is written to.
+        """
+        given = [*batch[:4], rows.cos, rows.sin, rows.sin_back, *(m for m in rows.masks.values() if m is not None)]
+        shape = tuple(tensor.shape for tensor in given)
+        recorded = self.recorded.get(shape)
+        if recorded is None:
+            if shape not in self.seen or len(self.recorded) >= MOST_GRAPHS:
+                self.seen.add(shape)
+                return self.step.gradients(batch.to(scale.device), rows, scale)
+            recorded = self.recorded[shape] = self._record(batch, rows, scale, given)
+        for index, (held, tensor) in enumerate(zip(recorded.inputs, given, strict=True)):
+            if recorded.copied[index] is not tensor:
+                held.copy_(tensor, non_blocking=True)
+        recorded.copied = given
+        recorded.graph.replay()
+        return recorded.loss.clone()
+
+    def _record(self, batch: Batch, rows: Rows, scale: Tensor, given: list[Tensor]) -> Recorded:
+        inputs = [tensor.to(scale.device, copy=True) for tensor in given]
+        ids, places, back, labels, cos, sin, sin_back, *others = inputs
+        masks = iter(others)
+        held = Batch(ids, places, back, labels, batch.learned, batch.length, None, None)
+        own = {window: None if mask is None else next(masks) for window, mask in rows.masks.items()}
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            loss = self.step.gradients(held, Rows(rows.b, rows.s, cos, sin, sin_back, own), scale)
+        return Recorded(graph, inputs, given, loss)

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftlab import optional
 from peftlab.checks import one_of
 from peftlab.errors import warn
+from peftlab.fast.groups import Flat
 from peftlab.training.masters import WithMasters, need_masters
 
 Groups = list[dict[str, Any]]
@@ -102,7 +103,7 @@ def skips_when_told(optimizer: torch.optim.Optimizer, device: torch.device) -> b
     return device.type == "cuda" and bool(optimizer.defaults.get("fused"))
 
 
-def step_unless(wrong: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+def step_unless(wrong: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """Make a step unless `wrong`, a scalar on the GPU, is 1. Parameters and states then stay as they are.
 
     The CPU does not wait to know it. A fused optimiser of torch reads the attribute, as under a loss scale.
@@ -127,3 +128,65 @@ def decay_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) ->
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not name.endswith("bias")
+
+
+def flattened(plain: torch.optim.Optimizer, flat: Flat) -> torch.optim.Optimizer:
+    """Return AdamW over a flat tensor, with the plain one's states and settings; another optimiser as it is."""
+    if type(plain) is not torch.optim.AdamW or len(plain.param_groups) > 1:
+        return plain
+    return FlatAdamW(flat, plain)
+
+
+class FlatAdamW(torch.optim.Optimizer):
+    """AdamW in a few kernels instead of hundreds, because all that is trained is one flat tensor.
+
+        theta = [A_1, B_1, A_2, ...],    g, m, v likewise
+
+        m <- b1 m + (1 - b1) g,    v <- b2 v + (1 - b2) g^2
+        theta <- (1 - lr decay) theta - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+
+    From outside it looks like torch's AdamW over the same parameters: its states have the same names and shapes, so
+    that a run goes on with the one from where it stopped with the other.
+
+    Args:
+        plain: torch's AdamW over the same parameters in one group, whose settings and states are taken over.
+    """
+
+    def __init__(self, flat: Flat, plain: torch.optim.AdamW) -> None:
+        super().__init__([dict(group) for group in plain.param_groups], plain.defaults)
+        self.flat = flat
+        self._adamw: Any = torch.optim.AdamW([flat.whole], lr=plain.defaults["lr"], fused=plain.defaults["fused"])
+        self.load_state_dict(plain.state_dict())
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no closure is used
+        """Move the parameters."""
+        (group,), (mine,) = self.param_groups, self._adamw.param_groups
+        mine |= {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+        self._adamw.found_inf = getattr(self, "found_inf", None)  # where it is 1, a fused step changes nothing
+        self._adamw.step()
+        if not self.state:
+            self._show()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Leave the gradients: `Flat.begin` clears them before the next step."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over the states of an AdamW over the same parameters."""
+        super().load_state_dict(dict(state_dict))
+        if not self.state:
+            return
+        held = [self.state[parameter] for parameter in self.flat.parameters]
+        states: dict[str, Tensor] = {"step": torch.as_tensor(held[0]["step"]).clone()}
+        if self.defaults["fused"]:
+            states["step"] = states["step"].to(self.flat.whole.device)
+        for name in ("exp_avg", "exp_avg_sq"):
+            states[name] = torch.cat([state[name].reshape(-1) for state in held])
+        self._adamw.state[self.flat.whole] = states
+        self._show()
+
+    def _show(self) -> None:
+        """Let `state` hold each parameter's part of the states."""
+        whole = self._adamw.state[self.flat.whole]
+        parts = zip(self.flat.views(whole["exp_avg"]), self.flat.views(whole["exp_avg_sq"]), strict=True)
+        for parameter, (mean, square) in zip(self.flat.parameters, parts, strict=True):
+            self.state[parameter] = {"step": whole["step"], "exp_avg": mean, "exp_avg_sq": square}

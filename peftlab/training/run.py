@@ -20,7 +20,6 @@ from peftlab.core.records import check_hosts, unwrap
 from peftlab.core.sharding import refuse_sharded
 from peftlab.core.steps import add_gradients, begin_run, schedules, taking_part
 from peftlab.errors import PeftLabError, warn
-from peftlab.fast import FastPath, find_path
 from peftlab.fast.step import Batch
 from peftlab.settings import Settings
 from peftlab.training import varlen
@@ -28,6 +27,7 @@ from peftlab.training.buffers import Buffers
 from peftlab.training.chunked import ChunkedLoss
 from peftlab.training.compiling import Layers
 from peftlab.training.encoding import Collator
+from peftlab.training.fast_path import FastPath, find_path
 from peftlab.training.fitting import choose_blocks
 from peftlab.training.inputs import Inputs, example_lengths
 from peftlab.training.labels import moved
@@ -35,7 +35,7 @@ from peftlab.training.loraplus import loraplus_groups
 from peftlab.training.losses import Loss
 from peftlab.training.masters import WithMasters
 from peftlab.training.metrics import mean_loss
-from peftlab.training.optimizers import make_optimizer, skips_when_told, step_unless
+from peftlab.training.optimizers import flattened, make_optimizer, skips_when_told, step_unless
 from peftlab.training.precision import AUTOCAST, autocast, check_trainable_dtypes
 from peftlab.training.ranks import Ranks
 from peftlab.training.rows import EVALUATION, TRAINING, rows_of
@@ -206,7 +206,7 @@ class Run:
         self.checkpointing = settings.checkpointing
         if self.checkpointing == "fit":
             self.checkpointing, self.history.checkpointing = self._fit()
-        self.path = find_path(model, self.core, dataclasses.replace(settings, checkpointing=self.checkpointing), device)
+        self.path = find_path(model, self.core, settings)
         self.by_kernel = self.collate.packing and self._packed_rows_take_the_kernel()
         begin_run(self.core, len(self.order))
         self.history.schedule, self.adapters = schedules(self.core), taking_part(self.core)
@@ -272,14 +272,13 @@ class Run:
                 self.history.path = f"plain: {self.path}"
             yield
             return
-        plain = self.optimizer
-        with self.path as path:
-            self.fast, self.optimizer = path, path.optimizer(plain)
-            self.history.path = path.told
-            try:
-                yield
-            finally:
-                self.fast, self.optimizer, self.history.path = None, plain, path.told
+        path, plain = FastPath(self.core, self.path, self.settings, self.device), self.optimizer
+        try:
+            self.fast, self.optimizer, self.history.path = path, flattened(plain, path.step.flat), path.told
+            yield
+        finally:
+            self.fast, self.optimizer, self.history.path = None, plain, path.told
+            path.give_back()
 
     # -- one update ----------------------------------------------------------------------------------------------
 
@@ -434,7 +433,7 @@ class Run:
 
     def _leaves(self) -> list[nn.Parameter]:
         """Return what holds the gradients: the trained parameters, or the flat tensor of which they are views."""
-        return [*self.trainable.values()] if self.fast is None else [self.fast.whole]
+        return [*self.trainable.values()] if self.fast is None else [self.fast.step.flat.whole]
 
     def _clip(self) -> Tensor:
         """Clip to the global norm |g| = sqrt(sum of g_i^2): g <- g min(1, max_norm / |g|). Return |g|."""

@@ -12,9 +12,8 @@ import tiny  # noqa: E402
 
 import peftlab as pl  # noqa: E402
 import peftlab.fast.step  # noqa: E402
-from peftlab.fast.eligible import decoder_of  # noqa: E402
-from peftlab.fast.graph import Graphs  # noqa: E402
-from peftlab.fast.step import Step, read_batch  # noqa: E402
+from peftlab.fast.step import Graphs, Step, read_batch  # noqa: E402
+from peftlab.training.eligible import decoder_of  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 SIZES = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 4, "vocab_size": 512}

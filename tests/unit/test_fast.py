@@ -1,7 +1,7 @@
 """The fast path against the plain one in float64: losses, gradients, steps; and the reasons where it cannot run."""
 
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -20,9 +20,9 @@ from transformers import (
 )
 
 import peftlab as pl
-from peftlab.fast.eligible import Refused, decoder_of
-from peftlab.fast.graph import Graphs
-from peftlab.fast.step import Step, read_batch, round_up
+from peftlab.fast import Refused
+from peftlab.fast.step import Graphs, Step, read_batch, round_up
+from peftlab.training.eligible import decoder_of
 from peftlab.training.losses import causal_lm_loss
 from peftlab.training.packing import pack
 
@@ -369,6 +369,33 @@ def test_a_base_that_does_not_fit_twice_stays_as_it_is(monkeypatch):
         assert torch.equal(state[name], tensor) and tensor.is_contiguous(), name
 
 
+@pytest.mark.parametrize("ends", [True, False], ids=["ends", "broken off"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("four_bit", [False, True], ids=["dense", "4-bit"])
+def test_a_step_forgets_the_one_before(monkeypatch, ends, recompute, four_bit):
+    model, how = make(hidden_size=64, intermediate_size=64).float(), {"recompute": recompute, "dtype": torch.float32}
+    adapt(pl.quantize_model(model) if four_bit else model)
+    wanted, gradients = fast_gradients(model, padded(), **how)
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def broken_off(*_):
+        raise Killed
+
+    with borrowed(model, **how) as step, torch.no_grad():
+        read = read_batch(padded())
+        rows, scale = step.rows(read), 1 / read.learned.float()
+        torch._foreach_mul_(trained, 2)
+        with monkeypatch.context() as patch, nullcontext() if ends else pytest.raises(Killed):
+            if not ends:
+                patch.setattr(step, "_loss", broken_off)
+            step.gradients(read._replace(ids=read.ids.flip(1)), rows, scale)
+        torch._foreach_mul_(trained, 0.5)
+        step.flat.begin()
+        assert torch.equal(step.gradients(read, rows, scale), wanted)
+        for name, p in model.named_parameters():
+            assert not p.requires_grad or torch.equal(p.grad, gradients[name]), name
+
+
 def test_weights_are_lent_and_not_copied():
     model = adapt(make())
     with borrowed(model) as step:
@@ -423,7 +450,7 @@ def test_graphs_are_fed_with_each_batch(monkeypatch):
         graphs, scale = Graphs(step), torch.zeros((), dtype=torch.float64)
         batches = [padded(seed=seed) for seed in range(4)]
         for batch in [*batches, in_rows(), in_rows(), batches[0]]:
-            read = read_batch(batch, counted=False)
+            read = read_batch(batch)
             results = []
             for how in (graphs.gradients, compute):
                 step.flat.begin()
@@ -537,6 +564,10 @@ def set_to(path, name, value):
         (set_to("model.layers.1", "mlp", nn.Identity()), "layers.1.mlp is a Identity of torch"),
         (set_to("model.layers.1.mlp", "act_fn", nn.GELU()), "mlp.act_fn is a GELU, not SiLU"),
         (set_to("model.layers.1.self_attn", "scaling", 0.1), "self_attn scales by 0.1"),
+        (
+            lambda it: setattr(it.model.layers[0], "input_layernorm", it.model.layers[1].mlp),
+            "is a norm of the kind Qwen3MLP",
+        ),
         (set_to("model.layers.1.input_layernorm", "variance_epsilon", 0.1), "several epsilons: 1e-06, 0.1"),
         (lambda model: setattr(model.config, "num_hidden_layers", 2), "3 blocks, of which its config lets 2 run"),
     ],
