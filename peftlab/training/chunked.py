@@ -27,14 +27,13 @@ from peftlab.core.hooks import CHILD
 from peftlab.core.records import as_transformer, unwrap, wrappings
 from peftlab.errors import PeftLabError
 from peftlab.training.encoding import IGNORE
-from peftlab.training.labels import readable
+from peftlab.training.labels import moved, readable
 from peftlab.training.losses import (
     causal_lm_loss,
     default_loss,
-    learned_places,
+    learned_rows,
     next_labels,
     only_needed,
-    rows_at,
     with_balance,
     without_full_mask,
     without_labels,
@@ -106,17 +105,22 @@ class _CrossEntropy(torch.autograd.Function):
             h, w = hidden.to(dtype), weight.to(dtype)
             b = None if bias is None else bias.to(dtype)
             wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+            # dL/dh is written chunk by chunk; what belongs to the head is a sum over chunks
             grads = [
-                torch.zeros_like(one, dtype=kind) if wanted and one is not None else None
-                for wanted, one, kind in zip(wants, (hidden, weight, bias), (hidden.dtype, wide, wide), strict=True)
+                make(one, dtype=kind) if wanted and one is not None else None
+                for make, wanted, one, kind in (
+                    (torch.empty_like, wants[0], hidden, hidden.dtype),
+                    (torch.zeros_like, wants[1], weight, wide),
+                    (torch.zeros_like, wants[2], bias, wide),
+                )
             ]
-            total = torch.zeros((), dtype=wide, device=hidden.device)
+            losses = []
             step = rows or chunk_rows(len(h), len(w))
             for at in range(0, len(h), step):
                 part = h[at : at + step]
                 # z = h W^T + b
                 loss, dz = loss_and_gradient(F.linear(part, w, b).to(wide), labels[at : at + step], form)
-                total += loss
+                losses.append(loss)
                 narrow = dz.to(dtype) if wants[0] or wants[1] else dz
                 if grads[0] is not None:
                     # dL/dh = dL/dz W
@@ -129,7 +133,7 @@ class _CrossEntropy(torch.autograd.Function):
                 del dz, narrow  # before the next chunk is made
         ctx.dtypes = [None if one is None else one.dtype for one in (hidden, weight, bias)]
         ctx.save_for_backward(*grads)
-        return total
+        return sum(losses[1:], start=losses[0]) if losses else hidden.new_zeros((), dtype=wide)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -156,7 +160,7 @@ def loss_and_gradient(z: Tensor, labels: Tensor, form: Form = PLAIN) -> tuple[Te
     sums = z.exp_().sum(1, keepdim=True)
     loss = (sums.log() - chosen).sum()
     # dL/dz = softmax(z) - onehot
-    z.div_(sums).scatter_add_(1, own, torch.full_like(chosen, -1))
+    z.div_(sums).scatter_(1, own, -1, reduce="add")
     if slope is not None:
         z.mul_(slope)
     if form.scale != 1:
@@ -205,11 +209,12 @@ class ChunkedLoss:
         if self.head is None:
             return loss(model, batch)
         labels = readable(batch["labels"])
-        if not self.pays(int((labels != IGNORE).sum())):
+        learned = labels != IGNORE
+        if not self.pays(int(learned.sum())):
             return loss(model, batch)
         before = None if self.seen else generators(self.head.weight.device)
         with read_by(self.head, answer=not self.seen) as read:
-            output = without_labels(model, {**without_full_mask(batch), **only_needed(model, labels)})
+            output = without_labels(model, {**without_full_mask(batch), **only_needed(model, learned)})
         if before is not None:
             reason = self._difference(read, output)
             if reason is not None:
@@ -218,12 +223,20 @@ class ChunkedLoss:
                 return loss(model, batch)
             self.seen, self.told = True, "in chunks"
         (hidden,) = read.inputs  # (b, k, d), or (b, n + t, d) behind a prompt
-        places, wanted = learned_places(next_labels(labels, hidden.shape[1]), self.head.out_features)
-        total = chunked_cross_entropy(
-            rows_at(hidden, places), self.head.weight, wanted.to(hidden.device, non_blocking=True),
-            bias=self.head.bias, form=self.form,
-        )  # fmt: skip
+        chosen, wanted = learned_rows(hidden, next_labels(labels, hidden.shape[1]), self.head.out_features)
+        total = chunked_cross_entropy(chosen, self.head.weight, wanted, bias=self.head.bias, form=self.form)
         return with_balance(model, output, total, torch.tensor(len(wanted)))
+
+    def moved(self, model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+        """Return a batch on the device, but for what a causal language model's loss reads on the CPU: the labels, and
+        a mask that hides nothing, which is left out.
+        """
+        if device.type != "cuda" or default_loss(model, batch) is not causal_lm_loss:
+            return moved(batch, device)
+        labels, mask = batch["labels"], batch.get("attention_mask")
+        full = isinstance(mask, Tensor) and not mask.is_cuda and bool(mask.all())
+        left = ("labels", "attention_mask") if full else ("labels",)
+        return {**moved({key: value for key, value in batch.items() if key not in left}, device), "labels": labels}
 
     def pays(self, labels: int) -> bool:
         """Say whether the logits of so many labels are computed in chunks."""

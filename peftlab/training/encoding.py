@@ -240,10 +240,13 @@ class Collator:
                 fill = {"input_ids": self._pad_id(), "labels": IGNORE}.get(key, 0)
                 batch[key] = self._pad(rows, fill)
         if "input_ids" in batch and "attention_mask" not in batch:
-            lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-            places = torch.arange(batch["input_ids"].shape[1])
-            places = places.flip(0) if self.side == "left" else places
-            batch["attention_mask"] = (places < lengths[:, None]).long()
+            lengths, width = [len(example["input_ids"]) for example in examples], batch["input_ids"].shape[1]
+            if all(length == width for length in lengths):
+                batch["attention_mask"] = torch.ones(len(examples), width, dtype=torch.long)
+            else:
+                places = torch.arange(width)
+                places = places.flip(0) if self.side == "left" else places
+                batch["attention_mask"] = (places < torch.tensor(lengths)[:, None]).long()
         return pack(batch, multiple_of=self.multiple_of) if self.packing else batch
 
     def _pad_id(self) -> int:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from peftlab.core.records import unwrap
 from peftlab.errors import PeftLabError
 from peftlab.training.encoding import IGNORE
-from peftlab.training.labels import readable
+from peftlab.training.labels import readable, sent
 from peftlab.training.model_task import call, forward_columns, inner_model, problem_of, task_of
 
 Loss = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]]
@@ -37,7 +37,7 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, 
     with the weight that its config names, as in the model's own loss.
     """
     labels = readable(batch["labels"])
-    output = without_labels(model, {**without_full_mask(batch), **only_needed(model, labels)})
+    output = without_labels(model, {**without_full_mask(batch), **only_needed(model, labels != IGNORE)})
     logits = _logits(model, output)  # (b, k, V), or (b, n + t, V) behind a prompt
     # nll = - sum over i of log p(x_{i+1} | x_1 .. x_i), over the labelled x_{i+1} alone
     total, count = _cross_entropy(logits, next_labels(labels, logits.shape[1]))
@@ -68,13 +68,17 @@ def without_full_mask(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     return batch
 
 
-def only_needed(model: nn.Module, labels: Tensor) -> dict[str, int]:
-    """Return the argument that makes a model skip the logits before the first learned token. They are not needed."""
-    learned = (labels != IGNORE).any(0).nonzero()
-    first = int(learned[0]) if len(learned) else 0
-    if not first or "logits_to_keep" not in forward_columns(unwrap(model)).names:
+def only_needed(model: nn.Module, learned: Tensor) -> dict[str, int]:
+    """Return the argument that makes a model skip the logits before the first learned token. They are not needed.
+
+    learned: (b, t), True where a token has a label.
+    """
+    if bool(learned[:, :1].any()) or "logits_to_keep" not in forward_columns(unwrap(model)).names:
         return {}
-    return {"logits_to_keep": labels.shape[1] - first + 1}  # counted from the end, so a prompt in front does not matter
+    places = learned.any(0).nonzero()
+    first = int(places[0]) if len(places) else 0
+    # counted from the end, so a prompt in front does not matter
+    return {"logits_to_keep": learned.shape[1] - first + 1} if first else {}
 
 
 def _router_weight(model: nn.Module) -> float:
@@ -248,33 +252,31 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     logits: (..., V), labels: (...), on the same device or on the CPU, where nothing has to wait for them.
     """
-    places, wanted = learned_places(labels, logits.shape[-1])
-    chosen = _wide(rows_at(logits, places))  # (labels, V): only these rows are upcast, a prompt's logits never
-    total = F.cross_entropy(chosen, wanted.to(logits.device, non_blocking=True), reduction="sum")
+    chosen, wanted = learned_rows(logits, labels, logits.shape[-1])
+    total = F.cross_entropy(_wide(chosen), wanted, reduction="sum")  # only these rows are upcast
     return total, torch.tensor(len(wanted))
 
 
-def learned_places(labels: Tensor, classes: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Return where labels other than -100 are, and these labels, on the CPU where they are known there.
+def learned_rows(values: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Return the rows of values (..., d) with a label other than -100, (n, d), and these labels (n,).
+
+    labels: (...), read on the CPU where they are known there. They are returned on the device of the values.
 
     Raises:
         PeftLabError: a label is no class.
     """
     labels = readable(labels)
+    whole = values.is_contiguous()  # a slice is not, and is not copied for this
+    labels = labels.reshape(-1) if whole else labels
     learned = (labels != IGNORE).nonzero(as_tuple=True)
     wanted = labels[learned].long()
-    if wanted.device.type == "cpu" and len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < classes:
-        wrong = int(wanted.max()) if int(wanted.max()) >= classes else int(wanted.min())
-        raise PeftLabError(f"A label is {wrong}, and the model tells {classes} classes apart, from 0 on.")
-    return learned, wanted
-
-
-def rows_at(logits: Tensor, places: tuple[Tensor, ...]) -> Tensor:
-    """Return the rows at these places, (labels, V). No place occurs twice."""
-    if not logits.is_contiguous():  # a slice, which is not copied for this
-        return logits[tuple(place.to(logits.device, non_blocking=True) for place in places)]
-    flat = places[0]
-    for size, place in zip(logits.shape[1:-1], places[1:], strict=True):
-        flat = flat * size + place
-    # The gradient of a row is added at its place. That of `logits[places]` would first be sorted by place.
-    return logits.view(-1, logits.shape[-1]).index_select(0, flat.to(logits.device, non_blocking=True))
+    if wanted.device.type == "cpu" and len(wanted):
+        least, most = (int(label) for label in torch.aminmax(wanted))
+        if not 0 <= least <= most < classes:
+            wrong = most if most >= classes else least
+            raise PeftLabError(f"A label is {wrong}, and the model tells {classes} classes apart, from 0 on.")
+    *places, wanted = sent(values.device, *learned, wanted)
+    if not whole:
+        return values[tuple(places)], wanted
+    # The gradient of a row is added at its place. That of `values[places]` would first be sorted by place.
+    return values.view(-1, values.shape[-1]).index_select(0, places[0]), wanted

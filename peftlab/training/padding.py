@@ -77,8 +77,10 @@ def put_known_id(batch: dict[str, Any], facts: ModelFacts, collate: Callable, wa
     if not on_cpu(ids) or ids.ndim != 2:
         return
     known = mask if on_cpu(mask) and mask.shape == ids.shape else None
+    padded, pad = known is not None and not bool(known.all()), facts.pad
+    if not padded and not facts.searches:
+        return
     hidden = torch.zeros_like(ids, dtype=torch.bool) if known is None else known == 0
-    padded, pad = bool(hidden.any()), facts.pad
     if facts.searches:
         _check_search(ids, hidden, facts, collate)
         if padded and pad is not None and bool((ids[hidden] != pad).any()):

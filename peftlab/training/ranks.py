@@ -35,9 +35,10 @@ class Ranks:
         return (mine, True) if mine else (items[:1], False)
 
     def sum(self, value: Tensor) -> Tensor:
-        """Return the sum of a value over all processes, without a gradient."""
-        value = value.detach().clone()
+        """Return the sum of a value over all processes, without a gradient. In a single process it is the value."""
+        value = value.detach()
         if self.world > 1:
+            value = value.clone()
             distributed.all_reduce(value)
         return value
 
@@ -46,7 +47,8 @@ class Ranks:
 
         In a single process a count stays where it is: on the CPU it can be read without waiting for the device.
         """
-        count = torch.as_tensor(count) * int(counted)
+        count = torch.as_tensor(count)
+        count = count if counted and count.dtype != torch.bool else count * int(counted)
         return self.sum(count.to(device) if self.world > 1 else count)
 
     def agree(self, value: Any) -> Any:

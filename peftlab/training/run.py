@@ -330,7 +330,9 @@ class Run:
             return row
         # The CPU goes on while the GPU computes, and reads one step later. Were this step wrong, the GPU itself leaves
         # the parameters as they are, now and in the step that follows.
-        self.wrong = torch.maximum(self.wrong, (~torch.isfinite(measured.values).all()).float())
+        # x - x is 0 for a finite number, and NaN for others
+        wrong = (measured.values - measured.values).sum().nan_to_num(nan=1.0)
+        self.wrong = torch.maximum(self.wrong, wrong.float())
         step_unless(self.wrong, self.optimizer)
         measured.send()
         self.step += 1
@@ -384,16 +386,19 @@ class Run:
             batch, read, counted = self.ahead.pop(tuple(part)) if known else self._prepare(part)
             total, count = (torch.empty(0), read.learned) if read is not None else self._loss_of(batch, part, counted)
             if number == 0:
-                provisional = count.clamp(min=1) * len(parts)
+                provisional = count.clamp(min=1)
+                provisional = provisional * len(parts) if len(parts) > 1 else provisional
             # N, the labels of the whole batch, is known only after the last part. Until then divide by a guess N'.
             if self.fast is not None and read is not None:
                 total = self.fast.gradients(read, provisional)
             else:
                 with self.ranks.unsynchronised(last=number == len(parts) - 1):
                     self.scaler.scale(total / provisional).backward()
-            totals.append(self.ranks.sum(total.double() if total.device.type != "mps" else total))
-            counts.append(count)
-        labels = int(sum(counts))
+            # copies: the next part may write where this one's numbers stand
+            wide = total.dtype if total.device.type == "mps" else torch.float64
+            totals.append(self.ranks.sum(total.detach().to(wide, copy=True)))
+            counts.append(count if len(parts) == 1 else count.clone())
+        labels = int(sum(counts[1:], start=counts[0]))
         # g = (N' / N) g'. DistributedDataParallel took the mean over the processes, so multiply by their number.
         if labels and len(parts) * self.ranks.world > 1:
             factor = int(provisional) / labels * self.ranks.world
@@ -418,7 +423,10 @@ class Run:
 
     def _loss_of(self, batch: Any, part: list[int], counted: bool) -> tuple[Tensor, Tensor]:
         """Return the summed loss of a part, with a graph behind it, and the number of its labels in all processes."""
-        batch = moved(batch, self.device)
+        if isinstance(self.loss, ChunkedLoss):
+            batch = self.loss.moved(self.model, batch, self.device)
+        else:
+            batch = moved(batch, self.device)
         whole = len(part) == self.settings.batch_size
         with self.layers.batch(batch, whole), autocast(self.device, self.settings.precision):
             total, count = _as_pair(self.loss(self.model, batch))
@@ -429,7 +437,7 @@ class Run:
                 "The loss does not depend on any parameter that requires gradients. Is the adapter disabled, or is "
                 "reentrant checkpointing on under a frozen embedding (then pass checkpointing='reentrant')?"
             )
-        return total * int(counted), self.ranks.sum_of_counts(count, counted, self.device)
+        return total if counted else total * 0, self.ranks.sum_of_counts(count, counted, self.device)
 
     def _leaves(self) -> list[nn.Parameter]:
         """Return what holds the gradients: the trained parameters, or the flat tensor of which they are views."""
