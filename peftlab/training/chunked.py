@@ -32,11 +32,9 @@ from peftlab.training.losses import (
     causal_lm_loss,
     default_loss,
     learned_rows,
+    needed_output,
     next_labels,
-    only_needed,
     with_balance,
-    without_full_mask,
-    without_labels,
 )
 from peftlab.training.model_facts import text_config
 from peftlab.training.model_task import inner_model
@@ -214,7 +212,7 @@ class ChunkedLoss:
             return loss(model, batch)
         before = None if self.seen else generators(self.head.weight.device)
         with read_by(self.head, answer=not self.seen) as read:
-            output = without_labels(model, {**without_full_mask(batch), **only_needed(model, learned)})
+            output = needed_output(model, batch, learned)
         if before is not None:
             reason = self._difference(read, output)
             if reason is not None:

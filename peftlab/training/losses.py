@@ -26,6 +26,7 @@ from peftlab.errors import PeftLabError
 from peftlab.training.encoding import IGNORE
 from peftlab.training.labels import readable, sent
 from peftlab.training.model_task import call, forward_columns, inner_model, problem_of, task_of
+from peftlab.training.positions import counted
 
 Loss = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]]
 
@@ -37,11 +38,21 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, 
     with the weight that its config names, as in the model's own loss.
     """
     labels = readable(batch["labels"])
-    output = without_labels(model, {**without_full_mask(batch), **only_needed(model, labels != IGNORE)})
+    output = needed_output(model, batch, labels != IGNORE)
     logits = _logits(model, output)  # (b, k, V), or (b, n + t, V) behind a prompt
     # nll = - sum over i of log p(x_{i+1} | x_1 .. x_i), over the labelled x_{i+1} alone
     total, count = _cross_entropy(logits, next_labels(labels, logits.shape[1]))
     return with_balance(model, output, total, count)
+
+
+def needed_output(model: nn.Module, batch: Mapping[str, Any], learned: Tensor) -> Any:
+    """Return a language model's output for a batch, without what its loss does not need.
+
+    learned: (b, t), True where a token has a label.
+    """
+    inputs = {**without_full_mask(batch), **only_needed(model, learned)}
+    with counted(inputs):
+        return without_labels(model, inputs)
 
 
 def next_labels(labels: Tensor, positions: int) -> Tensor:

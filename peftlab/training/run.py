@@ -36,6 +36,7 @@ from peftlab.training.losses import Loss
 from peftlab.training.masters import WithMasters
 from peftlab.training.metrics import mean_loss
 from peftlab.training.optimizers import flattened, make_optimizer, skips_when_told, step_unless
+from peftlab.training.positions import spared
 from peftlab.training.precision import AUTOCAST, autocast, check_trainable_dtypes
 from peftlab.training.ranks import Ranks
 from peftlab.training.rows import EVALUATION, TRAINING, rows_of
@@ -260,6 +261,7 @@ class Run:
             memory_settings(self.model, self.checkpointing),
             self.layers.on(),
             self.fast_path(),
+            spared(),
             varlen.used(self.model) if self.by_kernel else contextlib.nullcontext(),
         ):
             yield
