@@ -1,17 +1,25 @@
 """What lets the CPU run ahead of a GPU: results that are read a step later, and labels that are known on the CPU."""
 
+import threading
+
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaForSequenceClassification, masking_utils
 
 import peftlab as pl
-from peftlab.bench.loop import loop_pairs
-from peftlab.training import run
+from peftlab.bench.loop import loop_pairs, median_interval, plain_steps, train_steps
+from peftlab.settings import Settings
+from peftlab.training import chunked, run
+from peftlab.training.chunked import ChunkedLoss
 from peftlab.training.encoding import Collator
 from peftlab.training.inputs import Examples, Inputs
 from peftlab.training.labels import NOTE, readable
 from peftlab.training.losses import causal_lm_loss
 from peftlab.training.optimizers import OPTIMIZERS
+from peftlab.training.positions import LOOK, spared
+from peftlab.training.ranks import Ranks
 from peftlab.training.schedule import seed_everything
 
 
@@ -105,7 +113,119 @@ def test_labels_are_read_where_they_are_known_unless_written_to():
     assert readable(there) is there
 
 
+def ids_and_labels(mask=None):
+    ids = torch.arange(8).view(2, 4) % 5 + 1
+    return {"input_ids": ids, "labels": ids, **({} if mask is None else {"attention_mask": torch.tensor(mask)})}
+
+
+@pytest.mark.parametrize(
+    ("mask", "left"),
+    [(None, {"input_ids"}), ([[1] * 4] * 2, {"input_ids"}), ([[1] * 4, [1, 1, 1, 0]], {"input_ids", "attention_mask"})],
+)
+def test_what_a_loss_reads_on_the_cpu_does_not_go_to_a_gpu(mask, left, monkeypatch):
+    seen = []
+    monkeypatch.setattr(chunked, "moved", lambda batch, device: seen.append(set(batch)) or dict(batch))
+    model, batch = tiny.llama(), ids_and_labels(mask)
+    found = ChunkedLoss(model).moved(model, batch, torch.device("cuda"))
+    assert seen == [left] and found["labels"] is batch["labels"] and set(found) == left | {"labels"}
+    total, count = causal_lm_loss(model, found)
+    assert (float(total.detach()), int(count)) == (float(causal_lm_loss(model, batch)[0].detach()), 6)
+    ChunkedLoss(model).moved(model, batch, torch.device("cpu"))
+    assert seen[1] == set(batch)
+
+
+def test_other_losses_get_their_labels_and_masks(monkeypatch):
+    monkeypatch.setattr(chunked, "moved", lambda batch, device: dict(batch))
+    model, batch = LlamaForSequenceClassification(tiny.llama(num_labels=2, pad_token_id=0).config), {**ids_and_labels([[1] * 4] * 2), "labels": torch.tensor([0, 1])}
+    assert set(ChunkedLoss(model).moved(model, batch, torch.device("cuda"))) == set(batch)
+
+
+# -- what transformers would look for on the GPU -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """The positions in which transformers has looked for packed rows."""
+    seen, own = [], getattr(masking_utils, LOOK)
+    monkeypatch.setattr(masking_utils, LOOK, lambda positions: seen.append(positions) or own(positions))
+    return seen
+
+
+def test_transformers_does_not_look_for_packed_rows_where_a_model_counts_its_positions(looks):
+    model, before = tiny.llama(), getattr(masking_utils, LOOK)
+    model.config.use_cache = False
+    expected = causal_lm_loss(model, ids_and_labels())[0]
+    assert len(looks) == 1, "outside a run it looks"
+    with spared(), spared():
+        assert torch.equal(causal_lm_loss(model, ids_and_labels())[0], expected) and len(looks) == 1
+        model(**ids_and_labels())
+        assert len(looks) == 2, "a call of somebody else's"
+        packed = torch.tensor([[0, 1, 0, 1]] * 2)
+        apart = causal_lm_loss(model, {**ids_and_labels(), "position_ids": packed})[0]
+        assert len(looks) == 3 and not torch.equal(apart, expected)
+
+        def elsewhere():
+            model(**ids_and_labels())
+
+        other = threading.Thread(target=elsewhere)
+        other.start()
+        other.join()
+        assert len(looks) == 4
+    assert getattr(masking_utils, LOOK) is before
+
+
+def test_what_others_put_around_it_meanwhile_stays(looks):
+    before = getattr(masking_utils, LOOK)
+    with spared():
+        ours = getattr(masking_utils, LOOK)
+        masking_utils.find_packed_sequence_indices = theirs = lambda positions: ours(positions)
+    assert getattr(masking_utils, LOOK) is theirs and theirs(torch.tensor([[0, 1, 0]])).tolist() == [[0, 0, 1]]
+    masking_utils.find_packed_sequence_indices = before
+
+
+def test_a_run_is_spared_the_look(looks):
+    model = pl.attach(tiny.llama(), pl.LoRAConfig(r=2))
+
+    def collate(examples):
+        rows = torch.tensor([row["input_ids"][:6] for row in examples])
+        return {"input_ids": rows, "labels": rows}
+
+    data = [{"input_ids": list(range(1, 9))}] * 4
+    history = pl.train(model, data, collate=collate, steps=2, batch_size=2, fast=False, progress=False)
+    assert history.path.startswith("plain") and not looks
+
+
 # -- the rest of a step ------------------------------------------------------------------------------------------------
+
+
+class Counted(TorchDispatchMode):
+    """Count the operations of torch."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_makes_few_operations_more_than_a_plain_loop():
+    """It also reads, checks and pads a batch, computes the loss in chunks and keeps it."""
+    model = pl.attach(tiny.llama(), pl.LoRAConfig(r=2))
+    given = Settings(steps=10, batch_size=4, schedule="constant", fast=False, precision="fp32", chunked_loss=True)
+    rows = torch.randint(1, 32, (16, 12))
+    counts = {}
+    with (
+        plain_steps(model, rows[:4], given) as plain,
+        train_steps(model, [{"input_ids": row.tolist(), "labels": row.tolist()} for row in rows], given) as train,
+    ):
+        for name, step in (("plain", plain), ("train", train)):
+            step()
+            with Counted() as found:
+                step()
+            counts[name] = found.count
+    assert 0 < counts["train"] - counts["plain"] < 60, counts
 
 
 def test_seeds_are_those_of_torch_and_leave_nothing_behind():
@@ -139,3 +259,11 @@ def test_both_loops_side_by_side():
     row = loop_pairs(model, 2, 8, steps=1, pairs=3, warm_up=1)
     assert row["pairs"] == 3 and 0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
     assert row["plain_seconds"] > 0 and row["train_seconds"] > 0
+    assert row["ratio_from"] <= row["ratio"] <= row["ratio_to"]
+
+
+def test_the_interval_of_a_median_holds_it_19_times_in_20():
+    assert median_interval(range(1, 101)) == (40, 61) and median_interval([2.0, 1.0]) == (1.0, 2.0)
+    torch.manual_seed(0)
+    drawn = [median_interval(row.tolist()) for row in torch.randn(1000, 60)]
+    assert 930 <= sum(low <= 0 <= high for low, high in drawn) <= 980
