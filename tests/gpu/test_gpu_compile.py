@@ -14,6 +14,7 @@ import peftlab as pl  # noqa: E402
 from peftlab.quantization import Linear4bit  # noqa: E402
 from peftlab.quantization.backends import BACKENDS  # noqa: E402
 from peftlab.settings import Settings  # noqa: E402
+from peftlab.training.labels import sent  # noqa: E402
 from peftlab.training.losses import causal_lm_loss  # noqa: E402
 from peftlab.training.ranks import Ranks  # noqa: E402
 from peftlab.training.run import Run  # noqa: E402
@@ -79,22 +80,32 @@ def test_compiled_layers_train_as_the_others(four_bit, checkpointing):
 
 @pytest.mark.parametrize("adapter_dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_cpu_does_not_wait_within_a_step(accumulation, adapter_dtype):
+@pytest.mark.parametrize("chunked", [False, True])
+def test_the_cpu_does_not_wait_within_a_step(chunked, accumulation, adapter_dtype):
     made = model(adapter_dtype=adapter_dtype)
-    settings = Settings(steps=8, batch_size=4, accumulation=accumulation, precision="bf16")
+    settings = Settings(
+        steps=8, batch_size=4, accumulation=accumulation, precision="bf16", fast=False, chunked_loss=chunked
+    )
     run = Run(made, full(), settings, device=torch.device("cuda", 0), ranks=Ranks(made))
-    run.update()  # the first one makes the optimiser's states
-    run.clear()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(4):
-            run.update()
-            run.clear()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert len(run.history.steps) == 4, "the last one is not read yet"
-    run.settle()
+    with run.ready():  # without a cache, where transformers looks for packed rows
+        run.update()  # the first one makes the optimiser's states
+        run.clear()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(4):
+                run.update()
+                run.clear()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert len(run.history.steps) == 4, "the last one is not read yet"
+        run.settle()
     assert [row["step"] for row in run.history.steps] == [1, 2, 3, 4, 5]
+
+
+def test_places_and_labels_go_to_the_gpu_together():
+    places, labels = torch.arange(20_000), torch.randint(0, 32, (20_000,))
+    found = sent(torch.device("cuda", 0), places, labels)
+    assert all(torch.equal(there.cpu(), here) for there, here in zip(found, (places, labels), strict=True))
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
