@@ -62,7 +62,7 @@ def spared() -> Iterator[None]:
     finally:
         with _lock:
             _open -= 1
-            look = getattr(library, LOOK, None)
+            look: Any = getattr(library, LOOK, None)
             if not _open and getattr(look, "__code__", None) is _CODE:
                 setattr(library, LOOK, look.__wrapped__)
 

@@ -19,7 +19,6 @@ from peftlab.training.labels import NOTE, readable
 from peftlab.training.losses import causal_lm_loss
 from peftlab.training.optimizers import OPTIMIZERS
 from peftlab.training.positions import LOOK, spared
-from peftlab.training.ranks import Ranks
 from peftlab.training.schedule import seed_everything
 
 
@@ -136,7 +135,8 @@ def test_what_a_loss_reads_on_the_cpu_does_not_go_to_a_gpu(mask, left, monkeypat
 
 def test_other_losses_get_their_labels_and_masks(monkeypatch):
     monkeypatch.setattr(chunked, "moved", lambda batch, device: dict(batch))
-    model, batch = LlamaForSequenceClassification(tiny.llama(num_labels=2, pad_token_id=0).config), {**ids_and_labels([[1] * 4] * 2), "labels": torch.tensor([0, 1])}
+    model = LlamaForSequenceClassification(tiny.llama(num_labels=2, pad_token_id=0).config)
+    batch = {**ids_and_labels([[1] * 4] * 2), "labels": torch.tensor([0, 1])}
     assert set(ChunkedLoss(model).moved(model, batch, torch.device("cuda"))) == set(batch)
 
 
