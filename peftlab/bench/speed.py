@@ -80,7 +80,7 @@ MAIN = ("7b-lora-4x512-c",)  # the section with every rung
 FEW = ("peft", "compiled", "fast", "fast, pinned", "fast, 8-bit", "ceiling")  # what the others have
 RECOMPUTING = ("fast, pinned", "fast, 8-bit")  # only where blocks are recomputed
 LOOPS = ("135m", "1b", "7b")  # the shapes at which `pl.train` stands beside a plain loop
-PAIRS = 100
+PAIRS = 60
 
 
 def points() -> list[Row]:
