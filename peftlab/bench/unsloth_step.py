@@ -139,7 +139,7 @@ def in_a_trainer(point: Row) -> Row:
     model, tokenizer, told = loaded(point)
     between = timing.BetweenCalls(COMPILING, REPEATS)
 
-    class Ends(transformers.TrainerCallback):  # type: ignore[name-defined]
+    class Ends(transformers.TrainerCallback):  # type: ignore[name-defined]  # imported by name
         def on_step_end(self, *_: Any, **__: Any) -> None:
             between()
             if len(between.marks) == COMPILING and torch.cuda.is_available():
