@@ -25,6 +25,8 @@ from typing import Any
 import torch
 
 from peftlab.bench import rungs, timing
+from peftlab.bench.fullsize import peak
+from peftlab.bench.models import random_model
 from peftlab.errors import PeftLabError
 
 Row = dict[str, Any]
@@ -42,8 +44,6 @@ def save(shape: str | dict, device: torch.device, folder: Path) -> None:
     """Write a random model of this shape in bf16, and a tokenizer that knows the four special tokens and one word."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast
-
-    from peftlab.bench.models import random_model
 
     model: Any = random_model(shape, device)
     model.save_pretrained(folder / "model")
@@ -159,11 +159,6 @@ def in_a_trainer(point: Row) -> Row:
         callbacks=[Ends()],
     ).train()  # fmt: skip
     return {**told, **between.row(), "peak_bytes": peak()}
-
-
-def peak() -> int:
-    """Return the most bytes that tensors held since the count was set to zero; 0 without a GPU."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 WAYS = {"unsloth": in_a_loop, "unsloth, trainer": in_a_trainer}
