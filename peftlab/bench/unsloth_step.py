@@ -1,4 +1,4 @@
-"""Unsloth's own training step, for the rungs `unsloth` and `unsloth, trainer` of the speed ladder.
+r"""Unsloth's own training step, for the rungs `unsloth` and `unsloth, trainer` of the speed ladder.
 
 Unsloth changes torch, transformers and peft for the whole process, and wants to be imported before them. So each of its
 rungs runs in a process of its own, in which nothing else is measured:
@@ -8,7 +8,30 @@ rungs runs in a process of its own, in which nothing else is measured:
 3. `main` loads the folder as Unsloth's users do, measures the step, and leaves the row in the folder.
 
 That process works in the folder, since Unsloth writes sources that it has compiled into the current directory. It is
-told to keep off the network: Unsloth sends statistics when it loads a model. Nothing else of Unsloth is switched off.
+told to keep off the network: Unsloth sends statistics when it loads a model. Nothing else of Unsloth is switched off,
+and other variables, such as UNSLOTH_BLOCK_CUDAGRAPHS=1, are handed on.
+
+Unsloth 2026.10.9 takes transformers up to 5.17, trl up to 1.15 and datasets below 5. On a machine without internet that
+has torch 2.11 for CUDA 13, transformers 5.17 and peft 0.21, seven wheels should be enough. On a CPU they were: Unsloth
+was imported, and put its kernels into a tiny Llama, but no step has run on a GPU yet. Get the wheels elsewhere into a
+folder WHEELS, for that machine's Python (here 3.12), then install them there into a folder SITE:
+
+    pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+        --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 --platform manylinux2014_x86_64 \
+        --dest WHEELS unsloth==2026.10.9 unsloth_zoo==2026.10.9 trl==1.15.0 datasets==4.8.5 dill==0.4.1 \
+        multiprocess==0.70.19 bitsandbytes==0.50.2
+    pip install --no-index --no-deps --target SITE WHEELS/*.whl
+
+They are 76 MB. To make them 10 MB, leave out `studio/` and `unsloth_cli/` of Unsloth's wheel, and of bitsandbytes'
+libraries all but `..._cpu.so` and the one of the machine's CUDA (`..._cuda130.so`). The wheel of xformers 0.0.35 needs
+CUDA 12; without xformers Unsloth takes torch's own attention. Then, in this repository:
+
+    export PYTHONPATH=$PWD:SITE TMPDIR=/dev/shm
+    python -m pytest tests/gpu/test_gpu_unsloth.py -x -s
+    python -m peftlab bench speed --only 7b-lora-4x512-c --out speed-unsloth.json
+
+Each model is written to TMPDIR (13.5 GB at 7B), where memory is faster than a disk. The other sections with Unsloth are
+those of `speed.BESIDE`.
 """
 
 from __future__ import annotations
