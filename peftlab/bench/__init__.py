@@ -46,7 +46,7 @@ TOPICS = (
 )  # fmt: skip
 BEGINNING = b'{"gpu": '  # of FILE.partial
 FORM = 2  # of FILE.partial
-LIBRARIES = ("torch", "transformers", "peft", "peftlab", "bitsandbytes", "triton")
+LIBRARIES = ("torch", "transformers", "peft", "peftlab", "bitsandbytes", "triton", "unsloth", "trl")
 KERNELS = timing.PROCESSES + 1  # the number of the process that reads the kernels' own time
 
 Point = dict[str, Any]

@@ -4,8 +4,9 @@ A section is one training step: a shape, LoRA or QLoRA, a batch, with or without
 Its rows are the ladder's rungs, from an eager loop to the dense products alone, which no step can pass:
 
     peft             Hugging Face peft as its users run it: float32 adapters under autocast, fused AdamW
-    unsloth          Unsloth's own step, where it is installed
-    eager            the same here, with torch's plain AdamW
+    unsloth          Unsloth's own step, where it is installed, in a process of its own (`bench/unsloth_step.py`)
+    unsloth, trainer the same in TRL's trainer, as its users run it
+    eager            the loop of `peft` with adapters of this package, and torch's plain AdamW
     bf16 adapters    adapters in bf16, their masters in float32, no autocast
     compiled layers  each block through torch.compile
     chunked loss     no whole logits
@@ -30,10 +31,12 @@ from __future__ import annotations
 
 import re
 import sys
-import time
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -41,16 +44,16 @@ import torch
 from torch import Tensor, nn
 
 import peftlab as pl
-from peftlab.bench import fourbit, rungs, timing
+from peftlab.bench import fourbit, rungs, timing, unsloth_step
 from peftlab.bench.fullsize import peak
 from peftlab.bench.loop import loop_pairs
-from peftlab.bench.models import ALL_LINEAR, Row, gpu_for, held, random_model, release, vocabulary_of
+from peftlab.bench.models import ALL_LINEAR, Row, gpu_for, held, let_go, random_model, release, vocabulary_of
 from peftlab.bench.timing import clock, named
 from peftlab.core.checkpointing import set_input_gradients, switch_checkpointing
 from peftlab.core.records import as_transformer
 from peftlab.memory.counting.shapes import load_shape
 from peftlab.memory.speed import product_flops, sizes_of
-from peftlab.optional import available, require
+from peftlab.optional import available
 from peftlab.quantization import Linear4bit
 from peftlab.quantization.backends import BACKENDS
 from peftlab.settings import Settings
@@ -64,7 +67,7 @@ BATCHES = ((4, 512), (2, 2048))
 # Rungs that are measured in one go, on one set of compiled blocks
 GROUPS: dict[str, tuple[str, ...]] = {
     "peft": ("peft",),
-    "unsloth": ("unsloth",),
+    "unsloth": ("unsloth", "unsloth, trainer"),
     "eager": ("eager",),
     "bf16": ("bf16 adapters",),
     "compiled": ("compiled layers", "chunked loss", "flat AdamW", "triton", "cuda graph"),
@@ -77,6 +80,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "ceiling": ("ceiling",),
 }
 MAIN = ("7b-lora-4x512-c",)  # the section with every rung
+BESIDE = ("7b-lora-4x512", "7b-qlora-4x512-c", "7b-qlora-4x512")  # more sections with Unsloth
 FEW = ("peft", "compiled", "fast", "fast, pinned", "fast, 8-bit", "ceiling")  # what the others have
 RECOMPUTING = ("fast, pinned", "fast, 8-bit")  # only where blocks are recomputed
 LOOPS = ("135m", "1b", "7b")  # the shapes at which `pl.train` stands beside a plain loop
@@ -99,30 +103,39 @@ def points() -> list[Row]:
         for batch, sequence in BATCHES
         for checkpointing in (True, False)
         for section in [f"{name}-{method}-{batch}x{sequence}{'-c' if checkpointing else ''}"]
-        for group in (GROUPS if section in MAIN else FEW)
+        for group in groups_of(section)
         if checkpointing or group not in RECOMPUTING
     ]
     loops = [point(f"{name}-loop", "loop", SHAPES[name], "lora", *BATCHES[0], checkpointing=False) for name in LOOPS]
     return steps + loops
 
 
+def groups_of(section: str) -> tuple[str, ...]:
+    """Return the groups of rungs of a section, in the ladder's order."""
+    if section in MAIN:
+        return tuple(GROUPS)
+    return tuple(name for name in GROUPS if name in FEW or (name == "unsloth" and section in BESIDE))
+
+
 def measure(point: Row) -> list[Row]:
     """Measure a group of rungs, and return their rows."""
     device = gpu_for(point, "training steps")
-    four_bit = point["method"] == "qlora"
-    with held(point["shape"], device, four_bit=four_bit) as model:
-        weights = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-        group: Callable[[nn.Module, Row], Iterator[Row]] = GROUP_OF[point["group"]]
-        torch.manual_seed(0)
-        found = list(group(model, point))
+    if point["group"] == "unsloth":
+        found, weights = list(unsloth(point, device)), 0
+    else:
+        with held(point["shape"], device, four_bit=point["method"] == "qlora") as model:
+            weights = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+            group: Callable[[nn.Module, Row], Iterator[Row]] = GROUP_OF[point["group"]]
+            torch.manual_seed(0)
+            found = list(group(model, point))
     tokens = point["batch"] * point["sequence"]
     rows = []
     for row in found:
-        used = row.get("peak_bytes")
-        working = None if used is None else used - weights
+        used, base = row.get("peak_bytes"), row.get("weight_bytes", weights)
+        working = None if used is None else used - base
         seconds = row.get("seconds")
         speed = tokens / seconds if seconds and row["rung"] != "copy" else None
-        rows.append({**row, "weight_bytes": weights, "working_bytes": working, "tokens_per_second": speed})
+        rows.append({**row, "weight_bytes": base, "working_bytes": working, "tokens_per_second": speed})
     return named({name: value for name, value in point.items() if name != "group"}, rows)
 
 
@@ -280,35 +293,18 @@ def launched_one_by_one() -> Iterator[None]:
 
 def steps_of_train(model: nn.Module, point: Row, repeats: int = 5, warm_up: int = 4, **settings: Any) -> Row:
     """Read the clock at `pl.train`'s callback, or profile the kernels between two of its calls."""
-    from torch.profiler import ProfilerActivity, profile
-
-    device = next(model.parameters()).device
     draw = torch.Generator().manual_seed(0)
     shape = (4 * point["batch"], point["sequence"])
     rows = torch.randint(vocabulary_of(model), shape, generator=draw).tolist()
-    marks: list[float] = []
-    recorded = profile(activities=[ProfilerActivity.CUDA], acc_events=True) if timing.profiling() else None
-
-    def mark(*_: Any) -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        marks.append(time.perf_counter())
-        if recorded is not None and len(marks) == warm_up:
-            recorded.start()
-        elif recorded is not None and len(marks) == warm_up + 1:
-            recorded.stop()
-
-    if device.type == "cuda":
+    between = timing.BetweenCalls(warm_up, repeats)
+    if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     pl.train(
         model, [{"input_ids": ids, "labels": ids} for ids in rows], steps=warm_up + repeats,
         batch_size=point["batch"], learning_rate=rungs.RATE, progress=False,
-        callback=mark, **settings,
+        callback=between, **settings,
     )  # fmt: skip
-    spent = [after - before for before, after in zip(marks[warm_up - 1 :], marks[warm_up:], strict=False)]
-    if recorded is not None:
-        return {**timing.row_of([], timing.kernels_in(recorded), repeats), "peak_bytes": peak()}
-    return {**timing.row_of(spent, [], repeats), "peak_bytes": peak()}
+    return {**between.row(), "peak_bytes": peak()}
 
 
 def loop(model: nn.Module, point: Row, rung: str) -> Iterator[Row]:
@@ -366,30 +362,18 @@ def ceiling(model: nn.Module, point: Row, rung: str) -> Iterator[Row]:
     yield {"rung": "copy", **clock(lambda: copied.copy_(source)), "bytes": 2 * source.nbytes}
 
 
-def unsloth(model: nn.Module, point: Row, rung: str) -> Iterator[Row]:
-    """Measure Unsloth's own step on the same shape, where it is installed."""
-    reason = None if available("unsloth") else "unsloth is not installed"
-    yield from tried(rung, lambda: unsloth_step(model, point), reason)
-
-
-def unsloth_step(model: Any, point: Row) -> Row:
-    """Save the random model, load it with Unsloth, and time a step as its users write it."""
-    import tempfile
-
-    library = require("unsloth").FastLanguageModel
-    four_bit = point["method"] == "qlora"
-    if four_bit:  # it quantises by itself
-        model = random_model(point["shape"], next(model.parameters()).device)
+def unsloth(point: Row, device: torch.device) -> Iterator[Row]:
+    """Measure Unsloth's own step on the same shape, where it is installed. The GPU is free for its processes."""
+    if find_spec("unsloth") is None:  # it is not imported here: that would change the other rungs
+        yield from ({"rung": rung, "skipped": "unsloth is not installed"} for rung in GROUPS["unsloth"])
+        return
+    let_go()
+    job = {**point, "alpha": ALPHA, "targets": list(ALL_LINEAR)}
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        theirs, _ = library.from_pretrained(folder, load_in_4bit=four_bit, max_seq_length=point["sequence"])
-    recompute = "unsloth" if point["checkpointing"] else False
-    theirs = library.get_peft_model(
-        theirs, r=R, lora_alpha=ALPHA, target_modules=list(ALL_LINEAR), use_gradient_checkpointing=recompute
-    )
-    optimizer = optimizer_of("peft", theirs)
-    step = rungs.loop(theirs, batch_for(model, point), rungs.autocast_loss, optimizer)
-    return {**clock(step, details=True), "peak_bytes": peak()}
+        unsloth_step.save(point["shape"], device, Path(folder))
+        release()
+        for rung in GROUPS["unsloth"]:
+            yield from tried(rung, partial(unsloth_step.measured, rung, job, Path(folder)))
 
 
 def tried(rung: str, measured: Callable[[], Row], reason: str | None = None) -> Iterator[Row]:
@@ -421,7 +405,6 @@ def group_of(call: Callable[..., Iterator[Row]], rung: str, **settings: Any) -> 
 
 GROUP_OF: dict[str, Callable[[nn.Module, Row], Iterator[Row]]] = {
     "peft": group_of(plain, "peft"),
-    "unsloth": group_of(unsloth, "unsloth"),
     "eager": group_of(plain, "eager"),
     "bf16": group_of(plain, "bf16 adapters"),
     "compiled": group_of(compiled, ""),

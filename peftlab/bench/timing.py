@@ -95,6 +95,35 @@ def timed(step: Callable[[], Any], repeats: int, warm_up: int) -> list[float]:
     return times
 
 
+class BetweenCalls:
+    """A training loop's callback: it reads the clock, or the kernels, between two of its calls after a warm-up."""
+
+    def __init__(self, warm_up: int, repeats: int) -> None:
+        import torch
+        from torch.profiler import ProfilerActivity, profile
+
+        self.warm_up, self.repeats, self.marks = warm_up, repeats, list[float]()
+        self.wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+        profiles = profiling() and torch.cuda.is_available()
+        self.recorded = profile(activities=[ProfilerActivity.CUDA], acc_events=True) if profiles else None
+
+    def __call__(self, *_: Any) -> None:
+        """Note that a step has ended."""
+        self.wait()
+        self.marks.append(time.perf_counter())
+        if self.recorded is not None and len(self.marks) == self.warm_up:
+            self.recorded.start()
+        elif self.recorded is not None and len(self.marks) == self.warm_up + 1:
+            self.recorded.stop()
+
+    def row(self) -> Row:
+        """Return the row of the steps after the warm-up."""
+        if profiling():
+            return row_of([], kernels_in(self.recorded) if self.recorded is not None else [], self.repeats)
+        spent = zip(self.marks[self.warm_up - 1 :], self.marks[self.warm_up :], strict=False)
+        return row_of([after - before for before, after in spent], [], self.repeats)
+
+
 class Kernel(NamedTuple):
     """What the GPU ran, from when to when, in seconds."""
 

@@ -1,5 +1,7 @@
 """The speed ladder on small models: each rung makes the same update, and the arithmetic that predicts it."""
 
+import sys
+
 import pytest
 import tiny
 import torch
@@ -42,11 +44,12 @@ def test_each_group_of_rungs_is_measured_and_gives_the_model_back(group, method,
     names = speed.GROUPS[group] if method == "qlora" else tuple(n for n in speed.GROUPS[group] if n != "triton")
     assert tuple(row["rung"] for row in rows if row["rung"] != "copy") == names
     left_out = {row["rung"] for row in rows if row.get("skipped")}
-    assert left_out <= {"unsloth", "triton", "cuda graph", "train compiled", "fast, pinned", "fast, 8-bit"}, [
-        row.get("skipped") for row in rows
-    ]
+    others = {"unsloth", "unsloth, trainer", "triton", "cuda graph"}
+    assert left_out <= {*others, "train compiled", "fast, pinned", "fast, 8-bit"}, [row.get("skipped") for row in rows]
     for row in rows:
         assert (row.get("seconds") is None) == (row["rung"] in left_out) and "group" not in row
+    if group == "unsloth":
+        return  # its processes have the machine to themselves
     (model,) = models._held.values()
     assert not pl.attached(model) and not any(p.requires_grad for p in model.parameters())
     assert not any("forward" in block.__dict__ for block in model.model.layers)
@@ -70,6 +73,64 @@ def test_a_rung_that_fails_says_why_and_costs_no_other(on_the_cpu, monkeypatch):
     rows = {row["rung"]: row for row in speed.measure(point_of("compiled"))}
     assert rows["chunked loss"]["skipped"] == "RuntimeError: no kernel at N for N rows"
     assert rows["compiled layers"]["seconds"] > 0 and "seconds" not in rows["chunked loss"]
+
+
+UNSLOTH = """
+import os, sys
+
+early = [name for name in ("transformers", "peft", "trl") if name in sys.modules]
+assert not early, f"{early} were imported before Unsloth"
+assert os.environ["HF_HUB_OFFLINE"] == "1" and "UNSLOTH_DISABLE_STATISTICS" in os.environ
+import peft, transformers
+
+class FastLanguageModel:
+    def from_pretrained(folder, max_seq_length, dtype, load_in_4bit, use_gradient_checkpointing, local_files_only):
+        assert (max_seq_length, use_gradient_checkpointing) == (16, "unsloth")
+        open("compiled.py", "w").close()
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+    def get_peft_model(model, use_gradient_checkpointing, **config):
+        print("Unsloth patched 2 layers.")
+        return peft.get_peft_model(model, peft.LoraConfig(**config))
+
+    def for_training(model):
+        model.train()
+"""
+
+
+def test_unsloth_is_imported_first_in_a_process_of_its_own(on_the_cpu, monkeypatch, tmp_path):
+    """A stand-in for Unsloth looks at the order of imports, loads the saved model, and is not loaded here."""
+    (tmp_path / "unsloth.py").write_text(UNSLOTH)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    loop, trainer = speed.measure(point_of("unsloth"))
+    assert (loop["rung"], loop["skipped"], loop["notes"]) == ("unsloth", None, "Unsloth patched 2 layers.")
+    per_block = 2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128)  # q and o; k and v; the three of the MLP
+    assert loop["trainable"] == 2 * 16 * per_block and 0 < loop["seconds"] < 60
+    assert trainer["rung"] == "unsloth, trainer" and "trl" in trainer["skipped"]  # which is not installed here
+    assert "unsloth" not in sys.modules and [path.name for path in tmp_path.iterdir()] == ["unsloth.py"]
+
+
+def test_unsloth_is_not_measured_in_16_bits_for_4(on_the_cpu, monkeypatch, tmp_path):
+    (tmp_path / "unsloth.py").write_text(UNSLOTH)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(speed.GROUPS, "unsloth", ("unsloth",))
+    (row,) = speed.measure(point_of("unsloth", "qlora"))
+    assert "Unsloth loaded the model in N bits, not in N" in row["skipped"] and row.get("seconds") is None
+
+
+@pytest.mark.parametrize("profiles", [False, True])
+def test_a_callback_times_the_steps_after_a_warm_up(monkeypatch, profiles):
+    monkeypatch.setattr(timing, "_profiles", profiles)
+    clock = iter((0.0, 10.0, 11.0, 13.0))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    between = timing.BetweenCalls(warm_up=2, repeats=2)
+    for _ in range(4):
+        between()
+    row = between.row()
+    told = (row["seconds"], row["fastest_step"], row["slowest_step"], row["repeats"])
+    assert told == ((None, None, None, 2) if profiles else (1.5, 1.0, 2.0, 2))
 
 
 def test_reasons_of_several_processes_are_told_together():
@@ -153,9 +214,10 @@ def test_sections_are_whole_and_every_point_is_its_own():
             continue
         sections.setdefault(point["section"], []).append(point["group"])
         assert point["section"].endswith("-c") == point["checkpointing"]
-    assert set(speed.MAIN) <= set(sections) and len(sections) == 4 * 2 * 2 * 2
+    assert {*speed.MAIN, *speed.BESIDE} <= set(sections) and len(sections) == 4 * 2 * 2 * 2
     for section, groups in sections.items():
         expected = list(speed.GROUPS if section in speed.MAIN else speed.FEW)
+        expected[1:1] = ["unsloth"] if section in speed.BESIDE else []
         assert groups == [name for name in expected if name not in speed.RECOMPUTING or section.endswith("-c")]
     if not torch.cuda.is_available():
         with pytest.raises(pl.PeftLabError, match="needs a CUDA GPU"):
