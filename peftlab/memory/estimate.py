@@ -25,6 +25,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from operator import itemgetter
 from typing import Any
 
 from peftlab.catalogue import METHODS
@@ -35,7 +36,7 @@ from peftlab.memory.counting.families import FAMILIES, class_end, of_the_same_na
 from peftlab.memory.counting.methods import check_options, method_name, trained_by
 from peftlab.memory.counting.options import Options, Trained, names_of
 from peftlab.memory.counting.shapes import Shape, UnknownFamilyError, load_shape
-from peftlab.memory.counting.totals import count
+from peftlab.memory.counting.totals import count_trained
 from peftlab.memory.replay.step import FORWARD, Recipe, Run
 from peftlab.memory.replay.tape import KINDS, without_collector
 
@@ -231,10 +232,7 @@ def estimate(
         step = run.second_step()
         run.close()
     parts = {**step.at_peak, "workspace": step.at_peak["workspace"] + CUBLAS_WORKSPACE}
-    counted = count(shape, method, r=r, targets=targets, target_parameters=target_parameters, bias=bias,
-                    virtual_tokens=virtual_tokens, reduction_factor=reduction_factor,
-                    decompose_factor=decompose_factor, oft_block_size=oft_block_size, projection=projection,
-                    init=init)  # fmt: skip
+    counted = count_trained(shape, method, trained)
     return Estimate(
         shape.name, method, step.peak + CUBLAS_WORKSPACE, **parts,
         moment=step.moment, flops=step.flops, written=step.written,
@@ -361,4 +359,4 @@ def _file_bytes(shape: Shape, trained: Trained, recipe: Recipe) -> int:
 def _thinned(history: list[tuple[str, int]]) -> list[tuple[str, int]]:
     """Return at most `POINTS` points: the highest of each stretch, so that no peak is lost."""
     width = -(-len(history) // POINTS)
-    return [max(history[i : i + width], key=lambda point: point[1]) for i in range(0, len(history), width)]
+    return [max(history[i : i + width], key=itemgetter(1)) for i in range(0, len(history), width)]

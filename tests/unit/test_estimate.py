@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import family_configs
 import pytest
 from places import has_place
 from releases import skip_lost_biases
@@ -22,7 +23,7 @@ from peftlab.memory.counting.options import Options
 from peftlab.memory.estimate import CUBLAS_WORKSPACE
 from peftlab.memory.replay import ops, views
 from peftlab.memory.replay.nets import Recipe
-from peftlab.memory.replay.step import Run
+from peftlab.memory.replay.step import FORWARD, Run
 from peftlab.memory.replay.tape import Memory, Parameter, backward, without_collector
 
 BLOCK = 512  # the allocator's rounding, once a tensor
@@ -408,21 +409,62 @@ SECOND = [
     ("gpt2", "houlsby", {"checkpointing": True, "fused_attention": False}),
     ("bert-base", "ia3", {"optimizer": "adamw8bit"}),
     ("t5-base", "lora", {"checkpointing": True, "library": "peftlab"}),
+    # blocks that are alike, and others between them
+    ("llama-3.2-3b", "parallel", {}),  # attention has a gradient, and keeps the rotary tables, from block 1 on
+    ("gemma-3-4b", "dora", {"sequence": 1100, "weight_bytes": 4, "autocast": True, "checkpointing": True}),
+    ("qwen3-30b-a3b", "qlora", {"four_bit": True, "autocast": True, "gpus": 8, "sharded": True, "library": "peftlab"}),
+    ("smollm3-3b", "lora", {"autocast": True, "checkpointing": 20, "gpus": 4}),
+    ("qwen2.5-0.5b", "lora", {"targets": r".*\.\d*[02468]\..*q_proj", "weight_bytes": 4}),
+    ("qwen2.5-0.5b", "lora", {"targets": r".*\.1\d\..*(q|k|v|o|up|down)_proj", "fused_attention": False}),
+    ("qwen2.5-0.5b", "bitfit", {"targets": r".*\.\d*[02468]\..*(q|k)_proj", "gpus": 2, "sharded": True}),
 ]
+USUAL = {
+    "batch": 1, "sequence": 32, "weight_bytes": 2, "adapter_bytes": 4, "autocast": False, "four_bit": False,
+    "checkpointing": False, "optimizer": "adamw", "fused_attention": True,
+}  # fmt: skip
+
+
+def both_ways(shape, method, targets=None, **settings):
+    """The second step as the estimate replays it, and one after a first step, with all blocks."""
+    shape = load_shape(shape)
+    recipe, trained = Recipe(**{**USUAL, **settings}), trained_by(method, shape, Options(targets=targets))
+    with without_collector():
+        return [step(Run(shape, method, trained, recipe)) for step in (Run.second_step, both_steps)]
 
 
 @pytest.mark.parametrize(("shape", "method", "settings"), SECOND)
 def test_the_second_step_follows_from_the_first(shape, method, settings):
-    """Every number, byte by byte. Two steps are replayed here; the estimate replays one."""
-    usual = {"batch": 1, "sequence": 32, "weight_bytes": 2, "adapter_bytes": 4, "autocast": False, "four_bit": False,
-             "checkpointing": False, "optimizer": "adamw", "fused_attention": True}  # fmt: skip
-    shape = load_shape(shape)
-    recipe, trained = Recipe(**{**usual, **settings}), trained_by(method, shape, Options())
-    with without_collector():
-        found, expected = [step(Run(shape, method, trained, recipe)) for step in (Run.second_step, both_steps)]
+    """Every number, byte by byte. Two steps with all blocks are replayed here; the estimate replays one, with a few."""
+    found, expected = both_ways(shape, method, **settings)
     for name, one, other in zip(found._fields, found, expected, strict=True):
         assert one == other, name
     assert len(found.history) > 100
+
+
+@pytest.mark.parametrize("family", [name for name in family_configs.DECODERS if name in FORWARD])
+def test_a_copied_block_does_what_a_replayed_one_does(family):
+    """In each family of decoders, of which most of twelve blocks are copied; also where blocks differ."""
+    layers = family_configs.NAMES.get(family, (0, 0, "num_hidden_layers"))[2]
+    for seed, method in enumerate(("lora", "full", "dora", "ia3", "loha", "lora")):
+        config = {**family_configs.variant(family, seed), layers: 12}
+        config.pop("layer_types", None)
+        settings = {"autocast": seed % 2 == 1, "checkpointing": seed in (2, 3), "sharded": seed > 2, "gpus": 1 + seed}
+        targets = "all-linear" if method == "lora" else None
+        found, expected = both_ways(config, method, targets, **settings)
+        assert found == tuple(expected), (seed, method)
+
+
+def test_of_blocks_that_are_alike_few_are_replayed():
+    """So a model of 80 blocks takes little longer than one of five."""
+    shape, made = load_shape("llama-2-70b"), []
+    recipe, trained = Recipe(**{**USUAL, "optimizer": "sgd"}), trained_by("lora", shape, Options())
+    for step in (Run.second_step, Run.step):
+        run = Run(shape, "lora", trained, recipe)
+        before = run.memory.serial
+        step(run)
+        made.append(run.memory.serial - before)
+        run.close()
+    assert made[0] < made[1] / 10
 
 
 def test_what_a_layer_norm_keeps():

@@ -86,8 +86,9 @@ class Blocks:
         self.sharding = Sharding(self, gpus)
         self.kept = self.memory.total
 
-    def everything(self):
-        return list(self.weights.items())
+    @property
+    def groups(self):
+        return {name: [("weight", one)] for name, one in self.weights.items()}
 
     def block_of(self, path):
         return path

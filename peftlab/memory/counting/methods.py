@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
+from functools import lru_cache
 
 from peftlab.catalogue import METHODS, resolve
 from peftlab.checks import one_of
@@ -173,10 +174,17 @@ def oft(shape: Shape, options: Options) -> Trained:
     added = []
     for m in adapted:
         width = m.outputs if m.kind == "embedding" else m.inputs
-        n = min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: (abs(n - wanted), n))
+        n = _nearest_divisor(width, wanted)
         name = "oft_embedding_R" if m.kind == "embedding" else "oft_R"
         added.append(Added(m.path, name, (width // n, n * (n - 1) // 2)))
     return Trained(tuple(added), adapted=adapted)
+
+
+@lru_cache
+def _nearest_divisor(size: int, wanted: int) -> int:
+    """Return the divisor nearest to a number: `nearest_divisor` of `peftlab/methods/oft.py`, without torch."""
+    small = [n for n in range(1, math.isqrt(size) + 1) if size % n == 0]
+    return min((*small, *(size // n for n in small)), key=lambda n: (abs(n - wanted), n))
 
 
 def ia3(shape: Shape, options: Options) -> Trained:

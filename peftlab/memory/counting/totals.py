@@ -17,7 +17,7 @@ from typing import Any
 from peftlab.checks import checked
 from peftlab.memory.counting.methods import check_options, method_name, trained_by
 from peftlab.memory.counting.modules import Module
-from peftlab.memory.counting.options import Options, names_of
+from peftlab.memory.counting.options import Options, Trained, names_of
 from peftlab.memory.counting.shapes import Shape, load_shape
 
 
@@ -108,7 +108,11 @@ def count(
         init=init,
     )  # fmt: skip
     check_options(name, options)
-    trained = trained_by(name, shape, options)
+    return count_trained(shape, name, trained_by(name, shape, options))
+
+
+def count_trained(shape: Shape, method: str, trained: Trained) -> Count:
+    """Count what a method trains, from the list of it."""
     # peft trains a copy of the classification head and also keeps the original. The total includes both.
     head = 0 if trained.whole else sum(module.parameters for module in shape.head)
     parameters = [tensor for tensor in trained.added if not tensor.buffer]
@@ -116,7 +120,7 @@ def count(
     own = sum(module.weight if part == "weight" else module.outputs for module, part in trained.own)
     return Count(
         shape=shape.name,
-        method=name,
+        method=method,
         trainable=sum(tensor.elements for tensor in parameters if tensor.trains) + own + head,
         total=shape.parameters + added + head,
         base=shape.parameters,

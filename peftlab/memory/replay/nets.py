@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.counting.config import Config
@@ -25,6 +26,7 @@ ACTIVATIONS = {
     "relu": ops.from_result, "tanh": ops.from_result, "sigmoid": ops.from_result,
 }  # fmt: skip
 BLOCK = re.compile(r"\.\d+\.")  # the end of a block's path, such as "model.layers.3."
+Around = Callable[[str, Callable[..., Tensor], tuple[Tensor, ...]], Tensor]  # (block's path, its call, its inputs)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Net:
     - `extend`: a function of a block's number, keys and values;
     - `parameters_with_more`: {path of a parameter of experts: a function of its value that returns what is used}.
 
-    Sharding sets `around_block`, a function around each block.
+    Two functions stand around the call of each block. Sharding sets the outer one, `around_block`. `Repeats` sets the
+    inner one, `repeated`, which copies blocks that are like others.
     """
 
     def __init__(self, memory: Memory, shape: Shape, recipe: Recipe, trains: Callable[[str, str], bool]):
@@ -80,17 +83,17 @@ class Net:
         self.front: Callable[[Tensor], Tensor] = lambda x: x
         self.extend: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] = unchanged
         self.beside: dict[str, Callable[[Tensor, Callable], Tensor]] = {}
-        self.around_block: Callable[[str, Callable[..., Tensor], tuple[Tensor, ...]], Tensor] = alone
+        self.around_block: Around = alone
+        self.repeated: Around = alone
         self.parameters_with_more: dict[str, Callable[[Tensor], Tensor]] = {}
         self.weights: dict[str, Parameter] = {}
         self.biases: dict[str, Parameter] = {}
         self.added: list[tuple[str, Parameter]] = []
         self.quantised: dict[str, tuple[Tensor, ...]] = {}
         self.modules = {module.path: module for module in shape.modules}
-        self.casts: dict[Parameter, Tensor] = {}
+        self.casts: dict[Parameter | str, Tensor] = {}  # those of a copied block have its name
         self.held: list[Tensor] = []  # tensors that variables of the model's forward hold until the loss is computed
         self.renewed: list[Tensor] = []  # tensors of the method that stay until the next forward pass makes them anew
-        self.trained_blocks: set[str] | None = None
         for module in shape.modules:
             size: tuple[int, ...] = (module.outputs, module.inputs)
             if module.kind in ("norm", "vector"):
@@ -117,9 +120,9 @@ class Net:
         """Allocate one of the model's own parameters."""
         return Parameter(self.memory, size, self.recipe.weight_bytes, trains=trains, shards=self.recipe.shards)
 
-    @property
+    @cached_property
     def parameters(self) -> list[Parameter]:
-        """The trained parameters, in the order of the model."""
+        """The trained parameters, in the order of the model. Asked for when the method's are there."""
         return [one for _, one in self.everything() if one.needs_grad]
 
     @contextmanager
@@ -188,9 +191,7 @@ class Net:
 
     def trains(self, prefix: str) -> bool:
         """Say whether any parameter of a block is trained."""
-        if self.trained_blocks is None:
-            self.trained_blocks = {self.block_of(path) for path, one in self.everything() if one.needs_grad}
-        return prefix in self.trained_blocks
+        return any(one.needs_grad for _, one in self.groups.get(prefix, []))
 
     @staticmethod
     def block_of(path: str) -> str:
@@ -205,6 +206,18 @@ class Net:
             if id(one) not in seen:
                 seen.add(id(one))
                 yield path, one
+
+    @cached_property
+    def groups(self) -> dict[str, list[tuple[str, Parameter]]]:
+        """The parameters of each block, with their paths in it; under "" those outside the blocks.
+
+        Asked for when the method's are there.
+        """
+        found: dict[str, list[tuple[str, Parameter]]] = {}
+        for path, one in self.everything():
+            prefix = self.block_of(path)
+            found.setdefault(prefix, []).append((path[len(prefix) :], one))
+        return found
 
     def output(self, path: str, x: Tensor) -> Tensor:
         """Call the language-model head. If the loss is computed in chunks, it is called there instead."""
@@ -245,7 +258,10 @@ class Net:
         def run(*inputs: Tensor) -> Tensor:
             return self.checkpointed(prefix, function, *inputs)
 
-        return self.around_block(prefix, run, inputs)
+        def replayed(*inputs: Tensor) -> Tensor:
+            return self.repeated(prefix, run, inputs)
+
+        return self.around_block(prefix, replayed, inputs)
 
     def checkpointed(self, prefix: str, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Run one block, with checkpointing if the run has it. The second run then uses autocast again."""

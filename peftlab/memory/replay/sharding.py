@@ -35,22 +35,21 @@ class Sharding:
         self.flat: tuple[str, Tensor] | None = None  # (prefix, buffer) of the block gathered last, or ahead
         self.reduced: Tensor | None = None  # the buffer of the gradients summed last
         self.order: list[str] = []  # the blocks in the order in which the forward pass ran them
-        self.groups: dict[str, list[Parameter]] = {}
+        self.sizes: dict[str, int] = {}  # {prefix: bytes of a block's parameters, and of its codes}
         self.codes: Counter[str] = Counter()  # the bytes of each block's weights in four bits
         for path, codes in net.quantised.items():
             self.codes[net.block_of(path)] += codes[0].elements
 
     def group(self, prefix: str) -> list[Parameter]:
         """Return the parameters of a block."""
-        if not self.groups:
-            for path, parameter in self.net.everything():
-                self.groups.setdefault(self.net.block_of(path), []).append(parameter)
-        return self.groups.get(prefix, [])
+        return [parameter for _, parameter in self.net.groups.get(prefix, [])]
 
     def buffer(self, prefix: str) -> Tensor:
         """Allocate a buffer as large as a block's parameters."""
-        size = sum(parameter.elements * parameter.bytes for parameter in self.group(prefix)) + self.codes[prefix]
-        return Tensor(self.net.memory, (size,), 1)
+        if prefix not in self.sizes:
+            size = sum(parameter.elements * parameter.bytes for parameter in self.group(prefix))
+            self.sizes[prefix] = size + self.codes[prefix]
+        return Tensor(self.net.memory, (self.sizes[prefix],), 1)
 
     def start(self) -> None:
         """Gather what lies outside the blocks. Runs before the forward pass."""

@@ -13,7 +13,8 @@ from peftlab.memory.replay import ops
 from peftlab.memory.replay.chunked import chunked_loss
 from peftlab.memory.replay.decoders import decoder, gpt2
 from peftlab.memory.replay.encoders import bert, t5
-from peftlab.memory.replay.nets import Net, Recipe
+from peftlab.memory.replay.nets import Net, Recipe, unchanged
+from peftlab.memory.replay.repeats import Repeats
 from peftlab.memory.replay.sharding import Sharding
 from peftlab.memory.replay.tape import Memory, Parameter, Tensor, backward
 from peftlab.memory.replay.text_encoders import distilbert, electra, modernbert, mpnet
@@ -117,6 +118,9 @@ class Run:
         backward pass what the graph of the first loss still holds.
         """
         memory, start = self.memory, self.memory.now.copy()
+        layout = self.shape.layout
+        if layout is not None and self.net.extend is unchanged:  # not with a prefix, a tensor that all blocks share
+            self.net.repeated = Repeats(self.net, layout).around
         flops, written = memory.flops, memory.written
         memory.cut()
         first = [memory.cut() for _ in self.stretches()]
@@ -158,7 +162,7 @@ class Run:
         """Break the reference cycles between the model and its layers' calls, so that everything is freed at once."""
         self.net.layers.clear()
         self.net.beside.clear()
-        del self.net.front, self.net.extend, self.net.around_block
+        del self.net.front, self.net.extend, self.net.around_block, self.net.repeated
 
     def forward(self) -> Tensor:
         """Return the loss as transformers computes it. Logits of each token of a decoder are cast to float32 first."""

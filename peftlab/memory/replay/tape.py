@@ -56,11 +56,12 @@ class Stretch(NamedTuple):
     moment: str
     history: list[tuple[str, int]]
 
-    def on_top_of(self, held: dict[str, int]) -> Stretch:
-        """Return what it would be if these bytes had been there, too."""
+    def on_top_of(self, held: dict[str, int], moment: str = "") -> Stretch:
+        """Return what it would be if these bytes had been there, too, and perhaps at another moment."""
         more = sum(held.values())
         at_peak = {kind: size + held[kind] for kind, size in self.at_peak.items()}
-        return Stretch(self.peak + more, at_peak, self.moment, [(name, size + more) for name, size in self.history])
+        history = [(moment or name, size + more) for name, size in self.history]
+        return Stretch(self.peak + more, at_peak, moment or self.moment, history)
 
 
 class Memory:
@@ -87,6 +88,27 @@ class Memory:
         found = Stretch(self.peak, self.at_peak, self.peak_moment, self.history or [])
         self.peak, self.history = 0, []
         return found
+
+    def add(self, stretch: Stretch) -> None:
+        """Let a stretch follow on what was allocated since the last cut."""
+        assert self.history is not None
+        self.history += stretch.history
+        if stretch.peak > self.peak:
+            self.peak, self.at_peak, self.peak_moment = stretch.peak, stretch.at_peak, stretch.moment
+
+    def change(self, more: dict[str, int]) -> None:
+        """Add bytes to those that are allocated now."""
+        for kind, size in more.items():
+            self.now[kind] += size
+            self.total += size
+
+    def hold(self, kind: str, size: int) -> Tensor:
+        """Return a tensor of so many bytes, which were allocated at an earlier moment."""
+        with self.rehearsal():
+            tensor = Tensor(self, (size,), 1, kind)
+        tensor.storage.size = size
+        self.change({kind: size})
+        return tensor
 
     def more_than(self, before: dict[str, int]) -> dict[str, int]:
         """Return how many bytes of each kind are allocated now, above those of an earlier moment."""
