@@ -277,6 +277,11 @@ def test_rows_of_several_processes_become_one():
     assert timing.together([[], [], [], [{"what": "copies", "busy_seconds": 0.1}]]) == [
         {"what": "copies", "busy_seconds": 0.1}
     ]
+    (pairs,) = timing.together([[{"ratio": ratio, "ratio_low": ratio - 1}] for ratio in (1.5, 1.0, 2.0)])
+    assert pairs == {
+        "ratio": 1.5, "ratio_1": 1.5, "ratio_2": 1.0, "ratio_3": 2.0, "ratio_least": 1.0, "ratio_most": 2.0,
+        "processes": 3, "ratio_low": 0.5,
+    }  # fmt: skip
     with pytest.raises(PeftLabError, match="do not agree in 'state': 'base', 'merged'"):
         timing.together([[{"state": "base"}], [{"state": "merged"}]])
     with pytest.raises(PeftLabError, match="measured 1, 2 rows of one point"):
