@@ -357,8 +357,10 @@ def test_the_memory_grid_is_wide_and_predictable():
 def test_the_forms_of_adamw_are_measured_as_torch_makes_them():
     points = [point for point in memory_points() if point["section"] == "optimizers"]
     assert len(points) == 9 and len({bench.key(point) for point in points}) == 9
-    found = {name: memory_grid.optimizer_of(name, [torch.nn.Parameter(torch.ones(2))]).defaults
-             for name in {point["optimizer"] for point in points}}
+    found = {
+        name: memory_grid.optimizer_of(name, [torch.nn.Parameter(torch.ones(2))]).defaults
+        for name in {point["optimizer"] for point in points}
+    }
     forms = {name: (settings["foreach"], settings["fused"]) for name, settings in found.items()}
     assert forms == {"adamw": (False, False), "adamw-foreach": (None, None), "adamw-fused": (False, True)}
     assert memory_grid.optimizer_of("sgd", [torch.nn.Parameter(torch.ones(2))]).__class__ is torch.optim.SGD
