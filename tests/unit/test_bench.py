@@ -277,6 +277,11 @@ def test_rows_of_several_processes_become_one():
     assert timing.together([[], [], [], [{"what": "copies", "busy_seconds": 0.1}]]) == [
         {"what": "copies", "busy_seconds": 0.1}
     ]
+    (pairs,) = timing.together([[{"ratio": ratio, "ratio_low": ratio - 1}] for ratio in (1.5, 1.0, 2.0)])
+    assert pairs == {
+        "ratio": 1.5, "ratio_1": 1.5, "ratio_2": 1.0, "ratio_3": 2.0, "ratio_least": 1.0, "ratio_most": 2.0,
+        "processes": 3, "ratio_low": 0.5,
+    }  # fmt: skip
     with pytest.raises(PeftLabError, match="do not agree in 'state': 'base', 'merged'"):
         timing.together([[{"state": "base"}], [{"state": "merged"}]])
     with pytest.raises(PeftLabError, match="measured 1, 2 rows of one point"):
@@ -352,8 +357,10 @@ def test_the_memory_grid_is_wide_and_predictable():
 def test_the_forms_of_adamw_are_measured_as_torch_makes_them():
     points = [point for point in memory_points() if point["section"] == "optimizers"]
     assert len(points) == 9 and len({bench.key(point) for point in points}) == 9
-    found = {name: memory_grid.optimizer_of(name, [torch.nn.Parameter(torch.ones(2))]).defaults
-             for name in {point["optimizer"] for point in points}}
+    found = {
+        name: memory_grid.optimizer_of(name, [torch.nn.Parameter(torch.ones(2))]).defaults
+        for name in {point["optimizer"] for point in points}
+    }
     forms = {name: (settings["foreach"], settings["fused"]) for name, settings in found.items()}
     assert forms == {"adamw": (False, False), "adamw-foreach": (None, None), "adamw-fused": (False, True)}
     assert memory_grid.optimizer_of("sgd", [torch.nn.Parameter(torch.ones(2))]).__class__ is torch.optim.SGD

@@ -338,3 +338,17 @@ def test_reading_and_checking_cost_little_beside_a_step():
     plain = seconds(lambda: collate([rows[place] for place in range(8)]))
     checked = seconds(lambda: inputs([examples[place] for place in range(8)]))
     assert checked - plain < 0.002
+
+
+def test_texts_of_one_length_without_padding_are_searched_for_it_too():
+    """A classifier looks for the last token before the padding, and takes a last token of that id for padding."""
+
+    def model(pad):
+        return tf.LlamaForSequenceClassification(tiny.llama(num_labels=2, pad_token_id=pad).config)
+
+    rows = [{"input_ids": ids, "labels": 0} for ids in ([3, 4, 5], [6, 7, 8])]
+    with pytest.raises(PeftLabError, match="finds the end of a text by config.pad_token_id"):
+        Inputs(model(None), Collator())(rows)
+    with pytest.warns(UserWarning, match="A text ends in the token 8, which is config.pad_token_id"):
+        Inputs(model(8), Collator())(rows)
+    assert Inputs(model(9), Collator())(rows)["input_ids"].tolist() == [[3, 4, 5], [6, 7, 8]]

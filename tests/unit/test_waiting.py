@@ -16,9 +16,9 @@ from peftlab.training.chunked import ChunkedLoss
 from peftlab.training.encoding import Collator
 from peftlab.training.inputs import Examples, Inputs
 from peftlab.training.labels import NOTE, readable
-from peftlab.training.losses import causal_lm_loss
+from peftlab.training.losses import causal_lm_loss, only_needed
 from peftlab.training.optimizers import OPTIMIZERS
-from peftlab.training.positions import LOOK, spared
+from peftlab.training.positions import LOOK, counted, spared
 from peftlab.training.schedule import seed_everything
 
 
@@ -140,6 +140,12 @@ def test_other_losses_get_their_labels_and_masks(monkeypatch):
     assert set(ChunkedLoss(model).moved(model, batch, torch.device("cuda"))) == set(batch)
 
 
+@pytest.mark.parametrize(("labels", "kept"), [([1, 2, 3, 4], None), ([-100, 2, 3, 4], 4), ([-100] * 4, None)])
+def test_logits_before_the_first_learned_token_are_left_out(labels, kept):
+    learned = torch.tensor([labels, [-100] * 4]) != -100
+    assert only_needed(tiny.llama(), learned) == ({} if kept is None else {"logits_to_keep": kept})
+
+
 # -- what transformers would look for on the GPU -----------------------------------------------------------------------
 
 
@@ -156,7 +162,9 @@ def test_transformers_does_not_look_for_packed_rows_where_a_model_counts_its_pos
     model.config.use_cache = False
     expected = causal_lm_loss(model, ids_and_labels())[0]
     assert len(looks) == 1, "outside a run it looks"
-    with spared(), spared():
+    with spared():
+        with spared():
+            pass
         assert torch.equal(causal_lm_loss(model, ids_and_labels())[0], expected) and len(looks) == 1
         model(**ids_and_labels())
         assert len(looks) == 2, "a call of somebody else's"
@@ -167,10 +175,11 @@ def test_transformers_does_not_look_for_packed_rows_where_a_model_counts_its_pos
         def elsewhere():
             model(**ids_and_labels())
 
-        other = threading.Thread(target=elsewhere)
-        other.start()
-        other.join()
-        assert len(looks) == 4
+        with counted(ids_and_labels()):
+            other = threading.Thread(target=elsewhere)
+            other.start()
+            other.join()
+        assert len(looks) == 4, "what this thread knows is said of its own batch"
     assert getattr(masking_utils, LOOK) is before
 
 
