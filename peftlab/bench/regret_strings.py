@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -29,9 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peftlab as pl
-from peftlab.bench import family, lora, rungs, search
+from peftlab.bench import family, lora, rungs
 from peftlab.core.modes import device_of
-from peftlab.evaluation.values import Interval
 from peftlab.training.precision import autocast
 
 Row = dict[str, Any]
@@ -39,7 +37,6 @@ Row = dict[str, Any]
 CHOICES = 10
 AT_ONCE = 256  # strings that go through the lower blocks at once
 WINDOW, GAIN, CUTS, CUT = 250, 0.005, 4, 3.0  # of `Plateau`
-FULL = 3.0  # an adapter is called full if it was given so many times the bits that it stored
 
 
 class Plateau:
@@ -164,17 +161,3 @@ def learn(body: nn.Module, count: Callable[..., Tensor], point: Row, trainable: 
         going = rule.goes_on(curve[-1])
         rate.fill_(rule.rate)
     return rule, curve
-
-
-def limit(rows: Iterable[Row]) -> Interval:
-    """Return how many bits a parameter stores at most: the mean over settings with full adapters, and its interval.
-
-    A setting counts once, with the mean of its scored seeds, and only if it was given `FULL` times the bits that it
-    stored. The interval (95%, Student's t) covers another setting of this kind. That more data would add nothing is
-    not seen here, but in the rows of one adapter with more and more strings. Leave out sizes where it still grows.
-    """
-    settings: dict[str, list[Row]] = {}
-    for row in rows:
-        settings.setdefault(search.setting_of(row), []).append(row)
-    means = [(those[0], statistics.fmean(row["stored"] for row in those)) for those in settings.values()]
-    return pl.mean_interval([mean / row["trainable"] for row, mean in means if row["bits"] >= FULL * mean])

@@ -282,15 +282,6 @@ def test_an_adapter_learns_by_heart_until_it_is_full(small, monkeypatch):
     assert short["ended"] == "steps" and short["taken"] == 100
 
 
-def test_the_limit_is_the_mean_over_settings_that_are_full():
-    def rows(strings, bits, *stored):
-        return [{"strings": strings, "scored": True, "bits": bits, "stored": one, "trainable": 100} for one in stored]
-
-    full = [*rows(1, 400, 90, 110), *rows(2, 800, 120, 120)]
-    value, low, high = regret_strings.limit([*full, *rows(3, 290, 100, 100)])  # the third may hold more
-    assert value == pytest.approx(1.1) and (low, high) == pytest.approx((1.1 - 1.2706, 1.1 + 1.2706), abs=1e-3)
-
-
 def test_frequent_words_change_places_and_none_stays(small):
     places = regret_hard.swap()
     assert set(places) == set(places.values()) == {token for text in regret_hard.encoded("train") for token in text}
