@@ -210,6 +210,7 @@ def estimate(
     check_options(method, options)
     _refuse_what_cannot_run(shape, method, sequence, virtual_tokens)
     trained = trained_by(method, shape, options)
+    _refuse_biases_beside_parameters(trained, options, library)
     recipe = Recipe(
         batch=batch,
         sequence=sequence,
@@ -330,6 +331,16 @@ def _refuse_what_cannot_run(shape: Shape, method: str, sequence: int, virtual_to
     if sequence > most:
         taken = f" beside {virtual_tokens} virtual ones" if METHODS[method].takes("virtual_tokens") else ""
         raise PeftLabError(f"{shape.name} has positions for {most:,} tokens{taken}, too few for {sequence:,}.")
+
+
+def _refuse_biases_beside_parameters(trained: Trained, options: Options, library: str) -> None:
+    """Refuse what peftlab's LoRA refuses when it is attached. Hugging Face peft trains these biases in place."""
+    fused = [module.path for module in trained.adapted if module.kind in ("experts", "router")]
+    if library == "peftlab" and options.bias != "none" and (first := [*fused, *options.target_parameters][:1]):
+        raise PeftLabError(
+            f"bias={options.bias!r} cannot be used with adapted parameters such as {first[0]}: the biases of experts "
+            "and routers are not added to what their modules return. Use bias='none'."
+        )
 
 
 def longest(shape: Shape, method: str, virtual_tokens: int) -> int:

@@ -320,7 +320,9 @@ def test_targets_count_as_what_is_attached(method, targets):
 
 
 def test_targets_that_a_method_cannot_use_are_refused():
-    with pytest.raises(PeftLabError, match="takes 768 and gives 3072"):
+    with pytest.raises(PeftLabError, match="reads 768 features and returns 3072 features.*both must be equally wide"):
         count("bert-base", "parallel", targets=["intermediate.dense"])
-    with pytest.raises(PeftLabError, match="The targets of bitfit have no biases in llama-2-7b"):
+    with pytest.raises(PeftLabError, match=r"self_attn.q_proj of llama-2-7b has no bias, so bitfit has nothing"):
         count("llama-2-7b", "bitfit", targets=["q_proj"])
+    with pytest.raises(PeftLabError, match=r"layers.0.self_attn.o_proj of qwen2.5-0.5b has no bias"):
+        count("qwen2.5-0.5b", "bitfit", targets="all-linear")

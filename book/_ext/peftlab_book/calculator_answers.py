@@ -33,6 +33,12 @@ def answer(text: str) -> str:
         return json.dumps(answered(given))
     except PeftLabError as error:
         return json.dumps({"error": str(error), "field": field_of(str(error), given)})
+    except Exception as error:  # a fault of ours: the reader is told so, in words
+        told = (
+            f"The package stopped at these settings with an error of its own ({type(error).__name__}). Your settings "
+            "may be right. Change one. Please report the error, with the link to this page, which names the settings."
+        )
+        return json.dumps({"error": told, "field": "method" if isinstance(given["shape"], str) else "shape"})
 
 
 def point(text: str) -> str:

@@ -209,11 +209,14 @@ def bitfit(shape: Shape, options: Options) -> Trained:
 
     With targets it lists the biases of these modules alone.
     """
-    own = _biases(_body(shape) if options.targets is None else shape.match(options.targets, norms=True))
-    if not own and options.targets is not None:
+    named = () if options.targets is None else shape.match(options.targets, norms=True)
+    other = next((module.path for module in named if not module.bias), None)
+    if other is not None:
         raise PeftLabError(
-            f"The targets of bitfit have no biases in {shape.name}. Leave targets out for every bias, or name others."
+            f"{other} of {shape.name} has no bias, so bitfit has nothing to train there. Name modules that have one, "
+            "leave targets out for every bias of the model, or use ia3 or lora."
         )
+    own = _biases(named or _body(shape))
     if not own:
         raise PeftLabError(
             f"{shape.name} has no biases, so bitfit has nothing to train. Use ia3, which trains about as few "
@@ -301,8 +304,9 @@ def parallel(shape: Shape, options: Options) -> Trained:
     for module in found.adapted if options.targets is not None else ():
         if module.inputs != module.outputs:
             raise PeftLabError(
-                f"A parallel adapter reads and writes vectors of one width; {module.path} of {shape.name} takes "
-                f"{module.inputs} and gives {module.outputs}. Name other targets, or use pfeiffer."
+                f"{module.path} of {shape.name} reads {module.inputs} features and returns {module.outputs} features. "
+                "A parallel adapter reads what its module reads and is added to what it returns, so both must be "
+                "equally wide. Name other targets, or use houlsby."
             )
     return found
 
@@ -454,4 +458,4 @@ def _bottlenecks(shape: Shape, options: Options, method: str, places: Iterable[s
         d = module.outputs
         m = max(1, d // options.reduction_factor)
         added += _dense(module.path, [("down", d, m), ("up", m, d)])
-    return Trained(tuple(added), adapted=tuple(adapted))
+    return Trained(tuple(added), adapted=tuple(adapted), named=options.targets is not None)

@@ -68,6 +68,7 @@ class Trained:
     added: tuple[Added, ...] = ()
     own: tuple[tuple[Module, str], ...] = ()  # the model's own tensors that it unfreezes: (module, "weight" or "bias")
     adapted: tuple[Module, ...] = ()  # the modules that it adapts
+    named: bool = False  # whether the options name these modules; otherwise they are the method's own places
     whole: bool = False  # the whole model trains, its head included, so no copy of the head is added
     saved: int | None = None  # elements that a file holds of the added tensors; None: all those that train
 

@@ -17,7 +17,6 @@ class Style:
     dropout: float = 0.0
     fusible: bool = True  # whether a fused kernel accepts its bias
     capped: bool = False  # whether scores are capped by a tanh
-    sinks: bool = False  # whether a logit for each head is joined to the scores, and their maximum subtracted
     by_head: bool = False  # whether queries lie head by head; the fused kernel's output then does, too, and is copied
     wide_scores: bool = False  # whether the scores are computed in float32
 
@@ -107,8 +106,14 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style: 
     return ops.copy(mixed)
 
 
-def eager_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style: Style) -> Tensor:
-    """Replay softmax(q k^T / sqrt d + mask) v in separate operations, with several (b, heads, s, s) scores at once."""
+def eager_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style: Style, sinks: Tensor | None = None
+) -> Tensor:
+    """Replay softmax(q k^T / sqrt d + mask) v in separate operations, with several (b, heads, s, s) scores at once.
+
+    Args:
+        sinks: a logit for each head, which is joined to the scores. Their maximum is then subtracted.
+    """
     batch, heads, length, width = q.shape
     if k.shape[1] != heads:
         alone = batch == k.shape[1] == 1  # one group of one example is repeated as a view
@@ -124,8 +129,8 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style:
         scores = ops.add_broadcast(scores, bias)
     if style.causal:
         scores = ops.shift(scores)  # a mask is added
-    if style.sinks:
-        return with_sinks(scores, v, style, (batch, heads, length, width))
+    if sinks is not None:
+        return with_sinks(scores, sinks, v, style, (batch, heads, length, width))
     if style.wide_softmax:
         wide = ops.cast(scores, ops.FLOAT32)
         del scores
@@ -138,10 +143,10 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, style:
     return ops.copy(matmul(weights, v, (batch, heads, length, width)))
 
 
-def with_sinks(scores: Tensor, v: Tensor, style: Style, shape: tuple[int, ...]) -> Tensor:
+def with_sinks(scores: Tensor, sinks: Tensor, v: Tensor, style: Style, shape: tuple[int, ...]) -> Tensor:
     """Replay gpt-oss' attention from the scores on: a column of sinks is joined to them and left out again."""
     wider = (*scores.shape[:-1], scores.shape[-1] + 1)
-    joined = views.resized(scores, wider)
+    joined = views.joined_column(scores, sinks, wider)
     joined = ops.minus_largest(joined)
     weights = views.part(ops.from_result(joined), scores.shape)
     weights = ops.dropout(weights, style.dropout)

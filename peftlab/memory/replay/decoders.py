@@ -106,8 +106,8 @@ class Blocks:
         self.rotary = Rotary(d, x) if d.rotary else None
         self.activate = net.activation(d.activation)
         self.style = Style(
-            dropout=d.attention_dropout, capped=d.capped_scores, sinks=d.sinks, wide_scores=d.wide_scores,
-            wide_softmax=not d.sinks, by_head=d.joined, fusible=d.cut != "index",
+            dropout=d.attention_dropout, capped=d.capped_scores, wide_scores=d.wide_scores, wide_softmax=not d.sinks,
+            by_head=d.joined, fusible=d.cut != "index",
         )  # fmt: skip
         self.masked = {i for i in d.sliding if d.window is not None and length >= d.window}
         eager = not net.fused()
@@ -182,7 +182,9 @@ class Blocks:
             q, k = rotated
             del rotated
         k, v = net.extend(i, k, v)
-        mixed = net.attend(q, k, v, self.style, self.slopes, masked=i in self.masked or d.always_masked)
+        mixed = net.attend(
+            q, k, v, self.style, self.slopes, i in self.masked or d.always_masked, net.weights.get(at + "sinks")
+        )
         del q, k, v
         mixed = net.linear(at + d.out, mixed)
         del held

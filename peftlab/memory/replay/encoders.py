@@ -161,8 +161,9 @@ def t5(net: Net, ids: Tensor) -> Tensor:
             x = net.block(f"{name}.block.{i}.", block(i), x, places, *others)
         return ops.dropout(net.t5_norm(f"{name}.final_layer_norm", x), drop)
 
-    encoded = stack("encoder", net.words("shared", ids), encoder)
-    words = net.words("shared", ids, front=False)
+    # each half has a table of its own, whose weight is that of "shared", which nothing calls
+    encoded = stack("encoder", net.words("encoder.embed_tokens", ids), encoder)
+    words = net.words("decoder.embed_tokens", ids, front=False)
     cross = words.new((1, heads, words.shape[1], encoded.shape[1]))
     if net.recipe.checkpointing:  # transformers then computes its gradient
         cross = leaf(cross)

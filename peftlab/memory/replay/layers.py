@@ -343,8 +343,15 @@ def bottleneck(net: Net, path: str, own: Own) -> None:
 
 
 def parallel(net: Net, path: str, own: Own) -> None:
-    """Replay f(x) + up(relu(down x)): a bottleneck beside a feed-forward f, from its input to its output."""
-    net.beside[path] = lambda x, function: _through_bottleneck(net, own, x, function(x))
+    """Replay f(x) + up(relu(down x)): a bottleneck beside a feed-forward f, or beside the layer f that was named."""
+
+    def call(x: Tensor) -> Tensor:
+        return _through_bottleneck(net, own, x, net.plain(path, x))
+
+    if net.named:
+        net.layers[path] = call
+    else:
+        net.beside[path] = lambda x, function: _through_bottleneck(net, own, x, function(x))
 
 
 def _through_bottleneck(net: Net, own: Own, x: Tensor, result: Tensor) -> Tensor:

@@ -79,6 +79,7 @@ class Net:
     def __init__(self, memory: Memory, shape: Shape, recipe: Recipe, trains: Callable[[str, str], bool]):
         self.memory, self.shape, self.recipe, self.config = memory, shape, recipe, Config(shape.config, shape.name)
         self.autocast, self.leaves = False, False  # leaves: peft's enable_input_require_grads
+        self.named = False  # whether the user named the modules on which the method stands
         self.layers: dict[str, Callable[[Tensor], Tensor]] = {}
         self.front: Callable[[Tensor], Tensor] = lambda x: x
         self.extend: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] = unchanged
@@ -150,7 +151,8 @@ class Net:
         """Call the layer at a path, without what the method adds to it."""
         if path in self.quantised:
             compute = 2 if self.recipe.autocast else self.recipe.weight_bytes
-            return products.quantised_linear(x, *self.weight_size(path), compute)
+            by_place = self.recipe.library != "peftlab"
+            return products.quantised_linear(x, *self.weight_size(path), compute, self.biases.get(path), by_place)
         return self.product(x, self.weights[path], self.biases.get(path))
 
     def around(self, path: str, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -323,8 +325,9 @@ class Net:
         return ops.cast(ops.mul(wide, ops.cast(self.weights[path], ops.FLOAT32)), x.bytes)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, style: Style, bias: Tensor | None = None, masked: bool = False
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, style: Style, bias: Tensor | None = None, masked: bool = False,
+        sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Compute attention of (b, heads, s, d), in 16 bits under autocast, and return (b, s, heads d).
 
         A causal model needs a mask if it has a prefix, or if `masked` says so (a sliding window), and T5 has a bias.
@@ -338,7 +341,7 @@ class Net:
         if not self.fused():
             if self.autocast:
                 style = replace(style, wide_softmax=True)
-            mixed = attention.eager_attention(q, k, v, bias, style)
+            mixed = attention.eager_attention(q, k, v, bias, style, sinks)
         elif not style.fusible or (bias is None and q.bytes == ops.FLOAT32 and k.shape[1] != heads):
             # the only fused kernel for float32 needs as many heads of keys as of queries
             mixed = attention.math_attention(q, k, v, bias, style)

@@ -40,15 +40,21 @@ def frozen_linear(x: Tensor, outputs: int) -> Tensor:
     return record(x.new((*shape[:-1], outputs)), [x], apply, [])
 
 
-def quantised_linear(x: Tensor, outputs: int, inputs: int, compute: int) -> Tensor:
+def quantised_linear(
+    x: Tensor, outputs: int, inputs: int, compute: int, bias: Tensor | None = None, by_place: bool = True
+) -> Tensor:
     """Replay bitsandbytes' Linear4bit. Each pass unpacks the weight and the scales of its blocks, then frees them.
 
     Args:
         compute: the bytes of the dtype in which it computes. The result has the dtype of x.
+        by_place: whether the gradient of the bias is summed over the examples first, which gives a tensor of (s, out),
+            and then over the places, as in bitsandbytes.
     """
     before = x.bytes
     x = ops.cast(x, compute)
-    shape = x.shape
+    shape, needs = x.shape, x.needs_grad
+    bias = None if bias is None else ops.cast(bias, compute)
+    trains = bias is not None and bias.needs_grad
 
     def unpacked(like: Tensor) -> tuple[Tensor, Tensor]:
         scales = like.new((-(-outputs * inputs // 64),), ops.FLOAT32)
@@ -58,14 +64,19 @@ def quantised_linear(x: Tensor, outputs: int, inputs: int, compute: int) -> Tens
     x.memory.flops += flops
 
     def apply(g: Tensor) -> Gradients:
-        g.memory.flops += flops
-        held = unpacked(g)
-        result = g.new(shape)
-        del held
-        return (result,)
+        summed = g.new(g.shape[1:]) if trains and by_place else None
+        result = None
+        if needs:
+            g.memory.flops += flops
+            held = unpacked(g)
+            result = g.new(shape)
+            del held
+        of_bias = g.new((outputs,)) if trains else None
+        del summed
+        return result, of_bias
 
     held = unpacked(x)
-    result = record(x.new((*shape[:-1], outputs)), [x], apply)
+    result = record(x.new((*shape[:-1], outputs)), [x, x.detach() if bias is None else bias], apply)
     del held
     return ops.cast(result, before)
 

@@ -63,7 +63,7 @@ class Run:
     """A model under a method. `step` replays one step of its training."""
 
     def __init__(self, shape: Shape, method: str, trained: Trained, recipe: Recipe):
-        self.memory, self.shape, self.recipe = Memory(), shape, recipe
+        self.memory, self.shape, self.method, self.recipe = Memory(), shape, method, recipe
         heads = {module.path for module in shape.head}
         own = {(module.path, kind) for module, kind in trained.own}
         self.net = net = Net(
@@ -79,6 +79,7 @@ class Run:
         if not trained.whole:  # peft trains a copy of the classification head and keeps the original too
             for module in shape.head:
                 self.held.append(Tensor(self.memory, (module.parameters,), recipe.weight_bytes, "weights"))
+        net.named = trained.named
         grouped: dict[str, dict[str, Tensor]] = {}
         for added in trained.added:
             if added.buffer:
@@ -88,7 +89,8 @@ class Run:
                 if added.path:
                     grouped.setdefault(added.path, {})[added.name] = self.held[-1]
                 continue
-            tensor = Parameter(self.memory, added.size, recipe.adapter_bytes, "adapter", True, recipe.shards)
+            trains = added.trains or recipe.library != "peftlab"  # AdaLoRA's rank numbers get a gradient in peft
+            tensor = Parameter(self.memory, added.size, recipe.adapter_bytes, "adapter", trains, recipe.shards)
             net.added.append((added.path, tensor))
             grouped.setdefault(added.path, {})[added.name] = tensor
         replay = METHODS[method].replay
@@ -146,7 +148,9 @@ class Run:
         yield
         self.memory.moment = "backward"
         self.loss = loss  # the loss of the last step, with what its graph still holds, is freed only now
-        backward(loss.node, [loss.new()])
+        if loss.node is not None:  # otherwise nothing that trains was used
+            backward(loss.node, [loss.new()])
+        self.check_reached()
         if self.sharding:
             self.sharding.finish()
         yield
@@ -178,6 +182,21 @@ class Run:
             loss = ops.cross_entropy(wide)
         self.net.held.clear()
         return loss
+
+    def check_reached(self) -> None:
+        """Require that everything that trains got a gradient.
+
+        Raises:
+            PeftLabError: the forward pass does not use a module whose tensors train, as T5's `shared`.
+        """
+        without = (path for path, one in self.net.everything() if one.needs_grad and one.grad is None)
+        lost = list(dict.fromkeys(without))
+        if lost:
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            raise PeftLabError(
+                f"A training step of {self.shape.name} does not call {lost[0]}{more}, so what {self.method} trains "
+                "there would get no gradient. Name other targets (--targets)."
+            )
 
     def moved(self) -> list[Parameter]:
         """Return the parameters that an update moves: those that got a gradient."""

@@ -82,9 +82,17 @@ def cat(a: Tensor, b: Tensor, axis: int) -> Tensor:
     return record(a.new(shape), [a, b], lambda g: tuple(g if need else None for need in needs))
 
 
-def resized(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Replay torch.cat with a small tensor: the gradient is a view."""
-    return record(x.new(shape), [x], lambda g: (g.viewed(),))
+def joined_column(x: Tensor, column: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Replay torch.cat of x and a column that a small tensor is expanded to.
+
+    The gradient of x is a view, and that of the small tensor a sum.
+    """
+    needs, small = (x.needs_grad, column.needs_grad), column.shape
+
+    def apply(g: Tensor) -> Gradients:
+        return g.viewed() if needs[0] else None, g.new(small) if needs[1] else None
+
+    return record(x.new(shape), [x, column], apply)
 
 
 def sum_groups(x: Tensor, count: int) -> Tensor:
