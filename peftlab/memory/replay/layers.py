@@ -166,7 +166,8 @@ def _our_dora(net: Net, path: str, own: Own) -> None:
         bytes = result.bytes
         if not net.autocast:
             x = ops.cast(x, wide)
-        base = ops.copy(result, max(result.bytes, net.biases[path].bytes)) if path in net.biases else result
+        bias = net.own_bias(path)
+        base = ops.copy(result, max(result.bytes, bias.bytes)) if bias is not None else result
         ratio = ops.divide(own["lora_magnitude_vector"], norms(x))
         update = ops.scale(ops.mul(net.product(net.product(x, own["lora_A"]), own["lora_B"]), ratio))
         total = ops.add(ops.mul(base, ops.shift(ratio)), update)

@@ -7,7 +7,7 @@ allocates, and local variables live as long as they do there. What a method adds
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -76,9 +76,13 @@ class Net:
     inner one, `repeated`, which copies blocks that are like others.
     """
 
-    def __init__(self, memory: Memory, shape: Shape, recipe: Recipe, trains: Callable[[str, str], bool]):
+    def __init__(
+        self, memory: Memory, shape: Shape, recipe: Recipe, trains: Callable[[str, str], bool],
+        copied: Iterable[str] = (),
+    ):  # fmt: skip
         self.memory, self.shape, self.recipe, self.config = memory, shape, recipe, Config(shape.config, shape.name)
         self.autocast, self.leaves = False, False  # leaves: peft's enable_input_require_grads
+        self.copied = frozenset(copied)  # paths of layers of whose bias a copy trains
         self.named = False  # whether the user named the modules on which the method stands
         self.layers: dict[str, Callable[[Tensor], Tensor]] = {}
         self.front: Callable[[Tensor], Tensor] = lambda x: x
@@ -89,6 +93,7 @@ class Net:
         self.parameters_with_more: dict[str, Callable[[Tensor], Tensor]] = {}
         self.weights: dict[str, Parameter] = {}
         self.biases: dict[str, Parameter] = {}
+        self.base_biases: dict[str, Parameter] = {}  # those beside which a copy trains
         self.added: list[tuple[str, Parameter]] = []
         self.quantised: dict[str, tuple[Tensor, ...]] = {}
         self.modules = {module.path: module for module in shape.modules}
@@ -114,12 +119,15 @@ class Net:
                 train = trains(module.path, "weight")
                 self.weights[module.path] = self.parameter(size, train)
             if module.bias:
-                train = trains(module.path, "bias")
-                self.biases[module.path] = self.parameter((module.outputs,), train)
+                size, train = (module.outputs,), trains(module.path, "bias")
+                self.biases[module.path] = self.parameter(size, train, module.path in self.copied)
+                if module.path in self.copied:
+                    self.base_biases[module.path] = self.parameter(size, False)
 
-    def parameter(self, size: tuple[int, ...], trains: bool) -> Parameter:
-        """Allocate one of the model's own parameters."""
-        return Parameter(self.memory, size, self.recipe.weight_bytes, trains=trains, shards=self.recipe.shards)
+    def parameter(self, size: tuple[int, ...], trains: bool, copied: bool = False) -> Parameter:
+        """Allocate one of the model's own parameters, or a trained copy of one, which belongs to the adapter."""
+        bytes, kind = (self.recipe.adapter_bytes, "adapter") if copied else (self.recipe.weight_bytes, "weights")
+        return Parameter(self.memory, size, bytes, kind, trains, self.recipe.shards)
 
     @cached_property
     def parameters(self) -> list[Parameter]:
@@ -143,17 +151,23 @@ class Net:
 
     def linear(self, path: str, x: Tensor) -> Tensor:
         """Call the layer at a path, with what the method adds to it."""
-        if path in self.layers:
-            return self.layers[path](x)
-        return self.plain(path, x)
+        result = self.layers[path](x) if path in self.layers else self.plain(path, x)
+        return ops.add_bias(result, self.biases[path]) if path in self.copied else result
 
     def plain(self, path: str, x: Tensor) -> Tensor:
         """Call the layer at a path, without what the method adds to it."""
         if path in self.quantised:
-            compute = 2 if self.recipe.autocast else self.recipe.weight_bytes
-            by_place = self.recipe.library != "peftlab"
-            return products.quantised_linear(x, *self.weight_size(path), compute, self.biases.get(path), by_place)
-        return self.product(x, self.weights[path], self.biases.get(path))
+            compute, ours = 2 if self.recipe.autocast else self.recipe.weight_bytes, self.recipe.library == "peftlab"
+            return products.quantised_linear(x, *self.weight_size(path), compute, self.own_bias(path), ours)
+        return self.product(x, self.weights[path], self.own_bias(path))
+
+    def own_bias(self, path: str) -> Parameter | None:
+        """Return the bias that a layer itself adds.
+
+        Where a bias trains, peftlab trains a copy b of it beside the layer's own, b0: y + (b - b0). Full fine-tuning
+        and peft train the layer's own.
+        """
+        return self.base_biases.get(path, self.biases.get(path))
 
     def around(self, path: str, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """Call a feed-forward, with what a parallel adapter at its last layer adds."""
@@ -310,7 +324,8 @@ class Net:
         """Compute a LayerNorm, in float32 under autocast. It may lack weights, or a bias."""
         if self.autocast:
             x = ops.cast(x, ops.FLOAT32)
-        return ops.layer_norm(x, self.weights.get(path), self.biases.get(path))
+        result = ops.layer_norm(x, self.weights.get(path), self.own_bias(path))
+        return ops.add_bias(result, self.biases[path]) if path in self.copied else result
 
     def wide_norm(self, path: str, x: Tensor) -> Tensor:
         """Compute w * (x / sqrt(mean x^2 + eps)) in float32, and cast the product."""

@@ -242,6 +242,16 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return record(x.new(), [x], apply, [mask])
 
 
+def add_bias(y: Tensor, bias: Tensor) -> Tensor:
+    """Replay y + (b - b0) of a trained copy b of the bias b0, in the dtype of y. The gradient of b is a sum."""
+    needs, size, before, bytes = y.needs_grad, bias.shape, y.bytes, bias.bytes
+    change = bias.new()
+    output = y.new(bytes=max(before, bytes))
+    output = record(output, [y, bias], lambda g: (fit(g, before) if needs else None, g.new(size, bytes)))
+    del change
+    return cast(output, before)
+
+
 def layer_norm(x: Tensor, weight: Parameter | None, bias: Parameter | None) -> Tensor:
     """Replay LayerNorm, one kernel for each pass. It keeps x, and each row's mean and 1/deviation in float32."""
     own = [one for one in (weight, bias) if one is not None]

@@ -41,14 +41,16 @@ def frozen_linear(x: Tensor, outputs: int) -> Tensor:
 
 
 def quantised_linear(
-    x: Tensor, outputs: int, inputs: int, compute: int, bias: Tensor | None = None, by_place: bool = True
+    x: Tensor, outputs: int, inputs: int, compute: int, bias: Tensor | None = None, ours: bool = False
 ) -> Tensor:
     """Replay bitsandbytes' Linear4bit. Each pass unpacks the weight and the scales of its blocks, then frees them.
 
+    bitsandbytes casts the result to the dtype of x. And it sums the gradient of a bias over the examples first, which
+    gives a tensor of (s, out), and then over the places.
+
     Args:
-        compute: the bytes of the dtype in which it computes. The result has the dtype of x.
-        by_place: whether the gradient of the bias is summed over the examples first, which gives a tensor of (s, out),
-            and then over the places, as in bitsandbytes.
+        compute: the bytes of the dtype in which it computes.
+        ours: whether it is peftlab's layer, which does neither.
     """
     before = x.bytes
     x = ops.cast(x, compute)
@@ -64,7 +66,7 @@ def quantised_linear(
     x.memory.flops += flops
 
     def apply(g: Tensor) -> Gradients:
-        summed = g.new(g.shape[1:]) if trains and by_place else None
+        summed = g.new(g.shape[1:]) if trains and not ours else None
         result = None
         if needs:
             g.memory.flops += flops
@@ -78,7 +80,7 @@ def quantised_linear(
     held = unpacked(x)
     result = record(x.new((*shape[:-1], outputs)), [x, x.detach() if bias is None else bias], apply)
     del held
-    return ops.cast(result, before)
+    return result if ours else ops.cast(result, before)
 
 
 def embedding(ids: Tensor, weight: Parameter) -> Tensor:

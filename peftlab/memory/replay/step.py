@@ -69,6 +69,7 @@ class Run:
         self.net = net = Net(
             self.memory, shape, recipe,
             lambda path, kind: (path, kind) in own or (not trained.whole and path in heads),
+            [m.path for m, _ in trained.own] if recipe.library == "peftlab" and not trained.whole else (),
         )  # fmt: skip
         self.sharding = Sharding(net, recipe.gpus) if recipe.shards > 1 else None
         if self.sharding:
