@@ -172,7 +172,8 @@ def estimate(
         library: `"peft"` or `"peftlab"`: whose layers are replayed. peftlab's LoRA, also in four bits, keeps less under
             autocast. On experts it keeps no changed weights until the backward pass, and its 4-bit base holds experts
             in four bits. It makes the updates of LoHa and LoKr again in the backward pass, and its DoRA needs no
-            identity matrix. Methods that are no relatives of LoRA are replayed as in peft.
+            identity matrix. It trains a copy beside a bias. Methods that are no relatives of LoRA, but for BitFit, are
+            replayed as in peft.
         four_bit: whether the base is held in four bits, whatever the method. None: only for `qlora`.
         transformers: the version whose forward pass is replayed. None takes the installed one, or else the newest. It
             matters for T5, whose self-attention is not fused before 5.20, and for GPT-J, whose attention is not before
@@ -182,8 +183,8 @@ def estimate(
 
     Raises:
         PeftLabError: an unknown name (with near matches), a number that is not positive, a target without a match, an
-            option that the method does not take, a method that this model cannot have, an architecture whose
-            activations are not known.
+            option that the method does not take, a method that this model cannot have, a target that no training step
+            uses, an architecture whose activations are not known.
 
     >>> print(pl.memory.estimate("llama-2-7b", "lora", r=16, checkpointing=True))
     llama-2-7b, lora: peak 13.98 GB in backward (weights 13.48, ...)

@@ -8,7 +8,7 @@ import zipfile
 
 import family_configs
 import pytest
-from peftlab_book import calculator, calculator_page
+from peftlab_book import calculator, calculator_answers, calculator_page
 from test_pages import RUN_AXE_ON_COLOURS, nothing_is_wider, violations
 
 import peftlab as pl
@@ -131,6 +131,18 @@ def fill(page, **values) -> None:
 
 def asked(page, function: str, question: dict):
     return page.evaluate(f"window.peftlabCalculator.{function}({json.dumps(question)})")
+
+
+def test_an_error_of_the_packages_own_is_told_in_words(monkeypatch):
+    """The page shows the answer's error as it is; without this it would be the last line of a traceback."""
+
+    def fails(*args, **given):
+        raise AssertionError
+
+    monkeypatch.setattr(calculator_answers, "estimate", fails)
+    answer = json.loads(calculator_answers.answer(json.dumps({"shape": "gpt2", "method": "lora"})))
+    assert answer["field"] == "method"
+    assert "with an error of its own (AssertionError)" in answer["error"] and "report" in answer["error"]
 
 
 def test_python_is_loaded_only_when_it_is_asked_for(page):
