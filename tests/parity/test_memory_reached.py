@@ -14,8 +14,9 @@ from peftlab.memory import estimate, load_shape
 from peftlab.memory.counting.methods import trained_by
 from peftlab.memory.counting.options import Options
 from peftlab.memory.replay.nets import Recipe
+from peftlab.memory.replay.products import quantised_linear
 from peftlab.memory.replay.step import Run
-from peftlab.memory.replay.tape import backward
+from peftlab.memory.replay.tape import Memory, Parameter, Tensor, backward
 
 SMALL = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 4, "pad_token_id": 0}
@@ -192,3 +193,33 @@ def test_sinks_get_a_gradient():
     next(steps), next(steps)
     sinks = [one.grad for path, one in run.net.weights.items() if path.endswith("sinks")]
     assert [gradient.shape for gradient in sinks] == 2 * [(4,)]
+
+
+@pytest.mark.parametrize("library", ["peft", "peftlab"])
+@pytest.mark.parametrize(
+    ("method", "options"), [("bitfit", {}), ("lora", {"bias": "all"}), ("lora", {"bias": "lora_only"})]
+)
+def test_biases_of_layers_in_four_bits_train(method, options, library):
+    """All of them get a gradient, in place or as a copy; `estimate` counts the same."""
+    for config in (CONFIGS["qwen2"], CONFIGS["llama with biases"], CONFIGS["gpt2"]):
+        run = replay(config, method, options, four_bit=True, library=library)
+        steps = run.stretches()
+        next(steps), next(steps)
+        found = sum(one.elements for one in run.net.parameters if one.grad is not None)
+        told = estimate(config, method, four_bit=True, library=library, sequence=8, **options)
+        assert found == told.trainable and run.net.quantised
+    assert estimate("qwen2.5-0.5b", "bitfit", four_bit=True, sequence=8).trainable == 24 * (896 + 2 * 128)
+
+
+def test_bitsandbytes_sums_the_gradient_of_a_bias_over_the_examples_first():
+    """`grad_output.sum(0)` of (b, s, out) is a tensor of (s, out), which the engine sums to (out)."""
+    peaks = []
+    for ours in (False, True):
+        memory = Memory()
+        x, bias = Tensor(memory, (3, 160, 64), 2), Parameter(memory, (256,), 2, trains=True)
+        y = quantised_linear(x, 256, 64, 2, bias, ours)
+        start = memory.peak = memory.total
+        backward(y.node, [y.new()])
+        peaks.append(memory.peak - start)
+        assert bias.grad.shape == (256,)
+    assert peaks[0] - peaks[1] == 2 * 160 * 256
