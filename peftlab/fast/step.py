@@ -2,8 +2,8 @@
 
     L = sum over labelled i of nll(x_{i+1} | x_1 .. x_i)        logits = W_head norm(x_n),  x_n from the last block
 
-The logits of a whole batch are the largest tensor of a plain step. Here they are made for a few hundred labelled tokens
-at a time, turned into their own gradient in place, and dropped.
+The logits of a whole batch are the largest tensor of a plain step. Here they are made for some hundred labelled tokens
+at a time (as many as `LOGITS` numbers hold), turned into their own gradient in place, and dropped.
 
 Padding needs no mask: it stands on the right, so no real token attends to it, and it has no label. Packed rows and
 sliding windows get the mask that transformers would make.
