@@ -17,7 +17,7 @@ from peftlab.core.records import as_transformer
 from peftlab.errors import PeftLabError
 from peftlab.training.encoding import IGNORE
 from peftlab.training.model_facts import ModelFacts
-from peftlab.training.model_task import inner_model, problem_of
+from peftlab.training.model_task import PER_TOKEN, inner_model, problem_of
 from peftlab.training.padding import on_cpu
 
 SPAN = ("start_positions", "end_positions")
@@ -57,9 +57,13 @@ def check_labels(batch: Mapping[str, Any], facts: ModelFacts, where: Where, warn
             _check_range(batch.get(key), math.inf, f"{key} hold", "tokens are counted", "", where)
         return
     labels = batch.get("labels")
-    if not isinstance(labels, Tensor) or facts.task == "contrast":
+    if labels is None or facts.task == "contrast":
         return  # the loss says that there are none
+    if not isinstance(labels, Tensor):
+        raise PeftLabError(f"The labels of a batch are a {type(labels).__name__}; a batch is a dict of tensors by name.")
     problem = problem_of(facts.model, facts.task, labels)
+    if facts.task in PER_TOKEN:
+        _check_one_a_token(batch, labels)
     if not on_cpu(labels):
         return
     if problem == "regression":
@@ -77,6 +81,17 @@ def check_labels(batch: Mapping[str, Any], facts: ModelFacts, where: Where, warn
         )
         _check_range(labels, limit, "labels hold", what, advice, where, but=IGNORE)
     _check_learnable(batch, labels, facts, warn)
+
+
+def _check_one_a_token(batch: Mapping[str, Any], labels: Tensor) -> None:
+    """Refuse labels of another length than the tokens: which token one belongs to could only be guessed."""
+    for key in ("input_ids", "inputs_embeds"):
+        tokens = batch.get(key)
+        if isinstance(tokens, Tensor) and tokens.shape[:2] != labels.shape:
+            raise PeftLabError(
+                f"A batch has labels {tuple(labels.shape)} beside {key} {tuple(tokens.shape)}; each token has one "
+                f"label, {IGNORE} where there is nothing to learn."
+            )
 
 
 def _label_limit(batch: Mapping[str, Any], facts: ModelFacts, problem: str) -> tuple[int | None, bool]:

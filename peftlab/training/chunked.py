@@ -31,6 +31,7 @@ from peftlab.training.labels import moved, readable
 from peftlab.training.losses import (
     causal_lm_loss,
     default_loss,
+    hides_nothing,
     learned_rows,
     needed_output,
     next_labels,
@@ -231,10 +232,9 @@ class ChunkedLoss:
         """
         if device.type != "cuda" or default_loss(model, batch) is not causal_lm_loss:
             return moved(batch, device)
-        labels, mask = batch["labels"], batch.get("attention_mask")
-        full = isinstance(mask, Tensor) and not mask.is_cuda and bool(mask.all())
-        left = ("labels", "attention_mask") if full else ("labels",)
-        return {**moved({key: value for key, value in batch.items() if key not in left}, device), "labels": labels}
+        left = ("labels", "attention_mask") if hides_nothing(batch) else ("labels",)
+        rest = {key: value for key, value in batch.items() if key not in left}
+        return {**moved(rest, device), "labels": batch["labels"]}
 
     def pays(self, labels: int) -> bool:
         """Say whether the logits of so many labels are computed in chunks."""

@@ -73,8 +73,9 @@ class FastPath:
         blocks: Any = model.get_submodule("model.layers")
         marked = sum(block.gradient_checkpointing for block in blocks)
         on_gpu = device.type == "cuda"
+        self.scale = wide(torch.zeros((), dtype=dtype, device=device))
+        # from here on the step has the model's weights, so what asks for memory stands above
         self.step = Step(decoder, dtype, marked, pinned=on_gpu and settings.checkpointing == "pinned")
-        self.scale = torch.zeros((), dtype=wide(self.step.like).dtype, device=device)
         self.graphs = Graphs(self.step) if on_gpu else None
         self.how = f"{self.step.told}, and each shape of a batch is one CUDA graph" if on_gpu else self.step.told
         self.plain_batches: list[str] = []

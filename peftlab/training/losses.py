@@ -74,9 +74,20 @@ def with_balance(model: nn.Module, output: Any, total: Tensor, count: Tensor) ->
 def without_full_mask(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the batch without a mask that hides nothing: transformers would wait for a GPU to find that out."""
     mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.is_cuda and not readable(mask).is_cuda and bool(readable(mask).all()):
+    if isinstance(mask, Tensor) and mask.is_cuda and hides_nothing(batch):
         return {key: value for key, value in batch.items() if key != "attention_mask"}
     return batch
+
+
+def hides_nothing(batch: Mapping[str, Any]) -> bool:
+    """Say whether a batch has a padding mask (b, t) of ones that can be left out. A mask on a GPU is not looked at.
+
+    A mask of four dimensions also says which tokens see later ones. And where positions are given, transformers reads
+    borders between packed examples out of them if there is no mask.
+    """
+    mask = batch.get("attention_mask")
+    mask = readable(mask) if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    return mask is not None and not mask.is_cuda and batch.get("position_ids") is None and bool(mask.all())
 
 
 def only_needed(model: nn.Module, learned: Tensor) -> dict[str, int]:
@@ -274,8 +285,10 @@ def learned_rows(values: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, 
     labels: (...), read on the CPU where they are known there. They are returned on the device of the values.
 
     Raises:
-        PeftLabError: a label is no class.
+        PeftLabError: a label is no class, or there is not one for each row.
     """
+    if labels.shape != values.shape[:-1]:
+        raise PeftLabError(f"The labels {tuple(labels.shape)} do not go with outputs {tuple(values.shape)}, one a row.")
     labels = readable(labels)
     whole = values.is_contiguous()  # a slice is not, and is not copied for this
     labels = labels.reshape(-1) if whole else labels

@@ -369,6 +369,20 @@ def test_a_base_that_does_not_fit_twice_stays_as_it_is(monkeypatch):
         assert torch.equal(state[name], tensor) and tensor.is_contiguous(), name
 
 
+def test_a_run_that_has_no_room_for_its_numbers_gives_the_base_back(monkeypatch):
+    model = adapt(make())
+
+    def full(x):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("peftlab.training.fast_path.wide", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        pl.train(model, examples(), tokenizer=tokenizer(), steps=1, fast=True, progress=False)
+    assert not any(module._state_dict_hooks for module in model.modules())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        assert tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes, name
+
+
 @pytest.mark.parametrize("ends", [True, False], ids=["ends", "broken off"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("four_bit", [False, True], ids=["dense", "4-bit"])

@@ -367,6 +367,30 @@ def test_labels_that_do_not_fit_are_told():
         pl.train(tagger[0], [{"input_ids": [5, 6, 7], "labels": 1}], steps=1, progress=False)
 
 
+@pytest.mark.parametrize("width", [3, 5])
+@pytest.mark.parametrize("fast", ["auto", False])
+@pytest.mark.parametrize("loss_in_chunks", [True, False])
+def test_each_token_has_one_label(width, fast, loss_in_chunks):
+    """Fewer would be taken for those of the last tokens, and more would be cut off."""
+    made = pl.attach(tiny.llama(), pl.LoRAConfig(r=2, target_modules=["q_proj"]))
+    settings = {"steps": 1, "batch_size": 2, "fast": fast, "chunked_loss": loss_in_chunks, "progress": False}
+
+    def collate(_):
+        return {"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.ones(2, width, dtype=torch.long)}
+
+    with pytest.raises(PeftLabError, match=rf"labels \(2, {width}\) beside input_ids \(2, 4\); each token has one"):
+        pl.train(made, tiny.examples(4), collate=collate, **settings)
+    with pytest.raises(PeftLabError, match="The labels of a batch are a list; a batch is a dict of tensors"):
+        pl.train(made, tiny.examples(4), collate=lambda _: {**collate(_), "labels": [[1] * 4] * 2}, **settings)
+
+
+def test_labels_of_another_shape_are_never_those_of_other_rows():
+    values = torch.arange(2 * 4 * 3.0).view(2, 4, 3)
+    for shape in ((2, 3), (2, 5), (8,), (1, 4)):
+        with pytest.raises(PeftLabError, match=r"do not go with outputs \(2, 4, 3\), one a row"):
+            losses.learned_rows(values, torch.ones(shape, dtype=torch.long), 3)
+
+
 def test_config_problem_type_is_obeyed_or_refused():
     made = model("BertForSequenceClassification", SMALL, num_labels=2, problem_type="single_label_classification")
     with pytest.raises(PeftLabError, match="of which one is right"):

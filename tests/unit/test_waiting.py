@@ -16,7 +16,7 @@ from peftlab.training.chunked import ChunkedLoss
 from peftlab.training.encoding import Collator
 from peftlab.training.inputs import Examples, Inputs
 from peftlab.training.labels import NOTE, readable
-from peftlab.training.losses import causal_lm_loss, only_needed
+from peftlab.training.losses import causal_lm_loss, only_needed, without_full_mask
 from peftlab.training.optimizers import OPTIMIZERS
 from peftlab.training.positions import LOOK, counted, spared
 from peftlab.training.schedule import seed_everything
@@ -131,6 +131,35 @@ def test_what_a_loss_reads_on_the_cpu_does_not_go_to_a_gpu(mask, left, monkeypat
     assert (float(total.detach()), int(count)) == (float(causal_lm_loss(model, batch)[0].detach()), 6)
     ChunkedLoss(model).moved(model, batch, torch.device("cpu"))
     assert seen[1] == set(batch)
+
+
+class OnGPU(torch.Tensor):
+    """A tensor on the CPU that says it is on a GPU."""
+
+    is_cuda = True
+
+
+WITH_FULL_MASK = {
+    "padding alone": ({"attention_mask": torch.ones(2, 4)}, True),
+    "positions, which may restart": (
+        {"attention_mask": torch.ones(2, 4), "position_ids": torch.tensor([[0, 1, 0, 1]] * 2)}, False,
+    ),
+    "all tokens see all": ({"attention_mask": torch.ones(2, 1, 4, 4, dtype=torch.bool)}, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("more", "left_out"), WITH_FULL_MASK.values(), ids=WITH_FULL_MASK)
+def test_a_full_mask_that_says_more_than_what_is_padding_stays(more, left_out, monkeypatch):
+    """Without it transformers would separate packed rows, or hide the tokens that follow: another loss on a GPU."""
+    monkeypatch.setattr(chunked, "moved", lambda batch, device: dict(batch))
+    model, batch = tiny.llama(), {**ids_and_labels(), **more}
+    expected = causal_lm_loss(model, batch)[0]
+    there = batch["attention_mask"].as_subclass(OnGPU)
+    setattr(there, NOTE, (batch["attention_mask"], there._version))
+    assert ("attention_mask" not in without_full_mask({**batch, "attention_mask": there})) == left_out
+    found = ChunkedLoss(model).moved(model, batch, torch.device("cuda"))
+    assert ("attention_mask" not in found) == left_out
+    assert torch.equal(causal_lm_loss(model, found)[0], expected)
 
 
 def test_other_losses_get_their_labels_and_masks(monkeypatch):
