@@ -87,11 +87,18 @@ def measured(rung: str, point: Row, folder: Path) -> Row:
     """
     (folder / "row.json").unlink(missing_ok=True)
     (folder / "job.json").write_text(json.dumps({"rung": rung, "point": point, "profiles": timing.profiling()}))
-    environment = {**os.environ, **OFFLINE, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    ran = subprocess.run(
-        [sys.executable, "-c", START], cwd=folder, env=environment, timeout=SECONDS, check=False, encoding="utf-8",
-        errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    # it works in another folder; an empty path is this one
+    environment = {**os.environ, **OFFLINE, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+    try:
+        ran = subprocess.run(
+            [sys.executable, "-c", START], cwd=folder, env=environment, timeout=SECONDS, check=False, encoding="utf-8",
+            errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as late:
+        printed = late.stdout or ""
+        printed = printed.decode(errors="replace") if isinstance(printed, bytes) else printed
+        print(printed, file=sys.stderr, flush=True)
+        raise PeftLabError(f"the process was ended after {SECONDS} seconds") from None
     row = json.loads((folder / "row.json").read_text()) if (folder / "row.json").is_file() else {}
     if "seconds" not in row:
         print(ran.stdout, file=sys.stderr, flush=True)

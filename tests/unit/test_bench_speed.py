@@ -8,7 +8,7 @@ import torch
 
 import peftlab as pl
 from peftlab import bench
-from peftlab.bench import ladder, models, rungs, speed, timing
+from peftlab.bench import ladder, models, rungs, speed, timing, unsloth_step
 from peftlab.kit.measurements import Results
 from peftlab.memory import estimate
 from peftlab.memory import speed as arithmetic
@@ -118,6 +118,27 @@ def test_unsloth_is_not_measured_in_16_bits_for_4(on_the_cpu, monkeypatch, tmp_p
     monkeypatch.setitem(speed.GROUPS, "unsloth", ("unsloth",))
     (row,) = speed.measure(point_of("unsloth", "qlora"))
     assert "Unsloth loaded the model in N bits, not in N" in row["skipped"] and row.get("seconds") is None
+
+
+def test_a_process_of_unsloths_that_hangs_is_ended(on_the_cpu, monkeypatch, tmp_path, capsys):
+    """The row says so without the command, in which there are paths of the machine. What was printed is shown."""
+    (tmp_path / "unsloth.py").write_text("import time\nprint('Unsloth waits', flush=True)\ntime.sleep(60)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(speed.GROUPS, "unsloth", ("unsloth",))
+    monkeypatch.setattr(unsloth_step, "SECONDS", 3)
+    (row,) = speed.measure(point_of("unsloth"))
+    assert row["skipped"] == "PeftLabError: the process was ended after N seconds"
+    assert "Unsloth waits" in capsys.readouterr().err
+
+
+def test_the_process_of_unsloth_finds_what_lies_in_this_folder(on_the_cpu, monkeypatch, tmp_path):
+    """An empty path in `sys.path`, as in a notebook, means the folder of this process, and not that of the other."""
+    (tmp_path / "unsloth.py").write_text(UNSLOTH)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.setitem(speed.GROUPS, "unsloth", ("unsloth",))
+    (row,) = speed.measure(point_of("unsloth"))
+    assert row["skipped"] is None and row["notes"] == "Unsloth patched 2 layers."
 
 
 @pytest.mark.parametrize("profiles", [False, True])
