@@ -60,7 +60,9 @@ def check_labels(batch: Mapping[str, Any], facts: ModelFacts, where: Where, warn
     if labels is None or facts.task == "contrast":
         return  # the loss says that there are none
     if not isinstance(labels, Tensor):
-        raise PeftLabError(f"The labels of a batch are a {type(labels).__name__}; a batch is a dict of tensors by name.")
+        raise PeftLabError(
+            f"The labels of a batch are a {type(labels).__name__}; a batch is a dict of tensors by name."
+        )
     problem = problem_of(facts.model, facts.task, labels)
     if facts.task in PER_TOKEN:
         _check_one_a_token(batch, labels)
