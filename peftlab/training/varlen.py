@@ -80,20 +80,21 @@ class Last:
     """The starts in the positions that were seen last: all blocks of a model ask about the same ones.
 
     Reading the longest length makes the CPU wait for the GPU, so it is done once for each batch, not in each block.
+    Several threads may train at once, so what is known is one tuple, which changes as a whole.
     """
 
     def __init__(self) -> None:
-        self.seen: Callable[[], Tensor | None] = lambda: None  # a weak reference
-        self.key: tuple[int, int] | None = None
-        self.found: Starts | None = None
+        # a weak reference to the positions, how often they were written to, their rows, and the starts
+        self.known: tuple[Callable[[], Tensor | None], int, int, Starts] | None = None
 
     def of(self, position_ids: Tensor, rows: int) -> Starts:
         """Return the starts of positions (b, t), or (1, t) where all of b rows have the same ones."""
-        key = (position_ids._version, rows)
-        if self.found is None or self.seen() is not position_ids or self.key != key:
-            self.found = starts_of(position_ids.expand(rows, -1))
-            self.seen, self.key = weakref.ref(position_ids), key
-        return self.found
+        known, version = self.known, position_ids._version
+        if known is not None and known[0]() is position_ids and known[1:3] == (version, rows):
+            return known[3]
+        found = starts_of(position_ids.expand(rows, -1))
+        self.known = weakref.ref(position_ids), version, rows, found
+        return found
 
 
 last = Last()

@@ -84,6 +84,22 @@ def test_the_borders_are_read_once_for_each_batch(calls, monkeypatch):
     assert len(read) == 2 and calls[-1] == (3, [0, 2, 3, 5, 7, 10])
 
 
+def test_a_batch_of_another_thread_is_not_taken_for_this_one(monkeypatch):
+    """Another thread asks while this one notes what it found."""
+    last, mine, theirs = varlen.Last(), torch.tensor([[0, 1, 0]]), torch.tensor([[0, 1, 2]])
+    refer = varlen.weakref.ref
+
+    def interrupted(positions):
+        monkeypatch.setattr(varlen.weakref, "ref", refer)
+        last.of(theirs, 1)
+        return refer(positions)
+
+    monkeypatch.setattr(varlen.weakref, "ref", interrupted)
+    for _ in range(2):
+        assert last.of(mine, 1).starts.tolist() == [0, 2, 3]
+    assert last.of(theirs, 1).starts.tolist() == [0, 3]
+
+
 def test_padding_and_a_cache_are_left_to_sdpa(calls):
     model = llama().eval()
     ids, mask = torch.arange(1, 13).view(2, 6), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
