@@ -66,6 +66,35 @@ def test_resume_on_the_gpu(tmp_path):
         assert torch.allclose(adapter(found)[name], value, rtol=1e-3, atol=1e-5), name
 
 
+IDS = torch.arange(16).view(2, 8) % 7 + 1
+FULL = torch.ones(2, 8, dtype=torch.long)
+BATCHES = {
+    "no mask": {},
+    "a full mask": {"attention_mask": FULL},
+    "a full mask and positions that restart": {
+        "attention_mask": FULL, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]] * 2),
+    },
+    "all tokens see all": {"attention_mask": torch.ones(2, 1, 8, 8, dtype=torch.bool)},
+    "packed rows": {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]] * 2)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("in_chunks", [True, False])
+@pytest.mark.parametrize("more", BATCHES.values(), ids=BATCHES)
+def test_a_batch_has_the_loss_that_a_cpu_gives(more, in_chunks):
+    """What stays on the CPU, and what transformers is spared, changes no loss. Of two parts one has no label."""
+    losses = []
+    for device in ("cpu", "cuda"):
+        labels = iter((IDS, torch.full_like(IDS, -100)))
+        history = train(
+            model(initializer_range=0.2).to(device), tiny.examples(4), steps=1, batch_size=2, accumulation=2,
+            collate=lambda _, labels=labels: {"input_ids": IDS, "labels": next(labels), **more}, fast=False,
+            precision="fp32", chunked_loss=in_chunks, progress=False,
+        )  # fmt: skip
+        losses.append(history.steps[0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 @pytest.mark.parametrize("checkpointing", [True, "reentrant"])
 def test_checkpointing_reaches_every_adapter(checkpointing):
     trained = model(torch.bfloat16)
