@@ -10,7 +10,7 @@ head that shares them; otherwise full fine-tuning could put their rows back. No 
 
 How much must change? Each swapped token's embedding should become that of the token which it replaces. Of this change
 (its squares) the best linear map makes 9% if it adds rank 1 to the identity, 13% with rank 4, 21% with 16, 40% with
-64, 71% with 256, and 78% with the full rank of 576. A block does more than a linear map, and there are 30. But no small
+64, 72% with 256, and 78% with the full rank of 576. A block does more than a linear map, and there are 30. But no small
 rank does most of it. So we expect a lower loss with each higher rank, and the lowest in full fine-tuning.
 """
 

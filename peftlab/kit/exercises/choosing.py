@@ -144,9 +144,10 @@ EXERCISES = (
               math.floor(KEYS * TOKENS * math.log2(CHOICES) / BITS / PER_RANK): "That is a little too small: round "
                                                                                 "up.",
               math.ceil(KEYS * TOKENS * CHOICES / BITS / PER_RANK): "One of 64 tokens is 6 bits, not 64.",
-              math.ceil(KEYS * TOKENS * math.log2(CHOICES) / PER_RANK): "A parameter holds two bits."},
+              math.ceil(KEYS * TOKENS * math.log2(CHOICES) / PER_RANK): "Here a parameter holds two bits."},
         hint="How many bits are there to learn? How many parameters hold them? How many does one rank have?",
-        then="For a task with so much to remember the rank is set by counting, not by habit.")),
+        then="For a task with so much to remember the rank is set by counting, not by habit. The adapters that the "
+             "chapter measures stored fewer bits per parameter, so this rank is the least.")),
     Exercise("choosing.cost", "easy", 5, "a number of dollars", number(
         COST, tolerance=0.01,
         near={COST / RUNS: "That is one run. You search the rate, too.",
