@@ -81,8 +81,8 @@ PREDICTIONS: dict[str, tuple[tuple[str, str], ...]] = {
         ("Morris et al. 2025, arXiv:2505.24832, whole models trained on random tokens",
          "3.6 bits are stored per trained parameter, and not more where there are more strings"),
         ("derived: of a pair of rank 1 only A is read, and B is one direction. And runs on a CPU",
-         "fewer than 2 bits, and the same number for r = 2 in one block and for r = 1 in two. With r = 1 on one "
-         "projection each digit gets one number only: a small set is not stored whole, and more strings add bits"),
+         "fewer than 2 bits. With r = 1 on one projection each digit gets one number only: a small set is not stored "
+         "whole, and more strings add bits"),
         ("Thinking Machines Lab 2025, tinker-docs.thinkingmachines.ai/lora-primer",
          "no floor: data beyond the capacity slow the training down, and the loss goes on falling"),
     ),
