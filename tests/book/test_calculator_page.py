@@ -316,7 +316,7 @@ def test_python_that_failed_is_started_again(page):
     page.evaluate("window.peftlabCalculator.restore('#shape=minilm&method=lora'); true")
     fill(page, shape="pasted", config="[" * 20_000 + "]" * 20_000)
     error = "document.getElementById('calc-error-config')"
-    assert page.until(f"!{error}.hidden && {error}.textContent.length > 20", SOON)
+    assert page.until(f"!{error}.hidden && {error}.textContent.includes('20,000 deep')", SOON)
     # any failure ends the worker, and with it the question that waits
     page.evaluate(
         "Promise.all([window.peftlabCalculator.ask('nosuch', {}).catch(() => 0), window.peftlabCalculator.answer()])"

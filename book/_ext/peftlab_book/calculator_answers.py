@@ -7,6 +7,7 @@ of. It computes nothing itself. So it imports nothing but the standard library a
 import inspect
 import json
 import re
+from itertools import accumulate
 from pathlib import Path
 
 from peftlab.errors import PeftLabError
@@ -16,6 +17,7 @@ from peftlab.memory.counting.methods import method_name
 from peftlab.memory.estimate import longest
 
 PASTED = Path("config.json")  # where a pasted configuration lies, under the name that the shell command has for it
+DEEPEST = 100  # brackets in brackets of a pasted configuration; those of models have fewer than ten
 LONGEST = 2**15  # tokens at the end of the curve, if the model takes so many
 LENGTHS = 8  # how often the curve halves it
 POINTS = 240  # of a step's history
@@ -71,10 +73,18 @@ def answered(given: dict) -> dict:
 
 
 def shape_of(given: dict) -> str:
-    """Return the name of the shape, or the path of the pasted configuration."""
+    """Return the name of the shape, or the path of the pasted configuration.
+
+    Raises:
+        PeftLabError: the configuration has brackets in brackets, too deep for a browser.
+    """
     shape = given["shape"]
     if isinstance(shape, str):
         return shape
+    marks = re.findall(r"[][{}]", shape["config"])
+    depth = max(accumulate(1 if mark in "[{" else -1 for mark in marks), default=0)
+    if depth > DEEPEST:  # in a browser Python may crash on it
+        raise PeftLabError(f"shape: this text has brackets in brackets, {depth:,} deep; paste a model's config.json.")
     PASTED.write_text(shape["config"], encoding="utf-8")
     return str(PASTED)
 
