@@ -8,6 +8,7 @@ import pytest
 import torch
 from places import has_place
 from releases import skip_before
+from replays import replayed_peaks
 from toy_rows import TOY
 
 import peftlab as pl
@@ -19,7 +20,7 @@ from peftlab.memory.counting.options import Options
 from peftlab.memory.counting.shapes import load_shape
 from peftlab.memory.replay.nets import Recipe
 from peftlab.memory.replay.step import Run
-from peftlab.memory.replay.tape import Memory, Parameter, backward
+from peftlab.memory.replay.tape import Memory, Parameter
 
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3, "num_attention_heads": 8}
 CONFIGS = {
@@ -72,16 +73,7 @@ def replayed(shape, method, *, batch, sequence, bytes, checkpointing=False, auto
         checkpointing=checkpointing, optimizer="sgd", four_bit=False, fused_attention=fused,
         contiguous_bias=contiguous_bias, library=library if init is None else "peftlab",
     ))  # fmt: skip
-    start = run.memory.total
-    run.step()
-    memory, peaks = run.memory, []
-    memory.peak = memory.total
-    with run.net.under_autocast():
-        run.loss = run.forward()
-    peaks.append(memory.peak - start)
-    memory.peak = memory.total
-    backward(run.loss.node, [run.loss.new()])
-    return [*peaks, memory.peak - start]
+    return replayed_peaks(run)
 
 
 # Each family gets half of the settings, so that each value still meets each other one. Of two families that are built
