@@ -4,8 +4,6 @@ A section is one training step: a shape, LoRA or QLoRA, a batch, with or without
 Its rows are the ladder's rungs, from an eager loop to the dense products alone, which no step can pass:
 
     peft             Hugging Face peft as its users run it: float32 adapters under autocast, fused AdamW
-    unsloth          Unsloth's own step, where it is installed, in a process of its own (`bench/unsloth_step.py`)
-    unsloth, trainer the same in TRL's trainer, as its users run it
     eager            the loop of `peft` with adapters of this package, and torch's plain AdamW
     bf16 adapters    adapters in bf16, their masters in float32, no autocast
     compiled layers  each block through torch.compile
@@ -22,6 +20,12 @@ Its rows are the ladder's rungs, from an eager loop to the dense products alone,
     ceiling          the dense products of the step alone, in one CUDA graph
 
 Each rung keeps what the rungs before it changed. A rung that cannot run here is left out, and `skipped` says why.
+A section that ends in `unsloth` has few rungs, and Unsloth's own step beside them, where it is installed. It runs in
+processes of its own (`bench/unsloth_step.py`), and is a section of its own because it wants older versions:
+
+    unsloth          Unsloth's step in a plain loop
+    unsloth, trainer the same in TRL's trainer, as its users run it
+
 A section that ends in `loop` has one row: `pl.train` on its plain path beside a plain loop, in pairs and in changing
 order (`peftlab/bench/loop.py`).
 `host_seconds` is the same step on a model of the same depth but very narrow layers: what the host needs to launch it.
@@ -79,9 +83,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "fast, 8-bit": ("fast, 8-bit",),
     "ceiling": ("ceiling",),
 }
-MAIN = ("7b-lora-4x512-c",)  # the section with every rung
-BESIDE = ("7b-lora-4x512", "7b-qlora-4x512-c", "7b-qlora-4x512")  # more sections with Unsloth
+MAIN = ("7b-lora-4x512-c",)  # the section with every rung but Unsloth's
 FEW = ("peft", "compiled", "fast", "fast, pinned", "fast, 8-bit", "ceiling")  # what the others have
+BESIDE = ("7b-lora-4x512-c", "7b-lora-2x2048-c", "7b-qlora-4x512-c", "7b-qlora-2x2048-c")  # also beside Unsloth
+THEIRS = ("peft", "unsloth", "fast", "fast, pinned", "ceiling")  # what stands there
 RECOMPUTING = ("fast, pinned", "fast, 8-bit")  # only where blocks are recomputed
 LOOPS = ("135m", "1b", "7b")  # the shapes at which `pl.train` stands beside a plain loop
 PAIRS = 60
@@ -102,7 +107,8 @@ def points() -> list[Row]:
         for method in ("lora", "qlora")
         for batch, sequence in BATCHES
         for checkpointing in (True, False)
-        for section in [f"{name}-{method}-{batch}x{sequence}{'-c' if checkpointing else ''}"]
+        for step in [f"{name}-{method}-{batch}x{sequence}{'-c' if checkpointing else ''}"]
+        for section in ([step, f"{step}-unsloth"] if step in BESIDE else [step])
         for group in groups_of(section)
         if checkpointing or group not in RECOMPUTING
     ]
@@ -112,9 +118,9 @@ def points() -> list[Row]:
 
 def groups_of(section: str) -> tuple[str, ...]:
     """Return the groups of rungs of a section, in the ladder's order."""
-    if section in MAIN:
-        return tuple(GROUPS)
-    return tuple(name for name in GROUPS if name in FEW or (name == "unsloth" and section in BESIDE))
+    if section.endswith("-unsloth"):
+        return THEIRS
+    return tuple(name for name in GROUPS if name in FEW or (section in MAIN and name != "unsloth"))
 
 
 def measure(point: Row) -> list[Row]:

@@ -1,4 +1,4 @@
-r"""Unsloth's own training step, for the rungs `unsloth` and `unsloth, trainer` of the speed ladder.
+r"""Unsloth's own training step, for the rungs `unsloth` and `unsloth, trainer` of `peftlab bench speed`.
 
 Unsloth changes torch, transformers and peft for the whole process, and wants to be imported before them. So each of its
 rungs runs in a process of its own, in which nothing else is measured:
@@ -28,10 +28,10 @@ CUDA 12; without xformers Unsloth takes torch's own attention. Then, in this rep
 
     export PYTHONPATH=$PWD:SITE TMPDIR=/dev/shm
     python -m pytest tests/gpu/test_gpu_unsloth.py -x -s
-    python -m peftlab bench speed --only 7b-lora-4x512-c --out speed-unsloth.json
+    python -m peftlab bench speed --only 7b-lora-4x512-c-unsloth,7b-qlora-4x512-c-unsloth --out speed_unsloth.json
 
-Each model is written to TMPDIR (13.5 GB at 7B), where memory is faster than a disk. The other sections with Unsloth are
-those of `speed.BESIDE`.
+Each model is written to TMPDIR (13.5 GB at 7B), where memory is faster than a disk. `speed.BESIDE` names the steps that
+have such a section.
 """
 
 from __future__ import annotations

@@ -234,11 +234,15 @@ def test_sections_are_whole_and_every_point_is_its_own():
             assert point["section"] in [f"{name}-loop" for name in speed.LOOPS]
             continue
         sections.setdefault(point["section"], []).append(point["group"])
-        assert point["section"].endswith("-c") == point["checkpointing"]
-    assert {*speed.MAIN, *speed.BESIDE} <= set(sections) and len(sections) == 4 * 2 * 2 * 2
+        assert point["section"].removesuffix("-unsloth").endswith("-c") == point["checkpointing"]
+    beside = {f"{section}-unsloth" for section in speed.BESIDE}
+    assert {*speed.MAIN, *speed.BESIDE, *beside} <= set(sections)
+    assert len(sections) == 4 * 2 * 2 * 2 + len(beside)
     for section, groups in sections.items():
-        expected = list(speed.GROUPS if section in speed.MAIN else speed.FEW)
-        expected[1:1] = ["unsloth"] if section in speed.BESIDE else []
+        if section in beside:
+            assert groups == ["peft", "unsloth", "fast", "fast, pinned", "ceiling"]
+            continue
+        expected = [name for name in speed.GROUPS if name != "unsloth"] if section in speed.MAIN else speed.FEW
         assert groups == [name for name in expected if name not in speed.RECOMPUTING or section.endswith("-c")]
     if not torch.cuda.is_available():
         with pytest.raises(pl.PeftLabError, match="needs a CUDA GPU"):
