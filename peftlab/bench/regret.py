@@ -17,6 +17,7 @@ Sections:
     rewiring  news with swapped words: LoRA of ranks 1 to 256 and full fine-tuning, two lengths (`regret_hard`)
     alphabet  news in Greek letters: LoRA of ranks 1 to 256 and full fine-tuning, on much and on little data (same file)
     base      the model before training, on the news in Greek letters
+    live      the first steps of some runs of "full", "where" and "batch", loss by loss: what a chapter can run itself
 
 Weights are float32. "capacity", "rewiring" and "alphabet" compute in bfloat16, because they are long. Rates of
 "capacity" are chosen by the loss on the strings themselves: nothing is to be learned but these.
@@ -29,6 +30,7 @@ About 600 runs, as long as 60 steps of 8 messages on average. With four GPUs `--
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -38,7 +40,7 @@ from torch import nn
 import peftlab as pl
 from peftlab.bench import family, lora, regret_first, regret_hard, regret_strings, search
 from peftlab.bench.family_variants import run
-from peftlab.bench.regret_plan import ARTICLES, PASS, SEARCHES, Setting, long, short
+from peftlab.bench.regret_plan import ARTICLES, PASS, SEARCHES, Setting, live, long, short
 
 Row = dict[str, Any]
 
@@ -49,7 +51,7 @@ FEW = 64  # validation examples on which a reader's own run is compared with the
 def points() -> list[Row]:
     """Return every point to measure: long runs first, then short ones in the order of what matters most."""
     base = {"section": "base", "task": "greek", "tokens": ARTICLES["tokens"]}
-    return [*started(long()), base, *regret_first.points(), *started(short())]
+    return [*started(long()), base, *regret_first.points(), *started(short()), *live()]
 
 
 def started(settings: Iterable[Setting]) -> Iterator[Row]:
@@ -59,7 +61,7 @@ def started(settings: Iterable[Setting]) -> Iterator[Row]:
 
 def follow_up(rows: Iterable[Row]) -> Iterator[Row]:
     """Yield the next rates of a setting while its best one is at an edge, then other seeds at the best one."""
-    tuned = (row for row in rows if row["section"] not in ("base", "first"))
+    tuned = (row for row in rows if row["section"] not in ("base", "first", "live"))
     yield from search.follow_up(tuned, lambda row: SEARCHES[search.setting_of(row)])
 
 
@@ -73,6 +75,8 @@ def measure(point: Row) -> list[Row]:
             return [{**point, **found, **family.on_news(model)}]
         if section == "first":
             return list(regret_first.measure(point))
+        if section == "live":
+            return [begun(point, point["stop"])]
         if section == "capacity":
             return [regret_strings.measure(point)]
         return [regret_hard.measure(point) if section in regret_hard.SECTIONS else learned(point)]
@@ -89,20 +93,54 @@ def learned(point: Row) -> Row:
 
 def trained(point: Row) -> tuple[nn.Module, Row]:
     """Train as a point says. Return the model, and a row with its loss on the first validation examples."""
-    parts = max(1, point["batch_size"] // AT_ONCE)
-    examples = passed() if point["section"] == "batch" else None
-    model, losses = family.trained(point, examples, batch_size=point["batch_size"] // parts, accumulation=parts)
+    model, losses = fitted(point)
     few = family.encoded(point["task"], "validation")[:FEW]
     loss = pl.mean_loss(model, few, pl.Collator(lora.base()[1]), batch_size=AT_ONCE)
     return model, {**point, **losses, "few_loss": lora.finite(loss)}
 
 
-def again(row: Row, **changes: Any) -> Row:
+def fitted(point: Row, **settings: Any) -> tuple[nn.Module, Row]:
+    """Train as a point says. Return the model, and its losses on the way."""
+    parts = max(1, point["batch_size"] // AT_ONCE)
+    examples = passed() if point.get("of", point["section"]) == "batch" else None
+    settings |= {"batch_size": point["batch_size"] // parts, "accumulation": parts}
+    return family.trained(point, examples, **settings)
+
+
+class Enough(Exception):
+    """The first steps of a run are made."""
+
+
+def begun(point: Row, stop: int) -> Row:
+    """Make the first steps of a run, and return a row with their training losses, as a text with commas.
+
+    Seed, order of the examples, warm-up and schedule are those of the whole run. So these are its own first steps.
+    """
+    losses: list[float] = []
+
+    def watch(_: Any, step: Row) -> None:
+        losses.append(step["loss"])
+        if len(losses) == stop:
+            raise Enough
+
+    with suppress(Enough):
+        fitted(point, callback=watch, fast="auto")  # a callback that only reads leaves the fast path as it is
+    return {**point, "stop": stop, "curve": ",".join(f"{loss:.5f}" for loss in losses)}
+
+
+def again(row: Row, *, stop: int | None = None, **changes: Any) -> Row:
     """Run a row of "rank", "full", "where" or "batch" again, with some of its settings changed, and return the new row.
 
     It has `few_loss`, the loss on the first validation examples, and no other score. So it takes a minute, and not ten.
+
+    Args:
+        row: what to run; what came of it does not matter.
+        stop: make only so many steps of the run, which takes seconds. The new row then has the training loss of each
+            of them in `curve`, as the rows of "live" do, and no other score.
+        changes: columns of the row that get another value.
     """
-    return trained({**{name: row[name] for name in search.described(row)}, **changes})[1]
+    point = {**{name: row[name] for name in search.described(row)}, **changes}
+    return trained(point)[1] if stop is None else begun(point, stop)
 
 
 def own_run(*, r: int = 16, alpha: float = 16, learning_rate: float = 5.6e-3, steps: int = 60, seed: int = 0) -> Row:

@@ -27,6 +27,7 @@ PLACES = ((lora.QKVO, 8), (lora.MLP, 5), (ALL, 3), ("q_proj,v_proj", 16), ("q_pr
 PASS = 2048  # messages of the desk that the section "batch" shows once
 BATCHES = (8, 32, 128, 512)
 STEPS = (15, 60, 240)
+STOP = 15  # steps of a run that "live" keeps
 # Strings: "steps" is the most that a run may take, see `regret_strings.Plateau`
 STRINGS: Row = {"length": 8, "steps": 12_000, "precision": "bf16"}
 STORED = (  # (strings, projections, r, how many of the last blocks), from 0.5 to 8 bits of data per parameter
@@ -197,6 +198,19 @@ def alphabet(articles: int, steps: int) -> Iterator[Setting]:
     for r in (8, 256, 1, 64):
         yield setting("alphabet", "greek", "LoRA", {**LORA, "r": r}, coarse(1e-3), **more)
     yield setting("alphabet", "greek", "full", {}, coarse(3e-5), **more)
+
+
+def live() -> Iterator[Row]:
+    """Yield runs of other sections (`of`) whose first steps are kept, loss by loss. The rates are their best ones."""
+    for of, name, settings, rate, more in (
+        ("full", "LoRA", LORA, 1e-2, {"steps": 15}),
+        ("full", "full", {}, 3.2e-4, {"steps": 15}),
+        ("where", "LoRA", {**LORA, "r": 5}, 3.2e-3, {"targets": lora.MLP}),
+        ("where", "LoRA", {**LORA, "r": 8}, 5.6e-3, {"targets": lora.QKVO}),
+        ("batch", "LoRA", LORA, 1e-3, {"batch_size": 8, "steps": PASS // 8}),
+        ("batch", "full", {}, 1e-4, {"batch_size": 8, "steps": PASS // 8}),
+    ):
+        yield run("live", "desk", name, settings, rate, SEEDS[0], **more, of=of, stop=STOP)
 
 
 def long() -> list[Setting]:

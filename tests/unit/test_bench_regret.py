@@ -31,7 +31,7 @@ NEWS = ["the cat runs . the dog sleeps", "a red dog runs", "the blue cat sleeps 
 
 def test_points_differ_and_every_section_has_a_prediction():
     assert len({bench.key(point) for point in POINTS}) == len(POINTS)
-    assert {point["section"] for point in POINTS} == {*regret_plan.PREDICTIONS, "base"}
+    assert {point["section"] for point in POINTS} == {*regret_plan.PREDICTIONS, "base", "live"}
     for those in regret_plan.PREDICTIONS.values():
         assert those and all(source and len(claim.split()) > 5 for source, claim in those)
     assert "regret" in bench.TOPICS
@@ -40,7 +40,7 @@ def test_points_differ_and_every_section_has_a_prediction():
 def test_every_setting_begins_with_neighbouring_rates_of_its_ladder():
     assert len(regret_plan.SEARCHES) == len(SETTINGS)
     for point in json.loads(json.dumps(POINTS)):  # as a killed run reads them again
-        assert point["section"] in ("base", "first") or search.setting_of(point) in regret_plan.SEARCHES
+        assert point["section"] in ("base", "first", "live") or search.setting_of(point) in regret_plan.SEARCHES
     for one in SETTINGS:
         first = one.search.ladder.index(one.search.rates[0])
         assert one.search.rates == one.search.ladder[first : first + len(one.search.rates)], one.told
@@ -175,6 +175,47 @@ def test_a_row_can_be_run_again_with_changes(small):
     same, other = regret.again({**row, "run": "a"}), regret.again(row, learning_rate=1e-2, steps=2)
     assert same["few_loss"] == row["few_loss"] == pytest.approx(row["validation_loss"], rel=1e-5)
     assert other["learning_rate"] == 1e-2 and other["few_loss"] != row["few_loss"] and "validation_loss" not in other
+
+
+LIVE = [point for point in POINTS if point["section"] == "live"]
+
+
+@pytest.mark.parametrize("point", LIVE, ids=lambda point: f"{point['of']}-{point['targets']}-{point['variant']}")
+def test_the_first_steps_are_those_of_the_whole_run(small, monkeypatch, point):
+    """The rates of a run of 12 steps rise in the first two, so a run of four steps would begin in another way."""
+    usual, seen = pl.train, []
+
+    def train(*arguments, **settings):
+        seen.append(settings)
+        history = usual(*arguments, **settings)
+        seen.append([step["loss"] for step in history.steps])
+        return history
+
+    monkeypatch.setattr(pl, "train", train)
+    whole = shrunk(point) | {"section": point["of"], "steps": 12, "batch_size": 2, "learning_rate": 3e-2}
+    regret.again(whole)
+    (row,) = regret.measure({**whole, "section": "live", "stop": 4})
+    (asked, losses, begun), few = seen, [float(loss) for loss in row["curve"].split(",")]
+    assert len(losses) == 12 and few == pytest.approx(losses[:4], abs=6e-6) and len(set(few)) == 4
+    assert {name for name in begun if begun[name] != asked.get(name)} == {"callback"}
+    assert {**row, **whole, "section": "live", "stop": 4} == row and "few_loss" not in row
+    assert regret.again(row, stop=2)["curve"] == row["curve"].rsplit(",", 2)[0]
+    assert len(regret.again(row, stop=20)["curve"].split(",")) == 12  # it has no more
+    shorter = regret.again({**row, "steps": 4}, stop=4)
+    assert shorter["curve"] != row["curve"]
+
+
+def test_live_points_are_runs_that_were_scored():
+    """The best rate of each, as the package's results have it, and the first of the seeds that were scored."""
+    rows = pl.results("regret").rows
+    for point in LIVE:
+        stored = {**point, "section": point["of"], "scored": True}
+        del stored["of"], stored["stop"]
+        found = [row for row in rows if {**row, **stored} == row]
+        assert len(found) == 1, point
+        assert list(stored) == search.described(found[0])
+        assert point["stop"] <= point["steps"]
+    assert len(LIVE) == 6
 
 
 def test_a_reader_adds_a_run_to_a_figure(small):
