@@ -24,7 +24,7 @@ Weights are float32. "capacity", "rewiring" and "alphabet" compute in bfloat16, 
 
 About 600 runs, as long as 60 steps of 8 messages on average. With four GPUs `--jobs 48`, and NVIDIA's MPS running (see
 `family`); without it `--jobs 16`. `--only capacity,rewiring` took about twenty minutes of one H200 with MPS and
-`--jobs 10`. Cut off, it goes on with the same command.
+`--jobs 10`. `--only live` takes five minutes on two cores. Cut off, it goes on with the same command.
 """
 
 from __future__ import annotations

@@ -64,7 +64,8 @@ CHAPTERS = (
     Chapter(5, "Adapters", ("minilm", "reviews", "news"), ("peft", "matplotlib"), 2_000_000_000),
     Chapter(6, "IA3 and BitFit", ("minilm", "smollm2-135m", "reviews"), ("peft", "matplotlib"), 4_000_000_000),
     Chapter(7, "The LoRA family", ("smollm2-135m", "news"), ("peft", "matplotlib"), 3_000_000_000),
-    Chapter(8, "Choosing a method", ("minilm", "reviews", "news"), ("matplotlib", "sacrebleu", "scipy"), 3_000_000_000),
+    Chapter(8, "Choosing a method", ("minilm", "smollm2-135m", "reviews", "news"),
+            ("matplotlib", "sacrebleu", "scipy"), 6_000_000_000),
     Chapter(9, "Training recipes", ("smollm2-135m",), ("matplotlib",), 5_000_000_000),
 )
 

@@ -218,6 +218,21 @@ def test_live_points_are_runs_that_were_scored():
     assert len(LIVE) == 6
 
 
+def test_the_first_losses_of_the_package_are_those_of_the_stored_runs():
+    """Each stored run has the mean of its losses 6 to 10, measured when it was run as a whole."""
+    found = pl.results("regret_live").rows
+    assert [{name: row[name] for name in search.described(row)} for row in found] == LIVE
+    stored = pl.results("regret")
+    for row in found:
+        losses = [float(loss) for loss in row["curve"].split(",")]
+        assert len(losses) == row["stop"] == regret_plan.STOP
+        names = ("variant", "task", "targets", "steps", "batch_size", "learning_rate", "seed")
+        whole = stored.one(section=row["of"], scored=True, **{name: row[name] for name in names})
+        assert sum(losses[5:10]) / 5 == pytest.approx(whole["loss_10"], rel=0.01), whole
+        if row["steps"] == row["stop"]:
+            assert sum(losses[-10:]) / 10 == pytest.approx(whole["train_loss"], rel=0.01), whole
+
+
 def test_a_reader_adds_a_run_to_a_figure(small):
     row = regret.own_run(r=2, alpha=4, learning_rate=1e-3, steps=2)
     assert (row["r"], row["alpha"], row["steps"], row["learning_rate"]) == (2, 4, 2, 1e-3)
