@@ -83,3 +83,24 @@ def beside_peft(results: Results) -> list[Row]:
             "least_memory": smallest and smallest["working_bytes"] / theirs["working_bytes"],
         })  # fmt: skip
     return found
+
+
+def beside_unsloth(results: Results) -> list[Row]:
+    """Return a row for each step that was measured beside Unsloth, with the columns of `ladder`.
+
+    Times are those of one batch: a step of Unsloth's trainer has several.
+    """
+    found = []
+    for row in results:
+        if row["rung"] in ("ceiling", "copy") or not row.get("seconds"):
+            continue
+        top = results.one(section=row["section"], rung="ceiling")
+        milliseconds = 1000 / row.get("batches", 1)
+        least, most = (milliseconds * row[f"seconds_{end}"] for end in ("least", "most"))
+        found.append({
+            "method": row["method"], "rung": row["rung"], "busy": milliseconds * row["busy_seconds"],
+            "clock": milliseconds * row["seconds"], "range": f"{least:.0f} to {most:.0f}",
+            "tokens": row["tokens_per_second"], "share": row["tokens_per_second"] / top["tokens_per_second"],
+            "working": row["working_bytes"] / 1e9,
+        })  # fmt: skip
+    return found

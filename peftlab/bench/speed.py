@@ -140,7 +140,7 @@ def measure(point: Row) -> list[Row]:
         used, base = row.get("peak_bytes"), row.get("weight_bytes", weights)
         working = None if used is None else used - base
         seconds = row.get("seconds")
-        speed = tokens / seconds if seconds and row["rung"] != "copy" else None
+        speed = tokens * row.get("batches", 1) / seconds if seconds and row["rung"] != "copy" else None
         rows.append({**row, "weight_bytes": base, "working_bytes": working, "tokens_per_second": speed})
     return named({name: value for name, value in point.items() if name != "group"}, rows)
 

@@ -12,9 +12,8 @@ told to keep off the network: Unsloth sends statistics when it loads a model. No
 and other variables, such as UNSLOTH_BLOCK_CUDAGRAPHS=1, are handed on.
 
 Unsloth 2026.10.9 takes transformers up to 5.17, trl up to 1.15 and datasets below 5. On a machine without internet that
-has torch 2.11 for CUDA 13, transformers 5.17 and peft 0.21, seven wheels should be enough. On a CPU they were: Unsloth
-was imported, and put its kernels into a tiny Llama, but no step has run on a GPU yet. Get the wheels elsewhere into a
-folder WHEELS, for that machine's Python (here 3.12), then install them there into a folder SITE:
+has torch 2.11 for CUDA 13, transformers 5.17 and peft 0.21, seven wheels were enough (and what this package needs). Get
+them elsewhere into a folder WHEELS, for that machine's Python (here 3.12), then install them there into a folder SITE:
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
         --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 --platform manylinux2014_x86_64 \
@@ -30,7 +29,8 @@ CUDA 12; without xformers Unsloth takes torch's own attention. Then, in this rep
     python -m pytest tests/gpu/test_gpu_unsloth.py -x -s
     python -m peftlab bench speed --only 7b-lora-4x512-c-unsloth,7b-qlora-4x512-c-unsloth --out speed_unsloth.json
 
-Each model is written to TMPDIR (13.5 GB at 7B), where memory is faster than a disk. `speed.BESIDE` names the steps that
+A section took eleven minutes on an H200. Most of it is Unsloth's: each of its processes compiles the blocks anew. Each
+model is written to TMPDIR (13.5 GB at 7B), where memory is faster than a disk. `speed.BESIDE` names the steps that
 have such a section.
 """
 
@@ -104,7 +104,7 @@ def measured(rung: str, point: Row, folder: Path) -> Row:
         print(ran.stdout, file=sys.stderr, flush=True)
         last = (ran.stdout.strip() or "it printed nothing").splitlines()[-1]
         raise PeftLabError(row.get("error", f"the process ended with {ran.returncode}: {last}"))
-    told = [line.strip() for line in ran.stdout.splitlines() if " patched " in line or "FA [" in line]
+    told = [line.strip(" \\/") for line in ran.stdout.splitlines() if " patched " in line or "FA [" in line]
     return {**row, "notes": "; ".join(told)}
 
 
@@ -164,7 +164,11 @@ def in_a_loop(point: Row) -> Row:
 
 
 def in_a_trainer(point: Row) -> Row:
-    """Measure TRL's `SFTTrainer` with Unsloth's model, which is how Unsloth's own notebooks train."""
+    """Measure TRL's `SFTTrainer` with Unsloth's model, which is how Unsloth's own notebooks train.
+
+    Returns:
+        the row. A step has `batches` batches, whose gradients are added up.
+    """
     datasets, transformers, trl = (import_module(name) for name in ("datasets", "transformers", "trl"))
     model, tokenizer, told = loaded(point)
     between = timing.BetweenCalls(COMPILING, REPEATS)
@@ -184,11 +188,13 @@ def in_a_trainer(point: Row) -> Row:
         dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing=bool(point["checkpointing"]),
         save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
-    trl.SFTTrainer(
+    trainer = trl.SFTTrainer(
         model=model, processing_class=tokenizer, train_dataset=datasets.Dataset.from_dict(data), args=settings,
         callbacks=[Ends()],
-    ).train()  # fmt: skip
-    return {**told, **between.row(), "peak_bytes": peak()}
+    )  # fmt: skip
+    trainer.train()
+    # Unsloth changes the default from one batch per step to two
+    return {**told, **between.row(), "batches": trainer.args.gradient_accumulation_steps, "peak_bytes": peak()}
 
 
 WAYS = {"unsloth": in_a_loop, "unsloth, trainer": in_a_trainer}

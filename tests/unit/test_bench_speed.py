@@ -304,3 +304,8 @@ def test_rungs_stand_beside_their_predictions():
     assert found[0]["told"] > found[1]["told"] > found[2]["told"] > 118
     (beside,) = ladder.beside_peft(Results("speed", {}, rows))
     assert beside["times"] == pytest.approx(3) and beside["least"] == pytest.approx(3) and beside["memory"] == 1
+    trainer = row("unsloth, trainer", 600, batches=2, tokens_per_second=2 * 2048 / 0.6)
+    found = ladder.beside_unsloth(Results("speed", {}, [*rows, trainer]))
+    assert [row["rung"] for row in found] == ["fast", "peft", "compiled layers", "unsloth, trainer"]
+    assert found[3]["clock"] == pytest.approx(300) and found[3]["range"] == "300 to 300"
+    assert found[3]["busy"] == pytest.approx(270) and found[3]["share"] == pytest.approx(118 / 300)
