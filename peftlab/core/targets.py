@@ -20,21 +20,10 @@ from peftlab.core.experts import shape_of as shape_of_parameter
 from peftlab.core.experts import warn_of_experts
 from peftlab.core.hooks import base_modules
 from peftlab.core.records import as_transformer, own_tensor
+from peftlab.default_targets import query_value
 from peftlab.errors import PeftLabError, did_you_mean
 
 ALL_LINEAR = "all-linear"
-# The names of the query and value projections in the architectures of transformers, most specific first.
-QUERY_VALUE = (
-    ("q_proj", "v_proj"),
-    ("query", "value"),
-    ("query_proj", "value_proj"),
-    ("q_lin", "v_lin"),
-    ("query_key_value",),
-    ("c_attn",),
-    ("qkv_proj",),
-    ("Wqkv",),
-    ("q", "v"),
-)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Hugging Face's words for the tasks, and the new heads that each task trains in full beside an adapter.
 TASK_HEADS = {
@@ -326,14 +315,7 @@ def linear_endings(modules: Mapping[str, nn.Module]) -> list[str]:
 
 def default_targets(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
     """Return the names of the query and value projections of a known architecture."""
-    endings = set(linear_endings(modules))
-    for names in QUERY_VALUE:
-        if endings.issuperset(names):
-            return names
-    raise PeftLabError(
-        "target_modules is not set, and this model has no query and value projections under a known name. "
-        f"Name the modules to adapt; its linear layers end in {', '.join(sorted(endings)) or 'nothing'}."
-    )
+    return query_value(linear_endings(modules), "this model", "target_modules")
 
 
 def all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -21,7 +21,6 @@ Book: section 5.1, "Where they sit"; also 5.2, "Nothing changes at the start".
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -34,7 +33,8 @@ from peftlab.catalogue import METHODS
 from peftlab.checks import check_fields, number, one_of, whole
 from peftlab.core.hooks import base_modules
 from peftlab.core.interface import Part, Placement
-from peftlab.core.targets import Targets, check_called, find, heads, linear_shape
+from peftlab.core.targets import Targets, check_called, find, heads, linear_endings, linear_shape, shape_of
+from peftlab.default_targets import PLACEMENTS, blocks_in, norm_behind, places, places_in
 from peftlab.errors import PeftLabError
 from peftlab.methods.parts import cast, first_input, trained_copies
 
@@ -95,7 +95,8 @@ class Beside(Part):
     def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Any, base: Any) -> Any:
         """Add the update of the input to the output, or to its first entry where a module returns several."""
         y = output[0] if isinstance(output, tuple) else output
-        result = (y + self.bottleneck(first_input(args, kwargs))).to(y.dtype)
+        update = self.bottleneck(first_input(args, kwargs))
+        result = (y + update.view_as(y)).to(y.dtype)  # Llama 4's experts return (batch x tokens, d)
         return (result, *output[1:]) if isinstance(output, tuple) else result
 
 
@@ -148,9 +149,6 @@ def start(down: nn.Linear, up: nn.Linear, init: str) -> None:
         nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
         for tensor in (down.bias, up.weight, up.bias):
             nn.init.zeros_(tensor)
-
-
-PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,8 +210,10 @@ class AdapterConfig(Targets):
         """Yield a bottleneck for each place, and the trained copies."""
         whole = heads(model, self)
 
+        known = Known(model, self.placement)
+
         def default(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-            found = places(model, modules, self.placement)
+            found = known.places(modules)
             for path in found:
                 if any(path == copied or path.startswith(copied + ".") for copied in whole):
                     raise PeftLabError(
@@ -223,12 +223,13 @@ class AdapterConfig(Targets):
             return found
 
         def check(model: nn.Module, path: str, host: nn.Module) -> None:
-            check_host(model, path, host)
-            if kind_at(path, self.placement) is Beside:
+            check_called(model, path)
+            known.width(path, host)
+            if known.part(path) is Beside:
                 check_widths(path, host)
 
         for path, host in find(model, self, default, check).items():
-            yield Placement(path, "adapter", kind_at(path, self.placement)(Bottleneck(known_width(host), self)))
+            yield Placement(path, "adapter", known.part(path)(Bottleneck(known.width(path, host), self)))
         yield from trained_copies(model, self)
 
     def to_peft(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -246,80 +247,63 @@ class AdapterConfig(Targets):
         return {name: fields[name] for name in names if name in fields}
 
 
-Standing = After | Beside | AroundNorm | BesideResidual
-# Where the adapters stand: for each architecture and placement, a regular expression for the whole path of a module,
-# and the part that stands there. A model is of an architecture if each of the three expressions matches a module of it.
-ARCHITECTURES: tuple[dict[str, tuple[str, type[Standing]]], ...] = (
-    {  # Llama, Mistral, Qwen, Gemma
-        "houlsby": (r"(.*\.)?layers\.\d+\.(self_attn\.o_proj|mlp\.down_proj)", After),
-        "pfeiffer": (r"(.*\.)?layers\.\d+", After),
-        "parallel": (r"(.*\.)?layers\.\d+\.mlp", Beside),
-    },
-    {  # GPT-2
-        "houlsby": (r"(.*\.)?h\.\d+\.(attn|mlp)\.c_proj", After),
-        "pfeiffer": (r"(.*\.)?h\.\d+", After),
-        "parallel": (r"(.*\.)?h\.\d+\.mlp", Beside),
-    },
-    {  # BERT, RoBERTa
-        "houlsby": (r"(.*\.)?layer\.\d+\.(attention\.)?output\.dense", After),
-        "pfeiffer": (r"(.*\.)?layer\.\d+\.output\.LayerNorm", AroundNorm),
-        "parallel": (r"(.*\.)?layer\.\d+\.output", BesideResidual),
-    },
-    {  # T5: the feed-forward is the last sub-layer, and the module of that sub-layer adds the residual
-        "houlsby": (r"(.*\.)?block\.\d+\.layer\.(0\.SelfAttention\.o|\d\.DenseReluDense\.wo)", After),
-        "pfeiffer": (r"(.*\.)?(encoder\.block\.\d+\.layer\.1|decoder\.block\.\d+\.layer\.2)", After),
-        "parallel": (r"(.*\.)?block\.\d+\.layer\.\d\.DenseReluDense", Beside),
-    },
-)
+PARTS: dict[str, type[After | Beside | AroundNorm | BesideResidual]] = {
+    "after": After, "beside": Beside, "around a norm": AroundNorm, "beside a residual": BesideResidual
+}  # fmt: skip
 
 
-def places(model: nn.Module, modules: Mapping[str, nn.Module], placement: str) -> dict[str, nn.Module]:
-    """Return the modules on which the adapters of a placement stand, by path.
+class Known:
+    """The places of a placement in the blocks of a model that `peftlab.default_targets` knows.
 
-    Raises:
-        PeftLabError: the architecture is not known.
+    Attributes:
+        how: {path: how an adapter stands there}.
+        widths: {path: the width of the block's stream}, for the places and for the blocks' other modules that have it.
     """
-    for architecture in ARCHITECTURES:
-        if all(any(re.fullmatch(regex, path) for path in modules) for regex, _ in architecture.values()):
-            return {path: module for path, module in modules.items() if re.fullmatch(architecture[placement][0], path)}
-    endings = dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if linear_shape(module))
-    raise PeftLabError(
-        f"The places of a {placement} adapter in {type(model).__name__} are not known. Name the modules after which "
-        f"(or beside which) it stands in target_modules. Linear layers here end in {', '.join(endings) or 'nothing'}."
-    )
 
+    def __init__(self, model: nn.Module, placement: str) -> None:
+        self.model, self.placement, self.modules = model, placement, base_modules(model)
+        self.how: dict[str, str] = {}
+        self.widths: dict[str, int] = {}
+        for block, row in blocks_in(self.modules).items():
+            width = shape_of(self.modules[f"{block}.{row.attention}"])[1]
+            self.how.update(places_in(block, row, placement, self.behind(block)))
+            wide = ("", row.feed_forward, row.whole or "")
+            self.widths.update({f"{block}.{name}".rstrip("."): width for name in wide})
+            self.widths.update(dict.fromkeys(self.how.keys() - self.widths.keys(), width))
 
-def kind_at(path: str, placement: str) -> type[Standing]:
-    """Return the kind of part for a module: that of a known place, or else the plain one of the placement."""
-    for architecture in ARCHITECTURES:
-        regex, kind = architecture[placement]
-        if re.fullmatch(regex, path):
-            return kind
-    return Beside if placement == "parallel" else After
+    def behind(self, block: str) -> bool | None:
+        """Say whether a block's norm comes behind the sum, by the config of the innermost model that holds it."""
+        while block and not hasattr(self.modules[block], "config"):
+            block = block.rpartition(".")[0]
+        config = getattr(self.modules[block] if block else self.model, "config", None)
+        return norm_behind(lambda name: getattr(config, name, None))
 
+    def places(self, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        """Return the modules on which the adapters stand if none are named, by path."""
+        name, endings = type(self.model).__name__, linear_endings(modules)
+        found = places(modules, self.placement, self.behind, name, "target_modules", endings)
+        return {place.path: modules[place.path] for place in found}
 
-def width_of(host: nn.Module) -> int | None:
-    """Return d, the width of a module's output: that of its last linear layer, or of its own weight if it is a norm."""
-    inner = [shape for module in base_modules(host).values() if (shape := linear_shape(module))]
-    own = getattr(host, "weight", None)
-    return inner[-1][1] if inner else own.numel() if isinstance(own, Tensor) and own.dim() == 1 else None
+    def part(self, path: str) -> type[After | Beside | AroundNorm | BesideResidual]:
+        """Return the kind of part for a module: that of a known place, or else the plain one of the placement."""
+        return PARTS[self.how.get(path, "beside" if self.placement == "parallel" else "after")]
 
+    def width(self, path: str, host: nn.Module) -> int:
+        """Return d, the width of a module's output: the stream's, its last linear layer's, or a norm's own.
 
-def known_width(host: nn.Module) -> int:
-    """Return d of a module that `check_host` has let through."""
-    d = width_of(host)
-    assert d is not None
-    return d
-
-
-def check_host(model: nn.Module, path: str, host: nn.Module) -> None:
-    """Refuse a module that nothing calls, or whose width cannot be found."""
-    check_called(model, path)
-    if width_of(host) is None or type(host).forward is nn.Module.forward:
-        raise PeftLabError(
-            f"{path} is a {type(host).__name__}; an adapter stands after (or beside) a module that is called and that "
-            "holds a linear layer, or is a norm."
-        )
+        Raises:
+            PeftLabError: nothing calls the module, or its width cannot be found.
+        """
+        inner = [shape for module in base_modules(host).values() if (shape := linear_shape(module))]
+        own = getattr(host, "weight", None)
+        found = inner[-1][1] if inner else own.numel() if isinstance(own, Tensor) and own.dim() == 1 else None
+        width = self.widths.get(path, found)
+        if width is None or type(host).forward is nn.Module.forward:
+            raise PeftLabError(
+                f"{path} is a {type(host).__name__}; an adapter stands after (or beside) a module that is called and "
+                "that holds a linear layer, or is a norm."
+            )
+        return width
 
 
 def check_widths(path: str, host: nn.Module) -> None:

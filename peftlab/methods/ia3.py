@@ -33,10 +33,11 @@ from peftlab.core.targets import (
     find,
     is_carrier,
     is_conv1d,
-    linear_shape,
+    linear_endings,
     names_match,
     shape_of,
 )
+from peftlab.default_targets import ia3, ia3_unknown
 from peftlab.errors import PeftLabError
 from peftlab.methods.parts import first_input, trained_copies, widened
 
@@ -105,20 +106,6 @@ class IA3Input(Part):
             scale = scale.view(host.groups, 1, -1, *scale.shape[2:])
             return {"weight": (weight.view(host.groups, -1, *weight.shape[1:]) * scale).view_as(weight)}
         return {"weight": weight * (scale.T if self.transposed else scale)}
-
-
-# For each architecture: the layers of keys, of values and at the end of the feed-forward; and which of them have their
-# input scaled. The same as in Hugging Face peft, except where peft names queries instead of keys (Gemma, Qwen, OPT,
-# BART, Phi), and for ViT, CLIP, Whisper and wav2vec2 (the last two rows), of which peft knows no default.
-DEFAULTS = (
-    (("k_proj", "v_proj", "down_proj"), ("down_proj",)),
-    (("key", "value", "output.dense"), ("output.dense",)),
-    (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
-    (("k", "v", "wo"), ("wo",)),
-    (("k_proj", "v_proj", "fc2"), ("fc2",)),
-    (("k_proj", "v_proj", "output_dense"), ("output_dense",)),
-)
-MT5 = (("k", "v", "wi_1"), ())  # T5's layers; peft scales the output of wi_1, which is the same function
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,25 +212,14 @@ def is_of(name: str, targets: Iterable[str]) -> bool:
 
 def architecture(model: nn.Module, paths: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     """Return (the targets, those of them whose input is scaled) of a known architecture, or None."""
-    if getattr(getattr(model, "config", None), "model_type", None) == "mt5":
-        return MT5
-    paths = list(paths)
-    for targets, inputs in DEFAULTS:
-        if all(any(names_match((name,), path) for path in paths) for name in targets):
-            return targets, inputs
-    return None
+    return ia3(paths, getattr(getattr(model, "config", None), "model_type", None))
 
 
 def default(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Return the targets of a config that names none."""
     known = architecture(model, modules)
     if known is None:
-        endings = dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if linear_shape(module))
-        raise PeftLabError(
-            f"The names of the keys, values and feed-forward of {type(model).__name__} are not known. Name them in "
-            "target_modules, and the last layer of the feed-forward in feedforward_modules too. Linear layers here "
-            f"end in {', '.join(endings) or 'nothing'}."
-        )
+        raise ia3_unknown(linear_endings(modules), type(model).__name__, "target_modules")
     return {path: module for path, module in modules.items() if names_match(known[0], path)}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +23,14 @@ from peftlab.methods.virtual import (
     path_of,
     pools_the_last,
     position_limit,
+    require_one_text,
     stored_names,
     word_embeddings,
 )
 from peftlab.methods.within import within
+
+# What models read: text, sound or images
+READ = ("input_ids", "input_features", "input_values", "pixel_values")
 
 
 class InFront(Part):
@@ -125,15 +131,30 @@ class LongerMemory(Part):
         return (), kwargs
 
 
+def require_vectors(model: nn.Module, host: nn.Module) -> None:
+    """Refuse a model, or an encoder, that reads its input alone and no vectors in the place of words."""
+    taken: Mapping[str, inspect.Parameter] = inspect.signature(type(host).forward).parameters
+    if any(one.kind is one.VAR_KEYWORD for one in taken.values()):  # it hands what it does not know to its body
+        body: Any = getattr(host, "base_model", host)
+        taken = {**taken, **inspect.signature(type(body).forward).parameters}
+    if "inputs_embeds" not in taken and any(name in taken for name in READ):
+        raise PeftLabError(
+            f"{type(model).__name__} takes no vectors in the place of words, so it has no prompt. Use lora or ia3."
+        )
+
+
 def prompt_parts(model: nn.Module, source: nn.Module, count: int) -> Iterator[Placement]:
     """Yield the parts of a prompt: one on the model; or, for an encoder-decoder, one on each half."""
+    require_one_text(model, "prompt")
     if not is_encoder_decoder(model):
+        require_vectors(model, model)
         require_cache_argument(model)
         front = InFront(source, count, position_limit(model))
         yield Placement("", "prompt", front)
         yield from within(model, "", model, "prompt", front.compatibility_key)
         return
     encoder, decoder = as_transformer(model).get_encoder(), as_transformer(model).get_decoder()
+    require_vectors(model, encoder)
     front, path = InFront(source, count, position_limit(encoder)), path_of(model, encoder)
     yield Placement(path, "prompt", front)
     yield Placement(path_of(model, decoder), "prompt", LongerMemory(count))

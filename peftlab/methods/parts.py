@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from peftlab.core.entry import unguard
 from peftlab.core.hooks import CHILD, base_modules, remove
 from peftlab.core.interface import Part, Placement
-from peftlab.core.records import own_tensor
-from peftlab.core.targets import check_called, heads
+from peftlab.core.records import own_tensor, tensor_at
+from peftlab.core.targets import check_called, heads, is_carrier
 from peftlab.errors import PeftLabError
 from peftlab.methods.caches import cache_argument
 from peftlab.quantization.weights import dense, is_quantized
@@ -124,7 +124,9 @@ def bias_copies(
     for paths in sharing.values():
         # Hugging Face's names differ: a wrapped module's bias is called `base_layer.bias` there.
         names = [f"{path}.base_layer.bias" if path in wrapped else f"{path}.bias".lstrip(".") for path in paths]
-        users = [path for path in paths if set(modules[path]._modules) <= {CHILD}]
+        # A weight may be made by a parametrization. The bias is still added as it is.
+        users = [path for path in paths if set(modules[path]._modules) <= {CHILD, "parametrizations"}]
+        users = [path for path in users if not is_router(modules[path])]
         parents = [model.get_submodule(path.rpartition(".")[0]) for path in users]
         unread = any(isinstance(parent, nn.MultiheadAttention) for parent in parents)
         if not users or unread or own_tensor(modules[users[0]], "bias").dim() != 1:
@@ -134,6 +136,12 @@ def bias_copies(
             )
         bias = TrainedBias(modules[users[0]], tuple("{root}" + name for name in names))
         yield from (Placement(path, "bias", bias) for path in users)
+
+
+def is_router(host: nn.Module) -> bool:
+    """Say whether a module has a matrix and is no layer: what it returns is not the product with its bias added."""
+    weight = tensor_at(host, "weight")
+    return weight is not None and weight.dim() > 1 and not is_carrier(host)
 
 
 def trained_copies(model: nn.Module, config: Any, key: str = "{path}") -> Iterator[Placement]:

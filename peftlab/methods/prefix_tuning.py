@@ -31,7 +31,7 @@ from peftlab.core.hooks import active_prompt
 from peftlab.core.interface import Part, Placement
 from peftlab.core.records import as_transformer
 from peftlab.errors import PeftLabError
-from peftlab.methods.caches import NAMES, begins, cache_name, given_cache
+from peftlab.methods.caches import NAMES, begins, cache_argument, cache_name, given_cache
 from peftlab.methods.layer_prefix import LayerPrefix, WithoutCache
 from peftlab.methods.states import (
     Attention,
@@ -56,6 +56,7 @@ from peftlab.methods.virtual import (
     lengthened,
     path_of,
     position_limit,
+    require_one_text,
     stored_names,
     text_ids,
     word_embeddings,
@@ -217,8 +218,10 @@ class PrefixTuningConfig(VirtualTokens):
         """Yield the prefix on the model, the parts that checkpointed layers need, and the copies of heads."""
         word_embeddings(model)  # raises an error if the model is of the wrong kind
         body = as_transformer(model).get_decoder() if is_encoder_decoder(model) else model
+        require_one_text(model, "prefix")
         named = cache_name(model)
-        if named is None:
+        # An encoder-decoder must take it itself: BART's classifier makes its decoder's input, and no cache enters.
+        if named is None or (is_encoder_decoder(model) and cache_argument(model) is None):
             raise PeftLabError(f"{type(model).__name__} takes no past keys and values, so no prefix. Use a prompt.")
         if not only_attention(model):
             raise PeftLabError(

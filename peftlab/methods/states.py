@@ -42,12 +42,17 @@ def attention_of(model: nn.Module) -> Attention:
             f"The layers of {type(model).__name__} have keys and values of different sizes, so there is no one prefix "
             "for them. Use prompt tuning, or lora."
         )
+    if first("qk_nope_head_dim") is not None:
+        raise PeftLabError(
+            f"{type(model).__name__} makes keys and values of different widths from one narrow vector, so there is no "
+            "one prefix for them. Use prompt tuning, or lora."
+        )
     if is_encoder_decoder(model):
         layers = first("num_decoder_layers", "decoder_layers", "num_hidden_layers")
         heads = first("decoder_attention_heads", "num_heads", "num_attention_heads")
     else:
-        layers = first("num_hidden_layers")
-        heads = first("num_key_value_heads", "num_attention_heads")
+        layers = first("decoder_layers", "num_hidden_layers")  # a decoder alone may have the config of both halves
+        heads = first("num_key_value_heads", "decoder_attention_heads", "num_attention_heads")
         if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
             heads = 1
     queries, hidden = first("decoder_attention_heads", "num_attention_heads"), first("hidden_size", "d_model")

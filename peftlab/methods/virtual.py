@@ -187,6 +187,14 @@ def word_embeddings(model: nn.Module) -> nn.Embedding:
     return found
 
 
+def require_one_text(model: nn.Module, what: str) -> None:
+    """Refuse a model that reads several texts for each example, and joins them to rows inside itself."""
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        raise PeftLabError(
+            f"{type(model).__name__} reads several texts for each example, so it has no {what}. Use lora or ia3."
+        )
+
+
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Say whether the model has an encoder and a decoder that reads its output."""
     return bool(getattr(model.config, "is_encoder_decoder", False))

@@ -46,9 +46,14 @@ class Within(Part):
 def within(
     model: nn.Module, outer: str, stack: nn.Module, name: str, compatibility_key: str | None
 ) -> Iterator[Placement]:
-    """Yield a `Within` on the module that holds a stack's blocks, or on the first block if the stack holds them."""
+    """Yield a `Within` on the module that holds a stack's blocks, or on the first block if the stack holds them.
+
+    The innermost such module is sure to be called: OPT's head calls `model.decoder`, and passes `model` by.
+    """
     found = blocks(stack)
     if found:
-        inner = stack._modules[path_of(stack, found[0]).partition(".")[0]]
-        at = found[0] if inner is None or type(inner).forward is nn.Module.forward else inner
-        yield Placement(path_of(model, at), name + "_within", Within(outer, compatibility_key))
+        at = path_of(stack, found[0]).rpartition(".")[0]
+        while at and type(stack.get_submodule(at)).forward is nn.Module.forward:  # a list is never called
+            at = at.rpartition(".")[0]
+        inner = stack.get_submodule(at) if at else found[0]
+        yield Placement(path_of(model, inner), name + "_within", Within(outer, compatibility_key))

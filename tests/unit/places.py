@@ -6,9 +6,10 @@ from peftlab.errors import PeftLabError
 from peftlab.memory import BUILT_IN, count
 
 # The methods that fit every built-in shape. A method that you add may be for some architectures alone.
-EVERYWHERE = "full lora qlora dora adalora vera ia3 prompt p-tuning prefix".split()
+EVERYWHERE = "full lora qlora dora adalora vera prompt p-tuning prefix".split()
 NO_PLACE = (
-    "has none of the modules that the method adapts by default|has no biases, so bitfit|because its blocks have experts"
+    "has none of the modules that the method adapts by default|has no biases, so bitfit|is not simply added to"
+    "|names of the keys, values and feed-forward of"
 )
 
 

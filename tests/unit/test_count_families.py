@@ -179,7 +179,8 @@ def test_the_new_named_shapes_have_the_published_sizes():
     assert published.keys() | PUBLISHED.keys() == BUILT_IN.keys()
 
 
-def test_a_bottleneck_adapter_has_no_place_behind_experts():
-    with pytest.raises(PeftLabError, match="because its blocks have experts. Name layers in targets"):
-        count("mixtral-8x7b", "houlsby")
-    assert count("mixtral-8x7b", "houlsby", targets=["o_proj"]).trainable > 0
+def test_a_bottleneck_adapter_behind_experts_stands_behind_all_of_them():
+    places = [module.path for module in count("mixtral-8x7b", "houlsby").adapted]
+    assert places[:2] == ["model.layers.0.self_attn.o_proj", "model.layers.0.mlp"] and len(places) == 2 * 32
+    one = count("mixtral-8x7b", "houlsby", targets=["o_proj"]).trainable
+    assert count("mixtral-8x7b", "houlsby").trainable == 2 * one == 2 * count("mixtral-8x7b", "parallel").trainable

@@ -50,14 +50,10 @@ CLASSIFIERS = ("classifier", "token classifier", "image classifier", "sound clas
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture: how it is described, the kind of model, and the default targets of methods."""
+    """An architecture: how it is described, and the kind of model."""
 
     describe: Callable[..., Any]  # from the configuration to a `Decoder`; of others, from it and the task to the rows
     kind: str  # "decoder", "encoder" or "encoder-decoder"
-    query_value: tuple[str, ...]  # the modules that LoRA adapts when no targets are named
-    ia3: tuple[str, ...]  # those that IA3 scales: keys, values, the down projection
-    ia3_inputs: tuple[str, ...]  # IA3 scales the inputs of these, the outputs of all others
-    outputs: tuple[str, str]  # in a block, by regular expression: the last projection of attention and of feed-forward
     tasks: tuple[str, ...]  # those of `TASKS` that are counted; the first one is taken if nothing is said
     # What peft makes of the names that these layers had before transformers fused the experts: {old name: parameter}
     fused: Mapping[str, str] = field(default_factory=dict)
@@ -158,33 +154,17 @@ TEXT_TASKS = ("classifier", "body", "masked", "token classifier", "question answ
 BERT_TASKS = (*TEXT_TASKS, "language model", "pretraining", "next sentence")
 
 
-def _decoder(
-    describe: Callable[[Config], Decoder],
-    query_value: tuple[str, ...] = ("q_proj", "v_proj"),
-    ia3: tuple[str, ...] = ("k_proj", "v_proj"),
-    down: str = "down_proj",
-    out: str = r"self_attn\.o_proj",
-    ia3_inputs: tuple[str, ...] | None = None,
-    mlp: str = r"mlp\.",
-    tasks: tuple[str, ...] = DECODER_TASKS,
-) -> Family:
-    outputs = (out, mlp + down.rpartition(".")[2])
-    return Family(describe, "decoder", query_value, (*ia3, down), ia3_inputs or (down,), outputs, tasks)
+def _decoder(describe: Callable[[Config], Decoder], fused: Mapping[str, str] | None = None) -> Family:
+    return Family(describe, "decoder", DECODER_TASKS, fused or {})
 
 
 def _encoder(
     describe: Callable[..., Iterator[Module]],
     tasks: tuple[str, ...] = TEXT_TASKS,
-    query_value: tuple[str, ...] = ("query", "value"),
-    ia3: tuple[str, ...] = ("key", "value"),
-    down: str = "output.dense",
-    outputs: tuple[str, str] = (r"attention\.output\.dense", r"output\.dense"),
     prompts: tuple[str, ...] | None = None,
     prefixes: tuple[str, ...] | None = (),
 ) -> Family:
-    return Family(
-        describe, "encoder", query_value, (*ia3, down), (down,), outputs, tasks, prompts=prompts, prefixes=prefixes
-    )
+    return Family(describe, "encoder", tasks, prompts=prompts, prefixes=prefixes)
 
 
 def _bert(prefix: str) -> Family:
@@ -192,32 +172,25 @@ def _bert(prefix: str) -> Family:
     return _encoder(partial(encoders.bert, prefix=prefix), tasks, prefixes=None)
 
 
-def _encoder_decoder(ia3: str, ia3_inputs: tuple[str, ...], feed_forward: str) -> Family:
-    outputs = (r"layer\.0\.SelfAttention\.o", r"layer\.\d\.DenseReluDense\.wo")
-    describe, tasks = partial(pairs.t5, feed_forward=feed_forward), ("language model", "body", "encoder alone")
-    return Family(describe, "encoder-decoder", ("q", "v"), ("k", "v", ia3), ia3_inputs, outputs, tasks)
-
-
-_QV, _KV, _OUT = ("q_proj", "v_proj"), ("k_proj", "v_proj"), r"self_attn\.out_proj"
-_CLIP = (senses.clip, _QV, _KV, "fc2", (_OUT, r"mlp\.fc2"), (), ())
+def _t5(feed_forward: str) -> Family:
+    tasks = ("language model", "body", "encoder alone")
+    return Family(partial(pairs.t5, feed_forward=feed_forward), "encoder-decoder", tasks)
 
 
 def _translator(kind: pairs.Translator, *tasks: str) -> Family:
     tasks = ("language model", "body", *tasks)
     return Family(
-        partial(pairs.bart, kind=kind), "encoder-decoder", _QV, (*_KV, "fc2"), ("fc2",), (_OUT, "fc2"), tasks,
-        prompts=tuple(task for task in tasks if task != "classifier"),
+        partial(pairs.bart, kind=kind), "encoder-decoder", tasks,
         prefixes=tuple(task for task in tasks if task in ("language model", "body", "decoder alone")),
     )  # fmt: skip
 
 
-def _clip(*tasks: str) -> Family:
-    return _encoder(_CLIP[0], tasks, *_CLIP[1:])
+def _senses(describe: Callable[..., Iterator[Module]], *tasks: str) -> Family:
+    return _encoder(describe, tasks, (), ())
 
 
 _FUSED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj", "gate": "gate.weight"}
 _MIXTRAL = {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj", "gate": "gate.weight"}
-_NEOX = (("query_key_value",), ("query_key_value",), "dense_4h_to_h")
 
 FAMILIES: dict[str, Family] = {
     "llama": _decoder(decoders.llama_itself),
@@ -227,64 +200,49 @@ FAMILIES: dict[str, Family] = {
     "gemma": _decoder(decoders.gemma),
     "gemma2": _decoder(decoders.gemma2),
     "gemma3_text": _decoder(decoders.gemma3),
-    "phi3": _decoder(decoders.phi3, ("qkv_proj",), ("qkv_proj",)),
+    "phi3": _decoder(decoders.phi3),
     "olmo2": _decoder(decoders.olmo2),
     "smollm3": _decoder(decoders.smollm3),
     "granite": _decoder(decoders.granite),
     "cohere": _decoder(decoders.cohere),
-    "starcoder2": _decoder(decoders.starcoder2, down="c_proj"),
+    "starcoder2": _decoder(decoders.starcoder2),
     "glm4": _decoder(decoders.glm4),
-    "phi": _decoder(decoders.phi, down="fc2", out=r"self_attn\.dense"),
+    "phi": _decoder(decoders.phi),
     "stablelm": _decoder(decoders.stablelm),
-    "gpt_neox": _decoder(older.gpt_neox, *_NEOX, r"attention\.dense"),
-    "gptj": _decoder(older.gptj, down="fc_out", out=r"attn\.out_proj"),
-    "gpt2": _decoder(older.gpt2, ("c_attn",), ("c_attn",), "mlp.c_proj", r"attn\.c_proj"),
-    "opt": _decoder(older.opt, down="fc2", out=r"self_attn\.out_proj", mlp=""),
-    "bloom": _decoder(older.bloom, *_NEOX[:2], "mlp.dense_4h_to_h", r"self_attention\.dense"),
-    "falcon": _decoder(older.falcon, *_NEOX, r"self_attention\.dense"),
-    "mixtral": replace(_decoder(mixtures.mixtral), fused=_MIXTRAL),
+    "gpt_neox": _decoder(older.gpt_neox),
+    "gptj": _decoder(older.gptj),
+    "gpt2": _decoder(older.gpt2),
+    "opt": _decoder(older.opt),
+    "bloom": _decoder(older.bloom),
+    "falcon": _decoder(older.falcon),
+    "mixtral": _decoder(mixtures.mixtral, _MIXTRAL),
     "qwen2_moe": _decoder(mixtures.qwen2_moe),
-    "qwen3_moe": replace(_decoder(mixtures.qwen3_moe), fused=_FUSED),
+    "qwen3_moe": _decoder(mixtures.qwen3_moe, _FUSED),
     "gpt_oss": _decoder(mixtures.gpt_oss),
-    "deepseek_v3": replace(_decoder(mixtures.deepseek_v3), fused=_FUSED),
+    "deepseek_v3": _decoder(mixtures.deepseek_v3, _FUSED),
     "llama4_text": _decoder(mixtures.llama4),
     "bert": _bert("bert"),
     "roberta": _bert("roberta"),
     "xlm-roberta": _bert("roberta"),
     "camembert": _bert("roberta"),
     "electra": _encoder(encoders.electra, (*TEXT_TASKS, "language model", "pretraining"), prefixes=None),
-    "distilbert": _encoder(
-        encoders.distilbert, TEXT_TASKS, ("q_lin", "v_lin"), ("k_lin", "v_lin"), "lin2",
-        (r"attention\.out_lin", r"ffn\.lin2"),
+    "distilbert": _encoder(encoders.distilbert),
+    "albert": _encoder(encoders.albert, (*TEXT_TASKS, "pretraining")),
+    "deberta-v2": _encoder(encoders.deberta),
+    "mpnet": _encoder(encoders.mpnet),
+    "modernbert": _encoder(encoders.modernbert),
+    "vit": _senses(senses.vit, "image classifier", "body", "masked image"),
+    "wav2vec2": _senses(
+        senses.wav2vec2, "classifier", "body", "characters", "pretraining", "token classifier", "speaker vectors"
     ),
-    "albert": _encoder(
-        encoders.albert, (*TEXT_TASKS, "pretraining"), down="ffn_output",
-        outputs=(r"albert_layers\.\d+\.attention\.dense", r"albert_layers\.\d+\.ffn_output"),
+    "clip": _senses(
+        senses.clip, "body", "image classifier", "text tower", "image tower", "projected text tower",
+        "projected image tower",
     ),
-    "deberta-v2": _encoder(
-        encoders.deberta, query_value=("query_proj", "value_proj"), ia3=("key_proj", "value_proj")
-    ),
-    "mpnet": _encoder(
-        encoders.mpnet, query_value=("q", "v"), ia3=("k", "v"), outputs=(r"attention\.attn\.o", r"output\.dense")
-    ),
-    "modernbert": _encoder(
-        encoders.modernbert, TEXT_TASKS, ("Wqkv",), ("Wqkv",), "mlp.Wo", (r"attn\.Wo", r"mlp\.Wo")
-    ),
-    "vit": _encoder(
-        senses.vit, ("image classifier", "body", "masked image"), _QV, _KV, "fc2",
-        (r"attention\.o_proj", r"mlp\.fc2"), (), (),
-    ),
-    "wav2vec2": _encoder(
-        senses.wav2vec2, ("classifier", "body", "characters", "pretraining", "token classifier", "speaker vectors"),
-        _QV, _KV, "output_dense", (r"attention\.out_proj", r"feed_forward\.output_dense"), (), (),
-    ),
-    "clip": _clip(
-        "body", "image classifier", "text tower", "image tower", "projected text tower", "projected image tower"
-    ),
-    "clip_text_model": _clip("text tower", "projected text tower"),
-    "clip_vision_model": _clip("image tower", "projected image tower"),
-    "t5": _encoder_decoder("wo", ("wo",), "relu"),
-    "mt5": _encoder_decoder("wi_1", (), "gated-gelu"),
+    "clip_text_model": _senses(senses.clip, "text tower", "projected text tower"),
+    "clip_vision_model": _senses(senses.clip, "image tower", "projected image tower"),
+    "t5": _t5("relu"),
+    "mt5": _t5("gated-gelu"),
     "bart": _translator(pairs.BART, "classifier", "question answering", "decoder alone"),
     "mbart": _translator(pairs.MBART, "classifier", "question answering", "decoder alone"),
     "plbart": _translator(pairs.PLBART, "classifier", "decoder alone"),
@@ -292,8 +250,7 @@ FAMILIES: dict[str, Family] = {
     "marian": _translator(pairs.MARIAN, "decoder alone"),
     "m2m_100": _translator(pairs.M2M_100),
     "whisper": Family(
-        pairs.whisper, "encoder-decoder", _QV, (*_KV, "fc2"), ("fc2",), (_OUT, "fc2"),
-        ("language model", "body", "sound classifier", "decoder alone"),
+        pairs.whisper, "encoder-decoder", ("language model", "body", "sound classifier", "decoder alone"),
         prompts=("decoder alone",), prefixes=("language model", "body", "decoder alone"),
     ),
 }  # fmt: skip

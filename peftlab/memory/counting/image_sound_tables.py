@@ -204,7 +204,7 @@ def _sound_head(c: Config, task: str, hidden: int, width: int, features: int) ->
         outputs = c.size("xvector_output_dim", default=512)
         yield linear("projector", hidden, widths[0], True)
         for i, kernel in enumerate(kernels):
-            yield linear(f"tdnn.{i}.kernel", widths[max(i - 1, 0)] * kernel, widths[i], True)
+            yield linear(f"tdnn.{i}.kernel", widths[max(i - 1, 0)] * kernel, widths[i], True, uncalled=True)
         yield linear("feature_extractor", widths[-1] * 2, outputs, True)
         yield linear("classifier", outputs, outputs, True, role="head")
         yield vector("objective.weight", outputs * c.labels())

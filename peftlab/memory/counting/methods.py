@@ -9,11 +9,11 @@ because it trains beside every adapter.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
 from functools import lru_cache
 
+from peftlab import default_targets
 from peftlab.catalogue import METHODS, resolve
 from peftlab.checks import one_of
 from peftlab.errors import PeftLabError, did_you_mean
@@ -190,16 +190,17 @@ def _nearest_divisor(size: int, wanted: int) -> int:
 def ia3(shape: Shape, options: Options) -> Trained:
     """List IA3's (Liu et al. 2022, section 3.3): a scale per output of a module, or per input of a feed-forward layer.
 
-    The default targets are the paper's: keys, values, and the input of the last layer of the feed-forward. peft has the
-    same defaults, except for Gemma, Qwen and BART, where it names the queries instead of the keys. In BERT and RoBERTa
-    `output.dense` also matches the attention's layer of that name. peft has no defaults for XLM-RoBERTa, CamemBERT and
-    most other encoders; here they have those of the paper too.
+    The default targets are the paper's: keys, values, and the input of the last layer of the feed-forward. See
+    `default_targets.IA3`. In BERT and RoBERTa `output.dense` also matches the attention's layer of that name.
     """
-    family = FAMILIES[shape.family]
+    known = default_targets.ia3(shape.paths, shape.family)
+    if known is None and options.targets is None:
+        raise default_targets.ia3_unknown(shape.linear_names(), shape.name, "targets")
+    names, inputs = known or ((), ())
     # as in peft, a default that this model does not have (mT5 without a gate) is left out
-    adapted = linear_targets(shape, options.targets, "ia3", family.ia3)
+    adapted = linear_targets(shape, options.targets, "ia3", names)
     # compare the end of the string, as peft does, not whole names of the path
-    sizes = [(1, m.inputs) if m.path.endswith(family.ia3_inputs) else (m.outputs, 1) for m in adapted]
+    sizes = [(1, m.inputs) if m.path.endswith(inputs) else (m.outputs, 1) for m in adapted]
     added = (Added(m.path, "ia3_l", size) for m, size in zip(adapted, sizes, strict=True))
     return Trained(tuple(added), adapted=adapted)
 
@@ -216,7 +217,13 @@ def bitfit(shape: Shape, options: Options) -> Trained:
             f"{other} of {shape.name} has no bias, so bitfit has nothing to train there. Name modules that have one, "
             "leave targets out for every bias of the model, or use ia3 or lora."
         )
-    own = _biases(named or _body(shape))
+    own = _biases(named or [module for module in _body(shape) if not module.uncalled])
+    past = next((module.path for module, _ in own if module.kind in ("bias", "router")), None)
+    if past is not None:
+        raise PeftLabError(
+            f"{past}.bias of {shape.name} is not simply added to what that module returns, so it cannot be trained "
+            "beside it. Name the modules whose biases train in targets, or use ia3 or lora."
+        )
     if not own:
         raise PeftLabError(
             f"{shape.name} has no biases, so bitfit has nothing to train. Use ia3, which trains about as few "
@@ -264,15 +271,12 @@ def prefix(shape: Shape, options: Options) -> Trained:
 
     k is the width of the keys; under grouped-query attention this is the width of the key/value heads. With
     `projection` (section 4.3) n k parameters go through Linear(k, h) and Linear(h, 2 L k), with h = k by default. Only
-    the result is saved. In encoder-decoders, peft gives a prefix to the decoder's self-attention only, but takes L from
-    the encoder's depth and k from d_model. If T5's decoder has another depth or attention another width, peft can build
-    the prefix but not run it.
+    the result is saved. In encoder-decoders the prefix stands in the decoder's self-attention only, so L and k are the
+    decoder's. peft takes the encoder's depth and d_model instead, unless it is told `num_layers` and `token_dim`. Where
+    they differ, it can build the prefix but not run it.
     """
     _can_have(shape, "prefix", FAMILIES[shape.family].prefixes, "takes no past keys and values")
-    blocks = list(_blocks(shape))
-    n, depth = options.virtual_tokens, len([b for b in blocks if "decoder." not in b] or blocks)
-    keys = (".self_attn.k_proj", ".attention.self.key")
-    k = next((m.outputs for m in shape.modules if m.path.endswith(keys)), _hidden(shape))
+    n, (depth, k) = options.virtual_tokens, _keys(shape)
     if not options.projection:
         return Trained((Added("", "embedding.weight", (n, 2 * depth * k)),))
     h = options.encoder_hidden or k
@@ -286,12 +290,12 @@ def houlsby(shape: Shape, options: Options) -> Trained:
     One follows the attention and one the feed-forward. m = d / reduction factor, rounded down. The adapters have no
     layer norms. There is none after the cross-attention of a T5 decoder.
     """
-    return _bottlenecks(shape, options, "houlsby", FAMILIES[shape.family].outputs)
+    return _bottlenecks(shape, options, "houlsby")
 
 
 def pfeiffer(shape: Shape, options: Options) -> Trained:
     """List one adapter per block, after the feed-forward (Pfeiffer et al. 2021, AdapterFusion): 2 d m + m + d."""
-    return _bottlenecks(shape, options, "pfeiffer", FAMILIES[shape.family].outputs[1:])
+    return _bottlenecks(shape, options, "pfeiffer")
 
 
 def parallel(shape: Shape, options: Options) -> Trained:
@@ -300,7 +304,7 @@ def parallel(shape: Shape, options: Options) -> Trained:
     It reads what the feed-forward reads; the path is that of the projection to whose output it adds. Beside a module
     that `targets` names it reads that module's input, which must be as wide as its output.
     """
-    found = _bottlenecks(shape, options, "parallel", FAMILIES[shape.family].outputs[1:])
+    found = _bottlenecks(shape, options, "parallel")
     for module in found.adapted if options.targets is not None else ():
         if module.inputs != module.outputs:
             raise PeftLabError(
@@ -393,6 +397,11 @@ def refuse_conv1d(shape: Shape, targets: str | Iterable[str] | None, method: str
 
 def _can_have(shape: Shape, what: str, tasks: tuple[str, ...] | None, why: str) -> None:
     """Refuse a prompt or prefix on a model that cannot have one. `tasks` of None are all."""
+    if shape.task == "multiple choice":
+        raise PeftLabError(
+            f"{shape.name}, as a {shape.family} model whose class ends in ForMultipleChoice, reads several texts for "
+            f"each example, so it has no {what}. Use lora or ia3."
+        )
     if tasks is not None and shape.task not in tasks:
         others = "a prompt, or lora" if what == "prefix" and FAMILIES[shape.family].prompts is None else "lora or ia3"
         end = class_end(shape.task, shape.kind)
@@ -416,7 +425,8 @@ def _hidden(shape: Shape) -> int:
 
 
 def _prompt_rows(shape: Shape, options: Options) -> int:
-    return options.virtual_tokens * (2 if shape.kind == "encoder-decoder" and shape.task == "language model" else 1)
+    both = shape.kind == "encoder-decoder" and shape.task not in ("encoder alone", "decoder alone")
+    return options.virtual_tokens * (2 if both else 1)
 
 
 def _blocks(shape: Shape) -> dict[str, list[Module]]:
@@ -437,25 +447,55 @@ def _dense(path: str, layers: Iterable[tuple[str, int, int]]) -> Iterator[Added]
         yield Added(path, f"{name}.bias", (outputs,))
 
 
-def _bottlenecks(shape: Shape, options: Options, method: str, places: Iterable[str]) -> Trained:
-    """List an adapter, d -> m -> d with biases, at each of `places` in every block: 2 d m + m + d elements each.
+def _keys(shape: Shape) -> tuple[int, int]:
+    """Return how many blocks keep keys, and the width of one block's keys: a decoder's, where there is one."""
+    if shape.layout is not None:
+        if shape.layout.latent:
+            raise PeftLabError(
+                f"{shape.name} makes keys and values of different widths from one narrow vector, so there is no one "
+                "prefix for them. Use prompt tuning, or lora."
+            )
+        # Falcon's newer blocks repeat keys for each head before they keep them
+        heads = shape.layout.heads if shape.layout.cut == "grouped" else shape.layout.groups
+        return shape.layout.layers, heads * shape.layout.width
+    blocks = _blocks(shape)
+    blocks = {path: rows for path, rows in blocks.items() if "decoder." in path} or blocks
+    keys = (m.outputs for rows in blocks.values() for m in rows if m.path.endswith((".k", ".k_proj", ".key")))
+    return len(blocks), next(keys)
 
-    If `options` names targets, the adapters stand there instead.
+
+def _bottlenecks(shape: Shape, options: Options, placement: str) -> Trained:
+    """List an adapter, d -> m -> d with biases, at each place in every block: 2 d m + m + d elements each.
+
+    If `options` names targets, the adapters stand there instead. The adapter of a placement with one place per block is
+    listed at the last layer of the feed-forward, wherever it stands.
     """
-    # Match the whole rest of the path, because in BERT "attention.output.dense" also ends with "output.dense".
-    blocks = _blocks(shape).items()
-    inside = [(module.path[len(path) + 1 :], module) for path, block in blocks for module in block]
-    expected = [re.compile(place) for place in places]
-    if options.targets is None and not all(any(place.fullmatch(end) for end, _ in inside) for place in expected):
-        raise PeftLabError(
-            f"{shape.name} has no last layer of a feed-forward where {method} puts its adapter, because its blocks "
-            "have experts. Name layers in targets (--targets), or use lora."
-        )
-    usual = [module for end, module in inside if any(place.fullmatch(end) for place in expected)]
-    adapted = usual if options.targets is None else linear_targets(shape, options.targets, method)
+    if options.targets is not None:
+        adapted = linear_targets(shape, options.targets, placement)
+    else:
+        default_targets.places(
+            shape.paths, placement, lambda _: default_targets.norm_behind(shape.config.get), shape.name, "targets",
+            shape.linear_names(),
+        )  # fmt: skip
+        adapted = _adapted_blocks(shape, both=placement == "houlsby")
     added: list[Added] = []
     for module in adapted:
         d = module.outputs
         m = max(1, d // options.reduction_factor)
         added += _dense(module.path, [("down", d, m), ("up", m, d)])
     return Trained(tuple(added), adapted=tuple(adapted), named=options.targets is not None)
+
+
+def _adapted_blocks(shape: Shape, both: bool) -> tuple[Module, ...]:
+    """Return of each block the last layer of the feed-forward, or also that of the attention, in the table's order.
+
+    A feed-forward with experts has no such layer. It is listed as a whole, by a row of its own.
+    """
+    rows = {module.path: module for module in shape.modules}
+    found = []
+    for block, row in default_targets.blocks_in(shape.paths).items():
+        attention = rows[f"{block}.{row.attention}"]
+        path = f"{block}.{row.feed_forward}"
+        whole = Module(path, "mixture", attention.outputs, attention.outputs, layer=attention.layer)
+        found += [attention, rows.get(path, whole)] if both else [rows.get(path, whole)]
+    return tuple(found)

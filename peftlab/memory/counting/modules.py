@@ -32,6 +32,7 @@ class Module:
     transposed: bool = False  # whether the parameter of experts has the shape (experts, inputs, outputs)
     groups: int = 1  # of a convolution: each output reads inputs / groups
     frozen: bool = False  # whether transformers makes its weight one that does not train, such as sines of positions
+    uncalled: bool = False  # whether its weight and bias are read without a call, so that nothing beside it would run
     ranks: int = 1  # of an adapted row: how many projections it fuses, each of which peft gives a rank of its own
 
     @property

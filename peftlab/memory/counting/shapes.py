@@ -10,10 +10,11 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from peftlab import patterns
+from peftlab import default_targets, patterns
 from peftlab.checks import checked, shown, whole
 from peftlab.errors import PeftLabError, did_you_mean
 from peftlab.memory.counting.builtin import BUILT_IN
@@ -57,7 +58,18 @@ class Shape:
     @property
     def query_value(self) -> tuple[str, ...]:
         """The names of the query and value projections: the default targets of the LoRA family."""
-        return FAMILIES[self.family].query_value
+        return default_targets.query_value(self.linear_names(), self.name, "targets")
+
+    @cached_property
+    def paths(self) -> dict[str, None]:
+        """The paths of all modules in the order of the model, with those that only hold others."""
+        found: dict[str, None] = {}
+        for module in self.modules:
+            parts = module.path.split(".")
+            if module.kind in ("experts", "vector"):  # the path is a parameter's
+                parts.pop()
+            found.update(dict.fromkeys(".".join(parts[:i]) for i in range(1, len(parts) + 1)))
+        return found
 
     def match(
         self,
@@ -104,7 +116,8 @@ class Shape:
                 )
         if isinstance(targets, str):
             if targets.lower() == ALL_LINEAR:
-                return tuple(m for m in body if m.kind in ("linear", "conv1d") and m.role != "output")
+                called = (m for m in body if m.role != "output" and not m.uncalled)
+                return tuple(m for m in called if m.kind in ("linear", "conv1d"))
             with patterns.bounded():
                 _check_expression(targets)
                 found = [module for module in body if patterns.fullmatch(targets, module.path)]
@@ -169,13 +182,13 @@ class Shape:
             if found:
                 yield replace(module, ranks=max(ranks.get(name, 1) for name in found))
 
-    def _linear_names(self) -> list[str]:
+    def linear_names(self) -> list[str]:
         """Return the last names of the paths of all layers that can be adapted, in the order of the model."""
         ends = [m.path.rsplit(".", 1)[-1] for m in self.modules if m.kind in ("linear", "conv1d") and m.role == "body"]
         return list(dict.fromkeys(ends))
 
     def _names(self) -> str:
-        return f" Its linear layers are {', '.join(self._linear_names())}."
+        return f" Its linear layers are {', '.join(self.linear_names())}."
 
     def _nothing(self, name: Any) -> str:
         if any(_ends_with(m.path, name) or m.path.split(".")[0] == name for m in self.head):
@@ -186,7 +199,7 @@ class Shape:
                 f"Target {name!r} of {self.name} is a parameter that holds all experts, not a module. LoRA adapts it "
                 f"by target_parameters={[_parameter(experts[0], 2)]}.{self._names()}"
             )
-        known = self._linear_names() + [m.path.rsplit(".", 1)[-1] for m in self.modules]
+        known = self.linear_names() + [m.path.rsplit(".", 1)[-1] for m in self.modules]
         return f"Target {name!r} matches no module of {self.name}.{did_you_mean(name, known)}{self._names()}"
 
 

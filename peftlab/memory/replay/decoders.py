@@ -278,7 +278,9 @@ class Blocks:
     def sparse(self, i: int, at: str, x: Tensor) -> Tensor:
         """Replay the experts of a block, with the expert that every token takes."""
         assert self.d.experts is not None
-        return mixture(self.net, self.d, at, x, self.activate, self.mlp)
+        return self.net.around(
+            at.rstrip("."), x, lambda x: mixture(self.net, self.d, at, x, self.activate, self.mlp)
+        )
 
 
 def gpt2(net: Net, ids: Tensor) -> Tensor:

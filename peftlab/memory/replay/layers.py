@@ -1,14 +1,15 @@
 """Each method's layer: what Hugging Face peft's forward passes allocate around the frozen layer.
 
 Each function takes the model, a path, and the method's tensors there by name. It puts the method into the model: around
-a layer (`net.layers`), beside a feed-forward (`net.beside`), or in front of the first block (`net.front`). The method's
-row in the catalogue names its function. As in peft, adapters are float32 by default, also on a 16-bit base. A call then
+a layer (`net.layers`), around a feed-forward (`net.around_feed_forward`), or in front of the first block (`net.front`).
+The method's row in the catalogue names its function. As in peft, adapters are float32 by default, also on a 16-bit base. A call then
 casts its input, and at the end casts its output back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from peftlab.errors import PeftLabError
@@ -334,13 +335,16 @@ def ia3(net: Net, path: str, own: Own) -> None:
 
 
 def bottleneck(net: Net, path: str, own: Own) -> None:
-    """Replay y + up(relu(down y)): a bottleneck after the layer."""
+    """Replay y + up(relu(down y)): a bottleneck after the layer, or after a feed-forward with experts."""
 
-    def call(x: Tensor) -> Tensor:
-        result = net.plain(path, x)
+    def behind(x: Tensor, function: Call) -> Tensor:
+        result = function(x)
         return _through_bottleneck(net, own, result, result)
 
-    net.layers[path] = call
+    if path in net.modules:
+        net.layers[path] = lambda x: behind(x, partial(net.plain, path))
+    else:
+        net.around_feed_forward[path] = behind
 
 
 def parallel(net: Net, path: str, own: Own) -> None:
@@ -352,7 +356,7 @@ def parallel(net: Net, path: str, own: Own) -> None:
     if net.named:
         net.layers[path] = call
     else:
-        net.beside[path] = lambda x, function: _through_bottleneck(net, own, x, function(x))
+        net.around_feed_forward[path] = lambda x, function: _through_bottleneck(net, own, x, function(x))
 
 
 def _through_bottleneck(net: Net, own: Own, x: Tensor, result: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class Net:
     A method changes a model through five attributes:
 
     - `layers`: {path: a function that replaces the call of this layer};
-    - `beside`: {path of a feed-forward's last layer: a function around the feed-forward};
+    - `around_feed_forward`: {path of its last layer, or its own path if it has experts: a function around it};
     - `front`: a function of the word embeddings, before the first block;
     - `extend`: a function of a block's number, keys and values;
     - `parameters_with_more`: {path of a parameter of experts: a function of its value that returns what is used}.
@@ -87,7 +87,7 @@ class Net:
         self.layers: dict[str, Callable[[Tensor], Tensor]] = {}
         self.front: Callable[[Tensor], Tensor] = lambda x: x
         self.extend: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] = unchanged
-        self.beside: dict[str, Callable[[Tensor, Callable], Tensor]] = {}
+        self.around_feed_forward: dict[str, Callable[[Tensor, Callable], Tensor]] = {}
         self.around_block: Around = alone
         self.repeated: Around = alone
         self.parameters_with_more: dict[str, Callable[[Tensor], Tensor]] = {}
@@ -170,8 +170,8 @@ class Net:
         return self.base_biases.get(path, self.biases.get(path))
 
     def around(self, path: str, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """Call a feed-forward, with what a parallel adapter at its last layer adds."""
-        return self.beside[path](x, function) if path in self.beside else function(x)
+        """Call a feed-forward, with what an adapter around it adds. See `around_feed_forward`."""
+        return self.around_feed_forward[path](x, function) if path in self.around_feed_forward else function(x)
 
     def frozen_product(self, x: Tensor, outputs: int) -> Tensor:
         """Multiply x by a matrix that is not a parameter. Autocast makes a copy of the matrix, which is kept."""

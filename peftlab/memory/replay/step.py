@@ -166,7 +166,7 @@ class Run:
     def close(self) -> None:
         """Break the reference cycles between the model and its layers' calls, so that everything is freed at once."""
         self.net.layers.clear()
-        self.net.beside.clear()
+        self.net.around_feed_forward.clear()
         del self.net.front, self.net.extend, self.net.around_block, self.net.repeated
 
     def forward(self) -> Tensor:
