@@ -174,6 +174,20 @@ def test_the_peak_of_lora_on_experts(family, library, checkpointing, monkeypatch
     same_peak_on_experts(family, library, checkpointing, monkeypatch)
 
 
+@pytest.mark.parametrize("placement", ["houlsby", "parallel"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "phi", "bloom"])
+def test_the_peak_of_adapters_around_experts_and_in_other_blocks(family, placement, monkeypatch):
+    """Within 2%, as for other decoders."""
+    config, eager = config_of(family), family in EAGER
+    found = replayed(load_shape(config), placement, bytes=2, fused=not eager, **SIZE)
+    monkeypatch.setattr(memory_oracle.peft, "get_peft_model", lambda model, config: pl.attach(model, config))
+    expected = memory_oracle.measure(
+        config, "decoder", pl.AdapterConfig(placement=placement), dtype=torch.bfloat16, monkeypatch=monkeypatch,
+        attention="eager" if eager else "fused_stand_in", **SIZE,
+    )  # fmt: skip
+    assert max(found) == pytest.approx(max(expected), rel=0.02)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("family", "parameters"), [("mixtral", ()), ("mixtral", EXPERTS), ("qwen3_moe", EXPERTS[1:])])
 def test_the_peak_of_experts_in_four_bits(family, parameters, checkpointing, monkeypatch):

@@ -10,9 +10,9 @@ from encoder_configs import CLASSES, ENCODERS, usual, variant
 from on_meta import on_meta
 from releases import older, skip_before
 
+from peftlab import default_targets
 from peftlab.errors import PeftLabError
 from peftlab.memory import count, load_shape
-from peftlab.memory.counting.families import FAMILIES
 
 transformers = pytest.importorskip("transformers")
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -105,14 +105,14 @@ def peft_count(values, name, method, task, **options):
 
 def same_counts(values, name, seed):
     shape = load_shape(values)
-    task, family = TASKS.get(shape.task), FAMILIES[shape.family]
+    task = TASKS.get(shape.task)
     if shape.task == "language model" and shape.kind == "encoder-decoder":
         task = "SEQ_2_SEQ_LM"
     of_lm = {m.path.rsplit(".", 1)[-1] for m in shape.modules if m.role == "output"}
     ends = sorted({m.path.rsplit(".", 1)[-1] for m in shape.modules if m.kind == "linear" and m.role == "body"} - of_lm)
     cases = [
         ("lora", {"targets": ends[seed % len(ends):][:2], "bias": ("none", "lora_only", "all")[seed % 3]}),
-        ("lora", {"targets": list(family.query_value), "bias": "all"}),
+        ("lora", {"targets": list(shape.query_value), "bias": "all"}),
         ("lora", {"targets": "all-linear", "bias": ("none", "lora_only", "all")[seed % 3]}),
         ("ia3", {}),
     ]  # fmt: skip
@@ -125,7 +125,8 @@ def same_counts(values, name, seed):
         if method == "lora":
             options, theirs = options | {"r": 3}, theirs | {"r": 3}
         elif shape.family not in ("bart", "bert", "roberta", "deberta-v2"):  # peft has no defaults
-            theirs = {"target_modules": list(family.ia3), "feedforward_modules": list(family.ia3_inputs)}
+            names, inputs = default_targets.ia3(shape.paths, shape.family)
+            theirs = {"target_modules": list(names), "feedforward_modules": list(inputs)}
         ours = count(shape, method, **options)
         expected = peft_count(values, name, {"lora": "Lora", "ia3": "IA3"}[method], task, **theirs)
         assert (ours.trainable, ours.total) == expected, (method, options)
@@ -193,6 +194,8 @@ def test_prefixes_count_what_peft_counts(family, task):
     for projection in (False, True):
         ours = count(values, "prefix", virtual_tokens=3, projection=projection)
         told = {"num_virtual_tokens": 3, "prefix_projection": projection}
+        if family != "electra":  # peft takes the encoder's depth, unless it is told the decoder's
+            told["num_layers"] = values["decoder_layers"]
         assert (ours.trainable, ours.total) == peft_count(values, usual(family), "PrefixTuning", task, **told)
 
 

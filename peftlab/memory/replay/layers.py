@@ -2,8 +2,8 @@
 
 Each function takes the model, a path, and the method's tensors there by name. It puts the method into the model: around
 a layer (`net.layers`), around a feed-forward (`net.around_feed_forward`), or in front of the first block (`net.front`).
-The method's row in the catalogue names its function. As in peft, adapters are float32 by default, also on a 16-bit base. A call then
-casts its input, and at the end casts its output back.
+The method's row in the catalogue names its function. As in peft, adapters are float32 by default, also on a 16-bit
+base. A call then casts its input, and at the end casts its output back.
 """
 
 from __future__ import annotations
