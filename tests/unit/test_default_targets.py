@@ -40,7 +40,10 @@ def config_of(family, name=None, seed=None):
         return decoder(family, seed) | {"num_experts_per_tok": 2}
     if family in ENCODERS:
         labels = {"num_labels": 2} if "Answering" in (name or "") else {}
-        return encoder(family, seed) | {"architectures": [name or usual(family)]} | labels
+        values = encoder(family, seed) | {"architectures": [name or usual(family)]} | labels
+        if (name or "").endswith("ForCausalLM") and "decoder_layers" in values:
+            values["encoder_layers"] = values["decoder_layers"]  # transformers' own cache has the encoder's depth
+        return values
     return small(family, seed)
 
 
@@ -88,7 +91,8 @@ def agree(values, methods):
 
 
 REASONS = (
-    "no query and value projections under a known name", "names of the keys, values and feed-forward", "has no biases",
+    "no query and value projections under a known name", "names of the keys, values and feed-forward",
+    "has no biases|leave no target module",
     "is not simply added", "has none of the modules that", "takes no past keys and values", "is no module of its own",
     "has no prompt|has no input embedding", "reads several texts", "of different widths",
     "no prefix|no input embedding",
