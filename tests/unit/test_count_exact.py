@@ -268,6 +268,10 @@ def peft_config(method, shape, r=None, targets=None, bias="none", virtual_tokens
         if method == "prompt":
             return peft.PromptTuningConfig(**options)
         if method == "prefix":
+            if shape.family in ("t5", "mt5"):  # peft takes the encoder's depth and d_model, unless it is told others
+                inner = next(m.outputs for m in shape.modules if m.path.endswith("SelfAttention.k"))
+                depth = len({m.layer for m in shape.modules if m.path.startswith("decoder.block")})
+                options |= {"token_dim": inner, "num_layers": depth, "num_attention_heads": 1}
             return peft.PrefixTuningConfig(**options, prefix_projection=more.get("projection", False))
         encoder, layers = more.get("encoder", "mlp").upper(), more.get("encoder_layers", 2)
         return peft.PromptEncoderConfig(**options, encoder_reparameterization_type=encoder, encoder_num_layers=layers)

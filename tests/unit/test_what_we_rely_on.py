@@ -711,6 +711,7 @@ ARCHITECTURES = {
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_names_of_modules(family, ours):
     from peftlab.core.targets import default_targets
+    from peftlab import default_targets as usual
     from peftlab.methods import adapter, ia3
 
     name, settings, targets, places = ARCHITECTURES[family]
@@ -722,7 +723,7 @@ def test_names_of_modules(family, ours):
     assert not missing, f"{name} no longer has modules called {missing} (its layers are {endings}): {ours}"
     if places:
         for placement in adapter.PLACEMENTS:
-            assert adapter.places(SimpleNamespace(), modules, placement), (
+            assert usual.places(modules, placement, lambda _: None, name, "target_modules", endings), (
                 f"{name} has no place for a {placement} adapter: {ours}"
             )
         model = SimpleNamespace(config=SimpleNamespace(model_type=family.lower()))
