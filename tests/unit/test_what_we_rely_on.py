@@ -710,8 +710,8 @@ ARCHITECTURES = {
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_names_of_modules(family, ours):
-    from peftlab.core.targets import default_targets
     from peftlab import default_targets as usual
+    from peftlab.core.targets import default_targets
     from peftlab.methods import adapter, ia3
 
     name, settings, targets, places = ARCHITECTURES[family]
