@@ -47,7 +47,7 @@ def to_fields(root: nn.Module, config: Config, placements: list[Placement]) -> d
     elif modules and (targets is None or found_here):
         # Write the names that were found, so that no library has to guess them again. Also, Hugging Face peft takes
         # layers_to_transform only together with a list.
-        adapted = {path for path, part_name, _ in modules if part_name not in BESIDE}
+        adapted = {placement.path for placement in modules if placement.kind not in BESIDE}
         fields["target_modules"] = sorted(adapted)
     elif not modules:
         fields["target_modules"] = []  # it adapts parameters alone; None would mean the default modules in peft

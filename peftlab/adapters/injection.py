@@ -31,6 +31,7 @@ from peftlab.core.records import (
     require_adapter,
     unwrap,
 )
+from peftlab.core.rehearsal import rehearse
 from peftlab.core.sharding import refuse_sharded
 from peftlab.core.targets import ALL_LINEAR, heads
 from peftlab.errors import PeftLabError, out_of_memory, some, warn
@@ -141,6 +142,7 @@ def prepare(
         ) from error
     check_copies(root, config, placements)
     placements, unseen = within_reach(root, config, placements)
+    placements = rehearsed(root, config, placements, unseen)
     for path, _, part in placements:
         host = root.get_submodule(path)
         device, dtype = device_and_dtype_for(host)
@@ -179,7 +181,7 @@ def check_copies(root: nn.Module, config: Config, placements: list[Placement]) -
 
     A method's own `parts` yields these copies, and whoever writes a method may forget it.
     """
-    copied = [path for path, name, _ in placements if name == "copy"]
+    copied = [placement.path for placement in placements if placement.kind == "copy"]
     for path in heads(root, config):
         if not any(one == path or one.startswith(path + ".") for one in copied):
             raise PeftLabError(
@@ -206,19 +208,16 @@ def within_reach(
     """
     calls = observed(root)
     unreached = calls.unreached if calls is not None else frozenset()
-    lost = list(dict.fromkeys(path for path, _, _ in placements if path in unreached))
-    left = [placement for placement in placements if placement.path not in unreached]
-    if lost:
-        targets = getattr(config, "target_modules", ())
-        by_rule = targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR)
-        copied = any(name == "copy" for path, name, _ in placements if path in unreached)
-        what = f"{type(root).__name__} reads the weights of {some(lost)} without calling these modules"
-        if not by_rule or copied or not left:
-            raise PeftLabError(
-                f"{what}, so an adapter there would never run. Name other modules in target_modules "
-                '(target_parameters, modules_to_save), and use bias="none".'
-            )
-        warn(f"{what}, so an adapter there would never run. They are left out.")
+    reached = {id(part) for path, _, part in placements if path not in unreached}  # one may stand on tied modules
+    lost = list(dict.fromkeys(path for path, _, part in placements if path in unreached and id(part) not in reached))
+    left = without(
+        config,
+        placements,
+        lost,
+        f"{type(root).__name__} reads the weights of {some(lost)} without calling these modules, so an adapter there "
+        "would never run.",
+        'Name other modules in target_modules (target_parameters, modules_to_save), and use bias="none".',
+    )
     past = [path for path, name, _ in left if name == "rows" and calls is not None and path in calls.past]
     if past:
         raise PeftLabError(
@@ -232,7 +231,60 @@ def within_reach(
             f"In training, fused kernels of {type(root).__name__} read the weights of {some(doubtful)} without calling "
             "these modules. Where such kernels are installed, an adapter there does not run; leave these modules out.",
         )
-    return left, frozenset(path for path, _, _ in left) - (calls.called if calls is not None else frozenset())
+    unseen = frozenset(path for path, _, _ in left) - (calls.called if calls is not None else frozenset())
+    return left, unseen - unreached
+
+
+def without(config: Config, placements: list[Placement], lost: list[str], what: str, instead: str) -> list[Placement]:
+    """Return the placements that are not on these hosts. Hosts that were named, not found by a rule, are refused."""
+    left = [placement for placement in placements if placement.path not in lost]
+    if lost:
+        targets = getattr(config, "target_modules", ())
+        by_rule = targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR)
+        copied = any(placement.kind == "copy" for placement in placements if placement.path in lost)
+        if not by_rule or copied or not left:
+            raise PeftLabError(f"{what} {instead}")
+        warn(f"{what} They are left out.")
+    return left
+
+
+def rehearsed(root: nn.Module, config: Config, placements: list[Placement], unseen: frozenset[str]) -> list[Placement]:
+    """Leave out parts, or refuse them, that cannot run on their hosts. Refuse an adapter of which nothing trains."""
+    shown_by = rehearse(root, placements)
+    if shown_by is None:
+        return placements
+    method, kind = type(config).__name__, type(root).__name__
+    for error in shown_by.failed.values():
+        if isinstance(error, PeftLabError):
+            raise error
+    if "" in shown_by.failed:
+        error = shown_by.failed[""]
+        raise PeftLabError(
+            f"{kind} does not run with this {method} ({type(error).__name__}: {first_line(error)}). Use another "
+            "method, or name other modules."
+        )
+    paths = list(dict.fromkeys(path for path, _, _ in placements))
+    if not shown_by.trains and not unseen.issuperset(paths):  # what was not called may be, with other inputs
+        raise PeftLabError(
+            f"Nothing of this {method} would train: what {kind} returns does not depend on what stands on "
+            f"{some(paths)}. Name other modules."
+        )
+    lost = list(shown_by.failed)
+    one = next(iter(shown_by.failed.items()), None)
+    what = ""
+    if one is not None:
+        path, error = one
+        host = type(root.get_submodule(path)).__name__
+        what = (
+            f"{method} cannot stand on {some(lost)}: with it the forward of a {host} fails "
+            f"({type(error).__name__}: {first_line(error)})."
+        )
+    return without(config, placements, lost, what, "Name other modules, or leave these out (exclude_modules).")
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text."""
+    return next(iter(str(error).strip().splitlines()), "")[:200]
 
 
 @torch.no_grad()

@@ -105,9 +105,10 @@ def find_intruders(
     check_limits(top_k, threshold)
     root, _ = adapter_of(model, name)
     found: dict[str, Spectrum] = {}
-    for path, part_name, part in placed(root, name):
+    for placement in placed(root, name):
+        path, _, part = placement
         host = root.get_submodule(path)
-        if part_name in BESIDE:
+        if placement.kind in BESIDE:
             continue
         if not part.overrides("merged"):
             raise PeftLabError(
@@ -166,8 +167,9 @@ def reduce_intruders(
         raise PeftLabError(f"An adapter named {new_name!r} is attached already; give another new_name.")
     found, factors = {}, {}
     placements = placed(root, name)
-    for path, part_name, part in placements:
-        if part_name in BESIDE:
+    for placement in placements:
+        path, _, part = placement
+        if placement.kind in BESIDE:
             continue
         if type(part) not in LOW_RANK:
             raise PeftLabError(
@@ -207,10 +209,10 @@ def reduced(
 
 def fill(old: list[Placement], new: list[Placement], factors: Mapping[str, tuple[Tensor, Tensor] | None]) -> None:
     """Copy an adapter's parameters into another one of the same config, with the new factors where there are some."""
-    for (path, part_name, part), (_, _, other) in zip(old, new, strict=True):
-        for own, value in part.state_dict().items():
+    for placement, (_, _, other) in zip(old, new, strict=True):
+        for own, value in placement.part.state_dict().items():
             other.state_dict()[own].copy_(value)
-        pair = None if part_name in BESIDE else factors[path]
+        pair = None if placement.kind in BESIDE else factors[placement.path]
         if pair is not None:
             for own, value in zip(("lora_B", "lora_A"), pair, strict=True):
                 parameter = other.get_parameter(own)

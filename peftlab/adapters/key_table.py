@@ -36,7 +36,7 @@ TIED = (
 
 def sampled(placements: Iterable[Placement]) -> tuple[list[str], list[str]]:
     """Return (modules whose weights fingerprint the base, modules replaced by trained copies)."""
-    copied = [placement.path for placement in placements if placement.name == "copy"]
+    copied = [placement.path for placement in placements if placement.kind == "copy"]
     return [placement.path for placement in placements], copied
 
 
@@ -174,8 +174,9 @@ def embedding_copies(root: nn.Module, fields: Mapping[str, Any], placements: lis
         return {}
     embeddings = (words[1], as_transformer(root).get_output_embeddings())
     copies = {}
-    for path, part_name, _ in placements:
-        if part_name not in BESIDE and any(root.get_submodule(path) is layer for layer in embeddings):
+    for placement in placements:
+        path = placement.path
+        if placement.kind not in BESIDE and any(root.get_submodule(path) is layer for layer in embeddings):
             weight = base_tensor(root, path, "weight")
             assert weight is not None
             copies[f"{PREFIX}{path}.base_layer.weight"] = whole(weight).detach().cpu().contiguous().clone()

@@ -19,9 +19,9 @@ import functools
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,21 +46,34 @@ class Calls(NamedTuple):
     Attributes:
         called: modules that were called.
         past: modules whose weight was read while no module that has this weight was running.
-        unreached: modules that were not called although they, or modules in them, were used.
+        unreached: modules that were not called although they, modules in them, or others with their weight were used.
         without_rows: modules that were called with a tensor whose first dimension is not the batch's.
+        asked: paths of parameters that were asked for while their module was not running, if only for their dtype.
+        widths: the last dimension of what each module returned, or of the first of several tensors.
     """
 
     called: frozenset[str]
     past: frozenset[str]
     unreached: frozenset[str]
     without_rows: frozenset[str]
+    asked: frozenset[str]
+    widths: Mapping[str, int]
 
 
+GUESSED = frozenset(
+    {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
+)
+Module = TypeVar("Module", bound=nn.Module)
 SHOWN: dict[Hashable, Calls] = {}  # what a pass of a structure showed
 
 
 def observed(root: nn.Module) -> Calls | None:
     """Run a copy of a transformers model on the meta device; None where no copy or no inputs can be made."""
+    return observed_with(root)[0]
+
+
+def observed_with(root: nn.Module) -> tuple[Calls | None, dict[str, Tensor]]:
+    """Return what `observed` returns, and the inputs with which the copy came to its end."""
     try:
         plain_structure = structure_of(root, before_copy=True)
         for rows in (ROWS, 1):  # some models take one row only, a classifier without a padding token for one
@@ -72,10 +85,10 @@ def observed(root: nn.Module) -> Calls | None:
                     if plain_structure is not None:
                         keep(key, calls)
                 if calls is not None:
-                    return calls
+                    return calls, inputs
     except Exception:  # whatever a foreign model raises when it is copied or asked for its sizes
-        return None
-    return None
+        return None, {}
+    return None, {}
 
 
 def watched_once(model: nn.Module, inputs: dict[str, Tensor], rows: int) -> Calls | None:
@@ -122,7 +135,17 @@ def _passed(forward: Callable) -> frozenset[str]:
 
 def meta_copy(root: nn.Module) -> nn.Module:
     """Return a model of the same structure without numbers, hooks and adapters, ready to be evaluated."""
+    return meta_copies(root, ())[0]
+
+
+def meta_copies(root: nn.Module, parts: Sequence[Module]) -> tuple[nn.Module, list[Module]]:
+    """Return the `meta_copy` of a model, and copies without numbers of parts that are to stand on it."""
     known: dict[int, Any] = {}
+    for part in parts:
+        for tensor in (*part.parameters(), *part.buffers()):
+            empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+            trains = tensor.requires_grad
+            known[id(tensor)] = nn.Parameter(empty, trains) if isinstance(tensor, nn.Parameter) else empty
     for module in root.modules():
         known[id(vars(module).get("_peftlab"))] = None
         if CHILD in module._modules:
@@ -150,7 +173,8 @@ def meta_copy(root: nn.Module) -> nn.Module:
             if isinstance(tensor, Tensor) and id(tensor) not in known:
                 empty = torch.empty_like(tensor, device="meta", requires_grad=False)
                 known[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
-    other: Any = copy.deepcopy(root, known)
+    other: Any
+    other, copies = copy.deepcopy((root, list(parts)), known)
     for module in other.modules():
         for child in [name for name, child in module._modules.items() if name == CHILD]:
             del module._modules[child]
@@ -158,7 +182,7 @@ def meta_copy(root: nn.Module) -> nn.Module:
         step_aside(module)
     if "flash" in str(getattr(getattr(other, "config", None), "_attn_implementation", "")):
         other.set_attn_implementation("sdpa")
-    return other.eval()
+    return other.eval(), copies
 
 
 def made_inputs(root: nn.Module, rows: int) -> Iterator[dict[str, Tensor]]:
@@ -197,6 +221,19 @@ def made_inputs(root: nn.Module, rows: int) -> Iterator[dict[str, Tensor]]:
         yield {name: picture, "input_ids": shapes["input_ids"][0]}
 
 
+@contextmanager
+def copied_pass(model: nn.Module) -> Iterator[tuple[dict[str, str], list[Any]]]:
+    """Let a copy without numbers run inside the block, blocks of one structure once.
+
+    A pass may draw numbers even when it is evaluated (for layers left out, say): the person's run does not see it.
+    Yields what `skip_twins` returns, and a list of the operations whose answer was a guess.
+    """
+    twins = skip_twins({plain(path): module for path, module in model.named_modules()}, all_alike=True)
+    reads = _ReadsWithoutNumbers({}, {}, set())
+    with torch.random.fork_rng(devices=[]), _quiet(), reads, torch.enable_grad():
+        yield twins, reads.guessed
+
+
 @torch.no_grad()
 def watch(model: nn.Module, inputs: dict[str, Tensor], rows: int) -> Calls | None:
     """Run a model whose numbers do not matter, and note which modules are called and which weights are read.
@@ -204,21 +241,29 @@ def watch(model: nn.Module, inputs: dict[str, Tensor], rows: int) -> Calls | Non
     Returns None for a pass that does not reach its end.
     """
     without_rows: set[str] = set()
+    asked: set[str] = set()
+    widths: dict[str, int] = {}
     modules = {plain(path): module for path, module in model.named_modules()}
     for path, module in modules.items():
         module.register_forward_pre_hook(_rows_of(path, rows, without_rows), with_kwargs=True)
+        module.register_forward_hook(_width_of(path, widths))
     twins = skip_twins(modules)
     # A pass may draw numbers even when it is evaluated (for layers left out, say): the person's run does not see it.
     with torch.random.fork_rng(devices=[]), _quiet(), noted(model, _ReadsWithoutNumbers) as seen:
+        for path, module in modules.items():
+            if module._parameters:
+                module.__dict__["_parameters"] = _Asked(module._parameters, path, seen.running, asked)
         try:
             model(**inputs)
         except Exception:
             return None
     for path, first in twins.items():
         if path in seen.called:
-            for paths in (seen.called, seen.past, without_rows):
+            for paths in (seen.called, seen.past, without_rows, asked):
                 paths.update([path + name[len(first) :] for name in paths if name.startswith(first + ".")])
-    return Calls(frozenset(seen.called), frozenset(seen.past), seen.unreached(), frozenset(without_rows))
+            widths |= {path + name[len(first) :]: w for name, w in widths.items() if name.startswith(first + ".")}
+    called, past, unreached = frozenset(seen.called), frozenset(seen.past), seen.unreached()
+    return Calls(called, past, unreached, frozenset(without_rows), frozenset(asked), widths)
 
 
 class Seen:
@@ -228,20 +273,27 @@ class Seen:
         modules: the model's modules by path.
         running: how many calls of each module have begun and not ended.
         called, past: as in `Calls`.
+        sharing: lists of the modules that have one weight.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = base_modules(model)
+        sharing: dict[int, list[str]] = {}
+        for path, module in self.modules.items():
+            if module._parameters.get("weight") is not None:
+                sharing.setdefault(id(module._parameters["weight"]), []).append(path)
+        self.sharing = [paths for paths in sharing.values() if len(paths) > 1]
         self.running: dict[str, int] = dict.fromkeys(self.modules, 0)
         self.called: set[str] = set()
         self.past: set[str] = set()
 
     def unreached(self) -> frozenset[str]:
-        """Return the modules that were not called although they, or modules in them, were used.
+        """Return modules that were not called although they, modules in them, or others with their weight were used.
 
         A module that the pass left out is none of these: neither was it called, nor was its weight read.
         """
         used = self.called | self.past
+        used |= {path for paths in self.sharing if not used.isdisjoint(paths) for path in paths}
         above = {path.rsplit(".", n)[0] for path in used for n in range(path.count(".") + 1)}
         lists = {path for path, module in self.modules.items() if type(module).forward is nn.Module.forward}
         return frozenset((used | above) - self.called - lists)
@@ -286,14 +338,20 @@ def can_be_noted(model: nn.Module) -> bool:
     return True
 
 
-def skip_twins(modules: dict[str, nn.Module]) -> dict[str, str]:
+def skip_twins(modules: dict[str, nn.Module], all_alike: bool = False) -> dict[str, str]:
     """Let only the first of several blocks of one structure run; the others return what it returned, to save time.
+
+    Args:
+        all_alike: skip only in lists of one structure. Elsewhere a block that is skipped would cut off what comes
+            between it and the one that runs for it.
 
     Returns {path of a block that does not run: path of the one that runs for it}.
     """
     twins: dict[str, str] = {}
     for path, blocks in modules.items():
         if not isinstance(blocks, nn.ModuleList) or any(path.startswith(twin + ".") for twin in twins):
+            continue
+        if all_alike and len({_structure(block) for block in blocks}) > 1:
             continue
         first: dict[tuple, str] = {}
         for name, block in blocks.named_children():
@@ -314,6 +372,19 @@ def _structure(block: nn.Module) -> tuple:
 
 def _keep(block: nn.Module, _: Any, output: Any) -> None:
     block.__dict__["_output"] = output
+
+
+class _Asked(dict[str, Any]):
+    """A module's table of parameters that notes which are asked for while the module is not running."""
+
+    def __init__(self, own: Mapping[str, Any], path: str, running: dict[str, int], asked: set[str]) -> None:
+        super().__init__(own)
+        self.path, self.running, self.asked = path, running, asked
+
+    def __getitem__(self, name: str) -> Any:
+        if not self.running[self.path]:
+            self.asked.add(f"{self.path}.{name}".lstrip("."))
+        return super().__getitem__(name)
 
 
 class _Result:
@@ -340,6 +411,15 @@ def _rows_of(path: str, rows: int, without: set[str]) -> Any:
         first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
         if first is not None and (first.dim() == 0 or first.shape[0] % rows):
             without.add(path)
+
+    return hook
+
+
+def _width_of(path: str, widths: dict[str, int]) -> Any:
+    def hook(_: nn.Module, __: tuple, output: Any) -> None:
+        first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
+        if first is not None and first.dim():
+            widths[path] = first.shape[-1]
 
     return hook
 
@@ -382,7 +462,13 @@ class _Reads(TorchDispatchMode):
 class _ReadsWithoutNumbers(_Reads):
     """The same on the meta device. What a model asks of numbers that are not there gets an answer here."""
 
+    def __init__(self, owners: dict[int, list[str]], running: dict[str, int], past: set[str]) -> None:
+        super().__init__(owners, running, past)
+        self.guessed: list[Any] = []
+
     def run(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        if func in GUESSED:
+            self.guessed.append(func)
         # Either answer lets the model go on.
         if func is torch.ops.aten._local_scalar_dense.default:
             return args[0].dtype is torch.bool or 1

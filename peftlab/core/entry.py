@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftlab.core.calls import can_be_noted, noted
+from peftlab.core.calls import can_be_noted, noted, observed
 from peftlab.core.forward import Entered, Forward, found_in, give_back
 from peftlab.core.hooks import ENTERED, Activity, adapters_on
 from peftlab.core.records import Record, check_hosts, in_flat_pieces, marks_of, record_of
@@ -91,7 +91,7 @@ class FirstPass:
         """Return what the forward returns.
 
         Raises:
-            PeftLabError: it read the weights of a host without calling the host.
+            PeftLabError: it read the weights of a host without calling the host, or, in training, called no host.
         """
         record = self.record
         with noted(self.root) as seen:
@@ -103,8 +103,16 @@ class FirstPass:
             raise PeftLabError(
                 f"{type(self.root).__name__} reads the weights of {some(lost)} without calling these modules, so the "
                 "adapter there does not run. Detach the adapter. Then attach one that leaves these modules out "
-                "(target_modules, exclude_modules, modules_to_save, and bias=\"none\")."
+                '(target_modules, exclude_modules, modules_to_save, and bias="none").'
+            )
+        active = {path for name in record.activity.weights for path in record.placed.get(name, ())}
+        idle = bool(active) and active <= record.unseen - seen.called
+        # Layers may be left out by chance, but not in the evaluated pass of the copy, which did not call them either.
+        if idle and self.root.training and torch.is_grad_enabled() and observed(self.root) is not None:
+            raise PeftLabError(
+                f"{type(self.root).__name__} did not call {some(sorted(active))} in this pass, so nothing of the "
+                "adapter would train. Detach it, and attach one to modules that the model uses with these inputs."
             )
         record.past |= seen.past
-        record.unseen = frozenset()
+        record.unseen = record.unseen if idle else frozenset()
         return result

@@ -151,13 +151,19 @@ class Placement(NamedTuple):
         path: the host's path in the model; "" is the model itself.
         name: the part's name among the parts of its adapter on this host. A method's own name will do. The names in
             `BESIDE` have a meaning: `copy` is a trained copy of a module, `bias` a trained bias, and `rows` trained
-            rows of an embedding. Their hosts are no targets, and are left out of `target_modules` in an adapter's file.
+            rows of an embedding; `copy_sinks` is one of a single parameter. Their hosts are no targets, and are left
+            out of `target_modules` in an adapter's file.
         part: the part.
     """
 
     path: str
     name: str
     part: Part
+
+    @property
+    def kind(self) -> str:
+        """Return the part's name without that of a parameter: "copy" for "copy_sinks"."""
+        return self.name.partition("_")[0]
 
 
 @runtime_checkable

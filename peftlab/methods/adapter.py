@@ -78,9 +78,9 @@ class After(Part):
 
     def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Any, base: Any) -> Any:
         """Add the update to the output, or to its first entry where a block returns several."""
-        y = output[0] if isinstance(output, tuple) else output
+        y = output[0] if isinstance(output, (tuple, list)) else output
         result = (y + self.bottleneck(y)).to(y.dtype)
-        return (result, *output[1:]) if isinstance(output, tuple) else result
+        return type(output)((result, *output[1:])) if isinstance(output, (tuple, list)) else result
 
 
 class Beside(Part):
@@ -94,10 +94,10 @@ class Beside(Part):
 
     def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Any, base: Any) -> Any:
         """Add the update of the input to the output, or to its first entry where a module returns several."""
-        y = output[0] if isinstance(output, tuple) else output
+        y = output[0] if isinstance(output, (tuple, list)) else output
         update = self.bottleneck(first_input(args, kwargs))
         result = (y + update.view_as(y)).to(y.dtype)  # Llama 4's experts return (batch x tokens, d)
-        return (result, *output[1:]) if isinstance(output, tuple) else result
+        return type(output)((result, *output[1:])) if isinstance(output, (tuple, list)) else result
 
 
 class AroundNorm(Part):

@@ -149,10 +149,10 @@ class DoRAEmbedding(WithMagnitude, LoRAEmbedding):
         return self.lora_A.detach().T @ self.lora_B.detach().T
 
     def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
-        """Add the change. tokens: (...), output: (..., width)."""
+        """Add the change. output: (..., width)."""
         ratio = self.ratio(host)
         # y = W[token] + (m/c - 1) W[token] + (m/c) s B A[:, token]
-        update = ratio * self.update(host, first_input(args, kwargs))
+        update = ratio * self.update(host, args, kwargs)
         return (output + ((ratio - 1) * base + update)).to(output.dtype)
 
 

@@ -22,8 +22,8 @@ from peftlab.methods.virtual import (
     lengthened,
     path_of,
     pools_the_last,
-    position_limit,
     require_one_text,
+    room_for,
     stored_names,
     word_embeddings,
 )
@@ -72,6 +72,11 @@ class InFront(Part):
         kwargs = by_name(host, args, kwargs)
         activity = adapters_on(host).activity
         embeddings, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids")
+        if embeddings is None and ids is None:
+            raise PeftLabError(
+                f"{type(host).__name__} was called without input_ids or inputs_embeds, and a prompt stands in front of "
+                "the embeddings of tokens. Use lora, or another method that stands on layers."
+            )
         tokens = kwargs["input_ids" if embeddings is None else "inputs_embeds"].shape[1]
         activity.text_begins = begins(given_cache(kwargs), tokens, kwargs.get("attention_mask"), self.count)
         given = kwargs.get("position_ids")
@@ -149,13 +154,13 @@ def prompt_parts(model: nn.Module, source: nn.Module, count: int) -> Iterator[Pl
     if not is_encoder_decoder(model):
         require_vectors(model, model)
         require_cache_argument(model)
-        front = InFront(source, count, position_limit(model))
+        front = InFront(source, count, room_for(model, count))
         yield Placement("", "prompt", front)
         yield from within(model, "", model, "prompt", front.compatibility_key)
         return
     encoder, decoder = as_transformer(model).get_encoder(), as_transformer(model).get_decoder()
     require_vectors(model, encoder)
-    front, path = InFront(source, count, position_limit(encoder)), path_of(model, encoder)
+    front, path = InFront(source, count, room_for(encoder, count)), path_of(model, encoder)
     yield Placement(path, "prompt", front)
     yield Placement(path_of(model, decoder), "prompt", LongerMemory(count))
     yield from within(model, path, encoder, "prompt", front.compatibility_key)

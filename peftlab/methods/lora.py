@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from peftlab.catalogue import METHODS
 from peftlab.checks import LARGEST, check_fields, check_kinds, number, one_of, whole
+from peftlab.core.embeddings import looked_up, scaled
 from peftlab.core.experts import find_parameters, linear_outside, old_names, renamed
 from peftlab.core.hooks import base_modules
 from peftlab.core.interface import Part, Placement
@@ -81,9 +82,7 @@ class LoRALinear(Part):
         self.lora_B_bias = nn.Parameter(torch.zeros(outside)) if config.lora_bias else None
         start(self.lora_A, self.lora_B, config.init)
 
-    def after(
-        self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor
-    ) -> Tensor:
+    def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
         """Add the update. x: (..., in), output: (..., out)."""
         x = cast(first_input(args, kwargs), self.lora_A.dtype)
         x = F.dropout(x, self.dropout, self.training)
@@ -136,18 +135,19 @@ class LoRAEmbedding(Part):
             nn.init.normal_(self.lora_A)
 
     def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
-        """Add the update. tokens: (...), output: (..., width)."""
-        return (output + self.update(host, first_input(args, kwargs))).to(output.dtype)
+        """Add the update. output: (..., width)."""
+        return (output + self.update(host, args, kwargs)).to(output.dtype)
 
-    def update(self, host: nn.Module, tokens: Tensor) -> Tensor:
+    def update(self, host: nn.Module, args: tuple, kwargs: dict) -> Tensor:
         """Return what is added for each token, (..., width)."""
         assert isinstance(host, nn.Embedding)
+        tokens, scale = looked_up(host, args, kwargs)
         rows = F.embedding(
             tokens, self.lora_A.T, host.padding_idx, host.max_norm, host.norm_type, host.scale_grad_by_freq,
             host.sparse,
         )  # fmt: skip
         # y = W[token] + s B A[:, token]. Gemma scales what it looks up, so the update is scaled too.
-        return F.linear(rows, self.lora_B) * (self.scaling * getattr(host, "embed_scale", 1.0))
+        return scaled(F.linear(rows, self.lora_B) * self.scaling, scale)
 
     def delta(self) -> Tensor:
         """Return the update of the weight, (vocabulary, width), in the adapter's dtype and with gradients."""

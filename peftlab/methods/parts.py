@@ -13,12 +13,16 @@ from peftlab.core.entry import unguard
 from peftlab.core.hooks import CHILD, base_modules, remove
 from peftlab.core.interface import Part, Placement
 from peftlab.core.records import own_tensor, tensor_at
-from peftlab.core.targets import check_called, heads, is_carrier
+from peftlab.core.targets import check_called, heads, is_carrier, is_conv1d
 from peftlab.errors import PeftLabError
 from peftlab.methods.caches import cache_argument
 from peftlab.quantization.weights import dense, is_quantized
 
 BIAS_MODES = ("none", "lora_only", "all")
+BIAS_ADDED = (
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm,
+)  # fmt: skip
 
 
 class TrainedBias(Part):
@@ -50,6 +54,31 @@ class TrainedBias(Part):
     def merged(self, host: nn.Module) -> dict[str, Tensor]:
         """Return the trained bias."""
         return {"bias": self.bias}
+
+
+class TrainedValue(Part):
+    """Train a copy of a parameter, which its module computes with: exact whatever the module does with it.
+
+    For parameters of a module around others (the sinks of gpt-oss' attention), and for biases of modules that are not
+    known to add them last.
+    """
+
+    replaces_base_parameters = True
+
+    def __init__(self, host: nn.Module, name: str, keys: str | tuple[str, ...]) -> None:
+        super().__init__()
+        self.parameter = name
+        self.trained = nn.Parameter(own_tensor(host, name).detach().clone())
+        self.keys = {"trained": keys}
+
+    def value(self, stored: Tensor) -> Tensor:
+        """Return the trained copy, in the dtype of the base's parameter."""
+        return self.trained.to(stored.dtype)
+
+    def merged(self, host: nn.Module) -> dict[str, Tensor]:
+        """Return the trained copy."""
+        assert self.parameter is not None
+        return {self.parameter: self.trained}
 
 
 class TrainedCopy(Part):
@@ -128,13 +157,14 @@ def bias_copies(
         users = [path for path in paths if set(modules[path]._modules) <= {CHILD, "parametrizations"}]
         users = [path for path in users if not is_router(modules[path])]
         parents = [model.get_submodule(path.rpartition(".")[0]) for path in users]
-        unread = any(isinstance(parent, nn.MultiheadAttention) for parent in parents)
-        if not users or unread or own_tensor(modules[users[0]], "bias").dim() != 1:
+        if not users or any(isinstance(parent, nn.MultiheadAttention) for parent in parents):
             raise PeftLabError(
                 f"{names[0]} of {type(modules[paths[0]]).__name__} is not simply added to what that module returns, "
                 f"so it cannot be trained beside it. {instead}"
             )
-        bias = TrainedBias(modules[users[0]], tuple("{root}" + name for name in names))
+        host, keys = modules[users[0]], tuple("{root}" + name for name in names)
+        added = all(adds_its_bias(modules[path]) for path in users)
+        bias = TrainedBias(host, keys) if added else TrainedValue(host, "bias", keys)
         yield from (Placement(path, "bias", bias) for path in users)
 
 
@@ -142,6 +172,13 @@ def is_router(host: nn.Module) -> bool:
     """Say whether a module has a matrix and is no layer: what it returns is not the product with its bias added."""
     weight = tensor_at(host, "weight")
     return weight is not None and weight.dim() > 1 and not is_carrier(host)
+
+
+def adds_its_bias(host: nn.Module) -> bool:
+    """Say whether a module is known to add its bias to its output: torch's layers and norms, Conv1D, 4-bit layers."""
+    forward = type(host).forward
+    added = any(forward is kind.forward for kind in BIAS_ADDED)
+    return added or is_conv1d(host) or is_quantized(host._parameters.get("weight"))
 
 
 def trained_copies(model: nn.Module, config: Any, key: str = "{path}") -> Iterator[Placement]:
@@ -174,12 +211,17 @@ def leaf_copies(model: nn.Module, path: str, module: nn.Module, key: str = "{pat
     """Yield a trained copy for each module inside a module that has parameters of its own.
 
     A copy runs after the base's module. A whole block that ran twice would fill the cache twice. Its layers may run
-    twice.
+    twice. Of a module around others the copy is of its own parameters alone, for the others have copies too.
     """
     for inner, leaf in base_modules(module).items():
-        if next(leaf.parameters(recurse=False), None) is not None:
-            whole_path = f"{path}.{inner}".rstrip(".")
+        own = [name for name, _ in leaf.named_parameters(recurse=False)]
+        whole_path = f"{path}.{inner}".rstrip(".")
+        if own:
             check_called(model, whole_path)
+        if set(leaf._modules) - {CHILD} or cache_argument(leaf):
+            for name in own:
+                yield Placement(whole_path, f"copy_{name}", TrainedValue(leaf, name, f"{key}.{name}"))
+        elif own:
             yield Placement(whole_path, "copy", TrainedCopy(leaf, key))
 
 

@@ -55,8 +55,8 @@ from peftlab.methods.virtual import (
     is_encoder_decoder,
     lengthened,
     path_of,
-    position_limit,
     require_one_text,
+    room_for,
     stored_names,
     text_ids,
     word_embeddings,
@@ -228,6 +228,7 @@ class PrefixTuningConfig(VirtualTokens):
                 f"{type(model).__name__} has layers without keys and values, so it can have no prefix. Use a prompt."
             )
         sizes, n = attention_of(model), self.num_virtual_tokens
+        limit = room_for(model, n)
         init = self.init or ("random" if self.projection or is_encoder_decoder(model) else "vocabulary")
         if init in ("vocabulary", "text") and is_encoder_decoder(model):
             raise PeftLabError(
@@ -245,7 +246,7 @@ class PrefixTuningConfig(VirtualTokens):
             source = Table(torch.zeros(n, total) if init == "zero" else torch.randn(n, total))
         carriers, seen = attentions(body), windows(model)
         stride = 2 if is_encoder_decoder(model) else 1
-        prefix = Prefix(source, sizes, n, position_limit(model), stride, named)
+        prefix = Prefix(source, sizes, n, limit, stride, named)
         prefix.carried = len(carriers) == sizes.layers
         yield Placement("", "prefix", prefix)
         for index, path in carriers.items():

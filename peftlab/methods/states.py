@@ -121,6 +121,11 @@ def keys_and_values(model: nn.Module, tokens: Tensor) -> Tensor:
         model(**inputs)
     layers = own_cache(cache).layers
     pairs = [tensor[0] for layer in layers for tensor in (layer.keys, layer.values)]
+    if len({pair.shape for pair in pairs}) > 1:
+        raise PeftLabError(
+            f"The keys and values of {type(model).__name__} have different sizes, so there is no one prefix for them. "
+            "Use prompt tuning, or lora."
+        )
     # (2 L, heads, n, width) -> (n, 2 L, heads, width)
     return torch.stack(pairs).permute(2, 0, 1, 3).flatten(1).detach().clone()
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlab.checks import shown, whole
-from peftlab.core.embeddings import word_embeddings
+from peftlab.core.embeddings import looked_up, scaled, word_embeddings
 from peftlab.core.hooks import base_modules
 from peftlab.core.interface import Part, Placement
 from peftlab.core.records import own_tensor, tensor_at
@@ -59,15 +59,15 @@ class TrainedRows(Part):
 
     def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Tensor, base: Tensor) -> Tensor:
         """Replace what the trained rows give. An embedding's output: (..., width); a head's: (..., vocabulary)."""
-        x, weight = first_input(args, kwargs), own_tensor(host, "weight")
+        weight = own_tensor(host, "weight")
         rows, tokens = self.rows.to(weight.dtype), self.buffer("tokens")
         if not isinstance(host, nn.Embedding):
-            return HeadWithRows.apply(x, weight, rows, tokens, tensor_at(host, "bias"), output)
+            return HeadWithRows.apply(first_input(args, kwargs), weight, rows, tokens, tensor_at(host, "bias"), output)
+        x, scale = looked_up(host, args, kwargs)
         known = self.buffer("known")
         place = torch.searchsorted(known, x).clamp(max=len(known) - 1)
         # y = rows[i] where the token is one of these. Gemma scales what it looks up, so this is scaled too.
-        found = F.embedding(self.buffer("order")[place], rows, self.padding(host))
-        found = found * torch.as_tensor(getattr(host, "embed_scale", 1.0)).to(found)
+        found = scaled(F.embedding(self.buffer("order")[place], rows, self.padding(host)), scale)
         return torch.where((known[place] == x)[..., None], found.to(output.dtype), output)
 
     def padding(self, host: nn.Embedding) -> int | None:

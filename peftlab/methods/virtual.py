@@ -217,9 +217,21 @@ def pools_the_last(host: nn.Module) -> bool:
 
 def position_limit(model: nn.Module) -> int | None:
     """Return the number of positions if they are learned vectors; None if there is no such limit."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    config = model.config
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None)
     named = (path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, nn.Embedding))
     return limit if limit and any(name in POSITIONS for name in named) else None
+
+
+def room_for(model: nn.Module, count: int) -> int | None:
+    """Return `position_limit`, and refuse virtual tokens that leave no position to a text."""
+    limit = position_limit(model)
+    if limit is not None and count >= limit:
+        raise PeftLabError(
+            f"num_virtual_tokens is {count}, and {type(model).__name__} has {limit} positions, so no text would fit "
+            "behind them. Choose fewer."
+        )
+    return limit
 
 
 def check_room(length: int, count: int, limit: int | None) -> None:
@@ -249,7 +261,8 @@ def in_front(first: Tensor, then: Tensor) -> Tensor:
 
     Autocast is off here, since it may know neither dtype.
     """
-    with torch.autocast(then.device.type, enabled=False):
+    kind = then.device.type  # the device "meta" has no autocast
+    with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
         return torch.cat([first.to(then.device, then.dtype), then], dim=1)
 
 
@@ -258,8 +271,9 @@ def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
     Under autocast, bases with 16-bit weights compute in autocast's dtype.
     """
-    if torch.is_autocast_enabled(device.type) and dtype in (torch.float16, torch.bfloat16):
-        return torch.get_autocast_dtype(device.type)
+    kind = device.type  # the device "meta" has no autocast
+    if kind != "meta" and torch.is_autocast_enabled(kind) and dtype in (torch.float16, torch.bfloat16):
+        return torch.get_autocast_dtype(kind)
     return dtype
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from peftlab.core.hooks import adapters_on, hosts, is_adapter_name
+from peftlab.core.hooks import adapters_on, base_modules, hosts, is_adapter_name
 from peftlab.core.parameters import coded
 from peftlab.core.records import Record, unwrap
 from peftlab.errors import PeftLabError, warn
@@ -29,7 +29,7 @@ def set_transformers_attributes(root: nn.Module, record: Record) -> None:
         record.attributes.append((path, REPACKS, layer.__dict__.get(REPACKS, _ABSENT)))
         setattr(layer, REPACKS, False)
     ours = [name for name, _ in (*root.named_parameters(), *root.named_buffers()) if is_adapter_name(name)]
-    for path, module in root.named_modules():
+    for path, module in base_modules(root).items():
         if not hasattr(module, "save_pretrained"):
             continue
         prefix = path + "." if path else ""

@@ -45,10 +45,11 @@ def quantize_model(
     """Hold a model's linear layers and experts in four bits, frozen, in place. Then `attach` works as on any model.
 
     These stay as they are: the output head, the heads of tasks (`classifier`, `score`, ...), tied weights, embeddings,
-    norms, the router of a mixture, and each layer whose weight the model reads without calling it
-    (`nn.MultiheadAttention`, WavLM's attention, some layers of Mamba). Each layer's old weight is freed before the next
-    is touched, so the peak is the model so far plus one layer. GPT-2's Conv1D becomes a linear layer of the transposed
-    weight. The fused experts of a mixture stay one parameter of their module, and each is quantised by itself.
+    norms, the router of a mixture, and each layer whose weight the model reads without calling it, if only to see its
+    dtype (`nn.MultiheadAttention`, WavLM's attention, some layers of Mamba, `wo` of T5). Each layer's old weight is
+    freed before the next is touched, so the peak is the model so far plus one layer. GPT-2's Conv1D becomes a linear
+    layer of the transposed weight. The fused experts of a mixture stay one parameter of their module, and each is
+    quantised by itself.
 
     Args:
         backend: `"triton"`, `"bitsandbytes"` or `"reference"`; `"auto"` takes the first of these that can be used.
@@ -149,9 +150,14 @@ def quantize_parameter(
 
 
 def read_past(root: nn.Module) -> set[str]:
-    """Return the paths of modules whose weights the model reads, or may read, without calling them."""
+    """Return the paths of modules whose weights the model reads, or may read, without calling them.
+
+    T5 asks for the dtype of a weight and casts to it what the layer reads. Codes have another dtype.
+    """
     calls = observed(root)
-    return passed_weights(root) | (calls.past | calls.unreached if calls is not None else frozenset())
+    if calls is None:
+        return passed_weights(root)
+    return passed_weights(root) | calls.past | calls.unreached | {path.rpartition(".")[0] for path in calls.asked}
 
 
 def skipped(skip: Iterable[str], path: str) -> bool:

