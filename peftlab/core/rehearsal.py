@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from peftlab.core.calls import copied_pass, meta_copies, observed_with
 from peftlab.core.entry import guard
 from peftlab.core.hooks import Activity, place
-from peftlab.core.interface import Part, Placement
+from peftlab.core.interface import Placement
 from peftlab.core.structure import structure_of
 
 NAME = "rehearsed"
@@ -78,7 +78,7 @@ def rehearse(root: nn.Module, placements: Iterable[Placement]) -> Rehearsal | No
 
 
 def key_of(root: nn.Module, placements: list[Placement]) -> Hashable | None:
-    """Return what decides a rehearsal: the model's structure, and the kinds and shapes of the parts; None if unknown."""
+    """Return what decides a rehearsal: the model's structure and the parts, with their shapes. None if unknown."""
     structure = structure_of(root, before_copy=True)
     parts = tuple(
         (path, name, type(part), tuple((own, tuple(p.shape)) for own, p in part.named_parameters()))

@@ -8,7 +8,6 @@ import torch
 from encoder_configs import variant as encoder
 from nets import assert_same, snapshot
 from tiny import llama
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import peftlab as pl
