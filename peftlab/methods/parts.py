@@ -171,7 +171,7 @@ def bias_copies(
 def is_router(host: nn.Module) -> bool:
     """Say whether a module has a matrix and is no layer: what it returns is not the product with its bias added."""
     weight = tensor_at(host, "weight")
-    return weight is not None and weight.dim() > 1 and not is_carrier(host)
+    return weight is not None and weight.dim() > 1 and not is_carrier(host) and not adds_its_bias(host)
 
 
 def adds_its_bias(host: nn.Module) -> bool:
