@@ -207,7 +207,7 @@ def exercises(notebook):
     yield from ((found, None) for found in waiting)
 
 
-MOST_ROWS = 12  # of a section on the page, which stays below 1.5 MB
+MOST_ROWS = 10  # of a section on the page, which stays below 1.5 MB
 COLUMNS = 84  # of a command
 
 
