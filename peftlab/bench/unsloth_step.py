@@ -29,7 +29,7 @@ CUDA 12; without xformers Unsloth takes torch's own attention. Then, in this rep
     python -m pytest tests/gpu/test_gpu_unsloth.py -x -s
     python -m peftlab bench speed --only 7b-lora-4x512-c-unsloth,7b-qlora-4x512-c-unsloth --out speed_unsloth.json
 
-A section took eleven minutes on an H200. Most of it is Unsloth's: each of its processes compiles the blocks anew. Each
+A section took about fifteen minutes on an H200, most of them in Unsloth's own processes. Each
 model is written to TMPDIR (13.5 GB at 7B), where memory is faster than a disk. `speed.BESIDE` names the steps that
 have such a section.
 """

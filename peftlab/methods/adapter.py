@@ -79,8 +79,7 @@ class After(Part):
     def after(self, host: nn.Module, args: tuple, kwargs: dict, output: Any, base: Any) -> Any:
         """Add the update to the output, or to its first entry where a block returns several."""
         y = output[0] if isinstance(output, (tuple, list)) else output
-        result = (y + self.bottleneck(y)).to(y.dtype)
-        return type(output)((result, *output[1:])) if isinstance(output, (tuple, list)) else result
+        return with_first(output, (y + self.bottleneck(y)).to(y.dtype))
 
 
 class Beside(Part):
@@ -96,8 +95,14 @@ class Beside(Part):
         """Add the update of the input to the output, or to its first entry where a module returns several."""
         y = output[0] if isinstance(output, (tuple, list)) else output
         update = self.bottleneck(first_input(args, kwargs))
-        result = (y + update.view_as(y)).to(y.dtype)  # Llama 4's experts return (batch x tokens, d)
-        return type(output)((result, *output[1:])) if isinstance(output, (tuple, list)) else result
+        return with_first(output, (y + update.view_as(y)).to(y.dtype))  # Llama 4's experts return (batch x tokens, d)
+
+
+def with_first(output: Any, first: Tensor) -> Any:
+    """Return what a module returned, with another first entry if it returned several. A named tuple becomes a tuple."""
+    if isinstance(output, list):
+        return [first, *output[1:]]
+    return (first, *output[1:]) if isinstance(output, tuple) else first
 
 
 class AroundNorm(Part):

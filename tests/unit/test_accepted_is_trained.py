@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -314,3 +315,34 @@ def test_an_attach_leaves_random_numbers_where_they_were():
     torch.manual_seed(5)
     llama()
     assert torch.equal(after, torch.rand(1))
+
+
+class Two(NamedTuple):
+    """What a block may return."""
+
+    y: torch.Tensor
+    number: int
+
+
+class Several(torch.nn.Module):
+    """A block that returns its result and something else, in one form or another."""
+
+    in_features = out_features = 4
+
+    def __init__(self, form):
+        super().__init__()
+        self.form, self.linear = form, torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.form(self.linear(x))
+
+
+@pytest.mark.parametrize("placement", ["pfeiffer", "parallel"])
+@pytest.mark.parametrize("form", [lambda y: (y, 7), lambda y: [y, 7], lambda y: Two(y, 7)])
+def test_the_rest_of_what_a_block_returns_is_kept(form, placement):
+    model, x = torch.nn.Sequential(Several(form)), torch.ones(2, 4)
+    before = model(x)
+    pl.attach(model, pl.AdapterConfig(placement=placement, target_modules=["0"], width=2, init="random"))
+    after = model(x)
+    assert not torch.equal(after[0], before[0]) and after[1] == 7 and len(after) == 2
+    assert isinstance(after, list) == isinstance(before, list)
