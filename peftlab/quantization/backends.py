@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftlab.checks import one_of
+from peftlab.core.triton_check import why_no_triton
 from peftlab.errors import PeftLabError
-from peftlab.optional import available, load, require
+from peftlab.optional import available, require
 from peftlab.quantization import blockwise
 from peftlab.quantization.blockwise import SCALE_BLOCK, Quantized, QuantState
 from peftlab.quantization.codebooks import dynamic_book
@@ -146,16 +147,9 @@ class Triton(Reference):
     few = 2  # tokens; from four on dequantising first takes no longer (measured on an H200)
 
     def cannot(self, format: str, block_size: int, device: torch.device) -> str | None:
-        if device.type != "cuda":
-            return f"it runs on CUDA GPUs, not on {device.type}"
-        if block_size not in BitsAndBytes.block_sizes:
+        if device.type == "cuda" and block_size not in BitsAndBytes.block_sizes:
             return f"it has no block size {block_size}; it has {', '.join(map(str, BitsAndBytes.block_sizes))}"
-        module, reason = load("triton")
-        if module is None:
-            return f"Triton {reason} (pip install triton; on Linux it comes with torch for CUDA)"
-        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-            return f"Triton needs a GPU of compute capability 8.0, and {torch.cuda.get_device_name(device)} has less"
-        return None
+        return why_no_triton(device)
 
     def quantize(self, weight: Tensor, format: str, block_size: int, double_quant: bool, name: str) -> Quantized:
         if not weight.is_cuda or not weight.is_floating_point() or not weight.numel():

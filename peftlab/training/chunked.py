@@ -1,22 +1,27 @@
 """The loss of a language model without its whole logits: the head and the cross-entropy in chunks, both passes at once.
 
-    z = h W^T + b                    h: (n, d),  W: (V, d),  z: (rows, V) of one chunk at a time
-    L = sum over i of log sum_v exp z_iv - z_i,label
-    dL/dz = softmax(z) - onehot      divide by n for the mean
+    z = h W^T + b                        h: (n, d),  W: (V, d),  z: (rows, V) of one chunk at a time
+    log p = z - log sum over v of exp z_v
+    L = - sum of the labels' log p       divide by n for the mean
+    dL/dz = p - onehot
     dL/dh = dL/dz W,    dL/dW = dL/dz^T h
 
 With a vocabulary of 128,000, the logits of 2,048 tokens are 0.5 GB in 16 bits, and their float32 copy, its logarithm
 and the gradient 1 GB each. Nothing of this is needed twice: the gradient of a chunk follows from its logits at once.
 So only one chunk lives at a time, and of the forward pass nothing is kept but dL/dh, which is as large as h. Only
 positions with a label are computed.
+
+Where Triton runs, one kernel turns the logits of a chunk into their gradient, in their place (`loss_kernel`). Elsewhere
+a float32 copy of them is made first.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -25,6 +30,7 @@ from torch.nn import functional as F
 
 from peftlab.core.hooks import CHILD
 from peftlab.core.records import as_transformer, unwrap, wrappings
+from peftlab.core.triton_check import why_no_triton
 from peftlab.errors import PeftLabError
 from peftlab.training.encoding import IGNORE
 from peftlab.training.labels import moved, readable
@@ -113,26 +119,31 @@ class _CrossEntropy(torch.autograd.Function):
                     (torch.zeros_like, wants[2], bias, wide),
                 )
             ]
-            losses = []
+            log_p = h.new_empty((len(h), 1), dtype=wide)  # of the labels
+            in_place = kernel_on(h.device) if form == PLAIN and dtype != torch.float64 else None
             step = rows or chunk_rows(len(h), len(w))
             for at in range(0, len(h), step):
-                part = h[at : at + step]
+                here = slice(at, at + step)
                 # z = h W^T + b
-                loss, dz = loss_and_gradient(F.linear(part, w, b).to(wide), labels[at : at + step], form)
-                losses.append(loss)
-                narrow = dz.to(dtype) if wants[0] or wants[1] else dz
+                z = F.linear(h[here], w, b)
+                if in_place is not None:
+                    dz = in_place(z, labels[here], log_p[here])
+                else:
+                    z = z.to(wide)
+                    dz = into_gradient(z, labels[here], log_p[here], form).to(dtype)
                 if grads[0] is not None:
                     # dL/dh = dL/dz W
-                    grads[0][at : at + step] = narrow @ w
+                    grads[0][here] = dz @ w
                 if grads[1] is not None:
                     # dL/dW = dL/dz^T h, summed in float32 or better
-                    grads[1] += narrow.T @ part
+                    grads[1] += dz.T @ h[here]
                 if grads[2] is not None:
-                    grads[2] += dz.sum(0)
-                del dz, narrow  # before the next chunk is made
+                    # dL/db = sum of dL/dz over the rows
+                    grads[2] += dz.sum(0, dtype=wide)
+                del z, dz  # before the next chunk is made
         ctx.dtypes = [None if one is None else one.dtype for one in (hidden, weight, bias)]
         ctx.save_for_backward(*grads)
-        return sum(losses[1:], start=losses[0]) if losses else hidden.new_zeros((), dtype=wide)
+        return -log_p.sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -141,10 +152,11 @@ class _CrossEntropy(torch.autograd.Function):
         return *(None if one is None else (one * gradient).to(dtype) for one, dtype in grads), None, None, None, None
 
 
-def loss_and_gradient(z: Tensor, labels: Tensor, form: Form = PLAIN) -> tuple[Tensor, Tensor]:
-    """Return the summed loss of a chunk, and its gradient with respect to what the head gave, in the place of z.
+def into_gradient(z: Tensor, labels: Tensor, log_p: Tensor, form: Form = PLAIN) -> Tensor:
+    """Turn what the head gave for a chunk into the gradient of the summed loss with respect to it.
 
-    z: (rows, V), written over. labels: (rows,).
+    z: (rows, V), in float32 or better, written over. labels: (rows,). log_p: (rows, 1), gets the logarithms of the
+    labels' probabilities.
     """
     slope = None
     if form.scale != 1:
@@ -154,17 +166,26 @@ def loss_and_gradient(z: Tensor, labels: Tensor, form: Form = PLAIN) -> tuple[Te
         slope = 1 - z * z
         z.mul_(form.cap)
     own = labels[:, None]
+    # log p = z - log sum_v exp z_v
     z.sub_(z.amax(1, keepdim=True))
-    chosen = z.gather(1, own)
+    torch.gather(z, 1, own, out=log_p)
     sums = z.exp_().sum(1, keepdim=True)
-    loss = (sums.log() - chosen).sum()
-    # dL/dz = softmax(z) - onehot
-    z.div_(sums).scatter_(1, own, -1, reduce="add")
+    log_p.sub_(sums.log())
+    # dL/dz = p - onehot. At the label that is p - 1 = expm1(log p).
+    z.div_(sums).scatter_(1, own, log_p.expm1())
     if slope is not None:
         z.mul_(slope)
     if form.scale != 1:
         z.mul_(form.scale)
-    return loss, z
+    return z
+
+
+def kernel_on(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """Return what `into_gradient` does as one kernel of Triton, if it runs on the device."""
+    if why_no_triton(device) is not None:
+        return None
+    kernel: Callable[[Tensor, Tensor, Tensor], Tensor] = import_module("peftlab.training.loss_kernel").into_gradient
+    return kernel
 
 
 def chunk_rows(count: int, vocabulary: int) -> int:

@@ -76,8 +76,9 @@ def test_on_a_cpu_every_block_is_and_the_run_says_so():
 def on_a_gpu(monkeypatch):
     """Let `choose_blocks` think that a model is on a GPU with so much memory."""
 
-    def choose(model, memory, lengths=(512,), chunked=True, **settings):
+    def choose(model, memory, lengths=(512,), chunked=True, triton=True, **settings):
         monkeypatch.setattr(fitting, "memory_of", lambda device: memory)
+        monkeypatch.setattr(fitting, "kernel_on", lambda device: print if triton else None)
         wish = Settings(checkpointing="fit", precision="bf16", batch_size=4, **settings)
         return fitting.choose_blocks(model, wish, torch.device("cuda"), lengths, chunked)
 
@@ -101,6 +102,10 @@ def test_as_many_as_the_memory_needs(on_a_gpu):
     # what the run is told to be decides
     assert on_a_gpu(model, int(1.6 * GB), lengths=(512, 1024))[0] > found[1]
     assert on_a_gpu(model, int(1.6 * GB), lengths=(64,))[0] is False
+    # without Triton a chunk of logits has a float32 copy
+    copied = 4 * 2**26
+    assert on_a_gpu(model, int(1.6 * GB) + copied, triton=False) == on_a_gpu(model, int(1.6 * GB))
+    assert on_a_gpu(model, int(1.6 * GB), triton=False, chunked=False) == on_a_gpu(model, int(1.6 * GB), chunked=False)
 
 
 class Wrapper(nn.Module):

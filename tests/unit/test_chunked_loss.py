@@ -1,6 +1,7 @@
 """The loss in chunks is the loss of whole logits: its value and every gradient, for each thing a model does to them."""
 
 import copy
+from importlib import import_module
 
 import pytest
 import tiny
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 import peftlab as pl
 from peftlab.errors import PeftLabError
 from peftlab.training import chunked
-from peftlab.training.chunked import ChunkedLoss, Form, chunked_cross_entropy
+from peftlab.training.chunked import ChunkedLoss, Form, chunked_cross_entropy, into_gradient
 from peftlab.training.encoding import IGNORE
 from peftlab.training.losses import causal_lm_loss
 
@@ -130,6 +131,25 @@ def test_under_autocast_it_is_as_near_to_the_truth_as_whole_logits():
         assert total.dtype == h.grad.dtype == w.grad.dtype == torch.float32
         errors.append(((h.grad - exact).norm() / exact.norm()).item())
     assert errors[1] < 1.1 * errors[0] < 0.02
+
+
+@pytest.mark.parametrize("vocabulary", [3, 4096, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # it cuts bfloat16 off where a GPU rounds
+def test_the_kernel_in_the_interpreter(dtype, vocabulary):
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("tests/gpu has this")
+    kernel = import_module("peftlab.training.loss_kernel").into_gradient
+    torch.manual_seed(0)
+    z, labels = (4 * torch.randn(4, vocabulary)).to(dtype), torch.randint(vocabulary, (4,))
+    z[1, labels[1]], z[2, (labels[2] + 1) % vocabulary] = 50, -torch.inf  # a certain label, and a logit of no token
+    expected, log_p = z.to(torch.float32, copy=True), torch.empty(4, 1)
+    into_gradient(expected, labels, wanted := torch.empty(4, 1))
+    gradient = kernel(z, labels, log_p)
+    assert gradient is z
+    torch.testing.assert_close(log_p, wanted)
+    near = {"rtol": 1e-3, "atol": 1e-7} if dtype == torch.float16 else {"rtol": 1e-5, "atol": 1e-7}
+    torch.testing.assert_close(gradient.float(), expected, **near)
 
 
 def plain(layers=2, **settings):

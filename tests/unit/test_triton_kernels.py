@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import peftlab as pl
+from peftlab.core import triton_check
 from peftlab.errors import PeftLabError
 from peftlab.quantization import backends, blockwise
 from peftlab.quantization.backends import BACKENDS, choose
@@ -21,10 +22,11 @@ CUDA = torch.device("cuda", 0)
 def a_gpu(monkeypatch):
     """Let `choose` see a GPU of some compute capability, with or without Triton."""
 
-    def set_up(capability=(9, 0), triton=True):
+    def set_up(capability=(9, 0), triton=True, fails=None):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-        monkeypatch.setattr(backends, "load", lambda name: (object(), "") if triton else (None, "is not installed"))
+        monkeypatch.setattr(triton_check, "load", lambda name: (object(), "") if triton else (None, "is not installed"))
+        monkeypatch.setattr(triton_check, "_why_it_fails", lambda device: fails)
         choose.cache_clear()
 
     yield set_up
@@ -44,6 +46,7 @@ def test_auto_takes_it_where_a_gpu_and_triton_are(a_gpu):
     [
         ({"triton": False}, "Triton is not installed .pip install triton"),
         ({"capability": (7, 5)}, "Triton needs a GPU of compute capability 8.0, and Tesla T4 has less"),
+        ({"fails": "RuntimeError: no C compiler"}, "RuntimeError: no C compiler"),
     ],
 )
 def test_without_it_the_error_says_so(a_gpu, setting, told):
@@ -65,8 +68,10 @@ def test_importing_the_package_imports_no_triton():
     package = Path(backends.__file__).parents[1]
     texts = {path.stem: path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
     asked = {name for name, text in texts.items() if re.search(r"^\s*(import|from) triton", text, re.M)}
-    assert asked == {"triton_kernels", "kernels"}  # of `quantization` and of `fast`; both are imported by name
-    assert not any(re.search(r"^(import|from) .*\b(triton_)?kernels\b", text, re.M) for text in texts.values())
+    # of `quantization`, `fast`, `training` and `core`; all are imported by name
+    assert asked == {"triton_kernels", "kernels", "loss_kernel", "trial_kernel"}
+    names = r"\b(triton_kernels|kernels|loss_kernel|trial_kernel)\b"
+    assert not any(re.search(rf"^(import|from) .*{names}", text, re.M) for text in texts.values())
 
 
 def test_every_backend_fills_rows_that_are_apart():

@@ -1,4 +1,4 @@
-"""What the loss in chunks does to memory: `peftlab.training.chunked`, line by line."""
+"""What the loss in chunks does to memory on a GPU with Triton: `peftlab.training.chunked`, line by line."""
 
 from __future__ import annotations
 
@@ -28,21 +28,22 @@ def chunked_loss(net: Net, hidden: Tensor) -> Tensor:
         hidden.new(one.shape, size) if one.needs_grad else None
         for one, size in ((rows, rows.bytes), (weight, wide), *([(bias, wide)] if bias is not None else []))
     ]
+    capped = layout is not None and layout.capped_logits
     for at in range(0, count, step := chunk_rows(count, vocabulary)):
         size = min(step, count - at)
         z = hidden.new((size, vocabulary), compute)
-        z = z if compute == wide else z.new(bytes=wide)  # the narrow one is freed when the wide one is made
-        if layout is not None and layout.capped_logits:
+        if capped:  # otherwise a kernel makes the gradient in its place
+            z = z if compute == wide else z.new(bytes=wide)  # the narrow one is freed when the wide one is made
             square = z.new()
             slope = z.new()
             del square, slope
-        narrow = z if compute == wide else z.new(bytes=compute)
+        dz = z if z.bytes == compute else z.new(bytes=compute)
         products = 1 + sum(one is not None for one in kept[:2])
         net.memory.flops += products * 2 * size * width * vocabulary
         part = hidden.new((size, width), compute) if kept[0] is not None else None
         del part
         part = hidden.new(weight.shape, compute) if kept[1] is not None else None
-        del z, narrow, part
+        del z, dz, part
     del h, w
     loss = hidden.new((1,), wide)
     sizes = [rows.bytes, weight.bytes, *([bias.bytes] if bias is not None else [])]
