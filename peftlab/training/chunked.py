@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -46,7 +47,7 @@ from peftlab.training.losses import (
 from peftlab.training.model_facts import text_config
 from peftlab.training.model_task import inner_model
 
-LOGITS = 1 << 26  # of a chunk; at least LEAST rows, because a product of fewer mostly waits for W
+CHUNK_BYTES = 1 << 28  # of a chunk's logits, but at least LEAST rows: a product of fewer mostly waits for W
 LEAST = 256
 SMALL = 64_000_000
 # Names in configs of what multiplies the logits, and of what divides them
@@ -84,7 +85,7 @@ def chunked_cross_entropy(
         weight: (V, d), and `bias` (V,); frozen or trained.
         labels: (n,), from 0 to V - 1.
         form: a scaling or a cap of the logits.
-        rows: positions in a chunk; by default as many as give 67 million logits.
+        rows: positions in a chunk; by default as many as give 268 MB of logits.
 
     >>> h, W, labels = torch.randn(6, 4), torch.randn(10, 4), torch.tensor([1, 2, 3, 4, 5, 9])
     >>> whole = torch.nn.functional.cross_entropy(h @ W.T, labels, reduction="sum")
@@ -121,12 +122,12 @@ class _CrossEntropy(torch.autograd.Function):
             ]
             log_p = h.new_empty((len(h), 1), dtype=wide)  # of the labels
             in_place = kernel_on(h.device) if form == PLAIN and dtype != torch.float64 else None
-            step = rows or chunk_rows(len(h), len(w))
+            step = rows or chunk_rows(len(h), len(w), (dtype if in_place else wide).itemsize)
             for at in range(0, len(h), step):
                 here = slice(at, at + step)
                 # z = h W^T + b
                 z = F.linear(h[here], w, b)
-                if in_place is not None:
+                if in_place:
                     dz = in_place(z, labels[here], log_p[here])
                 else:
                     z = z.to(wide)
@@ -180,6 +181,7 @@ def into_gradient(z: Tensor, labels: Tensor, log_p: Tensor, form: Form = PLAIN) 
     return z
 
 
+@cache
 def kernel_on(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
     """Return what `into_gradient` does as one kernel of Triton, if it runs on the device."""
     if why_no_triton(device) is not None:
@@ -188,9 +190,9 @@ def kernel_on(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor
     return kernel
 
 
-def chunk_rows(count: int, vocabulary: int) -> int:
-    """Return how many of `count` positions a chunk has. All chunks are about equally large."""
-    most = max(LEAST, LOGITS // vocabulary)
+def chunk_rows(count: int, vocabulary: int, itemsize: int) -> int:
+    """Return how many of `count` positions a chunk has, with logits of so many bytes. All chunks are about equal."""
+    most = max(LEAST, CHUNK_BYTES // (vocabulary * itemsize))
     return max(1, -(-count // max(1, -(-count // most))))
 
 

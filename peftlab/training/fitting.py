@@ -25,7 +25,7 @@ from peftlab.memory.counting.totals import count
 from peftlab.memory.units import format_bytes
 from peftlab.quantization.linear import Linear4bit
 from peftlab.settings import Settings
-from peftlab.training.chunked import LOGITS, kernel_on
+from peftlab.training.chunked import CHUNK_BYTES, kernel_on
 from peftlab.training.masters import need_masters
 
 ATTENTIONS = {"sdpa": "sdpa", "eager": "eager", "flash_attention_2": "sdpa", "flash_attention_3": "sdpa"}
@@ -53,8 +53,8 @@ def choose_blocks(
         if not blocks:
             raise PeftLabError(f"{type(model).__name__} cannot compute some blocks again and keep others")
         run = described(model, settings, max(lengths), chunked)
-        # the estimate counts no float32 copy of a chunk of logits
-        copied = 4 * LOGITS if chunked and kernel_on(device) is None else 0
+        # the estimate counts a chunk of logits without a float32 copy
+        copied = CHUNK_BYTES if chunked and kernel_on(device) is None else 0
         room = largest_estimate(memory_of(device) - copied)
         found = blocks_to_recompute(room, **run)
     except PeftLabError as reason:

@@ -1,7 +1,5 @@
 """The replay of a loss in chunks, and of some blocks computed again, against the real step, tensor by tensor."""
 
-from types import SimpleNamespace
-
 import memory_oracle
 import pytest
 import torch
@@ -37,7 +35,7 @@ NEAR = dict(rel=0.01, abs=4 * 2 * 3 * 128 * 256)
 def small_chunks(monkeypatch):
     for module in (chunked, replayed):
         monkeypatch.setattr(module, "LEAST", 100)
-        monkeypatch.setattr(module, "LOGITS", 1)
+        monkeypatch.setattr(module, "CHUNK_BYTES", 1)
 
 
 def measured(config, method, dtype, blocks, in_chunks, monkeypatch):
@@ -131,4 +129,9 @@ def test_as_many_blocks_as_needed():
 
 
 def test_both_cut_the_positions_alike():
-    assert SimpleNamespace(rows=chunked.chunk_rows).rows(381, 1000) == replayed.chunk_rows(381, 1000) == 96
+    assert chunked.chunk_rows(381, 1000, 2) == replayed.chunk_rows(381, 1000, 2) == 96
+
+
+def test_both_have_chunks_of_one_size(monkeypatch):
+    monkeypatch.undo()
+    assert (chunked.CHUNK_BYTES, chunked.LEAST) == (replayed.CHUNK_BYTES, replayed.LEAST)

@@ -65,7 +65,7 @@ def close(one, other, tolerance=1e-12):
 @pytest.mark.parametrize("train", ["all", "head", "adapter"])
 @pytest.mark.parametrize(("name", "config"), MODELS, ids=[f"{name}{len(c)}" for name, c in MODELS])
 def test_it_is_the_whole_loss_in_float64(name, config, train, monkeypatch):
-    monkeypatch.setattr(chunked, "LOGITS", 1)
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 1)
     monkeypatch.setattr(chunked, "LEAST", 3)  # several chunks, the last one shorter
     model = made(name, config)
     if train == "adapter":

@@ -7,7 +7,7 @@ from peftlab.memory.replay import ops
 from peftlab.memory.replay.nets import Net
 from peftlab.memory.replay.tape import Gradients, Tensor, record
 
-LOGITS, LEAST = 1 << 26, 256  # of a chunk, and its fewest rows; a test holds them to those of the loss
+CHUNK_BYTES, LEAST = 1 << 28, 256  # of a chunk's logits, and its fewest rows; a test holds them to those of the loss
 
 
 def chunked_loss(net: Net, hidden: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def chunked_loss(net: Net, hidden: Tensor) -> Tensor:
         for one, size in ((rows, rows.bytes), (weight, wide), *([(bias, wide)] if bias is not None else []))
     ]
     capped = layout is not None and layout.capped_logits
-    for at in range(0, count, step := chunk_rows(count, vocabulary)):
+    for at in range(0, count, step := chunk_rows(count, vocabulary, wide if capped else compute)):
         size = min(step, count - at)
         z = hidden.new((size, vocabulary), compute)
         if capped:  # otherwise a kernel makes the gradient in its place
@@ -65,7 +65,7 @@ def _rows(hidden: Tensor, count: int) -> Tensor:
     return record(hidden.new((count, whole[-1])), [hidden], apply, [kept])
 
 
-def chunk_rows(count: int, vocabulary: int) -> int:
-    """Return how many of `count` positions a chunk has."""
-    most = max(LEAST, LOGITS // vocabulary)
+def chunk_rows(count: int, vocabulary: int, itemsize: int) -> int:
+    """Return how many of `count` positions a chunk has, with logits of so many bytes."""
+    most = max(LEAST, CHUNK_BYTES // (vocabulary * itemsize))
     return max(1, -(-count // max(1, -(-count // most))))
