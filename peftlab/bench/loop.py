@@ -1,14 +1,12 @@
-"""`pl.train` beside two loops of one's own around the same model, in turn and in changing order.
+"""`pl.train` beside a plain loop around the same model, in pairs and in changing order.
 
-The plain loop does what nobody can leave out: forward, backward, clipping, AdamW. Its one batch lies on the device from
-the beginning, it reads no loss, and it keeps no history. So what `pl.train` takes longer is the price of what it does
-more. The reading loop does what a training loop mostly does: it also takes its batches from a `DataLoader`, copies them
-to the device, and keeps the loss of each step.
+The plain loop does what nobody can leave out: forward, backward, clipping, AdamW. Its batch lies on the device from the
+beginning, it reads no loss, and it keeps no history. So what `pl.train` takes longer is the price of what it does more.
+A loop that trains on data does some of this, too, and takes longer than this one.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 import time
@@ -18,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from peftlab.bench.models import vocabulary_of
 from peftlab.core.checkpointing import memory_settings
@@ -30,24 +27,24 @@ from peftlab.training.run import Run
 from peftlab.training.schedule import borrowed_generators
 
 Row = dict[str, Any]
-Step = Callable[[], object]
+Step = Callable[[], None]
 
 
 def loop_pairs(
     model: nn.Module, batch: int, sequence: int, *, steps: int = 2, pairs: int = 20, warm_up: int = 3, **settings: Any
 ) -> Row:
-    """Time `steps` steps of each loop, `pairs` times: all three in one order, then in the other order, and so on.
+    """Time `steps` steps of both loops, `pairs` times: plain first, then `pl.train` first, and so on.
 
-    The times are short and many, because a host that others use too is faster in one second than in the next.
+    The pairs are short and many, because a host that others use too is faster in one second than in the next.
 
     Args:
         model: with what is to train; its values move.
-        settings: of `pl.train`, for example `checkpointing=True`. Without `fast`, all loops take the plain path.
+        settings: of `pl.train`, for example `checkpointing=True`. Without `fast`, both loops take the plain path.
 
     Returns:
-        the median seconds of a step, `plain_seconds`, `reading_seconds` and `train_seconds`; how `pl.train` compares
-        with the plain loop, `ratio` and the four names beside it (`compared`), and with the reading loop,
-        `reading_ratio` and so on; and `pairs`.
+        the median seconds of a step, `plain_seconds` and `train_seconds`; `ratio`, the median over the pairs of train /
+        plain; `ratio_low` and `ratio_high`, between which half of the pairs lie; `ratio_from` and `ratio_to`, between
+        which the true median lies with a probability of 95% (`median_interval`); and `pairs`.
     """
     precision = choose_precision(settings.pop("precision", "auto"), device_of(model))
     given = Settings(
@@ -60,47 +57,28 @@ def loop_pairs(
     )
     texts = torch.randint(vocabulary_of(model), (4 * batch, sequence), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": text.tolist(), "labels": text.tolist()} for text in texts]
-    seconds: dict[str, list[float]] = {"plain": [], "reading": [], "train": []}
-    with (
-        plain_steps(model, texts[:batch], given) as plain,
-        reading_steps(model, texts, given) as reading,
-        train_steps(model, data, given) as train,
-    ):
-        kinds = [("plain", plain), ("reading", reading), ("train", train)]
+    seconds: dict[str, list[float]] = {"plain": [], "train": []}
+    with plain_steps(model, texts[:batch], given) as plain, train_steps(model, data, given) as train:
+        kinds = [("plain", plain), ("train", train)]
         for _, step in kinds:
             mean_seconds(step, warm_up)
         for _ in range(pairs):
             for kind, step in kinds:
                 seconds[kind].append(mean_seconds(step, steps))
             kinds.reverse()
-    beside = {"": "plain", "reading_": "reading"}
-    return {
-        **{f"{kind}_seconds": statistics.median(values) for kind, values in seconds.items()},
-        **{
-            f"{prefix}{name}": value
-            for prefix, other in beside.items()
-            for name, value in compared(seconds["train"], seconds[other]).items()
-        },
-        "pairs": pairs,
-    }
-
-
-def compared(one: Sequence[float], other: Sequence[float]) -> Row:
-    """Compare two loops by the times that were taken in turn.
-
-    Returns:
-        `ratio`, the median over the pairs of one / other; `ratio_low` and `ratio_high`, between which half of the pairs
-        lie; `ratio_from` and `ratio_to`, between which the true median lies with a probability of 95%
-        (`median_interval`).
-
-    >>> from peftlab.bench.loop import compared
-    >>> compared([2.0, 2.0, 2.2], [1.0, 1.0, 1.0])["ratio"]
-    2.0
-    """
-    ratios = [mine / theirs for mine, theirs in zip(one, other, strict=True)]
+    ratios = [train / plain for plain, train in zip(seconds["plain"], seconds["train"], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     least, most = median_interval(ratios)
-    return {"ratio": middle, "ratio_low": low, "ratio_high": high, "ratio_from": least, "ratio_to": most}
+    return {
+        "plain_seconds": statistics.median(seconds["plain"]),
+        "train_seconds": statistics.median(seconds["train"]),
+        "ratio": middle,
+        "ratio_low": low,
+        "ratio_high": high,
+        "ratio_from": least,
+        "ratio_to": most,
+        "pairs": pairs,
+    }
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -121,35 +99,18 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
 @contextmanager
 def plain_steps(model: nn.Module, ids: torch.Tensor, settings: Settings) -> Iterator[Step]:
     """Lend one step of the plain loop on a batch (b, t)."""
-    ids = ids.to(device_of(model))
-    with own_steps(model, settings) as step:
-        yield lambda: step(ids)
-
-
-@contextmanager
-def reading_steps(model: nn.Module, texts: torch.Tensor, settings: Settings) -> Iterator[Step]:
-    """Lend one step of the reading loop, on texts (n, t)."""
-    loader: Any = DataLoader(TensorDataset(texts), settings.batch_size, shuffle=True, drop_last=True)
-    batches, losses = itertools.chain.from_iterable(itertools.repeat(loader)), []
-    with own_steps(model, settings) as step:
-        yield lambda: losses.append(step(next(batches)[0].to(device_of(model))).item())
-
-
-@contextmanager
-def own_steps(model: nn.Module, settings: Settings) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-    """Lend one step of a loop of one's own. It takes a batch on the device, and returns the loss."""
     device = device_of(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0, fused=device.type == "cuda")
+    ids = ids.to(device)
 
-    def step(ids: torch.Tensor) -> torch.Tensor:
+    def step() -> None:
         with autocast(device, settings.precision):
-            loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
+            loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         nn.utils.clip_grad_norm_(trained, settings.max_grad_norm or float("inf"))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss
 
     with borrowed_generators(), mode(model, True), memory_settings(model, settings.checkpointing):
         yield step

@@ -26,8 +26,8 @@ processes of its own (`bench/unsloth_step.py`), and is a section of its own beca
     unsloth          Unsloth's step in a plain loop
     unsloth, trainer the same in TRL's trainer, as its users run it
 
-A section that ends in `loop` has one row: `pl.train` on its plain path beside two loops of one's own, in turn and in
-changing order (`peftlab/bench/loop.py`).
+A section that ends in `loop` has one row: `pl.train` on its plain path beside a plain loop, in pairs and in changing
+order (`peftlab/bench/loop.py`).
 `host_seconds` is the same step on a model of the same depth but very narrow layers: what the host needs to launch it.
 """
 
@@ -88,7 +88,7 @@ FEW = ("peft", "compiled", "fast", "fast, pinned", "fast, 8-bit", "ceiling")  # 
 BESIDE = ("7b-lora-4x512-c", "7b-lora-2x2048-c", "7b-qlora-4x512-c", "7b-qlora-2x2048-c")  # also beside Unsloth
 THEIRS = ("peft", "unsloth", "fast", "fast, pinned", "ceiling")  # what stands there
 RECOMPUTING = ("fast, pinned", "fast, 8-bit")  # only where blocks are recomputed
-LOOPS = ("135m", "1b", "7b")  # the shapes at which `pl.train` stands beside two loops of one's own
+LOOPS = ("135m", "1b", "7b")  # the shapes at which `pl.train` stands beside a plain loop
 PAIRS = 60
 
 
@@ -314,7 +314,7 @@ def steps_of_train(model: nn.Module, point: Row, repeats: int = 5, warm_up: int 
 
 
 def loop(model: nn.Module, point: Row, rung: str) -> Iterator[Row]:
-    """Measure `pl.train` beside two loops around the same model; in a process that reads kernels, nothing."""
+    """Measure `pl.train` beside a plain loop around the same model; in a process that reads kernels, nothing."""
 
     def measured() -> Row:
         pl.attach(model, pl.LoRAConfig(r=R, alpha=ALPHA, target_modules=ALL_LINEAR))

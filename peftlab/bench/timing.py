@@ -173,7 +173,7 @@ def together(processes: list[list[Row]]) -> list[Row]:
 
     A process without rows had nothing to measure. A time becomes the median of the processes' medians. Beside it stand
     `seconds_1`, `seconds_2` and so on, one of each process, and `seconds_least` and `seconds_most`. `processes` counts
-    the processes. The same holds for a ratio of two times. Of other numbers that differ, a whole number becomes the
+    the processes. The same holds for a `ratio` of two times. Of other numbers that differ, a whole number becomes the
     largest one, and a fraction the median.
 
     Raises:
@@ -189,7 +189,7 @@ def _one(rows: tuple[Row, ...]) -> Row:
     row: Row = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row[name] for row in rows if row.get(name) is not None]
-        if name.endswith(("seconds", "ratio")):
+        if name.endswith("seconds") or name == "ratio":
             row |= _spread(name, values)
             if len(values) > 1:
                 row["processes"] = len(values)

@@ -9,14 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForSequenceClassification, masking_utils
 
 import peftlab as pl
-from peftlab.bench.loop import (
-    compared,
-    loop_pairs,
-    median_interval,
-    plain_steps,
-    reading_steps,
-    train_steps,
-)
+from peftlab.bench.loop import loop_pairs, median_interval, plain_steps, train_steps
 from peftlab.settings import Settings
 from peftlab.training import chunked, run
 from peftlab.training.chunked import ChunkedLoss
@@ -303,30 +296,8 @@ def test_both_loops_side_by_side():
     model = pl.attach(tiny.llama(), pl.LoRAConfig(r=2))
     row = loop_pairs(model, 2, 8, steps=1, pairs=3, warm_up=1)
     assert row["pairs"] == 3 and 0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
-    assert all(row[f"{kind}_seconds"] > 0 for kind in ("plain", "reading", "train"))
-    for prefix in ("", "reading_"):
-        least, middle, most = (row[f"{prefix}ratio{end}"] for end in ("_from", "", "_to"))
-        assert 0 < least <= middle <= most
-
-
-def test_loops_are_compared_by_pairs():
-    found = compared([3.0, 2.0, 8.0], [1.0, 2.0, 4.0])
-    assert found["ratio"] == 2.0 and (found["ratio_from"], found["ratio_to"]) == (1.0, 3.0)
-
-
-def test_the_reading_loop_reads_every_text_and_trains_as_the_plain_one():
-    model, seen = pl.attach(tiny.llama(), pl.LoRAConfig(r=2)), []
-    given = Settings(steps=10, batch_size=2, fast=False, precision="fp32")
-    texts = torch.arange(48).view(6, 8) % 32
-    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
-    before = [p.clone() for p in model.parameters() if p.requires_grad]
-    with reading_steps(model, texts, given) as step:
-        for _ in range(3):
-            step()
-    assert sorted(torch.cat(seen).tolist()) == sorted(texts.tolist())
-    assert all(p.grad is None for p in model.parameters())
-    moved = [p for p in model.parameters() if p.requires_grad]
-    assert any(not torch.equal(one, other) for one, other in zip(moved, before, strict=True))
+    assert row["plain_seconds"] > 0 and row["train_seconds"] > 0
+    assert row["ratio_from"] <= row["ratio"] <= row["ratio_to"]
 
 
 def test_the_interval_of_a_median_holds_it_19_times_in_20():
