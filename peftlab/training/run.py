@@ -7,6 +7,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ from peftlab.training.schedule import (
     seed_everything,
     warmup_steps,
 )
+
+Prepared = tuple[Any, Batch | None, bool]  # a batch, the same as the fast path reads it, and whether it counts
 
 
 class TrainingError(PeftLabError):
@@ -180,6 +183,8 @@ class Run:
                 "train: pl.load_adapter(..., trainable=True) or pl.activate(model, name, trainable=True)."
             )
         check_trainable_dtypes(self.trainable.items())
+        kinds = {(p.device, p.dtype) for p in self.trainable.values()}
+        self.alike = len(kinds) == 1 and next(iter(kinds))[0].type in ("cpu", "cuda")
         parts = (module for module in self.core.modules() if isinstance(module, Part) and module.skips)
         self.skipping = {id(parameter) for part in parts for parameter in part.parameters()}
         lengths = example_lengths(self.train_data) if settings.group_by_length else None
@@ -203,7 +208,8 @@ class Run:
         if self.layers.blocks:
             self.layers.choose_lengths(self.collate, self.train_data, self.order, settings.batch_size)
         self.fast: FastPath | None = None
-        self.ahead: dict[tuple[int, ...], tuple[Any, Batch | None, bool]] = {}
+        self.pool: Executor | None = None  # while the run steps
+        self.ahead: tuple[list[int], Future[Prepared]] | None = None  # the next step's first part
         self.checkpointing = settings.checkpointing
         if self.checkpointing == "fit":
             self.checkpointing, self.history.checkpointing = self._fit()
@@ -262,9 +268,17 @@ class Run:
             self.layers.on(),
             self.fast_path(),
             spared(),
+            self._other_thread(),
             varlen.used(self.model) if self.by_kernel else contextlib.nullcontext(),
         ):
             yield
+
+    @contextlib.contextmanager
+    def _other_thread(self) -> Iterator[None]:
+        """Have a thread inside the block that prepares batches ahead."""
+        with ThreadPoolExecutor(1, "peftlab-batches") as self.pool:
+            yield
+        self.pool, self.ahead = None, None
 
     @contextlib.contextmanager
     def fast_path(self) -> Iterator[None]:
@@ -338,7 +352,6 @@ class Run:
         step_unless(self.wrong, self.optimizer)
         measured.send()
         self.step += 1
-        self._prepare_ahead()
         self.settle()
         self.pending = measured
         return row
@@ -384,12 +397,13 @@ class Run:
         """Put the gradient of the mean loss into `grad`. Return each part's summed loss and the labels of all parts."""
         totals, counts = [], []
         for number, part in enumerate(parts):
-            known = tuple(part) in self.ahead
-            batch, read, counted = self.ahead.pop(tuple(part)) if known else self._prepare(part)
+            batch, read, counted = self._prepared(part)
             total, count = (torch.empty(0), read.learned) if read is not None else self._loss_of(batch, part, counted)
             if number == 0:
                 provisional = count.clamp(min=1)
                 provisional = provisional * len(parts) if len(parts) > 1 else provisional
+            if number == len(parts) - 1:
+                self._prepare_ahead()
             # N, the labels of the whole batch, is known only after the last part. Until then divide by a guess N'.
             if self.fast is not None and read is not None:
                 total = self.fast.gradients(read, provisional)
@@ -407,21 +421,32 @@ class Run:
             torch._foreach_mul_([p.grad for p in self._leaves() if p.grad is not None], factor)
         return totals, labels
 
-    def _prepare(self, part: list[int]) -> tuple[Any, Batch | None, bool]:
+    def _prepare(self, part: list[int]) -> Prepared:
         """Return the batch of a part, as the fast path reads it if it can, and whether it counts."""
         mine, counted = self.ranks.share(part)
         batch = self.collate([self.train_data[index] for index in mine])
         return batch, None if self.fast is None else self.fast.read(batch), counted
 
     def _prepare_ahead(self) -> None:
-        """Prepare the next step's first part while the GPU computes, if that draws no random numbers."""
-        self.ahead.clear()
+        """Prepare the next step's first part beside the backward pass, if that draws no random numbers.
+
+        The backward pass leaves Python alone for most of its time, so another thread can run.
+        """
         keeps = getattr(self.train_data, "keeps", False)
-        if self.fast is None or self.settings.collate or self.step == len(self.order) or not keeps:
+        if self.pool is None or self.settings.collate or self.step + 1 >= len(self.order) or not keeps:
             return
-        part = self.order.at(self.step)[: self.settings.batch_size]
-        with contextlib.suppress(PeftLabError):  # what is wrong with it is said when its turn has come
-            self.ahead[tuple(part)] = self._prepare(part)
+        part = self.order.at(self.step + 1)[: self.settings.batch_size]
+        self.ahead = part, self.pool.submit(self._prepare, part)
+
+    def _prepared(self, part: list[int]) -> Prepared:
+        """Return what `_prepare` gives, from the other thread if that has it."""
+        ahead, self.ahead = self.ahead, None
+        if ahead is not None:
+            known, prepared = ahead
+            fault = prepared.exception()  # this waits
+            if known == part and not isinstance(fault, PeftLabError):
+                return prepared.result()
+        return self._prepare(part)  # which says again what is wrong with the part, now that its turn has come
 
     def _loss_of(self, batch: Any, part: list[int], counted: bool) -> tuple[Tensor, Tensor]:
         """Return the summed loss of a part, with a graph behind it, and the number of its labels in all processes."""
@@ -450,7 +475,15 @@ class Run:
         self._look_for_gradients()
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.settings.max_grad_norm is None else self.settings.max_grad_norm
-        return nn.utils.clip_grad_norm_(self._leaves(), limit)
+        leaves = self._leaves()
+        gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        if not self.alike or not gradients:
+            return nn.utils.clip_grad_norm_(leaves, limit)
+        # the same calls, without those that ask each gradient in Python for its device
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        if limit < math.inf:
+            torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
     def _look_for_gradients(self) -> None:
         if self._looked_for_gradients:
