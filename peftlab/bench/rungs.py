@@ -123,7 +123,7 @@ def hidden_states(body: Any, ids: Tensor) -> Tensor:
 
 
 class Flat:
-    """AdamW on one float32 tensor for all that is trained: a few kernels in place of hundreds."""
+    """AdamW on one float32 tensor for all that is trained: a few kernels in place of dozens."""
 
     def __init__(self, trained: list[nn.Parameter]) -> None:
         self.values = torch.cat([p.detach().flatten() for p in trained])

@@ -20,7 +20,7 @@ model's own parameters are views of it. A 4-bit base has one buffer for each kin
 decoded for one layer at a time.
 
 What is trained is one flat tensor, and the parameters and their gradients are views of it, each in its own place. So
-clipping and AdamW take a few kernels instead of hundreds:
+clipping and AdamW take a few kernels instead of dozens:
 
     theta = [A_1, B_1, A_2, ...],    g likewise
 """

@@ -138,7 +138,7 @@ def flattened(plain: torch.optim.Optimizer, flat: Flat) -> torch.optim.Optimizer
 
 
 class FlatAdamW(torch.optim.Optimizer):
-    """AdamW in a few kernels instead of hundreds, because all that is trained is one flat tensor.
+    """AdamW in a few kernels instead of dozens, because all that is trained is one flat tensor.
 
         theta = [A_1, B_1, A_2, ...],    g, m, v likewise
 

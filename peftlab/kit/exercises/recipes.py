@@ -87,7 +87,8 @@ EXERCISES = (
               EXAMPLES // (BATCH * ACCUMULATION): "That is one time through the data.",
               EPOCHS * EXAMPLES: "That is one step for each example."},
         hint="How many examples does one update use, batch times accumulation? And how often are they all used?",
-        then="A warm-up of a tenth would be the first 37 of them.")),
+        then=f"A warm-up of a tenth would be the first {math.ceil(EPOCHS * EXAMPLES / (BATCH * ACCUMULATION) / 10)} of "
+             "them: pl.train rounds up.")),
     Exercise("recipes.labels", "easy", 5, "your function", function(
         _labels, cases=lambda: [([5, 6, 7], [8, 9], 2), ([5], [6, 7, 8], 0), ([4, 4], [3], 1)],
         near={"The end token stands in the answer, but it is not learned: this model would not stop.":
@@ -132,7 +133,8 @@ EXERCISES = (
               2**-24: "That is the smallest number above zero. Near 1 the numbers lie further apart.",
               2**-8: "That is bf16, which has seven bits behind the point."},
         hint="fp16 keeps ten bits behind the point. What is the next number above 1, and what is rounded down to 1?",
-        then="An update of 0.0004 is lost on a weight near 1, however often it is made.")),
+        then="Adding 0.0004 to a weight of 1 changes nothing, however often you do it. (Below 1 the numbers lie "
+             "closer.)")),
     Exercise("recipes.dpo", "medium", 10, "your function", function(
         _dpo, cases=_pairs,
         near={"The reference is missing: only what has changed since then counts.": _without_reference,

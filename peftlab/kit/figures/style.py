@@ -166,9 +166,13 @@ def label(
 
 
 def look(number: int) -> dict[str, Any]:
-    """Return colour, marker and dashes of the line with this number, as arguments of `Axes.plot`."""
-    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)],
-            "linestyle": LINES[number % len(LINES)]}
+    """Return colour, marker and dashes of the line with this number, as arguments of `Axes.plot`.
+
+    The seventh line has the first one's colour, and another marker and other dashes.
+    """
+    rounds, place = divmod(number, len(COLOURS))
+    other = (place + rounds) % len(MARKERS)
+    return {"color": COLOURS[place], "marker": MARKERS[other], "linestyle": LINES[other]}
 
 
 @checked()
