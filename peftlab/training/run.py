@@ -178,9 +178,9 @@ class Run:
         self.trainable = {name: p for name, p in self.core.named_parameters() if p.requires_grad}
         if not self.trainable:
             raise PeftLabError(
-                f"There is nothing to train: none of the model's {sum(1 for _ in model.parameters())} parameters "
-                "requires gradients. Attach an adapter, pl.attach(model, pl.LoRAConfig(...)), or let the one you have "
-                "train: pl.load_adapter(..., trainable=True) or pl.activate(model, name, trainable=True)."
+                f"There is nothing to train: none of the model's {sum(1 for _ in model.parameters())} parameter "
+                "tensors requires gradients. Attach an adapter, pl.attach(model, pl.LoRAConfig(...)), or let the one "
+                "you have train: pl.load_adapter(..., trainable=True) or pl.activate(model, name, trainable=True)."
             )
         check_trainable_dtypes(self.trainable.items())
         kinds = {(p.device, p.dtype) for p in self.trainable.values()}

@@ -128,8 +128,11 @@ def test_dropout_is_on_and_follows_the_seed_alone():
 
 
 def test_nothing_to_train_says_what_to_do():
-    with pytest.raises(PeftLabError, match=r"nothing to train.*Attach an adapter.*trainable=True"):
-        train(tiny.llama().requires_grad_(False), tiny.examples(), steps=1)
+    model = tiny.llama().requires_grad_(False)
+    with pytest.raises(PeftLabError, match=r"nothing to train.*Attach an adapter.*trainable=True") as raised:
+        train(model, tiny.examples(), steps=1)
+    tensors = len(list(model.parameters()))
+    assert f"none of the model's {tensors} parameter tensors requires gradients" in str(raised.value)
 
 
 def test_parameters_that_get_no_gradient_are_named():
