@@ -128,7 +128,8 @@ EXERCISES = (
               "1 belongs into the attention mask. As a label it is a token to be predicted; the loss skips -100.":
                   lambda labels, n: _filled(labels, n, 1)},
         hint="n new columns in front of each row, filled with the label that PyTorch's loss skips.",
-        then="The attention mask gets ones there: the positions count, but nothing is predicted at them.")),
+        then="The attention mask gets ones there: the text must see the prompt. But no virtual token is a word "
+             "to be predicted, so none has a label.")),
     Exercise("prompts.angle", "medium", 10, "your function", function(
         lambda rate, d, length: rate * d**0.5 / length,
         cases=lambda: [(0.1, 576, 3.2), (0.3, 4096, 64.0), (1e-3, 16, 2.0)],
@@ -156,7 +157,7 @@ EXERCISES = (
                   lambda n, lengths: _tensor([max(lengths) - length for length in lengths])},
         hint="A row is n virtual tokens, then padding up to the longest text, then its own words. Count from 0. Return "
              "a tensor.",
-        then="That is why a batch padded on the left may answer a little differently from its rows alone.")),
+        then="That is why a batch padded on the left may answer differently from its rows alone.")),
 )  # fmt: skip
 
 
