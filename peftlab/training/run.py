@@ -277,8 +277,10 @@ class Run:
     def _other_thread(self) -> Iterator[None]:
         """Have a thread inside the block that prepares batches ahead."""
         with ThreadPoolExecutor(1, "peftlab-batches") as self.pool:
-            yield
-        self.pool, self.ahead = None, None
+            try:
+                yield
+            finally:
+                self.pool, self.ahead = None, None
 
     @contextlib.contextmanager
     def fast_path(self) -> Iterator[None]:
