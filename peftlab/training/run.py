@@ -476,7 +476,7 @@ class Run:
         """Clip to the global norm |g| = sqrt(sum of g_i^2): g <- g min(1, max_norm / |g|). Return |g|."""
         self._look_for_gradients()
         self.scaler.unscale_(self.optimizer)
-        limit = math.inf if self.settings.max_grad_norm is None else self.settings.max_grad_norm
+        limit = math.inf if self.settings.max_grad_norm is None else float(self.settings.max_grad_norm)
         leaves = self._leaves()
         gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
         if not self.alike or not gradients:
