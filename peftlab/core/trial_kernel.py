@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 
-def add_one(x: Tensor) -> None:
-    """Add one to the first number of x, in place."""
+def run_on(device: torch.device) -> None:
+    """Run a kernel that adds one to a number on the device."""
+    x = torch.zeros(1, device=device)
     with torch.cuda.device_of(x):
         _add_one[1,](x)
 

@@ -31,7 +31,7 @@ def why_no_triton(device: torch.device) -> str | None:
 def _why_it_fails(device: torch.device) -> str | None:
     """Try a kernel once: Triton also needs a C compiler, and often it is only here that one is missing."""
     try:
-        import_module("peftlab.core.trial_kernel").add_one(torch.zeros(1, device=device))
+        import_module("peftlab.core.trial_kernel").run_on(device)
     except Exception as error:  # whatever a compiler that is missing or too old raises
         said = " ".join(str(error).split())[:200]
         return f"Triton is installed, but its first kernel fails: {type(error).__name__}: {said}"

@@ -5,6 +5,7 @@ The interpreter runs where Triton is installed and no GPU is found. The compiled
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,11 +27,23 @@ def a_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
         monkeypatch.setattr(triton_check, "load", lambda name: (object(), "") if triton else (None, "is not installed"))
-        monkeypatch.setattr(triton_check, "_why_it_fails", lambda device: fails)
+        monkeypatch.setattr(triton_check, "import_module", lambda name: SimpleNamespace(run_on=first_kernel(fails)))
+        triton_check._why_it_fails.cache_clear()
         choose.cache_clear()
 
     yield set_up
     choose.cache_clear()
+    triton_check._why_it_fails.cache_clear()
+
+
+def first_kernel(fails):
+    """Stands in for the kernel that is tried: on a GPU that is not there it could only fail."""
+
+    def run_on(device):
+        if fails:
+            raise RuntimeError(fails)
+
+    return run_on
 
 
 def test_auto_takes_it_where_a_gpu_and_triton_are(a_gpu):
@@ -46,7 +59,10 @@ def test_auto_takes_it_where_a_gpu_and_triton_are(a_gpu):
     [
         ({"triton": False}, "Triton is not installed .pip install triton"),
         ({"capability": (7, 5)}, "Triton needs a GPU of compute capability 8.0, and Tesla T4 has less"),
-        ({"fails": "RuntimeError: no C compiler"}, "RuntimeError: no C compiler"),
+        (
+            {"fails": "no C compiler"},
+            "Triton is installed, but its first kernel fails: RuntimeError: no C compiler",
+        ),
     ],
 )
 def test_without_it_the_error_says_so(a_gpu, setting, told):
