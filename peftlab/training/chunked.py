@@ -36,12 +36,15 @@ from peftlab.errors import PeftLabError
 from peftlab.training.encoding import IGNORE
 from peftlab.training.labels import moved, readable
 from peftlab.training.losses import (
+    Learned,
     causal_lm_loss,
     default_loss,
+    find_learned,
     hides_nothing,
     learned_rows,
     needed_output,
     next_labels,
+    only_needed,
     with_balance,
 )
 from peftlab.training.model_facts import text_config
@@ -133,8 +136,11 @@ class _CrossEntropy(torch.autograd.Function):
                     z = z.to(wide)
                     dz = into_gradient(z, labels[here], log_p[here], form).to(dtype)
                 if grads[0] is not None:
-                    # dL/dh = dL/dz W
-                    grads[0][here] = dz @ w
+                    # dL/dh = dL/dz W, written to its place
+                    if dtype == hidden.dtype:
+                        torch.mm(dz, w, out=grads[0][here])
+                    else:
+                        grads[0][here] = dz @ w
                 if grads[1] is not None:
                     # dL/dW = dL/dz^T h, summed in float32 or better
                     grads[1] += dz.T @ h[here]
@@ -196,6 +202,18 @@ def chunk_rows(count: int, vocabulary: int, itemsize: int) -> int:
     return max(1, -(-count // max(1, -(-count // most))))
 
 
+class Sent(dict):
+    """A batch on the device, and what its loss in chunks reads in its labels.
+
+    Attributes:
+        needed: the argument that makes the model skip what comes before the first label.
+        learned: the rows of what the head reads that have a label; None where the logits are to stay whole.
+    """
+
+    needed: Mapping[str, int]
+    learned: Learned | None = None
+
+
 class ChunkedLoss:
     """Compute the loss of a run: in chunks where that is the model's own loss, and from whole logits elsewhere.
 
@@ -225,39 +243,62 @@ class ChunkedLoss:
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return (the summed loss, the number of labels)."""
-        loss = default_loss(model, batch)
-        if self.head is not None and loss is not causal_lm_loss:
-            self._whole("it is not that of a causal language model")
-        if self.head is None:
-            return loss(model, batch)
-        labels = readable(batch["labels"])
-        learned = labels != IGNORE
-        if not self.pays(int(learned.sum())):
-            return loss(model, batch)
+        if not isinstance(batch, Sent) or self.head is None:
+            batch = self.sent(model, batch)
+        if batch.learned is None:
+            return default_loss(model, batch)(model, batch)
+        assert self.head is not None
         before = None if self.seen else generators(self.head.weight.device)
         with read_by(self.head, answer=not self.seen) as read:
-            output = needed_output(model, batch, learned)
+            output = needed_output(model, batch, batch.needed)
         if before is not None:
             reason = self._difference(read, output)
             if reason is not None:
                 self._whole(reason)
                 restore_generators(before)
-                return loss(model, batch)
+                return default_loss(model, batch)(model, batch)
             self.seen, self.told = True, "in chunks"
         (hidden,) = read.inputs  # (b, k, d), or (b, n + t, d) behind a prompt
-        chosen, wanted = learned_rows(hidden, next_labels(labels, hidden.shape[1]), self.head.out_features)
+        chosen, wanted = batch.learned.rows(hidden), batch.learned.labels
+        if chosen is None:  # the head reads other positions than most models' heads
+            labels = next_labels(readable(batch["labels"]), hidden.shape[1])
+            chosen, wanted = learned_rows(hidden, labels, self.head.out_features)
         total = chunked_cross_entropy(chosen, self.head.weight, wanted, bias=self.head.bias, form=self.form)
         return with_balance(model, output, total, torch.tensor(len(wanted)))
 
-    def moved(self, model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    def moved(self, model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> Sent:
         """Return a batch on the device, but for what a causal language model's loss reads on the CPU: the labels, and
         a mask that hides nothing, which is left out.
+
+        Raises:
+            PeftLabError: a label is no token.
         """
         if device.type != "cuda" or default_loss(model, batch) is not causal_lm_loss:
-            return moved(batch, device)
+            return self.sent(model, moved(batch, device))
         left = ("labels", "attention_mask") if hides_nothing(batch) else ("labels",)
         rest = {key: value for key, value in batch.items() if key not in left}
-        return {**moved(rest, device), "labels": batch["labels"]}
+        return self.sent(model, {**moved(rest, device), "labels": batch["labels"]})
+
+    def sent(self, model: nn.Module, batch: Mapping[str, Any]) -> Sent:
+        """Return the batch and what follows from its labels."""
+        found = Sent(batch)
+        if self.head is None:
+            return found
+        if default_loss(model, batch) is not causal_lm_loss:
+            self._whole("it is not that of a causal language model")
+            return found
+        labels = readable(batch["labels"])
+        known = labels != IGNORE
+        if self.pays(int(known.sum())):
+            found.needed = only_needed(model, known)
+            # where the head most likely reads; a slice of one row, or of everything, is contiguous
+            rows, length = labels.shape
+            positions = found.needed.get("logits_to_keep", length)
+            found.learned = find_learned(
+                next_labels(labels, positions), self.head.out_features, self.head.weight.device,
+                whole=positions == length or rows == 1,
+            )  # fmt: skip
+        return found
 
     def pays(self, labels: int) -> bool:
         """Say whether the logits of so many labels are computed in chunks."""

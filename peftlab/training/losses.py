@@ -15,7 +15,7 @@ the mean that the model's own `model(**batch).loss` gives.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,19 +38,16 @@ def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, 
     with the weight that its config names, as in the model's own loss.
     """
     labels = readable(batch["labels"])
-    output = needed_output(model, batch, labels != IGNORE)
+    output = needed_output(model, batch, only_needed(model, labels != IGNORE))
     logits = _logits(model, output)  # (b, k, V), or (b, n + t, V) behind a prompt
     # nll = - sum over i of log p(x_{i+1} | x_1 .. x_i), over the labelled x_{i+1} alone
     total, count = _cross_entropy(logits, next_labels(labels, logits.shape[1]))
     return with_balance(model, output, total, count)
 
 
-def needed_output(model: nn.Module, batch: Mapping[str, Any], learned: Tensor) -> Any:
-    """Return a language model's output for a batch, without what its loss does not need.
-
-    learned: (b, t), True where a token has a label.
-    """
-    inputs = {**without_full_mask(batch), **only_needed(model, learned)}
+def needed_output(model: nn.Module, batch: Mapping[str, Any], needed: Mapping[str, int]) -> Any:
+    """Return a language model's output for a batch, without what its loss does not need (`only_needed`)."""
+    inputs = {**without_full_mask(batch), **needed}
     with counted(inputs):
         return without_labels(model, inputs)
 
@@ -279,18 +276,42 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return total, torch.tensor(len(wanted))
 
 
-def learned_rows(values: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Return the rows of values (..., d) with a label other than -100, (n, d), and these labels (n,).
+class Learned(NamedTuple):
+    """Hold which rows of an output (..., d) have a label, and these labels, both on the output's device.
 
-    labels: (...), read on the CPU where they are known there. They are returned on the device of the values.
+    Attributes:
+        shape: the output's shape without d.
+        whole: whether the output is contiguous.
+        places: the n rows: if so, their numbers (n,) among all rows, and else (n,) for each dimension.
+        labels: (n,) int64.
+    """
+
+    shape: tuple[int, ...]
+    whole: bool
+    places: tuple[Tensor, ...]
+    labels: Tensor
+
+    def rows(self, values: Tensor) -> Tensor | None:
+        """Return these rows of an output, (n, d); None if they were not found for an output such as this one."""
+        found = tuple(values.shape[:-1]), values.device, values.is_contiguous()
+        if found != (self.shape, self.labels.device, self.whole):
+            return None
+        if not self.whole:
+            return values[self.places]
+        # The gradient of a row is added at its place. That of `values[places]` would first be sorted by place.
+        return values.view(-1, values.shape[-1]).index_select(0, self.places[0])
+
+
+def find_learned(labels: Tensor, classes: int, device: torch.device, *, whole: bool) -> Learned:
+    """Find the rows of an output that have a label other than -100.
+
+    labels: (...), read on the CPU where they are known there. whole: whether the output is contiguous; a slice is not,
+    and is not copied for this.
 
     Raises:
-        PeftLabError: a label is no class, or there is not one for each row.
+        PeftLabError: a label is no class.
     """
-    if labels.shape != values.shape[:-1]:
-        raise PeftLabError(f"The labels {tuple(labels.shape)} do not go with outputs {tuple(values.shape)}, one a row.")
-    labels = readable(labels)
-    whole = values.is_contiguous()  # a slice is not, and is not copied for this
+    shape, labels = tuple(labels.shape), readable(labels)
     labels = labels.reshape(-1) if whole else labels
     learned = (labels != IGNORE).nonzero(as_tuple=True)
     wanted = labels[learned].long()
@@ -299,8 +320,21 @@ def learned_rows(values: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, 
         if not 0 <= least <= most < classes:
             wrong = most if most >= classes else least
             raise PeftLabError(f"A label is {wrong}, and the model tells {classes} classes apart, from 0 on.")
-    *places, wanted = sent(values.device, *learned, wanted)
-    if not whole:
-        return values[tuple(places)], wanted
-    # The gradient of a row is added at its place. That of `values[places]` would first be sorted by place.
-    return values.view(-1, values.shape[-1]).index_select(0, places[0]), wanted
+    *places, wanted = sent(device, *learned, wanted)
+    return Learned(shape, whole, tuple(places), wanted)
+
+
+def learned_rows(values: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Return the rows of values (..., d) with a label other than -100, (n, d), and these labels (n,).
+
+    labels: (...). They are returned on the device of the values.
+
+    Raises:
+        PeftLabError: a label is no class, or there is not one for each row.
+    """
+    if labels.shape != values.shape[:-1]:
+        raise PeftLabError(f"The labels {tuple(labels.shape)} do not go with outputs {tuple(values.shape)}, one a row.")
+    learned = find_learned(labels, classes, values.device, whole=values.is_contiguous())
+    rows = learned.rows(values)
+    assert rows is not None
+    return rows, learned.labels

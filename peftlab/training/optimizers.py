@@ -103,6 +103,14 @@ def skips_when_told(optimizer: torch.optim.Optimizer, device: torch.device) -> b
     return device.type == "cuda" and bool(optimizer.defaults.get("fused"))
 
 
+def note_wrong(wrong: Tensor, numbers: Tensor) -> None:
+    """Set `wrong`, a float32 scalar, to 1 if one of the numbers, on the same device, is not finite.
+
+    The device does this by itself, in the one kernel by which a `GradScaler` looks at gradients.
+    """
+    torch._amp_foreach_non_finite_check_and_unscale_([numbers], wrong, torch.ones_like(wrong))
+
+
 def step_unless(wrong: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """Make a step unless `wrong`, a scalar on the GPU, is 1. Parameters and states then stay as they are.
 

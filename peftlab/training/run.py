@@ -36,7 +36,7 @@ from peftlab.training.loraplus import loraplus_groups
 from peftlab.training.losses import Loss
 from peftlab.training.masters import WithMasters
 from peftlab.training.metrics import mean_loss
-from peftlab.training.optimizers import flattened, make_optimizer, skips_when_told, step_unless
+from peftlab.training.optimizers import flattened, make_optimizer, note_wrong, skips_when_told, step_unless
 from peftlab.training.positions import spared
 from peftlab.training.precision import AUTOCAST, autocast, check_trainable_dtypes
 from peftlab.training.ranks import Ranks
@@ -335,7 +335,9 @@ class Run:
             self.settle()  # if the step before was wrong, that is what has to be said
             raise
         row = {"step": self.step + 1, "loss": math.nan, "lr": lr, "tokens": labels, "grad_norm": None}
-        measured = Measured(torch.stack([*totals, norm.to(totals[0])]), row, parts, held)
+        numbers = [*totals, norm]
+        wide = max({torch.float32, *(number.dtype for number in numbers)}, key=lambda dtype: dtype.itemsize)
+        measured = Measured(torch.stack([number.to(self.device, wide) for number in numbers]), row, parts, held)
         # Under fp16 the scaler has to see the gradients before the step, and to change its scale after it. Adapters
         # that work after a step have to know that it was made.
         skips = skips_when_told(self.optimizer, self.device) and not self.adapters
@@ -348,9 +350,7 @@ class Run:
             return row
         # The CPU goes on while the GPU computes, and reads one step later. Were this step wrong, the GPU itself leaves
         # the parameters as they are, now and in the step that follows.
-        # x - x is 0 for a finite number, and NaN for others
-        wrong = (measured.values - measured.values).sum().nan_to_num(nan=1.0)
-        self.wrong = torch.maximum(self.wrong, wrong.float())
+        note_wrong(self.wrong, measured.values)
         step_unless(self.wrong, self.optimizer)
         measured.send()
         self.step += 1
@@ -404,18 +404,18 @@ class Run:
             if number == 0:
                 provisional = count.clamp(min=1)
                 provisional = provisional * len(parts) if len(parts) > 1 else provisional
-            if number == len(parts) - 1:
-                self._prepare_ahead()
+            self._prepare_ahead(parts[number + 1 :])
             # N, the labels of the whole batch, is known only after the last part. Until then divide by a guess N'.
             if self.fast is not None and read is not None:
                 total = self.fast.gradients(read, provisional)
             else:
                 with self.ranks.unsynchronised(last=number == len(parts) - 1):
                     self.scaler.scale(total / provisional).backward()
-            # copies: the next part may write where this one's numbers stand
-            wide = total.dtype if total.device.type == "mps" else torch.float64
-            totals.append(self.ranks.sum(total.detach().to(wide, copy=True)))
-            counts.append(count if len(parts) == 1 else count.clone())
+            total = total.detach()
+            if len(parts) > 1:  # copies: the next part may write where this one's numbers stand
+                total, count = total.clone(), count.clone()
+            totals.append(self.ranks.sum(total.double() if self.ranks.world > 1 else total))
+            counts.append(count)
         labels = int(sum(counts[1:], start=counts[0]))
         # g = (N' / N) g'. DistributedDataParallel took the mean over the processes, so multiply by their number.
         if labels and len(parts) * self.ranks.world > 1:
@@ -424,20 +424,35 @@ class Run:
         return totals, labels
 
     def _prepare(self, part: list[int]) -> Prepared:
-        """Return the batch of a part, as the fast path reads it if it can, and whether it counts."""
+        """Return the batch of a part, as the path of the run reads it, and whether it counts."""
         mine, counted = self.ranks.share(part)
         batch = self.collate([self.train_data[index] for index in mine])
-        return batch, None if self.fast is None else self.fast.read(batch), counted
+        if self.fast is not None:
+            return batch, self.fast.read(batch), counted
+        # another thread starts with the first GPU as its own
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            return self._moved(batch), None, counted
 
-    def _prepare_ahead(self) -> None:
-        """Prepare the next step's first part beside the backward pass, if that draws no random numbers.
+    def _moved(self, batch: Any) -> Any:
+        """Return a batch on the device of the model."""
+        if isinstance(self.loss, ChunkedLoss):
+            return self.loss.moved(self.model, batch, self.device)
+        return moved(batch, self.device)
+
+    def _prepare_ahead(self, rest: list[list[int]]) -> None:
+        """Prepare the part that comes next beside the backward pass, if that draws no random numbers.
 
         The backward pass leaves Python alone for most of its time, so another thread can run.
+
+        Args:
+            rest: the parts of this step that are still to come.
         """
         keeps = getattr(self.train_data, "keeps", False)
-        if self.pool is None or self.settings.collate or self.step + 1 >= len(self.order) or not keeps:
+        if self.pool is None or self.settings.collate or not keeps:
             return
-        part = self.order.at(self.step + 1)[: self.settings.batch_size]
+        if not rest and self.step + 1 >= len(self.order):
+            return
+        part = rest[0] if rest else self.order.at(self.step + 1)[: self.settings.batch_size]
         self.ahead = part, self.pool.submit(self._prepare, part)
 
     def _prepared(self, part: list[int]) -> Prepared:
@@ -452,10 +467,8 @@ class Run:
 
     def _loss_of(self, batch: Any, part: list[int], counted: bool) -> tuple[Tensor, Tensor]:
         """Return the summed loss of a part, with a graph behind it, and the number of its labels in all processes."""
-        if isinstance(self.loss, ChunkedLoss):
-            batch = self.loss.moved(self.model, batch, self.device)
-        else:
-            batch = moved(batch, self.device)
+        if self.fast is not None:  # while a fast step records its graph, no other thread may use the GPU
+            batch = self._moved(batch)
         whole = len(part) == self.settings.batch_size
         with self.layers.batch(batch, whole), autocast(self.device, self.settings.precision):
             total, count = _as_pair(self.loss(self.model, batch))
@@ -477,10 +490,10 @@ class Run:
         self._look_for_gradients()
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.settings.max_grad_norm is None else float(self.settings.max_grad_norm)
-        leaves = self._leaves()
-        gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        # each .grad is asked for once: that costs a microsecond
+        gradients = [gradient for leaf in self._leaves() if (gradient := leaf.grad) is not None]
         if not self.alike or not gradients:
-            return nn.utils.clip_grad_norm_(leaves, limit)
+            return nn.utils.clip_grad_norm_(self._leaves(), limit)
         # the same calls, without those that ask each gradient in Python for its device
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         if limit < math.inf:

@@ -45,7 +45,7 @@ def made(name, config, seed=0):
 def batch(rows=3, length=7):
     ids = torch.randint(3, 60, (rows, length), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
-    labels[:, :2], labels[1] = IGNORE, IGNORE
+    labels[:, :2], labels[1:2] = IGNORE, IGNORE
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
@@ -81,6 +81,26 @@ def test_it_is_the_whole_loss_in_float64(name, config, train, monkeypatch):
         torch.testing.assert_close(loss(model, batch()), causal_lm_loss(model, batch()), rtol=1e-12, atol=0)
     assert loss.told == "in chunks"
     assert "forward" not in vars(model.get_output_embeddings())
+
+
+@pytest.mark.parametrize("virtual", [0, 3])
+@pytest.mark.parametrize("unlearned", [0, 1, 4])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_rows_that_the_head_reads_are_found_wherever_they_are(rows, unlearned, virtual, monkeypatch):
+    """The head reads a whole output or the end of one, behind a prompt or not; one row is contiguous in any case."""
+    model, found = made("LlamaForCausalLM", SMALL), batch(rows)
+    found["labels"] = found["input_ids"].clone()
+    found["labels"][:, :unlearned] = IGNORE
+    if virtual:
+        pl.attach(model, pl.PromptTuningConfig(num_virtual_tokens=virtual), adapter_dtype=torch.float64)
+    loss, seen = ChunkedLoss(model, True), []
+    fits = chunked.Learned.rows
+    monkeypatch.setattr(chunked.Learned, "rows", lambda self, values: seen.append(fits(self, values)) or seen[-1])
+    for sent in (found, loss.moved(model, found, torch.device("cpu"))):
+        close(gradients(model, loss, sent), gradients(model, causal_lm_loss, found))
+    assert loss.told == "in chunks"
+    # behind a prompt the end of an output may be as long as the batch
+    assert (seen[0] is None) == (virtual > 0 and (unlearned == 0 or (unlearned == 1 and rows > 1)))
 
 
 @pytest.mark.parametrize("rows", [1, 4, 100])
