@@ -51,17 +51,20 @@ def rehearse(root: nn.Module, placements: Iterable[Placement]) -> Rehearsal | No
         model, parts = meta_copies(root, [placement.part for placement in placements])
     except Exception:  # whatever a foreign model raises when it is copied
         return None
-    activity, failed, untold = Activity(), dict[str, Exception](), list[Exception]()
+    activity, failed, untold, recorded = Activity(), dict[str, Exception](), list[Exception](), list[bool]()
     activity.weights = {NAME: 1.0}
     for (path, name, _), part in zip(placements, parts, strict=True):
+        part.requires_grad_(True)  # as `attach` will: a copy of a table that never trained may say it does not
+        for own in part.frozen:
+            part.get_parameter(own).requires_grad_(False)
         for method, unchanged in UNCHANGED.items():
             if part.overrides(method):
-                vars(part)[method] = guarded(getattr(part, method), unchanged, path, failed, untold)
+                vars(part)[method] = guarded(getattr(part, method), unchanged, path, failed, untold, recorded)
         place(model.get_submodule(path), activity, NAME, name, part)
         if part.on_forward:
             guard(model.get_submodule(path), path, activity)
     guard(model, "", activity)
-    own = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
+    trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
     with copied_pass(model) as (twins, guessed):
         try:
             output = model(**inputs)
@@ -69,7 +72,8 @@ def rehearse(root: nn.Module, placements: Iterable[Placement]) -> Rehearsal | No
             return None if untold or for_want_of_numbers(error) else Rehearsal({**failed, "": error}, True)
     for path, first in twins.items():
         failed |= {path + host[len(first) :]: e for host, e in failed.items() if (host + ".").startswith(first + ".")}
-    result = Rehearsal(failed, bool(failed or untold or guessed) or gets_gradients(output, own))
+    unseen = failed or untold or (guessed and any(recorded or [True]))
+    result = Rehearsal(failed, bool(unseen) or gets_gradients(output, trained))
     if key is not None and not failed:  # an error would keep alive what it passed through
         if len(SHOWN) >= KEPT:
             SHOWN.pop(next(iter(SHOWN)))
@@ -105,12 +109,18 @@ def guarded(
     path: str,
     failed: dict[str, Exception],
     untold: list[Exception],
+    recorded: list[bool],
 ) -> Any:
-    """Return a part's method that notes its error, and then leaves what it was given unchanged."""
+    """Return a part's method that notes its error, and then leaves what it was given unchanged.
+
+    It also notes whether autograd recorded anything: a module may compute under `no_grad`.
+    """
 
     def run(*args: Any) -> Any:
         try:
-            return method(*args)
+            found = method(*args)
+            recorded.append(any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(found)))
+            return found
         except Exception as error:
             if for_want_of_numbers(error):
                 untold.append(error)

@@ -196,6 +196,17 @@ def test_an_adapter_is_as_wide_as_what_its_block_returns(family, method):
     assert all(g.isfinite().all() for g in gradients(model).values())
 
 
+def test_a_module_that_computes_without_gradients_cannot_train(monkeypatch):
+    """In older transformers Marian's positions do, and its forward also asks for numbers that a copy has not."""
+    base = build("marian")
+    table = type(base.model.encoder.embed_positions)
+    monkeypatch.setattr(table, "forward", torch.no_grad()(table.forward))
+    target = {"target_modules": ["model.encoder.embed_positions"]}
+    refused(base, pl.SelectiveConfig(**target), "no gradient comes from what .* to what stands on .*embed_positions")
+    model = move(pl.attach(base, pl.LoRAConfig(**target)))  # this stands beside the module
+    assert all(g.any() for g in gradients(model).values())
+
+
 @pytest.mark.parametrize("family, name", [("t5", "shared"), ("bart", "model.shared")])
 def test_an_embedding_that_only_lends_its_weight_is_refused(family, name):
     model = build(family)
