@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,16 +37,18 @@ def device_of(model: nn.Module) -> torch.device:
         return (next(core.buffers(), torch.empty(0)) if parameter is None else parameter).device
 
 
-def to_device(batch: dict, device: torch.device) -> dict:
-    """Return the batch with its tensors, also those in a dict in it, on the device. Other values stay as they are."""
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return a batch with its tensors on the device, also those in mappings, lists and tuples in it.
 
-    def moved(value: Any) -> Any:
-        if isinstance(value, dict):
-            return to_device(value, device)
-        if not isinstance(value, torch.Tensor):
-            return value
-        if device.type == "cuda" and value.device.type == "cpu":
-            value = value.pin_memory()  # a GPU copies from pinned memory while the CPU goes on
-        return value.to(device, non_blocking=True)
-
-    return {key: moved(value) for key, value in batch.items()}
+    Mappings become dicts. Other values stay as they are.
+    """
+    if isinstance(batch, torch.Tensor):
+        if device.type == "cuda" and batch.device.type == "cpu":
+            batch = batch.pin_memory()  # a GPU copies from pinned memory while the CPU goes on
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        values = [to_device(value, device) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    return batch

@@ -59,7 +59,7 @@ def train(model: nn.Module, train_data: Sequence[Mapping[str, Any]], **given: An
     device = device_of(model)
     ranks = Ranks(model)
     settings = settings_from(given)
-    settings = replace(settings, precision=choose_precision(settings.precision, device))
+    settings = replace(settings, precision=choose_precision(settings.precision, device, model))
     run = Run(model, train_data, settings, device=device, ranks=ranks)
     folder = PATH.require("what folder returns", settings.folder()) if callable(settings.folder) else settings.folder
     folder = None if folder is None else Path(folder)

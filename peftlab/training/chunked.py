@@ -281,8 +281,8 @@ class ChunkedLoss:
 
     def sent(self, model: nn.Module, batch: Mapping[str, Any]) -> Sent:
         """Return the batch and what follows from its labels."""
-        found = Sent(batch)
-        if self.head is None:
+        found, head = Sent(batch), self.head
+        if head is None:
             return found
         if default_loss(model, batch) is not causal_lm_loss:
             self._whole("it is not that of a causal language model")
@@ -295,14 +295,15 @@ class ChunkedLoss:
             rows, length = labels.shape
             positions = found.needed.get("logits_to_keep", length)
             found.learned = find_learned(
-                next_labels(labels, positions), self.head.out_features, self.head.weight.device,
+                next_labels(labels, positions), head.out_features, head.weight.device,
                 whole=positions == length or rows == 1,
             )  # fmt: skip
         return found
 
     def pays(self, labels: int) -> bool:
         """Say whether the logits of so many labels are computed in chunks."""
-        return self.head is not None and (self.wish is True or 4 * labels * self.head.out_features > SMALL)
+        head = self.head  # another thread may find meanwhile that the logits stay whole
+        return head is not None and (self.wish is True or 4 * labels * head.out_features > SMALL)
 
     def _difference(self, read: Read, output: Any) -> str | None:
         """Return why the model's logits do not follow from what its head read; None if they do."""

@@ -40,7 +40,7 @@ class Examples(Sequence):
     def __init__(self, rows: Sequence[Any], inputs: Inputs, name: str) -> None:
         self.rows = inputs.narrowed(rows)
         self.inputs, self.name = inputs, name
-        self.keeps = isinstance(rows, (list, tuple)) and len(rows) <= MOST_KEPT
+        self.few = isinstance(rows, (list, tuple)) and len(rows) <= MOST_KEPT
         self.kept: dict[int, Example] = {}
 
     def __len__(self) -> int:
@@ -50,9 +50,13 @@ class Examples(Sequence):
         if isinstance(index, int) and index in self.kept:
             return self.kept[index]
         example = self.inputs.row(self.rows[index], f"Example {index} of {self.name}")
-        if self.keeps and type(self.rows[index]) is dict:
+        if self.keeps([index]):
             self.kept[index] = example = as_tensors(example)
         return example
+
+    def keeps(self, indices: Sequence[int]) -> bool:
+        """Say whether these examples are the same each time they are read: plain dicts in a list."""
+        return self.few and all(type(self.rows[index]) is dict for index in indices)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))

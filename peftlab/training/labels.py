@@ -19,8 +19,10 @@ NOTED = ("labels", "start_positions", "end_positions", "attention_mask")
 NOTE = "_peftlab_on_cpu"  # a tensor on the device keeps its values and its version here
 
 
-def moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return a batch on the device. Its labels remember their values on the CPU."""
+def moved(batch: Any, device: torch.device) -> Any:
+    """Return a batch on the device. If it is a mapping, it becomes a dict whose labels remember their values here."""
+    if not isinstance(batch, Mapping):
+        return to_device(batch, device)
     result = to_device(dict(batch), device)
     for name in NOTED:
         here, there = batch.get(name), result.get(name)

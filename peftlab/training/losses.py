@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peftlab.checks import shown
 from peftlab.core.records import unwrap
 from peftlab.errors import PeftLabError
 from peftlab.training.encoding import IGNORE
@@ -29,6 +30,25 @@ from peftlab.training.model_task import call, forward_columns, inner_model, prob
 from peftlab.training.positions import counted
 
 Loss = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]]
+
+
+def sum_and_count(result: Any) -> tuple[Tensor, Tensor]:
+    """Return what a loss gave, the sum and the number of its labels, as scalars.
+
+    Raises:
+        PeftLabError: it gave something else.
+    """
+    if isinstance(result, (tuple, list)) and len(result) == 2 and isinstance(result[0], Tensor):
+        try:
+            pair = result[0], torch.as_tensor(result[1])
+        except (TypeError, ValueError, RuntimeError):  # it is no number
+            pair = result[0], torch.empty(0)
+        if all(value.numel() == 1 for value in pair):
+            return pair[0].reshape(()), pair[1].reshape(())
+    raise PeftLabError(
+        "loss must return (the sum of the labels' losses as a tensor of one value, the number of labels), found "
+        f"{shown(result)}."
+    )
 
 
 def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

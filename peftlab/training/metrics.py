@@ -18,7 +18,7 @@ from peftlab.training.batching import batches
 from peftlab.training.encoding import Collator, encode_text
 from peftlab.training.inputs import Inputs
 from peftlab.training.labels import moved
-from peftlab.training.losses import Loss, default_loss
+from peftlab.training.losses import Loss, default_loss, sum_and_count
 from peftlab.training.model_task import PROBLEMS, call, inner_model, task_of
 from peftlab.training.rows import rows_of
 
@@ -112,7 +112,7 @@ def mean_loss(
     ):
         for chosen in parts:
             batch = moved(inputs([examples[index] for index in chosen]), device)
-            batch_total, batch_count = (loss or default_loss(model, batch))(model, batch)
+            batch_total, batch_count = sum_and_count((loss or default_loss(model, batch))(model, batch))
             total, count = total + float(batch_total), count + int(batch_count)
             bar.update(len(chosen))
     if not count:

@@ -14,17 +14,27 @@ from peftlab.errors import PeftLabError
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_precision(wish: str, device: torch.device) -> str:
-    """Return `"fp32"`, `"bf16"` or `"fp16"` for a device; `"auto"` chooses what suits the device.
+def choose_precision(wish: str, device: torch.device, model: nn.Module | None = None) -> str:
+    """Return `"fp32"`, `"bf16"` or `"fp16"` for a device; `"auto"` chooses what suits the device and the model.
 
     A CPU computes in the model's own dtype, without autocast. A GPU that computes in bf16 gets bf16 autocast. Another
     one, such as a T4, gets fp16 autocast with a loss scale. `torch.cuda.is_bf16_supported()` alone cannot tell them
-    apart: it is true on a T4, which only emulates bf16.
+    apart: it is true on a T4, which only emulates bf16. A model with float64 numbers computes in them: autocast leaves
+    them as they are, and then dtypes would meet that do not fit.
 
     Raises:
-        PeftLabError: an unknown precision, or one that the device does not have.
+        PeftLabError: an unknown precision, or one that the device or the model does not have.
     """
     one_of("precision", wish, ("auto", *AUTOCAST))
+    parameters = () if model is None else model.named_parameters()
+    wide = next((name for name, parameter in parameters if parameter.dtype == torch.float64), None)
+    if wide is not None:
+        if wish in ("auto", "fp32"):
+            return "fp32"
+        raise PeftLabError(
+            f"precision={wish!r} computes in 16 bits by autocast, which leaves float64 as it is. {wide} is float64. "
+            "Use precision='fp32', in which each module computes in its own dtype, or load the model in float32."
+        )
     real_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if wish == "auto":
         if device.type != "cuda":

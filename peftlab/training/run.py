@@ -7,7 +7,6 @@ import dataclasses
 import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -21,9 +20,9 @@ from peftlab.core.records import check_hosts, unwrap
 from peftlab.core.sharding import refuse_sharded
 from peftlab.core.steps import add_gradients, begin_run, schedules, taking_part
 from peftlab.errors import PeftLabError, warn
-from peftlab.fast.step import Batch
 from peftlab.settings import Settings
 from peftlab.training import varlen
+from peftlab.training.ahead import Batches, Prepared
 from peftlab.training.buffers import Buffers
 from peftlab.training.chunked import ChunkedLoss
 from peftlab.training.compiling import Layers
@@ -33,7 +32,7 @@ from peftlab.training.fitting import choose_blocks
 from peftlab.training.inputs import Inputs, example_lengths
 from peftlab.training.labels import moved
 from peftlab.training.loraplus import loraplus_groups
-from peftlab.training.losses import Loss
+from peftlab.training.losses import Loss, sum_and_count
 from peftlab.training.masters import WithMasters
 from peftlab.training.metrics import mean_loss
 from peftlab.training.optimizers import flattened, make_optimizer, note_wrong, skips_when_told, step_unless
@@ -49,8 +48,6 @@ from peftlab.training.schedule import (
     seed_everything,
     warmup_steps,
 )
-
-Prepared = tuple[Any, Batch | None, bool]  # a batch, the same as the fast path reads it, and whether it counts
 
 
 class TrainingError(PeftLabError):
@@ -208,8 +205,7 @@ class Run:
         if self.layers.blocks:
             self.layers.choose_lengths(self.collate, self.train_data, self.order, settings.batch_size)
         self.fast: FastPath | None = None
-        self.pool: Executor | None = None  # while the run steps
-        self.ahead: tuple[list[int], Future[Prepared]] | None = None  # the next step's first part
+        self.batches = Batches(self.train_data, self.collate, self._moved, device, ranks)
         self.checkpointing = settings.checkpointing
         if self.checkpointing == "fit":
             self.checkpointing, self.history.checkpointing = self._fit()
@@ -268,19 +264,10 @@ class Run:
             self.layers.on(),
             self.fast_path(),
             spared(),
-            self._other_thread(),
+            self.batches.thread(),
             varlen.used(self.model) if self.by_kernel else contextlib.nullcontext(),
         ):
             yield
-
-    @contextlib.contextmanager
-    def _other_thread(self) -> Iterator[None]:
-        """Have a thread inside the block that prepares batches ahead."""
-        with ThreadPoolExecutor(1, "peftlab-batches") as self.pool:
-            try:
-                yield
-            finally:
-                self.pool, self.ahead = None, None
 
     @contextlib.contextmanager
     def fast_path(self) -> Iterator[None]:
@@ -293,9 +280,11 @@ class Run:
         path, plain = FastPath(self.core, self.path, self.settings, self.device), self.optimizer
         try:
             self.fast, self.optimizer, self.history.path = path, flattened(plain, path.step.flat), path.told
+            self.batches.read = path.read
             yield
         finally:
             self.fast, self.optimizer, self.history.path = None, plain, path.told
+            self.batches.read = None
             path.give_back()
 
     # -- one update ----------------------------------------------------------------------------------------------
@@ -399,12 +388,16 @@ class Run:
         """Put the gradient of the mean loss into `grad`. Return each part's summed loss and the labels of all parts."""
         totals, counts = [], []
         for number, part in enumerate(parts):
-            batch, read, counted = self._prepared(part)
-            total, count = (torch.empty(0), read.learned) if read is not None else self._loss_of(batch, part, counted)
+            prepared = self.batches.get(part)
+            read = prepared.read
+            total, count = (torch.empty(0), read.learned) if read is not None else self._loss_of(prepared, part)
+            del prepared  # the backward pass needs no more of a batch than autograd keeps
             if number == 0:
                 provisional = count.clamp(min=1)
                 provisional = provisional * len(parts) if len(parts) > 1 else provisional
-            self._prepare_ahead(parts[number + 1 :])
+            following = parts[number + 1] if number + 1 < len(parts) else self._next_step()
+            if following and not self.settings.collate:  # a collate of the user's own may draw random numbers
+                self.batches.begin(following)
             # N, the labels of the whole batch, is known only after the last part. Until then divide by a guess N'.
             if self.fast is not None and read is not None:
                 total = self.fast.gradients(read, provisional)
@@ -423,15 +416,10 @@ class Run:
             torch._foreach_mul_([p.grad for p in self._leaves() if p.grad is not None], factor)
         return totals, labels
 
-    def _prepare(self, part: list[int]) -> Prepared:
-        """Return the batch of a part, as the path of the run reads it, and whether it counts."""
-        mine, counted = self.ranks.share(part)
-        batch = self.collate([self.train_data[index] for index in mine])
-        if self.fast is not None:
-            return batch, self.fast.read(batch), counted
-        # another thread starts with the first GPU as its own
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            return self._moved(batch), None, counted
+    def _next_step(self) -> list[int]:
+        """Return the first part of the next step; nothing if this step is the last."""
+        following = self.order.at(self.step + 1) if self.step + 1 < len(self.order) else []
+        return following[: self.settings.batch_size]
 
     def _moved(self, batch: Any) -> Any:
         """Return a batch on the device of the model."""
@@ -439,39 +427,13 @@ class Run:
             return self.loss.moved(self.model, batch, self.device)
         return moved(batch, self.device)
 
-    def _prepare_ahead(self, rest: list[list[int]]) -> None:
-        """Prepare the part that comes next beside the backward pass, if that draws no random numbers.
-
-        The backward pass leaves Python alone for most of its time, so another thread can run.
-
-        Args:
-            rest: the parts of this step that are still to come.
-        """
-        keeps = getattr(self.train_data, "keeps", False)
-        if self.pool is None or self.settings.collate or not keeps:
-            return
-        if not rest and self.step + 1 >= len(self.order):
-            return
-        part = rest[0] if rest else self.order.at(self.step + 1)[: self.settings.batch_size]
-        self.ahead = part, self.pool.submit(self._prepare, part)
-
-    def _prepared(self, part: list[int]) -> Prepared:
-        """Return what `_prepare` gives, from the other thread if that has it."""
-        ahead, self.ahead = self.ahead, None
-        if ahead is not None:
-            known, prepared = ahead
-            fault = prepared.exception()  # this waits
-            if known == part and not isinstance(fault, PeftLabError):
-                return prepared.result()
-        return self._prepare(part)  # which says again what is wrong with the part, now that its turn has come
-
-    def _loss_of(self, batch: Any, part: list[int], counted: bool) -> tuple[Tensor, Tensor]:
+    def _loss_of(self, prepared: Prepared, part: list[int]) -> tuple[Tensor, Tensor]:
         """Return the summed loss of a part, with a graph behind it, and the number of its labels in all processes."""
-        if self.fast is not None:  # while a fast step records its graph, no other thread may use the GPU
-            batch = self._moved(batch)
+        counted = prepared.counted
+        batch = prepared.batch if prepared.moved else self._moved(prepared.batch)
         whole = len(part) == self.settings.batch_size
         with self.layers.batch(batch, whole), autocast(self.device, self.settings.precision):
-            total, count = _as_pair(self.loss(self.model, batch))
+            total, count = sum_and_count(self.loss(self.model, batch))
         if not total.requires_grad and self.skipping:
             total = total + torch.zeros_like(total, requires_grad=True)  # all parts were left out of this step
         if not total.requires_grad:
@@ -580,14 +542,3 @@ def _as_number(name: str, value: Any) -> float:
         return float(value)
     except (TypeError, ValueError, RuntimeError):  # a tensor of several values is a RuntimeError in older torch
         raise PeftLabError(f"The metric {name!r} must return a number, found {shown(value)}.") from None
-
-
-def _as_pair(result: Any) -> tuple[Tensor, Any]:
-    """Require that a loss gave a sum and the number of its labels."""
-    pair = isinstance(result, (tuple, list)) and len(result) == 2
-    if not pair or not isinstance(result[0], Tensor) or result[0].numel() != 1:
-        raise PeftLabError(
-            "loss must return (the sum of the labels' losses as a tensor of one value, the number of labels), found "
-            f"{shown(result)}."
-        )
-    return result[0], result[1]

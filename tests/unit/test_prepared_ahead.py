@@ -1,21 +1,27 @@
 """The next batch is made beside the backward pass, in another thread, and clipping calls no more than it needs."""
 
 import threading
+from collections.abc import Mapping
 
 import pytest
 import tiny
 import torch
 
 import peftlab as pl
+from peftlab.training import ahead
+from peftlab.training.ahead import Batches
+from peftlab.training.encoding import Collator
+from peftlab.training.inputs import Examples, Inputs
+from peftlab.training.ranks import Ranks
 from peftlab.training.run import Run
 from peftlab.training.schedule import DataOrder
 
 
 def noted_threads(monkeypatch):
     """The names of the threads in which batches are made, in order."""
-    names, prepare = [], Run._prepare
+    names, make = [], Batches.make
     monkeypatch.setattr(
-        Run, "_prepare", lambda self, part: names.append(threading.current_thread().name) or prepare(self, part)
+        Batches, "make", lambda self, part: names.append(threading.current_thread().name) or make(self, part)
     )
     return names
 
@@ -36,7 +42,7 @@ def test_the_next_batch_is_made_in_another_thread_and_is_the_same(more, monkeypa
     assert len(names) == 4 * parts and names[0] == "MainThread"
     assert all(name.startswith("peftlab-batches") for name in names[1:])
     assert not any(thread.name.startswith("peftlab-batches") for thread in threading.enumerate())
-    monkeypatch.setattr(Run, "_prepare_ahead", lambda self, rest: None)
+    monkeypatch.setattr(Batches, "begin", lambda self, part: None)
     again, expected = trained(**settings)
     assert history == again
     assert all(torch.equal(value, expected[name]) for name, value in values.items())
@@ -46,6 +52,59 @@ def test_a_collate_of_ones_own_stays_in_the_main_thread(monkeypatch):
     names = noted_threads(monkeypatch)
     trained(steps=3, batch_size=2, collate=pl.Collator())
     assert names == ["MainThread"] * 3
+
+
+class Drawn(Mapping):
+    """An example that is another one each time it is read."""
+
+    def __getitem__(self, name):
+        return torch.randint(1, 20, (6,)).tolist()
+
+    def __iter__(self):
+        return iter(("input_ids", "labels"))
+
+    def __len__(self):
+        return 2
+
+
+def test_examples_that_draw_random_numbers_are_read_in_their_turn(monkeypatch):
+    names = noted_threads(monkeypatch)
+    model = pl.attach(tiny.llama(), pl.LoRAConfig(r=2))
+    pl.train(model, [Drawn() for _ in range(4)], batch_size=2, steps=3, progress=False)
+    assert names == ["MainThread"] * 3
+
+
+def test_what_fails_in_the_other_thread_is_done_again_in_its_turn(monkeypatch):
+    """There it may have been for want of memory, which a backward pass gives back."""
+    expected, failed, own = trained(steps=3, batch_size=2, fast=False), [], Run._moved
+
+    def moved(self, batch):
+        if threading.current_thread() is not threading.main_thread():
+            failed.append(1)
+            raise torch.OutOfMemoryError("no memory")
+        return own(self, batch)
+
+    monkeypatch.setattr(Run, "_moved", moved)
+    found = trained(steps=3, batch_size=2, fast=False)
+    assert len(failed) == 2 and found[0] == expected[0]
+    assert all(torch.equal(value, expected[1][name]) for name, value in found[1].items())
+
+
+@pytest.mark.parametrize(
+    ("device", "small", "moved"), [("cpu", ahead.SMALL, True), ("cpu", 100, False), ("mps", ahead.SMALL, False)]
+)
+def test_a_batch_is_moved_there_if_it_is_small_and_the_device_allows_it(device, small, moved, monkeypatch):
+    monkeypatch.setattr(ahead, "SMALL", small)
+    model = tiny.llama()
+    inputs = Inputs(model, Collator())
+    data = Examples(tiny.examples(4), inputs, "data")
+    batches = Batches(data, inputs, dict, torch.device(device), Ranks(model))
+    with batches.thread():
+        batches.begin([0, 1])
+        ahead_of_time = batches.get([0, 1])
+        in_turn = batches.get([0, 1])
+    assert ahead_of_time.moved == moved and not in_turn.moved
+    assert torch.equal(ahead_of_time.batch["input_ids"], in_turn.batch["input_ids"])
 
 
 def test_a_batch_with_a_fault_says_so_in_its_own_step():

@@ -1,5 +1,6 @@
 """Settings, schedules, precision, evaluation, early stop, and what happens when numbers stop being finite."""
 
+import collections
 import math
 import random
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import distributed, nn
 
+import peftlab as pl
 from peftlab.errors import PeftLabError
 from peftlab.settings import Settings
 from peftlab.training import TrainingError, train
@@ -214,6 +216,16 @@ def fp16_run(loss=None, precision="fp16", **settings):
     settings = Settings(steps=40, learning_rate=0.02, precision=precision, loss=loss, **settings)
     model = tiny.llama()
     return Run(model, tiny.examples(), settings, device=torch.device("cpu"), ranks=Ranks(model))
+
+
+def test_a_float64_model_computes_in_float64(monkeypatch):
+    rows = tiny.examples(4)
+    with pytest.raises(PeftLabError, match="precision='bf16' computes in 16 bits by autocast.*model.* is float64"):
+        train(tiny.llama().double(), rows, steps=1, precision="bf16", progress=False)
+    assert len(train(tiny.llama().double(), rows, steps=1, progress=False).steps) == 1
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    assert choose_precision("auto", torch.device("cuda"), tiny.llama().double()) == "fp32"
+    assert choose_precision("auto", torch.device("cuda"), tiny.llama()) == "bf16"
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**10, 2.0**16])
@@ -439,11 +451,38 @@ def test_wrong_settings_are_named_before_anything_happens(settings, message):
 
 @pytest.mark.parametrize("loss", [
     lambda model, batch: 3, lambda model, batch: model(**batch).loss, lambda model, batch: (3.0, 1),
-    lambda model, batch: (model(**batch).logits, 1),
-], ids=["number", "tensor", "numbers", "many"])  # fmt: skip
+    lambda model, batch: (model(**batch).logits, 1), lambda model, batch: (model(**batch).loss, "5"),
+    lambda model, batch: (model(**batch).loss, [1, 2]), lambda model, batch: (model(**batch).loss, None),
+], ids=["number", "tensor", "numbers", "many", "a text", "two counts", "no count"])  # fmt: skip
 def test_a_loss_that_gives_something_else_is_told_what_to_give(loss):
-    with pytest.raises(PeftLabError, match="loss must return .*the number of labels.*, found"):
+    told = "loss must return .*the number of labels.*, found"
+    with pytest.raises(PeftLabError, match=told):
         train(tiny.llama(), tiny.examples(4), tokenizer=tiny.tokenizer(), steps=1, loss=loss, progress=False)
+    with pytest.raises(PeftLabError, match=told):
+        pl.mean_loss(tiny.llama(), tiny.examples(4), pl.Collator(tiny.tokenizer()), loss=loss)
+
+
+def test_a_sum_may_have_a_dimension_and_a_batch_of_ones_own_any_form():
+    """A batch is what the collate gives, and only the loss has to understand it."""
+    found = []
+    for one, form in ((False, dict), (True, tuple), (True, list), (True, collections.namedtuple("Pair", "ids labels"))):
+
+        def collate(rows, form=form):
+            ids = torch.tensor([row["input_ids"][:4] for row in rows])
+            if form is dict:
+                return {"input_ids": ids, "labels": ids}
+            return form(ids, ids) if hasattr(form, "_fields") else form((ids, ids))
+
+        def loss(model, batch, one=one, form=form):
+            ids, labels = batch.values() if form is dict else batch
+            assert type(batch) is form
+            total = model(input_ids=ids, labels=labels).loss * 3 * len(ids)
+            return (total[None], torch.tensor([3 * len(ids)])) if one else (total, 3 * len(ids))
+
+        rows = [row for row in tiny.examples(12) if len(row["input_ids"]) >= 4]
+        history = train(tiny.llama(), rows, steps=2, batch_size=2, collate=collate, loss=loss, progress=False)
+        found.append([*history.steps, pl.mean_loss(tiny.llama(), rows[:4], collate, loss=loss)])
+    assert all(other == found[0] for other in found)
 
 
 @pytest.mark.parametrize("value", ["good", None, torch.ones(2), [1]])

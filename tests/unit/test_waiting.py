@@ -261,7 +261,9 @@ class Counted(TorchDispatchMode):
 
 
 def test_a_step_makes_few_operations_more_than_a_plain_loop():
-    """It also reads, checks and pads a batch, computes the loss in chunks and keeps it."""
+    """It also computes the loss in chunks, notes whether it is finite and keeps it. What the other thread does, which
+    reads and pads a batch, is not counted.
+    """
     model = pl.attach(tiny.llama(), pl.LoRAConfig(r=2))
     given = Settings(steps=10, batch_size=4, schedule="constant", fast=False, precision="fp32", chunked_loss=True)
     rows = torch.randint(1, 32, (16, 12))
