@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+import threading
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 NO_MEMORY = re.compile(
     r"(?i)out of memory|can(?:no|')t allocate memory|not enough memory|unable to allocate|ALLOC_FAILED|"
@@ -66,9 +68,28 @@ def out_of_memory(error: BaseException) -> str | None:
     return f" ({wanted[1]} were wanted)" if wanted else ""
 
 
+_held = threading.local()  # .messages: where this thread's warnings go, if they are held back
+
+
 def warn(message: str) -> None:
     """Warn, and name the user's own line: the last one outside this package that led here."""
+    if getattr(_held, "messages", None) is not None:
+        _held.messages.append(message)
+        return
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("peftlab."):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
+
+
+@contextmanager
+def held_back(messages: list[str]) -> Iterator[None]:
+    """Add this package's warnings inside the block to `messages`, for this thread alone.
+
+    No line of the user's leads to what another thread does. So the first thread warns of it later.
+    """
+    _held.messages = messages
+    try:
+        yield
+    finally:
+        _held.messages = None

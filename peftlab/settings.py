@@ -94,7 +94,8 @@ class Settings:
     max_grad_norm: float | None = setting(
         1.0, "gradients are scaled down to this global norm; None leaves them", number, above=0, optional=True)
     precision: str = setting(
-        "auto", "what is computed in; auto chooses for the device", one_of, known=PRECISIONS, option="precision",
+        "auto", "what is computed in; auto chooses for the device and the model", one_of, known=PRECISIONS,
+        option="precision",
         more="'fp32' is without autocast: each module computes in its own dtype.")
     checkpointing: bool | str | int = setting(
         False, "recompute activations in the backward pass instead of keeping them: all, or of as many blocks as 'fit' "

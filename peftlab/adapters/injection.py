@@ -266,7 +266,7 @@ def rehearsed(root: nn.Module, config: Config, placements: list[Placement], unse
     paths = list(dict.fromkeys(path for path, _, _ in placements))
     if not shown_by.trains and not unseen.issuperset(paths):  # what was not called may be, with other inputs
         raise PeftLabError(
-            f"Nothing of this {method} would train: no gradient comes from what {kind} returns to what stands on "
+            f"Nothing of this {method} would train: no gradient flows from the output of {kind} back to the adapter on "
             f"{some(paths)}. Name other modules."
         )
     lost = list(shown_by.failed)

@@ -90,7 +90,7 @@ THEIRS = ("peft", "unsloth", "fast", "fast, pinned", "ceiling")  # what stands t
 RECOMPUTING = ("fast, pinned", "fast, 8-bit")  # only where blocks are recomputed
 # The shapes at which `pl.train` stands beside a plain loop, and how many pairs of both a process times. Where the host
 # is slower than the GPU, pairs scatter more.
-LOOPS = {"135m": 150, "1b": 200, "7b": 60}
+LOOPS = {"135m": 150, "1b": 200, "7b": 100}
 
 
 def points() -> list[Row]:

@@ -40,7 +40,8 @@ def device_of(model: nn.Module) -> torch.device:
 def to_device(batch: Any, device: torch.device) -> Any:
     """Return a batch with its tensors on the device, also those in mappings, lists and tuples in it.
 
-    Mappings become dicts. Other values stay as they are.
+    Mappings become dicts. What has a `to` of its own uses it, such as torch's `PackedSequence`. Other values stay as
+    they are.
     """
     if isinstance(batch, torch.Tensor):
         if device.type == "cuda" and batch.device.type == "cpu":
@@ -48,7 +49,19 @@ def to_device(batch: Any, device: torch.device) -> Any:
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        values = [to_device(value, device) for value in batch]
-        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    if hasattr(batch, "to"):
+        return batch.to(device)
+    if type(batch) in (list, tuple):
+        return type(batch)(to_device(value, device) for value in batch)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
     return batch
+
+
+def tensors_in(batch: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of a batch, also those in mappings, lists and tuples in it."""
+    if isinstance(batch, torch.Tensor):
+        yield batch
+    elif isinstance(batch, (Mapping, list, tuple)):
+        for value in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from tensors_in(value)

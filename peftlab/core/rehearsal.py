@@ -54,7 +54,7 @@ def rehearse(root: nn.Module, placements: Iterable[Placement]) -> Rehearsal | No
     activity, failed, untold, recorded = Activity(), dict[str, Exception](), list[Exception](), list[bool]()
     activity.weights = {NAME: 1.0}
     for (path, name, _), part in zip(placements, parts, strict=True):
-        part.requires_grad_(True)  # as `attach` will: a copy of a table that never trained may say it does not
+        part.requires_grad_(True)  # as `attach` will; a copy of a table that was never trained has it False
         for own in part.frozen:
             part.get_parameter(own).requires_grad_(False)
         for method, unchanged in UNCHANGED.items():
@@ -72,8 +72,9 @@ def rehearse(root: nn.Module, placements: Iterable[Placement]) -> Rehearsal | No
             return None if untold or for_want_of_numbers(error) else Rehearsal({**failed, "": error}, True)
     for path, first in twins.items():
         failed |= {path + host[len(first) :]: e for host, e in failed.items() if (host + ".").startswith(first + ".")}
-    unseen = failed or untold or (guessed and any(recorded or [True]))
-    result = Rehearsal(failed, bool(unseen) or gets_gradients(output, trained))
+    # A pass in which a number was guessed proves nothing, unless parts ran and autograd recorded none of them.
+    cannot_tell = failed or untold or (guessed and any(recorded or [True]))
+    result = Rehearsal(failed, bool(cannot_tell) or gets_gradients(output, trained))
     if key is not None and not failed:  # an error would keep alive what it passed through
         if len(SHOWN) >= KEPT:
             SHOWN.pop(next(iter(SHOWN)))
@@ -119,7 +120,8 @@ def guarded(
     def run(*args: Any) -> Any:
         try:
             found = method(*args)
-            recorded.append(any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(found)))
+            graph = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(found))
+            recorded.append(graph and torch.is_grad_enabled())
             return found
         except Exception as error:
             if for_want_of_numbers(error):

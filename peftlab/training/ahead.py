@@ -8,48 +8,57 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from peftlab.core.modes import tensors_in
+from peftlab.errors import PeftLabError, held_back, out_of_memory, warn
 from peftlab.fast.step import Batch
 from peftlab.training.inputs import Examples
 from peftlab.training.ranks import Ranks
 
-SMALL = 1 << 24  # bytes; a larger batch is not sent to the GPU while the one before may still be there
+MOST_MOVED_AHEAD = 1 << 24  # bytes of a batch; in the backward pass memory may be nearly full
 
 
 class Prepared(NamedTuple):
-    """Hold a batch, the same as the fast path reads it, whether it counts, and whether it is on the device."""
+    """Hold the batch of a part.
+
+    Attributes:
+        batch: what the collate gave.
+        fast_batch: the same as the fast path reads it; None where the plain path computes the step.
+        counted: whether it counts (see `Ranks.share`).
+        on_device: whether it is on the model's device already.
+    """
 
     batch: Any
-    read: Batch | None
+    fast_batch: Batch | None
     counted: bool
-    moved: bool
+    on_device: bool
 
 
 class Batches:
-    """Make the batch of a part, here or ahead of its turn.
+    """Make the batch of a part, in its turn or ahead of it.
 
     Args:
-        data, collate: of the run.
-        moved: puts a batch on the device.
-        device: of the model.
+        data: the training examples of the run.
+        collate: list of examples -> batch.
+        move: puts a batch on the model's device.
+        device: the model's.
+        ranks: which share of a part this process takes.
 
     Attributes:
-        read: how the fast path reads a batch, while it computes the steps.
+        read_fast: how the fast path reads a batch; None while the plain path computes the steps.
     """
 
     def __init__(
-        self, data: Sequence[Any], collate: Callable, moved: Callable[[Any], Any], device: torch.device, ranks: Ranks
+        self, data: Sequence[Any], collate: Callable, move: Callable[[Any], Any], device: torch.device, ranks: Ranks
     ) -> None:
-        self.data, self.collate, self.moved, self.device, self.ranks = data, collate, moved, device, ranks
-        self.read: Callable[[Mapping[str, Any]], Batch | None] | None = None
+        self.data, self.collate, self.move, self.device, self.ranks = data, collate, move, device, ranks
+        self.read_fast: Callable[[Mapping[str, Any]], Batch | None] | None = None
         self._pool: Executor | None = None
-        self._next: tuple[list[int], Future[Prepared]] | None = None
+        self._next: tuple[list[int], Future[Prepared], list[str]] | None = None
 
     @contextmanager
     def thread(self) -> Iterator[None]:
@@ -61,42 +70,59 @@ class Batches:
                 self._pool, self._next = None, None
 
     def make(self, part: list[int]) -> Prepared:
-        """Return the batch of a part, where the examples are."""
+        """Return the batch of a part, and leave it where the examples are."""
         mine, counted = self.ranks.share(part)
         batch = self.collate([self.data[index] for index in mine])
-        return Prepared(batch, None if self.read is None else self.read(batch), counted, False)
+        return Prepared(batch, None if self.read_fast is None else self.read_fast(batch), counted, False)
 
     def begin(self, part: list[int]) -> None:
         """Let the other thread make the batch of the part that comes next.
 
-        It does not where an example may be another each time it is read. That may draw random numbers, and their order
-        counts.
+        It does so for plain dicts in a list. Other examples may draw random numbers when they are read, and so may a
+        collate of the user's own (which gets no `Examples`). The order of such draws has to stay.
         """
-        if self._pool is not None and isinstance(self.data, Examples) and self.data.keeps(part):
-            # a thread begins with a stream of its own, whose copies the stream of this one would not wait for
-            stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-            self._next = part, self._pool.submit(self._there, part, stream)
+        if self._pool is None or not isinstance(self.data, Examples) or not self.data.same_each_time(part):
+            return
+        # Each thread has a current stream of its own, at first the default one. Where this thread uses another, its
+        # kernels would not wait for copies on the default stream.
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        messages: list[str] = []
+        self._next = part, self._pool.submit(self._make_and_move, part, stream, messages), messages
 
     def get(self, part: list[int]) -> Prepared:
-        """Return what `make` gives, from the other thread if that has it."""
-        ahead, self._next = self._next, None
-        if ahead is not None:
-            known, prepared = ahead
-            fault = prepared.exception()  # this waits
-            if known == part and fault is None:
-                return prepared.result()
-        # What was wrong there is said here, when the part's turn has come. Or it is well now: there is memory again.
-        return self.make(part)
+        """Return the batch of a part, from the other thread if that has made it.
 
-    def _there(self, part: list[int], stream: torch.cuda.Stream | None) -> Prepared:
-        """Make a batch in the other thread, and put it on the device where that may be done beside other work.
-
-        A fast step may be recording its graph, and meanwhile no other thread may use the GPU. A batch of images would
-        take memory when most of it is in use. Whether two threads may use one of Apple's GPUs is not known.
+        Raises:
+            PeftLabError: something is wrong with an example, or with the batch.
         """
-        prepared = self.make(part)
-        tensors = (leaf for leaf in tree_leaves(prepared.batch) if isinstance(leaf, Tensor))
-        if self.read is not None or self.device.type not in ("cpu", "cuda") or sum(t.nbytes for t in tensors) > SMALL:
+        ahead, self._next = self._next, None
+        if ahead is None:
+            return self.make(part)
+        made, future, messages = ahead
+        fault = future.exception()  # this waits
+        for message in messages:
+            warn(message)
+        if made != part:
+            return self.make(part)
+        if fault is None:
+            return future.result()
+        if isinstance(fault, PeftLabError) or (isinstance(fault, Exception) and out_of_memory(fault) is not None):
+            # A fault in the data is raised again, now in its own step. And for what found no memory there may be some.
+            return self.make(part)
+        raise fault
+
+    def _make_and_move(self, part: list[int], stream: torch.cuda.Stream | None, messages: list[str]) -> Prepared:
+        """Make a batch in the other thread, and move it, with three exceptions.
+
+        - The fast path may be recording a CUDA graph. Meanwhile no other thread may use the GPU.
+        - A large batch would need memory while the backward pass needs most of it.
+        - On a device that is neither a CPU nor a CUDA GPU, such as Apple's, two threads were never tried.
+        """
+        with held_back(messages):
+            prepared = self.make(part)
+        size = sum(tensor.nbytes for tensor in tensors_in(prepared.batch))
+        if self.read_fast is not None or size > MOST_MOVED_AHEAD or self.device.type not in ("cpu", "cuda"):
             return prepared
-        with torch.cuda.stream(stream):
-            return prepared._replace(batch=self.moved(prepared.batch), moved=True)
+        # not torch.cuda.stream(None): that would start CUDA for a model on the CPU
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            return prepared._replace(batch=self.move(prepared.batch), on_device=True)

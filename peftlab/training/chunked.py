@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -136,7 +137,7 @@ class _CrossEntropy(torch.autograd.Function):
                     z = z.to(wide)
                     dz = into_gradient(z, labels[here], log_p[here], form).to(dtype)
                 if grads[0] is not None:
-                    # dL/dh = dL/dz W, written to its place
+                    # dL/dh = dL/dz W, written straight into its rows
                     if dtype == hidden.dtype:
                         torch.mm(dz, w, out=grads[0][here])
                     else:
@@ -202,15 +203,15 @@ def chunk_rows(count: int, vocabulary: int, itemsize: int) -> int:
     return max(1, -(-count // max(1, -(-count // most))))
 
 
-class Sent(dict):
-    """A batch on the device, and what its loss in chunks reads in its labels.
+class WithLabelsRead(dict):
+    """A batch, and what its loss in chunks reads in its labels.
 
     Attributes:
         needed: the argument that makes the model skip what comes before the first label.
         learned: the rows of what the head reads that have a label; None where the logits are to stay whole.
     """
 
-    needed: Mapping[str, int]
+    needed: Mapping[str, int] = MappingProxyType({})
     learned: Learned | None = None
 
 
@@ -243,13 +244,13 @@ class ChunkedLoss:
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return (the summed loss, the number of labels)."""
-        if not isinstance(batch, Sent) or self.head is None:
-            batch = self.sent(model, batch)
-        if batch.learned is None:
+        if not isinstance(batch, WithLabelsRead):
+            batch = self.with_labels_read(model, batch)
+        head = self.head  # once: the thread that makes batches may find meanwhile that the logits stay whole
+        if head is None or batch.learned is None:
             return default_loss(model, batch)(model, batch)
-        assert self.head is not None
-        before = None if self.seen else generators(self.head.weight.device)
-        with read_by(self.head, answer=not self.seen) as read:
+        before = None if self.seen else generators(head.weight.device)
+        with read_by(head, answer=not self.seen) as read:
             output = needed_output(model, batch, batch.needed)
         if before is not None:
             reason = self._difference(read, output)
@@ -262,11 +263,11 @@ class ChunkedLoss:
         chosen, wanted = batch.learned.rows(hidden), batch.learned.labels
         if chosen is None:  # the head reads other positions than most models' heads
             labels = next_labels(readable(batch["labels"]), hidden.shape[1])
-            chosen, wanted = learned_rows(hidden, labels, self.head.out_features)
-        total = chunked_cross_entropy(chosen, self.head.weight, wanted, bias=self.head.bias, form=self.form)
+            chosen, wanted = learned_rows(hidden, labels, head.out_features)
+        total = chunked_cross_entropy(chosen, head.weight, wanted, bias=head.bias, form=self.form)
         return with_balance(model, output, total, torch.tensor(len(wanted)))
 
-    def moved(self, model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> Sent:
+    def moved(self, model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> WithLabelsRead:
         """Return a batch on the device, but for what a causal language model's loss reads on the CPU: the labels, and
         a mask that hides nothing, which is left out.
 
@@ -274,14 +275,18 @@ class ChunkedLoss:
             PeftLabError: a label is no token.
         """
         if device.type != "cuda" or default_loss(model, batch) is not causal_lm_loss:
-            return self.sent(model, moved(batch, device))
+            return self.with_labels_read(model, moved(batch, device))
         left = ("labels", "attention_mask") if hides_nothing(batch) else ("labels",)
         rest = {key: value for key, value in batch.items() if key not in left}
-        return self.sent(model, {**moved(rest, device), "labels": batch["labels"]})
+        return self.with_labels_read(model, {**moved(rest, device), "labels": batch["labels"]})
 
-    def sent(self, model: nn.Module, batch: Mapping[str, Any]) -> Sent:
-        """Return the batch and what follows from its labels."""
-        found, head = Sent(batch), self.head
+    def with_labels_read(self, model: nn.Module, batch: Mapping[str, Any]) -> WithLabelsRead:
+        """Return the batch and what follows from its labels.
+
+        Raises:
+            PeftLabError: a label is no token; or `chunked_loss=True`, and the loss needs whole logits.
+        """
+        found, head = WithLabelsRead(batch), self.head
         if head is None:
             return found
         if default_loss(model, batch) is not causal_lm_loss:
@@ -296,7 +301,7 @@ class ChunkedLoss:
             positions = found.needed.get("logits_to_keep", length)
             found.learned = find_learned(
                 next_labels(labels, positions), head.out_features, head.weight.device,
-                whole=positions == length or rows == 1,
+                contiguous=positions == length or rows == 1,
             )  # fmt: skip
         return found
 

@@ -13,16 +13,17 @@ why. After the run nothing of it is left on the model.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peftlab.core.hooks import is_adapter_name
+from peftlab.core.modes import tensors_in
 from peftlab.core.records import unwrap
 from peftlab.errors import warn
 from peftlab.training.inputs import Inputs
@@ -161,7 +162,7 @@ class Layers:
             block.__dict__.pop("_compiled_call_impl", None)
 
     @contextmanager
-    def batch(self, batch: Mapping[str, Any], whole: bool) -> Iterator[None]:
+    def batch(self, batch: Any, whole: bool) -> Iterator[None]:
         """Compute one batch. It runs compiled if its shape is known already, or there is room for one more.
 
         Args:
@@ -170,7 +171,7 @@ class Layers:
         if not self.blocks:
             yield
             return
-        shape = tuple(tuple(value.shape) for value in batch.values() if isinstance(value, Tensor))
+        shape = tuple(tuple(tensor.shape) for tensor in tensors_in(batch))
         if whole and len(self.shapes) < MOST_SHAPES:
             self.shapes.add(shape)
         self.active = shape in self.shapes

@@ -40,7 +40,7 @@ class Examples(Sequence):
     def __init__(self, rows: Sequence[Any], inputs: Inputs, name: str) -> None:
         self.rows = inputs.narrowed(rows)
         self.inputs, self.name = inputs, name
-        self.few = isinstance(rows, (list, tuple)) and len(rows) <= MOST_KEPT
+        self.listed = isinstance(rows, (list, tuple))
         self.kept: dict[int, Example] = {}
 
     def __len__(self) -> int:
@@ -50,13 +50,13 @@ class Examples(Sequence):
         if isinstance(index, int) and index in self.kept:
             return self.kept[index]
         example = self.inputs.row(self.rows[index], f"Example {index} of {self.name}")
-        if self.keeps([index]):
+        if len(self.rows) <= MOST_KEPT and self.same_each_time([index]):
             self.kept[index] = example = as_tensors(example)
         return example
 
-    def keeps(self, indices: Sequence[int]) -> bool:
+    def same_each_time(self, indices: Sequence[int]) -> bool:
         """Say whether these examples are the same each time they are read: plain dicts in a list."""
-        return self.few and all(type(self.rows[index]) is dict for index in indices)
+        return self.listed and all(type(self.rows[index]) is dict for index in indices)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
@@ -212,8 +212,8 @@ class Inputs:
 
     def _warn(self, message: str) -> None:
         if message not in self.said:
-            self.said.add(message)
             warn(message)
+            self.said.add(message)
 
 
 def as_tensors(example: Example) -> Example:

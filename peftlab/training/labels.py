@@ -20,7 +20,7 @@ NOTE = "_peftlab_on_cpu"  # a tensor on the device keeps its values and its vers
 
 
 def moved(batch: Any, device: torch.device) -> Any:
-    """Return a batch on the device. If it is a mapping, it becomes a dict whose labels remember their values here."""
+    """Return a batch on the device. A mapping becomes a dict whose labels remember their values on the CPU."""
     if not isinstance(batch, Mapping):
         return to_device(batch, device)
     result = to_device(dict(batch), device)

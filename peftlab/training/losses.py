@@ -15,6 +15,7 @@ the mean that the model's own `model(**batch).loss` gives.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -33,18 +34,17 @@ Loss = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]]
 
 
 def sum_and_count(result: Any) -> tuple[Tensor, Tensor]:
-    """Return what a loss gave, the sum and the number of its labels, as scalars.
+    """Check what a loss returned, and return its sum and its count as tensors without dimensions.
 
     Raises:
         PeftLabError: it gave something else.
     """
     if isinstance(result, (tuple, list)) and len(result) == 2 and isinstance(result[0], Tensor):
-        try:
-            pair = result[0], torch.as_tensor(result[1])
-        except (TypeError, ValueError, RuntimeError):  # it is no number
-            pair = result[0], torch.empty(0)
-        if all(value.numel() == 1 for value in pair):
-            return pair[0].reshape(()), pair[1].reshape(())
+        count: Tensor | None = None
+        with suppress(TypeError, ValueError, RuntimeError):  # what torch raises for what is no number
+            count = torch.as_tensor(result[1])
+        if count is not None and result[0].numel() == count.numel() == 1:
+            return result[0].reshape(()), count.reshape(())
     raise PeftLabError(
         "loss must return (the sum of the labels' losses as a tensor of one value, the number of labels), found "
         f"{shown(result)}."
@@ -301,38 +301,39 @@ class Learned(NamedTuple):
 
     Attributes:
         shape: the output's shape without d.
-        whole: whether the output is contiguous.
-        places: the n rows: if so, their numbers (n,) among all rows, and else (n,) for each dimension.
+        contiguous: whether the output is.
+        places: if it is, one tensor (n,) with the numbers of the rows among all rows; if not, one index (n,) for each
+            dimension.
         labels: (n,) int64.
     """
 
     shape: tuple[int, ...]
-    whole: bool
+    contiguous: bool
     places: tuple[Tensor, ...]
     labels: Tensor
 
     def rows(self, values: Tensor) -> Tensor | None:
         """Return these rows of an output, (n, d); None if they were not found for an output such as this one."""
         found = tuple(values.shape[:-1]), values.device, values.is_contiguous()
-        if found != (self.shape, self.labels.device, self.whole):
+        if found != (self.shape, self.labels.device, self.contiguous):
             return None
-        if not self.whole:
+        if not self.contiguous:
             return values[self.places]
         # The gradient of a row is added at its place. That of `values[places]` would first be sorted by place.
         return values.view(-1, values.shape[-1]).index_select(0, self.places[0])
 
 
-def find_learned(labels: Tensor, classes: int, device: torch.device, *, whole: bool) -> Learned:
+def find_learned(labels: Tensor, classes: int, device: torch.device, *, contiguous: bool) -> Learned:
     """Find the rows of an output that have a label other than -100.
 
-    labels: (...), read on the CPU where they are known there. whole: whether the output is contiguous; a slice is not,
-    and is not copied for this.
+    labels: (...), read on the CPU where they are known there. contiguous: whether the output will be. A slice is not:
+    its rows are found by dimension, so that it need not be copied.
 
     Raises:
         PeftLabError: a label is no class.
     """
     shape, labels = tuple(labels.shape), readable(labels)
-    labels = labels.reshape(-1) if whole else labels
+    labels = labels.reshape(-1) if contiguous else labels
     learned = (labels != IGNORE).nonzero(as_tuple=True)
     wanted = labels[learned].long()
     if wanted.device.type == "cpu" and len(wanted):
@@ -341,7 +342,7 @@ def find_learned(labels: Tensor, classes: int, device: torch.device, *, whole: b
             wrong = most if most >= classes else least
             raise PeftLabError(f"A label is {wrong}, and the model tells {classes} classes apart, from 0 on.")
     *places, wanted = sent(device, *learned, wanted)
-    return Learned(shape, whole, tuple(places), wanted)
+    return Learned(shape, contiguous, tuple(places), wanted)
 
 
 def learned_rows(values: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
@@ -354,7 +355,7 @@ def learned_rows(values: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, 
     """
     if labels.shape != values.shape[:-1]:
         raise PeftLabError(f"The labels {tuple(labels.shape)} do not go with outputs {tuple(values.shape)}, one a row.")
-    learned = find_learned(labels, classes, values.device, whole=values.is_contiguous())
+    learned = find_learned(labels, classes, values.device, contiguous=values.is_contiguous())
     rows = learned.rows(values)
     assert rows is not None
     return rows, learned.labels

@@ -103,12 +103,13 @@ def skips_when_told(optimizer: torch.optim.Optimizer, device: torch.device) -> b
     return device.type == "cuda" and bool(optimizer.defaults.get("fused"))
 
 
-def note_wrong(wrong: Tensor, numbers: Tensor) -> None:
-    """Set `wrong`, a float32 scalar, to 1 if one of the numbers, on the same device, is not finite.
+def note_wrong(wrong: Tensor, numbers: Tensor, one: Tensor) -> None:
+    """Set `wrong` to 1 if one of the numbers is not finite.
 
-    The device does this by itself, in the one kernel by which a `GradScaler` looks at gradients.
+    The device does this by itself, in the one kernel by which a `GradScaler` looks at gradients. That kernel also
+    multiplies the numbers, here by `one`. All are on one device; `wrong` and `one` are float32 scalars.
     """
-    torch._amp_foreach_non_finite_check_and_unscale_([numbers], wrong, torch.ones_like(wrong))
+    torch._amp_foreach_non_finite_check_and_unscale_([numbers], wrong, one)
 
 
 def step_unless(wrong: Tensor, optimizer: torch.optim.Optimizer) -> None:

@@ -19,15 +19,15 @@ def choose_precision(wish: str, device: torch.device, model: nn.Module | None = 
 
     A CPU computes in the model's own dtype, without autocast. A GPU that computes in bf16 gets bf16 autocast. Another
     one, such as a T4, gets fp16 autocast with a loss scale. `torch.cuda.is_bf16_supported()` alone cannot tell them
-    apart: it is true on a T4, which only emulates bf16. A model with float64 numbers computes in them: autocast leaves
-    them as they are, and then dtypes would meet that do not fit.
+    apart: it is true on a T4, which only emulates bf16. A model with weights in float64 computes without autocast. It
+    would leave them as they are, and a product of float64 and 16 bits is an error.
 
     Raises:
         PeftLabError: an unknown precision, or one that the device or the model does not have.
     """
     one_of("precision", wish, ("auto", *AUTOCAST))
     parameters = () if model is None else model.named_parameters()
-    wide = next((name for name, parameter in parameters if parameter.dtype == torch.float64), None)
+    wide = next((name for name, p in parameters if p.ndim > 1 and p.dtype == torch.float64), None)
     if wide is not None:
         if wish in ("auto", "fp32"):
             return "fp32"

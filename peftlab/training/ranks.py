@@ -42,12 +42,11 @@ class Ranks:
             distributed.all_reduce(value)
         return value
 
-    def sum_of_counts(self, count: Any, counted: bool, device: torch.device) -> Tensor:
+    def sum_of_counts(self, count: Tensor, counted: bool, device: torch.device) -> Tensor:
         """Return the labels of all processes, those of this one only if they count.
 
         In a single process a count stays where it is: on the CPU it can be read without waiting for the device.
         """
-        count = torch.as_tensor(count)
         count = count if counted and count.dtype != torch.bool else count * int(counted)
         return self.sum(count.to(device) if self.world > 1 else count)
 

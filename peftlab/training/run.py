@@ -215,6 +215,7 @@ class Run:
         self.history.schedule, self.adapters = schedules(self.core), taking_part(self.core)
         self.pending: Measured | None = None
         self.wrong = torch.zeros((), device=device)  # 1 once a step was not finite
+        self.one = torch.ones((), device=device)
 
     def _fit(self) -> tuple[bool | int, str]:
         """Choose how many blocks are computed again, under `checkpointing="fit"`."""
@@ -280,11 +281,11 @@ class Run:
         path, plain = FastPath(self.core, self.path, self.settings, self.device), self.optimizer
         try:
             self.fast, self.optimizer, self.history.path = path, flattened(plain, path.step.flat), path.told
-            self.batches.read = path.read
+            self.batches.read_fast = path.read
             yield
         finally:
             self.fast, self.optimizer, self.history.path = None, plain, path.told
-            self.batches.read = None
+            self.batches.read_fast = None
             path.give_back()
 
     # -- one update ----------------------------------------------------------------------------------------------
@@ -339,7 +340,7 @@ class Run:
             return row
         # The CPU goes on while the GPU computes, and reads one step later. Were this step wrong, the GPU itself leaves
         # the parameters as they are, now and in the step that follows.
-        note_wrong(self.wrong, measured.values)
+        note_wrong(self.wrong, measured.values, self.one)
         step_unless(self.wrong, self.optimizer)
         measured.send()
         self.step += 1
@@ -389,14 +390,14 @@ class Run:
         totals, counts = [], []
         for number, part in enumerate(parts):
             prepared = self.batches.get(part)
-            read = prepared.read
+            read = prepared.fast_batch
             total, count = (torch.empty(0), read.learned) if read is not None else self._loss_of(prepared, part)
             del prepared  # the backward pass needs no more of a batch than autograd keeps
             if number == 0:
                 provisional = count.clamp(min=1)
                 provisional = provisional * len(parts) if len(parts) > 1 else provisional
             following = parts[number + 1] if number + 1 < len(parts) else self._next_step()
-            if following and not self.settings.collate:  # a collate of the user's own may draw random numbers
+            if following:
                 self.batches.begin(following)
             # N, the labels of the whole batch, is known only after the last part. Until then divide by a guess N'.
             if self.fast is not None and read is not None:
@@ -430,7 +431,7 @@ class Run:
     def _loss_of(self, prepared: Prepared, part: list[int]) -> tuple[Tensor, Tensor]:
         """Return the summed loss of a part, with a graph behind it, and the number of its labels in all processes."""
         counted = prepared.counted
-        batch = prepared.batch if prepared.moved else self._moved(prepared.batch)
+        batch = prepared.batch if prepared.on_device else self._moved(prepared.batch)
         whole = len(part) == self.settings.batch_size
         with self.layers.batch(batch, whole), autocast(self.device, self.settings.precision):
             total, count = sum_and_count(self.loss(self.model, batch))
@@ -452,10 +453,11 @@ class Run:
         self._look_for_gradients()
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if self.settings.max_grad_norm is None else float(self.settings.max_grad_norm)
-        # each .grad is asked for once: that costs a microsecond
-        gradients = [gradient for leaf in self._leaves() if (gradient := leaf.grad) is not None]
+        leaves = self._leaves()
+        # .grad is read once per parameter: each read costs about a microsecond
+        gradients = [gradient for leaf in leaves if (gradient := leaf.grad) is not None]
         if not self.alike or not gradients:
-            return nn.utils.clip_grad_norm_(self._leaves(), limit)
+            return nn.utils.clip_grad_norm_(leaves, limit)
         # the same calls, without those that ask each gradient in Python for its device
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         if limit < math.inf:

@@ -47,6 +47,17 @@ def test_every_precision_learns_on_every_base(precision, base):
     assert sum(losses[-10:]) < sum(losses[:10]) - 1
 
 
+def test_a_run_in_a_stream_of_the_callers():
+    """Another thread copies the batches. It has to do so in this stream, or a step would read what is not there yet."""
+    settings = {"steps": 20, "learning_rate": 0.02, "fast": False, "precision": "fp32"}
+    expected = train(model(), tiny.examples(), **settings)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(50_000_000)  # this stream is behind, and the default one is idle
+        found = train(model(), tiny.examples(), **settings)
+    torch.cuda.synchronize()
+    assert [row["loss"] for row in found.steps] == pytest.approx([row["loss"] for row in expected.steps], rel=1e-4)
+
+
 def test_resume_on_the_gpu(tmp_path):
     """Dropout's random numbers and the fused optimiser's state come back; kernels may differ in the last bits."""
     settings = {"steps": 8, "learning_rate": 0.02, "precision": "fp16", "save_every": 2, "accumulation": 2}

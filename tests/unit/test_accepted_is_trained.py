@@ -197,13 +197,13 @@ def test_an_adapter_is_as_wide_as_what_its_block_returns(family, method):
 
 
 def test_a_module_that_computes_without_gradients_cannot_train(monkeypatch):
-    """In older transformers Marian's positions do, and its forward also asks for numbers that a copy has not."""
+    """In older transformers Marian's positions do. Its forward also reads numbers, which a copy on meta has not."""
     base = build("marian")
     table = type(base.model.encoder.embed_positions)
     monkeypatch.setattr(table, "forward", torch.no_grad()(table.forward))
     target = {"target_modules": ["model.encoder.embed_positions"]}
-    refused(base, pl.SelectiveConfig(**target), "no gradient comes from what .* to what stands on .*embed_positions")
-    model = move(pl.attach(base, pl.LoRAConfig(**target)))  # this stands beside the module
+    refused(base, pl.SelectiveConfig(**target), "no gradient flows from the output .* back to .*embed_positions")
+    model = move(pl.attach(base, pl.LoRAConfig(**target)))  # LoRA adds a branch of its own, outside that forward
     assert all(g.any() for g in gradients(model).values())
 
 

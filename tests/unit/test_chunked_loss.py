@@ -260,16 +260,16 @@ def test_a_model_that_does_more_to_its_logits_is_found_out(monkeypatch):
     assert history.steps == pl.train(twin, tiny.examples(), chunked_loss=False, **settings).steps
 
 
-def test_a_batch_that_was_sent_before_the_logits_were_found_to_stay_whole():
-    """The next batch is sent ahead, and an evaluation in between may find that."""
+def test_a_batch_whose_labels_were_read_before_the_logits_were_found_to_stay_whole():
+    """The next batch is made ahead, and an evaluation in between may find that."""
     model, given = made("LlamaForCausalLM", SMALL), batch()
     loss = ChunkedLoss(model)
     loss.wish = True
-    sent = loss.moved(model, given, torch.device("cpu"))
+    read = loss.moved(model, given, torch.device("cpu"))
     loss.wish = "auto"
     loss._whole("a test")
-    assert sent.learned is not None
-    torch.testing.assert_close(loss(model, sent), causal_lm_loss(model, given), rtol=0, atol=0)
+    assert read.learned is not None
+    torch.testing.assert_close(loss(model, read), causal_lm_loss(model, given), rtol=0, atol=0)
 
 
 def test_small_logits_stay_whole_to_the_last_bit(monkeypatch):

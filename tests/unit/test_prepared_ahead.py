@@ -8,7 +8,9 @@ import tiny
 import torch
 
 import peftlab as pl
+from peftlab import errors
 from peftlab.training import ahead
+from peftlab.training.ahead import MOST_MOVED_AHEAD as MOST
 from peftlab.training.ahead import Batches
 from peftlab.training.encoding import Collator
 from peftlab.training.inputs import Examples, Inputs
@@ -81,7 +83,7 @@ def test_what_fails_in_the_other_thread_is_done_again_in_its_turn(monkeypatch):
     def moved(self, batch):
         if threading.current_thread() is not threading.main_thread():
             failed.append(1)
-            raise torch.OutOfMemoryError("no memory")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
         return own(self, batch)
 
     monkeypatch.setattr(Run, "_moved", moved)
@@ -91,20 +93,57 @@ def test_what_fails_in_the_other_thread_is_done_again_in_its_turn(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("device", "small", "moved"), [("cpu", ahead.SMALL, True), ("cpu", 100, False), ("mps", ahead.SMALL, False)]
+    ("device", "most", "fast", "moved"),
+    [
+        ("cpu", MOST, False, True),
+        ("cpu", 100, False, False),
+        ("mps", MOST, False, False),
+        ("cpu", MOST, True, False),
+    ],
 )
-def test_a_batch_is_moved_there_if_it_is_small_and_the_device_allows_it(device, small, moved, monkeypatch):
-    monkeypatch.setattr(ahead, "SMALL", small)
+def test_a_batch_is_moved_there_if_it_is_small_and_the_device_allows_it(device, most, fast, moved, monkeypatch):
+    monkeypatch.setattr(ahead, "MOST_MOVED_AHEAD", most)
+    # it would start CUDA for a model on the CPU
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: pytest.fail("a stream was asked for"))
     model = tiny.llama()
     inputs = Inputs(model, Collator())
     data = Examples(tiny.examples(4), inputs, "data")
     batches = Batches(data, inputs, dict, torch.device(device), Ranks(model))
+    batches.read_fast = (lambda batch: None) if fast else None
     with batches.thread():
         batches.begin([0, 1])
         ahead_of_time = batches.get([0, 1])
         in_turn = batches.get([0, 1])
-    assert ahead_of_time.moved == moved and not in_turn.moved
+    assert ahead_of_time.on_device == moved and not in_turn.on_device
     assert torch.equal(ahead_of_time.batch["input_ids"], in_turn.batch["input_ids"])
+
+
+def test_a_mistake_in_the_other_thread_is_raised(monkeypatch):
+    own = Run._moved
+
+    def moved(self, batch):
+        if threading.current_thread() is not threading.main_thread():
+            raise ZeroDivisionError("a mistake")
+        return own(self, batch)
+
+    monkeypatch.setattr(Run, "_moved", moved)
+    with pytest.raises(ZeroDivisionError, match="a mistake"):
+        trained(steps=3, batch_size=2, fast=False)
+
+
+@pytest.mark.filterwarnings("ignore:in MainThread")
+def test_a_warning_of_the_other_thread_names_the_users_line(monkeypatch):
+    make = Batches.make
+
+    def noted(self, part):
+        errors.warn(f"in {threading.current_thread().name}")
+        return make(self, part)
+
+    monkeypatch.setattr(Batches, "make", noted)
+    with pytest.warns(UserWarning, match="in peftlab-batches") as told:
+        trained(steps=2, batch_size=2, fast=False)
+    (there,) = [one for one in told if "peftlab-batches" in str(one.message)]
+    assert there.filename == __file__
 
 
 def test_a_batch_with_a_fault_says_so_in_its_own_step():

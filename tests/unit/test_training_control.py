@@ -465,13 +465,14 @@ def test_a_loss_that_gives_something_else_is_told_what_to_give(loss):
 def test_a_sum_may_have_a_dimension_and_a_batch_of_ones_own_any_form():
     """A batch is what the collate gives, and only the loss has to understand it."""
     found = []
-    for one, form in ((False, dict), (True, tuple), (True, list), (True, collections.namedtuple("Pair", "ids labels"))):
+    pair = collections.namedtuple("Pair", "ids labels")
+    for one, form in ((False, dict), (True, tuple), (True, list), (True, pair), (True, torch.Tensor)):
 
         def collate(rows, form=form):
             ids = torch.tensor([row["input_ids"][:4] for row in rows])
-            if form is dict:
-                return {"input_ids": ids, "labels": ids}
-            return form(ids, ids) if hasattr(form, "_fields") else form((ids, ids))
+            both = torch.stack((ids, ids))
+            forms = {dict: {"input_ids": ids, "labels": ids}, pair: pair(ids, ids), torch.Tensor: both}
+            return forms[form] if form in forms else form((ids, ids))
 
         def loss(model, batch, one=one, form=form):
             ids, labels = batch.values() if form is dict else batch
@@ -480,7 +481,10 @@ def test_a_sum_may_have_a_dimension_and_a_batch_of_ones_own_any_form():
             return (total[None], torch.tensor([3 * len(ids)])) if one else (total, 3 * len(ids))
 
         rows = [row for row in tiny.examples(12) if len(row["input_ids"]) >= 4]
-        history = train(tiny.llama(), rows, steps=2, batch_size=2, collate=collate, loss=loss, progress=False)
+        told = {"steps": 2, "batch_size": 2, "collate": collate, "loss": loss, "progress": False}
+        history = train(tiny.llama(), rows, **told)
+        if form is tuple:
+            assert len(train(tiny.llama(), rows, compile="layers", **told).steps) == 2
         found.append([*history.steps, pl.mean_loss(tiny.llama(), rows[:4], collate, loss=loss)])
     assert all(other == found[0] for other in found)
 

@@ -1,6 +1,7 @@
 """What lets the CPU run ahead of a GPU: results that are read a step later, and labels that are known on the CPU."""
 
 import threading
+from collections import OrderedDict
 
 import pytest
 import tiny
@@ -10,6 +11,7 @@ from transformers import LlamaForSequenceClassification, masking_utils
 
 import peftlab as pl
 from peftlab.bench.loop import loop_pairs, median_interval, plain_steps, train_steps
+from peftlab.core.modes import tensors_in, to_device
 from peftlab.settings import Settings
 from peftlab.training import chunked, run
 from peftlab.training.chunked import ChunkedLoss
@@ -107,10 +109,23 @@ def test_a_number_that_is_not_finite_is_noted_and_stays_noted(dtype):
         wrong, seen = torch.zeros(()), []
         for value in (2.0, bad, 2.0):
             numbers = torch.tensor([1.0, value], dtype=dtype)
-            note_wrong(wrong, numbers)
+            note_wrong(wrong, numbers, torch.ones(()))
             seen.append(wrong.item())
             assert numbers[1].item() == value or value != value, "the numbers are not changed"
         assert seen == [0.0, 1.0, 1.0]
+
+
+def test_all_tensors_of_a_batch_move_and_nothing_else_changes():
+    """To the meta device, so that a tensor that stays behind is seen."""
+    meta, one = torch.device("meta"), torch.ones(2)
+    packed = torch.nn.utils.rnn.pack_sequence([one])
+    batch = {"a": one, "deep": {"b": [one, 3], "c": (one, "x")}, "own": OrderedDict(d=one), "n": 5, "p": packed}
+    found = to_device(batch, meta)
+    assert {tensor.device for tensor in tensors_in({key: found[key] for key in ("a", "deep", "own")})} == {meta}
+    assert found["deep"]["b"][1] == 3 and found["deep"]["c"][1] == "x" and found["n"] == 5
+    assert type(found["deep"]["c"]) is tuple and found["own"] == {"d": found["own"]["d"]}
+    assert found["p"].data.device == meta and not found["p"].batch_sizes.is_meta
+    assert batch["a"] is one and to_device(one, meta).is_meta and len(list(tensors_in(batch))) == 6
 
 
 # -- labels ------------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def chunked_loss(net: Net, hidden: Tensor) -> Tensor:
         dz = z if z.bytes == compute else z.new(bytes=compute)
         products = 1 + sum(one is not None for one in kept[:2])
         net.memory.flops += products * 2 * size * width * vocabulary
-        # dL/dh is written to its place, unless its dtype is another
+        # dL/dh is written straight into its rows, unless the product has another size
         part = hidden.new((size, width), compute) if kept[0] is not None and rows.bytes != compute else None
         del part
         part = hidden.new(weight.shape, compute) if kept[1] is not None else None
