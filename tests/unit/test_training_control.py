@@ -225,7 +225,9 @@ def test_a_float64_model_computes_in_float64(monkeypatch):
     assert len(train(tiny.llama().double(), rows, steps=1, progress=False).steps) == 1
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     assert choose_precision("auto", torch.device("cuda"), tiny.llama().double()) == "fp32"
-    assert choose_precision("auto", torch.device("cuda"), tiny.llama()) == "bf16"
+    model = tiny.llama()
+    model.scale = nn.Parameter(torch.ones((), dtype=torch.float64))  # no product needs it
+    assert choose_precision("auto", torch.device("cuda"), model) == "bf16"
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**10, 2.0**16])
